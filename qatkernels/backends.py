@@ -1,0 +1,106 @@
+"""Which implementation serves which device, decided once at import.
+
+`IMPLS[op][backend]` reaches every implementation present, whatever was chosen; tests and benchmarks use it. The choice is
+the first of `PREFERENCE` that is present. ``QATKERNELS_BACKEND=reference|cpp|triton|cuda`` overrides it for every op; a
+backend that is not there is an error, never a silent substitute.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .ops._op import LIBRARY, OPS, allocating
+
+#: Backends by device, fastest first. Per-op exceptions belong in `CHOICES`, each with its measurement in bench/results.
+PREFERENCE: dict[str, tuple[str, ...]] = {"CPU": ("cpp", "reference"), "CUDA": ("triton", "cuda", "reference")}
+CHOICES: dict[tuple[str, str], str] = {}
+
+#: Every implementation present: ``IMPLS[op][backend]``; ``op`` is a name in ``torch.ops.qatkernels``.
+IMPLS: dict[str, dict[str, Callable[..., Any]]] = {}
+#: Why a backend is absent, for `qatkernels doctor`.
+MISSING: dict[str, str] = {}
+
+_TRITON_MODULES = ("fake_quantize", "quantize", "dynamic", "noise")
+
+
+def extension() -> ModuleType | None:
+    """Return the compiled extension, or None if it was not built."""
+    try:
+        return importlib.import_module("qatkernels._C")
+    except ImportError as error:
+        MISSING["cpp"] = str(error)
+        return None
+
+
+def _load() -> ModuleType | None:
+    for name, op in OPS.items():
+        for op_name in op.schemas:
+            IMPLS[op_name] = {}
+        IMPLS[name]["reference"] = op.reference
+    compiled = extension()
+    if compiled is not None:
+        backends = ["cpp"] + (["cuda"] if compiled.build_info()["cuda_archs"] else [])
+        if "cuda" not in backends:
+            MISSING["cuda"] = "the extension was built without CUDA"
+        for op in OPS.values():
+            for op_name, schema in op.schemas.items():
+                compiled.register("qatkernels_cpp", op_name, schema)
+                for backend in backends:
+                    IMPLS[op_name][backend] = getattr(torch.ops.qatkernels_cpp, op_name)
+    else:
+        MISSING["cuda"] = "the extension was not built"
+    try:
+        for module in _TRITON_MODULES:
+            for name, impl in importlib.import_module(f"qatkernels.triton.{module}").OUT_IMPLS.items():
+                IMPLS[f"{name}_out"]["triton"] = impl
+                IMPLS[name]["triton"] = allocating(OPS[name], impl)
+    except ImportError as error:
+        MISSING["triton"] = str(error)
+    return compiled
+
+
+def chosen(op: str, device: str) -> str:
+    """Return the backend that serves an op on a device type (``"CPU"`` or ``"CUDA"``).
+
+    Raises:
+        RuntimeError: if QATKERNELS_BACKEND names a backend that cannot serve it.
+    """
+    forced = os.environ.get("QATKERNELS_BACKEND")
+    if forced:
+        if forced != "reference" and (forced not in PREFERENCE[device] or forced not in IMPLS[op]):
+            if forced in PREFERENCE["CPU"] + PREFERENCE["CUDA"] and forced not in PREFERENCE[device]:
+                return _first(op, device)
+            why = MISSING.get(forced, f"not one of {sorted({b for p in PREFERENCE.values() for b in p})}")
+            raise RuntimeError(f"QATKERNELS_BACKEND is {forced!r}, which is not available for {op}: {why}")
+        return forced
+    return CHOICES.get((op, device)) or _first(op, device)
+
+
+def _first(op: str, device: str) -> str:
+    return next(b for b in PREFERENCE[device] if b in IMPLS[op] or b == "reference")
+
+
+def install() -> None:
+    """Find the implementations and register the chosen ones with torch's dispatcher."""
+    compiled = _load()
+    for name, op in OPS.items():
+        for device in PREFERENCE:
+            backend = chosen(name, device)
+            for op_name in op.schemas:
+                if backend in ("cpp", "cuda") and compiled is not None:
+                    compiled.register("qatkernels", op_name, device)
+                elif backend == "triton":
+                    LIBRARY.impl(op_name, IMPLS[op_name]["triton"], device)
+    if compiled is None and os.environ.get("QATKERNELS_BACKEND") != "reference":
+        warnings.warn(
+            "qatkernels was installed without its compiled kernels and runs on the (slow) PyTorch reference on CPU; "
+            "`qatkernels doctor` says what is missing and how to get it",
+            stacklevel=3,
+        )

@@ -1,0 +1,121 @@
+"""How an op is declared: one schema, one reference, one shape rule; any number of faster implementations.
+
+An op is a plain function in PyTorch (the *reference*: its meaning, and the kernel that runs where nothing faster is
+installed) and a *fake rule* that checks shapes and dtypes and returns empty outputs. Both go to ``torch.library``.
+Every op has a twin named ``<op>_out`` that writes into tensors the caller supplies.
+
+`backends.py` overrides the reference per device. Kernels only implement the ``_out`` twin, the allocating form follows
+from the fake rule by :func:`allocating`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("qatkernels", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """A declared op.
+
+    Attributes:
+        name: name in ``torch.ops.qatkernels``.
+        arguments: argument list of the schema.
+        outputs: names of the outputs.
+        reference: the meaning, in plain PyTorch.
+        fake: shape and dtype rule; allocates empty outputs.
+    """
+
+    name: str
+    arguments: str
+    outputs: tuple[str, ...]
+    reference: Callable[..., Outputs]
+    fake: Callable[..., Outputs]
+
+    @property
+    def schemas(self) -> dict[str, str]:
+        """Schema of the op and of its ``_out`` twin, by name."""
+        returns = ", ".join("Tensor" for _ in self.outputs)
+        written = ", ".join(f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(self.outputs))
+        return {
+            self.name: f"{self.name}({self.arguments}) -> {returns if len(self.outputs) == 1 else f'({returns})'}",
+            f"{self.name}_out": f"{self.name}_out({self.arguments}, {written}) -> ()",
+        }
+
+
+#: Every declared op by name.
+OPS: dict[str, Op] = {}
+
+
+def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    """Return the outputs of an op as a tuple, also where there is one."""
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def define(
+    name: str, arguments: str, outputs: tuple[str, ...], *, reference: Callable[..., Outputs], fake: Callable[..., Outputs]
+) -> Op:
+    """Declare an op and its ``_out`` twin in ``torch.ops.qatkernels``, with the reference as their fallback."""
+    op = OPS[name] = Op(name, arguments, outputs, reference, fake)
+
+    def reference_out(*args: Any) -> None:
+        inputs, out = args[: -len(outputs)], args[-len(outputs) :]
+        for destination, source in zip(out, as_tuple(reference(*inputs)), strict=True):
+            destination.copy_(source)
+
+    def fake_out(*args: Any) -> None:
+        inputs, out = args[: -len(outputs)], args[-len(outputs) :]
+        for label, given, wanted in zip(outputs, out, as_tuple(fake(*inputs)), strict=True):
+            check_out(label, given, wanted.shape, wanted.dtype, wanted.device)
+
+    for op_name, schema in op.schemas.items():
+        LIBRARY.define(schema, tags=_TAGS)
+        LIBRARY.impl(op_name, reference if op_name == name else reference_out, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"qatkernels::{op_name}", fake if op_name == name else fake_out, lib=LIBRARY)
+    return op
+
+
+def allocating(op: Op, out_impl: Callable[..., None]) -> Callable[..., Outputs]:
+    """Return the allocating form of an ``_out`` implementation."""
+
+    def impl(*args: Any) -> Outputs:
+        outputs = op.fake(*args)
+        out_impl(*args, *as_tuple(outputs))
+        return outputs
+
+    return impl
+
+
+def check_out(name: str, given: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError unless ``given`` is a contiguous tensor of this shape, dtype and device."""
+    if given.shape != shape or given.dtype != dtype or given.device != device:
+        raise ValueError(
+            f"{name} is {given.dtype} of shape {tuple(given.shape)} on {given.device}, "
+            f"must be {dtype} of shape {tuple(shape)} on {device}"
+        )
+    if not given.is_contiguous():
+        raise ValueError(f"{name} has strides {given.stride()}, must be contiguous")
+
+
+class Function(torch.autograd.Function):
+    """An autograd Function whose vmap rule is a loop: a vmapped call equals the calls one by one, noise included."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        """Apply to each element of the batch and stack."""
+        results = [
+            cls.apply(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])

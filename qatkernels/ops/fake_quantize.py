@@ -1,0 +1,424 @@
+"""Fake quantization: quantize and dequantize in one pass, with the straight-through gradients of its grid.
+
+Three ops, closed under differentiation of any order. With the pass-through mask M and the scale derivative D of the
+grid, both held constant (that is the straight-through rule), and the gradient scale gamma,
+
+    forward   y  = Q(w; s, z)
+    jvp       dy = M * dw + gamma * (D * ds + Z * dz)                         linear in the tangents
+    backward  dw = M * g,   ds = gamma * sum(D * g),   dz = gamma * sum(Z * g)      its transpose
+
+so the backward's derivative is the jvp, the jvp's is the backward, and nothing else is ever needed.
+Z, the derivative with respect to the zero point, is 0 where the gradient passes and -s elsewhere.
+
+A weight is seen as rows that share a scale: the whole weight, an output channel, or a group of inputs. All arithmetic is
+in float32 (float64 for float64 weights); only w, the scales and the seed are kept for the backward, and the noise is drawn
+again there.
+
+NaN in w or in a scale gives NaN in y (the whole row for a scale), no gradient to that weight, and NaN in the gradient of
+the scale. Infinite weights saturate. An infinite scale gives what the formula gives: 0 * inf is NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..grid import MIN_SCALE, Grid, GridConstants, check_group_size
+from . import noise
+from ._op import Function, check_out, define
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Rows:
+    """One call in row form: r = w / s as ``[rows, cols]``, and the grid shifted by the zero point."""
+
+    def __init__(
+        self,
+        w: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        seed: Tensor | None,
+        grid: tuple[float, ...],
+        noise_std: float = 0.0,
+        scale_noise_std: float = 0.0,
+    ) -> None:
+        self.grid = g = GridConstants(*grid)
+        self.shape, self.scale_shape = w.shape, scale.shape
+        self.dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+        self.w = self.view(w)
+        scale = scale.reshape(-1, 1).to(self.dtype)
+        if seed is not None and noise_std:
+            drawn = noise.normal(seed, w.numel(), noise.WEIGHT_STREAM)
+            self.w = self.w + (drawn * noise_std).view(self.w.shape).to(self.dtype)
+        if seed is not None and scale_noise_std:
+            drawn = noise.normal(seed, scale.numel(), noise.SCALE_STREAM)
+            scale = scale + (drawn * scale_noise_std).view(-1, 1).to(self.dtype)
+        self.scale = scale.clamp_min(MIN_SCALE)
+        zero = scale.new_zeros(()) if zero_point is None else zero_point.reshape(-1, 1).to(self.dtype)
+        self.offset, self.low, self.high = g.offset - zero, g.low - zero, g.high - zero
+        self.pass_low, self.pass_high = g.pass_low - zero, g.pass_high - zero
+        self.below, self.above = g.below - zero, g.above - zero
+        self.r = self.w / self.scale
+
+    def view(self, t: Tensor) -> Tensor:
+        """Return a tensor shaped like w as ``[rows, cols]`` in the computing dtype."""
+        rows = max(self.scale_shape.numel(), 1)
+        return t.reshape(rows, t.numel() // rows).to(self.dtype)
+
+    def codes(self) -> Tensor:
+        """Integer codes, as floating point numbers."""
+        if self.grid.by_sign:
+            return torch.where(self.w.isnan(), self.w, -(self.w < 0).to(self.dtype))
+        r = torch.minimum(torch.maximum(self.r, self.low), self.high)
+        return torch.round(r * self.grid.steps - self.offset)
+
+    def values(self) -> Tensor:
+        """Dequantized weights."""
+        return (self.codes() + self.offset) * (self.scale / self.grid.steps)
+
+    def masks(self) -> tuple[Tensor, Tensor]:
+        """Where r lies below and above the range in which the gradient passes."""
+        return self.r < self.pass_low, self.r > self.pass_high
+
+    def scale_derivative(self) -> Tensor:
+        """D of the module's docstring."""
+        below, above = self.masks()
+        inside = (self.codes() + self.offset) / self.grid.steps - self.grid.residual * self.r
+        return torch.where(below, self.below, torch.where(above, self.above, inside))
+
+
+def _forward(
+    w: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    seed: Tensor | None,
+    grid: list[float],
+    noise_std: float,
+    scale_noise_std: float,
+    grad_scale: float,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    rows = Rows(w, scale, zero_point, seed, tuple(grid), noise_std, scale_noise_std)
+    return rows.values().to(dtype or w.dtype).view(w.shape)
+
+
+def _backward(
+    g: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    seed: Tensor | None,
+    grid: list[float],
+    noise_std: float,
+    scale_noise_std: float,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = Rows(w, scale, zero_point, seed, tuple(grid), noise_std, scale_noise_std)
+    g = rows.view(g)
+    below, above = rows.masks()
+    passes = (rows.r >= rows.pass_low) & (rows.r <= rows.pass_high)
+    dw = torch.where(passes, g, 0.0).to(w.dtype).view(w.shape)
+    ds = ((g * rows.scale_derivative()).sum(-1) * grad_scale).to(scale.dtype).view(scale.shape)
+    if zero_point is None:
+        return dw, ds, scale.new_empty(0)
+    dz = (g * torch.where(below | above, -rows.scale, 0.0)).sum(-1) * grad_scale
+    return dw, ds, dz.to(scale.dtype).view(scale.shape)
+
+
+def _jvp(
+    tangent_w: Tensor | None,
+    tangent_scale: Tensor | None,
+    tangent_zero_point: Tensor | None,
+    w: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    seed: Tensor | None,
+    grid: list[float],
+    noise_std: float,
+    scale_noise_std: float,
+    grad_scale: float,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    rows = Rows(w, scale, zero_point, seed, tuple(grid), noise_std, scale_noise_std)
+    out = torch.zeros_like(rows.r)
+    if tangent_w is not None:
+        passes = (rows.r >= rows.pass_low) & (rows.r <= rows.pass_high)
+        out = torch.where(passes, rows.view(tangent_w), 0.0)
+    if tangent_scale is not None:
+        out = out + rows.scale_derivative() * (tangent_scale.reshape(-1, 1).to(rows.dtype) * grad_scale)
+    if tangent_zero_point is not None:
+        below, above = rows.masks()
+        slope = torch.where(below | above, -rows.scale, 0.0)
+        out = out + slope * (tangent_zero_point.reshape(-1, 1).to(rows.dtype) * grad_scale)
+    return out.to(dtype or w.dtype).view(w.shape)
+
+
+def check_call(w: Tensor, scale: Tensor, zero_point: Tensor | None, seed: Tensor | None, grid: list[float]) -> None:
+    """The contract of the op, for real and fake tensors alike."""
+    torch._check(w.dtype in FLOATS, lambda: f"w is {w.dtype}, must be one of {FLOATS}")
+    torch._check(
+        scale.dtype == torch.float32 or (scale.dtype == w.dtype == torch.float64),
+        lambda: f"scale is {scale.dtype}, must be torch.float32 (torch.float64 is allowed with a float64 w)",
+    )
+    torch._check(scale.device == w.device, lambda: f"scale is on {scale.device}, must be on w's {w.device}")
+    torch._check(
+        scale.numel() > 0 and w.numel() % scale.numel() == 0 or w.numel() == 0,
+        lambda: f"scale has {scale.numel()} elements, must divide the {w.numel()} elements of w",
+    )
+    if zero_point is not None:
+        torch._check(
+            zero_point.shape == scale.shape and zero_point.dtype == scale.dtype and zero_point.device == scale.device,
+            lambda: f"zero_point is {zero_point.dtype} of shape {tuple(zero_point.shape)} on {zero_point.device}, "
+            f"must be like scale, {scale.dtype} of shape {tuple(scale.shape)} on {scale.device}",
+        )
+    if seed is not None:
+        torch._check(
+            seed.dtype == torch.int64 and seed.numel() == 1 and seed.device == w.device,
+            lambda: f"seed is {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}, "
+            f"must be an int64 tensor with one element on {w.device}",
+        )
+    torch._check(len(grid) == len(GridConstants._fields), lambda: f"grid has {len(grid)} constants, must be Grid.constants")
+
+
+def _output_dtype(w: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    dtype = dtype or w.dtype
+    torch._check(
+        dtype == w.dtype or (w.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)),
+        lambda: f"dtype is {dtype}, must be w's {w.dtype}, or a 16-bit float for a float32 w",
+    )
+    return dtype
+
+
+def _fake_forward(w: Tensor, scale: Tensor, zero_point: Any, seed: Any, grid: Any, *rest: Any) -> Tensor:
+    check_call(w, scale, zero_point, seed, grid)
+    return w.new_empty(w.shape, dtype=_output_dtype(w, rest[-1]))
+
+
+def _fake_backward(g: Tensor, w: Tensor, scale: Tensor, zero_point: Any, seed: Any, grid: Any, *_: Any) -> Any:
+    check_call(w, scale, zero_point, seed, grid)
+    torch._check(g.shape == w.shape, lambda: f"g has shape {tuple(g.shape)}, must be {tuple(w.shape)} like w")
+    _output_dtype(w, g.dtype)
+    dz = scale.new_empty(0) if zero_point is None else scale.new_empty(scale.shape)
+    return w.new_empty(w.shape), scale.new_empty(scale.shape), dz
+
+
+def _fake_jvp(
+    tangent_w: Any, tangent_scale: Any, tangent_zero_point: Any,
+    w: Tensor, scale: Tensor, zero_point: Any, seed: Any, grid: Any, *rest: Any,
+) -> Tensor:  # fmt: skip
+    check_call(w, scale, zero_point, seed, grid)
+    for name, tangent, primal in (
+        ("tangent_w", tangent_w, w),
+        ("tangent_scale", tangent_scale, scale),
+        ("tangent_zero_point", tangent_zero_point, zero_point),
+    ):
+        torch._check(
+            tangent is None or (primal is not None and tangent.shape == primal.shape and tangent.dtype == primal.dtype),
+            lambda name=name: f"{name} must have the shape and dtype of what it is the tangent of",
+        )
+    return w.new_empty(w.shape, dtype=_output_dtype(w, rest[-1]))
+
+
+_CALL = "Tensor w, Tensor scale, Tensor? zero_point, Tensor? seed, float[] grid, float noise_std, float scale_noise_std"
+FORWARD = define(
+    "fake_quantize", f"{_CALL}, float grad_scale, ScalarType? dtype", ("out",), reference=_forward, fake=_fake_forward
+)
+BACKWARD = define(
+    "fake_quantize_backward", f"Tensor g, {_CALL}, float grad_scale", ("dw", "ds", "dz"),
+    reference=_backward, fake=_fake_backward,
+)  # fmt: skip
+JVP = define(
+    "fake_quantize_jvp",
+    f"Tensor? tangent_w, Tensor? tangent_scale, Tensor? tangent_zero_point, {_CALL}, float grad_scale, ScalarType? dtype",
+    ("out",), reference=_jvp, fake=_fake_jvp,
+)  # fmt: skip
+
+
+class _Linearized(Function):
+    """What the three Functions share: the point of linearization, saved for either mode."""
+
+    @staticmethod
+    def keep(ctx: Any, primals: tuple[Any, ...], dtype: torch.dtype) -> None:
+        """Save w, scale, zero point and seed; keep the settings and the dtype of y."""
+        tensors, ctx.settings = primals[:4], primals[4:8]
+        ctx.dtype = dtype
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def transposed(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of the first three inputs, which are or belong to (w, scale, zero_point)."""
+        needed = ctx.needs_input_grad[:3]
+        if g is None or not any(needed):
+            return None, None, None
+        grads = FakeQuantizeBackward.apply(g, *ctx.saved_tensors, *ctx.settings)
+        return tuple(grad if n else None for n, grad in zip(needed, (*grads, None), strict=False))
+
+    @staticmethod
+    def pushed(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor | None:
+        """Tangent of y."""
+        if all(t is None for t in tangents):
+            return None
+        return FakeQuantizeJvp.apply(*tangents, *ctx.saved_tensors, *ctx.settings, ctx.dtype)
+
+
+class FakeQuantize(_Linearized):
+    """y = Q(w; scale, zero_point)."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return torch.ops.qatkernels.fake_quantize(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Linearized.keep(ctx, inputs, output.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        return *_Linearized.transposed(ctx, g), *[None] * 6
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _Linearized.pushed(ctx, tangents[:3])
+
+
+class FakeQuantizeBackward(_Linearized):
+    """(dw, ds[, dz]) from g: linear in g, so its transpose is the jvp and its own jvp is itself."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        dw, ds, dz = torch.ops.qatkernels.fake_quantize_backward(*args)
+        return (dw, ds) if args[3] is None else (dw, ds, dz)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _Linearized.keep(ctx, inputs[1:], inputs[0].dtype)
+
+    @staticmethod
+    def backward(ctx: Any, tw: Any, ts: Any, tz: Any = None) -> Any:
+        tz = None if ctx.saved_tensors[2] is None else tz
+        return _Linearized.pushed(ctx, (tw, ts, tz)), *[None] * 8
+
+    @staticmethod
+    def jvp(ctx: Any, g: Any, *_: Any) -> Any:
+        if g is None:
+            return (None,) * (2 if ctx.saved_tensors[2] is None else 3)
+        return FakeQuantizeBackward.apply(g, *ctx.saved_tensors, *ctx.settings)
+
+
+class FakeQuantizeJvp(_Linearized):
+    """dy from (dw, ds, dz): linear in them, so its transpose is the backward and its own jvp is itself."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return torch.ops.qatkernels.fake_quantize_jvp(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Linearized.keep(ctx, inputs[3:], output.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        return *_Linearized.transposed(ctx, g), *[None] * 9
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _Linearized.pushed(ctx, tangents[:3])
+
+
+for _op, _function in ((FORWARD, FakeQuantize), (BACKWARD, FakeQuantizeBackward), (JVP, FakeQuantizeJvp)):
+    # torch.compile traces the ops themselves (Dynamo takes no Function that has a jvp); the rules are the same.
+    torch.library.register_autograd(
+        f"qatkernels::{_op.name}",
+        _function.backward,
+        setup_context=lambda ctx, inputs, output, f=_function: f.setup_context(ctx, inputs, output),
+    )
+
+
+def fake_quantize(
+    w: Tensor,
+    scale: Tensor,
+    grid: Grid,
+    *,
+    group_size: int | None = None,
+    zero_point: Tensor | None = None,
+    noise_std: float = 0.0,
+    scale_noise_std: float = 0.0,
+    seed: int | Tensor | None = None,
+    grad_scale: float | None = None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Quantize and dequantize ``w``, with straight-through gradients to ``w``, ``scale`` and ``zero_point``.
+
+    Args:
+        w: weight of any shape ``[..., K]``, float32, bfloat16, float16 or float64.
+        scale: step sizes, float32 (or float64 for a float64 ``w``). Without ``group_size`` its shape, trailing ones
+            aside, is a prefix of ``w.shape``: ``[]`` for one scale, ``[N]`` or ``[N, 1]`` for one per row. With it,
+            ``[..., K / group_size]``. Scales below 1e-5, negative ones included, act as 1e-5.
+        grid: the quantization grid.
+        group_size: number of consecutive inputs that share a scale; divides ``K``.
+        zero_point: for affine grids, like ``scale``; need not be integral.
+        noise_std: standard deviation of Gaussian noise added to ``w`` before quantizing (WinQ).
+        scale_noise_std: the same for ``scale``.
+        seed: an int, or an int64 tensor with one element on ``w``'s device, which a captured graph may update in place.
+            Drawn from torch's generator if None. Equal seeds give equal bits on every backend.
+        grad_scale: factor on the gradients of ``scale`` and ``zero_point``; ``grid.grad_scale(w.numel())`` if None.
+        dtype: dtype of the result, ``w.dtype`` if None; a float32 ``w`` may give bfloat16 or float16.
+        out: contiguous tensor to write into; not differentiable, as everywhere in torch.
+
+    Returns:
+        Tensor of the shape of ``w`` with values ``scale / grid.steps * (code + grid.offset - zero_point)``.
+
+    Raises:
+        ValueError: if shapes, ``group_size``, ``out``, noise or ``zero_point`` do not fit, naming the argument.
+        RuntimeError: if a dtype or device does not fit, or ``out`` is given for inputs that require grad.
+
+    The straight-through rule is ParetoQ's (Liu et al., 2025), the noise WinQ's; see docs/algorithms.md.
+    """
+    check_layout(w, scale, grid, group_size, zero_point)
+    if not (0 <= noise_std < float("inf") and 0 <= scale_noise_std < float("inf")):
+        raise ValueError(f"noise_std is {noise_std} and scale_noise_std is {scale_noise_std}, must be finite and >= 0")
+    seed = noise.make_seed(seed, w.device) if noise_std or scale_noise_std else None
+    grad_scale = grid.grad_scale(w.numel()) if grad_scale is None else float(grad_scale)
+    args = (w, scale, zero_point, seed, list(grid.constants), noise_std, scale_noise_std, grad_scale, dtype)
+    if out is not None:
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (w, scale, zero_point, out)):
+            raise RuntimeError("fake_quantize with out= does not support automatic differentiation, use torch.no_grad()")
+        check_out("out", out, w.shape, dtype or w.dtype, w.device)
+        torch.ops.qatkernels.fake_quantize_out(*args, out)
+        return out
+    if torch.compiler.is_compiling():
+        return torch.ops.qatkernels.fake_quantize(*args)
+    return FakeQuantize.apply(*args)
+
+
+def check_layout(w: Tensor, scale: Tensor, grid: Grid, group_size: int | None, zero_point: Tensor | None) -> None:
+    """Raise ValueError unless ``scale`` and ``zero_point`` fit ``w`` at this granularity."""
+    if group_size is not None:
+        if w.ndim == 0:
+            raise ValueError("w has no dimension to divide into groups, group_size must be None")
+        check_group_size(group_size, w.shape[-1])
+        wanted = (*w.shape[:-1], w.shape[-1] // group_size)
+        if scale.shape != wanted:
+            raise ValueError(f"scale has shape {tuple(scale.shape)}, must be {wanted} for group_size {group_size}")
+    else:
+        prefix = tuple(scale.shape)
+        while prefix and prefix[-1] == 1 and prefix != tuple(w.shape[: len(prefix)]):
+            prefix = prefix[:-1]
+        if prefix != tuple(w.shape[: len(prefix)]):
+            raise ValueError(
+                f"scale has shape {tuple(scale.shape)}, must be [], [1] or leading dimensions of w's {tuple(w.shape)} "
+                "(for scales per group give group_size)"
+            )
+    if zero_point is not None:
+        if not grid.has_zero_point:
+            raise ValueError(f"zero_point is given, but scheme {grid.scheme!r} has none, only 'affine' has")
+        if zero_point.shape != scale.shape:
+            raise ValueError(
+                f"zero_point has shape {tuple(zero_point.shape)}, must be {tuple(scale.shape)} like scale"
+            )

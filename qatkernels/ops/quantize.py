@@ -1,0 +1,154 @@
+"""Quantization to integer codes and back, with the codes that `fake_quantize` uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..grid import MIN_SCALE, Grid, GridConstants
+from ._op import define
+from .fake_quantize import FLOATS, Rows, check_call, check_layout
+
+
+def _code_dtype(code_max: int) -> torch.dtype:
+    return torch.uint8 if code_max > 127 else torch.int8
+
+
+def _quantize(
+    w: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], code_min: int, code_max: int
+) -> Tensor:
+    codes = Rows(w, scale, zero_point, None, tuple(grid)).codes()
+    # NaN has no code, and a zero point or scale out of its range must not wrap around.
+    codes = codes.nan_to_num(nan=0.0).clamp(code_min, code_max)
+    return codes.to(_code_dtype(code_max)).view(w.shape)
+
+
+def _fake_quantize(
+    w: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], code_min: int, code_max: int
+) -> Tensor:
+    check_call(w, scale, zero_point, None, grid)
+    torch._check(
+        (-128 <= code_min <= code_max <= 127) or (0 <= code_min <= code_max <= 255),
+        lambda: f"code_min is {code_min} and code_max is {code_max}, must fit int8 or uint8",
+    )
+    return w.new_empty(w.shape, dtype=_code_dtype(code_max))
+
+
+def _dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], dtype: torch.dtype
+) -> Tensor:
+    constants = GridConstants(*grid)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    rows = codes.reshape(scale.numel(), codes.numel() // max(scale.numel(), 1)).to(wide)
+    s = scale.reshape(-1, 1).to(wide).clamp_min(MIN_SCALE)
+    offset = constants.offset if zero_point is None else constants.offset - zero_point.reshape(-1, 1).to(wide)
+    return ((rows + offset) * (s / constants.steps)).to(dtype).view(codes.shape)
+
+
+def _fake_dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], dtype: torch.dtype
+) -> Tensor:
+    torch._check(
+        codes.dtype in (torch.int8, torch.uint8), lambda: f"codes is {codes.dtype}, must be torch.int8 or torch.uint8"
+    )
+    torch._check(dtype in FLOATS, lambda: f"dtype is {dtype}, must be one of {FLOATS}")
+    out = codes.new_empty(codes.shape, dtype=dtype)
+    check_call(out, scale, zero_point, None, grid)
+    return out
+
+
+QUANTIZE = define(
+    "quantize",
+    "Tensor w, Tensor scale, Tensor? zero_point, float[] grid, int code_min, int code_max",
+    ("out",),
+    reference=_quantize,
+    fake=_fake_quantize,
+)
+DEQUANTIZE = define(
+    "dequantize",
+    "Tensor codes, Tensor scale, Tensor? zero_point, float[] grid, ScalarType dtype",
+    ("out",),
+    reference=_dequantize,
+    fake=_fake_dequantize,
+)
+
+
+def _dequantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    codes, scale, zero_point, grid, _ = inputs
+    ctx.save_for_backward(codes, scale, zero_point)
+    ctx.grid = grid
+
+
+def _dequantize_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    codes, scale, zero_point = ctx.saved_tensors
+    constants = GridConstants(*ctx.grid)
+    rows = (codes.reshape(scale.numel(), -1).to(scale.dtype) + constants.offset) / constants.steps
+    g = g.reshape(scale.numel(), -1).to(scale.dtype)
+    ds, dz = (g * rows).sum(-1).view(scale.shape), None
+    if zero_point is not None:
+        total = g.sum(-1).view(scale.shape) / constants.steps
+        ds, dz = ds - total * zero_point, -total * scale.clamp_min(MIN_SCALE)
+    return None, ds, dz, None, None
+
+
+torch.library.register_autograd("qatkernels::dequantize", _dequantize_backward, setup_context=_dequantize_setup)
+
+
+def quantize(
+    w: Tensor, scale: Tensor, grid: Grid, *, group_size: int | None = None, zero_point: Tensor | None = None
+) -> Tensor:
+    """Return the integer codes of ``w`` on a grid.
+
+    Args:
+        w: weight ``[..., K]``, float32, bfloat16, float16 or float64.
+        scale: as for :func:`fake_quantize`.
+        grid: the quantization grid.
+        group_size: as for :func:`fake_quantize`.
+        zero_point: as for :func:`fake_quantize`; codes include it and stay in ``grid.code_min ... grid.code_max``.
+
+    Returns:
+        Codes of the shape of ``w``, int8, or uint8 where ``grid.code_max`` exceeds 127. NaN gives code 0. Not
+        differentiable.
+
+    Raises:
+        ValueError: if shapes, ``group_size`` or ``zero_point`` do not fit, naming the argument.
+        RuntimeError: if a dtype or device does not fit.
+    """
+    check_layout(w, scale, grid, group_size, zero_point)
+    codes: Tensor = torch.ops.qatkernels.quantize(
+        w, scale, zero_point, list(grid.constants), grid.code_min, grid.code_max
+    )
+    return codes
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    grid: Grid,
+    *,
+    group_size: int | None = None,
+    zero_point: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return ``(codes + grid.offset - zero_point) * (scale / grid.steps)``: what :func:`fake_quantize` gives, bit for bit.
+
+    Args:
+        codes: int8 or uint8 codes ``[..., K]``.
+        scale: as for :func:`fake_quantize`; gradients flow to it and to ``zero_point``, without a gradient scale.
+        grid: the quantization grid.
+        group_size: as for :func:`fake_quantize`.
+        zero_point: as for :func:`fake_quantize`.
+        dtype: dtype of the result.
+
+    Returns:
+        Weights of the shape of ``codes``.
+
+    Raises:
+        ValueError: if shapes, ``group_size`` or ``zero_point`` do not fit, naming the argument.
+        RuntimeError: if a dtype or device does not fit.
+    """
+    check_layout(codes, scale, grid, group_size, zero_point)
+    w: Tensor = torch.ops.qatkernels.dequantize(codes, scale, zero_point, list(grid.constants), dtype)
+    return w

@@ -1,0 +1,113 @@
+"""Inputs of the ops that tests and benchmarks share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..grid import Grid, affine, binary, lsq, seq, ternary
+from .noise import make_seed
+
+#: One grid of each kind, and the widths at the ends.
+GRIDS = (binary(), ternary(), seq(2), seq(4), lsq(2), lsq(3), lsq(4), lsq(8), affine(2), affine(4), affine(8))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of the fake-quantize family."""
+
+    name: str
+    grid: Grid
+    w: Tensor = field(repr=False)
+    scale: Tensor = field(repr=False)
+    zero_point: Tensor | None = field(default=None, repr=False)
+    seed: Tensor | None = field(default=None, repr=False)
+    group_size: int | None = None
+    noise_std: float = 0.0
+    scale_noise_std: float = 0.0
+    dtype: torch.dtype | None = None
+
+    @property
+    def point(self) -> tuple[Any, ...]:
+        """The arguments from ``w`` to ``grad_scale`` that the ops of the family share."""
+        constants, grad_scale = list(self.grid.constants), self.grid.grad_scale(self.w.numel())
+        return (
+            self.w, self.scale, self.zero_point, self.seed, constants, self.noise_std, self.scale_noise_std, grad_scale,
+        )  # fmt: skip
+
+    def upstream(self) -> Tensor:
+        """A gradient with respect to y."""
+        g = torch.randn(self.w.shape, generator=torch.Generator().manual_seed(7))
+        return g.to(self.w.device, self.dtype or self.w.dtype)
+
+    def tangents(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tangents of w, scale and zero point."""
+        generator = torch.Generator().manual_seed(8)
+        return tuple(
+            None if t is None else torch.randn(t.shape, generator=generator).to(t.device, t.dtype)
+            for t in (self.w, self.scale, self.zero_point)
+        )  # type: ignore[return-value]
+
+    def args(self, op: str) -> tuple[Any, ...]:
+        """Arguments of a named op of the family."""
+        if op == "fake_quantize":
+            return (*self.point, self.dtype)
+        if op == "fake_quantize_backward":
+            return (self.upstream(), *self.point)
+        if op == "fake_quantize_jvp":
+            return (*self.tangents(), *self.point, self.dtype)
+        if op == "quantize":
+            w, scale, zero_point, _, constants = self.point[:5]
+            return w, scale, zero_point, constants, self.grid.code_min, self.grid.code_max
+        raise KeyError(op)
+
+
+def weights(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:
+    """Weights as a linear layer has them: normal, a fiftieth wide."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * 0.02).to(device, dtype)
+
+
+def make(
+    grid: Grid,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    granularity: str | int = "row",
+    device: torch.device | str = "cpu",
+    noise: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Sample:
+    """Build one sample; ``granularity`` is ``"tensor"``, ``"row"`` or a group size."""
+    w = weights(shape, dtype, device)
+    group_size = granularity if isinstance(granularity, int) else None
+    # Scales half as wide as they should be, so that some weights saturate.
+    scale = grid.init_scale(w, group_size, per_tensor=granularity == "tensor") * 0.5
+    zero_point = grid.init_zero_point(w, scale, group_size) if grid.has_zero_point else None
+    name = f"{grid.scheme}{grid.bits}-{'x'.join(map(str, shape))}-{str(dtype)[6:]}-{granularity}"
+    name += ("-noise" if noise else "") + (f"-to-{str(out_dtype)[6:]}" if out_dtype else "")
+    std, seed = (0.002, make_seed(1234, w.device)) if noise else (0.0, None)
+    return Sample(name, grid, w, scale, zero_point, seed, group_size, std, std, out_dtype)
+
+
+def samples(device: torch.device | str = "cpu") -> Iterator[Sample]:
+    """Every grid at every granularity and dtype, odd sizes, noise, mixed dtypes."""
+    for grid in GRIDS:
+        for granularity in ("tensor", "row", 16):
+            yield make(grid, (6, 48), torch.float32, granularity, device)
+        yield make(grid, (5, 37), torch.float32, "row", device)
+        yield make(grid, (5, 37), torch.float32, "row", device, noise=True)
+        yield make(grid, (4, 64), torch.float32, "row", device, out_dtype=torch.bfloat16)
+        for dtype in (torch.bfloat16, torch.float16):
+            yield make(grid, (6, 48), dtype, "row", device)
+    for grid in (seq(2), lsq(4), affine(4)):
+        yield make(grid, (3, 4, 32), torch.float32, 8, device)
+        yield make(grid, (1,), torch.float32, "tensor", device)
+        yield make(grid, (7, 1), torch.float32, "row", device)
+        yield make(grid, (2, 5001), torch.float32, "row", device)
+        yield make(grid, (3, 40000), torch.bfloat16, "tensor", device, noise=True)
+        yield make(grid, (64, 128), torch.float32, 32, device, noise=True)
+        yield make(grid, (4, 64), torch.float32, "row", device, out_dtype=torch.float16)
