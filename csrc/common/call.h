@@ -1,0 +1,73 @@
+// What a launch needs to know, in plain data: bindings.cpp fills these in, kernels read them.
+#pragma once
+
+#include <cstdint>
+
+#include "grid.h"
+
+namespace qk {
+
+enum class DType : int32_t { f32, bf16, f16, f64 };
+
+// A weight as rows that share a scale, and the grid. All pointers are contiguous; null where the argument is absent.
+struct Point {
+  const void* w;
+  const void* scale;       // [rows]
+  const void* zero_point;  // [rows]
+  const int64_t* seed;     // one element, on the device of w
+  int64_t rows, cols;
+  DType w_type, scale_type;
+  Grid<double> grid;
+  double noise_std, scale_noise_std, grad_scale;
+};
+
+struct Forward {
+  Point at;
+  void* y;
+  DType y_type;
+};
+
+struct Backward {
+  Point at;
+  const void* g;
+  DType g_type;
+  void *dw, *ds, *dz;  // of w's type and of scale's type; dz is null without a zero point
+};
+
+struct Jvp {
+  Point at;
+  const void *tangent_w, *tangent_scale, *tangent_zero_point;  // each may be null
+  void* y;
+  DType y_type;
+};
+
+struct Quantize {
+  Point at;
+  void* codes;  // uint8 if code_max > 127, else int8
+  int32_t code_min, code_max;
+};
+
+struct Dequantize {
+  Point at;  // w is unused
+  const void* codes;
+  bool codes_unsigned;
+  void* y;
+  DType y_type;
+};
+
+struct Dynamic {
+  const void* x;
+  void* y;
+  int64_t rows, cols;
+  DType type;
+  int32_t bits;
+};
+
+struct Normal {
+  const int64_t* seed;
+  float* out;
+  int64_t numel;
+  uint32_t stream;
+};
+
+}  // namespace qk

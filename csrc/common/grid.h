@@ -1,0 +1,108 @@
+// One element's meaning: quantize, dequantize and the straight-through rule, for a scalar or a vector of lanes.
+//
+// The mirror of qatkernels/ops/fake_quantize.py, shared by the CPU and the CUDA kernels. V is float, double or a SIMD
+// vector of either that provides the operators, and select, min_of, max_of and round_half_even.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define QK_HD __host__ __device__ __forceinline__
+#else
+#define QK_HD inline __attribute__((always_inline))
+#endif
+
+namespace qk {
+
+constexpr double kMinScale = 1e-5;
+
+// Grid.constants of qatkernels/grid.py.
+template <class T>
+struct Grid {
+  T steps, offset, low, high, pass_low, pass_high, below, above, residual;
+  bool by_sign;
+
+  template <class U>
+  Grid<U> as() const {
+    return {U(steps),     U(offset), U(low),   U(high),     U(pass_low),
+            U(pass_high), U(below),  U(above), U(residual), by_sign};
+  }
+};
+
+// A row that shares a scale: the scale clamped, and the grid shifted by the zero point.
+template <class T>
+struct Row {
+  Grid<T> grid;
+  T scale, step, inverse_steps;
+
+  QK_HD Row(const Grid<T>& g, T s, T zero) : grid(g) {
+    scale = s < T(kMinScale) ? T(kMinScale) : s;  // NaN stays
+    step = scale / g.steps;
+    inverse_steps = T(1) / g.steps;
+    grid.offset -= zero;
+    grid.low -= zero;
+    grid.high -= zero;
+    grid.pass_low -= zero;
+    grid.pass_high -= zero;
+    grid.below -= zero;
+    grid.above -= zero;
+  }
+};
+
+#if defined(__CUDACC__) || defined(QK_HOST_CUDA)
+template <class T>
+QK_HD T select(bool mask, T a, T b) {
+  return mask ? a : b;
+}
+// Both return b where either is NaN.
+template <class T>
+QK_HD T min_of(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+QK_HD T max_of(T a, T b) {
+  return a > b ? a : b;
+}
+QK_HD float round_half_even(float x) { return rintf(x); }
+QK_HD double round_half_even(double x) { return rint(x); }
+#endif
+
+// The code of w, as a floating point number; r = w / scale.
+template <class V, class T>
+QK_HD V code_of(V w, V r, const Row<T>& row) {
+  if (row.grid.by_sign) return select(w != w, w, select(w < V(T(0)), V(T(-1)), V(T(0))));
+  const V clamped = min_of(V(row.grid.high), max_of(V(row.grid.low), r));
+  return round_half_even(clamped * V(row.grid.steps) - V(row.grid.offset));
+}
+
+template <class V, class T>
+QK_HD V value_of(V code, const Row<T>& row) {
+  return (code + V(row.grid.offset)) * V(row.step);
+}
+
+template <class V, class T>
+QK_HD V fake_quantized(V w, const Row<T>& row) {
+  return value_of(code_of(w, w / V(row.scale), row), row);
+}
+
+// The straight-through rule at one element: what multiplies the gradient of w, of the scale and of the zero point.
+template <class V, class T>
+struct Slopes {
+  V passes, scale, zero_point;  // passes is all ones or 0 as a multiplier would be, applied by select: 0 * inf is not 0
+
+  QK_HD Slopes(V w, const Row<T>& row) {
+    const V r = w / V(row.scale);
+    const auto below = r < V(row.grid.pass_low), above = r > V(row.grid.pass_high);
+    const V inside = (code_of(w, r, row) + V(row.grid.offset)) * V(row.inverse_steps) - V(row.grid.residual) * r;
+    const V zero = V(T(0)), one = V(T(1));
+    passes = select(r >= V(row.grid.pass_low), select(r <= V(row.grid.pass_high), one, zero), zero);
+    scale = select(below, V(row.grid.below), select(above, V(row.grid.above), inside));
+    zero_point = select(below, V(-row.scale), select(above, V(-row.scale), zero));
+  }
+
+  // x where the gradient passes, else 0.
+  QK_HD V masked(V x) const { return select(passes > V(T(0)), x, V(T(0))); }
+};
+
+}  // namespace qk
