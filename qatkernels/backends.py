@@ -51,7 +51,7 @@ def _load() -> ModuleType | None:
             MISSING["cuda"] = "the extension was built without CUDA"
         for op in OPS.values():
             for op_name, schema in op.schemas.items():
-                compiled.register("qatkernels_cpp", op_name, schema)
+                compiled.declare("qatkernels_cpp", op_name, schema)
                 for backend in backends:
                     IMPLS[op_name][backend] = getattr(torch.ops.qatkernels_cpp, op_name)
     else:
@@ -95,7 +95,7 @@ def install() -> None:
             backend = chosen(name, device)
             for op_name in op.schemas:
                 if backend in ("cpp", "cuda") and compiled is not None:
-                    compiled.register("qatkernels", op_name, device)
+                    compiled.implement("qatkernels", op_name, device)
                 elif backend == "triton":
                     LIBRARY.impl(op_name, IMPLS[op_name]["triton"], device)
     if compiled is None and os.environ.get("QATKERNELS_BACKEND") != "reference":

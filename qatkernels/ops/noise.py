@@ -88,7 +88,8 @@ def _log(u: Tensor) -> Tensor:
 def box_muller(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
     """Return two independent float32 standard normals from two 32-bit words."""
     u = ((word0 >> 8) + 1).float() * 2.0**-24
-    radius = torch.sqrt(_log(u) * -2.0)
+    # By way of float64, because torch's own float32 square root (MKL's) is not correctly rounded.
+    radius = torch.sqrt((_log(u) * -2.0).double()).float()
     turn = (word1 >> 8).float() * 2.0**-22
     quadrant = torch.floor(turn + 0.5)
     angle = (turn - quadrant) * HALF_PI

@@ -1,0 +1,47 @@
+// The CPU kernels, compiled once per ISA, and the one choice between them.
+//
+// A kernel works through the half-open range [begin, end) of its units; how a call divides into units depends on its shape
+// alone, never on the number of threads, so results are the same bits whatever the pool does.
+#pragma once
+
+#include "../common/call.h"
+
+namespace qk {
+
+constexpr int64_t kUnitElements = 16384;  // about what stays in the first two cache levels
+constexpr int64_t kUnitRows = 1024;       // at most, so that the noise of their scales is drawn at once
+
+// Short rows are bundled, long rows are cut.
+struct Units {
+  int64_t rows, cols, rows_per_unit, pieces_per_row;
+
+  Units(int64_t rows_, int64_t cols_) : rows(rows_), cols(cols_) {
+    rows_per_unit = cols >= kUnitElements ? 1 : kUnitElements / (cols > 0 ? cols : 1);
+    if (rows_per_unit > kUnitRows) rows_per_unit = kUnitRows;
+    pieces_per_row = cols > kUnitElements ? (cols + kUnitElements - 1) / kUnitElements : 1;
+  }
+  int64_t count() const { return (rows + rows_per_unit - 1) / rows_per_unit * pieces_per_row; }
+};
+
+struct Kernels {
+  const char* isa;
+  void (*forward)(const Forward&, int64_t begin, int64_t end);
+  // partial: 2 * rows * pieces_per_row doubles, used where rows are cut; finish_backward then adds them in order.
+  void (*backward)(const Backward&, double* partial, int64_t begin, int64_t end);
+  void (*finish_backward)(const Backward&, const double* partial);
+  void (*jvp)(const Jvp&, int64_t begin, int64_t end);
+  void (*quantize)(const Quantize&, int64_t begin, int64_t end);
+  void (*dequantize)(const Dequantize&, int64_t begin, int64_t end);
+  void (*dynamic)(const Dynamic&, int64_t begin, int64_t end);  // units: rows
+  void (*normal)(const Normal&, int64_t begin, int64_t end);    // units: kNoiseSpan elements
+};
+
+constexpr int64_t kNoiseSpan = 1024;  // elements drawn at once, a multiple of 64
+
+// The kernels for this machine: the widest ISA that it has and ATEN_CPU_CAPABILITY (default, avx2, avx512) allows.
+const Kernels& kernels();
+
+// Names of the ISAs that were compiled, widest last.
+const char* compiled_isas();
+
+}  // namespace qk

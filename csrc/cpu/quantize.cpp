@@ -1,0 +1,103 @@
+// Integer codes and back on the CPU, dynamic activation quantization, and the bare noise.
+#include <algorithm>
+#include <limits>
+
+#include "rows.h"
+
+namespace qk {
+namespace QK_ISA {
+
+void quantize(const Quantize& call, int64_t begin, int64_t end) {
+  with_types(call.at.w_type, call.at.w_type, [&](auto types) {
+    using T = typename decltype(types)::C;
+    using W = typename decltype(types)::w;
+    Weights<T, W, false> weights(call.at);
+    const Vec<T> low{T(call.code_min)}, high{T(call.code_max)};
+    uint8_t* const codes = static_cast<uint8_t*>(call.codes);
+    for_rows<T>(call.at, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const Row<T>& row) {
+      weights.for_spans(
+          first, last,
+          [&](int64_t i, auto count, const Vec<T>& w) QK_INLINE_LAMBDA {
+            Vec<T> code = code_of(w, w / Vec<T>(row.scale), row);
+            code = select(code == code, code, Vec<T>(T(0)));
+            code = min_of(high, max_of(low, code));
+            T lanes[kLanes];
+            store(lanes, code);
+            for (int64_t j = 0; j < count; ++j) codes[i + j] = static_cast<uint8_t>(static_cast<int32_t>(lanes[j]));
+          },
+          [] {});
+    });
+  });
+}
+
+void dequantize(const Dequantize& call, int64_t begin, int64_t end) {
+  with_types(call.y_type, call.y_type, [&](auto types) {
+    using T = typename decltype(types)::C;
+    using Y = typename decltype(types)::y;
+    Y* const y = static_cast<Y*>(call.y);
+    for_rows<T>(call.at, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const Row<T>& row) {
+      for_lanes(last - first, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
+        T lanes[kLanes] = {};
+        if (call.codes_unsigned) {
+          const uint8_t* const codes = static_cast<const uint8_t*>(call.codes) + first + i;
+          for (int64_t j = 0; j < count; ++j) lanes[j] = codes[j];
+        } else {
+          const int8_t* const codes = static_cast<const int8_t*>(call.codes) + first + i;
+          for (int64_t j = 0; j < count; ++j) lanes[j] = codes[j];
+        }
+        put<false>(y + first + i, value_of(load(static_cast<const T*>(lanes)), row), count);
+      });
+    });
+  });
+}
+
+// The largest magnitude of a row; NaN counts as the largest, as its bits do.
+template <class T, class X>
+T largest(const X* x, int64_t n) {
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  T lanes[kLanes] = {};
+  Bits most[kLanes] = {};
+  for_lanes(n, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
+    store(lanes, Vec<T>(get(x + i, count)));
+    for (int j = 0; j < kLanes; ++j) {
+      Bits bits;
+      std::memcpy(&bits, &lanes[j], sizeof bits);
+      bits &= std::numeric_limits<Bits>::max();
+      most[j] = bits > most[j] ? bits : most[j];
+    }
+  });
+  const Bits bits = *std::max_element(most, most + kLanes);
+  T value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+void dynamic(const Dynamic& call, int64_t begin, int64_t end) {
+  with_types(call.type, call.type, [&](auto types) {
+    using T = typename decltype(types)::C;
+    using X = typename decltype(types)::w;
+    const T qmax = T((1 << (call.bits - 1)) - 1), tiny = T(std::numeric_limits<float>::min());
+    for (int64_t row = begin; row < end; ++row) {
+      const X* const x = static_cast<const X*>(call.x) + row * call.cols;
+      X* const y = static_cast<X*>(call.y) + row * call.cols;
+      const T step = largest<T>(x, call.cols) / qmax;
+      const Vec<T> scale(step < tiny ? tiny : step), high(qmax), low(-qmax);
+      for_lanes(call.cols, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
+        const Vec<T> r = get(x + i, count) / scale;
+        const Vec<T> code = round_half_even(min_of(high, max_of(low, r)));
+        put<false>(y + i, (code + Vec<T>(T(0))) * scale, count);
+      });
+    }
+  });
+}
+
+void normal(const Normal& call, int64_t begin, int64_t end) {
+  NoiseSpan noise;
+  for (int64_t span = begin; span < end; ++span) {
+    const int64_t first = span * kNoiseSpan, n = std::min(kNoiseSpan, call.numel - first);
+    std::memcpy(call.out + first, noise.draw(*call.seed, first, n, call.stream), n * sizeof(float));
+  }
+}
+
+}  // namespace QK_ISA
+}  // namespace qk

@@ -1,0 +1,369 @@
+// Sixteen lanes of float, double or uint32_t, as one, two or four registers of whatever this ISA has.
+//
+// Always sixteen, so that sums are added in the same order and every ISA gives the same bits. Built on the vector
+// extensions of GCC and Clang; intrinsics only where those have no word for it.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "../common/grid.h"
+
+// After the parameter list of a lambda whose body belongs inside the caller's loop.
+#define QK_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace qk {
+namespace QK_ISA {
+
+constexpr int kLanes = 16;
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// One register of T, or the part of one that matches a register of wider elements. C casts between them keep the bits.
+template <class T, int Bytes = kRegisterBytes>
+using Register __attribute__((vector_size(Bytes))) = T;
+
+template <class T>
+struct Signed;
+template <>
+struct Signed<float> {
+  using type = int32_t;
+};
+template <>
+struct Signed<double> {
+  using type = int64_t;
+};
+template <>
+struct Signed<uint32_t> {
+  using type = int32_t;
+};
+
+template <class T>
+struct Vec {
+  using Scalar = T;
+  using Reg = Register<T>;
+  using Bits = Register<typename Signed<T>::type>;
+  static constexpr int kWidth = kRegisterBytes / sizeof(T);
+  static constexpr int kCount = kLanes / kWidth;
+
+  struct Mask {
+    Bits part[kCount];
+  };
+
+  Reg part[kCount];
+
+  Vec() = default;
+  QK_HD Vec(T x) {
+    for (Reg& p : part) p = x - Reg{};
+  }
+
+#define QK_BINARY(op)                                     \
+  friend QK_HD Vec operator op(const Vec& a, const Vec& b) { \
+    Vec r;                                                \
+    for (int i = 0; i < kCount; ++i) r.part[i] = a.part[i] op b.part[i]; \
+    return r;                                             \
+  }
+  QK_BINARY(+)
+  QK_BINARY(-)
+  QK_BINARY(*)
+  QK_BINARY(/)
+  QK_BINARY(&)
+  QK_BINARY(|)
+  QK_BINARY(^)
+#undef QK_BINARY
+#define QK_COMPARE(op)                                     \
+  friend QK_HD Mask operator op(const Vec& a, const Vec& b) { \
+    Mask r;                                                \
+    for (int i = 0; i < kCount; ++i) r.part[i] = a.part[i] op b.part[i]; \
+    return r;                                              \
+  }
+  QK_COMPARE(<)
+  QK_COMPARE(>)
+  QK_COMPARE(<=)
+  QK_COMPARE(>=)
+  QK_COMPARE(==)
+  QK_COMPARE(!=)
+#undef QK_COMPARE
+  QK_HD Vec operator<<(int n) const {
+    Vec r;
+    for (int i = 0; i < kCount; ++i) r.part[i] = part[i] << n;
+    return r;
+  }
+  QK_HD Vec operator>>(int n) const {
+    Vec r;
+    for (int i = 0; i < kCount; ++i) r.part[i] = part[i] >> n;
+    return r;
+  }
+};
+
+using F32 = Vec<float>;
+using U32 = Vec<uint32_t>;
+
+// The mask may come from another type of as wide lanes.
+template <class M, class T>
+QK_HD Vec<T> select(const M& mask, const Vec<T>& a, const Vec<T>& b) {
+  Vec<T> r;
+  for (int i = 0; i < Vec<T>::kCount; ++i) r.part[i] = mask.part[i] ? a.part[i] : b.part[i];
+  return r;
+}
+
+// Both return b where either is NaN.
+template <class T>
+QK_HD Vec<T> min_of(const Vec<T>& a, const Vec<T>& b) {
+  Vec<T> r;
+  for (int i = 0; i < Vec<T>::kCount; ++i) r.part[i] = a.part[i] < b.part[i] ? a.part[i] : b.part[i];
+  return r;
+}
+template <class T>
+QK_HD Vec<T> max_of(const Vec<T>& a, const Vec<T>& b) {
+  Vec<T> r;
+  for (int i = 0; i < Vec<T>::kCount; ++i) r.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
+  return r;
+}
+
+// For magnitudes far below the constant, which a clamped value is.
+QK_HD F32 round_half_even(const F32& x) { return (x + F32(12582912.0f)) - F32(12582912.0f); }
+QK_HD Vec<double> round_half_even(const Vec<double>& x) {
+  return (x + Vec<double>(6755399441055744.0)) - Vec<double>(6755399441055744.0);
+}
+
+template <class To, class From>
+QK_HD Vec<To> bit_cast(const Vec<From>& x) {
+  static_assert(sizeof(To) == sizeof(From), "lanes must match");
+  Vec<To> r;
+  std::memcpy(&r, &x, sizeof r);
+  return r;
+}
+QK_HD U32 as_uint(const F32& x) { return bit_cast<uint32_t>(x); }
+QK_HD F32 as_float(const U32& x) { return bit_cast<float>(x); }
+
+// For values below 2^31.
+QK_HD F32 to_float(const U32& x) {
+  F32 r;
+  for (int i = 0; i < F32::kCount; ++i)
+    r.part[i] = __builtin_convertvector((Register<int32_t>)x.part[i], F32::Reg);
+  return r;
+}
+QK_HD U32 to_uint(const F32& x) {
+  U32 r;
+  for (int i = 0; i < F32::kCount; ++i)
+    r.part[i] = (U32::Reg)__builtin_convertvector(x.part[i], Register<int32_t>);
+  return r;
+}
+
+QK_HD F32 square_root(const F32& x) {
+  F32 r;
+  for (int i = 0; i < F32::kCount; ++i) {
+#if defined(__AVX512F__)
+    r.part[i] = _mm512_sqrt_ps(x.part[i]);
+#elif defined(__AVX2__)
+    r.part[i] = _mm256_sqrt_ps(x.part[i]);
+#else
+    for (int j = 0; j < F32::kWidth; ++j) r.part[i][j] = std::sqrt(x.part[i][j]);
+#endif
+  }
+  return r;
+}
+
+// The 64-bit products of a and b as two halves.
+QK_HD void multiply_wide(const U32& a, uint32_t b, U32& high, U32& low) {
+  using Wide = Register<uint64_t>;
+  for (int i = 0; i < U32::kCount; ++i) {
+    const Wide x = (Wide)a.part[i];
+#if defined(__AVX512F__)
+    const __m512i m = _mm512_set1_epi32(static_cast<int>(b));
+    const Wide even = (Wide)_mm512_mul_epu32((__m512i)x, m);
+    const Wide odd = (Wide)_mm512_mul_epu32((__m512i)(x >> 32), m);
+#elif defined(__AVX2__)
+    const __m256i m = _mm256_set1_epi32(static_cast<int>(b));
+    const Wide even = (Wide)_mm256_mul_epu32((__m256i)x, m);
+    const Wide odd = (Wide)_mm256_mul_epu32((__m256i)(x >> 32), m);
+#else
+    const Wide even = (x & 0xFFFFFFFFu) * b, odd = (x >> 32) * b;
+#endif
+    const Wide top = (even >> 32) | ((odd >> 32) << 32), bottom = (even & 0xFFFFFFFFu) | (odd << 32);
+    high.part[i] = (U32::Reg)top;
+    low.part[i] = (U32::Reg)bottom;
+  }
+}
+
+// Lanes i and i + 8, then i and i + 4, 2, 1: one order on every ISA.
+template <class T>
+QK_HD T sum(const Vec<T>& x) {
+  T lanes[kLanes];
+  std::memcpy(lanes, &x, sizeof lanes);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// ---- loads and stores of any element type as lanes of the computing type
+
+template <class T>
+QK_HD Vec<T> load(const T* p) {
+  Vec<T> r;
+  std::memcpy(&r, p, sizeof r);
+  return r;
+}
+template <class T>
+QK_HD void store(T* p, const Vec<T>& x) {
+  std::memcpy(p, &x, sizeof x);
+}
+
+// Registers of 16-bit elements that widen to one register of 32-bit lanes.
+using Half = Register<uint16_t, kRegisterBytes / 2>;
+
+QK_HD F32 load(const bfloat16* p) {
+  F32 r;
+  for (int i = 0; i < F32::kCount; ++i) {
+    Half h;
+    std::memcpy(&h, p + i * F32::kWidth, sizeof h);
+    const U32::Reg wide = __builtin_convertvector(h, U32::Reg) << 16;
+    r.part[i] = (F32::Reg)wide;
+  }
+  return r;
+}
+
+// Round to nearest even; a NaN stays one.
+QK_HD void store(bfloat16* p, const F32& x) {
+  for (int i = 0; i < F32::kCount; ++i) {
+    const U32::Reg bits = (U32::Reg)x.part[i];
+    const U32::Reg rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    const U32::Reg result = x.part[i] == x.part[i] ? rounded : (bits >> 16 | 0x40u);
+    const Half h = __builtin_convertvector(result, Half);
+    std::memcpy(p + i * F32::kWidth, &h, sizeof h);
+  }
+}
+
+#if !defined(__F16C__)
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, magnitude = h & 0x7FFFu;
+  uint32_t bits;
+  if (magnitude >= 0x7C00u) {
+    bits = 0x7F800000u | (magnitude & 0x3FFu) << 13;
+  } else if (magnitude >= 0x0400u) {
+    bits = (magnitude << 13) + (112u << 23);
+  } else {
+    const float value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;  // 2^-24
+    std::memcpy(&bits, &value, sizeof bits);
+  }
+  bits |= sign;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+inline uint16_t float_to_half(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u | (magnitude >> 13 & 0x3FFu));
+  if (magnitude >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // rounds past 65504
+  if (magnitude < 0x38800000u) {                                                // subnormal: let the adder round
+    float shifted;
+    const uint32_t absolute = magnitude;
+    std::memcpy(&shifted, &absolute, sizeof shifted);
+    shifted += 0.5f;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    return static_cast<uint16_t>(sign | (bits - 0x3F000000u));
+  }
+  return static_cast<uint16_t>(sign | (magnitude - (112u << 23) + 0xFFFu + (magnitude >> 13 & 1u)) >> 13);
+}
+#endif
+
+QK_HD F32 load(const float16* p) {
+  F32 r;
+#if defined(__AVX512F__)
+  r.part[0] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  for (int i = 0; i < F32::kCount; ++i)
+    r.part[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * i)));
+#else
+  for (int i = 0; i < kLanes; ++i) r.part[i / F32::kWidth][i % F32::kWidth] = half_to_float(p[i].bits);
+#endif
+  return r;
+}
+QK_HD void store(float16* p, const F32& x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.part[0], _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  for (int i = 0; i < F32::kCount; ++i)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * i), _mm256_cvtps_ph(x.part[i], _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i].bits = float_to_half(x.part[i / F32::kWidth][i % F32::kWidth]);
+#endif
+}
+
+// float32 lanes as the computing type, for the noise.
+QK_HD void widen(const F32& x, F32& out) { out = x; }
+QK_HD void widen(const F32& x, Vec<double>& out) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) out.part[i / Vec<double>::kWidth][i % Vec<double>::kWidth] = lanes[i];
+}
+
+// The first n < 16 elements, the other lanes 0.
+template <class T>
+QK_HD auto load_first(const T* p, int64_t n) {
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, n * sizeof(T));
+  return load(static_cast<const T*>(lanes));
+}
+template <class T, class V>
+QK_HD void store_first(T* p, const V& x, int64_t n) {
+  T lanes[kLanes];
+  store(lanes, x);
+  std::memcpy(p, lanes, n * sizeof(T));
+}
+
+// Past the caches: p aligned to 64 bytes. Saves reading the line that is about to be overwritten.
+template <class T, class V>
+QK_HD void stream(T* p, const V& x) {
+#if defined(__x86_64__)
+  alignas(64) T lanes[kLanes];
+  store(lanes, x);
+#if defined(__AVX512F__)
+  if constexpr (sizeof lanes == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes)));
+  } else {
+    for (size_t i = 0; i < sizeof lanes / 64; ++i)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(p) + i, _mm512_load_si512(reinterpret_cast<__m512i*>(lanes) + i));
+  }
+#elif defined(__AVX2__)
+  for (size_t i = 0; i < sizeof lanes / 32; ++i)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + i, _mm256_load_si256(reinterpret_cast<__m256i*>(lanes) + i));
+#else
+  for (size_t i = 0; i < sizeof lanes / 16; ++i)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, _mm_load_si128(reinterpret_cast<__m128i*>(lanes) + i));
+#endif
+#else
+  store(p, x);
+#endif
+}
+
+inline void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace QK_ISA
+}  // namespace qk

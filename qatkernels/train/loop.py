@@ -1,0 +1,440 @@
+"""The reference training loop: full precision first, then quantization-aware training from it at each bit width.
+
+Everything a step needs is a function of the configuration and the step number: the learning rate, the batch, any random
+draw. A checkpoint is therefore the model, the optimizer's moments and one integer, and a run that was killed and started
+again ends with the same weights, bit for bit on a CPU (same machine, same number of threads), as one that was not.
+
+    out/run.json          the configuration; another one is refused here
+    out/log.jsonl         one line for each logged step
+    out/<phase>/          fp, then w4, w2, w1.58, w1: state.safetensors while it trains, then
+                          model.safetensors and, last of all, config.json
+    out/report.json       the table and the curves, also as curves.png
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..grid import paretoq
+from ..nn import QuantConfig, quantize_model, quantized_modules
+from . import checkpoint, data, report
+from .checkpoint import CheckpointError
+from .model import ModelConfig, Transformer
+from .schedules import cosine
+
+#: Layers that stay in full precision, as in the papers (embeddings and norms are no nn.Linear to begin with).
+EXCLUDED = ("lm_head",)
+
+
+class ConfigError(ValueError):
+    """A setting cannot be used; the message names it, its value and what is allowed."""
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+class Interrupted(Exception):  # noqa: N818  (not an error: the run was asked to stop, and did)
+    """A signal stopped the run after a checkpoint was written."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+def _option(default: Any, text: str, group: str, resumable: bool = False) -> Any:
+    """A field that is also a command line option; a resumed run may change it only if it is ``resumable``."""
+    return field(default=default, metadata={"help": text, "group": group, "resumable": resumable})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the result of a run. `qatkernels train --help` lists the fields with their meaning.
+
+    Raises:
+        ConfigError: if a field has a value that cannot be used.
+    """
+
+    out: str = _option("runs/demo", "folder for checkpoints, log and report", "run", resumable=True)
+    data: str | None = _option(None, "text file or folder; default: this Python's standard library sources", "run")
+    bits: tuple[float, ...] = _option((4, 2, 1.58, 1), "bit widths to train; more may be added later", "run", True)
+    seed: int = _option(0, "seed of the initial weights and of the batches", "run")
+    device: str = _option("auto", "cpu, cuda, or auto: cuda where there is one", "run")
+    precision: str = _option(
+        "auto", "float32, or bfloat16 autocast; auto: bfloat16 where the hardware multiplies it", "run"
+    )
+
+    width: int = _option(192, "features of the residual stream", "model")
+    depth: int = _option(3, "transformer blocks", "model")
+    heads: int = _option(3, "attention heads", "model")
+    context: int = _option(128, "bytes that a window predicts", "model")
+
+    batch: int = _option(16, "windows in a step", "training")
+    steps: int = _option(1000, "steps in full precision", "training")
+    qat_steps: int = _option(300, "steps of quantization-aware training at each bit width", "training")
+    lr: float = _option(3e-3, "peak learning rate in full precision", "training")
+    qat_lr: float = _option(1e-3, "peak learning rate of quantization-aware training", "training")
+    scale_lr: float = _option(1e-4, "peak learning rate of the quantizers' scales", "training")
+    weight_decay: float = _option(0.1, "decay of weight matrices in full precision (QAT has none)", "training")
+    beta1: float = _option(0.9, "AdamW's decay of the first moment", "training")
+    beta2: float = _option(0.95, "AdamW's decay of the second moment", "training")
+    warmup: float = _option(0.05, "share of a phase's steps over which the learning rate rises", "training")
+    clip: float = _option(1.0, "largest norm of the gradient", "training")
+
+    eval_every: int = _option(100, "steps between evaluations on held-out text", "evaluation")
+    eval_windows: int = _option(512, "held-out windows in an evaluation", "evaluation")
+    log_every: int = _option(10, "steps between training losses in the log", "evaluation")
+    save_every: int = _option(100, "steps between checkpoints", "evaluation", resumable=True)
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+        if not self.bits or len(set(self.bits)) != len(self.bits):
+            raise ConfigError(f"--bits is {self.bits}, must be one or more different bit widths")
+        try:
+            for bits in self.bits:
+                paretoq(bits)
+            _ = self.model
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"--precision is {self.precision!r}, must be auto, float32 or bfloat16")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"--device is {self.device!r}, must be auto, cpu or cuda")
+
+    @property
+    def model(self) -> ModelConfig:
+        """Shape of the model."""
+        return ModelConfig(self.width, self.depth, self.heads, self.context)
+
+    def resolved(self) -> TrainConfig:
+        """Return the configuration with ``auto`` replaced by what this machine has.
+
+        Raises:
+            ConfigError: if CUDA is asked for and missing.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device is cuda, but PyTorch sees no CUDA device; must be cpu or auto here")
+        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        precision = self.precision
+        if precision == "auto":
+            precision = "bfloat16" if device == "cuda" or _multiplies_bfloat16() else "float32"
+        return replace(self, device=device, precision=precision)
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        at_least = 1 if isinstance(entry.default, int) else 0.0
+        at_most = 1.0 if entry.name in ("beta1", "beta2", "warmup") else math.inf
+        if entry.name != "seed" and not (at_least <= value <= at_most and math.isfinite(value)):
+            limits = f"at least {at_least}" if at_most == math.inf else f"in [{at_least}, {at_most}]"
+            raise ConfigError(f"--{entry.name.replace('_', '-')} is {value}, must be {limits}")
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 arithmetic; without it autocast is slower than float32."""
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training run within the run: full precision, or one bit width."""
+
+    name: str
+    bits: float | None
+    steps: int
+    lr: float
+    weight_decay: float
+
+
+def phases(config: TrainConfig) -> list[Phase]:
+    """Return what is trained, in order; every phase but the first starts from the first's weights."""
+    first = Phase("fp", None, config.steps, config.lr, config.weight_decay)
+    return [first, *(Phase(f"w{bits:g}", bits, config.qat_steps, config.qat_lr, 0.0) for bits in config.bits)]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every phase shares."""
+
+    config: TrainConfig
+    corpus: data.Corpus
+    log: report.Log
+    display: report.Display
+    stop: _Stop
+
+    def folder(self, name: str) -> Path:
+        return Path(self.config.out) / name
+
+
+def train(config: TrainConfig, *, restart: bool = False, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Train, or go on with what an earlier call with the same ``out`` left.
+
+    Args:
+        config: the configuration.
+        restart: delete what ``config.out`` holds of an earlier run first.
+        say: receives lines of text about the progress; a progress bar on the terminal if None.
+
+    Returns:
+        The report, as it is written to ``report.json``.
+
+    Raises:
+        ConfigError: if a setting cannot be used here, or differs from the run that is being resumed.
+        DataError: if the text cannot be used.
+        CheckpointError: if ``out`` cannot be written to, is in use, or holds a damaged checkpoint.
+        DivergedError: if the loss is not finite.
+        Interrupted: on SIGINT or SIGTERM, after a checkpoint.
+    """
+    config = config.resolved()
+    corpus = data.load(config.data, config.context)
+    out, plan = Path(config.out), phases(config)
+    with checkpoint.exclusive(out), _Stop() as stop:
+        if restart:
+            checkpoint.remove_run(out)
+        _open_run(out, config, corpus)
+        log = report.Log(out / "log.jsonl")
+        with report.Display(sum(phase.steps for phase in plan), say) as display:
+            run = _Run(config, corpus, log, display, stop)
+            results = [_finished(run, phase) or run_phase(run, phase) for phase in plan]
+        return report.write(out, asdict(config), corpus, results, log)
+
+
+def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:
+    """Write run.json, or compare with the one that is there."""
+    now = {**asdict(config), "bits": list(config.bits), "data_sha256": corpus.sha256}
+    path = out / "run.json"
+    if path.exists():
+        before = checkpoint.read_json(path)
+        free = {entry.name for entry in fields(config) if entry.metadata["resumable"]}
+        for name in now.keys() - free:
+            if before.get(name) != now[name]:
+                option = "the text of --data" if name == "data_sha256" else f"--{name.replace('_', '-')}"
+                raise ConfigError(
+                    f"{option} is {now[name]}, but the run in {out} was started with {before.get(name)}; "
+                    "give the same, another --out, or --restart to start over"
+                )
+    checkpoint.write_json(path, now)
+
+
+class _Stop:
+    """SIGINT and SIGTERM as a flag that is read between steps; a second signal acts at once."""
+
+    def __enter__(self) -> _Stop:
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def run_phase(run: _Run, phase: Phase) -> dict[str, Any]:
+    """Train one phase to its end, from its last checkpoint if it has one, and return its result."""
+    config, state_file = run.config, run.folder(phase.name) / "state.safetensors"
+    model = build_model(run, phase)
+    optimizer = build_optimizer(model, config, phase)
+    progress = _restore(state_file, model, optimizer) if state_file.exists() else _Progress()
+    run.log.trim(phase.name, progress.step)
+    run.display.begin(phase.name, progress.step)
+    windows = run.corpus.evaluation(config.eval_windows, config.context)
+    if progress.step == 0:  # of a quantized phase this is round-to-nearest: nothing has been trained at this width
+        progress.start = evaluate(model, windows, config)
+        run.log.add(phase=phase.name, step=0, held_out=progress.start)
+
+    model.train()
+    while progress.step < phase.steps:
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * cosine(progress.step, phase.steps, int(config.warmup * phase.steps))
+        torch.manual_seed(_seed(config.seed, "fp" if phase.bits is None else "qat", progress.step))
+        loss = mean_loss(model, run.corpus.batch(config.batch, config.context), config)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.step += 1
+        progress.seconds += time.perf_counter() - began
+
+        last = progress.step == phase.steps
+        entry = {"phase": phase.name, "step": progress.step}
+        if progress.step % config.log_every == 0 or last:
+            entry |= {"train": _finite(loss.item() / math.log(2), entry), "lr": optimizer.param_groups[0]["lr"]}
+        if progress.step % config.eval_every == 0 or last:
+            progress.held_out = _finite(evaluate(model, windows, config), entry)
+            entry |= {"held_out": progress.held_out}
+        if len(entry) > 2:
+            run.log.add(**entry)
+        run.display.step(phase.name, entry, config.batch * config.context * progress.step / progress.seconds)
+        if last:
+            break
+        if run.stop.number or progress.step % config.save_every == 0:
+            checkpoint.save(state_file, _snapshot(model, optimizer), asdict(progress))
+        if run.stop.number:
+            raise Interrupted(run.stop.number)
+    return _finish(run, phase, model, progress)
+
+
+def mean_loss(model: nn.Module, windows: Tensor, config: TrainConfig) -> Tensor:
+    """Return the mean cross-entropy in nats of predicting each byte of the windows from those before it."""
+    windows = windows.to(config.device)
+    with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        logits = model(windows[:, :-1])
+    return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, windows: Tensor, config: TrainConfig) -> float:
+    """Return bits per byte on ``windows`` ``[count, context + 1]``; each window starts without context."""
+    model.eval()
+    total = sum(mean_loss(model, part, config).item() * len(part) for part in windows.split(64))
+    model.train()
+    return total / len(windows) / math.log(2)
+
+
+def build_model(run: _Run, phase: Phase) -> nn.Module:
+    """Return a new model for the first phase, and for the others the first one's, quantized."""
+    torch.manual_seed(_seed(run.config.seed, "weights", 0))
+    model: nn.Module = Transformer(run.config.model)
+    if phase.bits is not None:
+        trained, _ = checkpoint.load(run.folder("fp") / "model.safetensors")
+        model.load_state_dict(trained)
+        model = quantize_model(model, QuantConfig(bits=phase.bits), exclude=EXCLUDED)
+    return model.to(run.config.device)
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig, phase: Phase) -> torch.optim.Optimizer:
+    """Return AdamW with a group for weight matrices, one for scales and zero points, and one for the rest.
+
+    Only the first decays. Scales have a learning rate of their own: Adam moves every parameter by about the learning
+    rate, and a scale is a hundred times smaller than a row of weights is long.
+    """
+    weights, scales, rest = [], [], []
+    for name, parameter in model.named_parameters():
+        is_scale = name.endswith((".scale", ".zero_point"))
+        is_matrix = parameter.ndim >= 2 and not name.startswith("embedding")
+        (scales if is_scale else weights if is_matrix else rest).append(parameter)
+    groups = [
+        {"params": weights, "peak": phase.lr, "weight_decay": phase.weight_decay},
+        {"params": scales, "peak": config.scale_lr, "weight_decay": 0.0},
+        {"params": rest, "peak": phase.lr, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(config.beta1, config.beta2), fused=True)
+
+
+@dataclass
+class _Progress:
+    """How far a phase is; part of its checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    start: float = math.nan
+    held_out: float = math.nan
+
+
+def _seed(seed: int, purpose: str, step: int) -> int:
+    """Return 64 bits that depend on all three; what is drawn at a step needs no generator's state to be saved."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose} {step}".encode()).digest()[:8], "little", signed=True)
+
+
+def _finite(value: float, entry: dict[str, Any]) -> float:
+    if not math.isfinite(value):
+        raise DivergedError(
+            f"the loss is {value} at step {entry['step']} of {entry['phase']}; lower --lr (or --qat-lr and --scale-lr)"
+        )
+    return value
+
+
+def _snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return model and optimizer as one flat dictionary of tensors."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> _Progress:
+    """Load what :func:`_snapshot` gave into a model and an optimizer that were just built."""
+    tensors, header = checkpoint.load(path)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    try:
+        model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+        moments = {
+            i: {key: tensors[f"optimizer.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            for i, name in enumerate(order)
+        }
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        return _Progress(**header)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit this model ({error}); delete it to start that phase again") from error
+
+
+def _finished(run: _Run, phase: Phase) -> dict[str, Any] | None:
+    """Return the result of a phase that an earlier call finished."""
+    path = run.folder(phase.name) / "config.json"
+    if not path.exists():
+        return None
+    result: dict[str, Any] = checkpoint.read_json(path)["result"]
+    run.display.begin(phase.name, phase.steps)
+    return result
+
+
+def _finish(run: _Run, phase: Phase, model: nn.Module, progress: _Progress) -> dict[str, Any]:
+    """Write the trained model, then config.json, whose presence says that the phase is finished."""
+    folder = run.folder(phase.name)
+    result = {
+        "phase": phase.name,
+        "bits": phase.bits,
+        "steps": phase.steps,
+        "start_bits_per_byte": progress.start,
+        "bits_per_byte": progress.held_out,
+        "seconds": progress.seconds,
+        "tokens_per_second": run.config.batch * run.config.context * phase.steps / progress.seconds,
+        **sizes(model),
+    }
+    quantization = None if phase.bits is None else {"bits": phase.bits, "exclude": list(EXCLUDED)}
+    described = {"phase": phase.name, "model": asdict(run.config.model), "quantization": quantization, "result": result}
+    checkpoint.save(folder / "model.safetensors", model.state_dict(), described)
+    checkpoint.write_json(folder / "config.json", described)
+    (folder / "state.safetensors").unlink(missing_ok=True)
+    run.display.end(result)
+    return result
+
+
+def sizes(model: nn.Module) -> dict[str, int]:
+    """Count parameters, and bytes once packed: codes at the grid's storage width, everything else in float32."""
+    quantized = list(quantized_modules(model))
+    weights = sum(module.weight.numel() for _, module in quantized)
+    scales = sum(module.scale.numel() for _, module in quantized)
+    packed = 4 * scales + sum(-(-module.weight.numel() * module.grid.storage_bits // 8) for _, module in quantized)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "parameters": total - scales,
+        "quantized_parameters": weights,
+        "quantized_bytes": packed,
+        "model_bytes": packed + 4 * (total - weights - scales),
+    }

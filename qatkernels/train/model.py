@@ -1,0 +1,148 @@
+"""A small decoder-only transformer over bytes, written with plain nn.Linear so that `quantize_model` can replace them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a :class:`Transformer`.
+
+    Attributes:
+        width: features of the residual stream.
+        depth: number of blocks.
+        heads: attention heads; ``width / heads`` must be even, for the rotary positions.
+        context: longest sequence.
+        vocab: number of tokens; 256 for bytes.
+    """
+
+    width: int = 192
+    depth: int = 3
+    heads: int = 3
+    context: int = 256
+    vocab: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "context", "vocab"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.width % (2 * self.heads):
+            raise ValueError(f"heads is {self.heads}, twice that must divide the width ({self.width})")
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalization (Zhang and Sennrich, 2019) in the dtype of its input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), 1e-6)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary positions (Su et al., 2021) to ``x`` ``[batch, heads, time, features]``."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, time, width = x.shape
+        q, k, v = self.qkv(x).view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(batch, time, width))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """Two linear layers around a GELU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, 4 * config.width, bias=False)
+        self.down = nn.Linear(4 * config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each on the normalized residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm, self.mlp_norm = RMSNorm(config.width), RMSNorm(config.width)
+        self.attention, self.mlp = Attention(config), MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """A byte-level language model.
+
+    Args:
+        config: its shape. Weights are drawn from torch's default generator.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = RMSNorm(config.width)
+        self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
+        half = config.width // config.heads // 2
+        angles = torch.outer(torch.arange(config.context), 1e4 ** (-torch.arange(half) / half))
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                # What writes to the residual stream starts smaller, so that its variance does not grow with depth.
+                depth = 2 * self.config.depth if name.endswith((".out", ".down")) else 1
+                nn.init.normal_(module.weight, std=(module.in_features * depth) ** -0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return next-token logits.
+
+        Args:
+            tokens: int64 ``[batch, time]``, ``time`` at most ``config.context``.
+
+        Returns:
+            ``[batch, time, vocab]``, in autocast's dtype where that is on.
+
+        Raises:
+            ValueError: if the sequence is longer than the context.
+        """
+        time = tokens.shape[1]
+        if time > self.config.context:
+            raise ValueError(f"tokens has {time} positions, must have at most {self.config.context}")
+        x = self.embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        cos, sin = self.cos[:time].to(x.dtype), self.sin[:time].to(x.dtype)
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return self.lm_head(self.norm(x))  # type: ignore[no-any-return]

@@ -1,0 +1,224 @@
+"""Every op on every backend present, against its reference, on every sample."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import qatkernels as qk
+from qatkernels.backends import IMPLS
+from qatkernels.ops import noise
+from qatkernels.ops._op import OPS
+from qatkernels.ops.samples import GRIDS, make, samples, weights
+from tests.compare import assert_same_bits, check_sample, run_out
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FAMILY = ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "quantize")
+SAMPLES = list(samples())
+
+
+def backends(op):
+    """Implementations other than the reference that run here, with the device they run on."""
+    here = [("cpp", "cpu")]
+    if DEVICE == "cuda":
+        here += [("triton", "cuda"), ("cuda", "cuda")]
+    return [(name, device) for name, device in here if name in IMPLS[f"{op}_out"]]
+
+
+def test_the_extension_is_built():
+    assert "cpp" in IMPLS["fake_quantize"], "run `make setup`: without the extension these tests test little"
+
+
+@pytest.mark.parametrize("op", FAMILY)
+@pytest.mark.parametrize("index", range(len(SAMPLES)), ids=[s.name for s in SAMPLES])
+def test_family(op, index):
+    for backend, device in backends(op):
+        sample = SAMPLES[index] if device == "cpu" else list(samples(device))[index]
+        check_sample(op, IMPLS[f"{op}_out"][backend], sample)
+
+
+@pytest.mark.parametrize("op", FAMILY)
+def test_float64(op):
+    for grid in GRIDS:
+        for granularity in ("row", "tensor", 8):
+            check_sample(op, IMPLS[f"{op}_out"]["cpp"], make(grid, (3, 40), torch.float64, granularity, noise=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
+def test_special_values(grid, dtype):
+    """Ties of every level, both zeros, subnormals, the largest numbers, infinities, NaN; scales from tiny to infinite."""
+    ties = [(k + 0.5 + grid.offset) / grid.steps for k in range(grid.code_min - 2, grid.code_max + 2)]
+    edges = [*grid.clamp, *grid.passes, *(v for v in grid.values[:4])]
+    info = torch.finfo(dtype)
+    extremes = [0.0, -0.0, info.tiny, -info.tiny, info.tiny / 4, info.max, -info.max, torch.inf, -torch.inf, torch.nan]
+    unit = torch.tensor(ties + edges, dtype=torch.float64)
+    near = torch.cat([unit, unit * (1 + info.eps), unit * (1 - info.eps)])
+    scale = torch.tensor([1.0, 0.5, 3.0, 0.01, 1e-5, 1e-7, 0.0, -2.0, 1e30, torch.inf, torch.nan], dtype=torch.float32)
+    rows = [torch.cat([near * max(s, 1e-5), torch.tensor(extremes, dtype=torch.float64)]) for s in scale.tolist()]
+    w = torch.stack(rows).to(dtype)
+    zero_point = torch.full_like(scale, 3.0 if grid.bits < 8 else 100.0) if grid.has_zero_point else None
+    constants = list(grid.constants)
+    upstream = torch.ones_like(w)
+    point = (w, scale, zero_point, None, constants, 0.0, 0.0, 1.0)
+    calls = {
+        "fake_quantize": (*point, None),
+        "fake_quantize_backward": (upstream, *point),
+        "quantize": (w, scale, zero_point, constants, grid.code_min, grid.code_max),
+    }
+    for op, args in calls.items():
+        for backend, device in backends(op):
+            moved = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
+            actual = run_out(op, IMPLS[f"{op}_out"][backend], moved)
+            assert_same_bits(actual[0].cpu(), torch.as_tensor(_first(OPS[op].reference(*args))), f"{backend} {op}")
+
+
+def _first(outputs):
+    return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_dequantize(grid, dtype):
+    for granularity in ("row", 16, "tensor"):
+        sample = make(grid, (6, 48), dtype, granularity)
+        codes = qk.quantize(
+            sample.w, sample.scale, grid, group_size=sample.group_size, zero_point=sample.zero_point
+        )
+        args = (codes, sample.scale, sample.zero_point, list(grid.constants), dtype)
+        expected = OPS["dequantize"].reference(*args)
+        assert_same_bits(expected, OPS["fake_quantize"].reference(*sample.args("fake_quantize")))
+        for backend, device in backends("dequantize"):
+            moved = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
+            assert_same_bits(run_out("dequantize", IMPLS["dequantize_out"][backend], moved)[0].cpu(), expected, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(7, 33), (2, 3, 64), (5, 1), (4, 5000), (3, 0), (0, 3)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_dynamic(dtype, shape, bits):
+    x = weights(shape, dtype)
+    if x.numel() > 20:
+        x.view(-1, shape[-1])[0, 0] = torch.nan
+        x.view(-1, shape[-1])[1] = torch.inf
+        x.view(-1, shape[-1])[2] = 0.0
+    expected = OPS["fake_quantize_dynamic"].reference(x, bits)
+    for backend, device in backends("fake_quantize_dynamic"):
+        actual = run_out("fake_quantize_dynamic", IMPLS["fake_quantize_dynamic_out"][backend], (x.to(device), bits))
+        assert_same_bits(actual[0].cpu(), expected, backend)
+
+
+@pytest.mark.parametrize("numel", [0, 1, 3, 64, 1000, 5001])
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, 123456789123])
+@pytest.mark.parametrize("stream", [noise.WEIGHT_STREAM, noise.SCALE_STREAM])
+def test_normals(numel, seed, stream):
+    seed = torch.tensor(seed)
+    expected = OPS["normal"].reference(seed, numel, stream)
+    for backend, device in backends("normal"):
+        actual = run_out("normal", IMPLS["normal_out"][backend], (seed.to(device), numel, stream))
+        assert_same_bits(actual[0].cpu(), expected, backend)
+
+
+@pytest.mark.parametrize("op", FAMILY)
+def test_views(op):
+    """Transposed weights, strided scales and gradients with stride 0 give what their contiguous copies give."""
+    sample = make(qk.lsq(4), (48, 32), torch.float32, "row", noise=op != "quantize")
+    args = list(sample.args(op))
+    for i, a in enumerate(args):
+        if isinstance(a, torch.Tensor) and a.ndim == 2:
+            args[i] = a.t().contiguous().t()
+        elif isinstance(a, torch.Tensor) and a.ndim == 1:
+            args[i] = torch.stack([a, a], -1)[:, 0]
+    if op == "fake_quantize_backward":
+        args[0] = torch.ones(()).expand(48, 32)
+    copies = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in args]
+    for backend, device in backends(op):
+        for variant in ("", "_out"):
+            impl = IMPLS[op + variant][backend]
+            if variant:
+                actual, expected = run_out(op, impl, _to(args, device)), run_out(op, impl, _to(copies, device))
+            else:
+                actual, expected = impl(*_to(args, device)), impl(*_to(copies, device))
+                actual, expected = ((t,) if isinstance(t, torch.Tensor) else t for t in (actual, expected))
+            for a, e in zip(actual, expected, strict=True):
+                assert_same_bits(a, e, f"{backend} {op}")
+
+
+def _to(args, device):
+    return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
+
+
+@pytest.mark.parametrize("op", FAMILY)
+def test_threads_and_launch_shape_change_no_bit(op):
+    sample = make(qk.affine(4), (37, 5000), torch.float32, "row", noise=op != "quantize")
+    whole = make(qk.seq(2), (300, 1000), torch.float32, "tensor", noise=op != "quantize")
+    threads = torch.get_num_threads()
+    for s in (sample, whole):
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run_out(op, IMPLS[f"{op}_out"]["cpp"], s.args(op)))
+        torch.set_num_threads(threads)
+        for other in results[1:]:
+            for a, e in zip(other, results[0], strict=True):
+                assert_same_bits(a, e, s.name)
+
+
+_ISA_SCRIPT = """
+import hashlib, torch
+import qatkernels._C as extension
+from qatkernels.backends import IMPLS
+from qatkernels.ops.samples import samples, weights
+from qatkernels.ops._op import as_tuple
+digest = hashlib.sha256()
+def add(outputs):
+    for t in as_tuple(outputs):
+        digest.update(t.contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+for sample in samples():
+    for op in ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "quantize"):
+        add(IMPLS[op]["cpp"](*sample.args(op)))
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    add(IMPLS["fake_quantize_dynamic"]["cpp"](weights((5, 77), dtype), 8))
+add(IMPLS["normal"]["cpp"](torch.tensor(3), 10001, 0))
+print(extension.build_info()["isa"], digest.hexdigest())
+"""
+
+
+def test_every_isa_gives_the_same_bits():
+    """Scale gradients included: the order of additions is the same on all of them."""
+    results = {}
+    for capability in ("default", "avx2", "avx512"):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+        out = subprocess.run(
+            [sys.executable, "-c", _ISA_SCRIPT], env=environment, capture_output=True, text=True, check=True
+        ).stdout.split()
+        results[out[0]] = out[1]
+    assert "baseline" in results
+    assert len(set(results.values())) == 1, results
+
+
+def test_half_conversions_of_the_baseline():
+    """Every float16 bit pattern survives, and rounding matches torch's, also without hardware conversion."""
+    script = """
+import torch
+from qatkernels.backends import IMPLS
+from qatkernels import lsq
+bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+h = bits.view(torch.float16).view(64, 1024)
+h = torch.where(h.isfinite(), h, torch.zeros_like(h))
+one = torch.ones(64, 1)
+# A jvp with one tangent in w passes it through a load and a store.
+g = lsq(8)
+w = torch.zeros(64, 1024, dtype=torch.float16)
+out = IMPLS["fake_quantize_jvp"]["cpp"](h, None, None, w, one, None, None, list(g.constants), 0.0, 0.0, 1.0, None)
+assert torch.equal(out, h)
+x = torch.randn(64, 1024) * torch.logspace(-9, 5, 64).view(-1, 1)
+w = torch.zeros(64, 1024)
+out = IMPLS["fake_quantize_jvp"]["cpp"](x, None, None, w, one, None, None, list(g.constants), 0.0, 0.0, 1.0, torch.float16)
+assert torch.equal(out, x.half())
+"""
+    for capability in ("default", "avx2", "avx512"):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+        subprocess.run([sys.executable, "-c", script], env=environment, check=True)
