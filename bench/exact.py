@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatkernels.grid import Grid
+from qatkernels.grid import MIN_SCALE, Grid
 from qatkernels.ops import noise
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.samples import Sample
@@ -52,7 +52,7 @@ def settle(w: Tensor, scale: Tensor, grid: Grid, added: Tensor | None = None) ->
 
     Args:
         w: weight whose elements divide evenly among the scales.
-        scale: scales, not below the kernels' smallest.
+        scale: the scales.
         grid: a grid without zero point.
         added: noise like ``w`` that the op will add.
     """
@@ -61,7 +61,7 @@ def settle(w: Tensor, scale: Tensor, grid: Grid, added: Tensor | None = None) ->
     step = max(1, _ROWS_AT_ONCE * 4096 // rows.shape[1])
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
-        s = scale.reshape(-1, 1)[part].double()
+        s = scale.reshape(-1, 1)[part].double().clamp_min(MIN_SCALE)
         for _ in range(8):
             r = (rows[part].double() + (0 if extra is None else extra[part].double())) / s
             near = _undecided(r, grid)
@@ -118,10 +118,10 @@ def expected(op: str, sample: Sample, args: tuple[Any, ...]) -> Expected:
             return None  # The noise is added here, and float64 is what comes out.
         if not isinstance(a, Tensor):
             return a
-        added = on_weight if a is sample.w else on_scale if a is sample.scale else None
-        by_row = a.ndim > 0 and a.shape[0] == rows
-        value = a[part].double() if by_row else a.double()
-        return value if added is None else value + (added[part] if by_row else added).double()
+        if on_weight is not None and on_scale is not None:
+            # The op defines this sum as a float32 one; where it cancels, float64 would be another number.
+            a = a.float() + on_weight if a is sample.w else a + on_scale if a is sample.scale else a
+        return (a[part] if a.ndim > 0 and a.shape[0] == rows else a).double()
 
     parts = []
     for start in range(0, rows, _ROWS_AT_ONCE):

@@ -1,4 +1,4 @@
-"""The `qatkernels` command. A subcommand is a function that adds its parser, and a function that runs it."""
+"""The `qatkernels` command. A subcommand is a function in `COMMANDS` that takes its arguments and returns the exit code."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import signal
+import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-USAGE_ERROR = 2
+import torch
+
+from . import __version__, backends
+
+BROKEN, BAD_USAGE = 1, 2
 
 _TRAIN = """\
 Train a small byte-level transformer in full precision on real text, then by quantization-aware training at each bit
@@ -40,18 +46,31 @@ examples:
 """
 
 
+_INSTALL = {
+    "cpp": "needs a C++17 compiler: reinstall with `pip install --force-reinstall --no-deps .` in a checkout",
+    "cuda": "needs nvcc and a CUDA build of PyTorch when qatkernels is installed",
+    "triton": "needs Triton: `pip install triton` (Linux); CPU runs do without it",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1 (something is broken), 2 (bad usage) or 128 + a signal."""
-    parser = argparse.ArgumentParser(prog="qatkernels", description="Quantization-aware training at 1 to 8 bits.")
-    parser.add_argument("--version", action="version", version=f"qatkernels {_version('qatkernels')}")
-    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for register in (_add_train, _add_doctor, _add_bench):
-        register(commands)
-    args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "bench":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, 1 if something is broken, 2 for bad usage or input, 128 + n where signal n stopped it.
+    """
+    parser = argparse.ArgumentParser(
+        prog="qatkernels", description="Train and run neural networks at 1 to 8 bits.",
+        epilog="commands:\n" + "\n".join(f"  {name:<8} {run.__doc__}" for name, run in COMMANDS.items())
+        + "\n\n`qatkernels COMMAND --help` explains one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"qatkernels {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
+    args = parser.parse_args(argv)
     try:
-        return int(args.run(args, rest))
+        return COMMANDS[args.command](args.arguments)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of a pipe left, as `| head` does
@@ -61,45 +80,131 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(message: object) -> int:
     print(f"qatkernels: {message}", file=sys.stderr)
-    return USAGE_ERROR
+    return BAD_USAGE
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train in full precision and at low bit widths, and compare."""
+    try:
+        from . import train as job
+    except ModuleNotFoundError as error:
+        if error.name in (None, "qatkernels") or error.name.startswith("qatkernels."):
+            raise
+        return _fail(f"training needs {error.name}: `pip install rich safetensors matplotlib`")
+    given = vars(_train_parser(job.TrainConfig).parse_args(argv))
+    resume, restart = given.pop("resume"), given.pop("restart")
+    if "bits" in given:
+        given["bits"] = tuple(given["bits"])
+    try:
+        config = job.resumed(given) if resume else job.TrainConfig(**given)
+        report = job.train(config, restart=restart)
+    except job.Interrupted as stop:
+        print(f"{stop}; `qatkernels train --resume --out {shlex.quote(config.out)}` goes on from here", file=sys.stderr)
+        return 128 + stop.number
+    except (job.ConfigError, job.DataError, job.CheckpointError, job.DivergedError) as error:
+        return _fail(error)
+    job.show(report, config.out)
+    return 0
+
+
+def _train_parser(config: Any) -> argparse.ArgumentParser:
+    """Return the parser of `train`, with an option for each field of the configuration."""
+    parser = argparse.ArgumentParser(
+        prog="qatkernels train", description=_TRAIN, epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in fields(config))}
+    for entry in fields(config):
+        default, several = entry.default, isinstance(entry.default, tuple)
+        shown = "" if default is None else f" (default: {' '.join(map(str, default)) if several else default})"
+        kind: Callable[[str], Any] = _number if several else str if default is None else type(default)
+        groups[entry.metadata["group"]].add_argument(
+            f"--{entry.name.replace('_', '-')}", type=kind, nargs="+" if several else None,
+            metavar={int: "N", float: "X", _number: "BITS"}.get(kind, entry.name.upper()),
+            help=entry.metadata["help"] + shown,
+        )  # fmt: skip
+    again = parser.add_argument_group("going on").add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out, with its options")
+    again.add_argument("--restart", action="store_true", default=False, help="delete the run in --out and start over")
+    return parser
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """Say which backend serves which op here, what is missing, and how to get it."""
+    parser = argparse.ArgumentParser(
+        prog="qatkernels doctor", description=f"{doctor.__doc__} The exit code is {BROKEN} if something is broken."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    found = _diagnosis()
+    print(json.dumps(found, indent=2) if args.json else _prescription(found))
+    return BROKEN if found["broken"] else 0
+
+
+def _diagnosis() -> dict[str, Any]:
+    extension = backends.extension()
+    broken = {}
+    if extension is None and importlib.util.find_spec("qatkernels._C") is not None:
+        broken["cpp"] = f"the extension is there and does not load: {backends.MISSING['cpp']}"
+    packages = ("torch", "triton", "numpy", "rich", "safetensors", "matplotlib")
+    return {
+        "versions": {"qatkernels": __version__, "python": platform.python_version(), **{p: _version(p) for p in packages}},
+        "cpu": {"name": platform.processor() or platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(),
+                "threads": torch.get_num_threads()},
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "forced_backend": os.environ.get("QATKERNELS_BACKEND"),
+        "extension": None if extension is None else extension.build_info(),
+        "ops": {
+            name: {"present": sorted(backends.IMPLS[name]), **{d: backends.chosen(name, d) for d in backends.PREFERENCE}}
+            for name in backends.OPS
+        },
+        "missing": {name: {"why": why, "how": _INSTALL.get(name, "")} for name, why in backends.MISSING.items()},
+        "broken": broken,
+    }  # fmt: skip
 
 
 def _version(package: str) -> str | None:
-    if package == "qatkernels":
-        from . import __version__
-
-        return __version__
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return None
 
 
-# train
+def _prescription(found: dict[str, Any]) -> str:
+    """Return a diagnosis as text."""
+    cpu, width = found["cpu"], max(map(len, found["ops"]))
+    lines = [f"{name:<12} {version or 'not installed'}" for name, version in found["versions"].items()]
+    lines += ["", f"CPU          {cpu['name']}, {cpu['capability']}, {cpu['threads']} threads"]
+    lines += [f"CUDA         {found['cuda'] or 'no device'}"]
+    built = found["extension"]
+    lines += [f"extension    {'not there' if built is None else ', '.join(f'{k} {v}' for k, v in built.items())}"]
+    if found["forced_backend"]:
+        lines += [f"QATKERNELS_BACKEND forces {found['forced_backend']!r}"]
+    devices = list(backends.PREFERENCE)
+    lines += ["", f"{'op':<{width}}  " + "".join(f"on {device:<12}" for device in devices) + "present"]
+    for name, op in found["ops"].items():
+        lines += [f"{name:<{width}}  " + "".join(f"{op[d]:<15}" for d in devices) + ", ".join(op["present"])]
+    for name, entry in found["missing"].items():
+        lines += ["", f"missing: {name} ({entry['why']})", f"  {entry['how']}"]
+    lines += [f"\nBROKEN: {name}: {why}" for name, why in found["broken"].items()]
+    return "\n".join(lines)
 
 
-def _add_train(commands: Any) -> None:
-    parser = commands.add_parser(
-        "train", help="train in full precision, then at 4, 2, 1.58 and 1 bits, and compare",
-        description=_TRAIN, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.set_defaults(run=_train)
-    try:
-        from .train import TrainConfig
-    except ModuleNotFoundError as error:
-        if error.name not in ("rich", "safetensors", "matplotlib"):
-            raise
-        return
-    groups: dict[str, Any] = {}
-    for entry in fields(TrainConfig):
-        name = entry.metadata["group"]
-        group = groups.setdefault(name, None) or parser.add_argument_group(name)
-        groups[name] = group
-        group.add_argument(
-            f"--{entry.name.replace('_', '-')}", default=argparse.SUPPRESS, metavar=_metavar(entry.default),
-            type=float if isinstance(entry.default, tuple) else str if entry.default is None else type(entry.default),
-            nargs="+" if isinstance(entry.default, tuple) else None,
-            help=entry.metadata["help"] + _default(entry.default),
-        )  # fmt: skip
-    again = groups["run"].add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own options")
-    again.add_argument("--restart", action="store_true", help="delete the run in --out and start over")
+def bench(argv: Sequence[str]) -> int:
+    """Run the benchmarks (from a checkout)."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "bench" / "__main__.py").exists():
+        return _fail(
+            "the benchmarks are not part of the installed package; "
+            "get a checkout of the repository and run `python -m bench` there"
+        )
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return subprocess.call([sys.executable, "-m", "bench", *argv], env={**os.environ, "PYTHONPATH": path})
+
+
+#: Subcommands by name. The first line of a docstring is its line in `qatkernels --help`.
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "doctor": doctor, "bench": bench}

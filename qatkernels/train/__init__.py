@@ -2,6 +2,17 @@
 
 from .checkpoint import CheckpointError
 from .data import DataError
-from .loop import ConfigError, DivergedError, Interrupted, TrainConfig, train
+from .loop import ConfigError, DivergedError, Interrupted, TrainConfig, resumed, train
+from .report import show
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "DivergedError", "Interrupted", "TrainConfig", "train"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "Interrupted",
+    "TrainConfig",
+    "resumed",
+    "show",
+    "train",
+]

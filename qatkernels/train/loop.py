@@ -215,6 +215,28 @@ def train(config: TrainConfig, *, restart: bool = False, say: Callable[[str], No
         return report.write(out, asdict(config), corpus, results, log)
 
 
+def resumed(given: dict[str, Any]) -> TrainConfig:
+    """Return the configuration of the run in ``given["out"]``, changed only by what else is given.
+
+    Args:
+        given: fields of :class:`TrainConfig` by name, as few as there are.
+
+    Raises:
+        ConfigError: if there is no run, or a field is not known.
+        CheckpointError: if its configuration is damaged.
+    """
+    out = given.get("out", TrainConfig.out)
+    path = Path(out) / "run.json"
+    if not path.exists():
+        raise ConfigError(f"--out is {out}, which holds no run to resume")
+    stored = checkpoint.read_json(path)
+    stored.pop("data_sha256", None)
+    try:
+        return TrainConfig(**{**stored, "bits": tuple(stored["bits"]), **given, "out": out})
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a configuration that this version knows ({error})") from error
+
+
 def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:
     """Write run.json, or compare with the one that is there."""
     now = {**asdict(config), "bits": list(config.bits), "data_sha256": corpus.sha256}

@@ -183,6 +183,19 @@ def _machine() -> dict[str, Any]:
     }
 
 
+def show(report: dict[str, Any], out: str) -> None:
+    """Print the report, and where its files are."""
+    text, console = report["text"], Console(highlight=False)
+    console.print()
+    console.print(
+        f"{report['parameters']:,} parameters, {report['quantized_parameters']:,} of them quantized; "
+        f"trained on {text['train_bytes']:,} bytes in {text['train_files']} files, "
+        f"{text['held_out_bytes']:,} bytes in {text['held_out_files']} files held out"
+    )
+    console.print(table(report))
+    console.print(f"{out}/report.json, {out}/curves.png", soft_wrap=True)
+
+
 def table(report: dict[str, Any]) -> Table:
     """Return the report as a table for the terminal."""
     result = Table(title="Bits per byte on held-out text, and sizes in bytes", title_justify="left")

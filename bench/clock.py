@@ -1,0 +1,140 @@
+"""Timing: calls that compete take turns, so that a neighbour's noise hits all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Run = Callable[[], object]
+
+_FEWEST, _MOST = 5, 1000
+#: Stop when the median of every call is known this well (its standard error, relative).
+_PRECISION = 0.01
+#: What evicts the L2 cache: several times the largest one.
+_FLUSH_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Times:
+    """Repetitions of one call, in milliseconds and ascending."""
+
+    samples: tuple[float, ...]
+
+    def quantile(self, q: float) -> float:
+        """Return a quantile, interpolated linearly."""
+        position = q * (len(self.samples) - 1)
+        low = int(position)
+        high = min(low + 1, len(self.samples) - 1)
+        return self.samples[low] + (position - low) * (self.samples[high] - self.samples[low])
+
+    @property
+    def median(self) -> float:
+        """The middle repetition."""
+        return self.quantile(0.5)
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """Quantiles by name."""
+        points = {"min": 0.0, "p10": 0.1, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "max": 1.0}
+        return {name: round(self.quantile(q), 6) for name, q in points.items()}
+
+    @property
+    def settled(self) -> bool:
+        """Whether more repetitions would tell little."""
+        n = len(self.samples)
+        spread = (self.quantile(0.75) - self.quantile(0.25)) / max(self.median, 1e-9)
+        return n >= 3 * _FEWEST and 0.93 * spread / n**0.5 < _PRECISION
+
+
+def wall(run: Run) -> float:
+    """Milliseconds of one call on the CPU, the release of its outputs included."""
+    start = time.perf_counter_ns()
+    run()
+    return (time.perf_counter_ns() - start) * 1e-6
+
+
+class Events:
+    """Milliseconds of one call on a CUDA device, with a cold L2 cache.
+
+    ``launch`` decides whether the device is idle when the call begins, so that the time until its first kernel arrives
+    counts, or is still busy evicting the cache, so that it does not.
+    """
+
+    def __init__(self, launch: bool) -> None:
+        self.launch = launch
+        self.flush = torch.ones(_FLUSH_BYTES // 4, device="cuda")
+        self.total = torch.zeros((), device="cuda")
+
+    def __call__(self, run: Run) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # A read: lines left dirty by a write would be written back at the expense of the call.
+        torch.sum(self.flush, dim=0, out=self.total)
+        if self.launch:
+            torch.cuda.synchronize()
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end))
+
+
+def captured(run: Run) -> Run:
+    """Return the replay of a CUDA graph of one call.
+
+    Raises:
+        RuntimeError: if the call cannot be captured.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+
+    def replay() -> object:
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+def race(runs: Mapping[str, Run], clock: Callable[[Run], float], budget: float) -> dict[str, Times]:
+    """Time calls in turn until all medians are precise or the budget is spent.
+
+    Args:
+        runs: the calls by name.
+        clock: milliseconds of one call.
+        budget: seconds for all together; a call that has used its equal share leaves the race, after five repetitions.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    share = 1e3 * budget / max(len(runs), 1)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for run in runs.values():
+            clock(run)
+        deadline, racing = time.perf_counter() + budget, list(runs)
+        for turn in range(1, _MOST + 1):
+            for name in racing:
+                samples[name].append(clock(runs[name]))
+            if turn < _FEWEST:
+                continue
+            racing = [name for name in racing if sum(samples[name]) < share]
+            done = time.perf_counter() > deadline or not racing
+            if done or (turn % _FEWEST == 0 and all(_times(samples[name]).settled for name in racing)):
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: _times(values) for name, values in samples.items()}
+
+
+def _times(values: list[float]) -> Times:
+    return Times(tuple(sorted(values)))

@@ -1,0 +1,128 @@
+"""What the numbers were measured on, and how fast it moves bytes and multiplies matrices."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qatkernels
+from qatkernels import backends
+
+from .case import Settings
+from .clock import Events, race, wall
+
+
+class Machine:
+    """The device at hand and its measured ceilings."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.device = settings.device
+        self.quick = settings.quick
+        self.cuda = settings.device.type == "cuda"
+        self.budget = 0.05 if settings.quick else 2.0
+        self.clock = Events(launch=True) if self.cuda else wall
+        self._products: dict[str, float] = {}
+
+    @property
+    def name(self) -> str:
+        """Model of the processor or GPU."""
+        return torch.cuda.get_device_name(self.device) if self.cuda else cpu_model()
+
+    @property
+    def slug(self) -> str:
+        """The name, fit for a file name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+    @functools.cached_property
+    def bandwidth(self) -> float:
+        """Bytes per second of ``copy_`` between large tensors, bytes read plus bytes written."""
+        size = 2**20 if self.quick else 2**30 if self.cuda else 2**28
+        run = copy_of(size, self.device)
+        return size / (race({"copy": run}, self.clock, self.budget)["copy"].median * 1e-3)
+
+    def products(self, dtype: torch.dtype) -> float:
+        """Floating point operations per second of a large square matrix product in a dtype."""
+        key = str(dtype)[6:]
+        if key not in self._products:
+            n = 64 if self.quick else 8192 if self.cuda else 2048
+            a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
+            out = torch.empty_like(a)
+            times = race({"mm": lambda: torch.mm(a, b, out=out)}, self.clock, self.budget)
+            self._products[key] = 2 * n**3 / (times["mm"].median * 1e-3)
+        return self._products[key]
+
+    def describe(self) -> dict[str, Any]:
+        """Return all that a reader needs to place the numbers; no names of hosts or folders."""
+        return {
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "device": {"type": self.device.type, "name": self.name, "cpu": cpu_model(), "threads": torch.get_num_threads()},
+            "versions": versions(),
+            "build": build_info(),
+            "git": git_state(),
+            "bandwidth_gb_s": round(self.bandwidth * 1e-9, 3),
+            "products_tflop_s": {name: round(rate * 1e-12, 4) for name, rate in self._products.items()},
+        }
+
+
+def copy_of(size: int, device: torch.device, *, fresh: bool = False) -> Any:
+    """Return a call that moves ``size`` bytes by copying, into the same memory each time or into fresh memory."""
+    source = torch.randn(max(size // 8, 1), device=device)
+    if fresh:
+        return source.clone
+    destination = torch.ones_like(source)
+
+    def run() -> Tensor:
+        return destination.copy_(source)
+
+    return run
+
+
+@functools.cache
+def cpu_model() -> str:
+    """Return the processor's name."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions that matter."""
+    known: dict[str, str | None] = {"python": platform.python_version(), "qatkernels": qatkernels.__version__}
+    for package in ("torch", "triton", "numpy"):
+        try:
+            known[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            known[package] = None
+    known["cuda"] = torch.version.cuda
+    return known
+
+
+def build_info() -> dict[str, Any] | None:
+    """Return what the compiled extension says of itself, or None without one."""
+    compiled = backends.extension()
+    return dict(compiled.build_info()) if compiled is not None else None
+
+
+def git_state() -> dict[str, Any]:
+    """Return the commit and whether anything but results differs from it; nulls outside a checkout."""
+
+    def git(*arguments: str) -> str | None:
+        command = ("git", "-C", str(Path(__file__).parent), *arguments)
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    changes = git("status", "--porcelain", "--", ":/", ":(exclude,top)bench/results")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
