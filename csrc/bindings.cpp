@@ -30,13 +30,29 @@ using OptionalTensor = std::optional<Tensor>;
 using OptionalType = std::optional<at::ScalarType>;
 using Constants = at::ArrayRef<double>;
 
-DType dtype_of(const Tensor& t) {
+std::string name_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return "torch.float32";
+    case at::kBFloat16: return "torch.bfloat16";
+    case at::kHalf: return "torch.float16";
+    case at::kDouble: return "torch.float64";
+    case at::kChar: return "torch.int8";
+    case at::kByte: return "torch.uint8";
+    case at::kInt: return "torch.int32";
+    case at::kLong: return "torch.int64";
+    default: return std::string("torch.") + c10::toString(type);
+  }
+}
+
+DType dtype_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat: return DType::f32;
     case at::kBFloat16: return DType::bf16;
     case at::kHalf: return DType::f16;
     case at::kDouble: return DType::f64;
-    default: TORCH_CHECK(false, "dtype is ", t.scalar_type(), ", must be float32, bfloat16, float16 or float64");
+    default:
+      TORCH_CHECK(false, name, " is ", name_of(t.scalar_type()),
+                  ", must be torch.float32, torch.bfloat16, torch.float16 or torch.float64");
   }
 }
 
@@ -70,10 +86,12 @@ struct Held {
   Held(const Tensor& w_, const Tensor& scale_, const OptionalTensor& zero_point_, const OptionalTensor& seed_,
        Constants grid, double noise_std = 0, double scale_noise_std = 0, double grad_scale = 1)
       : w(w_.contiguous()), scale(scale_.contiguous()) {
+    const bool codes = w.scalar_type() == at::kChar || w.scalar_type() == at::kByte;
+    if (!codes) at.w_type = dtype_of("w", w);
     TORCH_CHECK(scale.scalar_type() == at::kFloat ||
                     (scale.scalar_type() == at::kDouble && w.scalar_type() == at::kDouble) ||
-                    (scale.scalar_type() == at::kDouble && !w.is_floating_point()),
-                "scale is ", scale.scalar_type(), ", must be float32 (float64 is allowed with a float64 w)");
+                    (scale.scalar_type() == at::kDouble && codes),
+                "scale is ", name_of(scale.scalar_type()), ", must be float32 (float64 is allowed with a float64 w)");
     TORCH_CHECK(w.numel() == 0 || (scale.numel() > 0 && w.numel() % scale.numel() == 0), "scale has ", scale.numel(),
                 " elements, must divide the ", w.numel(), " elements of w");
     at.rows = scale.numel();
@@ -81,11 +99,10 @@ struct Held {
     at.w = w.const_data_ptr();
     at.scale = scale.const_data_ptr();
     at.scale_type = scale.scalar_type() == at::kDouble ? DType::f64 : DType::f32;
-    if (w.is_floating_point()) at.w_type = dtype_of(w);
     if (zero_point_) {
       zero_point = zero_point_->contiguous();
       TORCH_CHECK(zero_point.numel() == scale.numel() && zero_point.scalar_type() == scale.scalar_type(),
-                  "zero_point is ", zero_point.scalar_type(), " of shape ", zero_point.sizes(), ", must be like scale");
+                  "zero_point is ", name_of(zero_point.scalar_type()), " of shape ", zero_point.sizes(), ", must be like scale");
       at.zero_point = zero_point.const_data_ptr();
     }
     if (seed_) {
@@ -103,11 +120,13 @@ struct Held {
 
 void check_output(const char* name, const Tensor& out, const Tensor& shaped, at::ScalarType type) {
   TORCH_CHECK(out.is_contiguous() && out.sizes() == shaped.sizes() && out.scalar_type() == type, name, " is ",
-              out.scalar_type(), " of shape ", out.sizes(), ", must be contiguous ", type, " of shape ", shaped.sizes());
+              name_of(out.scalar_type()), " of shape ", out.sizes(), ", must be contiguous ", name_of(type),
+              " of shape ", shaped.sizes());
 }
 void check_y_type(const Tensor& w, at::ScalarType y) {
+  dtype_of("w", w);
   TORCH_CHECK(y == w.scalar_type() || (w.scalar_type() == at::kFloat && (y == at::kBFloat16 || y == at::kHalf)),
-              "dtype is ", y, ", must be w's ", w.scalar_type(), ", or a 16-bit float for a float32 w");
+              "dtype is ", name_of(y), ", must be w's ", name_of(w.scalar_type()), ", or a 16-bit float for a float32 w");
 }
 
 void fake_quantize_out(const Tensor& w, const Tensor& scale, const OptionalTensor& zero_point,
@@ -116,11 +135,12 @@ void fake_quantize_out(const Tensor& w, const Tensor& scale, const OptionalTenso
   check_y_type(w, dtype.value_or(w.scalar_type()));
   check_output("out", out, w, dtype.value_or(w.scalar_type()));
   const Held held(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, grad_scale);
-  const Forward call{held.at, out.mutable_data_ptr(), dtype_of(out)};
+  const Forward call{held.at, out.mutable_data_ptr(), dtype_of("out", out)};
   parallel(held.units(), [&](int64_t begin, int64_t end) { kernels().forward(call, begin, end); });
 }
 Tensor fake_quantize(const Tensor& w, const Tensor& scale, const OptionalTensor& zero_point, const OptionalTensor& seed,
                      Constants grid, double noise_std, double scale_noise_std, double grad_scale, OptionalType dtype) {
+  check_y_type(w, dtype.value_or(w.scalar_type()));
   Tensor out = like(w, dtype);
   fake_quantize_out(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, grad_scale, dtype, out);
   return out;
@@ -138,7 +158,7 @@ void fake_quantize_backward_out(const Tensor& g_, const Tensor& w, const Tensor&
   const Tensor g = g_.contiguous();
   const Backward call{held.at,
                       g.const_data_ptr(),
-                      dtype_of(g),
+                      dtype_of("g", g),
                       dw.mutable_data_ptr(),
                       ds.mutable_data_ptr(),
                       zero_point ? dz.mutable_data_ptr() : nullptr};
@@ -177,13 +197,14 @@ void fake_quantize_jvp_out(const OptionalTensor& tangent_w, const OptionalTensor
   const Tensor tw = tangent("tangent_w", tangent_w, w), ts = tangent("tangent_scale", tangent_scale, scale),
                tz = tangent("tangent_zero_point", tangent_zero_point, scale);
   const auto pointer = [](const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
-  const Jvp call{held.at, pointer(tw), pointer(ts), pointer(tz), out.mutable_data_ptr(), dtype_of(out)};
+  const Jvp call{held.at, pointer(tw), pointer(ts), pointer(tz), out.mutable_data_ptr(), dtype_of("out", out)};
   parallel(held.units(), [&](int64_t begin, int64_t end) { kernels().jvp(call, begin, end); });
 }
 Tensor fake_quantize_jvp(const OptionalTensor& tangent_w, const OptionalTensor& tangent_scale,
                          const OptionalTensor& tangent_zero_point, const Tensor& w, const Tensor& scale,
                          const OptionalTensor& zero_point, const OptionalTensor& seed, Constants grid, double noise_std,
                          double scale_noise_std, double grad_scale, OptionalType dtype) {
+  check_y_type(w, dtype.value_or(w.scalar_type()));
   Tensor out = like(w, dtype);
   fake_quantize_jvp_out(tangent_w, tangent_scale, tangent_zero_point, w, scale, zero_point, seed, grid, noise_std,
                         scale_noise_std, grad_scale, dtype, out);
@@ -211,11 +232,11 @@ Tensor quantize(const Tensor& w, const Tensor& scale, const OptionalTensor& zero
 
 void dequantize_out(const Tensor& codes, const Tensor& scale, const OptionalTensor& zero_point, Constants grid,
                     at::ScalarType dtype, Tensor out) {
-  TORCH_CHECK(codes.scalar_type() == at::kChar || codes.scalar_type() == at::kByte, "codes is ", codes.scalar_type(),
+  TORCH_CHECK(codes.scalar_type() == at::kChar || codes.scalar_type() == at::kByte, "codes is ", name_of(codes.scalar_type()),
               ", must be int8 or uint8");
   check_output("out", out, codes, dtype);
   const Held held(codes, scale, zero_point, std::nullopt, grid);
-  const Dequantize call{held.at, held.at.w, codes.scalar_type() == at::kByte, out.mutable_data_ptr(), dtype_of(out)};
+  const Dequantize call{held.at, held.at.w, codes.scalar_type() == at::kByte, out.mutable_data_ptr(), dtype_of("out", out)};
   parallel(held.units(), [&](int64_t begin, int64_t end) { kernels().dequantize(call, begin, end); });
 }
 Tensor dequantize(const Tensor& codes, const Tensor& scale, const OptionalTensor& zero_point, Constants grid,
@@ -231,7 +252,7 @@ void fake_quantize_dynamic_out(const Tensor& x_, int64_t bits, Tensor out) {
   check_output("out", out, x_, x_.scalar_type());
   const Tensor x = x_.contiguous();
   const int64_t cols = x.size(-1), rows = cols ? x.numel() / cols : 0;
-  const Dynamic call{x.const_data_ptr(), out.mutable_data_ptr(), rows, cols, dtype_of(x), static_cast<int32_t>(bits)};
+  const Dynamic call{x.const_data_ptr(), out.mutable_data_ptr(), rows, cols, dtype_of("x", x), static_cast<int32_t>(bits)};
   at::parallel_for(0, rows, std::max<int64_t>(1, kUnitElements / std::max<int64_t>(cols, 1)),
                    [&](int64_t begin, int64_t end) { kernels().dynamic(call, begin, end); });
 }

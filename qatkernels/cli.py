@@ -1,4 +1,4 @@
-"""The `qatkernels` command. A subcommand is a function in `COMMANDS` that takes its arguments and returns the exit code."""
+"""The `qatkernels` command. A subcommand is a function that takes its arguments and returns the exit code."""
 
 from __future__ import annotations
 
@@ -85,12 +85,8 @@ def _fail(message: object) -> int:
 
 def train(argv: Sequence[str]) -> int:
     """Train in full precision and at low bit widths, and compare."""
-    try:
-        from . import train as job
-    except ModuleNotFoundError as error:
-        if error.name in (None, "qatkernels") or error.name.startswith("qatkernels."):
-            raise
-        return _fail(f"training needs {error.name}: `pip install rich safetensors matplotlib`")
+    from . import train as job  # matplotlib takes half a second to import
+
     given = vars(_train_parser(job.TrainConfig).parse_args(argv))
     resume, restart = given.pop("resume"), given.pop("restart")
     if "bits" in given:
@@ -113,9 +109,11 @@ def _train_parser(config: Any) -> argparse.ArgumentParser:
         prog="qatkernels train", description=_TRAIN, epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
     )  # fmt: skip
-    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in fields(config))}
+    names = dict.fromkeys(entry.metadata["group"] for entry in fields(config))
+    groups = {name: parser.add_argument_group(name) for name in names}
     for entry in fields(config):
-        default, several = entry.default, isinstance(entry.default, tuple)
+        default: Any = entry.default
+        several = isinstance(default, tuple)
         shown = "" if default is None else f" (default: {' '.join(map(str, default)) if several else default})"
         kind: Callable[[str], Any] = _number if several else str if default is None else type(default)
         groups[entry.metadata["group"]].add_argument(
@@ -124,8 +122,9 @@ def _train_parser(config: Any) -> argparse.ArgumentParser:
             help=entry.metadata["help"] + shown,
         )  # fmt: skip
     again = parser.add_argument_group("going on").add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out, with its options")
-    again.add_argument("--restart", action="store_true", default=False, help="delete the run in --out and start over")
+    for name, text in (("resume", "go on with the run in --out, with its options"),
+                       ("restart", "delete the run in --out and start over")):  # fmt: skip
+        again.add_argument(f"--{name}", action="store_true", default=False, help=text)
     return parser
 
 
@@ -151,21 +150,26 @@ def _diagnosis() -> dict[str, Any]:
     broken = {}
     if extension is None and importlib.util.find_spec("qatkernels._C") is not None:
         broken["cpp"] = f"the extension is there and does not load: {backends.MISSING['cpp']}"
-    packages = ("torch", "triton", "numpy", "rich", "safetensors", "matplotlib")
+    versions: dict[str, str | None] = {"qatkernels": __version__, "python": platform.python_version()}
+    for package in ("torch", "triton", "numpy", "rich", "safetensors", "matplotlib"):
+        versions[package] = _version(package)
     return {
-        "versions": {"qatkernels": __version__, "python": platform.python_version(), **{p: _version(p) for p in packages}},
-        "cpu": {"name": platform.processor() or platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(),
-                "threads": torch.get_num_threads()},
+        "versions": versions,
+        "cpu": {
+            "name": platform.processor() or platform.machine(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        },
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "forced_backend": os.environ.get("QATKERNELS_BACKEND"),
         "extension": None if extension is None else extension.build_info(),
         "ops": {
-            name: {"present": sorted(backends.IMPLS[name]), **{d: backends.chosen(name, d) for d in backends.PREFERENCE}}
+            name: {d: backends.chosen(name, d) for d in backends.PREFERENCE} | {"present": sorted(backends.IMPLS[name])}
             for name in backends.OPS
         },
         "missing": {name: {"why": why, "how": _INSTALL.get(name, "")} for name, why in backends.MISSING.items()},
         "broken": broken,
-    }  # fmt: skip
+    }
 
 
 def _version(package: str) -> str | None:
@@ -181,7 +185,7 @@ def _prescription(found: dict[str, Any]) -> str:
     lines += ["", f"CPU          {cpu['name']}, {cpu['capability']}, {cpu['threads']} threads"]
     lines += [f"CUDA         {found['cuda'] or 'no device'}"]
     built = found["extension"]
-    lines += [f"extension    {'not there' if built is None else ', '.join(f'{k} {v}' for k, v in built.items())}"]
+    lines += [f"extension    {'not there' if built is None else ', '.join(f'{k} {v}' for k, v in built.items() if v)}"]
     if found["forced_backend"]:
         lines += [f"QATKERNELS_BACKEND forces {found['forced_backend']!r}"]
     devices = list(backends.PREFERENCE)
