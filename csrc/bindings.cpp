@@ -91,7 +91,7 @@ struct Held {
     TORCH_CHECK(scale.scalar_type() == at::kFloat ||
                     (scale.scalar_type() == at::kDouble && w.scalar_type() == at::kDouble) ||
                     (scale.scalar_type() == at::kDouble && codes),
-                "scale is ", name_of(scale.scalar_type()), ", must be float32 (float64 is allowed with a float64 w)");
+                "scale is ", name_of(scale.scalar_type()), ", must be torch.float32 (torch.float64 is allowed with a float64 w)");
     TORCH_CHECK(w.numel() == 0 || (scale.numel() > 0 && w.numel() % scale.numel() == 0), "scale has ", scale.numel(),
                 " elements, must divide the ", w.numel(), " elements of w");
     at.rows = scale.numel();

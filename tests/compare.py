@@ -49,7 +49,7 @@ def scale_gradients(sample):
 
     def total(summand):
         products = g * summand.double()
-        bound = SEQUENTIAL_ADDITIONS * unit * products.abs().sum(-1) + 4 * unit * products.sum(-1).abs()
+        bound = SEQUENTIAL_ADDITIONS * unit * products.abs().sum(-1) + 2 * torch.finfo(scale.dtype).eps * products.sum(-1).abs()
         return (products.sum(-1) * grad_scale).view(scale.shape), (bound * grad_scale).view(scale.shape)
 
     return *total(rows.scale_derivative()), *total(torch.where(below | above, -rows.scale, 0.0))

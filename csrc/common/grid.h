@@ -64,6 +64,17 @@ template <class T>
 QK_HD T max_of(T a, T b) {
   return a > b ? a : b;
 }
+#if __CUDA_ARCH__ >= 800
+// One instruction instead of a comparison and a selection. NaN wins, whichever operand it is.
+QK_HD float min_of(float a, float b) {
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
+  return a;
+}
+QK_HD float max_of(float a, float b) {
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
+  return a;
+}
+#endif
 QK_HD float round_half_even(float x) { return rintf(x); }
 QK_HD double round_half_even(double x) { return rint(x); }
 #endif
@@ -86,23 +97,26 @@ QK_HD V fake_quantized(V w, const Row<T>& row) {
   return value_of(code_of(w, w / V(row.scale), row), row);
 }
 
-// The straight-through rule at one element: what multiplies the gradient of w, of the scale and of the zero point.
+// The straight-through rule at one element: whether the gradient passes, and what multiplies the gradient of the scale and
+// of the zero point.
 template <class V, class T>
 struct Slopes {
-  V passes, scale, zero_point;  // passes is all ones or 0 as a multiplier would be, applied by select: 0 * inf is not 0
+  decltype(V() < V()) below, above;
+  V scale, zero_point;
 
-  QK_HD Slopes(V w, const Row<T>& row) {
-    const V r = w / V(row.scale);
-    const auto below = r < V(row.grid.pass_low), above = r > V(row.grid.pass_high);
+  QK_HD Slopes(V w, const Row<T>& row) : Slopes(w, w / V(row.scale), row) {}
+  // r = w / scale.
+  QK_HD Slopes(V w, V r, const Row<T>& row) {
+    below = r < V(row.grid.pass_low);
+    above = r > V(row.grid.pass_high);
     const V inside = (code_of(w, r, row) + V(row.grid.offset)) * V(row.inverse_steps) - V(row.grid.residual) * r;
-    const V zero = V(T(0)), one = V(T(1));
-    passes = select(r >= V(row.grid.pass_low), select(r <= V(row.grid.pass_high), one, zero), zero);
     scale = select(below, V(row.grid.below), select(above, V(row.grid.above), inside));
-    zero_point = select(below, V(-row.scale), select(above, V(-row.scale), zero));
+    zero_point = masked(V(-row.scale), V(T(0)));
   }
 
-  // x where the gradient passes, else 0.
-  QK_HD V masked(V x) const { return select(passes > V(T(0)), x, V(T(0))); }
+  // beyond where the gradient does not pass, x where it does; NaN weights let it pass, as in the released code.
+  QK_HD V masked(V beyond, V x) const { return select(below, beyond, select(above, beyond, x)); }
+  QK_HD V masked(V x) const { return masked(V(T(0)), x); }
 };
 
 }  // namespace qk

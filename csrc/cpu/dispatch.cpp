@@ -24,19 +24,23 @@ QK_DECLARE(baseline)
 #if defined(__x86_64__)
 QK_DECLARE(avx2)
 QK_DECLARE(avx512)
+QK_DECLARE(avx512_bf16)
 
 static const Kernels& choose() {
-  const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
-  const auto allows = [&](const char* isa) { return !limit || !std::strncmp(limit, isa, std::strlen(isa)); };
+  const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
+  int limit = 3;
+  if (capability) limit = !std::strcmp(capability, "default") ? 0 : !std::strcmp(capability, "avx2") ? 1 : 2;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (avx512 && allows("avx512")) return avx512::table;
-  if (avx2 && (allows("avx2") || allows("avx512"))) return avx2::table;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16 && limit >= 3) return avx512_bf16::table;
+  if (avx512 && limit >= 2) return avx512::table;
+  if (avx2 && limit >= 1) return avx2::table;
   return baseline::table;
 }
-const char* compiled_isas() { return "baseline avx2 avx512"; }
+const char* compiled_isas() { return "baseline avx2 avx512 avx512_bf16"; }
 #else
 static const Kernels& choose() { return baseline::table; }
 const char* compiled_isas() { return "baseline"; }

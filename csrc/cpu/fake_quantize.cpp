@@ -12,20 +12,17 @@ void forward(const Forward& call, int64_t begin, int64_t end) {
     using W = typename decltype(types)::w;
     using Y = typename decltype(types)::y;
     Y* const y = static_cast<Y*>(call.y);
-    with_bool(noisy(call.at), [&](auto noise) {
-      with_bool(streams(y, Units(call.at.rows, call.at.cols)), [&](auto streaming) {
-        Weights<T, W, noise.value> weights(call.at);
-        for_rows<T>(call.at, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const Row<T>& row) {
-          weights.for_spans(
-              first, last,
-              [&](int64_t i, auto count, const Vec<T>& w) QK_INLINE_LAMBDA {
-                put<streaming.value>(y + i, fake_quantized(w, row), count);
-              },
-              [] {});
-        });
-        if (streaming.value) stream_fence();
-      });
+    const bool streaming = streams(y, Units(call.at.rows, call.at.cols));
+    Weights<T, W> weights(call.at);
+    for_rows<T>(call.at, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const Row<T>& row) {
+      weights.for_spans(
+          first, last,
+          [&](int64_t i, auto count, const Vec<T>& w) QK_INLINE_LAMBDA {
+            put<NormalOrZero>(y + i, fake_quantized(w, row), count, streaming);
+          },
+          [] {});
     });
+    if (streaming) stream_fence();
   });
 }
 
@@ -37,40 +34,35 @@ void backward(const Backward& call, double* partial, int64_t begin, int64_t end)
     using Y = typename decltype(types)::y;
     const Y* const g = static_cast<const Y*>(call.g);
     W* const dw = static_cast<W*>(call.dw);
-    with_bool(noisy(call.at), [&](auto noise) {
-      with_bool(streams(dw, units), [&](auto streaming) {
-        Weights<T, W, noise.value> weights(call.at);
-        with_bool(call.dz != nullptr, [&](auto shifted) {
-          for_rows<T>(call.at, begin, end, [&](int64_t r, int64_t piece, int64_t first, int64_t last, const Row<T>& row) {
-            double total_s = 0, total_z = 0;
-            Vec<T> sum_s(T(0)), sum_z(T(0));
-            weights.for_spans(
-                first, last,
-                [&](int64_t i, auto count, const Vec<T>& w) QK_INLINE_LAMBDA {
-                  const Vec<T> upstream = get(g + i, count);
-                  const Slopes<Vec<T>, T> slopes(w, row);
-                  put<streaming.value>(dw + i, slopes.masked(upstream), count);
-                  sum_s = sum_s + upstream * slopes.scale;
-                  if constexpr (shifted.value) sum_z = sum_z + upstream * slopes.zero_point;
-                },
-                [&] {
-                  total_s += sum(sum_s);
-                  total_z += sum(sum_z);
-                  sum_s = sum_z = Vec<T>(T(0));
-                });
-            if (units.pieces_per_row == 1) {
-              set_scalar(call.ds, call.at.scale_type, r, total_s * call.at.grad_scale);
-              if (call.dz) set_scalar(call.dz, call.at.scale_type, r, total_z * call.at.grad_scale);
-            } else {
-              double* const out = partial + 2 * (r * units.pieces_per_row + piece);
-              out[0] = total_s;
-              out[1] = total_z;
-            }
+    const bool streaming = streams(dw, units), shifted = call.dz != nullptr;
+    Weights<T, W> weights(call.at);
+    for_rows<T>(call.at, begin, end, [&](int64_t r, int64_t piece, int64_t first, int64_t last, const Row<T>& row) {
+      double total_s = 0, total_z = 0;
+      Vec<T> sum_s(T(0)), sum_z(T(0));
+      weights.for_spans(
+          first, last,
+          [&](int64_t i, auto count, const Vec<T>& w) QK_INLINE_LAMBDA {
+            const Vec<T> upstream = get(g + i, count);
+            const Slopes<Vec<T>, T> slopes(w, row);
+            put<Exact>(dw + i, slopes.masked(upstream), count, streaming);
+            sum_s = sum_s + upstream * slopes.scale;
+            if (shifted) sum_z = sum_z + upstream * slopes.zero_point;
+          },
+          [&] {
+            total_s += sum(sum_s);
+            total_z += sum(sum_z);
+            sum_s = sum_z = Vec<T>(T(0));
           });
-        });
-        if (streaming.value) stream_fence();
-      });
+      if (units.pieces_per_row == 1) {
+        set_scalar(call.ds, call.at.scale_type, r, total_s * call.at.grad_scale);
+        if (shifted) set_scalar(call.dz, call.at.scale_type, r, total_z * call.at.grad_scale);
+      } else {
+        double* const out = partial + 2 * (r * units.pieces_per_row + piece);
+        out[0] = total_s;
+        out[1] = total_z;
+      }
     });
+    if (streaming) stream_fence();
   });
 }
 
@@ -95,27 +87,23 @@ void jvp(const Jvp& call, int64_t begin, int64_t end) {
     using Y = typename decltype(types)::y;
     const W* const tangent_w = static_cast<const W*>(call.tangent_w);
     Y* const y = static_cast<Y*>(call.y);
-    with_bool(noisy(call.at), [&](auto noise) {
-      Weights<T, W, noise.value> weights(call.at);
-      with_bool(tangent_w != nullptr, [&](auto moves) {
-        for_rows<T>(call.at, begin, end, [&](int64_t r, int64_t, int64_t first, int64_t last, const Row<T>& row) {
-          const auto tangent = [&](const void* p) {
-            return p ? static_cast<T>(scalar(p, call.at.scale_type, r)) * static_cast<T>(call.at.grad_scale) : T(0);
-          };
-          const Vec<T> along_s(tangent(call.tangent_scale)), along_z(tangent(call.tangent_zero_point));
-          weights.for_spans(
-              first, last,
-              [&](int64_t i, auto count, const Vec<T>& w) QK_INLINE_LAMBDA {
-                const Slopes<Vec<T>, T> slopes(w, row);
-                Vec<T> out(T(0));
-                if constexpr (moves.value) out = slopes.masked(get(tangent_w + i, count));
-                if (call.tangent_scale) out = out + slopes.scale * along_s;
-                if (call.tangent_zero_point) out = out + slopes.zero_point * along_z;
-                put<false>(y + i, out, count);
-              },
-              [] {});
-        });
-      });
+    Weights<T, W> weights(call.at);
+    for_rows<T>(call.at, begin, end, [&](int64_t r, int64_t, int64_t first, int64_t last, const Row<T>& row) {
+      const auto tangent = [&](const void* p) {
+        return p ? static_cast<T>(scalar(p, call.at.scale_type, r)) * static_cast<T>(call.at.grad_scale) : T(0);
+      };
+      const Vec<T> along_s(tangent(call.tangent_scale)), along_z(tangent(call.tangent_zero_point));
+      weights.for_spans(
+          first, last,
+          [&](int64_t i, auto count, const Vec<T>& w) QK_INLINE_LAMBDA {
+            const Slopes<Vec<T>, T> slopes(w, row);
+            Vec<T> out(T(0));
+            if (tangent_w) out = slopes.masked(get(tangent_w + i, count));
+            if (call.tangent_scale) out = out + slopes.scale * along_s;
+            if (call.tangent_zero_point) out = out + slopes.zero_point * along_z;
+            put<Rounded>(y + i, out, count);
+          },
+          [] {});
     });
   });
 }

@@ -38,7 +38,8 @@ struct Kernels {
 
 constexpr int64_t kNoiseSpan = 1024;  // elements drawn at once, a multiple of 64
 
-// The kernels for this machine: the widest ISA that it has and ATEN_CPU_CAPABILITY (default, avx2, avx512) allows.
+// The kernels for this machine: the widest ISA that it has and ATEN_CPU_CAPABILITY (default, avx2, avx512) allows; unset, it
+// allows all.
 const Kernels& kernels();
 
 // Names of the ISAs that were compiled, widest last.

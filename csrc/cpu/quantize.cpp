@@ -11,7 +11,7 @@ void quantize(const Quantize& call, int64_t begin, int64_t end) {
   with_types(call.at.w_type, call.at.w_type, [&](auto types) {
     using T = typename decltype(types)::C;
     using W = typename decltype(types)::w;
-    Weights<T, W, false> weights(call.at);
+    Weights<T, W> weights(call.at);
     const Vec<T> low{T(call.code_min)}, high{T(call.code_max)};
     uint8_t* const codes = static_cast<uint8_t*>(call.codes);
     for_rows<T>(call.at, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const Row<T>& row) {
@@ -45,7 +45,7 @@ void dequantize(const Dequantize& call, int64_t begin, int64_t end) {
           const int8_t* const codes = static_cast<const int8_t*>(call.codes) + first + i;
           for (int64_t j = 0; j < count; ++j) lanes[j] = codes[j];
         }
-        put<false>(y + first + i, value_of(load(static_cast<const T*>(lanes)), row), count);
+        put<NormalOrZero>(y + first + i, value_of(load(static_cast<const T*>(lanes)), row), count);
       });
     });
   });
@@ -85,7 +85,7 @@ void dynamic(const Dynamic& call, int64_t begin, int64_t end) {
       for_lanes(call.cols, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
         const Vec<T> r = get(x + i, count) / scale;
         const Vec<T> code = round_half_even(min_of(high, max_of(low, r)));
-        put<false>(y + i, (code + Vec<T>(T(0))) * scale, count);
+        put<Rounded>(y + i, (code + Vec<T>(T(0))) * scale, count);
       });
     }
   });

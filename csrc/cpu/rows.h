@@ -27,11 +27,6 @@ void with_types(DType w, DType y, F f) {
   return f(Types<float, float, float>{});
 }
 
-template <class F>
-void with_bool(bool value, F f) {
-  value ? f(std::true_type{}) : f(std::false_type{});
-}
-
 inline double scalar(const void* p, DType type, int64_t i) {
   return type == DType::f64 ? static_cast<const double*>(p)[i] : static_cast<const float*>(p)[i];
 }
@@ -53,16 +48,41 @@ template <class T>
 QK_HD auto get(const T* p, int64_t n) {
   return load_first(p, n);
 }
-template <bool Streaming, class T, class V>
-QK_HD void put(T* p, const V& x, All) {
-  if constexpr (Streaming)
-    stream(p, x);
-  else
+// How lanes become elements: rounded, or by a shorter way where their values allow it.
+struct Rounded {
+  template <class T, class V>
+  static QK_HD void store_all(T* p, const V& x) {
     store(p, x);
+  }
+};
+struct NormalOrZero {
+  template <class T, class V>
+  static QK_HD void store_all(T* p, const V& x) {
+    store_normal(p, x);
+  }
+};
+struct Exact {
+  template <class T, class V>
+  static QK_HD void store_all(T* p, const V& x) {
+    store_exact(p, x);
+  }
+};
+
+template <class How, class T, class V>
+QK_HD void put(T* p, const V& x, All, bool streaming = false) {
+  if (streaming) {
+    T lanes[kLanes];
+    How::store_all(lanes, x);
+    stream(p, static_cast<const T*>(lanes));
+  } else {
+    How::store_all(p, x);
+  }
 }
-template <bool Streaming, class T, class V>
-QK_HD void put(T* p, const V& x, int64_t n) {
-  store_first(p, x, n);
+template <class How, class T, class V>
+QK_HD void put(T* p, const V& x, int64_t n, bool = false) {
+  T lanes[kLanes];
+  How::store_all(lanes, x);
+  std::memcpy(p, lanes, n * sizeof(T));
 }
 
 template <class F>
@@ -106,21 +126,22 @@ void for_rows(const Point& at, int64_t first, int64_t last, F f) {
 }
 
 // The weight a noisy call quantizes: w, or w plus noise drawn a span at a time.
-template <class T, class W, bool Noisy>
+template <class T, class W>
 class Weights {
  public:
-  explicit Weights(const Point& at) : at_(at), w_(static_cast<const W*>(at.w)) {}
+  explicit Weights(const Point& at)
+      : at_(at), w_(static_cast<const W*>(at.w)), noisy_(at.seed && at.noise_std != 0) {}
 
   // Calls f(i, count, w) for the lanes at positions i of [begin, end), and after each span calls done().
   template <class F, class G>
   QK_HD void for_spans(int64_t begin, int64_t end, F f, G done) {
     for (int64_t start = begin; start < end; start += kNoiseSpan) {
       const int64_t n = std::min(kNoiseSpan, end - start);
-      const float* drawn = Noisy ? noise_.draw(*at_.seed, start, n, kWeightStream) : nullptr;
+      const float* drawn = noisy_ ? noise_.draw(*at_.seed, start, n, kWeightStream) : nullptr;
       const F32 std_dev(static_cast<float>(at_.noise_std));
       for_lanes(n, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
         Vec<T> w = get(w_ + start + i, count);
-        if constexpr (Noisy) {
+        if (noisy_) {
           Vec<T> wide;
           widen(get(drawn + i, count) * std_dev, wide);
           w = w + wide;
@@ -134,10 +155,9 @@ class Weights {
  private:
   const Point& at_;
   const W* w_;
+  bool noisy_;
   NoiseSpan noise_;
 };
-
-inline bool noisy(const Point& at) { return at.seed && at.noise_std != 0; }
 
 }  // namespace QK_ISA
 }  // namespace qk

@@ -206,13 +206,20 @@ QK_HD void multiply_wide(const U32& a, uint32_t b, U32& high, U32& low) {
 }
 
 // Lanes i and i + 8, then i and i + 4, 2, 1: one order on every ISA.
+template <class R, int Half, int... I>
+QK_HD R fold(R x, std::integer_sequence<int, I...>) {
+  return x + __builtin_shufflevector(x, x, ((I + Half) % int(sizeof...(I)))...);
+}
 template <class T>
-QK_HD T sum(const Vec<T>& x) {
-  T lanes[kLanes];
-  std::memcpy(lanes, &x, sizeof lanes);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+QK_HD T sum(Vec<T> x) {
+  constexpr std::make_integer_sequence<int, Vec<T>::kWidth> lanes{};
+  for (int half = Vec<T>::kCount / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x.part[i] = x.part[i] + x.part[i + half];
+  auto r = x.part[0];
+  if constexpr (Vec<T>::kWidth > 8) r = fold<decltype(r), 8>(r, lanes);
+  if constexpr (Vec<T>::kWidth > 4) r = fold<decltype(r), 4>(r, lanes);
+  if constexpr (Vec<T>::kWidth > 2) r = fold<decltype(r), 2>(r, lanes);
+  return fold<decltype(r), 1>(r, lanes)[0];
 }
 
 // ---- loads and stores of any element type as lanes of the computing type
@@ -249,6 +256,23 @@ QK_HD void store(bfloat16* p, const F32& x) {
     const U32::Reg rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     const U32::Reg result = x.part[i] == x.part[i] ? rounded : (bits >> 16 | 0x40u);
     const Half h = __builtin_convertvector(result, Half);
+    std::memcpy(p + i * F32::kWidth, &h, sizeof h);
+  }
+}
+
+// Of zero, normal numbers and NaN only, which is what dequantized values are: the instruction flushes subnormals.
+QK_HD void store_normal(bfloat16* p, const F32& x) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh(x.part[0]);
+  std::memcpy(p, &h, sizeof h);
+#else
+  store(p, x);
+#endif
+}
+// Of values that were loaded from this type.
+QK_HD void store_exact(bfloat16* p, const F32& x) {
+  for (int i = 0; i < F32::kCount; ++i) {
+    const Half h = __builtin_convertvector((U32::Reg)x.part[i] >> 16, Half);
     std::memcpy(p + i * F32::kWidth, &h, sizeof h);
   }
 }
@@ -312,6 +336,15 @@ QK_HD void store(float16* p, const F32& x) {
 #endif
 }
 
+template <class T, class V>
+QK_HD void store_normal(T* p, const V& x) {
+  store(p, x);
+}
+template <class T, class V>
+QK_HD void store_exact(T* p, const V& x) {
+  store(p, x);
+}
+
 // float32 lanes as the computing type, for the noise.
 QK_HD void widen(const F32& x, F32& out) { out = x; }
 QK_HD void widen(const F32& x, Vec<double>& out) {
@@ -327,35 +360,27 @@ QK_HD auto load_first(const T* p, int64_t n) {
   std::memcpy(lanes, p, n * sizeof(T));
   return load(static_cast<const T*>(lanes));
 }
-template <class T, class V>
-QK_HD void store_first(T* p, const V& x, int64_t n) {
-  T lanes[kLanes];
-  store(lanes, x);
-  std::memcpy(p, lanes, n * sizeof(T));
-}
-
-// Past the caches: p aligned to 64 bytes. Saves reading the line that is about to be overwritten.
-template <class T, class V>
-QK_HD void stream(T* p, const V& x) {
+// Copies sixteen elements past the caches: p aligned to their size. Saves reading the lines about to be overwritten.
+template <class T>
+QK_HD void stream(T* p, const T* lanes) {
 #if defined(__x86_64__)
-  alignas(64) T lanes[kLanes];
-  store(lanes, x);
+  constexpr size_t bytes = kLanes * sizeof(T), step = bytes < kRegisterBytes ? bytes : kRegisterBytes;
+  for (size_t i = 0; i < bytes; i += step) {
+    const char* const from = reinterpret_cast<const char*>(lanes) + i;
+    char* const to = reinterpret_cast<char*>(p) + i;
 #if defined(__AVX512F__)
-  if constexpr (sizeof lanes == 32) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes)));
-  } else {
-    for (size_t i = 0; i < sizeof lanes / 64; ++i)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(p) + i, _mm512_load_si512(reinterpret_cast<__m512i*>(lanes) + i));
-  }
-#elif defined(__AVX2__)
-  for (size_t i = 0; i < sizeof lanes / 32; ++i)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + i, _mm256_load_si256(reinterpret_cast<__m256i*>(lanes) + i));
-#else
-  for (size_t i = 0; i < sizeof lanes / 16; ++i)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, _mm_load_si128(reinterpret_cast<__m128i*>(lanes) + i));
+    if constexpr (step == 64)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+    else
 #endif
+#if defined(__AVX2__)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #else
-  store(p, x);
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
+  }
+#else
+  std::memcpy(p, lanes, kLanes * sizeof(T));
 #endif
 }
 

@@ -14,8 +14,8 @@ A weight is seen as rows that share a scale: the whole weight, an output channel
 in float32 (float64 for float64 weights); only w, the scales and the seed are kept for the backward, and the noise is drawn
 again there.
 
-NaN in w or in a scale gives NaN in y (the whole row for a scale), no gradient to that weight, and NaN in the gradient of
-the scale. Infinite weights saturate. An infinite scale gives what the formula gives: 0 * inf is NaN.
+NaN in w or in a scale gives NaN in y (the whole row for a scale) and in the gradient of the scale; it counts as inside the
+mask, so the gradient of that weight is the upstream one. Infinite weights saturate. An infinite scale gives what the formula gives: 0 * inf is NaN.
 """
 
 from __future__ import annotations
@@ -119,8 +119,7 @@ def _backward(
     rows = Rows(w, scale, zero_point, seed, tuple(grid), noise_std, scale_noise_std)
     g = rows.view(g)
     below, above = rows.masks()
-    passes = (rows.r >= rows.pass_low) & (rows.r <= rows.pass_high)
-    dw = torch.where(passes, g, 0.0).to(w.dtype).view(w.shape)
+    dw = torch.where(below | above, 0.0, g).to(w.dtype).view(w.shape)
     ds = ((g * rows.scale_derivative()).sum(-1) * grad_scale).to(scale.dtype).view(scale.shape)
     if zero_point is None:
         return dw, ds, scale.new_empty(0)
@@ -144,13 +143,12 @@ def _jvp(
 ) -> Tensor:
     rows = Rows(w, scale, zero_point, seed, tuple(grid), noise_std, scale_noise_std)
     out = torch.zeros_like(rows.r)
+    below, above = rows.masks()
     if tangent_w is not None:
-        passes = (rows.r >= rows.pass_low) & (rows.r <= rows.pass_high)
-        out = torch.where(passes, rows.view(tangent_w), 0.0)
+        out = torch.where(below | above, 0.0, rows.view(tangent_w))
     if tangent_scale is not None:
         out = out + rows.scale_derivative() * (tangent_scale.reshape(-1, 1).to(rows.dtype) * grad_scale)
     if tangent_zero_point is not None:
-        below, above = rows.masks()
         slope = torch.where(below | above, -rows.scale, 0.0)
         out = out + slope * (tangent_zero_point.reshape(-1, 1).to(rows.dtype) * grad_scale)
     return out.to(dtype or w.dtype).view(w.shape)

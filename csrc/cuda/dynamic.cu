@@ -1,0 +1,97 @@
+// Dynamic activation quantization: a token's scale from its largest magnitude, in one read where the token fits in registers.
+#include <cfloat>
+
+#include "kernels.h"
+#include "weight.h"
+
+namespace qk::cuda {
+
+constexpr int kInFlight = 4;  // vectors per thread
+
+// Magnitudes compare as the integers that their bits are; NaN is then the largest.
+__device__ __forceinline__ int32_t magnitude(float x) { return __float_as_int(x) & 0x7FFFFFFF; }
+__device__ __forceinline__ int64_t magnitude(double x) { return __double_as_longlong(x) & 0x7FFFFFFFFFFFFFFF; }
+__device__ __forceinline__ float from_magnitude(int32_t bits) { return __int_as_float(bits); }
+__device__ __forceinline__ double from_magnitude(int64_t bits) { return __longlong_as_double(bits); }
+
+template <class T, class X, int V, bool Long>
+__global__ void __launch_bounds__(kThreads)
+fake_quantize_dynamic_kernel(Layout layout, const X* x, X* y, T qmax) {
+  using Bits = decltype(magnitude(T()));
+  const Tile<V, kInFlight, Long> tile(layout);
+  const auto read = [&](int64_t col, Pack<X, V> (&in)[kInFlight]) {
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k)
+      if (tile.holds(col, k)) in[k] = load<V>(x + tile.index(col, k));
+  };
+
+  Bits most[Long ? 1 : kInFlight] = {};
+  const auto look = [&](int64_t col, const Pack<X, V> (&in)[kInFlight]) {
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      if (!tile.holds(col, k)) continue;
+#pragma unroll
+      for (int j = 0; j < V; ++j) most[Long ? 0 : k] = max(most[Long ? 0 : k], magnitude(T(widen(in[k].lane[j]))));
+    }
+  };
+
+  Pack<X, V> kept[kInFlight], in[kInFlight];
+  const bool any = tile.begin < tile.end;
+  if (any) {
+    read(tile.begin, kept);
+    look(tile.begin, kept);
+  }
+  for (int64_t col = tile.begin + tile.step; col < tile.end; col += tile.step) {
+    read(col, in);
+    look(col, in);
+  }
+
+  T scale[Long ? 1 : kInFlight];
+#pragma unroll
+  for (int k = 0; k < (Long ? 1 : kInFlight); ++k) {
+    const Bits bits = over_lanes(most[k], tile.lanes, [](Bits a, Bits b) { return max(a, b); });
+    const T step = from_magnitude(bits) / qmax;
+    scale[k] = step < T(FLT_MIN) ? T(FLT_MIN) : step;
+  }
+
+  const auto write = [&](int64_t col, const Pack<X, V> (&in)[kInFlight]) {
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      if (!tile.holds(col, k)) continue;
+      const Divisor<T> divisor(scale[Long ? 0 : k]);
+      T value[V], r[V];
+#pragma unroll
+      for (int j = 0; j < V; ++j) value[j] = widen(in[k].lane[j]);
+      divisor.template divide<false>(value, r);
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        value[j] = (round_half_even(min_of(qmax, max_of(-qmax, r[j]))) + T(0)) * divisor.value;
+      store<false>(y + tile.index(col, k), narrow<X>(value));
+    }
+  };
+  if (any) write(tile.begin, kept);
+  for (int64_t col = tile.begin + tile.step; col < tile.end; col += tile.step) {
+    read(col, in);
+    write(col, in);
+  }
+}
+
+cudaError_t fake_quantize_dynamic(const Dynamic& call, cudaStream_t stream) {
+  if (call.rows * call.cols == 0) return cudaSuccess;
+  return with_types(call.type, call.type, [&](auto types) {
+    using T = typename decltype(types)::T;
+    using X = typename decltype(types)::W;
+    const X* const x = static_cast<const X*>(call.x);
+    X* const y = static_cast<X*>(call.y);
+    const T qmax = T((1 << (call.bits - 1)) - 1);
+    const auto start = [&](auto v) {
+      const Layout layout(call.rows, call.cols, v, kInFlight, false);
+      return with_bool(layout.is_long, [&](auto long_) {
+        return launch(fake_quantize_dynamic_kernel<T, X, v, long_>, layout.blocks(), kThreads, 0, stream, layout, x, y, qmax);
+      });
+    };
+    return with_vector<X>(call.cols, start, x, y);
+  });
+}
+
+}  // namespace qk::cuda

@@ -1,0 +1,256 @@
+// Fake quantization: forward, backward and forward mode, each one pass over memory.
+#include "kernels.h"
+#include "weight.h"
+
+namespace qk::cuda {
+
+// Vectors in flight per thread: 64 bytes hide the latency of memory at half occupancy. Noise is bound by arithmetic.
+__host__ __device__ constexpr int in_flight(int operands, bool noise) { return (noise ? 2 : 4) / operands; }
+
+template <class Types, bool Noise, bool Zero, int V, bool Long>
+__global__ void __launch_bounds__(kThreads)
+fake_quantize_kernel(Weight<typename Types::T> weight, Layout layout, typename Types::Y* y) {
+  using T = typename Types::T;
+  using W = typename Types::W;
+  using Y = typename Types::Y;
+  constexpr int U = in_flight(1, Noise);
+  const W* const w = static_cast<const W*>(weight.w);
+  const Tile<V, U, Long> tile(layout);
+  const ScaledRow<T> first = weight.template row<Noise, Zero>(tile.row(0));
+  for (int64_t col = tile.begin; col < tile.end; col += tile.step) {
+    Pack<W, V> in[U];
+#pragma unroll
+    for (int k = 0; k < U; ++k)
+      if (tile.holds(col, k)) in[k] = load<V>(w + tile.index(col, k));
+#pragma unroll
+    for (int k = 0; k < U; ++k) {
+      if (!tile.holds(col, k)) continue;
+      const int64_t at = tile.index(col, k);
+      const ScaledRow<T> row = Long || k == 0 ? first : weight.template row<Noise, Zero>(tile.row(k));
+      T x[V], r[V];
+      weight.template values<Noise>(in[k], at, x);
+      row.divisor.template divide<false>(x, r);
+#pragma unroll
+      for (int j = 0; j < V; ++j) x[j] = value_of(code_of(x[j], r[j], row), row);
+      store<false>(y + at, narrow<Y>(x));
+    }
+  }
+}
+
+template <class T>
+struct Gradients {
+  void *dw, *ds, *dz;
+  T* partial;  // [rows, pieces, 2] where rows are cut
+
+  __device__ __forceinline__ void write(int64_t row, const Weight<T>& weight, T sum_s, T sum_z) const {
+    write_scalar(ds, weight.wide, row, sum_s * weight.grad_scale);
+    if (dz) write_scalar(dz, weight.wide, row, sum_z * weight.grad_scale);
+  }
+};
+
+template <class Types, bool Noise, bool Zero, int V, bool Long>
+__global__ void __launch_bounds__(kThreads)
+fake_quantize_backward_kernel(Weight<typename Types::T> weight, Layout layout, const typename Types::Y* g,
+                              Gradients<typename Types::T> out) {
+  using T = typename Types::T;
+  using W = typename Types::W;
+  using Y = typename Types::Y;
+  constexpr int U = in_flight(2, Noise);
+  constexpr int kSums = Long ? 1 : U;
+  const W* const w = static_cast<const W*>(weight.w);
+  const Tile<V, U, Long> tile(layout);
+  const ScaledRow<T> first = weight.template row<Noise, Zero>(tile.row(0));
+  T sum_s[kSums] = {}, sum_z[kSums] = {};
+  for (int64_t col = tile.begin; col < tile.end; col += tile.step) {
+    Pack<W, V> in[U];
+    Pack<Y, V> upstream[U];
+#pragma unroll
+    for (int k = 0; k < U; ++k) {
+      if (!tile.holds(col, k)) continue;
+      in[k] = load<V>(w + tile.index(col, k));
+      upstream[k] = load<V>(g + tile.index(col, k));
+    }
+#pragma unroll
+    for (int k = 0; k < U; ++k) {
+      if (!tile.holds(col, k)) continue;
+      const int64_t at = tile.index(col, k);
+      const ScaledRow<T> row = Long || k == 0 ? first : weight.template row<Noise, Zero>(tile.row(k));
+      T x[V], r[V];
+      weight.template values<Noise>(in[k], at, x);
+      row.divisor.template divide<true>(x, r);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const Slopes<T, T> slopes(x[j], r[j], row);
+        const T gradient = widen(upstream[k].lane[j]);
+        x[j] = slopes.masked(gradient);
+        sum_s[Long ? 0 : k] += gradient * slopes.scale;
+        if constexpr (Zero) sum_z[Long ? 0 : k] += gradient * slopes.zero_point;
+      }
+      store<true>(static_cast<W*>(out.dw) + at, narrow<W>(x));
+    }
+  }
+  const auto add = [](T a, T b) { return a + b; };
+#pragma unroll
+  for (int k = 0; k < kSums; ++k) {
+    const T total_s = over_lanes(sum_s[k], tile.lanes, add);
+    const T total_z = Zero ? over_lanes(sum_z[k], tile.lanes, add) : T(0);
+    if (tile.lane != 0 || !tile.has_row(k)) continue;
+    if (layout.pieces == 1) {
+      out.write(tile.row(k), weight, total_s, total_z);
+    } else {
+      T* const partial = out.partial + 2 * (tile.row(k) * layout.pieces + tile.piece);
+      partial[0] = total_s;
+      partial[1] = total_z;
+    }
+  }
+}
+
+// Adds the pieces of a row, a block for each row, in an order that depends on their number alone.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+fake_quantize_backward_finish_kernel(Weight<T> weight, int64_t pieces, Gradients<T> out) {
+  const int64_t row = blockIdx.x;
+  double sum_s = 0, sum_z = 0;
+  for (int64_t piece = threadIdx.x; piece < pieces; piece += kThreads) {
+    const T* const partial = out.partial + 2 * (row * pieces + piece);
+    sum_s += partial[0];
+    sum_z += partial[1];
+  }
+  const auto add = [](double a, double b) { return a + b; };
+  sum_s = over_lanes(sum_s, kThreads, add);
+  sum_z = over_lanes(sum_z, kThreads, add);
+  if (threadIdx.x == 0) out.write(row, weight, static_cast<T>(sum_s), static_cast<T>(sum_z));
+}
+
+template <class Types, bool Noise, bool Zero, int V, bool Long>
+__global__ void __launch_bounds__(kThreads)
+fake_quantize_jvp_kernel(Weight<typename Types::T> weight, Layout layout, const typename Types::W* tangent_w,
+                         const void* tangent_scale, const void* tangent_zero_point, typename Types::Y* y) {
+  using T = typename Types::T;
+  using W = typename Types::W;
+  using Y = typename Types::Y;
+  constexpr int U = in_flight(2, Noise);
+  const W* const w = static_cast<const W*>(weight.w);
+  const Tile<V, U, Long> tile(layout);
+  for (int64_t col = tile.begin; col < tile.end; col += tile.step) {
+    Pack<W, V> in[U], tangent[U];
+#pragma unroll
+    for (int k = 0; k < U; ++k) {
+      if (!tile.holds(col, k)) continue;
+      in[k] = load<V>(w + tile.index(col, k));
+      if (tangent_w) tangent[k] = load<V>(tangent_w + tile.index(col, k));
+    }
+#pragma unroll
+    for (int k = 0; k < U; ++k) {
+      if (!tile.holds(col, k)) continue;
+      const int64_t at = tile.index(col, k);
+      const ScaledRow<T> row = weight.template row<Noise, Zero>(tile.row(k));
+      T along_s, along_z, x[V], r[V];
+      tangent_of_row(tangent_scale, weight, tile.row(k), along_s);
+      tangent_of_row(tangent_zero_point, weight, tile.row(k), along_z);
+      weight.template values<Noise>(in[k], at, x);
+      row.divisor.template divide<true>(x, r);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const Slopes<T, T> slopes(x[j], r[j], row);
+        x[j] = tangent_w ? slopes.masked(widen(tangent[k].lane[j])) : T(0);
+        // Added only where given: 0 times a NaN slope would be NaN.
+        if (tangent_scale) x[j] += slopes.scale * along_s;
+        if (Zero && tangent_zero_point) x[j] += slopes.zero_point * along_z;
+      }
+      store<false>(y + at, narrow<Y>(x));
+    }
+  }
+}
+
+// Calls f(noise, zero, long) with the booleans of a call as types.
+template <class F>
+cudaError_t with_flags(const Point& at, bool is_long, F f) {
+  return with_bool(is_noisy(at), [&](auto noise) {
+    return with_bool(at.zero_point, [&](auto zero) {
+      return with_bool(is_long, [&](auto long_) { return f(noise, zero, long_); });
+    });
+  });
+}
+
+cudaError_t fake_quantize(const Forward& call, cudaStream_t stream) {
+  const Point& at = call.at;
+  const int u = in_flight(1, is_noisy(at));
+  if (at.rows * at.cols == 0) return cudaSuccess;
+  return with_types(at.w_type, call.y_type, [&](auto types) {
+    using Ts = decltype(types);
+    auto* const y = static_cast<typename Ts::Y*>(call.y);
+    const auto start = [&](auto v) {
+      const Layout layout(at.rows, at.cols, v, u, true);
+      return with_flags(at, layout.is_long, [&](auto noise, auto zero, auto long_) {
+        return launch(fake_quantize_kernel<Ts, noise, zero, v, long_>, layout.blocks(), kThreads, 0, stream,
+                      Weight<typename Ts::T>(at), layout, y);
+      });
+    };
+    return with_vector<typename Ts::W>(at.cols, start, static_cast<const typename Ts::W*>(at.w), y);
+  });
+}
+
+// Calls f(types, v, layout) as the backward is going to run.
+template <class F>
+static cudaError_t with_backward(const Backward& call, F f) {
+  const int u = in_flight(2, is_noisy(call.at));
+  return with_types(call.at.w_type, call.g_type, [&](auto types) {
+    using Ts = decltype(types);
+    const auto start = [&](auto v) { return f(types, v, Layout(call.at.rows, call.at.cols, v, u, true)); };
+    return with_vector<typename Ts::W>(call.at.cols, start, static_cast<const typename Ts::W*>(call.at.w),
+                                       static_cast<const typename Ts::Y*>(call.g),
+                                       static_cast<const typename Ts::W*>(call.dw));
+  });
+}
+
+size_t fake_quantize_backward_workspace(const Backward& call) {
+  size_t bytes = 0;
+  with_backward(call, [&](auto types, auto, const Layout& layout) {
+    if (layout.pieces > 1) bytes = 2 * layout.rows * layout.pieces * sizeof(typename decltype(types)::T);
+    return cudaSuccess;
+  });
+  return bytes;
+}
+
+cudaError_t fake_quantize_backward(const Backward& call, void* workspace, cudaStream_t stream) {
+  const Point& at = call.at;
+  if (at.rows * at.cols == 0) {
+    const size_t bytes = at.rows * (at.scale_type == DType::f64 ? sizeof(double) : sizeof(float));
+    const cudaError_t error = cudaMemsetAsync(call.ds, 0, bytes, stream);
+    return error || !call.dz ? error : cudaMemsetAsync(call.dz, 0, bytes, stream);
+  }
+  return with_backward(call, [&](auto types, auto v, const Layout& layout) {
+    using Ts = decltype(types);
+    using T = typename Ts::T;
+    const Weight<T> weight(at);
+    const Gradients<T> out{call.dw, call.ds, call.dz, static_cast<T*>(workspace)};
+    const cudaError_t error = with_flags(at, layout.is_long, [&](auto noise, auto zero, auto long_) {
+      return launch(fake_quantize_backward_kernel<Ts, noise, zero, v, long_>, layout.blocks(), kThreads, 0,
+                    stream, weight, layout, static_cast<const typename Ts::Y*>(call.g), out);
+    });
+    if (error || layout.pieces == 1) return error;
+    return launch(fake_quantize_backward_finish_kernel<T>, at.rows, kThreads, 0, stream, weight, layout.pieces, out);
+  });
+}
+
+cudaError_t fake_quantize_jvp(const Jvp& call, cudaStream_t stream) {
+  const Point& at = call.at;
+  const int u = in_flight(2, is_noisy(at));
+  if (at.rows * at.cols == 0) return cudaSuccess;
+  return with_types(at.w_type, call.y_type, [&](auto types) {
+    using Ts = decltype(types);
+    auto* const y = static_cast<typename Ts::Y*>(call.y);
+    const auto* const tangent_w = static_cast<const typename Ts::W*>(call.tangent_w);
+    const auto start = [&](auto v) {
+      const Layout layout(at.rows, at.cols, v, u, true);
+      return with_flags(at, layout.is_long, [&](auto noise, auto zero, auto long_) {
+        return launch(fake_quantize_jvp_kernel<Ts, noise, zero, v, long_>, layout.blocks(), kThreads, 0, stream,
+                      Weight<typename Ts::T>(at), layout, tangent_w, call.tangent_scale, call.tangent_zero_point, y);
+      });
+    };
+    return with_vector<typename Ts::W>(at.cols, start, static_cast<const typename Ts::W*>(at.w), tangent_w, y);
+  });
+}
+
+}  // namespace qk::cuda

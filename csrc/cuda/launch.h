@@ -1,0 +1,25 @@
+// The one way a kernel starts. An ordinary function call, so that the tests can run the same source on the host.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+namespace qk::cuda {
+
+constexpr int kThreads = 256;  // of every block
+constexpr int kWarp = 32;
+
+template <class... Parameters, class... Args>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared, cudaStream_t stream,
+                   Args&&... args) {
+  if (grid > 0x7FFFFFFF) return cudaErrorInvalidConfiguration;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(block));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+}
+
+}  // namespace qk::cuda

@@ -1,0 +1,103 @@
+// Integer codes and back.
+#include "kernels.h"
+#include "weight.h"
+
+namespace qk::cuda {
+
+constexpr int kInFlight = 4;  // vectors per thread
+
+template <class T, class W, bool Zero, int V, bool Long>
+__global__ void __launch_bounds__(kThreads)
+quantize_kernel(Weight<T> weight, Layout layout, uint8_t* codes, int32_t code_min, int32_t code_max) {
+  const W* const w = static_cast<const W*>(weight.w);
+  const T low = code_min, high = code_max;
+  const Tile<V, kInFlight, Long> tile(layout);
+  const ScaledRow<T> first = weight.template row<false, Zero>(tile.row(0));
+  for (int64_t col = tile.begin; col < tile.end; col += tile.step) {
+    Pack<W, V> in[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k)
+      if (tile.holds(col, k)) in[k] = load<V>(w + tile.index(col, k));
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      if (!tile.holds(col, k)) continue;
+      const int64_t at = tile.index(col, k);
+      const ScaledRow<T> row = Long || k == 0 ? first : weight.template row<false, Zero>(tile.row(k));
+      T x[V], r[V];
+      weight.template values<false>(in[k], at, x);
+      row.divisor.template divide<false>(x, r);
+      Pack<uint8_t, V> out;
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const T code = code_of(x[j], r[j], row);
+        const T number = code == code ? min_of(high, max_of(low, code)) : min_of(high, max_of(low, T(0)));
+        out.lane[j] = static_cast<uint8_t>(static_cast<int32_t>(number));
+      }
+      store<false>(codes + at, out);
+    }
+  }
+}
+
+// sign is 128 for signed codes, 0 for unsigned ones: (code ^ sign) - sign is then the number.
+template <class T, class Y, bool Zero, int V, bool Long>
+__global__ void __launch_bounds__(kThreads)
+dequantize_kernel(Weight<T> weight, Layout layout, const uint8_t* codes, int32_t sign, Y* y) {
+  const Tile<V, kInFlight, Long> tile(layout);
+  const ScaledRow<T> first = weight.template row<false, Zero>(tile.row(0));
+  for (int64_t col = tile.begin; col < tile.end; col += tile.step) {
+    Pack<uint8_t, V> in[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k)
+      if (tile.holds(col, k)) in[k] = load<V>(codes + tile.index(col, k));
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      if (!tile.holds(col, k)) continue;
+      const ScaledRow<T> row = Long || k == 0 ? first : weight.template row<false, Zero>(tile.row(k));
+      T x[V];
+#pragma unroll
+      for (int j = 0; j < V; ++j) x[j] = value_of(static_cast<T>((in[k].lane[j] ^ sign) - sign), row);
+      store<false>(y + tile.index(col, k), narrow<Y>(x));
+    }
+  }
+}
+
+// Starts kernel<zero, v, long> for the rows of a Point, whose wide operand has elements of Wide.
+template <class Wide, class F, class... Pointers>
+static cudaError_t with_rows(const Point& at, F f, Pointers... pointers) {
+  if (at.rows * at.cols == 0) return cudaSuccess;
+  const auto start = [&](auto v) {
+    const Layout layout(at.rows, at.cols, v, kInFlight, true);
+    return with_bool(at.zero_point, [&](auto zero) {
+      return with_bool(layout.is_long, [&](auto long_) { return f(zero, v, long_, layout); });
+    });
+  };
+  return with_vector<Wide>(at.cols, start, pointers...);
+}
+
+cudaError_t quantize(const Quantize& call, cudaStream_t stream) {
+  return with_types(call.at.w_type, call.at.w_type, [&](auto types) {
+    using T = typename decltype(types)::T;
+    using W = typename decltype(types)::W;
+    const auto start = [&](auto zero, auto v, auto long_, const Layout& layout) {
+      return launch(quantize_kernel<T, W, zero, v, long_>, layout.blocks(), kThreads, 0, stream, Weight<T>(call.at), layout,
+                    static_cast<uint8_t*>(call.codes), call.code_min, call.code_max);
+    };
+    return with_rows<W>(call.at, start, static_cast<const W*>(call.at.w), static_cast<const uint8_t*>(call.codes));
+  });
+}
+
+cudaError_t dequantize(const Dequantize& call, cudaStream_t stream) {
+  return with_types(call.y_type, call.y_type, [&](auto types) {
+    using T = typename decltype(types)::T;
+    using Y = typename decltype(types)::Y;
+    const uint8_t* const codes = static_cast<const uint8_t*>(call.codes);
+    Y* const y = static_cast<Y*>(call.y);
+    const auto start = [&](auto zero, auto v, auto long_, const Layout& layout) {
+      return launch(dequantize_kernel<T, Y, zero, v, long_>, layout.blocks(), kThreads, 0, stream, Weight<T>(call.at),
+                    layout, codes, call.codes_unsigned ? 0 : 128, y);
+    };
+    return with_rows<Y>(call.at, start, codes, y);
+  });
+}
+
+}  // namespace qk::cuda

@@ -1,0 +1,150 @@
+// A Point as kernels take it, and the choice of their template arguments.
+#pragma once
+
+#include "../common/call.h"
+#include "../common/philox.h"
+#include "divide.h"
+#include "pack.h"
+#include "tile.h"
+
+namespace qk::cuda {
+
+// Standard normals from element `first` of a stream on: one of them, or V, then `first` is a multiple of 4.
+template <int V>
+__device__ __forceinline__ void draw(uint64_t seed, int64_t first, uint32_t stream, float (&z)[V]) {
+  const uint64_t counter = static_cast<uint64_t>(first) / 4;
+  if constexpr (V == 1) {
+    const auto x = philox<uint32_t>(seed, static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), stream);
+    const bool second = first & 2;
+    float even, odd;
+    box_muller<float, uint32_t>(second ? x.x2 : x.x0, second ? x.x3 : x.x1, even, odd);
+    z[0] = first & 1 ? odd : even;
+  } else {
+    static_assert(V % 4 == 0);
+#pragma unroll
+    for (int j = 0; j < V; j += 4) {
+      const uint64_t c = counter + j / 4;
+      float quad[4];
+      four_normals<float, uint32_t>(seed, static_cast<uint32_t>(c), static_cast<uint32_t>(c >> 32), stream, quad);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) z[j + i] = quad[i];
+    }
+  }
+}
+
+__device__ __forceinline__ void read_scalar(const void* p, bool, int64_t i, float& x) {
+  x = __ldg(static_cast<const float*>(p) + i);
+}
+__device__ __forceinline__ void read_scalar(const void* p, bool wide, int64_t i, double& x) {
+  x = wide ? __ldg(static_cast<const double*>(p) + i) : __ldg(static_cast<const float*>(p) + i);
+}
+
+template <class T>
+__device__ __forceinline__ void write_scalar(void* p, bool wide, int64_t i, T x) {
+  if (wide)
+    static_cast<double*>(p)[i] = x;
+  else
+    static_cast<float*>(p)[i] = static_cast<float>(x);
+}
+
+// A row and the division by its scale.
+template <class T>
+struct ScaledRow : Row<T> {
+  Divisor<T> divisor;
+
+  __device__ __forceinline__ ScaledRow(const Grid<T>& grid, T s, T zero) : Row<T>(grid, s, zero), divisor(this->scale) {}
+};
+
+template <class T>
+struct Weight {
+  const void *w, *scale, *zero_point;
+  const int64_t* seed;
+  Grid<T> grid;
+  T grad_scale;
+  float noise_std, scale_noise_std;
+  bool wide;  // scale and zero point are float64
+
+  explicit Weight(const Point& at)
+      : w(at.w), scale(at.scale), zero_point(at.zero_point), seed(at.seed), grid(at.grid.as<T>()),
+        grad_scale(static_cast<T>(at.grad_scale)), noise_std(static_cast<float>(at.noise_std)),
+        scale_noise_std(static_cast<float>(at.scale_noise_std)), wide(at.scale_type == DType::f64) {}
+
+  template <bool Noise, bool Zero>
+  __device__ __forceinline__ ScaledRow<T> row(int64_t r) const {
+    T s, z = 0;
+    read_scalar(scale, wide, r, s);
+    if constexpr (Zero) read_scalar(zero_point, wide, r, z);
+    if constexpr (Noise) {
+      if (scale_noise_std != 0) {
+        float drawn[1];
+        draw(static_cast<uint64_t>(__ldg(seed)), r, kScaleStream, drawn);
+        s += static_cast<T>(drawn[0] * scale_noise_std);
+      }
+    }
+    return ScaledRow<T>(grid, s, z);
+  }
+
+  // The weights of a pack that was loaded from element `first` of w, in the computing type and with their noise.
+  template <bool Noise, class W, int V>
+  __device__ __forceinline__ void values(const Pack<W, V>& pack, int64_t first, T (&x)[V]) const {
+#pragma unroll
+    for (int j = 0; j < V; ++j) x[j] = widen(pack.lane[j]);
+    if constexpr (Noise) {
+      if (noise_std != 0) {
+        float z[V];
+        draw(static_cast<uint64_t>(__ldg(seed)), first, kWeightStream, z);
+#pragma unroll
+        for (int j = 0; j < V; ++j) x[j] += static_cast<T>(z[j] * noise_std);
+      }
+    }
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void tangent_of_row(const void* p, const Weight<T>& weight, int64_t r, T& x) {
+  x = 0;
+  if (!p) return;
+  read_scalar(p, weight.wide, r, x);
+  x *= weight.grad_scale;
+}
+
+template <class Compute, class W_, class Y_>
+struct Types {
+  using T = Compute;
+  using W = W_;
+  using Y = Y_;
+};
+
+// Calls f with the Types of a weight and of what has y's dtype.
+template <class F>
+cudaError_t with_types(DType w, DType y, F f) {
+  if (w == DType::f64) return f(Types<double, double, double>{});
+  if (w == DType::bf16) return f(Types<float, __nv_bfloat16, __nv_bfloat16>{});
+  if (w == DType::f16) return f(Types<float, __half, __half>{});
+  if (y == DType::bf16) return f(Types<float, float, __nv_bfloat16>{});
+  if (y == DType::f16) return f(Types<float, float, __half>{});
+  return f(Types<float, float, float>{});
+}
+
+template <class F>
+cudaError_t with_bool(bool value, F f) {
+  return value ? f(std::true_type{}) : f(std::false_type{});
+}
+
+inline bool is_noisy(const Point& at) { return at.seed && (at.noise_std != 0 || at.scale_noise_std != 0); }
+
+template <int V, class T>
+bool aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (V * sizeof(T)) == 0;
+}
+
+// Calls f with the elements of a vector: as many as 16 bytes hold of Widest, or 1 where rows or pointers do not allow it
+// (and for float64, whose division takes the registers).
+template <class Widest, class F, class... Pointers>
+cudaError_t with_vector(int64_t cols, F f, Pointers... pointers) {
+  constexpr int kVector = sizeof(Widest) == 8 ? 1 : 16 / sizeof(Widest);
+  if (cols % kVector == 0 && (aligned<kVector>(pointers) && ...)) return f(std::integral_constant<int, kVector>{});
+  return f(std::integral_constant<int, 1>{});
+}
+
+}  // namespace qk::cuda
