@@ -1,8 +1,8 @@
 """Builds qatkernels._C with CMake and Ninja.
 
 torch is located, never imported: `pip install .` then also works with build isolation, against the torch of the
-environment that the package is installed into. Without torch, a compiler or nvcc the build says what is left out and goes
-on; qatkernels works without the extension, more slowly.
+environment that the package is installed into. Without torch, a compiler or nvcc the build says what is left out and
+goes on; qatkernels works without the extension, more slowly.
 
 QATKERNELS_BUILD=none builds nothing, =cpu leaves CUDA out, =require turns a missing compiler or torch into an error.
 QATKERNELS_CUDA_ARCHS overrides the CUDA architectures, for example "90a".

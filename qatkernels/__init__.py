@@ -2,7 +2,30 @@
 
 from . import backends
 from .grid import Grid, affine, binary, lsq, make_grid, paretoq, seq, ternary
+from .nn import QuantConfig, QuantLinear, quantize_model, quantized_modules, quantized_weights
 from .ops import dequantize, fake_quantize, fake_quantize_dynamic, quantize
 
 __version__ = "0.1.0"
+__all__ = [
+    "Grid",
+    "QuantConfig",
+    "QuantLinear",
+    "affine",
+    "binary",
+    "dequantize",
+    "empty_cache",
+    "fake_quantize",
+    "fake_quantize_dynamic",
+    "lsq",
+    "make_grid",
+    "paretoq",
+    "quantize",
+    "quantize_model",
+    "quantized_modules",
+    "quantized_weights",
+    "seq",
+    "ternary",
+]
+
 backends.install()
+empty_cache = backends.empty_cache

@@ -1,8 +1,8 @@
 """Which implementation serves which device, decided once at import.
 
-`IMPLS[op][backend]` reaches every implementation present, whatever was chosen; tests and benchmarks use it. The choice is
-the first of `PREFERENCE` that is present. ``QATKERNELS_BACKEND=reference|cpp|triton|cuda`` overrides it for every op; a
-backend that is not there is an error, never a silent substitute.
+`IMPLS[op][backend]` reaches every implementation present, whatever was chosen; tests and benchmarks use it. The
+choice is the first of `PREFERENCE` that is present. ``QATKERNELS_BACKEND=reference|cpp|triton|cuda`` overrides it for
+every op; a backend that is not there is an error, never a silent substitute.
 """
 
 from __future__ import annotations
@@ -104,3 +104,14 @@ def install() -> None:
             "`qatkernels doctor` says what is missing and how to get it",
             stacklevel=3,
         )
+
+
+def empty_cache() -> None:
+    """Return the memory that the CPU kernels keep for their next results to the system.
+
+    Results of a MiB or more come from blocks that are reused once nothing refers to them; what is kept never makes the
+    footprint exceed its own peak. The counterpart of ``torch.cuda.empty_cache``.
+    """
+    compiled = extension()
+    if compiled is not None:
+        compiled.empty_cache()

@@ -9,8 +9,9 @@ and carries the straight-through rule that belongs to it: where the gradient pas
 to the scale inside and beyond the clamp. Kernels receive these numbers (`Grid.constants`), never a scheme's name, so a
 new scheme is a new row here and nothing else.
 
-The rules of ``binary``, ``ternary``, ``seq`` and ``lsq`` are those of the code released with ParetoQ (Liu et al., 2025);
-``lsq`` is Learned Step Size Quantization (Esser et al., 2020). Their asymmetries are kept on purpose, see docs/algorithms.md.
+The rules of ``binary``, ``ternary``, ``seq`` and ``lsq`` are those of the code released with ParetoQ (Liu et al.,
+2025); ``lsq`` is Learned Step Size Quantization (Esser et al., 2020). Their asymmetries are kept on purpose, see
+docs/algorithms.md.
 """
 
 from __future__ import annotations
@@ -44,8 +45,7 @@ class GridConstants(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """One quantization grid, built by :func:`binary`, :func:`ternary`, :func:`seq`, :func:`lsq`, :func:`affine` or
-    :func:`paretoq`.
+    """One quantization grid, as :func:`paretoq`, :func:`make_grid` and the functions named like schemes build it.
 
     Attributes:
         scheme: name of the row in ``SCHEMES``.
@@ -135,7 +135,7 @@ class Grid:
             group_size: one scale for each ``group_size`` consecutive elements of a row; must divide ``K``.
             per_tensor: one scale for the whole weight.
             method: ``"max"`` (largest magnitude over ``reach``), ``"mean"`` (mean magnitude), ``"lsq"``
-                (``2 * mean / sqrt(qmax)``), ``"range"`` (minimum to maximum, zero included); the scheme's own by default.
+                (``2 * mean / sqrt(qmax)``), ``"range"`` (minimum to maximum, zero included); the scheme's own if None.
 
         Returns:
             float32 (float64 for float64 weights) scales of shape ``[]``, ``[...]`` or ``[..., K / group_size]``, never
@@ -216,32 +216,30 @@ def ternary(bits: float = 1.58) -> Grid:
 
 def seq(bits: float = 2) -> Grid:
     """Stretched elastic quantization: ``2**bits`` levels symmetric about zero, without zero; -3/4 to 3/4 at 2 bits."""
-    bits = _check_bits("seq", bits, range(2, 9))
-    half = 2 ** (bits - 1)
+    width: int = _check_bits("seq", bits, range(2, 9))
+    half = 2 ** (width - 1)
     edge, outermost = (-0.99, 0.99), (half - 0.5) / half
-    return Grid(
-        "seq", bits, -half, half - 1, float(half), 0.5, edge, edge, (-outermost, outermost), qmax=half - 1
-    )
+    return Grid("seq", width, -half, half - 1, float(half), 0.5, edge, edge, (-outermost, outermost), qmax=half - 1)
 
 
 def lsq(bits: float) -> Grid:
     """Learned step size: the integers from ``-2**(bits - 1)`` to ``2**(bits - 1) - 1``."""
-    bits = _check_bits("lsq", bits, range(2, 9))
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    width: int = _check_bits("lsq", bits, range(2, 9))
+    low, high = -(2 ** (width - 1)), 2 ** (width - 1) - 1
     ends = (float(low), float(high))
-    return Grid("lsq", bits, low, high, 1.0, 0.0, ends, ends, ends, qmax=high, reach=float(high))
+    return Grid("lsq", width, low, high, 1.0, 0.0, ends, ends, ends, qmax=high, reach=float(high))
 
 
 def affine(bits: float) -> Grid:
     """Unsigned integers from 0 to ``2**bits - 1`` less a zero point (zero if none is given).
 
-    Without a zero point this is LSQ's unsigned grid for activations; with a learned one it is LSQ+ (Bhalgat et al., 2020).
+    Without a zero point this is LSQ's unsigned grid for activations; with a learned one, LSQ+ (Bhalgat et al., 2020).
     """
-    bits = _check_bits("affine", bits, range(2, 9))
-    high = 2**bits - 1
+    width: int = _check_bits("affine", bits, range(2, 9))
+    high = 2**width - 1
     ends = (0.0, float(high))
     return Grid(
-        "affine", bits, 0, high, 1.0, 0.0, ends, ends, ends,
+        "affine", width, 0, high, 1.0, 0.0, ends, ends, ends,
         has_zero_point=True, qmax=high, reach=float(high), scale_init="range",
     )  # fmt: skip
 

@@ -5,8 +5,8 @@ import torch
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.fake_quantize import Rows
 
-#: Additions that a float32 sum may take one after the other before it goes to float64 or up a tree; the error of a sum is
-#: below this times the unit roundoff times the sum of magnitudes.
+#: Additions that a float32 sum may take one after the other before it goes to float64 or up a tree; the error of a sum
+#: is below this times the unit roundoff times the sum of magnitudes.
 SEQUENTIAL_ADDITIONS = 128
 
 
@@ -49,7 +49,10 @@ def scale_gradients(sample):
 
     def total(summand):
         products = g * summand.double()
-        bound = SEQUENTIAL_ADDITIONS * unit * products.abs().sum(-1) + 2 * torch.finfo(scale.dtype).eps * products.sum(-1).abs()
+        bound = (
+            SEQUENTIAL_ADDITIONS * unit * products.abs().sum(-1)
+            + 2 * torch.finfo(scale.dtype).eps * products.sum(-1).abs()
+        )
         return (products.sum(-1) * grad_scale).view(scale.shape), (bound * grad_scale).view(scale.shape)
 
     return *total(rows.scale_derivative()), *total(torch.where(below | above, -rows.scale, 0.0))

@@ -62,7 +62,12 @@ def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
 
 
 def define(
-    name: str, arguments: str, outputs: tuple[str, ...], *, reference: Callable[..., Outputs], fake: Callable[..., Outputs]
+    name: str,
+    arguments: str,
+    outputs: tuple[str, ...],
+    *,
+    reference: Callable[..., Outputs],
+    fake: Callable[..., Outputs],
 ) -> Op:
     """Declare an op and its ``_out`` twin in ``torch.ops.qatkernels``, with the reference as their fallback."""
     op = OPS[name] = Op(name, arguments, outputs, reference, fake)

@@ -75,7 +75,5 @@ def fake_quantize_dynamic(x: Tensor, bits: int = 8) -> Tensor:
         RuntimeError: if ``bits`` or the dtype does not fit.
     """
     if torch.compiler.is_compiling():
-        y: Tensor = torch.ops.qatkernels.fake_quantize_dynamic(x, bits)
-        return y
-    y = FakeQuantizeDynamic.apply(x, bits)
-    return y
+        return torch.ops.qatkernels.fake_quantize_dynamic(x, bits)
+    return FakeQuantizeDynamic.apply(x, bits)

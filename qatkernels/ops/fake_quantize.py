@@ -7,15 +7,16 @@ grid, both held constant (that is the straight-through rule), and the gradient s
     jvp       dy = M * dw + gamma * (D * ds + Z * dz)                         linear in the tangents
     backward  dw = M * g,   ds = gamma * sum(D * g),   dz = gamma * sum(Z * g)      its transpose
 
-so the backward's derivative is the jvp, the jvp's is the backward, and nothing else is ever needed.
-Z, the derivative with respect to the zero point, is 0 where the gradient passes and -s elsewhere.
+so the backward's derivative is the jvp, the jvp's is the backward, and nothing else is ever needed. Z, the derivative
+with respect to the zero point, is 0 where the gradient passes and -s elsewhere.
 
-A weight is seen as rows that share a scale: the whole weight, an output channel, or a group of inputs. All arithmetic is
-in float32 (float64 for float64 weights); only w, the scales and the seed are kept for the backward, and the noise is drawn
-again there.
+A weight is seen as rows that share a scale: the whole weight, an output channel, or a group of inputs. All arithmetic
+is in float32 (float64 for float64 weights); only w, the scales and the seed are kept for the backward, and the noise is
+drawn again there.
 
-NaN in w or in a scale gives NaN in y (the whole row for a scale) and in the gradient of the scale; it counts as inside the
-mask, so the gradient of that weight is the upstream one. Infinite weights saturate. An infinite scale gives what the formula gives: 0 * inf is NaN.
+NaN in w or in a scale gives NaN in y (the whole row for a scale) and in the gradient of the scale; it counts as inside
+the mask, so the gradient of that weight is the upstream one. Infinite weights saturate. An infinite scale gives what the
+formula gives: 0 * inf is NaN.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ def check_call(w: Tensor, scale: Tensor, zero_point: Tensor | None, seed: Tensor
     )
     torch._check(scale.device == w.device, lambda: f"scale is on {scale.device}, must be on w's {w.device}")
     torch._check(
-        scale.numel() > 0 and w.numel() % scale.numel() == 0 or w.numel() == 0,
+        w.numel() == 0 or (scale.numel() > 0 and w.numel() % scale.numel() == 0),
         lambda: f"scale has {scale.numel()} elements, must divide the {w.numel()} elements of w",
     )
     if zero_point is not None:
@@ -178,7 +179,9 @@ def check_call(w: Tensor, scale: Tensor, zero_point: Tensor | None, seed: Tensor
             lambda: f"seed is {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}, "
             f"must be an int64 tensor with one element on {w.device}",
         )
-    torch._check(len(grid) == len(GridConstants._fields), lambda: f"grid has {len(grid)} constants, must be Grid.constants")
+    torch._check(
+        len(grid) == len(GridConstants._fields), lambda: f"grid has {len(grid)} constants, must be Grid.constants"
+    )
 
 
 def _output_dtype(w: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -386,7 +389,9 @@ def fake_quantize(
     args = (w, scale, zero_point, seed, list(grid.constants), noise_std, scale_noise_std, grad_scale, dtype)
     if out is not None:
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (w, scale, zero_point, out)):
-            raise RuntimeError("fake_quantize with out= does not support automatic differentiation, use torch.no_grad()")
+            raise RuntimeError(
+                "fake_quantize with out= does not support automatic differentiation, use torch.no_grad()"
+            )
         check_out("out", out, w.shape, dtype or w.dtype, w.device)
         torch.ops.qatkernels.fake_quantize_out(*args, out)
         return out
@@ -417,6 +422,4 @@ def check_layout(w: Tensor, scale: Tensor, grid: Grid, group_size: int | None, z
         if not grid.has_zero_point:
             raise ValueError(f"zero_point is given, but scheme {grid.scheme!r} has none, only 'affine' has")
         if zero_point.shape != scale.shape:
-            raise ValueError(
-                f"zero_point has shape {tuple(zero_point.shape)}, must be {tuple(scale.shape)} like scale"
-            )
+            raise ValueError(f"zero_point has shape {tuple(zero_point.shape)}, must be {tuple(scale.shape)} like scale")

@@ -132,7 +132,7 @@ def dequantize(
     zero_point: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return ``(codes + grid.offset - zero_point) * (scale / grid.steps)``: what :func:`fake_quantize` gives, bit for bit.
+    """Return ``(codes + grid.offset - zero_point) * (scale / grid.steps)``, bit for bit what :func:`fake_quantize` gives.
 
     Args:
         codes: int8 or uint8 codes ``[..., K]``.

@@ -85,9 +85,7 @@ def _first(outputs):
 def test_dequantize(grid, dtype):
     for granularity in ("row", 16, "tensor"):
         sample = make(grid, (6, 48), dtype, granularity)
-        codes = qk.quantize(
-            sample.w, sample.scale, grid, group_size=sample.group_size, zero_point=sample.zero_point
-        )
+        codes = qk.quantize(sample.w, sample.scale, grid, group_size=sample.group_size, zero_point=sample.zero_point)
         args = (codes, sample.scale, sample.zero_point, list(grid.constants), dtype)
         expected = OPS["dequantize"].reference(*args)
         assert_same_bits(expected, OPS["fake_quantize"].reference(*sample.args("fake_quantize")))

@@ -30,7 +30,9 @@ def published_rule(w, s, grid, g, gamma):
         q = (torch.round(r.clamp(-0.99, 0.99) * half - 0.5) + 0.5) / half
         summand = torch.where(mask, q - r, torch.sign(r) * (1 - 0.5 / half))
     else:
-        low, high = (-(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1) if grid.scheme == "lsq" else (0, 2**grid.bits - 1)
+        low, high = (
+            (-(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1) if grid.scheme == "lsq" else (0, 2**grid.bits - 1)
+        )
         mask = (r >= low) & (r <= high)
         summand = torch.where(mask, torch.round(r) - r, torch.where(r < low, float(low), float(high)))
     return torch.where(mask, g, 0.0), gamma * (g * summand).sum(-1)
@@ -186,7 +188,14 @@ def test_compile(grid, backend):
 
     def step(w, scale, zero_point, seed):
         y = qk.fake_quantize(
-            w, scale, grid, zero_point=zero_point, noise_std=0.002, scale_noise_std=0.002, seed=seed, dtype=torch.bfloat16
+            w,
+            scale,
+            grid,
+            zero_point=zero_point,
+            noise_std=0.002,
+            scale_noise_std=0.002,
+            seed=seed,
+            dtype=torch.bfloat16,
         )
         return qk.fake_quantize_dynamic(y, 8)
 
@@ -217,7 +226,9 @@ def test_dynamic_is_the_identity_to_gradients():
     assert_same_bits(torch.autograd.grad(qk.fake_quantize_dynamic(x), x, g)[0], g)
     tangent = torch.randn(3, 16)
     assert_same_bits(jvp(qk.fake_quantize_dynamic, (x.detach(),), (tangent,))[1], tangent)
-    assert hessian(lambda x: qk.fake_quantize_dynamic(x).pow(2).sum())(x.detach()).reshape(48, 48).equal(2 * torch.eye(48))
+    assert (
+        hessian(lambda x: qk.fake_quantize_dynamic(x).pow(2).sum())(x.detach()).reshape(48, 48).equal(2 * torch.eye(48))
+    )
 
 
 def test_nothing_but_w_the_scales_and_the_seed_is_saved():

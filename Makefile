@@ -1,0 +1,42 @@
+# make demo | test | bench | lint: each sets up .venv first where needed. PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+SOURCES := setup.py pyproject.toml CMakeLists.txt requirements-dev.txt $(shell find csrc -type f -name '*.[ch]*')
+
+.PHONY: setup demo test bench lint format clean
+
+setup: $(STAMP)
+
+$(STAMP): $(SOURCES)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: setup
+	$(BIN)/qatkernels train --out runs/demo
+
+# Triton interprets or compiles, never both in one process.
+test: setup
+	$(BIN)/python -m pytest -q -n 2 --ignore tests/triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/triton/test_interpreter.py
+	$(BIN)/python -m pytest -q -n 2 tests/triton/test_compile.py
+
+bench: setup
+	$(BIN)/python -m bench --peers
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.cpp' '*.h' '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.cpp' '*.h' '*.cu' | xargs $(BIN)/clang-format -i
+
+clean:
+	rm -rf build $(VENV) qatkernels/*.so
