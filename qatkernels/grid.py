@@ -153,7 +153,8 @@ class Grid:
         elif method == "lsq":
             scale = 2 * blocks.abs().mean(-1) / math.sqrt(self.qmax)
         elif method == "range":
-            scale = (blocks.amax(-1).clamp_min(0) - blocks.amin(-1).clamp_max(0)) / (self.levels - 1)
+            span = blocks.amax(-1).clamp_min(0) - blocks.amin(-1).clamp_max(0)
+            scale = span * (self.steps / (self.levels - 1))
         else:
             raise ValueError(f"method is {method!r}, must be 'max', 'mean', 'lsq' or 'range'")
         return scale.clamp_min(MIN_SCALE)

@@ -10,6 +10,7 @@ from the fake rule by :func:`allocating`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +114,18 @@ def check_out(name: str, given: Tensor, shape: torch.Size, dtype: torch.dtype, d
 
 class Function(torch.autograd.Function):
     """An autograd Function whose vmap rule is a loop: a vmapped call equals the calls one by one, noise included."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls):
+            # apply() asks for the signature at every call; a stored one makes that free.
+            cls.forward.__signature__ = inspect.signature(cls.forward)
+
+    @staticmethod
+    def run(op: Any, *args: Any) -> Any:
+        """Call an op from a forward, where autograd has nothing left to do."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:

@@ -42,7 +42,7 @@ class FakeQuantizeDynamic(Function):
 
     @staticmethod
     def forward(x: Tensor, bits: int) -> Tensor:
-        return torch.ops.qatkernels.fake_quantize_dynamic(x, bits)
+        return Function.run(torch.ops.qatkernels.fake_quantize_dynamic.default, x, bits)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

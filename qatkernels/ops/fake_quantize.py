@@ -272,7 +272,7 @@ class FakeQuantize(_Linearized):
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        return torch.ops.qatkernels.fake_quantize(*args)
+        return Function.run(torch.ops.qatkernels.fake_quantize.default, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -292,7 +292,7 @@ class FakeQuantizeBackward(_Linearized):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        dw, ds, dz = torch.ops.qatkernels.fake_quantize_backward(*args)
+        dw, ds, dz = Function.run(torch.ops.qatkernels.fake_quantize_backward.default, *args)
         return (dw, ds) if args[3] is None else (dw, ds, dz)
 
     @staticmethod
@@ -316,7 +316,7 @@ class FakeQuantizeJvp(_Linearized):
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        return torch.ops.qatkernels.fake_quantize_jvp(*args)
+        return Function.run(torch.ops.qatkernels.fake_quantize_jvp.default, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

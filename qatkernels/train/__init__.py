@@ -1,8 +1,9 @@
 """The reference training loop. `loop.py` is meant to be read and copied."""
 
 from .checkpoint import CheckpointError
+from .config import ConfigError, TrainConfig, resumed
 from .data import DataError
-from .loop import ConfigError, DivergedError, Interrupted, TrainConfig, resumed, train
+from .loop import DivergedError, Interrupted, train
 from .report import show
 
 __all__ = [

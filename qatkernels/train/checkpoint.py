@@ -1,7 +1,8 @@
 """Checkpoints that a kill at any moment leaves whole: tensors as safetensors, the rest as JSON, never pickle.
 
-A file is written beside its destination, flushed to the disk and renamed over it, so that a reader finds the old file or
-the new one. What belongs to the tensors (the step, say) travels in the same file, in its header, with a digest of all bytes.
+A file is written beside its destination, flushed to the disk and renamed over it, so that a reader finds the old file
+or the new one. What belongs to the tensors (the step, say) travels in the same file, in its header, with a digest of
+all bytes.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -142,7 +143,9 @@ def exclusive(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise CheckpointError(f"{folder} is in use by another run; wait for it or give another --out") from error
+                raise CheckpointError(
+                    f"{folder} is in use by another run; wait for it or give another --out"
+                ) from error
         yield
 
 

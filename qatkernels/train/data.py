@@ -81,8 +81,8 @@ def load(path: str | Path | None, context: int) -> Corpus:
     its end is held out.
 
     Args:
-        path: a file, a folder (every file below it that is not hidden), or None for the sources of the standard library
-            of the running Python.
+        path: a file, a folder (every file below it that is not hidden and not binary), or None for the sources of the
+            standard library of the running Python.
         context: bytes that a window predicts; each part must hold at least two windows.
 
     Raises:
@@ -144,9 +144,12 @@ def _read(files: list[Path], root: Path) -> dict[str, bytes]:
             distinct.setdefault(hashlib.sha256(text).digest(), (name, text))
     except OSError as error:
         raise DataError(f"--data {error.filename or root} cannot be read: {error.strerror}") from error
-    contents = {name: text for _, (name, text) in sorted(distinct.items()) if text}
+    # A zero byte among the first thousands is how git tells pictures, archives and the like from text.
+    alone = len(files) == 1
+    ordered = (named for _, named in sorted(distinct.items()))
+    contents = {name: text for name, text in ordered if text and (alone or b"\0" not in text[:8000])}
     if not contents:
-        raise DataError(f"--data {root} is empty, must hold text")
+        raise DataError(f"--data {root} is empty{'' if alone else ' or binary'}, must hold text")
     return contents
 
 

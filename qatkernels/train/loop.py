@@ -1,8 +1,9 @@
 """The reference training loop: full precision first, then quantization-aware training from it at each bit width.
 
-Everything a step needs is a function of the configuration and the step number: the learning rate, the batch, any random
-draw. A checkpoint is therefore the model, the optimizer's moments and one integer, and a run that was killed and started
-again ends with the same weights, bit for bit on a CPU (same machine, same number of threads), as one that was not.
+Everything a step needs is a function of the configuration and the step number: the learning rate, the batch, any
+random draw. A checkpoint is therefore the model, the optimizer's moments and one integer, and a run that was killed and
+started again ends with the same weights, bit for bit on a CPU (same machine, same number of threads), as one that was
+not.
 
     out/run.json          the configuration; another one is refused here
     out/log.jsonl         one line for each logged step
@@ -19,7 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,128 +29,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..grid import paretoq
 from ..nn import QuantConfig, quantize_model, quantized_modules
 from . import checkpoint, data, report
 from .checkpoint import CheckpointError
-from .model import ModelConfig, Transformer
+from .config import ConfigError, TrainConfig
+from .model import Transformer
 from .schedules import cosine
 
 #: Layers that stay in full precision, as in the papers (embeddings and norms are no nn.Linear to begin with).
 EXCLUDED = ("lm_head",)
 
 
-class ConfigError(ValueError):
-    """A setting cannot be used; the message names it, its value and what is allowed."""
-
-
 class DivergedError(RuntimeError):
     """The loss is no longer a number."""
 
 
-class Interrupted(Exception):  # noqa: N818  (not an error: the run was asked to stop, and did)
+class Interrupted(Exception):
     """A signal stopped the run after a checkpoint was written."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
-
-
-def _option(default: Any, text: str, group: str, resumable: bool = False) -> Any:
-    """A field that is also a command line option; a resumed run may change it only if it is ``resumable``."""
-    return field(default=default, metadata={"help": text, "group": group, "resumable": resumable})
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides the result of a run. `qatkernels train --help` lists the fields with their meaning.
-
-    Raises:
-        ConfigError: if a field has a value that cannot be used.
-    """
-
-    out: str = _option("runs/demo", "folder for checkpoints, log and report", "run", resumable=True)
-    data: str | None = _option(None, "text file or folder; default: this Python's standard library sources", "run")
-    bits: tuple[float, ...] = _option((4, 2, 1.58, 1), "bit widths to train; more may be added later", "run", True)
-    seed: int = _option(0, "seed of the initial weights and of the batches", "run")
-    device: str = _option("auto", "cpu, cuda, or auto: cuda where there is one", "run")
-    precision: str = _option(
-        "auto", "float32, or bfloat16 autocast; auto: bfloat16 where the hardware multiplies it", "run"
-    )
-
-    width: int = _option(192, "features of the residual stream", "model")
-    depth: int = _option(3, "transformer blocks", "model")
-    heads: int = _option(3, "attention heads", "model")
-    context: int = _option(128, "bytes that a window predicts", "model")
-
-    batch: int = _option(16, "windows in a step", "training")
-    steps: int = _option(1000, "steps in full precision", "training")
-    qat_steps: int = _option(300, "steps of quantization-aware training at each bit width", "training")
-    lr: float = _option(3e-3, "peak learning rate in full precision", "training")
-    qat_lr: float = _option(1e-3, "peak learning rate of quantization-aware training", "training")
-    scale_lr: float = _option(1e-4, "peak learning rate of the quantizers' scales", "training")
-    weight_decay: float = _option(0.1, "decay of weight matrices in full precision (QAT has none)", "training")
-    beta1: float = _option(0.9, "AdamW's decay of the first moment", "training")
-    beta2: float = _option(0.95, "AdamW's decay of the second moment", "training")
-    warmup: float = _option(0.05, "share of a phase's steps over which the learning rate rises", "training")
-    clip: float = _option(1.0, "largest norm of the gradient", "training")
-
-    eval_every: int = _option(100, "steps between evaluations on held-out text", "evaluation")
-    eval_windows: int = _option(512, "held-out windows in an evaluation", "evaluation")
-    log_every: int = _option(10, "steps between training losses in the log", "evaluation")
-    save_every: int = _option(100, "steps between checkpoints", "evaluation", resumable=True)
-
-    def __post_init__(self) -> None:
-        _check_ranges(self)
-        if not self.bits or len(set(self.bits)) != len(self.bits):
-            raise ConfigError(f"--bits is {self.bits}, must be one or more different bit widths")
-        try:
-            for bits in self.bits:
-                paretoq(bits)
-            _ = self.model
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"--precision is {self.precision!r}, must be auto, float32 or bfloat16")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ConfigError(f"--device is {self.device!r}, must be auto, cpu or cuda")
-
-    @property
-    def model(self) -> ModelConfig:
-        """Shape of the model."""
-        return ModelConfig(self.width, self.depth, self.heads, self.context)
-
-    def resolved(self) -> TrainConfig:
-        """Return the configuration with ``auto`` replaced by what this machine has.
-
-        Raises:
-            ConfigError: if CUDA is asked for and missing.
-        """
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device is cuda, but PyTorch sees no CUDA device; must be cpu or auto here")
-        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        precision = self.precision
-        if precision == "auto":
-            precision = "bfloat16" if device == "cuda" or _multiplies_bfloat16() else "float32"
-        return replace(self, device=device, precision=precision)
-
-
-def _check_ranges(config: TrainConfig) -> None:
-    for entry in fields(config):
-        value = getattr(config, entry.name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        at_least = 1 if isinstance(entry.default, int) else 0.0
-        at_most = 1.0 if entry.name in ("beta1", "beta2", "warmup") else math.inf
-        if entry.name != "seed" and not (at_least <= value <= at_most and math.isfinite(value)):
-            limits = f"at least {at_least}" if at_most == math.inf else f"in [{at_least}, {at_most}]"
-            raise ConfigError(f"--{entry.name.replace('_', '-')} is {value}, must be {limits}")
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 arithmetic; without it autocast is slower than float32."""
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 @dataclass(frozen=True)
@@ -161,6 +61,11 @@ class Phase:
     steps: int
     lr: float
     weight_decay: float
+
+    @property
+    def quantization(self) -> QuantConfig | None:
+        """What the linear layers are quantized to."""
+        return None if self.bits is None else QuantConfig(bits=self.bits)
 
 
 def phases(config: TrainConfig) -> list[Phase]:
@@ -184,7 +89,7 @@ class _Run:
 
 
 def train(config: TrainConfig, *, restart: bool = False, say: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Train, or go on with what an earlier call with the same ``out`` left.
+    """Train, or go on with what an earlier call with the same ``out`` left. Sets torch's seed.
 
     Args:
         config: the configuration.
@@ -213,28 +118,6 @@ def train(config: TrainConfig, *, restart: bool = False, say: Callable[[str], No
             run = _Run(config, corpus, log, display, stop)
             results = [_finished(run, phase) or run_phase(run, phase) for phase in plan]
         return report.write(out, asdict(config), corpus, results, log)
-
-
-def resumed(given: dict[str, Any]) -> TrainConfig:
-    """Return the configuration of the run in ``given["out"]``, changed only by what else is given.
-
-    Args:
-        given: fields of :class:`TrainConfig` by name, as few as there are.
-
-    Raises:
-        ConfigError: if there is no run, or a field is not known.
-        CheckpointError: if its configuration is damaged.
-    """
-    out = given.get("out", TrainConfig.out)
-    path = Path(out) / "run.json"
-    if not path.exists():
-        raise ConfigError(f"--out is {out}, which holds no run to resume")
-    stored = checkpoint.read_json(path)
-    stored.pop("data_sha256", None)
-    try:
-        return TrainConfig(**{**stored, "bits": tuple(stored["bits"]), **given, "out": out})
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not a configuration that this version knows ({error})") from error
 
 
 def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:
@@ -275,6 +158,8 @@ class _Stop:
 
 def run_phase(run: _Run, phase: Phase) -> dict[str, Any]:
     """Train one phase to its end, from its last checkpoint if it has one, and return its result."""
+    if run.stop.number:
+        raise Interrupted(run.stop.number)
     config, state_file = run.config, run.folder(phase.name) / "state.safetensors"
     model = build_model(run, phase)
     optimizer = build_optimizer(model, config, phase)
@@ -283,7 +168,7 @@ def run_phase(run: _Run, phase: Phase) -> dict[str, Any]:
     run.display.begin(phase.name, progress.step)
     windows = run.corpus.evaluation(config.eval_windows, config.context)
     if progress.step == 0:  # of a quantized phase this is round-to-nearest: nothing has been trained at this width
-        progress.start = evaluate(model, windows, config)
+        progress.start = _finite(evaluate(model, windows, config), {"phase": phase.name, "step": 0})
         run.log.add(phase=phase.name, step=0, held_out=progress.start)
 
     model.train()
@@ -297,13 +182,14 @@ def run_phase(run: _Run, phase: Phase) -> dict[str, Any]:
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad()
-        progress.step += 1
-        progress.seconds += time.perf_counter() - began
 
+        progress.step += 1
         last = progress.step == phase.steps
         entry = {"phase": phase.name, "step": progress.step}
-        if progress.step % config.log_every == 0 or last:
+        if progress.step % config.log_every == 0 or last:  # waits for the device, so it belongs to the measured time
             entry |= {"train": _finite(loss.item() / math.log(2), entry), "lr": optimizer.param_groups[0]["lr"]}
+        progress.seconds += time.perf_counter() - began
+
         if progress.step % config.eval_every == 0 or last:
             progress.held_out = _finite(evaluate(model, windows, config), entry)
             entry |= {"held_out": progress.held_out}
@@ -340,10 +226,10 @@ def build_model(run: _Run, phase: Phase) -> nn.Module:
     """Return a new model for the first phase, and for the others the first one's, quantized."""
     torch.manual_seed(_seed(run.config.seed, "weights", 0))
     model: nn.Module = Transformer(run.config.model)
-    if phase.bits is not None:
+    if phase.quantization is not None:
         trained, _ = checkpoint.load(run.folder("fp") / "model.safetensors")
         model.load_state_dict(trained)
-        model = quantize_model(model, QuantConfig(bits=phase.bits), exclude=EXCLUDED)
+        model = quantize_model(model, phase.quantization, exclude=EXCLUDED)
     return model.to(run.config.device)
 
 
@@ -353,7 +239,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig, phase: Phase) -> torc
     Only the first decays. Scales have a learning rate of their own: Adam moves every parameter by about the learning
     rate, and a scale is a hundred times smaller than a row of weights is long.
     """
-    weights, scales, rest = [], [], []
+    weights: list[Tensor] = []
+    scales: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, parameter in model.named_parameters():
         is_scale = name.endswith((".scale", ".zero_point"))
         is_matrix = parameter.ndim >= 2 and not name.startswith("embedding")
@@ -412,7 +300,9 @@ def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         return _Progress(**header)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit this model ({error}); delete it to start that phase again") from error
+        raise CheckpointError(
+            f"{path} does not fit this model ({error}); delete it to start that phase again"
+        ) from error
 
 
 def _finished(run: _Run, phase: Phase) -> dict[str, Any] | None:
@@ -438,8 +328,13 @@ def _finish(run: _Run, phase: Phase, model: nn.Module, progress: _Progress) -> d
         "tokens_per_second": run.config.batch * run.config.context * phase.steps / progress.seconds,
         **sizes(model),
     }
-    quantization = None if phase.bits is None else {"bits": phase.bits, "exclude": list(EXCLUDED)}
-    described = {"phase": phase.name, "model": asdict(run.config.model), "quantization": quantization, "result": result}
+    described = {
+        "phase": phase.name,
+        "model": asdict(run.config.model),
+        "quantization": phase.quantization and phase.quantization.to_dict(),
+        "exclude": list(EXCLUDED),
+        "result": result,
+    }
     checkpoint.save(folder / "model.safetensors", model.state_dict(), described)
     checkpoint.write_json(folder / "config.json", described)
     (folder / "state.safetensors").unlink(missing_ok=True)
@@ -449,10 +344,10 @@ def _finish(run: _Run, phase: Phase, model: nn.Module, progress: _Progress) -> d
 
 def sizes(model: nn.Module) -> dict[str, int]:
     """Count parameters, and bytes once packed: codes at the grid's storage width, everything else in float32."""
-    quantized = list(quantized_modules(model))
-    weights = sum(module.weight.numel() for _, module in quantized)
-    scales = sum(module.scale.numel() for _, module in quantized)
-    packed = 4 * scales + sum(-(-module.weight.numel() * module.grid.storage_bits // 8) for _, module in quantized)
+    layers = quantized_modules(model).values()
+    weights = sum(layer.weight.numel() for layer in layers)
+    scales = sum(layer.scale.numel() for layer in layers)
+    packed = 4 * scales + sum(-(-layer.weight.numel() * layer.grid.storage_bits // 8) for layer in layers)
     total = sum(parameter.numel() for parameter in model.parameters())
     return {
         "parameters": total - scales,

@@ -1,4 +1,4 @@
-"""A small decoder-only transformer over bytes, written with plain nn.Linear so that `quantize_model` can replace them."""
+"""A small decoder-only transformer over bytes, in plain nn.Linear that `quantize_model` can replace."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension of ``x``."""
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), 1e-6)
 
 
@@ -62,22 +63,26 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Map ``x`` ``[batch, time, width]`` with the angles' ``cos`` and ``sin`` ``[time, features / 2]``."""
         batch, time, width = x.shape
         q, k, v = self.qkv(x).view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(batch, time, width))  # type: ignore[no-any-return]
+        return self.out(y.transpose(1, 2).reshape(batch, time, width))
 
 
 class MLP(nn.Module):
-    """Two linear layers around a GELU."""
+    """SwiGLU (Shazeer, 2020), with about as many weights as two layers with four times the width between them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.width, 4 * config.width, bias=False)
-        self.down = nn.Linear(4 * config.width, config.width, bias=False)
+        hidden = -(-config.width * 8 // 3 // 32) * 32
+        self.gate_up = nn.Linear(config.width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))  # type: ignore[no-any-return]
+        """Map the last dimension of ``x``."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -89,8 +94,9 @@ class Block(nn.Module):
         self.attention, self.mlp = Attention(config), MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Map ``x`` ``[batch, time, width]``; ``cos`` and ``sin`` as in :class:`Attention`."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Transformer(nn.Module):
@@ -117,12 +123,13 @@ class Transformer(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        for name, module in self.named_modules():
+        for name, module in self.blocks.named_modules():
             if isinstance(module, nn.Linear):
                 # What writes to the residual stream starts smaller, so that its variance does not grow with depth.
                 depth = 2 * self.config.depth if name.endswith((".out", ".down")) else 1
                 nn.init.normal_(module.weight, std=(module.in_features * depth) ** -0.5)
+        for outer in (self.embedding, self.lm_head):
+            nn.init.normal_(outer.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return next-token logits.
@@ -145,4 +152,4 @@ class Transformer(nn.Module):
         cos, sin = self.cos[:time].to(x.dtype), self.sin[:time].to(x.dtype)
         for block in self.blocks:
             x = block(x, cos, sin)
-        return self.lm_head(self.norm(x))  # type: ignore[no-any-return]
+        return self.lm_head(self.norm(x))

@@ -1,4 +1,4 @@
-"""The picture of a run: loss over training, and loss over size."""
+"""The picture of a run: loss over training, and what rounding costs before and after QAT."""
 
 from __future__ import annotations
 
@@ -7,24 +7,35 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-#: Okabe and Ito's colours, told apart by colour-blind readers; full precision is black.
+#: Okabe and Ito's colours, which colour-blind readers can tell apart; full precision is black.
 _COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")
-_INK, _QUIET = "#222222", "#888888"
+_INK, _QUIET = "#222222", "#8a8a8a"
+_TICKS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Draw ``report`` (see `report.write`) into a PNG file."""
-    figure = Figure(figsize=(12, 5.2), dpi=150, layout="constrained")
-    over_steps, over_size = figure.subplots(1, 2, width_ratios=(1.75, 1))
-    _draw_steps(over_steps, report)
-    _draw_sizes(over_size, report)
-    for axes in (over_steps, over_size):
+    figure = Figure(figsize=(12, 5.4), dpi=150, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)  # type: ignore[union-attr, call-arg]
+    training, rounding = figure.subplots(1, 2, width_ratios=(1.6, 1), sharey=True)
+    _draw_training(training, report)
+    _draw_rounding(rounding, report)
+    training.set_yscale("log")
+    low, high = training.get_ylim()
+    low *= 0.97
+    training.set_ylim(low, high)
+    training.set_yticks([tick for tick in _TICKS if low <= tick <= high])
+    training.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    training.yaxis.set_minor_locator(NullLocator())
+    training.yaxis.set_minor_formatter(NullFormatter())
+    training.set_ylabel("bits per byte on held-out text (log scale)")
+    for axes in (training, rounding):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axes.grid(axis="y", color="#ebebeb", linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.set_ylabel("bits per byte, held-out text")
     figure.savefig(path)
 
 
@@ -32,47 +43,56 @@ def _name(row: dict[str, Any]) -> str:
     return f"{row['bits']:g} bit" + ("" if row["bits"] == 1 else "s")
 
 
-def _draw_steps(axes: Axes, report: dict[str, Any]) -> None:
-    curves, first, rows = report["curves"], report["full_precision"], report["rows"]
+def _colours(report: dict[str, Any]) -> list[str]:
+    return [_COLOURS[i % len(_COLOURS)] for i in range(len(report["rows"]))]
+
+
+def _draw_training(axes: Axes, report: dict[str, Any]) -> None:
+    """Held-out loss over the steps: full precision, then each bit width from its end."""
+    curves, first = report["curves"], report["full_precision"]
     start = first["steps"]
-    x, y = zip(*curves["fp"]["held_out"], strict=True)
-    axes.plot(x, y, color=_INK, linewidth=2, label="full precision")
-    axes.axhline(first["full_precision"], color=_INK, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
-    ends = []
-    for row, colour in zip(rows, _COLOURS * 2, strict=False):
-        points = curves[row["phase"]]["held_out"]
-        x, y = zip(*((start + step, loss) for step, loss in points), strict=True)
-        axes.plot(x[1:], y[1:], color=colour, linewidth=2)
-        axes.plot(x[:2], y[:2], color=colour, linewidth=1, linestyle=":")
-        axes.plot(x[0], y[0], marker="D", color=colour, markersize=6, markeredgecolor="white", linestyle="none")
-        ends.append((y[-1], f"{_name(row)}  {y[-1]:.2f}", colour, x[-1]))
-    axes.plot([], [], marker="D", color=_QUIET, linestyle="none", label="round-to-nearest, before QAT")
-    axes.plot([], [], color=_QUIET, linewidth=2, label="QAT")
-    _label_ends(axes, ends)
-    axes.axvline(start, color=_QUIET, linewidth=0.8)
-    axes.set_xlabel("training steps (QAT starts at the line, from the same weights)")
-    axes.set_title("Loss over training", loc="left", fontweight="bold")
-    axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(0.72, 1.0))
+    steps, losses = zip(*curves["fp"]["held_out"], strict=True)
+    axes.plot(steps, losses, color=_INK, linewidth=2, label="full precision")
+    axes.axhline(first["full_precision"], color=_INK, linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)
+    axes.axvline(start, color=_QUIET, linewidth=0.9, zorder=1)
+    for row, colour in zip(report["rows"], _colours(report), strict=True):
+        steps, losses = zip(*((start + step, loss) for step, loss in curves[row["phase"]]["held_out"]), strict=True)
+        axes.plot(steps[:2], losses[:2], color=colour, linewidth=1.2, linestyle=":")
+        axes.plot(steps[1:], losses[1:], color=colour, linewidth=2, label=f"QAT, {_name(row)}")
+        axes.plot(steps[0], losses[0], "D", color=colour, markersize=7, markeredgecolor="white", clip_on=False)
+    axes.plot([], [], "D", color=_QUIET, label="rounded to nearest, untrained")
+    axes.set_xlabel("training steps (at the line, quantization starts from the full-precision weights)")
+    axes.set_title("Training", loc="left", fontweight="bold")
+    axes.margins(x=0.02)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.45, 1.0))
 
 
-def _label_ends(axes: Axes, ends: list[tuple[float, str, str, float]]) -> None:
-    """Write each curve's name at its end, pushed up where the one below would touch it."""
-    low, high = axes.get_ylim()
-    gap, free = (high - low) * 0.05, -1.0
-    for y, text, colour, x in sorted(ends):
-        free = max(y, free + gap)
-        axes.annotate(text, (x, y), (8, 0), textcoords="offset points", color=colour, va="center", fontweight="bold",
-                      annotation_clip=False)  # fmt: skip
+def _draw_rounding(axes: Axes, report: dict[str, Any]) -> None:
+    """For each bit width, the loss of rounding to nearest above the loss after QAT, with the size of the model."""
+    first, rows = report["full_precision"], report["rows"]
+    axes.axhline(first["full_precision"], color=_INK, linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)
+    axes.plot(0, first["full_precision"], "o", color=_INK, markersize=9)
+    _number(axes, 0, first["full_precision"], above=True)
+    for x, (row, colour) in enumerate(zip(rows, _colours(report), strict=True), start=1):
+        rounded, trained = row["round_to_nearest"], row["qat"]
+        axes.plot((x, x), (rounded, trained), color=colour, linewidth=2, linestyle=":")
+        axes.plot(x, rounded, "D", color=colour, markersize=8, markeredgecolor="white")
+        axes.plot(x, trained, "o", color=colour, markersize=9, markeredgecolor="white")
+        _number(axes, x, rounded, above=True)
+        _number(axes, x, trained, above=False)
+    labels = [f"{_name(row)}\n{row['model_bytes'] / 1e6:.2f} MB" for row in (first, *rows)]
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xlim(-0.5, len(labels) - 0.3)
+    axes.tick_params(axis="y", labelleft=False, length=0)
+    axes.plot([], [], "D", color=_QUIET, label="rounded to nearest")
+    axes.plot([], [], "o", color=_QUIET, label="after QAT")
+    axes.set_xlabel("width of the quantized weights, size of the whole model")
+    axes.set_title("Rounding against QAT", loc="left", fontweight="bold")
+    axes.legend(frameon=False, loc="upper left")
 
 
-def _draw_sizes(axes: Axes, report: dict[str, Any]) -> None:
-    rows = sorted(report["rows"], key=lambda row: row["model_bytes"])
-    sizes = [row["model_bytes"] / 1e3 for row in rows]
-    for name, key, marker, style in (("round-to-nearest", "round_to_nearest", "D", ":"), ("QAT", "qat", "o", "-")):
-        axes.plot(sizes, [row[key] for row in rows], style, marker=marker, color=_INK if key == "qat" else _QUIET, label=name)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel("whole model, kilobytes")
-    axes.set_title("Loss over size", loc="left", fontweight="bold")
-    axes.legend(frameon=False)
+def _number(axes: Axes, x: float, y: float, above: bool) -> None:
+    """Write a value above its marker, or to the right of it."""
+    offset, alignment = ((0, 9), "center") if above else ((8, -4), "left")
+    note = axes.annotate(f"{y:.2f}", (x, y), offset, textcoords="offset points", ha=alignment, color=_INK)
+    note.set_path_effects([withStroke(linewidth=3, foreground="white")])

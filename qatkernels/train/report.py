@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -46,7 +47,7 @@ class Log:
 
     def trim(self, phase: str, step: int) -> None:
         """Forget what a phase logged after the step of the checkpoint that it goes on from."""
-        kept = [e for e in self.entries() if e["phase"] != phase or 0 < step and e["step"] <= step]
+        kept = [e for e in self.entries() if e["phase"] != phase or (step > 0 and e["step"] <= step)]
         checkpoint.write(self.path, "".join(json.dumps(e) + "\n" for e in kept).encode())
 
 
@@ -110,9 +111,7 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def write(
-    out: Path, config: dict[str, Any], corpus: Corpus, results: list[dict[str, Any]], log: Log
-) -> dict[str, Any]:
+def write(out: Path, config: dict[str, Any], corpus: Corpus, results: list[dict[str, Any]], log: Log) -> dict[str, Any]:
     """Write ``report.json`` and ``curves.png``, and return the report.
 
     Args:
@@ -198,9 +197,10 @@ def show(report: dict[str, Any], out: str) -> None:
 
 def table(report: dict[str, Any]) -> Table:
     """Return the report as a table for the terminal."""
-    result = Table(title="Bits per byte on held-out text, and sizes in bytes", title_justify="left")
-    for name in ("bits", "full precision", "round-to-nearest", "QAT", "weights", "whole model", "tokens/s"):
-        result.add_column(name, justify="right")
+    result = Table(box=SIMPLE_HEAD, title="Bits per byte on held-out text; sizes in bytes", title_justify="left")
+    names = ("bits", "full\nprecision", "round to\nnearest", "QAT", "quantized\nweights", "whole\nmodel", "tokens/s")
+    for name in names:
+        result.add_column(name, justify="right", no_wrap=True)
     for row in (report["full_precision"], *report["rows"]):
         losses = (row["full_precision"], row["round_to_nearest"], row["qat"])
         result.add_row(

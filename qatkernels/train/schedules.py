@@ -15,7 +15,11 @@ def _cosine(progress: float) -> float:
 
 
 #: Shapes of a decay from 1 at progress 0 to 0 at progress 1.
-DECAYS: dict[str, Callable[[float], float]] = {"linear": lambda progress: 1 - progress, "sqrt": _sqrt, "cosine": _cosine}
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1 - progress,
+    "sqrt": _sqrt,
+    "cosine": _cosine,
+}
 
 
 def cosine(step: int, steps: int, warmup: int = 0, floor: float = 0.0) -> float:
@@ -33,9 +37,7 @@ def cosine(step: int, steps: int, warmup: int = 0, floor: float = 0.0) -> float:
     return wsd(step, steps, warmup, decay=steps - warmup, floor=floor, shape="cosine")
 
 
-def wsd(
-    step: int, steps: int, warmup: int = 0, decay: int = 0, floor: float = 0.0, shape: str = "sqrt"
-) -> float:
+def wsd(step: int, steps: int, warmup: int = 0, decay: int = 0, floor: float = 0.0, shape: str = "sqrt") -> float:
     """Return the factor of a warmup-stable-decay schedule (Hägele et al., 2024).
 
     Args:

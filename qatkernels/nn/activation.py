@@ -1,0 +1,172 @@
+"""Activation quantizers as modules, and what every module with learned scales shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..grid import Grid
+from ..ops import fake_quantize, fake_quantize_dynamic
+
+
+class Float32Scales(nn.Module):
+    """A module whose ``scale`` and ``zero_point`` stay float32, bit for bit, whatever the model is cast to.
+
+    A scale rounded to bfloat16 moves every weight that it scales.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        scales = [p for name in ("scale", "zero_point") if (p := self._parameters.get(name)) is not None]
+        kept = scales + [p.grad for p in scales if p.grad is not None]
+
+        def move_only(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if applied.dtype != tensor.dtype and any(tensor is k for k in kept):
+                return tensor.to(applied.device)
+            return applied
+
+        return super()._apply(move_only, recurse)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Return the 16-bit dtype that autocast computes in, or None where it leaves ``tensor`` as it is."""
+    device = tensor.device.type
+    if tensor.dtype is torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+class DynamicActivation(nn.Module):
+    """Symmetric integers per token, without parameters.
+
+    Args:
+        bits: 2 to 8.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` fake-quantized; the last dimension shares a scale."""
+        return fake_quantize_dynamic(x, self.bits)
+
+    def extra_repr(self) -> str:
+        """Describe the quantizer."""
+        return f"bits={self.bits}"
+
+
+class LearnedActivation(Float32Scales):
+    """One learned scale for a whole activation tensor (LSQ), and with ``offset`` a learned zero point (LSQ+).
+
+    The first training batch initializes them: ``2 * mean(abs(x)) / sqrt(qmax)`` (Esser et al., 2020), or the range of
+    the batch with an offset. Whether that has happened is kept twice: in the buffer ``initialized``, which a state dict
+    carries, and as the Python attribute ``ready``, which is what the forward reads. So the forward never waits for the
+    device, and torch.compile sees a constant and compiles once more after the first batch.
+
+    Several processes would each initialize from their own batch and stay apart: there, call :func:`calibrate` first.
+
+    Args:
+        features: size of the last dimension of the input; the gradient scale is ``1 / sqrt(features * qmax)``.
+        grid: ``lsq(bits)``, or ``affine(bits)`` for unsigned integers.
+        offset: learn a zero point, which need not be integral; for affine grids.
+        device: where the scale lives.
+
+    Raises:
+        ValueError: if ``offset`` is asked for with a grid that has no zero point.
+    """
+
+    initialized: Tensor
+
+    def __init__(self, features: int, grid: Grid, *, offset: bool = False, device: Any = None) -> None:
+        super().__init__()
+        if offset and not grid.has_zero_point:
+            raise ValueError(f"offset is True with scheme {grid.scheme!r}, only 'affine' has a zero point")
+        self.grid = grid
+        self.grad_scale = grid.grad_scale(features)
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device))
+        self.zero_point = nn.Parameter(torch.zeros_like(self.scale)) if offset else None
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
+        self.ready = self.calibrating = False
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget the scale; the next training batch initializes it."""
+        self.scale.fill_(1.0)
+        if self.zero_point is not None:
+            self.zero_point.zero_()
+        self.initialized.fill_(False)
+        self.ready = False
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set the scale, and the zero point if there is one, from a batch of activations."""
+        method = "lsq" if self.zero_point is None else "range"
+        scale = self.grid.init_scale(x, per_tensor=True, method=method)
+        self.scale.copy_(scale)
+        if self.zero_point is not None:
+            self.zero_point.copy_(self.grid.init_zero_point(x, scale))
+        self.initialized.fill_(True)
+        self.ready = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` fake-quantized, in the dtype that the linear layer computes in.
+
+        Raises:
+            RuntimeError: if the scale has not been initialized and this forward may not do it: in eval mode, or when
+                training runs in several processes.
+        """
+        if not self.ready:
+            self._first_batch(x)
+        return fake_quantize(
+            x, self.scale, self.grid, zero_point=self.zero_point, grad_scale=self.grad_scale, dtype=compute_dtype(x)
+        )
+
+    def _first_batch(self, x: Tensor) -> None:
+        if not (self.calibrating or self.training):
+            raise RuntimeError(
+                "an activation scale has not been initialized: run a batch in training mode, "
+                "call calibrate(model, batch), or load a state dict"
+            )
+        if not self.calibrating and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(
+                "activation scales cannot be initialized from the first training batch in several processes, whose "
+                "batches differ: call calibrate(model, batch) with the same batch in each, before wrapping the model"
+            )
+        self.initialize(x)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.ready = not self.initialized.is_meta and bool(self.initialized)
+
+    def extra_repr(self) -> str:
+        """Describe the quantizer."""
+        return f"bits={self.grid.bits}, scheme={self.grid.scheme}, offset={self.zero_point is not None}"
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Run ``model(*args, **kwargs)`` once, initializing the activation scales that are not initialized yet.
+
+    Args:
+        model: a quantized model, in training or eval mode.
+        *args: passed to the model.
+        **kwargs: passed to the model.
+
+    Raises:
+        RuntimeError: if the batch did not reach all of them.
+    """
+    waiting = [m for m in model.modules() if isinstance(m, LearnedActivation) and not m.ready]
+    for module in waiting:
+        module.calibrating = True
+    try:
+        model(*args, **kwargs)
+    finally:
+        for module in waiting:
+            module.calibrating = False
+    if missed := sum(not module.ready for module in waiting):
+        raise RuntimeError(f"the batch did not reach {missed} of {len(waiting)} activation quantizers")

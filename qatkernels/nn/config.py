@@ -1,0 +1,102 @@
+"""What a quantized layer is quantized to, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ..grid import Grid, affine, lsq, make_grid
+
+ACT_SCHEMES = ("dynamic", "lsq", "lsq+")
+SCALE_INITS = ("max", "mean", "lsq", "range")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Quantization of one linear layer. Every field is honoured, or refused when the configuration is built.
+
+    Attributes:
+        bits: bit width of the weight; 1.58 for ternary.
+        scheme: ``"paretoq"`` (binary, ternary, seq or lsq by bit width; Liu et al., 2025) or a key of ``grid.SCHEMES``.
+        group_size: input features that share a scale; one scale per output feature if None.
+        per_tensor: one scale for the whole weight.
+        scale_init: method of :meth:`Grid.init_scale`, the scheme's own if None. ``"range"`` is for affine.
+        act_bits: bit width of the activations, 2 to 8; None leaves them alone.
+        act_scheme: ``"dynamic"`` (symmetric, one scale per token, taken from the token), ``"lsq"`` (one learned scale;
+            Esser et al., 2020) or ``"lsq+"`` (learned scale and zero point; Bhalgat et al., 2020).
+        act_signed: False makes the ``"lsq"`` grid unsigned, for activations that are never negative.
+
+    Raises:
+        ValueError: if a field has a value that cannot be used, naming it.
+    """
+
+    bits: float = 2
+    scheme: str = "paretoq"
+    group_size: int | None = None
+    per_tensor: bool = False
+    scale_init: str | None = None
+    act_bits: int | None = None
+    act_scheme: str = "dynamic"
+    act_signed: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("per_tensor", "act_signed"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must be True or False")
+        if not isinstance(self.scheme, str):
+            raise ValueError(f"scheme is {self.scheme!r}, must be a string")
+        grid = self.grid  # refuses an unknown scheme, and a bit width that it does not have
+        if self.group_size is not None:
+            if not _is_int(self.group_size) or self.group_size < 1:
+                raise ValueError(f"group_size is {self.group_size!r}, must be a positive integer or None")
+            if self.per_tensor:
+                raise ValueError(f"group_size is {self.group_size} with per_tensor=True, give one of them")
+        if self.scale_init is not None and self.scale_init not in SCALE_INITS:
+            raise ValueError(f"scale_init is {self.scale_init!r}, must be None or one of {SCALE_INITS}")
+        if self.scale_init == "range" and not grid.has_zero_point:
+            raise ValueError(f"scale_init is 'range' with scheme {grid.scheme!r}, it is for scheme 'affine'")
+        self._check_activation()
+
+    def _check_activation(self) -> None:
+        if self.act_scheme not in ACT_SCHEMES:
+            raise ValueError(f"act_scheme is {self.act_scheme!r}, must be one of {ACT_SCHEMES}")
+        if self.act_bits is None and self.act_scheme != "dynamic":
+            raise ValueError(f"act_scheme is {self.act_scheme!r} with act_bits=None, give act_bits 2 to 8")
+        if self.act_bits is not None and not (_is_int(self.act_bits) and 2 <= self.act_bits <= 8):
+            raise ValueError(f"act_bits is {self.act_bits!r}, must be None or an integer from 2 to 8")
+        if not self.act_signed and self.act_scheme != "lsq":
+            raise ValueError(f"act_signed is False with act_scheme {self.act_scheme!r}, it is for act_scheme 'lsq'")
+
+    @property
+    def grid(self) -> Grid:
+        """Grid of the weight."""
+        return make_grid(self.scheme, self.bits)
+
+    @property
+    def act_grid(self) -> Grid | None:
+        """Grid of the activations where their scale is learned."""
+        if self.act_bits is None or self.act_scheme == "dynamic":
+            return None
+        return lsq(self.act_bits) if self.act_scheme == "lsq" and self.act_signed else affine(self.act_bits)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
+        """Build a configuration from :meth:`to_dict`'s result; missing fields take their defaults.
+
+        Raises:
+            ValueError: if a key is no field, or its value cannot be used.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown fields {unknown}, must be among {known}")
+        return cls(**values)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,205 @@
+"""A linear layer whose weight is fake-quantized in every forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..ops import fake_quantize, quantize
+from ..ops.fake_quantize import FLOATS
+from .activation import DynamicActivation, Float32Scales, LearnedActivation, compute_dtype
+from .config import QuantConfig
+
+
+class QuantLinear(Float32Scales, nn.Linear):
+    """``y = Q_a(x) @ Q(weight; scale).T + bias``, trained straight through.
+
+    The weight is the full-precision master copy. Under autocast a float32 weight is quantized straight into the 16-bit
+    dtype, without a cast of its own and rounded once. FSDP2 goes with autocast too: its ``param_dtype`` would round the
+    scales, which is an error.
+
+    Args:
+        in_features: input features K.
+        out_features: output features N.
+        bias: whether there is a bias ``[N]``.
+        config: what to quantize to.
+        device: device of the parameters.
+        dtype: dtype of weight and bias.
+
+    Attributes:
+        weight: master weight ``[N, K]``.
+        scale: float32 step sizes, ``[N]``, ``[N, K / group_size]``, or ``[1]`` per tensor; stays float32, bit for bit,
+            in ``model.bfloat16()`` and the like.
+        zero_point: the same for affine grids, else None.
+        act: quantizer of the input, or None.
+        noise_std: standard deviation of the noise on the weight in training forwards (WinQ); not saved.
+        scale_noise_std: the same for the scales.
+
+    Raises:
+        ValueError: if ``config.group_size`` does not divide ``in_features``.
+    """
+
+    weight: nn.Parameter
+    scale: nn.Parameter
+    zero_point: nn.Parameter | None
+    act: DynamicActivation | LearnedActivation | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        config: QuantConfig,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self._quantize(config)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: QuantConfig) -> QuantLinear:
+        """Return the quantized form of a linear layer.
+
+        Weight and bias are the same Parameter objects, so ties, ``requires_grad``, device and dtype stay. Hooks and
+        other attributes come along; the handles of hooks keep working. A frozen weight gets frozen scales.
+
+        Args:
+            linear: an ``nn.Linear``; subclasses may compute something else and are refused.
+            config: what to quantize to.
+
+        Raises:
+            ValueError: if ``linear`` is more than a plain ``nn.Linear``, or ``config.group_size`` does not fit.
+        """
+        if problem := why_not(linear):
+            raise ValueError(f"linear {problem}")
+        module = cls.__new__(cls)
+        module.__dict__.update(linear.__dict__)
+        for registry in ("_parameters", "_buffers", "_modules"):
+            module.__dict__[registry] = dict(linear.__dict__[registry])
+        module._quantize(config)
+        return module
+
+    def _quantize(self, config: QuantConfig) -> None:
+        if not isinstance(config, QuantConfig):
+            raise ValueError(f"config is {config!r}, must be a QuantConfig")
+        self.config, self.grid, self.group_size = config, config.grid, config.group_size
+        self.noise_std = self.scale_noise_std = 0.0
+        self._grad_scale = self.grid.grad_scale(self.weight.numel())
+        for name, initial in zip(("scale", "zero_point"), self._initial_scale(), strict=True):
+            trains = self.weight.requires_grad
+            self.register_parameter(name, None if initial is None else nn.Parameter(initial, requires_grad=trains))
+        self.act = None
+        if (act_grid := config.act_grid) is not None:
+            offset, device = config.act_scheme == "lsq+", self.weight.device
+            self.act = LearnedActivation(self.in_features, act_grid, offset=offset, device=device).train(self.training)
+        elif config.act_bits is not None:
+            self.act = DynamicActivation(config.act_bits).train(self.training)
+
+    def _initial_scale(self) -> tuple[Tensor, Tensor | None]:
+        """Return scales, and zero points if the grid has them, from the weight."""
+        config, grid, w = self.config, self.grid, self.weight
+        scale = grid.init_scale(w, config.group_size, per_tensor=config.per_tensor, method=config.scale_init)
+        zero_point = grid.init_zero_point(w, scale, config.group_size) if grid.has_zero_point else None
+        # One element, not a scalar: FSDP shards along the first dimension.
+        shape = scale.shape or (1,)
+        return scale.float().view(shape), None if zero_point is None else zero_point.float().view(shape)
+
+    @torch.no_grad()
+    def reset_scale(self) -> None:
+        """Set scales and zero points to what they would be for a layer just made from the present weight."""
+        scale, zero_point = self._initial_scale()
+        self.scale.copy_(scale)
+        if self.zero_point is not None and zero_point is not None:
+            self.zero_point.copy_(zero_point)
+
+    def reset_parameters(self) -> None:
+        """Draw a new weight and bias as nn.Linear does, and set the scales from them."""
+        super().reset_parameters()
+        if "scale" in self._parameters:  # nn.Linear's constructor comes by before there is one
+            self.reset_scale()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output ``[..., N]`` for an input ``[..., K]``."""
+        if self.act is not None:
+            x = self.act(x)
+        noise = (self.noise_std, self.scale_noise_std) if self.training else (0.0, 0.0)
+        return F.linear(x, self._fake_quantized(compute_dtype(self.weight), *noise), self.bias)
+
+    def _fake_quantized(self, dtype: torch.dtype | None, noise_std: float = 0, scale_noise_std: float = 0) -> Tensor:
+        return fake_quantize(
+            self.weight,
+            self.scale,
+            self.grid,
+            group_size=self.group_size,
+            zero_point=self.zero_point,
+            noise_std=noise_std,
+            scale_noise_std=scale_noise_std,
+            grad_scale=self._grad_scale,
+            dtype=dtype,
+        )
+
+    def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight ``[N, K]`` that an eval forward uses: no noise, differentiable.
+
+        Args:
+            dtype: bfloat16 or float16 for a float32 weight; the weight's dtype if None.
+        """
+        return self._fake_quantized(dtype)
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """Return the integer codes of the weight, ``[N, K]``, int8 (uint8 for 8-bit affine)."""
+        return quantize(self.weight, self.scale, self.grid, group_size=self.group_size, zero_point=self.zero_point)
+
+    def to_linear(self) -> nn.Linear:
+        """Return a plain ``nn.Linear`` that holds the quantized weight, and the same bias Parameter; hooks stay here.
+
+        Raises:
+            ValueError: if the layer quantizes its input, which an ``nn.Linear`` cannot.
+        """
+        if self.act is not None:
+            raise ValueError(
+                f"act_bits is {self.config.act_bits}, must be None: an nn.Linear does not quantize its input "
+                "(quantized_weight() gives the weight alone)"
+            )
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        weight = self.quantized_weight().detach()
+        linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Describe the layer and its quantization."""
+        config = self.config
+        text = f"{super().extra_repr()}, bits={self.grid.bits}, scheme={self.grid.scheme}"
+        if config.per_tensor:
+            return f"{text}, per_tensor=True"
+        return text if self.group_size is None else f"{text}, group_size={self.group_size}"
+
+
+def why_not(linear: nn.Module) -> str | None:
+    """Return why a layer cannot be quantized in place, as the rest of a sentence, or None if it can.
+
+    What computes the weight, replaces the forward or calls something else would be lost, or would bypass quantization.
+    """
+    if parametrize.is_parametrized(linear):
+        return "is parametrized: remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
+    if type(linear) is not nn.Linear:
+        return f"is a {type(linear).__module__}.{type(linear).__qualname__}, must be exactly torch.nn.Linear"
+    weight = linear._parameters.get("weight")
+    if weight is None:
+        return "has a weight that is computed (weight_norm, spectral_norm or pruning): remove that first"
+    if type(weight) is not nn.Parameter:
+        return f"has a {type(weight).__name__} as weight, must be a plain nn.Parameter: quantize before sharding it"
+    if weight.dtype not in FLOATS:
+        return f"has a {weight.dtype} weight, must be one of {FLOATS}"
+    if "forward" in linear.__dict__:
+        return "has a forward of its own on the instance, which would bypass quantization: quantize before wrapping it"
+    if linear._compiled_call_impl is not None:
+        return "has been compiled, which would bypass quantization: quantize before compiling"
+    return None

@@ -1,0 +1,139 @@
+"""The settings of a run. Each is a field here and a command line option of the same name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..grid import paretoq
+from . import checkpoint
+from .model import ModelConfig
+
+
+class ConfigError(ValueError):
+    """A setting cannot be used; the message names it, its value and what is allowed."""
+
+
+def _option(default: Any, text: str, group: str, resumable: bool = False) -> Any:
+    """A field that is also a command line option; a resumed run may change it only if it is ``resumable``."""
+    return field(default=default, metadata={"help": text, "group": group, "resumable": resumable})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the result of a run. `qatkernels train --help` lists the fields with their meaning.
+
+    Raises:
+        ConfigError: if a field has a value that cannot be used.
+    """
+
+    out: str = _option("runs/demo", "folder for checkpoints, log and report", "run", resumable=True)
+    data: str | None = _option(
+        None, "text file or folder; this Python's standard library sources if not given", "run", True
+    )
+    bits: tuple[float, ...] = _option((4, 2, 1.58, 1), "bit widths to train; more may be added later", "run", True)
+    seed: int = _option(0, "seed of the initial weights and of the batches", "run")
+    device: str = _option("auto", "cpu, cuda, or auto: cuda where there is one", "run")
+    precision: str = _option(
+        "auto", "float32, or bfloat16 autocast; auto: bfloat16 where the hardware multiplies it", "run"
+    )
+
+    width: int = _option(192, "features of the residual stream", "model")
+    depth: int = _option(3, "transformer blocks", "model")
+    heads: int = _option(3, "attention heads", "model")
+    context: int = _option(128, "bytes that a window predicts", "model")
+
+    batch: int = _option(16, "windows in a step", "training")
+    steps: int = _option(900, "steps in full precision", "training")
+    qat_steps: int = _option(200, "steps of quantization-aware training at each bit width", "training")
+    lr: float = _option(2e-3, "peak learning rate in full precision", "training")
+    qat_lr: float = _option(1e-3, "peak learning rate of quantization-aware training", "training")
+    scale_lr: float = _option(1e-4, "peak learning rate of the quantizers' scales", "training")
+    weight_decay: float = _option(0.1, "decay of weight matrices in full precision (QAT has none)", "training")
+    beta1: float = _option(0.9, "AdamW's decay of the first moment", "training")
+    beta2: float = _option(0.95, "AdamW's decay of the second moment", "training")
+    warmup: float = _option(0.05, "share of a phase's steps over which the learning rate rises", "training")
+    clip: float = _option(1.0, "largest norm of the gradient", "training")
+
+    eval_every: int = _option(100, "steps between evaluations on held-out text", "evaluation")
+    eval_windows: int = _option(256, "held-out windows in an evaluation", "evaluation")
+    log_every: int = _option(10, "steps between training losses in the log", "evaluation")
+    save_every: int = _option(100, "steps between checkpoints", "evaluation", resumable=True)
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+        if not self.bits or len(set(self.bits)) != len(self.bits):
+            raise ConfigError(f"--bits is {self.bits}, must be one or more different bit widths")
+        try:
+            for bits in self.bits:
+                paretoq(bits)
+            _ = self.model
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"--precision is {self.precision!r}, must be auto, float32 or bfloat16")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"--device is {self.device!r}, must be auto, cpu or cuda")
+
+    @property
+    def model(self) -> ModelConfig:
+        """Shape of the model."""
+        return ModelConfig(self.width, self.depth, self.heads, self.context)
+
+    def resolved(self) -> TrainConfig:
+        """Return the configuration with ``auto`` replaced by what this machine has.
+
+        Raises:
+            ConfigError: if CUDA is asked for and missing.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device is cuda, but PyTorch sees no CUDA device; must be cpu or auto here")
+        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        precision = self.precision
+        if precision == "auto":
+            precision = "bfloat16" if device == "cuda" or _multiplies_bfloat16() else "float32"
+        return replace(self, device=device, precision=precision)
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        at_least = 1 if isinstance(entry.default, int) else 0.0
+        at_most = 1.0 if entry.name in ("beta1", "beta2", "warmup") else math.inf
+        if entry.name != "seed" and not (at_least <= value <= at_most and math.isfinite(value)):
+            limits = f"at least {at_least}" if at_most == math.inf else f"in [{at_least}, {at_most}]"
+            raise ConfigError(f"--{entry.name.replace('_', '-')} is {value}, must be {limits}")
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 arithmetic; without it autocast is slower than float32."""
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
+def resumed(given: dict[str, Any]) -> TrainConfig:
+    """Return the configuration of the run in ``given["out"]``, changed only by what else is given.
+
+    Args:
+        given: fields of :class:`TrainConfig` by name, as few as there are.
+
+    Raises:
+        ConfigError: if there is no run, or a field is not known.
+        CheckpointError: if its configuration is damaged.
+    """
+    out = given.get("out", TrainConfig.out)
+    path = Path(out) / "run.json"
+    if not path.exists():
+        raise ConfigError(f"--out is {out}, which holds no run to resume")
+    stored = checkpoint.read_json(path)
+    stored.pop("data_sha256", None)
+    try:
+        return TrainConfig(**{**stored, "bits": tuple(stored["bits"]), **given, "out": out})
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a configuration that this version knows ({error})") from error

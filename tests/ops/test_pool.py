@@ -1,0 +1,87 @@
+"""Weight-sized results reuse memory, and never memory that something still needs."""
+
+import gc
+
+import pytest
+import torch
+
+import qatkernels as qk
+from qatkernels.backends import extension
+
+C = extension()
+pytestmark = pytest.mark.skipif(C is None, reason="the pool belongs to the compiled kernels")
+GRID = qk.lsq(4)
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def empty():
+    gc.collect()
+    qk.empty_cache()
+    yield
+    qk.empty_cache()
+
+
+def quantized(w):
+    return qk.fake_quantize(w, GRID.init_scale(w), GRID)
+
+
+def test_memory_comes_back_only_when_the_last_tensor_is_gone():
+    w = torch.randn(512, 1024)
+    y = quantized(w)
+    address, view = y.data_ptr(), y.view(-1)[10:20]
+    expected = view.clone()
+    del y
+    assert C.cached_bytes() == 0
+    other = quantized(w + 1)
+    assert other.data_ptr() != address
+    assert torch.equal(view, expected)
+    del view
+    assert C.cached_bytes() == 2 * MIB
+    assert quantized(w).data_ptr() == address
+
+
+def test_what_autograd_keeps_is_not_reused():
+    """Two graphs alive at once, the older one used last: its saved weights are intact."""
+    x = torch.randn(4, 1024)
+    layer = qk.QuantLinear(1024, 512, config=qk.QuantConfig(bits=4))
+    first = layer(x.requires_grad_())
+    expected = torch.autograd.grad(first.sum(), x, retain_graph=True)[0]
+    for _ in range(3):
+        with torch.no_grad():
+            layer.weight.data = layer.weight.data + 0.01
+        layer(x).sum().backward()
+    assert torch.equal(torch.autograd.grad(first.sum(), x)[0], expected)
+
+
+def test_a_training_loop_settles():
+    layer = qk.QuantLinear(1024, 1024, config=qk.QuantConfig(bits=2))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    x, seen = torch.randn(8, 1024), []
+    for _ in range(5):
+        optimizer.zero_grad()
+        layer(x).square().mean().backward()
+        seen.append(layer.weight.grad.data_ptr())
+        optimizer.step()
+    assert len(set(seen[1:])) <= 2
+
+
+def test_kept_memory_never_exceeds_the_peak_in_use():
+    sizes = [(256, 1024), (512, 1024), (1024, 1024), (300, 1024), (700, 1024)]
+    peak = 0
+    for rows, cols in sizes * 3:
+        y = quantized(torch.randn(rows, cols))
+        peak = max(peak, y.nbytes)
+        del y
+        assert C.cached_bytes() <= peak
+    qk.empty_cache()
+    assert C.cached_bytes() == 0
+
+
+def test_results_can_be_shared_resized_and_saved(tmp_path):
+    y = quantized(torch.randn(512, 1024))
+    expected = y.clone()
+    torch.save(y, tmp_path / "y.pt")
+    assert torch.equal(torch.load(tmp_path / "y.pt"), expected)
+    y.share_memory_()
+    assert torch.equal(y, expected)
