@@ -75,3 +75,34 @@ def check_sample(op, impl_out, sample):
         assert_within(actual[1], ds, ds_bound, f"{op} {sample.name} ds")
         if sample.zero_point is not None:
             assert_within(actual[2], dz, dz_bound, f"{op} {sample.name} dz")
+
+
+def special_calls(grid, dtype):
+    """Calls by op with ties of every level, both zeros, subnormals, the largest numbers, infinities and NaN.
+
+    Scales go from below the floor to infinite; each row has one.
+    """
+    ties = [(k + 0.5 + grid.offset) / grid.steps for k in range(grid.code_min - 2, grid.code_max + 2)]
+    edges = [*grid.clamp, *grid.passes, *grid.values[:4]]
+    info = torch.finfo(dtype)
+    extremes = [0.0, -0.0, info.tiny, -info.tiny, info.tiny / 4, info.max, -info.max, torch.inf, -torch.inf, torch.nan]
+    unit = torch.tensor(ties + edges, dtype=torch.float64)
+    near = torch.cat([unit, unit * (1 + info.eps), unit * (1 - info.eps)])
+    scale = torch.tensor([1.0, 0.5, 3.0, 0.01, 1e-5, 1e-7, 0.0, -2.0, 1e30, torch.inf, torch.nan], dtype=torch.float32)
+    rows = [torch.cat([near * max(s, 1e-5), torch.tensor(extremes, dtype=torch.float64)]) for s in scale.tolist()]
+    w = torch.stack(rows).to(dtype)
+    zero_point = torch.full_like(scale, 3.0 if grid.bits < 8 else 100.0) if grid.has_zero_point else None
+    constants = list(grid.constants)
+    point = (w, scale, zero_point, None, constants, 0.0, 0.0, 1.0)
+    return {
+        "fake_quantize": (*point, None),
+        "fake_quantize_backward": (torch.ones_like(w), *point),
+        "quantize": (w, scale, zero_point, constants, grid.code_min, grid.code_max),
+    }
+
+
+def check_first_output(op, impl_out, args):
+    """Hold the weight-sized output of an `_out` implementation against the reference, bit for bit."""
+    on_cpu = [a.cpu() if isinstance(a, torch.Tensor) else a for a in args]
+    expected = as_tuple(OPS[op].reference(*on_cpu))[0]
+    assert_same_bits(run_out(op, impl_out, args)[0].cpu(), expected, op)

@@ -13,7 +13,7 @@ from qatkernels.ops import noise
 from qatkernels.ops._op import OPS
 from qatkernels.ops.fake_quantize import FLOATS
 from qatkernels.ops.samples import GRIDS, make, samples, weights
-from tests.compare import assert_same_bits, check_sample, run_out
+from tests.compare import assert_same_bits, check_first_output, check_sample, run_out, special_calls
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILY = ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "quantize")
@@ -50,34 +50,9 @@ def test_float64(op):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
 def test_special_values(grid, dtype):
-    """Ties of every level, both zeros, subnormals, the largest numbers, infinities, NaN; scales from tiny to infinite."""
-    ties = [(k + 0.5 + grid.offset) / grid.steps for k in range(grid.code_min - 2, grid.code_max + 2)]
-    edges = [*grid.clamp, *grid.passes, *(v for v in grid.values[:4])]
-    info = torch.finfo(dtype)
-    extremes = [0.0, -0.0, info.tiny, -info.tiny, info.tiny / 4, info.max, -info.max, torch.inf, -torch.inf, torch.nan]
-    unit = torch.tensor(ties + edges, dtype=torch.float64)
-    near = torch.cat([unit, unit * (1 + info.eps), unit * (1 - info.eps)])
-    scale = torch.tensor([1.0, 0.5, 3.0, 0.01, 1e-5, 1e-7, 0.0, -2.0, 1e30, torch.inf, torch.nan], dtype=torch.float32)
-    rows = [torch.cat([near * max(s, 1e-5), torch.tensor(extremes, dtype=torch.float64)]) for s in scale.tolist()]
-    w = torch.stack(rows).to(dtype)
-    zero_point = torch.full_like(scale, 3.0 if grid.bits < 8 else 100.0) if grid.has_zero_point else None
-    constants = list(grid.constants)
-    upstream = torch.ones_like(w)
-    point = (w, scale, zero_point, None, constants, 0.0, 0.0, 1.0)
-    calls = {
-        "fake_quantize": (*point, None),
-        "fake_quantize_backward": (upstream, *point),
-        "quantize": (w, scale, zero_point, constants, grid.code_min, grid.code_max),
-    }
-    for op, args in calls.items():
+    for op, args in special_calls(grid, dtype).items():
         for backend, device in backends(op):
-            moved = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
-            actual = run_out(op, IMPLS[f"{op}_out"][backend], moved)
-            assert_same_bits(actual[0].cpu(), torch.as_tensor(_first(OPS[op].reference(*args))), f"{backend} {op}")
-
-
-def _first(outputs):
-    return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+            check_first_output(op, IMPLS[f"{op}_out"][backend], _to(args, device))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")

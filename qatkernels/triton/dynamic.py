@@ -1,0 +1,60 @@
+"""Dynamic activation quantization in Triton: a program finds the largest magnitude of its tokens, then quantizes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._element import OPTIONS, divide, from_element, round_half_even, select_high, select_low, to_element
+from ._rows import compute_type, tiling
+
+
+@triton.jit
+def magnitude_bits(x):
+    """The bits of abs(x) as an integer, ordered as magnitudes are, NaN the largest."""
+    if x.dtype == tl.float64:
+        return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def fake_quantize_dynamic_kernel(
+    x_ptr, y_ptr, rows, cols, QMAX: tl.constexpr, COMPUTE: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
+    row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
+    exists = row < rows
+    column = tl.arange(0, C)[None, :]
+    most = magnitude_bits(tl.zeros((R, C), COMPUTE))
+    for start in range(0, cols, C):
+        mask = exists & (start + column < cols)
+        x = from_element(tl.load(x_ptr + row * cols + start + column, mask, other=0.0), COMPUTE)
+        most = tl.maximum(most, magnitude_bits(x))
+    largest = tl.max(most, 1)[:, None].to(COMPUTE, bitcast=True)
+    scale = divide(largest, tl.full(largest.shape, QMAX, COMPUTE))
+    scale = select_low(scale, tl.full(scale.shape, 1.1754943508222875e-38, COMPUTE))
+    for start in range(0, cols, C):
+        mask = exists & (start + column < cols)
+        x = from_element(tl.load(x_ptr + row * cols + start + column, mask, other=0.0), COMPUTE)
+        r = divide(x, tl.broadcast_to(scale, x.shape))
+        limit = tl.full(r.shape, QMAX, COMPUTE)
+        y = (round_half_even(select_high(select_low(r, -limit), limit)) + 0.0) * scale
+        tl.store(y_ptr + row * cols + start + column, to_element(y, y_ptr.dtype.element_ty), mask)
+
+
+def fake_quantize_dynamic_out(x: Tensor, bits: int, out: Tensor) -> None:
+    """Write y. Arguments as the op's."""
+    if x.numel() == 0:
+        return
+    x = x.contiguous()
+    rows, cols = x.numel() // x.shape[-1], x.shape[-1]
+    tiles = tiling(rows, cols)
+    fake_quantize_dynamic_kernel[(triton.cdiv(rows, tiles.tile_rows),)](
+        x, out, rows, cols, QMAX=2.0 ** (bits - 1) - 1, COMPUTE=compute_type(x.dtype),
+        R=tiles.tile_rows, C=tiles.tile_cols, **OPTIONS,
+    )  # fmt: skip
+
+
+OUT_IMPLS: dict[str, Callable[..., None]] = {"fake_quantize_dynamic": fake_quantize_dynamic_out}

@@ -1,0 +1,168 @@
+"""Fake quantization in Triton: forward, backward and forward mode, each one pass over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._element import code_of, constant, divide, from_element, to_element, value_of
+from ._rows import load_scale, load_weight, point, rows_of_program, shape_of, tiling
+
+
+@triton.jit
+def slopes_of(w, scale, zero, GRID: tl.constexpr):
+    """Where r is below and above the pass-through range, and dy/ds."""
+    r = divide(w, tl.broadcast_to(scale, w.shape))
+    below = r < constant(GRID[5], r) - zero
+    above = r > constant(GRID[6], r) - zero
+    code = code_of(w, r, zero, GRID)
+    level = divide(code + (constant(GRID[2], r) - zero), tl.full(w.shape, GRID[1], w.dtype))
+    inside = level - r * constant(GRID[9], r)
+    beyond = tl.where(below, constant(GRID[7], r) - zero, constant(GRID[8], r) - zero)
+    return below | above, tl.where(below | above, beyond, inside)
+
+
+@triton.jit
+def fake_quantize_fwd_kernel(
+    w_ptr, y_ptr, scale_ptr, zero_ptr, seed_ptr, rows, cols, noise_std, scale_noise_std, chunks,
+    GRID: tl.constexpr, COMPUTE: tl.constexpr, ZERO: tl.constexpr, NOISE: tl.constexpr, SCALE_NOISE: tl.constexpr,
+    BY_FOUR: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    row, exists, chunk = rows_of_program(rows, chunks, R)
+    scale, zero = load_scale(scale_ptr, zero_ptr, seed_ptr, row, exists, scale_noise_std, COMPUTE, ZERO, SCALE_NOISE)
+    columns = chunk.to(tl.int64) * C + tl.arange(0, C)
+    mask = exists & (columns < cols)[None, :]
+    w = load_weight(w_ptr, seed_ptr, row, columns, cols, mask, noise_std, R, C, COMPUTE, NOISE, BY_FOUR)
+    code = code_of(w, divide(w, tl.broadcast_to(scale, w.shape)), zero, GRID)
+    y = value_of(code, scale, zero, GRID)
+    tl.store(y_ptr + row * cols + columns[None, :], to_element(y, y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def fake_quantize_bwd_kernel(
+    w_ptr, g_ptr, dw_ptr, ds_ptr, dz_ptr, scale_ptr, zero_ptr, seed_ptr, rows, cols, noise_std, scale_noise_std, chunks,
+    grad_scale,
+    GRID: tl.constexpr, COMPUTE: tl.constexpr, ZERO: tl.constexpr, NOISE: tl.constexpr, SCALE_NOISE: tl.constexpr,
+    BY_FOUR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    row, exists, chunk = rows_of_program(rows, chunks, R)
+    scale, zero = load_scale(scale_ptr, zero_ptr, seed_ptr, row, exists, scale_noise_std, COMPUTE, ZERO, SCALE_NOISE)
+    sum_s = tl.zeros((R, C), COMPUTE)
+    sum_z = tl.zeros((R, C), COMPUTE)
+    for start in tl.static_range(0, CHUNK, C):
+        columns = chunk.to(tl.int64) * CHUNK + start + tl.arange(0, C)
+        mask = exists & (columns < cols)[None, :]
+        offset = row * cols + columns[None, :]
+        w = load_weight(w_ptr, seed_ptr, row, columns, cols, mask, noise_std, R, C, COMPUTE, NOISE, BY_FOUR)
+        g = from_element(tl.load(g_ptr + offset, mask, other=0.0), COMPUTE)
+        beyond, slope = slopes_of(w, scale, zero, GRID)
+        tl.store(dw_ptr + offset, to_element(tl.where(beyond, 0.0, g), dw_ptr.dtype.element_ty), mask)
+        sum_s += tl.where(mask, g * slope, 0.0)
+        if ZERO:
+            sum_z += tl.where(beyond, g * -scale, 0.0)
+    out = row * chunks + chunk
+    factor = tl.full((), grad_scale, tl.float32)
+    tl.store(ds_ptr + out, tl.sum(sum_s, 1)[:, None] * factor, exists)
+    if ZERO:
+        tl.store(dz_ptr + out, tl.sum(sum_z, 1)[:, None] * factor, exists)
+
+
+@triton.jit
+def fake_quantize_jvp_kernel(
+    w_ptr, tangent_w_ptr, tangent_scale_ptr, tangent_zero_ptr, y_ptr, scale_ptr, zero_ptr, seed_ptr, rows, cols,
+    noise_std, scale_noise_std, chunks,
+    GRID: tl.constexpr, COMPUTE: tl.constexpr, ZERO: tl.constexpr, NOISE: tl.constexpr, SCALE_NOISE: tl.constexpr,
+    BY_FOUR: tl.constexpr, ALONG_W: tl.constexpr, ALONG_S: tl.constexpr, ALONG_Z: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    row, exists, chunk = rows_of_program(rows, chunks, R)
+    scale, zero = load_scale(scale_ptr, zero_ptr, seed_ptr, row, exists, scale_noise_std, COMPUTE, ZERO, SCALE_NOISE)
+    columns = chunk.to(tl.int64) * C + tl.arange(0, C)
+    mask = exists & (columns < cols)[None, :]
+    offset = row * cols + columns[None, :]
+    w = load_weight(w_ptr, seed_ptr, row, columns, cols, mask, noise_std, R, C, COMPUTE, NOISE, BY_FOUR)
+    beyond, slope = slopes_of(w, scale, zero, GRID)
+    y = tl.zeros((R, C), COMPUTE)
+    if ALONG_W:
+        y = tl.where(beyond, 0.0, from_element(tl.load(tangent_w_ptr + offset, mask, other=0.0), COMPUTE))
+    if ALONG_S:
+        y += slope * tl.load(tangent_scale_ptr + row, exists, other=0.0).to(COMPUTE)
+    if ALONG_Z:
+        along = tl.load(tangent_zero_ptr + row, exists, other=0.0).to(COMPUTE)
+        y += tl.where(beyond, -tl.broadcast_to(scale, y.shape), 0.0) * along
+    tl.store(y_ptr + offset, to_element(y, y_ptr.dtype.element_ty), mask)
+
+
+def fake_quantize_out(
+    w: Tensor, scale: Tensor, zero_point: Tensor | None, seed: Tensor | None, grid: list[float],
+    noise_std: float, scale_noise_std: float, grad_scale: float, dtype: torch.dtype | None, out: Tensor,
+) -> None:  # fmt: skip
+    """Write y. Arguments as the op's."""
+    if w.numel() == 0:
+        return
+    w, scale = w.contiguous(), scale.contiguous()
+    args, constants = point(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, w.dtype)
+    tiles = tiling(*shape_of(w, scale), chunk_columns=1)
+    fake_quantize_fwd_kernel[(tiles.programs,)](
+        w, out, *args, tiles.chunks, **constants, R=tiles.tile_rows, C=tiles.tile_cols
+    )
+
+
+def fake_quantize_backward_out(
+    g: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor | None, seed: Tensor | None, grid: list[float],
+    noise_std: float, scale_noise_std: float, grad_scale: float, dw: Tensor, ds: Tensor, dz: Tensor,
+) -> None:  # fmt: skip
+    """Write dw, ds and dz. Arguments as the op's."""
+    if w.numel() == 0:
+        ds.zero_()
+        dz.zero_()
+        return
+    g, w, scale = g.contiguous(), w.contiguous(), scale.contiguous()
+    args, constants = point(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, w.dtype)
+    tiles = tiling(*shape_of(w, scale))
+    wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+    direct = tiles.chunks == 1 and wide == torch.float32
+    shape = (scale.numel(), tiles.chunks)
+    partial_s = ds if direct else ds.new_empty(shape, dtype=wide)
+    partial_z = dz if direct else ds.new_empty(shape if zero_point is not None else 0, dtype=wide)
+    fake_quantize_bwd_kernel[(tiles.programs,)](
+        w, g, dw, partial_s, partial_z, *args, tiles.chunks, grad_scale if direct else 1.0,
+        **constants, R=tiles.tile_rows, C=tiles.tile_cols, CHUNK=tiles.chunk,
+    )  # fmt: skip
+    if not direct:
+        ds.copy_((partial_s.sum(-1) * grad_scale).view(ds.shape))
+        if zero_point is not None:
+            dz.copy_((partial_z.sum(-1) * grad_scale).view(dz.shape))
+
+
+def fake_quantize_jvp_out(
+    tangent_w: Tensor | None, tangent_scale: Tensor | None, tangent_zero_point: Tensor | None,
+    w: Tensor, scale: Tensor, zero_point: Tensor | None, seed: Tensor | None, grid: list[float],
+    noise_std: float, scale_noise_std: float, grad_scale: float, dtype: torch.dtype | None, out: Tensor,
+) -> None:  # fmt: skip
+    """Write the tangent of y. Arguments as the op's."""
+    if w.numel() == 0:
+        return
+    w, scale = w.contiguous(), scale.contiguous()
+    # The gradient scale goes into the few tangents of scales; a kernel argument would be float32 for float64, too.
+    scaled = (None if t is None else t * grad_scale for t in (tangent_scale, tangent_zero_point))
+    tangents = [scale if t is None else t.contiguous() for t in (tangent_w, *scaled)]
+    args, constants = point(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, w.dtype)
+    tiles = tiling(*shape_of(w, scale), chunk_columns=1)
+    fake_quantize_jvp_kernel[(tiles.programs,)](
+        w, *tangents, out, *args, tiles.chunks, **constants,
+        ALONG_W=tangent_w is not None, ALONG_S=tangent_scale is not None, ALONG_Z=tangent_zero_point is not None,
+        R=tiles.tile_rows, C=tiles.tile_cols,
+    )  # fmt: skip
+
+
+OUT_IMPLS: dict[str, Callable[..., None]] = {
+    "fake_quantize": fake_quantize_out,
+    "fake_quantize_backward": fake_quantize_backward_out,
+    "fake_quantize_jvp": fake_quantize_jvp_out,
+}

@@ -1,0 +1,132 @@
+"""The Triton kernels compiled ahead of time for three generations of GPUs; no GPU is needed.
+
+What is compiled is what the launchers launch: a launch is recorded instead of run, its arguments become the signature.
+``pytest -s`` prints registers and spills.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import qatkernels as qk
+from qatkernels.backends import IMPLS
+from qatkernels.ops._op import OPS, as_tuple
+from qatkernels.ops.samples import make
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels do not compile", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from qatkernels.triton._rows import CHUNK_COLUMNS, TILE_ELEMENTS  # noqa: E402
+
+ARCHITECTURES = (80, 90, 100)
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
+    torch.int8: "*i8", torch.uint8: "*u8", torch.int64: "*i64",
+}  # fmt: skip
+
+
+def family(op, *args, **kwargs):
+    sample = make(*args, **kwargs)
+    return op, sample.args(op)
+
+
+CASES = {
+    "forward-fp32-row": family("fake_quantize", qk.seq(2), (64, 4096)),
+    "forward-bf16-row": family("fake_quantize", qk.lsq(4), (64, 4096), torch.bfloat16),
+    "forward-binary": family("fake_quantize", qk.binary(), (64, 4096), torch.bfloat16),
+    "forward-fp32-to-bf16-group": family("fake_quantize", qk.affine(4), (64, 4096), granularity=128, out_dtype=torch.bfloat16),
+    "forward-noise": family("fake_quantize", qk.seq(2), (64, 4096), noise=True),
+    "forward-odd-noise": family("fake_quantize", qk.ternary(), (64, 1001), torch.float16, noise=True),
+    "backward-fp32-row": family("fake_quantize_backward", qk.seq(2), (64, 4096)),
+    "backward-bf16-row": family("fake_quantize_backward", qk.lsq(4), (64, 4096), torch.bfloat16),
+    "backward-bf16-long": family("fake_quantize_backward", qk.lsq(4), (4, 65536), torch.bfloat16),
+    "backward-group": family("fake_quantize_backward", qk.affine(4), (64, 4096), granularity=32),
+    "backward-tensor": family("fake_quantize_backward", qk.lsq(4), (512, 4096), granularity="tensor"),
+    "backward-noise": family("fake_quantize_backward", qk.binary(), (64, 4096), noise=True),
+    "jvp-fp32-row": family("fake_quantize_jvp", qk.seq(2), (64, 4096)),
+    "quantize-fp32-row": family("quantize", qk.lsq(4), (64, 4096)),
+    "dynamic-bf16": ("fake_quantize_dynamic", (torch.zeros(64, 4096, dtype=torch.bfloat16), 8)),
+    "normal": ("normal", (torch.tensor(3), 65536, 0)),
+}  # fmt: skip
+#: Cases whose rows are aligned: how many weight-sized tensors they read and write, all of it 16 bytes at a time.
+WIDE = {
+    "forward-fp32-row": (1, 1),
+    "forward-bf16-row": (1, 1),
+    "backward-fp32-row": (2, 1),
+    "backward-bf16-row": (2, 1),
+    "backward-bf16-long": (2, 1),
+}
+#: 16-byte accesses by which a thread of eight warps moves its part of a tile, and tiles that a program walks.
+WIDE_ACCESSES = {torch.float32: TILE_ELEMENTS * 4 // 256 // 16, torch.bfloat16: TILE_ELEMENTS * 2 // 256 // 16}
+ITERATIONS = {"backward-bf16-long": CHUNK_COLUMNS // TILE_ELEMENTS}
+
+
+def recorded_launch(op, args, monkeypatch):
+    """Return (kernel, arguments by name, options) of the launch that an op leads to."""
+    launches = []
+    monkeypatch.setattr(triton.JITFunction, "run", lambda self, *a, grid, warmup, **k: launches.append((self, a, k)))
+    IMPLS[f"{op}_out"]["triton"](*args, *as_tuple(OPS[op].fake(*args)))
+    kernel, positional, keywords = launches[0]
+    named = dict(zip(kernel.arg_names, positional, strict=False))
+    options = {k: keywords.pop(k) for k in list(keywords) if k not in kernel.arg_names}
+    return kernel, named | keywords, options
+
+
+def compiled(kernel, arguments, options, architecture):
+    """Compile a kernel for the arguments of a launch, specialized as a launch would be."""
+    constexprs = {kernel.arg_names[i] for i in kernel.constexprs}
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if name in constexprs or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def resources(cubin):
+    """Return registers, stack and local memory of the one kernel in a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    assert found, text
+    return tuple(map(int, found.groups()))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", CASES)
+def test_aot(case, architecture, monkeypatch):
+    kernel = compiled(*recorded_launch(*CASES[case], monkeypatch), architecture)
+    registers, stack, local = resources(kernel.asm["cubin"])
+    print(f"{case} sm_{architecture}: {registers} registers, {stack} bytes of stack, {local} bytes of local memory")
+    assert (stack, local) == (0, 0), "registers are spilled"
+    ptx = kernel.asm["ptx"]
+    assert "div.full" not in ptx, "an approximate division"
+    assert "sqrt.approx" not in ptx, "an approximate square root"
+    assert not re.search(r"fma\.rn\.f(32|64)", ptx), "a fused multiply-add"
+    if case in WIDE:
+        for access, tensors in zip(("ld", "st"), WIDE[case], strict=True):
+            found = re.findall(rf"{access}\.global[\w.:]*\.v4\.b32", ptx)
+            assert len(found) == tensors * WIDE_ACCESSES[CASES[case][1][0].dtype] * ITERATIONS.get(case, 1)

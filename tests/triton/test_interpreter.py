@@ -1,0 +1,114 @@
+"""The Triton kernels themselves, run by Triton's interpreter on CPU tensors, against the references.
+
+Interpreting is decided when Triton is imported, so this file has a process of its own:
+``TRITON_INTERPRET=1 pytest tests/triton/test_interpreter.py``.
+"""
+
+import os
+
+import pytest
+import torch
+
+import qatkernels as qk
+from qatkernels.backends import IMPLS
+from qatkernels.ops._op import OPS
+from qatkernels.ops.fake_quantize import FLOATS
+from qatkernels.ops.samples import GRIDS, make, samples, weights
+from tests.compare import assert_same_bits, check_first_output, check_sample, run_out, special_calls
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+
+FAMILY = ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "quantize")
+
+
+def triton_out(op):
+    return IMPLS[f"{op}_out"]["triton"]
+
+
+@pytest.mark.parametrize("op", FAMILY)
+@pytest.mark.parametrize("sample", list(samples()), ids=lambda s: s.name)
+def test_family(op, sample):
+    check_sample(op, triton_out(op), sample)
+
+
+@pytest.mark.parametrize("op", FAMILY)
+@pytest.mark.parametrize("grid", [qk.seq(2), qk.ternary(), qk.affine(4)], ids=lambda g: g.scheme)
+def test_float64(op, grid):
+    check_sample(op, triton_out(op), make(grid, (3, 40), torch.float64, "row", noise=True))
+    check_sample(op, triton_out(op), make(grid, (3, 40), torch.float64, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
+def test_special_values(grid, dtype):
+    for op, args in special_calls(grid, dtype).items():
+        check_first_output(op, triton_out(op), args)
+
+
+@pytest.mark.parametrize("op", FAMILY)
+@pytest.mark.parametrize("shape", [(1, 20000), (3, 16385), (70, 32), (5000, 1), (2, 3)])
+def test_shapes_of_every_tiling(op, shape):
+    """Rows cut into chunks, rows bundled into tiles, partial tiles."""
+    check_sample(op, triton_out(op), make(qk.affine(4), shape, noise=op != "quantize"))
+
+
+@pytest.mark.parametrize("op", FAMILY)
+@pytest.mark.parametrize("shape", [(0, 8), (4, 0)])
+def test_empty(op, shape):
+    w, scale = torch.empty(shape), torch.ones(shape[0])
+    point = (w, scale, None, None, list(qk.lsq(4).constants), 0.0, 0.0, 1.0)
+    args = {
+        "fake_quantize": (*point, None),
+        "fake_quantize_backward": (torch.empty(shape), *point),
+        "fake_quantize_jvp": (w, scale, None, *point, None),
+        "quantize": (w, scale, None, point[4], -8, 7),
+    }[op]
+    out = run_out(op, triton_out(op), args)
+    assert out[0].shape == shape
+    if op == "fake_quantize_backward":
+        assert torch.equal(out[1], torch.zeros_like(scale))
+
+
+def test_backward_takes_views_and_repeats_its_bits():
+    sample = make(qk.lsq(4), (48, 32), noise=True)
+    args = list(sample.args("fake_quantize_backward"))
+    args[0] = torch.ones(()).expand(48, 32)
+    args[1] = args[1].t().contiguous().t()
+    results = [run_out("fake_quantize_backward", triton_out("fake_quantize_backward"), args) for _ in range(2)]
+    copies = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in args]
+    expected = run_out("fake_quantize_backward", triton_out("fake_quantize_backward"), copies)
+    for result in results:
+        for a, e in zip(result, expected, strict=True):
+            assert_same_bits(a, e)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dequantize(grid, dtype):
+    sample = make(grid, (6, 48), dtype, 16)
+    codes = qk.quantize(sample.w, sample.scale, grid, group_size=16, zero_point=sample.zero_point)
+    args = (codes, sample.scale, sample.zero_point, list(grid.constants), dtype)
+    assert_same_bits(run_out("dequantize", triton_out("dequantize"), args)[0], OPS["dequantize"].reference(*args))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(7, 33), (2, 3, 64), (5, 1), (2, 5000), (3, 0), (0, 3)])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_dynamic(dtype, shape, bits):
+    x = weights(shape, dtype)
+    if x.numel() > 20:
+        x.view(-1, shape[-1])[0, 0] = torch.nan
+        x.view(-1, shape[-1])[1] = torch.inf
+    if x.numel() > 200:
+        x.view(-1, shape[-1])[2:3] = 0.0
+    expected = OPS["fake_quantize_dynamic"].reference(x, bits)
+    assert_same_bits(run_out("fake_quantize_dynamic", triton_out("fake_quantize_dynamic"), (x, bits))[0], expected)
+
+
+@pytest.mark.parametrize("numel", [0, 1, 3, 64, 5001])
+@pytest.mark.parametrize("seed", [0, -1, 123456789123])
+@pytest.mark.parametrize("stream", [0, 1])
+def test_normals(numel, seed, stream):
+    seed = torch.tensor(seed)
+    expected = OPS["normal"].reference(seed, numel, stream)
+    assert_same_bits(run_out("normal", triton_out("normal"), (seed, numel, stream))[0], expected)
