@@ -7,6 +7,16 @@
 namespace qk {
 namespace QK_ISA {
 
+// Codes from -128 to 255 as bytes.
+template <class T>
+QK_HD void put_codes(uint8_t* p, const Vec<T>& code, int64_t n) {
+  T lanes[kLanes];
+  store(lanes, code);
+  uint8_t bytes[kLanes];
+  for (int j = 0; j < kLanes; ++j) bytes[j] = static_cast<uint8_t>(static_cast<int32_t>(lanes[j]));
+  std::memcpy(p, bytes, n);
+}
+
 void quantize(const Quantize& call, int64_t begin, int64_t end) {
   with_types(call.at.w_type, call.at.w_type, [&](auto types) {
     using T = typename decltype(types)::C;
@@ -21,9 +31,7 @@ void quantize(const Quantize& call, int64_t begin, int64_t end) {
             Vec<T> code = code_of(w, w / Vec<T>(row.scale), row);
             code = select(code == code, code, Vec<T>(T(0)));
             code = min_of(high, max_of(low, code));
-            T lanes[kLanes];
-            store(lanes, code);
-            for (int64_t j = 0; j < count; ++j) codes[i + j] = static_cast<uint8_t>(static_cast<int32_t>(lanes[j]));
+            put_codes(codes + i, code, count);
           },
           [] {});
     });

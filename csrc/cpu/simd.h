@@ -235,15 +235,32 @@ QK_HD void store(T* p, const Vec<T>& x) {
   std::memcpy(p, &x, sizeof x);
 }
 
-// Registers of 16-bit elements that widen to one register of 32-bit lanes.
+// Sixteen-bit elements to the lanes of one register and back, the high bits zero or dropped; compilers take detours here.
 using Half = Register<uint16_t, kRegisterBytes / 2>;
+
+QK_HD U32::Reg widen(Half h) {
+#if defined(__AVX512F__)
+  return (U32::Reg)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (U32::Reg)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, U32::Reg);
+#endif
+}
+QK_HD Half narrow(U32::Reg x) {
+#if defined(__AVX512F__)
+  return (Half)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, Half);
+#endif
+}
 
 QK_HD F32 load(const bfloat16* p) {
   F32 r;
   for (int i = 0; i < F32::kCount; ++i) {
     Half h;
     std::memcpy(&h, p + i * F32::kWidth, sizeof h);
-    const U32::Reg wide = __builtin_convertvector(h, U32::Reg) << 16;
+    const U32::Reg wide = widen(h) << 16;
     r.part[i] = (F32::Reg)wide;
   }
   return r;
@@ -255,7 +272,7 @@ QK_HD void store(bfloat16* p, const F32& x) {
     const U32::Reg bits = (U32::Reg)x.part[i];
     const U32::Reg rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     const U32::Reg result = x.part[i] == x.part[i] ? rounded : (bits >> 16 | 0x40u);
-    const Half h = __builtin_convertvector(result, Half);
+    const Half h = narrow(result);
     std::memcpy(p + i * F32::kWidth, &h, sizeof h);
   }
 }
@@ -272,7 +289,7 @@ QK_HD void store_normal(bfloat16* p, const F32& x) {
 // Of values that were loaded from this type.
 QK_HD void store_exact(bfloat16* p, const F32& x) {
   for (int i = 0; i < F32::kCount; ++i) {
-    const Half h = __builtin_convertvector((U32::Reg)x.part[i] >> 16, Half);
+    const Half h = narrow((U32::Reg)x.part[i] >> 16);
     std::memcpy(p + i * F32::kWidth, &h, sizeof h);
   }
 }
