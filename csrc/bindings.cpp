@@ -1,7 +1,7 @@
 // The one file that sees torch: checks what a kernel relies on, allocates, divides work among torch's threads.
 //
-// Shapes and dtypes are the business of the fake rules in qatkernels/ops; what is checked here is what memory safety needs.
-// Schemas come from Python (`register`), so that there is one of each.
+// Shapes and dtypes are the business of the fake rules in qatkernels/ops; what is checked here is what memory safety
+// needs. Schemas come from Python (`register`), so that there is one of each.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -32,24 +32,37 @@ using Constants = at::ArrayRef<double>;
 
 std::string name_of(at::ScalarType type) {
   switch (type) {
-    case at::kFloat: return "torch.float32";
-    case at::kBFloat16: return "torch.bfloat16";
-    case at::kHalf: return "torch.float16";
-    case at::kDouble: return "torch.float64";
-    case at::kChar: return "torch.int8";
-    case at::kByte: return "torch.uint8";
-    case at::kInt: return "torch.int32";
-    case at::kLong: return "torch.int64";
-    default: return std::string("torch.") + c10::toString(type);
+    case at::kFloat:
+      return "torch.float32";
+    case at::kBFloat16:
+      return "torch.bfloat16";
+    case at::kHalf:
+      return "torch.float16";
+    case at::kDouble:
+      return "torch.float64";
+    case at::kChar:
+      return "torch.int8";
+    case at::kByte:
+      return "torch.uint8";
+    case at::kInt:
+      return "torch.int32";
+    case at::kLong:
+      return "torch.int64";
+    default:
+      return std::string("torch.") + c10::toString(type);
   }
 }
 
 DType dtype_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kFloat: return DType::f32;
-    case at::kBFloat16: return DType::bf16;
-    case at::kHalf: return DType::f16;
-    case at::kDouble: return DType::f64;
+    case at::kFloat:
+      return DType::f32;
+    case at::kBFloat16:
+      return DType::bf16;
+    case at::kHalf:
+      return DType::f16;
+    case at::kDouble:
+      return DType::f64;
     default:
       TORCH_CHECK(false, name, " is ", name_of(t.scalar_type()),
                   ", must be torch.float32, torch.bfloat16, torch.float16 or torch.float64");
@@ -91,7 +104,8 @@ struct Held {
     TORCH_CHECK(scale.scalar_type() == at::kFloat ||
                     (scale.scalar_type() == at::kDouble && w.scalar_type() == at::kDouble) ||
                     (scale.scalar_type() == at::kDouble && codes),
-                "scale is ", name_of(scale.scalar_type()), ", must be torch.float32 (torch.float64 is allowed with a float64 w)");
+                "scale is ", name_of(scale.scalar_type()),
+                ", must be torch.float32 (torch.float64 is allowed with a float64 w)");
     TORCH_CHECK(w.numel() == 0 || (scale.numel() > 0 && w.numel() % scale.numel() == 0), "scale has ", scale.numel(),
                 " elements, must divide the ", w.numel(), " elements of w");
     at.rows = scale.numel();
@@ -102,12 +116,14 @@ struct Held {
     if (zero_point_) {
       zero_point = zero_point_->contiguous();
       TORCH_CHECK(zero_point.numel() == scale.numel() && zero_point.scalar_type() == scale.scalar_type(),
-                  "zero_point is ", name_of(zero_point.scalar_type()), " of shape ", zero_point.sizes(), ", must be like scale");
+                  "zero_point is ", name_of(zero_point.scalar_type()), " of shape ", zero_point.sizes(),
+                  ", must be like scale");
       at.zero_point = zero_point.const_data_ptr();
     }
     if (seed_) {
       seed = seed_->contiguous();
-      TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1, "seed must be an int64 tensor with one element");
+      TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1,
+                  "seed must be an int64 tensor with one element");
       at.seed = seed.const_data_ptr<int64_t>();
     }
     at.grid = grid_of(grid);
@@ -126,7 +142,8 @@ void check_output(const char* name, const Tensor& out, const Tensor& shaped, at:
 void check_y_type(const Tensor& w, at::ScalarType y) {
   dtype_of("w", w);
   TORCH_CHECK(y == w.scalar_type() || (w.scalar_type() == at::kFloat && (y == at::kBFloat16 || y == at::kHalf)),
-              "dtype is ", name_of(y), ", must be w's ", name_of(w.scalar_type()), ", or a 16-bit float for a float32 w");
+              "dtype is ", name_of(y), ", must be w's ", name_of(w.scalar_type()),
+              ", or a 16-bit float for a float32 w");
 }
 
 void fake_quantize_out(const Tensor& w, const Tensor& scale, const OptionalTensor& zero_point,
@@ -146,9 +163,10 @@ Tensor fake_quantize(const Tensor& w, const Tensor& scale, const OptionalTensor&
   return out;
 }
 
-void fake_quantize_backward_out(const Tensor& g_, const Tensor& w, const Tensor& scale, const OptionalTensor& zero_point,
-                                const OptionalTensor& seed, Constants grid, double noise_std, double scale_noise_std,
-                                double grad_scale, Tensor dw, Tensor ds, Tensor dz) {
+void fake_quantize_backward_out(const Tensor& g_, const Tensor& w, const Tensor& scale,
+                                const OptionalTensor& zero_point, const OptionalTensor& seed, Constants grid,
+                                double noise_std, double scale_noise_std, double grad_scale, Tensor dw, Tensor ds,
+                                Tensor dz) {
   TORCH_CHECK(g_.sizes() == w.sizes(), "g has shape ", g_.sizes(), ", must be ", w.sizes(), " like w");
   check_y_type(w, g_.scalar_type());
   check_output("dw", dw, w, w.scalar_type());
@@ -184,7 +202,8 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& g, const
 void fake_quantize_jvp_out(const OptionalTensor& tangent_w, const OptionalTensor& tangent_scale,
                            const OptionalTensor& tangent_zero_point, const Tensor& w, const Tensor& scale,
                            const OptionalTensor& zero_point, const OptionalTensor& seed, Constants grid,
-                           double noise_std, double scale_noise_std, double grad_scale, OptionalType dtype, Tensor out) {
+                           double noise_std, double scale_noise_std, double grad_scale, OptionalType dtype,
+                           Tensor out) {
   check_y_type(w, dtype.value_or(w.scalar_type()));
   check_output("out", out, w, dtype.value_or(w.scalar_type()));
   const Held held(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, grad_scale);
@@ -232,11 +251,12 @@ Tensor quantize(const Tensor& w, const Tensor& scale, const OptionalTensor& zero
 
 void dequantize_out(const Tensor& codes, const Tensor& scale, const OptionalTensor& zero_point, Constants grid,
                     at::ScalarType dtype, Tensor out) {
-  TORCH_CHECK(codes.scalar_type() == at::kChar || codes.scalar_type() == at::kByte, "codes is ", name_of(codes.scalar_type()),
-              ", must be int8 or uint8");
+  TORCH_CHECK(codes.scalar_type() == at::kChar || codes.scalar_type() == at::kByte, "codes is ",
+              name_of(codes.scalar_type()), ", must be int8 or uint8");
   check_output("out", out, codes, dtype);
   const Held held(codes, scale, zero_point, std::nullopt, grid);
-  const Dequantize call{held.at, held.at.w, codes.scalar_type() == at::kByte, out.mutable_data_ptr(), dtype_of("out", out)};
+  const Dequantize call{held.at, held.at.w, codes.scalar_type() == at::kByte, out.mutable_data_ptr(),
+                        dtype_of("out", out)};
   parallel(held.units(), [&](int64_t begin, int64_t end) { kernels().dequantize(call, begin, end); });
 }
 Tensor dequantize(const Tensor& codes, const Tensor& scale, const OptionalTensor& zero_point, Constants grid,
@@ -252,7 +272,8 @@ void fake_quantize_dynamic_out(const Tensor& x_, int64_t bits, Tensor out) {
   check_output("out", out, x_, x_.scalar_type());
   const Tensor x = x_.contiguous();
   const int64_t cols = x.size(-1), rows = cols ? x.numel() / cols : 0;
-  const Dynamic call{x.const_data_ptr(), out.mutable_data_ptr(), rows, cols, dtype_of("x", x), static_cast<int32_t>(bits)};
+  const Dynamic call{x.const_data_ptr(), out.mutable_data_ptr(),    rows, cols,
+                     dtype_of("x", x),   static_cast<int32_t>(bits)};
   at::parallel_for(0, rows, std::max<int64_t>(1, kUnitElements / std::max<int64_t>(cols, 1)),
                    [&](int64_t begin, int64_t end) { kernels().dynamic(call, begin, end); });
 }
@@ -266,7 +287,8 @@ void normal_out(const Tensor& seed, int64_t numel, int64_t stream, Tensor out) {
   TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1, "seed must be an int64 tensor with one element");
   TORCH_CHECK(out.is_contiguous() && out.scalar_type() == at::kFloat && out.dim() == 1 && out.numel() == numel,
               "out must be a contiguous float32 tensor with ", numel, " elements");
-  const Normal call{seed.const_data_ptr<int64_t>(), out.mutable_data_ptr<float>(), numel, static_cast<uint32_t>(stream)};
+  const Normal call{seed.const_data_ptr<int64_t>(), out.mutable_data_ptr<float>(), numel,
+                    static_cast<uint32_t>(stream)};
   parallel((numel + kNoiseSpan - 1) / kNoiseSpan,
            [&](int64_t begin, int64_t end) { kernels().normal(call, begin, end); });
 }
@@ -281,13 +303,20 @@ using Maker = torch::CppFunction (*)();
 #define QK_OP(name) {#name, [] { return torch::CppFunction(TORCH_FN(name)); }}
 const std::map<std::string, Maker>& cpu_ops() {
   static const std::map<std::string, Maker> ops{
-      QK_OP(fake_quantize),         QK_OP(fake_quantize_out),
-      QK_OP(fake_quantize_backward), QK_OP(fake_quantize_backward_out),
-      QK_OP(fake_quantize_jvp),     QK_OP(fake_quantize_jvp_out),
-      QK_OP(quantize),              QK_OP(quantize_out),
-      QK_OP(dequantize),            QK_OP(dequantize_out),
-      QK_OP(fake_quantize_dynamic), QK_OP(fake_quantize_dynamic_out),
-      QK_OP(normal),                QK_OP(normal_out),
+      QK_OP(fake_quantize),
+      QK_OP(fake_quantize_out),
+      QK_OP(fake_quantize_backward),
+      QK_OP(fake_quantize_backward_out),
+      QK_OP(fake_quantize_jvp),
+      QK_OP(fake_quantize_jvp_out),
+      QK_OP(quantize),
+      QK_OP(quantize_out),
+      QK_OP(dequantize),
+      QK_OP(dequantize_out),
+      QK_OP(fake_quantize_dynamic),
+      QK_OP(fake_quantize_dynamic_out),
+      QK_OP(normal),
+      QK_OP(normal_out),
   };
   return ops;
 }

@@ -25,19 +25,21 @@ from . import __version__, backends
 BROKEN, BAD_USAGE = 1, 2
 
 _TRAIN = """\
-Train a small byte-level transformer in full precision on real text, then by quantization-aware training at each bit
-width from that checkpoint, and compare with rounding its weights to the nearest level without training.
+Train a small byte-level transformer in full precision on real text, then by
+quantization-aware training at each bit width from that checkpoint, and compare
+with rounding its weights to the nearest level without training.
 
-The defaults take about five minutes on two CPU cores and download nothing: the text is the source of this Python's
-standard library, with some files held out. Ctrl-C stops at a checkpoint. The same command goes on from there, and
-finished parts are not run again; `--resume` does so without repeating the other options.
+The defaults take about five minutes on two CPU cores and download nothing: the
+text is the source of this Python's standard library, with some files held out.
+Ctrl-C stops at a checkpoint. The same command goes on from there, and finished
+parts are not run again; `--resume` does so without repeating other options.
 """
 
 _EPILOG = """\
 written to --out:
-  report.json, curves.png      the table, the curves, and what they were measured on
-  log.jsonl                    training loss and held-out bits per byte over the steps
-  fp/, w4/, w2/, w1.58/, w1/   model.safetensors and config.json of each trained model
+  report.json, curves.png      table, curves, and what they were measured on
+  log.jsonl                    losses over the steps
+  fp/, w4/, w2/, w1.58/, w1/   model.safetensors and config.json of each model
 
 examples:
   qatkernels train
@@ -115,10 +117,10 @@ def _train_parser(config: Any) -> argparse.ArgumentParser:
         default: Any = entry.default
         several = isinstance(default, tuple)
         shown = "" if default is None else f" (default: {' '.join(map(str, default)) if several else default})"
-        kind: Callable[[str], Any] = _number if several else str if default is None else type(default)
+        kind: Callable[[str], Any] = bit_width if several else str if default is None else type(default)
         groups[entry.metadata["group"]].add_argument(
             f"--{entry.name.replace('_', '-')}", type=kind, nargs="+" if several else None,
-            metavar={int: "N", float: "X", _number: "BITS"}.get(kind, entry.name.upper()),
+            metavar={int: "N", float: "X", bit_width: "BITS"}.get(kind, entry.name.upper()),
             help=entry.metadata["help"] + shown,
         )  # fmt: skip
     again = parser.add_argument_group("going on").add_mutually_exclusive_group()
@@ -128,7 +130,7 @@ def _train_parser(config: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def _number(text: str) -> float:
+def bit_width(text: str) -> float:
     value = float(text)
     return int(value) if value.is_integer() else value
 

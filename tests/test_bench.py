@@ -59,7 +59,7 @@ def test_quick_run_records_everything(tmp_path):
         ordered = [q[name] for name in ("min", "p10", "p25", "p50", "p75", "p90", "max")]
         assert ordered == sorted(ordered)
         assert q["p50"] == row["median_ms"] > 0
-        assert row["repetitions"] >= 5
+        assert row["repetitions"] >= 3
         assert math.isclose(row["fraction_of_floor"], row["floor_ms"] / row["median_ms"], rel_tol=0.05, abs_tol=1e-4)
         if row["kind"] == "ours":
             assert len(row["errors"]) == len(row["tolerances"])
@@ -162,8 +162,8 @@ def test_calls_take_turns_and_slow_ones_leave():
 
     times = race({name: call(name) for name in cost}, clock, budget=0.5)
     assert turns[:6] == ["quick", "slow"] * 3
-    assert len(times["slow"].samples) == 5
-    assert len(times["quick"].samples) > 5
+    assert len(times["slow"].samples) == 3
+    assert len(times["quick"].samples) > 3
     assert times["quick"].median == 1.0
 
 

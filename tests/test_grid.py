@@ -43,8 +43,8 @@ def test_codes_fit_their_bits(grid):
 
 @pytest.mark.parametrize(
     ("bits", "scheme", "levels"),
-    [(1, "binary", 2), (1.58, "ternary", 3), (2, "seq", 4), (3, "lsq", 8), (4, "lsq", 16), (5, "lsq", 32), (6, "lsq", 64), (8, "lsq", 256)],
-)  # fmt: skip
+    [(1, "binary", 2), (1.58, "ternary", 3), (2, "seq", 4)] + [(b, "lsq", 2**b) for b in (3, 4, 5, 6, 8)],
+)
 def test_paretoq(bits, scheme, levels):
     grid = qk.paretoq(bits)
     assert (grid.scheme, grid.bits, grid.levels) == (scheme, bits, levels)
@@ -61,7 +61,7 @@ def test_wrong_bits(call):
 
 
 def test_unknown_scheme():
-    with pytest.raises(ValueError, match="scheme is 'int4'.*affine"):
+    with pytest.raises(ValueError, match=r"scheme is 'int4'.*affine"):
         qk.make_grid("int4", 4)
 
 

@@ -25,8 +25,7 @@ struct Grid {
 
   template <class U>
   Grid<U> as() const {
-    return {U(steps),     U(offset), U(low),   U(high),     U(pass_low),
-            U(pass_high), U(below),  U(above), U(residual), by_sign};
+    return {U(steps), U(offset), U(low), U(high), U(pass_low), U(pass_high), U(below), U(above), U(residual), by_sign};
   }
 };
 
@@ -97,8 +96,8 @@ QK_HD V fake_quantized(V w, const Row<T>& row) {
   return value_of(code_of(w, w / V(row.scale), row), row);
 }
 
-// The straight-through rule at one element: whether the gradient passes, and what multiplies the gradient of the scale and
-// of the zero point.
+// The straight-through rule at one element: whether the gradient passes, and what multiplies the gradient of the scale
+// and of the zero point.
 template <class V, class T>
 struct Slopes {
   decltype(V() < V()) below, above;

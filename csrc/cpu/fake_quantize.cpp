@@ -17,9 +17,8 @@ void forward(const Forward& call, int64_t begin, int64_t end) {
     for_rows<T>(call.at, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const Row<T>& row) {
       weights.for_spans(
           first, last,
-          [&](int64_t i, auto count, const Vec<T>& w) QK_INLINE_LAMBDA {
-            put<NormalOrZero>(y + i, fake_quantized(w, row), count, streaming);
-          },
+          [&](int64_t i, auto count, const Vec<T>& w)
+              QK_INLINE_LAMBDA { put<NormalOrZero>(y + i, fake_quantized(w, row), count, streaming); },
           [] {});
     });
     if (streaming) stream_fence();

@@ -1,7 +1,7 @@
 // The CPU kernels, compiled once per ISA, and the one choice between them.
 //
-// A kernel works through the half-open range [begin, end) of its units; how a call divides into units depends on its shape
-// alone, never on the number of threads, so results are the same bits whatever the pool does.
+// A kernel works through the half-open range [begin, end) of its units; how a call divides into units depends on its
+// shape alone, never on the number of threads, so results are the same bits whatever the pool does.
 #pragma once
 
 #include "../common/call.h"
@@ -38,8 +38,8 @@ struct Kernels {
 
 constexpr int64_t kNoiseSpan = 1024;  // elements drawn at once, a multiple of 64
 
-// The kernels for this machine: the widest ISA that it has and ATEN_CPU_CAPABILITY (default, avx2, avx512) allows; unset, it
-// allows all.
+// The kernels for this machine: the widest ISA that it has and ATEN_CPU_CAPABILITY (default, avx2, avx512) allows;
+// unset, it allows all.
 const Kernels& kernels();
 
 // Names of the ISAs that were compiled, widest last.

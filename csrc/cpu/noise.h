@@ -8,7 +8,6 @@
 namespace qk {
 namespace QK_ISA {
 
-
 template <class R, size_t... I>
 QK_HD R interleave_low(R a, R b, std::index_sequence<I...>) {
   constexpr int n = sizeof...(I);
@@ -34,9 +33,8 @@ inline void sixty_four_normals(uint64_t seed, uint64_t block, uint32_t stream, f
     const auto high02 = interleave_high(z[0].part[i], z[2].part[i], lanes);
     const auto low13 = interleave_low(z[1].part[i], z[3].part[i], lanes);
     const auto high13 = interleave_high(z[1].part[i], z[3].part[i], lanes);
-    const F32::Reg ordered[4] = {
-        interleave_low(low02, low13, lanes), interleave_high(low02, low13, lanes),
-        interleave_low(high02, high13, lanes), interleave_high(high02, high13, lanes)};
+    const F32::Reg ordered[4] = {interleave_low(low02, low13, lanes), interleave_high(low02, low13, lanes),
+                                 interleave_low(high02, high13, lanes), interleave_high(high02, high13, lanes)};
     std::memcpy(out + 4 * i * F32::kWidth, ordered, sizeof ordered);
   }
 }

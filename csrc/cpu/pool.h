@@ -1,7 +1,7 @@
 // Memory of weight-sized results, kept for the next step.
 //
-// A fresh 64 MiB tensor costs more in page faults than the kernel that fills it. A block returns here when the last tensor
-// that uses it is gone, so nothing that autograd still needs is ever handed out again.
+// A fresh 64 MiB tensor costs more in page faults than the kernel that fills it. A block returns here when the last
+// tensor that uses it is gone, so nothing that autograd still needs is ever handed out again.
 #pragma once
 
 #include <cstdint>

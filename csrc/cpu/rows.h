@@ -129,8 +129,7 @@ void for_rows(const Point& at, int64_t first, int64_t last, F f) {
 template <class T, class W>
 class Weights {
  public:
-  explicit Weights(const Point& at)
-      : at_(at), w_(static_cast<const W*>(at.w)), noisy_(at.seed && at.noise_std != 0) {}
+  explicit Weights(const Point& at) : at_(at), w_(static_cast<const W*>(at.w)), noisy_(at.seed && at.noise_std != 0) {}
 
   // Calls f(i, count, w) for the lanes at positions i of [begin, end), and after each span calls done().
   template <class F, class G>

@@ -75,11 +75,11 @@ struct Vec {
     for (Reg& p : part) p = x - Reg{};
   }
 
-#define QK_BINARY(op)                                     \
-  friend QK_HD Vec operator op(const Vec& a, const Vec& b) { \
-    Vec r;                                                \
+#define QK_BINARY(op)                                                    \
+  friend QK_HD Vec operator op(const Vec& a, const Vec& b) {             \
+    Vec r;                                                               \
     for (int i = 0; i < kCount; ++i) r.part[i] = a.part[i] op b.part[i]; \
-    return r;                                             \
+    return r;                                                            \
   }
   QK_BINARY(+)
   QK_BINARY(-)
@@ -89,11 +89,11 @@ struct Vec {
   QK_BINARY(|)
   QK_BINARY(^)
 #undef QK_BINARY
-#define QK_COMPARE(op)                                     \
-  friend QK_HD Mask operator op(const Vec& a, const Vec& b) { \
-    Mask r;                                                \
+#define QK_COMPARE(op)                                                   \
+  friend QK_HD Mask operator op(const Vec& a, const Vec& b) {            \
+    Mask r;                                                              \
     for (int i = 0; i < kCount; ++i) r.part[i] = a.part[i] op b.part[i]; \
-    return r;                                              \
+    return r;                                                            \
   }
   QK_COMPARE(<)
   QK_COMPARE(>)
@@ -158,14 +158,12 @@ QK_HD F32 as_float(const U32& x) { return bit_cast<float>(x); }
 // For values below 2^31.
 QK_HD F32 to_float(const U32& x) {
   F32 r;
-  for (int i = 0; i < F32::kCount; ++i)
-    r.part[i] = __builtin_convertvector((Register<int32_t>)x.part[i], F32::Reg);
+  for (int i = 0; i < F32::kCount; ++i) r.part[i] = __builtin_convertvector((Register<int32_t>)x.part[i], F32::Reg);
   return r;
 }
 QK_HD U32 to_uint(const F32& x) {
   U32 r;
-  for (int i = 0; i < F32::kCount; ++i)
-    r.part[i] = (U32::Reg)__builtin_convertvector(x.part[i], Register<int32_t>);
+  for (int i = 0; i < F32::kCount; ++i) r.part[i] = (U32::Reg) __builtin_convertvector(x.part[i], Register<int32_t>);
   return r;
 }
 
@@ -235,7 +233,8 @@ QK_HD void store(T* p, const Vec<T>& x) {
   std::memcpy(p, &x, sizeof x);
 }
 
-// Sixteen-bit elements to the lanes of one register and back, the high bits zero or dropped; compilers take detours here.
+// Sixteen-bit elements to the lanes of one register and back, the high bits zero or dropped; compilers take detours
+// here.
 using Half = Register<uint16_t, kRegisterBytes / 2>;
 
 QK_HD U32::Reg widen(Half h) {
@@ -318,7 +317,7 @@ inline uint16_t float_to_half(float f) {
   const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
   if (magnitude > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u | (magnitude >> 13 & 0x3FFu));
   if (magnitude >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // rounds past 65504
-  if (magnitude < 0x38800000u) {                                                // subnormal: let the adder round
+  if (magnitude < 0x38800000u) {                                               // subnormal: let the adder round
     float shifted;
     const uint32_t absolute = magnitude;
     std::memcpy(&shifted, &absolute, sizeof shifted);
@@ -393,7 +392,7 @@ QK_HD void stream(T* p, const T* lanes) {
 #if defined(__AVX2__)
       _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #else
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #endif
   }
 #else

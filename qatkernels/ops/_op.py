@@ -119,7 +119,7 @@ class Function(torch.autograd.Function):
         super().__init_subclass__(**kwargs)
         if "forward" in vars(cls):
             # apply() asks for the signature at every call; a stored one makes that free.
-            cls.forward.__signature__ = inspect.signature(cls.forward)
+            cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
     @staticmethod
     def run(op: Any, *args: Any) -> Any:

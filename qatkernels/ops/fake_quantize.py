@@ -4,8 +4,8 @@ Three ops, closed under differentiation of any order. With the pass-through mask
 grid, both held constant (that is the straight-through rule), and the gradient scale gamma,
 
     forward   y  = Q(w; s, z)
-    jvp       dy = M * dw + gamma * (D * ds + Z * dz)                         linear in the tangents
-    backward  dw = M * g,   ds = gamma * sum(D * g),   dz = gamma * sum(Z * g)      its transpose
+    jvp       dy = M * dw + gamma * (D * ds + Z * dz)                        linear in the tangents
+    backward  dw = M * g,   ds = gamma * sum(D * g),   dz = gamma * sum(Z * g)     its transpose
 
 so the backward's derivative is the jvp, the jvp's is the backward, and nothing else is ever needed. Z, the derivative
 with respect to the zero point, is 0 where the gradient passes and -s elsewhere.
@@ -15,8 +15,8 @@ is in float32 (float64 for float64 weights); only w, the scales and the seed are
 drawn again there.
 
 NaN in w or in a scale gives NaN in y (the whole row for a scale) and in the gradient of the scale; it counts as inside
-the mask, so the gradient of that weight is the upstream one. Infinite weights saturate. An infinite scale gives what the
-formula gives: 0 * inf is NaN.
+the mask, so the gradient of that weight is the upstream one. Infinite weights saturate. An infinite scale gives what
+the formula gives: 0 * inf is NaN.
 """
 
 from __future__ import annotations
@@ -233,7 +233,8 @@ BACKWARD = define(
 )  # fmt: skip
 JVP = define(
     "fake_quantize_jvp",
-    f"Tensor? tangent_w, Tensor? tangent_scale, Tensor? tangent_zero_point, {_CALL}, float grad_scale, ScalarType? dtype",
+    "Tensor? tangent_w, Tensor? tangent_scale, Tensor? tangent_zero_point, "
+    f"{_CALL}, float grad_scale, ScalarType? dtype",
     ("out",), reference=_jvp, fake=_fake_jvp,
 )  # fmt: skip
 

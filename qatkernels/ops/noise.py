@@ -1,10 +1,10 @@
 """Counter-based Gaussian noise: the same seed gives the same bits on every backend, whatever the launch shape.
 
 Element ``i`` of a stream takes word ``i % 4`` of Philox4x32-10 (Salmon et al., 2011) at the counter
-``(low(i // 4), high(i // 4), stream, 0)`` under the key ``(low(seed), high(seed))``. Words 0, 1 and words 2, 3 each make
-a Box-Muller pair. Logarithm, sine and cosine are polynomials in separately rounded float32 multiplications and additions
-(the coefficients of Cephes' logf, sinf, cosf), and square root is correctly rounded, so backends agree bit for bit: a
-noisy forward and its backward may even run on different ones. Nothing is stored.
+``(low(i // 4), high(i // 4), stream, 0)`` under the key ``(low(seed), high(seed))``. Words 0, 1 and words 2, 3 each
+make a Box-Muller pair. Logarithm, sine and cosine are polynomials in separately rounded float32 multiplications and
+additions (the coefficients of Cephes' logf, sinf, cosf), and square root is correctly rounded, so backends agree bit
+for bit: a noisy forward and its backward may even run on different ones. Nothing is stored.
 
 The uniform under the logarithm has 24 bits, so no sample exceeds 5.77 standard deviations.
 """

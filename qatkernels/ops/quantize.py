@@ -132,7 +132,9 @@ def dequantize(
     zero_point: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return ``(codes + grid.offset - zero_point) * (scale / grid.steps)``, bit for bit what :func:`fake_quantize` gives.
+    """Return ``(codes + grid.offset - zero_point) * (scale / grid.steps)``.
+
+    Of the codes of a weight this is what :func:`fake_quantize` gives, bit for bit.
 
     Args:
         codes: int8 or uint8 codes ``[..., K]``.

@@ -11,7 +11,7 @@ import os
 import triton
 import triton.language as tl
 
-#: Options of every launch: fused multiply-adds would change bits, and eight warps leave each thread few enough elements.
+#: Options of every launch: fused multiply-adds would change bits; eight warps leave a thread few enough elements.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 8}
 
 #: Triton's interpreter truncates where hardware rounds to bfloat16; there the conversion is spelled out.
@@ -48,7 +48,7 @@ def to_element(y, dtype: tl.constexpr):
 
 @triton.jit
 def divide(a, b):
-    """a / b, correctly rounded; Triton's own float32 division is not."""
+    """Quotient, correctly rounded; Triton's own float32 division is not."""
     if a.dtype == tl.float64:
         return a / b
     return tl.div_rn(a, b)

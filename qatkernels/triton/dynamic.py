@@ -1,4 +1,4 @@
-"""Dynamic activation quantization in Triton: a program finds the largest magnitude of its tokens, then quantizes them."""
+"""Dynamic activation quantization in Triton: a program finds its tokens' largest magnitudes, then quantizes."""
 
 from __future__ import annotations
 

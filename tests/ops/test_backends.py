@@ -192,7 +192,8 @@ out = IMPLS["fake_quantize_jvp"]["cpp"](h, None, None, w, one, None, None, list(
 assert torch.equal(out, h)
 x = torch.randn(64, 1024) * torch.logspace(-9, 5, 64).view(-1, 1)
 w = torch.zeros(64, 1024)
-out = IMPLS["fake_quantize_jvp"]["cpp"](x, None, None, w, one, None, None, list(g.constants), 0.0, 0.0, 1.0, torch.float16)
+point = (w, one, None, None, list(g.constants), 0.0, 0.0, 1.0)
+out = IMPLS["fake_quantize_jvp"]["cpp"](x, None, None, *point, torch.float16)
 assert torch.equal(out, x.half())
 """
     for capability in ("default", "avx2", "avx512"):

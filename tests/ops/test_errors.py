@@ -53,7 +53,7 @@ def test_errors(call, error, words):
 
 
 def test_the_same_errors_on_meta_tensors():
-    with pytest.raises(RuntimeError, match="scale is torch.float16"):
+    with pytest.raises(RuntimeError, match=r"scale is torch\.float16"):
         fq(w=W.to("meta"), scale=S.half().to("meta"))
 
 
@@ -101,7 +101,7 @@ def test_rows_are_leading_dimensions():
 
 @pytest.mark.skipif("cpp" not in IMPLS["fake_quantize"], reason="needs the compiled kernels to be quick enough")
 def test_more_than_two_to_the_31_elements():
-    """Index arithmetic in 64 bits: the last elements of 2^31 + 80 are quantized, and only they are not the first value."""
+    """Index arithmetic in 64 bits: elements on both sides of 2^31 are quantized where they are."""
     n = 2**31 + 80
     w = torch.full((n,), 0.5, dtype=torch.bfloat16)
     w[-1], w[-2], w[2**31 - 1] = -4.0, 0.25, 7.0

@@ -1,4 +1,4 @@
-"""Derivatives of every order and mode: against the published rules, against each other, and through torch's transforms."""
+"""Derivatives of every order and mode: against the published rules, each other, and through torch's transforms."""
 
 import math
 

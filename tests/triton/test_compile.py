@@ -44,7 +44,9 @@ CASES = {
     "forward-fp32-row": family("fake_quantize", qk.seq(2), (64, 4096)),
     "forward-bf16-row": family("fake_quantize", qk.lsq(4), (64, 4096), torch.bfloat16),
     "forward-binary": family("fake_quantize", qk.binary(), (64, 4096), torch.bfloat16),
-    "forward-fp32-to-bf16-group": family("fake_quantize", qk.affine(4), (64, 4096), granularity=128, out_dtype=torch.bfloat16),
+    "forward-fp32-to-bf16-group": family(
+        "fake_quantize", qk.affine(4), (64, 4096), granularity=128, out_dtype=torch.bfloat16
+    ),
     "forward-noise": family("fake_quantize", qk.seq(2), (64, 4096), noise=True),
     "forward-odd-noise": family("fake_quantize", qk.ternary(), (64, 1001), torch.float16, noise=True),
     "backward-fp32-row": family("fake_quantize_backward", qk.seq(2), (64, 4096)),
