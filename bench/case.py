@@ -72,9 +72,10 @@ class Case:
         dtype: dtype of the weight.
         calls: the competitors.
         expected: the right answer.
-        tolerance: largest error, see :func:`bench.exact.error`.
+        tolerances: largest error of each output, see :func:`bench.exact.errors`.
         bytes: what the op must move: every input read once, every output written once.
         flops: what the op must compute, in matrix products.
+        product_dtype: dtype of those products; ``dtype`` if None.
         grid: name of the grid.
         granularity: what shares a scale.
         variant: what else tells this case from its neighbours.
@@ -85,9 +86,10 @@ class Case:
     dtype: torch.dtype
     calls: Sequence[Call | Missing]
     expected: Expected
-    tolerance: float
+    tolerances: tuple[float, ...]
     bytes: int
     flops: int = 0
+    product_dtype: torch.dtype | None = None
     grid: str = ""
     granularity: str = ""
     variant: str = ""

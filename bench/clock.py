@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 
 Run = Callable[[], object]
+#: Milliseconds of one call.
+Clock = Callable[[Run], float]
 
-_FEWEST, _MOST = 5, 1000
+_FEWEST, _ENOUGH, _MOST = 3, 15, 1000
 #: Stop when the median of every call is known this well (its standard error, relative).
 _PRECISION = 0.01
 #: What evicts the L2 cache: several times the largest one.
@@ -47,7 +49,7 @@ class Times:
         """Whether more repetitions would tell little."""
         n = len(self.samples)
         spread = (self.quantile(0.75) - self.quantile(0.25)) / max(self.median, 1e-9)
-        return n >= 3 * _FEWEST and 0.93 * spread / n**0.5 < _PRECISION
+        return n >= _ENOUGH and 0.93 * spread / n**0.5 < _PRECISION
 
 
 def wall(run: Run) -> float:
@@ -58,22 +60,24 @@ def wall(run: Run) -> float:
 
 
 class Events:
-    """Milliseconds of one call on a CUDA device, with a cold L2 cache.
+    """Milliseconds of one call on a CUDA device, with a cold L2 cache."""
 
-    ``launch`` decides whether the device is idle when the call begins, so that the time until its first kernel arrives
-    counts, or is still busy evicting the cache, so that it does not.
-    """
-
-    def __init__(self, launch: bool) -> None:
-        self.launch = launch
+    def __init__(self) -> None:
         self.flush = torch.ones(_FLUSH_BYTES // 4, device="cuda")
         self.total = torch.zeros((), device="cuda")
 
-    def __call__(self, run: Run) -> float:
+    def __call__(self, run: Run, *, launch: bool = True) -> float:
+        """Time one call.
+
+        Args:
+            run: the call.
+            launch: whether the device is idle when the call begins, so that the time until its first kernel arrives
+                counts; or is still busy evicting the cache, so that it does not.
+        """
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         # A read: lines left dirty by a write would be written back at the expense of the call.
         torch.sum(self.flush, dim=0, out=self.total)
-        if self.launch:
+        if launch:
             torch.cuda.synchronize()
         start.record()
         run()
@@ -105,21 +109,19 @@ def captured(run: Run) -> Run:
     return replay
 
 
-def race(runs: Mapping[str, Run], clock: Callable[[Run], float], budget: float) -> dict[str, Times]:
+def race(runs: Mapping[str, Run], clock: Clock, budget: float) -> dict[str, Times]:
     """Time calls in turn until all medians are precise or the budget is spent.
 
     Args:
-        runs: the calls by name.
+        runs: the calls by name, each of which ran before.
         clock: milliseconds of one call.
-        budget: seconds for all together; a call that has used its equal share leaves the race, after five repetitions.
+        budget: seconds for all together; a call that has used its equal share leaves the race, after three repetitions.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     share = 1e3 * budget / max(len(runs), 1)
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for run in runs.values():
-            clock(run)
         deadline, racing = time.perf_counter() + budget, list(runs)
         for turn in range(1, _MOST + 1):
             for name in racing:
@@ -128,7 +130,7 @@ def race(runs: Mapping[str, Run], clock: Callable[[Run], float], budget: float) 
                 continue
             racing = [name for name in racing if sum(samples[name]) < share]
             done = time.perf_counter() > deadline or not racing
-            if done or (turn % _FEWEST == 0 and all(_times(samples[name]).settled for name in racing)):
+            if done or (turn % _ENOUGH == 0 and all(_times(samples[name]).settled for name in racing)):
                 break
     finally:
         if collecting:

@@ -1,8 +1,8 @@
 """Right answers in float64, computed a few rows at a time, and the error against them.
 
-A code flips where a weight lies so close to a tie that float32 and float64 round it differently, and one flipped code is
-a whole level off. `settle` moves the few weights that are that close, so that afterwards every implementation must agree
-with the float64 reference everywhere, to rounding, and one wrong element is enough to be found out.
+A code flips where a weight lies so close to a tie that float32 and float64 round it differently, and one flipped code
+is a whole level off. `settle` moves the few weights that are that close, so that afterwards every implementation must
+agree with the float64 reference everywhere, to rounding, and one wrong element is enough to be found out.
 """
 
 from __future__ import annotations
@@ -23,27 +23,30 @@ from .case import Expected
 #: Distance of w / scale * steps from a decision below which float32 may decide otherwise, relative to its size.
 MARGIN = 2.0**-16
 _ROWS_AT_ONCE = 256
+_ELEMENTS = 2**22
 
 
-def error(outputs: Any, expected: Expected) -> float:
-    """Return the largest error of any element, relative to its size plus the output's root mean square.
+def errors(outputs: Any, expected: Expected) -> list[float]:
+    """Return for each output the largest error of any element, relative to its size plus the output's root mean square.
 
-    NaN and infinities, also unwritten elements of a poisoned output, and wrong shapes give infinity.
+    NaN and infinities, also unwritten elements of a poisoned output, wrong shapes and missing outputs give infinity.
     """
-    worst = 0.0
     given = as_tuple(outputs)
     if len(given) != len(expected):
+        return [float("inf")] * len(expected)
+    return [_error(actual, wanted) for actual, wanted in zip(given, expected, strict=True)]
+
+
+def _error(actual: Tensor | None, wanted: Tensor | None) -> float:
+    if wanted is None:
+        return 0.0
+    if actual is None or actual.shape != wanted.shape:
         return float("inf")
-    for actual, wanted in zip(given, expected, strict=True):
-        if wanted is None:
-            continue
-        if actual is None or actual.shape != wanted.shape:
-            return float("inf")
-        if wanted.numel() == 0:
-            continue
-        size = wanted.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-        for a, e in zip(actual.detach().reshape(-1).split(2**22), wanted.reshape(-1).split(2**22), strict=True):
-            worst = max(worst, ((a.double() - e).abs() / (e.abs() + size)).nan_to_num(nan=float("inf")).max().item())
+    size, worst = wanted.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny), 0.0
+    for a, w in zip(actual.detach().reshape(-1).split(_ELEMENTS), wanted.reshape(-1).split(_ELEMENTS), strict=True):
+        if a.numel():
+            error = (a.double() - w).abs() / (w.abs() + size)
+            worst = max(worst, error.nan_to_num(nan=float("inf")).max().item())
     return worst
 
 
@@ -58,7 +61,7 @@ def settle(w: Tensor, scale: Tensor, grid: Grid, added: Tensor | None = None) ->
     """
     rows = w.reshape(scale.numel(), -1).clone()
     extra = None if added is None else added.reshape(rows.shape)
-    step = max(1, _ROWS_AT_ONCE * 4096 // rows.shape[1])
+    step = max(1, _ELEMENTS // rows.shape[1])
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
         s = scale.reshape(-1, 1)[part].double().clamp_min(MIN_SCALE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -18,7 +19,7 @@ import qatkernels
 from qatkernels import backends
 
 from .case import Settings
-from .clock import Events, race, wall
+from .clock import Clock, Events, race, wall
 
 
 class Machine:
@@ -29,7 +30,13 @@ class Machine:
         self.quick = settings.quick
         self.cuda = settings.device.type == "cuda"
         self.budget = 0.05 if settings.quick else 2.0
-        self.clock = Events(launch=True) if self.cuda else wall
+        self.clock: Clock = wall
+        self.replay_clock: Clock = wall
+        if self.cuda:
+            self.clock = events = Events()
+            self.replay_clock = functools.partial(events, launch=False)
+        #: Runnable processes on average over the last minute: whether anything else was running.
+        self.load = os.getloadavg()[0]
         self._products: dict[str, float] = {}
 
     @property
@@ -47,6 +54,7 @@ class Machine:
         """Bytes per second of ``copy_`` between large tensors, bytes read plus bytes written."""
         size = 2**20 if self.quick else 2**30 if self.cuda else 2**28
         run = copy_of(size, self.device)
+        run()
         return size / (race({"copy": run}, self.clock, self.budget)["copy"].median * 1e-3)
 
     def products(self, dtype: torch.dtype) -> float:
@@ -56,6 +64,7 @@ class Machine:
             n = 64 if self.quick else 8192 if self.cuda else 2048
             a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
             out = torch.empty_like(a)
+            torch.mm(a, b, out=out)
             times = race({"mm": lambda: torch.mm(a, b, out=out)}, self.clock, self.budget)
             self._products[key] = 2 * n**3 / (times["mm"].median * 1e-3)
         return self._products[key]
@@ -64,7 +73,9 @@ class Machine:
         """Return all that a reader needs to place the numbers; no names of hosts or folders."""
         return {
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "device": {"type": self.device.type, "name": self.name, "cpu": cpu_model(), "threads": torch.get_num_threads()},
+            "device": {"type": self.device.type, "name": self.name, "cpu": cpu_model()},
+            "threads": torch.get_num_threads(),
+            "load_before": round(self.load, 2),
             "versions": versions(),
             "build": build_info(),
             "git": git_state(),

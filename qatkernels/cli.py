@@ -49,7 +49,7 @@ examples:
 
 
 _INSTALL = {
-    "cpp": "needs a C++17 compiler: reinstall with `pip install --force-reinstall --no-deps .` in a checkout",
+    "cpp": "needs a C++20 compiler: reinstall with `pip install --force-reinstall --no-deps .` in a checkout",
     "cuda": "needs nvcc and a CUDA build of PyTorch when qatkernels is installed",
     "triton": "needs Triton: `pip install triton` (Linux); CPU runs do without it",
 }

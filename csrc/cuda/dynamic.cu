@@ -15,7 +15,7 @@ __device__ __forceinline__ float from_magnitude(int32_t bits) { return __int_as_
 __device__ __forceinline__ double from_magnitude(int64_t bits) { return __longlong_as_double(bits); }
 
 template <class T, class X, int V, bool Long>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
 fake_quantize_dynamic_kernel(Layout layout, const X* x, X* y, T qmax) {
   using Bits = decltype(magnitude(T()));
   const Tile<V, kInFlight, Long> tile(layout);

@@ -8,7 +8,7 @@ namespace qk::cuda {
 __host__ __device__ constexpr int in_flight(int operands, bool noise) { return (noise ? 2 : 4) / operands; }
 
 template <class Types, bool Noise, bool Zero, int V, bool Long>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
 fake_quantize_kernel(Weight<typename Types::T> weight, Layout layout, typename Types::Y* y) {
   using T = typename Types::T;
   using W = typename Types::W;
@@ -49,7 +49,7 @@ struct Gradients {
 };
 
 template <class Types, bool Noise, bool Zero, int V, bool Long>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
 fake_quantize_backward_kernel(Weight<typename Types::T> weight, Layout layout, const typename Types::Y* g,
                               Gradients<typename Types::T> out) {
   using T = typename Types::T;
@@ -95,7 +95,7 @@ fake_quantize_backward_kernel(Weight<typename Types::T> weight, Layout layout, c
     const T total_s = over_lanes(sum_s[k], tile.lanes, add);
     const T total_z = Zero ? over_lanes(sum_z[k], tile.lanes, add) : T(0);
     if (tile.lane != 0 || !tile.has_row(k)) continue;
-    if (layout.pieces == 1) {
+    if (!Long || layout.pieces == 1) {
       out.write(tile.row(k), weight, total_s, total_z);
     } else {
       T* const partial = out.partial + 2 * (tile.row(k) * layout.pieces + tile.piece);
@@ -107,7 +107,7 @@ fake_quantize_backward_kernel(Weight<typename Types::T> weight, Layout layout, c
 
 // Adds the pieces of a row, a block for each row, in an order that depends on their number alone.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
 fake_quantize_backward_finish_kernel(Weight<T> weight, int64_t pieces, Gradients<T> out) {
   const int64_t row = blockIdx.x;
   double sum_s = 0, sum_z = 0;
@@ -123,7 +123,7 @@ fake_quantize_backward_finish_kernel(Weight<T> weight, int64_t pieces, Gradients
 }
 
 template <class Types, bool Noise, bool Zero, int V, bool Long>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
 fake_quantize_jvp_kernel(Weight<typename Types::T> weight, Layout layout, const typename Types::W* tangent_w,
                          const void* tangent_scale, const void* tangent_zero_point, typename Types::Y* y) {
   using T = typename Types::T;

@@ -7,7 +7,7 @@ namespace qk::cuda {
 constexpr int kInFlight = 4;  // vectors per thread
 
 template <class T, class W, bool Zero, int V, bool Long>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
 quantize_kernel(Weight<T> weight, Layout layout, uint8_t* codes, int32_t code_min, int32_t code_max) {
   const W* const w = static_cast<const W*>(weight.w);
   const T low = code_min, high = code_max;
@@ -40,7 +40,7 @@ quantize_kernel(Weight<T> weight, Layout layout, uint8_t* codes, int32_t code_mi
 
 // sign is 128 for signed codes, 0 for unsigned ones: (code ^ sign) - sign is then the number.
 template <class T, class Y, bool Zero, int V, bool Long>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
 dequantize_kernel(Weight<T> weight, Layout layout, const uint8_t* codes, int32_t sign, Y* y) {
   const Tile<V, kInFlight, Long> tile(layout);
   const ScaledRow<T> first = weight.template row<false, Zero>(tile.row(0));

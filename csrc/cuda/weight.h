@@ -32,15 +32,15 @@ __device__ __forceinline__ void draw(uint64_t seed, int64_t first, uint32_t stre
   }
 }
 
+// Scales, zero points and their gradients: float32, and where the computing type is float64 perhaps float64 (`wide`).
 __device__ __forceinline__ void read_scalar(const void* p, bool, int64_t i, float& x) {
   x = __ldg(static_cast<const float*>(p) + i);
 }
 __device__ __forceinline__ void read_scalar(const void* p, bool wide, int64_t i, double& x) {
   x = wide ? __ldg(static_cast<const double*>(p) + i) : __ldg(static_cast<const float*>(p) + i);
 }
-
-template <class T>
-__device__ __forceinline__ void write_scalar(void* p, bool wide, int64_t i, T x) {
+__device__ __forceinline__ void write_scalar(void* p, bool, int64_t i, float x) { static_cast<float*>(p)[i] = x; }
+__device__ __forceinline__ void write_scalar(void* p, bool wide, int64_t i, double x) {
   if (wide)
     static_cast<double*>(p)[i] = x;
   else

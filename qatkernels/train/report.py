@@ -122,12 +122,8 @@ def write(out: Path, config: dict[str, Any], corpus: Corpus, results: list[dict[
         log: its log.
     """
     first, *quantized = results
-    curves: dict[str, dict[str, list[list[float]]]] = {}
-    for result in results:
-        entries = [e for e in log.entries() if e["phase"] == result["phase"]]
-        curves[result["phase"]] = {
-            kind: [[e["step"], e[kind]] for e in entries if kind in e] for kind in ("train", "held_out")
-        }
+    entries = log.entries()
+    curves = {result["phase"]: _curves(result, entries) for result in results}
     report = {
         "config": config,
         "machine": _machine(),
@@ -149,6 +145,14 @@ def write(out: Path, config: dict[str, Any], corpus: Corpus, results: list[dict[
     with checkpoint.explained("written", out / "curves.png"):
         plot(report, out / "curves.png")
     return report
+
+
+def _curves(result: dict[str, Any], entries: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
+    """Return the points ``[step, bits per byte]`` of a phase; of a log that was lost, the first and the last."""
+    own = [e for e in entries if e["phase"] == result["phase"]]
+    train, held_out = ([[e["step"], e[kind]] for e in own if kind in e] for kind in ("train", "held_out"))
+    ends = [[0, result["start_bits_per_byte"]], [result["steps"], result["bits_per_byte"]]]
+    return {"train": train, "held_out": held_out or ends}
 
 
 def _row(result: dict[str, Any], first: dict[str, Any], quantized_bytes: int) -> dict[str, Any]:

@@ -1,0 +1,133 @@
+"""From a case to rows: every call is checked first, and only a right one is timed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+from .case import Call, Case, Missing, reason
+from .clock import Clock, Run, captured, race
+from .exact import errors
+from .machine import Machine, copy_of
+
+#: A row as it goes to JSON; `status` is "ok", "wrong", "failed" or "missing", and only "ok" rows carry times.
+Row = dict[str, Any]
+
+COPY, FRESH_COPY = "copy_", "copy into fresh memory"
+
+
+def run_case(suite: str, case: Case, machine: Machine, budget: float) -> list[Row]:
+    """Check and time one case.
+
+    Args:
+        suite: name of the suite.
+        case: the case.
+        machine: the device and its ceilings.
+        budget: seconds of timing.
+
+    Returns:
+        One row for each implementation and way of timing it.
+    """
+    rows: list[Row] = []
+    racing: list[tuple[Row, Call]] = []
+    for call in (*_baselines(case, machine), *case.calls):
+        row = _judged(suite, case, call)
+        rows.append(row)
+        if isinstance(call, Call) and row["status"] == "ok":
+            racing.append((row, call))
+    replays = [({**row, "timing": "graph"}, call) for row, call in racing] if machine.cuda else []
+    rows += [row for row, _ in replays]
+    _timed(racing, case, machine, budget, machine.clock)
+    if replays:
+        _timed(_graphs(replays, case), case, machine, budget, machine.replay_clock)
+    return rows
+
+
+def _baselines(case: Case, machine: Machine) -> list[Call]:
+    """Copies that move as many bytes as the case must."""
+    runs = ((COPY, "out", False), (FRESH_COPY, "fresh", True))
+    return [
+        Call(name, copy_of(case.bytes, machine.device, fresh=fresh), "baseline", output, unchecked="a copy")  # type: ignore[arg-type]
+        for name, output, fresh in runs
+    ]
+
+
+def _judged(suite: str, case: Case, call: Call | Missing) -> Row:
+    """Return the row of a call, run once and compared with the right answer."""
+    row: Row = {
+        "suite": suite,
+        "case": case.title,
+        "op": case.op,
+        "shape": list(case.shape),
+        "dtype": str(case.dtype)[6:],
+        "grid": case.grid,
+        "granularity": case.granularity,
+        "variant": case.variant,
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "implementation": call.name,
+        "timing": "call",
+    }
+    if isinstance(call, Missing):
+        return row | {"status": "missing", "note": call.reason}
+    row |= {"kind": call.kind, "output": call.output, "note": call.note, "unchecked": call.unchecked}
+    return row | {"tolerances": list(case.tolerances)} | _checked(call, call.run, case)
+
+
+def _checked(call: Call, run: Run, case: Case) -> Row:
+    """Run a call once and return its status, with its errors or why there are none."""
+    try:
+        outputs = run()
+        wanted = call.expected() if call.expected else case.expected
+        found = [] if call.unchecked else errors(outputs, wanted)
+    except Exception as problem:  # Whatever an implementation raises belongs in its row, and the others go on.
+        return {"status": "missing" if call.kind == "peer" else "failed", "note": reason(problem)}
+    right = all(error <= allowed for error, allowed in zip(found, case.tolerances, strict=False))
+    # JSON has no infinity.
+    return {"status": "ok" if right else "wrong", "errors": [min(error, sys.float_info.max) for error in found]}
+
+
+def _graphs(replays: list[tuple[Row, Call]], case: Case) -> list[tuple[Row, Call]]:
+    """Return the calls as replays of CUDA graphs, each checked again."""
+    racing = []
+    for row, call in replays:
+        if not call.graph:
+            row |= {"status": "missing", "note": "cannot be captured in a CUDA graph"}
+            continue
+        recorded: list[Run] = []
+
+        def first(call: Call = call, recorded: list[Run] = recorded) -> Any:
+            recorded.append(captured(call.run))
+            return recorded[0]()
+
+        row |= _checked(call, first, case)
+        if row["status"] == "ok":
+            racing.append((row, replace(call, run=recorded[0])))
+    return racing
+
+
+def _timed(racing: list[tuple[Row, Call]], case: Case, machine: Machine, budget: float, clock: Clock) -> None:
+    """Race the calls and complete their rows."""
+    runs: dict[str, Run] = {f"{i}": call.run for i, (_, call) in enumerate(racing)}
+    times = race(runs, clock, budget)
+    by_call = [(row, call, times[f"{i}"]) for i, (row, call) in enumerate(racing)]
+    # As many bytes, copied in the same race. Products count where they take longer.
+    floor = next(t.median for _, call, t in by_call if call.name == COPY)
+    if case.flops:
+        floor = max(floor, 1e3 * case.flops / machine.products(case.product_dtype or case.dtype))
+    others = {f"{c.name} ({c.output})": t.median for _, c, t in by_call if c.kind != "ours"}
+    for row, call, t in by_call:
+        # Once more: what was right at first may not be in memory that is used again.
+        if call.kind == "ours" and (again := _checked(call, call.run, case))["status"] != "ok":
+            row |= again
+            continue
+        row |= {
+            "median_ms": round(t.median, 6),
+            "quantiles_ms": t.summary,
+            "repetitions": len(t.samples),
+            "floor_ms": round(floor, 6),
+            "fraction_of_floor": round(floor / t.median, 4),
+        }
+        if call.kind == "ours":
+            row["speedup_over"] = {name: round(median / t.median, 3) for name, median in others.items()}

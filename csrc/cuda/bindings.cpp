@@ -1,0 +1,54 @@
+#include "bindings.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "kernels.h"
+
+namespace qk::cuda {
+namespace {
+
+template <class F>
+void on(c10::Device device, F f) {
+  const c10::cuda::CUDAGuard guard(device);
+  C10_CUDA_CHECK(f(c10::cuda::getCurrentCUDAStream(device.index()).stream()));
+}
+
+}  // namespace
+
+void run(const Forward& call, c10::Device device) {
+  on(device, [&](cudaStream_t stream) { return fake_quantize(call, stream); });
+}
+
+void run(const Backward& call, c10::Device device) {
+  on(device, [&](cudaStream_t stream) {
+    // Freed to the stream's own pool, so what the stream runs next may use it again.
+    const auto bytes = static_cast<int64_t>(fake_quantize_backward_workspace(call));
+    const at::Tensor workspace = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+    return fake_quantize_backward(call, workspace.mutable_data_ptr(), stream);
+  });
+}
+
+void run(const Jvp& call, c10::Device device) {
+  on(device, [&](cudaStream_t stream) { return fake_quantize_jvp(call, stream); });
+}
+
+void run(const Quantize& call, c10::Device device) {
+  on(device, [&](cudaStream_t stream) { return quantize(call, stream); });
+}
+
+void run(const Dequantize& call, c10::Device device) {
+  on(device, [&](cudaStream_t stream) { return dequantize(call, stream); });
+}
+
+void run(const Dynamic& call, c10::Device device) {
+  on(device, [&](cudaStream_t stream) { return fake_quantize_dynamic(call, stream); });
+}
+
+void run(const Normal& call, c10::Device device) {
+  on(device, [&](cudaStream_t stream) { return normal(call, stream); });
+}
+
+}  // namespace qk::cuda

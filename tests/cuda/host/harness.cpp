@@ -1,0 +1,31 @@
+// The launchers by C names, for ctypes; and the division by itself.
+#include "cuda/divide.h"
+#include "cuda/kernels.h"
+
+extern "C" {
+
+void set_reversed(bool reversed) { on_host::reversed = reversed; }
+
+int fake_quantize(const qk::Forward* call) { return qk::cuda::fake_quantize(*call, nullptr); }
+int fake_quantize_jvp(const qk::Jvp* call) { return qk::cuda::fake_quantize_jvp(*call, nullptr); }
+int quantize(const qk::Quantize* call) { return qk::cuda::quantize(*call, nullptr); }
+int dequantize(const qk::Dequantize* call) { return qk::cuda::dequantize(*call, nullptr); }
+int fake_quantize_dynamic(const qk::Dynamic* call) { return qk::cuda::fake_quantize_dynamic(*call, nullptr); }
+int normal(const qk::Normal* call) { return qk::cuda::normal(*call, nullptr); }
+
+size_t fake_quantize_backward_workspace(const qk::Backward* call) {
+  return qk::cuda::fake_quantize_backward_workspace(*call);
+}
+int fake_quantize_backward(const qk::Backward* call, void* workspace) {
+  return qk::cuda::fake_quantize_backward(*call, workspace, nullptr);
+}
+
+void divide(const float* a, const float* b, float* q, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float numerator[1] = {a[i]};
+    float quotient[1];
+    qk::cuda::Divisor<float>(b[i]).divide<true>(numerator, quotient);
+    q[i] = quotient[0];
+  }
+}
+}

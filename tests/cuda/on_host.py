@@ -1,0 +1,215 @@
+"""The CUDA kernels compiled for the CPU, with the signatures of the ops' `_out` forms.
+
+csrc/cuda/*.cu are compiled by g++ against tests/cuda/host, unchanged, and called through ctypes.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import Structure, byref, c_bool, c_double, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from pathlib import Path
+
+import torch
+
+from qatkernels.grid import GridConstants
+
+ROOT = Path(__file__).parents[2]
+HOST = Path(__file__).parent / "host"
+KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+FLAGS = (
+    "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+    "-DQK_HOST_CUDA",
+)  # fmt: skip
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+GUARD = 64  # bytes around every output that nothing may write
+
+
+# The structures of csrc/common/call.h.
+class Grid(Structure):
+    _fields_ = (
+        *((name, c_double) for name in GridConstants._fields if name != "by_sign"),
+        ("by_sign", c_bool),
+    )
+
+
+class Point(Structure):
+    _fields_ = (
+        ("w", c_void_p), ("scale", c_void_p), ("zero_point", c_void_p), ("seed", c_void_p),
+        ("rows", c_int64), ("cols", c_int64), ("w_type", c_int32), ("scale_type", c_int32), ("grid", Grid),
+        ("noise_std", c_double), ("scale_noise_std", c_double), ("grad_scale", c_double),
+    )  # fmt: skip
+
+
+class Forward(Structure):
+    _fields_ = (("at", Point), ("y", c_void_p), ("y_type", c_int32))
+
+
+class Backward(Structure):
+    _fields_ = (
+        ("at", Point), ("g", c_void_p), ("g_type", c_int32), ("dw", c_void_p), ("ds", c_void_p), ("dz", c_void_p),
+    )  # fmt: skip
+
+
+class Jvp(Structure):
+    _fields_ = (
+        ("at", Point), ("tangent_w", c_void_p), ("tangent_scale", c_void_p), ("tangent_zero_point", c_void_p),
+        ("y", c_void_p), ("y_type", c_int32),
+    )  # fmt: skip
+
+
+class Quantize(Structure):
+    _fields_ = (("at", Point), ("codes", c_void_p), ("code_min", c_int32), ("code_max", c_int32))
+
+
+class Dequantize(Structure):
+    _fields_ = (("at", Point), ("codes", c_void_p), ("codes_unsigned", c_bool), ("y", c_void_p), ("y_type", c_int32))
+
+
+class Dynamic(Structure):
+    _fields_ = (
+        ("x", c_void_p), ("y", c_void_p), ("rows", c_int64), ("cols", c_int64), ("type", c_int32), ("bits", c_int32),
+    )  # fmt: skip
+
+
+class Normal(Structure):
+    _fields_ = (("seed", c_void_p), ("out", c_void_p), ("numel", c_int64), ("stream", c_uint32))
+
+
+@functools.cache
+def library():
+    """Build the kernels under build/, once for each state of their sources, and load them."""
+    sources = [*KERNELS, HOST / "harness.cpp"]
+    headers = [*HOST.glob("*.h"), *(ROOT / "csrc/cuda").glob("*.h"), *(ROOT / "csrc/common").glob("*.h")]
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    for path in sorted([*sources, *headers]):
+        digest.update(path.name.encode() + path.read_bytes())
+    folder = ROOT / "build" / f"cuda-on-host-{digest.hexdigest()[:16]}"
+    target = folder / "kernels.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = [folder / f"{source.stem}.{os.getpid()}.o" for source in sources]
+
+        def build(source, out):
+            command = ["g++", *FLAGS, f"-I{HOST}", f"-I{ROOT / 'csrc'}", "-x", "c++", "-c", source, "-o", out]
+            subprocess.run(command, check=True)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(build, sources, objects))
+        linked = folder / f"kernels.{os.getpid()}.so"
+        subprocess.run(["g++", "-shared", *objects, "-o", linked], check=True)
+        linked.rename(target)
+        for path in objects:
+            path.unlink()
+    loaded = ctypes.CDLL(str(target))
+    loaded.fake_quantize_backward_workspace.restype = c_size_t
+    loaded.divide.argtypes = [c_void_p, c_void_p, c_void_p, c_int64]
+    return loaded
+
+
+def pointer(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Guarded:
+    """Memory for an output, NaN or all ones, between guards; given to `out` at the end.
+
+    Its place among vectors is that of `out`, so that a misaligned `out` is tested misaligned.
+    """
+
+    def __init__(self, out):
+        self.out = out
+        self.lead = GUARD + out.data_ptr() % 16
+        self.size = out.numel() * out.element_size()
+        self.memory = torch.full((self.lead + self.size + GUARD,), 0xFF, dtype=torch.uint8)
+        assert self.memory.data_ptr() % 16 == 0
+        self.pointer = self.memory.data_ptr() + self.lead
+
+    def give(self):
+        before, inside, after = self.memory.split([self.lead, self.size, GUARD])
+        assert bool((before == 0xFF).all() & (after == 0xFF).all()), "a kernel wrote outside its output"
+        self.out.copy_(inside.clone().view(self.out.dtype).view(self.out.shape))
+
+
+def point(w, scale, zero_point, seed, grid, noise_std=0.0, scale_noise_std=0.0, grad_scale=1.0):
+    assert all(t is None or t.is_contiguous() for t in (w, scale, zero_point, seed))
+    by_sign, *constants = grid
+    rows = scale.numel()
+    cols = w.numel() // rows if rows else 0
+    return Point(
+        pointer(w), pointer(scale), pointer(zero_point), pointer(seed), rows, cols, DTYPES.get(w.dtype, 0),
+        DTYPES[scale.dtype], Grid(*constants, by_sign != 0), noise_std, scale_noise_std, grad_scale,
+    )  # fmt: skip
+
+
+def run(name, call, outputs, *rest):
+    error = getattr(library(), name)(byref(call), *rest)
+    assert error == 0, f"{name} returned cudaError {error}"
+    for out in outputs:
+        out.give()
+
+
+def fake_quantize(*args):
+    *at, dtype, out = args
+    y = Guarded(out)
+    run("fake_quantize", Forward(point(*at), y.pointer, DTYPES[dtype or at[0].dtype]), [y])
+
+
+def fake_quantize_backward(g, *args):
+    *at, dw, ds, dz = args
+    outputs = [Guarded(t) for t in (dw, ds) + (() if at[2] is None else (dz,))]
+    pointers = [o.pointer for o in outputs] + [None]
+    call = Backward(point(*at), pointer(g), DTYPES[g.dtype], *pointers[:3])
+    workspace = torch.full((library().fake_quantize_backward_workspace(byref(call)),), 0xFF, dtype=torch.uint8)
+    run("fake_quantize_backward", call, outputs, c_void_p(workspace.data_ptr()))
+
+
+def fake_quantize_jvp(*args):
+    *tangents, out = args[:3] + args[-1:]
+    at, dtype, y = args[3:-2], args[-2], Guarded(out)
+    call = Jvp(point(*at), *(pointer(t) for t in tangents), y.pointer, DTYPES[dtype or at[0].dtype])
+    run("fake_quantize_jvp", call, [y])
+
+
+def quantize(w, scale, zero_point, grid, code_min, code_max, out):
+    codes = Guarded(out)
+    run("quantize", Quantize(point(w, scale, zero_point, None, grid), codes.pointer, code_min, code_max), [codes])
+
+
+def dequantize(codes, scale, zero_point, grid, dtype, out):
+    y = Guarded(out)
+    at = point(codes, scale, zero_point, None, grid)
+    run("dequantize", Dequantize(at, pointer(codes), codes.dtype == torch.uint8, y.pointer, DTYPES[dtype]), [y])
+
+
+def fake_quantize_dynamic(x, bits, out):
+    y = Guarded(out)
+    cols = x.shape[-1]
+    rows = x.numel() // cols if cols else 0
+    run("fake_quantize_dynamic", Dynamic(pointer(x), y.pointer, rows, cols, DTYPES[x.dtype], bits), [y])
+
+
+def normal(seed, numel, stream, out):
+    z = Guarded(out)
+    run("normal", Normal(pointer(seed), z.pointer, numel, stream), [z])
+
+
+def divide(a, b):
+    q = torch.empty_like(a)
+    library().divide(pointer(a), pointer(b), pointer(q), a.numel())
+    return q
+
+
+def set_reversed(value):
+    """Run threads and blocks in the opposite order."""
+    library().set_reversed(c_bool(value))
+
+
+IMPLS = {
+    f.__name__: f
+    for f in (
+        fake_quantize, fake_quantize_backward, fake_quantize_jvp, quantize, dequantize, fake_quantize_dynamic, normal,
+    )
+}  # fmt: skip

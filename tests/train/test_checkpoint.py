@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from qatkernels.train import checkpoint
+from qatkernels.train.checkpoint import CheckpointError
+
+TENSORS = {
+    "weight": torch.randn(3, 5),
+    "step": torch.tensor(7.0),
+    "half": torch.randn(4).bfloat16(),
+    "transposed": torch.arange(6).reshape(2, 3).t(),
+    "empty": torch.empty(0),
+}
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "x.safetensors"
+    checkpoint.save(path, TENSORS, {"step": 7, "loss": 0.1})
+    tensors, header = checkpoint.load(path)
+    assert header == {"step": 7, "loss": 0.1}
+    assert tensors.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
+    assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
+
+
+def test_tied_tensors_are_saved(tmp_path: Path) -> None:
+    weight = torch.randn(2, 2)
+    checkpoint.save(tmp_path / "x.safetensors", {"a": weight, "b": weight})
+    assert torch.equal(checkpoint.load(tmp_path / "x.safetensors")[0]["b"], weight)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_file_cut_short_is_named(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "x.safetensors"
+    checkpoint.save(path, TENSORS)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"x\.safetensors is damaged"):
+        checkpoint.load(path)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    checkpoint.save(path, TENSORS)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="digest does not match"):
+        checkpoint.load(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    checkpoint.write_json(path, {"n": 1})
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"x\.json cannot be written: No space left"):
+        checkpoint.write_json(path, {"n": 2})
+    assert checkpoint.read_json(path) == {"n": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "is damaged"), ("[1]", "must be a JSON object"), (None, "cannot be read")]
+)
+def test_bad_json(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read_json(path)
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        checkpoint.write_json(tmp_path / "x.json", {"loss": float("nan")})
+
+
+def test_a_folder_serves_one_run_at_a_time(tmp_path: Path) -> None:
+    with checkpoint.exclusive(tmp_path):
+        second = checkpoint.exclusive(tmp_path)
+        with pytest.raises(CheckpointError, match="in use by another run"):
+            second.__enter__()
+    with checkpoint.exclusive(tmp_path):
+        pass
+
+
+def test_remove_run_deletes_nothing_else(tmp_path: Path) -> None:
+    kept = [tmp_path / "notes.txt", tmp_path / "w2" / "mine.txt", tmp_path / "other" / "config.json"]
+    gone = [tmp_path / "fp" / "config.json", tmp_path / "w1.58" / "state.safetensors", tmp_path / "log.jsonl"]
+    for path in kept + gone:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    checkpoint.remove_run(tmp_path)
+    assert all(path.exists() for path in kept + gone), "without a run.json it is not a run"
+    (tmp_path / "run.json").write_text(json.dumps({}))
+    checkpoint.remove_run(tmp_path)
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in gone)
+    assert not (tmp_path / "run.json").exists()

@@ -1,0 +1,168 @@
+"""The command line as a user meets it, in processes of their own where they are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qatkernels import backends, cli
+
+from .conftest import options, outcome
+
+ROOT = Path(__file__).parents[2]
+
+#: Counts calls of the named function of `os` or of the loop, and dies at one of them without any chance to clean up.
+_KILLED = """
+import os, signal, sys
+from qatkernels import cli
+from qatkernels.train import loop
+where = {"step": (loop, "cosine"), "fsync": (os, "fsync"), "replace": (os, "replace")}[sys.argv[1]]
+left = int(sys.argv[2])
+function = getattr(*where)
+def counting(*args):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args)
+setattr(*where, counting)
+sys.exit(cli.main(sys.argv[3:]))
+"""
+
+
+def process(code: list[str], settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, *code, "train", *options(settings)], env={**os.environ, "PYTHONPATH": path},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_killed_anywhere_and_run_again(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """SIGKILL at a random step, before a checkpoint reaches the disk, and before it gets its name."""
+    assert cli.main(["train", *options({**tiny, "out": str(tmp_path / "whole")})]) == 0
+    seed = random.randrange(2**32)
+    draw = random.Random(seed)
+    for where, last in (("step", 20), ("fsync", 8), ("replace", 4)):
+        done = process(["-c", _KILLED, where, str(draw.randint(1, last))], tiny)
+        assert done.returncode == -signal.SIGKILL, (seed, where, done.stderr)
+    done = process(["-m", "qatkernels"], tiny)
+    assert done.returncode == 0, (seed, done.stderr)
+    assert outcome(tiny["out"]) == outcome(str(tmp_path / "whole")), seed
+
+
+def test_terminated_says_how_to_go_on(tiny: dict[str, Any]) -> None:
+    command = [sys.executable, "-m", "qatkernels", "train", *options({**tiny, "steps": 100_000})]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        assert any("fp     step" in line for line in child.stderr), "no line about the progress"
+        child.terminate()
+        rest = child.stderr.read()
+        assert child.wait(60) == 128 + signal.SIGTERM
+    assert rest.splitlines()[-1] == (
+        f"stopped by SIGTERM; `qatkernels train --resume --out {tiny['out']}` goes on from here"
+    )
+    assert (Path(tiny["out"]) / "fp" / "state.safetensors").exists()
+
+
+def test_resume_takes_the_options_of_the_run(tiny: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", *options(tiny)]) == 0
+    table = capsys.readouterr().out
+    assert cli.main(["train", "--resume", "--out", tiny["out"]]) == 0
+    assert capsys.readouterr().out == table
+    assert cli.main(["train", "--resume", "--out", tiny["out"], "--width", "64"]) == 2
+    assert "--width is 64, but the run in" in capsys.readouterr().err
+    for column in ("bits", "nearest", "QAT", "tokens/s"):
+        assert column in table
+
+
+def test_errors_are_one_line_and_exit_code_2(
+    tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty, file = tmp_path / "empty.txt", tmp_path / "file"
+    empty.touch()
+    file.touch()
+    for settings, message in (
+        ({"data": str(tmp_path / "nothing")}, "does not exist"),
+        ({"data": str(empty)}, "is empty"),
+        ({"out": str(file / "run")}, "cannot be written"),
+        ({"bits": (9,)}, "bits is 9"),
+        ({"batch": 0}, "--batch is 0"),
+    ):
+        assert cli.main(["train", *options({**tiny, **settings})]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.startswith("qatkernels: ")
+        assert error.count("\n") == 1
+    assert cli.main(["train", "--resume", "--out", str(tmp_path / "none")]) == 2
+    assert "holds no run to resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["run.json", "fp/model.safetensors", "fp/config.json"])
+def test_damaged_files(tiny: dict[str, Any], capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert cli.main(["train", *options(tiny)]) == 0
+    path = Path(tiny["out"]) / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    capsys.readouterr()
+    assert cli.main(["train", *options({**tiny, "bits": (2, 1)})]) == 2
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+
+def test_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    both = ["train", "--resume", "--restart"]
+    for arguments in ([], ["dance"], ["train", "--steps", "many"], both, ["doctor", "-x"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [None, "train", "doctor"])
+def test_help(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*([command] if command else []), "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    wanted = {None: list(cli.COMMANDS), "train": ["--data", "--resume", "--qat-lr", "examples:"], "doctor": ["--json"]}
+    assert all(word in text for word in wanted[command])
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ops"].keys() == backends.OPS.keys()
+    for op, served in found["ops"].items():
+        assert op in text
+        assert served["CPU"] == backends.chosen(op, "CPU")
+        assert served["CPU"] in served["present"]
+    assert found["missing"].keys() == backends.MISSING.keys()
+    for name, entry in found["missing"].items():
+        assert f"missing: {name}" in text
+        assert entry["how"]
+
+
+def test_doctor_finds_an_extension_that_does_not_load(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backends, "extension", lambda: None)
+    monkeypatch.setitem(backends.MISSING, "cpp", "undefined symbol: _ZN2at6detail")
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: object())
+    assert cli.main(["doctor"]) == 1
+    assert "BROKEN: cpp: the extension is there and does not load: undefined symbol" in capsys.readouterr().out
+
+
+def test_bench_says_where_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "__file__", "/nowhere/site-packages/qatkernels/cli.py")
+    assert cli.main(["bench"]) == 2
+    assert "get a checkout" in capsys.readouterr().err

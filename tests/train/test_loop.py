@@ -1,0 +1,249 @@
+"""The training loop in this process: what it learns, what it writes, and that it can be taken up again exactly."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qatkernels.train import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    Interrupted,
+    TrainConfig,
+    checkpoint,
+    loop,
+    train,
+)
+from qatkernels.train.model import ModelConfig, Transformer
+
+from .conftest import outcome
+
+
+def run(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return train(TrainConfig(**{**settings, **changes}), say=lambda line: None)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_helps(tiny: dict[str, Any], precision: str) -> None:
+    report = run(tiny, precision=precision, bits=(4, 1), steps=60, qat_steps=30, lr=1e-2, qat_lr=5e-3)
+    losses = [loss for _, loss in report["curves"]["fp"]["held_out"]]
+    assert losses[0] == pytest.approx(8, abs=0.1), "an untrained model knows nothing about a byte"
+    assert losses[-1] < 2
+    four, one = report["rows"]
+    assert four["qat"] < four["round_to_nearest"] < one["round_to_nearest"] - 0.5
+    assert one["qat"] < one["round_to_nearest"] - 1
+
+
+def test_report(tiny: dict[str, Any]) -> None:
+    report = run(tiny, bits=(4, 1.58))
+    out = Path(tiny["out"])
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert report["text"]["held_out_files"] >= 1
+    model = Transformer(ModelConfig(32, 1, 2, 32))
+    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    weights, rows = sum(m.weight.numel() for m in linear), sum(m.out_features for m in linear)
+    total = sum(p.numel() for p in model.parameters())
+    assert (report["parameters"], report["quantized_parameters"]) == (total, weights)
+    assert report["full_precision"]["quantized_bytes"] == 4 * weights
+    assert report["full_precision"]["model_bytes"] == 4 * total
+    for row, width in zip(report["rows"], (4, 2), strict=True):
+        assert row["quantized_bytes"] == weights * width // 8 + 4 * rows
+        assert row["model_bytes"] == row["quantized_bytes"] + 4 * (total - weights)
+        assert row["tokens_per_second"] > 0
+        curve = report["curves"][row["phase"]]
+        assert curve["held_out"][0] == [0, row["round_to_nearest"]]
+        assert curve["held_out"][-1] == [12, row["qat"]]
+        assert [step for step, _ in curve["train"]] == [2, 4, 6, 8, 10, 12]
+
+
+def test_checkpoints_hold_what_was_evaluated(tiny: dict[str, Any]) -> None:
+    """The files of a phase are enough to rebuild its model and find the reported loss again."""
+    from qatkernels.nn import QuantConfig, quantize_model
+    from qatkernels.train import data
+
+    report = run(tiny)
+    config = TrainConfig(**tiny)
+    windows = data.load(config.data, config.context).evaluation(config.eval_windows, config.context)
+    folder = Path(tiny["out"]) / "w2"
+    described = checkpoint.read_json(folder / "config.json")
+    model = Transformer(ModelConfig(**described["model"]))
+    quantization = QuantConfig.from_dict(described["quantization"])
+    model = quantize_model(model, quantization, exclude=described["exclude"])
+    model.load_state_dict(checkpoint.load(folder / "model.safetensors")[0])
+    assert loop.evaluate(model, windows, config) == report["rows"][0]["qat"]
+
+
+def test_same_seed_same_result(tiny: dict[str, Any], tmp_path: Path) -> None:
+    run(tiny)
+    torch.rand(3)  # the state of the global generator must not matter
+    run(tiny, out=str(tmp_path / "again"))
+    run(tiny, out=str(tmp_path / "other"), seed=1)
+    assert outcome(tiny["out"]) == outcome(str(tmp_path / "again"))
+    assert outcome(tiny["out"])["fp"] != outcome(str(tmp_path / "other"))["fp"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stops", [(1, 9, 23), (24, 30, 35)], ids=["in-fp", "in-w2"])
+def test_interrupted_and_resumed(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...], number: int
+) -> None:
+    """A signal at any step of the run, counted over all its processes, leaves a run that ends the same."""
+    run(tiny, out=str(tmp_path / "whole"))
+    taken = 0
+    learn = loop.mean_loss
+
+    def counting(model: Any, windows: Any, config: Any) -> Any:
+        nonlocal taken
+        if torch.is_grad_enabled():
+            taken += 1
+            if taken in stops:  # 24 is the last step of fp
+                signal.raise_signal(number)
+        return learn(model, windows, config)
+
+    monkeypatch.setattr(loop, "mean_loss", counting)
+    before = signal.getsignal(number)
+    for _ in stops:
+        with pytest.raises(Interrupted) as caught:
+            run(tiny)
+        assert caught.value.number == number
+        assert signal.getsignal(number) is before
+    run(tiny)
+    assert taken == 36, "a step was taken twice"
+    assert outcome(tiny["out"]) == outcome(str(tmp_path / "whole"))
+
+
+def test_finished_phases_are_not_run_again(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(tiny)
+    before = outcome(tiny["out"])
+    second = run(tiny, bits=(2, 1))
+    assert first["rows"][0] == second["rows"][0]
+    assert {k: v for k, v in outcome(tiny["out"]).items() if k in ("fp", "w2")} == {k: before[k] for k in ("fp", "w2")}
+    monkeypatch.setattr(loop, "mean_loss", None)
+    assert run(tiny, bits=(2, 1))["rows"] == second["rows"]
+
+
+def test_a_lost_log_costs_only_the_curves(tiny: dict[str, Any]) -> None:
+    before = run(tiny)
+    (Path(tiny["out"]) / "log.jsonl").unlink()
+    after = run(tiny)
+    assert after["rows"] == before["rows"]
+    curve = before["curves"]["w2"]["held_out"]
+    assert after["curves"]["w2"] == {"train": [], "held_out": [curve[0], curve[-1]]}
+
+
+def test_restart(tiny: dict[str, Any]) -> None:
+    run(tiny)
+    before = outcome(tiny["out"])
+    with pytest.raises(ConfigError, match=r"--lr is 0.5, but the run in .* was started with 0.002"):
+        run(tiny, lr=0.5)
+    train(TrainConfig(**{**tiny, "seed": 5}), restart=True, say=lambda line: None)
+    assert outcome(tiny["out"])["fp"] != before["fp"]
+
+
+def test_other_text_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a line of text\n" * 200)
+    run(tiny, data=str(text))
+    text.write_text("another line of text\n" * 200)
+    with pytest.raises(ConfigError, match="the text of --data"):
+        run(tiny, data=str(text))
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_damaged_checkpoint(tiny: dict[str, Any]) -> None:
+    run(tiny)
+    damage(Path(tiny["out"]) / "fp" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"fp/model\.safetensors is damaged"):
+        run(tiny, bits=(2, 1))
+
+
+def test_checkpoint_of_another_model(tiny: dict[str, Any]) -> None:
+    state = Path(tiny["out"]) / "fp" / "state.safetensors"
+    checkpoint.save(state, {"model.weight": torch.zeros(2)}, {"step": 3})
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        run(tiny)
+
+
+def test_divergence_is_named(tiny: dict[str, Any]) -> None:
+    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step \d+ of fp; lower --lr"):
+        run(tiny, lr=1e30, clip=1e30)
+
+
+def test_log_forgets_what_is_done_again(tmp_path: Path) -> None:
+    from qatkernels.train.report import Log
+
+    log = Log(tmp_path / "log.jsonl")
+    for phase in ("fp", "w2"):
+        for step in (0, 5, 10):
+            log.add(phase=phase, step=step)
+    with open(log.path, "a") as file:
+        file.write('{"phase": "w2", "st')
+    log.trim("w2", 5)
+    assert [(e["phase"], e["step"]) for e in log.entries()] == [
+        ("fp", 0), ("fp", 5), ("fp", 10), ("w2", 0), ("w2", 5)
+    ]  # fmt: skip
+    log.trim("w2", 0)
+    assert [e["phase"] for e in log.entries()] == ["fp"] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": (2.5,)}, "bits is 2.5"),
+        ({"bits": ()}, "--bits is"),
+        ({"bits": (2, 2)}, "--bits is"),
+        ({"steps": 0}, "--steps is 0, must be at least 1"),
+        ({"lr": -1.0}, "--lr is -1.0, must be at least 0.0"),
+        ({"lr": float("nan")}, "--lr is nan"),
+        ({"warmup": 1.5}, r"--warmup is 1.5, must be in \[0.0, 1.0\]"),
+        ({"heads": 5}, "heads is 5"),
+        ({"precision": "int8"}, "--precision is 'int8'"),
+        ({"device": "tpu"}, "--device is 'tpu'"),
+    ],
+)
+def test_bad_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**changes)
+
+
+def test_optimizer_groups(tiny: dict[str, Any]) -> None:
+    from qatkernels.nn import QuantConfig, quantize_model
+
+    config = TrainConfig(**tiny)
+    model = quantize_model(Transformer(config.model), QuantConfig(bits=2), exclude=loop.EXCLUDED)
+    phase = replace(loop.phases(config)[0], lr=0.25, weight_decay=0.5)
+    weights, scales, rest = loop.build_optimizer(model, config, phase).param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)] for p in scales["params"]} == {n for n in names.values() if n.endswith("scale")}
+    assert {names[id(p)] for p in rest["params"]} == {n for n in names.values() if "norm" in n or "embedding" in n}
+    assert sum(len(g["params"]) for g in (weights, scales, rest)) == len(names)
+    assert [(g["peak"], g["weight_decay"]) for g in (weights, scales, rest)] == [(0.25, 0.5), (1e-4, 0), (0.25, 0)]
+
+
+def test_model_is_causal_and_sees_positions() -> None:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(32, 2, 2, 16)).eval()
+    tokens = torch.randint(256, (1, 16))
+    changed = tokens.clone()
+    changed[0, 10] = (changed[0, 10] + 1) % 256
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert not torch.equal(before[:, 10:], after[:, 10:])
+    swapped = tokens.clone()
+    swapped[0, 2], swapped[0, 5] = tokens[0, 5], tokens[0, 2]
+    assert not torch.allclose(model(swapped)[0, -1], before[0, -1], atol=1e-6)
+    with pytest.raises(ValueError, match="17 positions, must have at most 16"):
+        model(torch.zeros(1, 17, dtype=torch.long))
