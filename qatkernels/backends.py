@@ -33,10 +33,16 @@ _TRITON_MODULES = ("fake_quantize", "quantize", "dynamic", "noise")
 def extension() -> ModuleType | None:
     """Return the compiled extension, or None if it was not built."""
     try:
-        return importlib.import_module("qatkernels._C")
+        compiled = importlib.import_module("qatkernels._C")
     except ImportError as error:
         MISSING["cpp"] = str(error)
         return None
+    built_for = compiled.build_info()["torch"]
+    if built_for != torch.__version__:
+        # Nothing promises that another version lays out its tensors alike.
+        MISSING["cpp"] = f"the extension was built for torch {built_for}, this is {torch.__version__}"
+        return None
+    return compiled
 
 
 def _load() -> ModuleType | None:

@@ -131,6 +131,7 @@ def _train_parser(config: Any) -> argparse.ArgumentParser:
 
 
 def bit_width(text: str) -> float:
+    """Return a number, integral where it is a whole one; argparse names this function when the text is none."""
     value = float(text)
     return int(value) if value.is_integer() else value
 
