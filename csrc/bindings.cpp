@@ -69,26 +69,73 @@ DType dtype_of(const char* name, const Tensor& t) {
   }
 }
 
-// A new contiguous tensor from the pool, so that weight-sized results do not fault in fresh pages at every step.
-Tensor allocate(at::IntArrayRef sizes, at::ScalarType type) {
+// A new contiguous tensor; on a CPU from the pool, so that weight-sized results do not fault in fresh pages at every
+// step.
+Tensor allocate(at::IntArrayRef sizes, at::ScalarType type, at::Device device) {
   const int64_t bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(c10::elementSize(type));
-  const auto options = at::TensorOptions().dtype(type).device(at::kCPU);
-  if (bytes < cpu::kPooledBytes) return at::empty(sizes, options);
+  const auto options = at::TensorOptions().dtype(type).device(device);
+  if (!device.is_cpu() || bytes < cpu::kPooledBytes) return at::empty(sizes, options);
   void* const p = cpu::pool_take(bytes);
   return at::for_blob(p, sizes).deleter([bytes](void* q) { cpu::pool_give(q, bytes); }).options(options).make_tensor();
 }
 Tensor like(const Tensor& t, OptionalType type = std::nullopt) {
-  return allocate(t.sizes(), type.value_or(t.scalar_type()));
+  return allocate(t.sizes(), type.value_or(t.scalar_type()), t.device());
 }
+
+// ---- running a call where its tensors are
 
 template <class F>
 void parallel(int64_t units, F f) {
   at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) { f(begin, end); });
 }
+int64_t units_of(const Point& at) { return at.rows > 0 && at.cols > 0 ? Units(at.rows, at.cols).count() : 0; }
+
+void run_on_cpu(const Forward& call) {
+  parallel(units_of(call.at), [&](int64_t begin, int64_t end) { kernels().forward(call, begin, end); });
+}
+void run_on_cpu(const Backward& call) {
+  const Units units(call.at.rows, call.at.cols);
+  std::vector<double> partial(units.pieces_per_row > 1 ? 2 * units.rows * units.pieces_per_row : 0);
+  parallel(units_of(call.at),
+           [&](int64_t begin, int64_t end) { kernels().backward(call, partial.data(), begin, end); });
+  kernels().finish_backward(call, partial.data());
+}
+void run_on_cpu(const Jvp& call) {
+  parallel(units_of(call.at), [&](int64_t begin, int64_t end) { kernels().jvp(call, begin, end); });
+}
+void run_on_cpu(const Quantize& call) {
+  parallel(units_of(call.at), [&](int64_t begin, int64_t end) { kernels().quantize(call, begin, end); });
+}
+void run_on_cpu(const Dequantize& call) {
+  parallel(units_of(call.at), [&](int64_t begin, int64_t end) { kernels().dequantize(call, begin, end); });
+}
+void run_on_cpu(const Dynamic& call) {
+  at::parallel_for(0, call.rows, std::max<int64_t>(1, kUnitElements / std::max<int64_t>(call.cols, 1)),
+                   [&](int64_t begin, int64_t end) { kernels().dynamic(call, begin, end); });
+}
+void run_on_cpu(const Normal& call) {
+  parallel((call.numel + kNoiseSpan - 1) / kNoiseSpan,
+           [&](int64_t begin, int64_t end) { kernels().normal(call, begin, end); });
+}
+
+template <class Call>
+void run(const Call& call, at::Device device) {
+#if defined(QK_WITH_CUDA)
+  if (device.is_cuda()) return cuda::run(call, device);
+#endif
+  TORCH_CHECK(device.is_cpu(), "no kernels for ", device, " in this build");
+  run_on_cpu(call);
+}
+
+// ---- the ops
 
 Grid<double> grid_of(Constants c) {
   TORCH_CHECK(c.size() == 10, "grid has ", c.size(), " constants, must be Grid.constants");
   return {c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[0] != 0};
+}
+
+void check_device(const char* name, const Tensor& t, at::Device device) {
+  TORCH_CHECK(t.device() == device, name, " is on ", t.device(), ", must be on ", device, " like the others");
 }
 
 // A Point and the contiguous tensors it points into.
@@ -108,6 +155,7 @@ struct Held {
                 ", must be torch.float32 (torch.float64 is allowed with a float64 w)");
     TORCH_CHECK(w.numel() == 0 || (scale.numel() > 0 && w.numel() % scale.numel() == 0), "scale has ", scale.numel(),
                 " elements, must divide the ", w.numel(), " elements of w");
+    check_device("scale", scale, w.device());
     at.rows = scale.numel();
     at.cols = at.rows ? w.numel() / at.rows : 0;
     at.w = w.const_data_ptr();
@@ -118,12 +166,14 @@ struct Held {
       TORCH_CHECK(zero_point.numel() == scale.numel() && zero_point.scalar_type() == scale.scalar_type(),
                   "zero_point is ", name_of(zero_point.scalar_type()), " of shape ", zero_point.sizes(),
                   ", must be like scale");
+      check_device("zero_point", zero_point, w.device());
       at.zero_point = zero_point.const_data_ptr();
     }
     if (seed_) {
       seed = seed_->contiguous();
       TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1,
                   "seed must be an int64 tensor with one element");
+      check_device("seed", seed, w.device());
       at.seed = seed.const_data_ptr<int64_t>();
     }
     at.grid = grid_of(grid);
@@ -131,10 +181,11 @@ struct Held {
     at.scale_noise_std = scale_noise_std;
     at.grad_scale = grad_scale;
   }
-  int64_t units() const { return w.numel() ? Units(at.rows, at.cols).count() : 0; }
+  at::Device device() const { return w.device(); }
 };
 
 void check_output(const char* name, const Tensor& out, const Tensor& shaped, at::ScalarType type) {
+  check_device(name, out, shaped.device());
   TORCH_CHECK(out.is_contiguous() && out.sizes() == shaped.sizes() && out.scalar_type() == type, name, " is ",
               name_of(out.scalar_type()), " of shape ", out.sizes(), ", must be contiguous ", name_of(type),
               " of shape ", shaped.sizes());
@@ -153,7 +204,7 @@ void fake_quantize_out(const Tensor& w, const Tensor& scale, const OptionalTenso
   check_output("out", out, w, dtype.value_or(w.scalar_type()));
   const Held held(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, grad_scale);
   const Forward call{held.at, out.mutable_data_ptr(), dtype_of("out", out)};
-  parallel(held.units(), [&](int64_t begin, int64_t end) { kernels().forward(call, begin, end); });
+  run(call, held.device());
 }
 Tensor fake_quantize(const Tensor& w, const Tensor& scale, const OptionalTensor& zero_point, const OptionalTensor& seed,
                      Constants grid, double noise_std, double scale_noise_std, double grad_scale, OptionalType dtype) {
@@ -168,6 +219,7 @@ void fake_quantize_backward_out(const Tensor& g_, const Tensor& w, const Tensor&
                                 double noise_std, double scale_noise_std, double grad_scale, Tensor dw, Tensor ds,
                                 Tensor dz) {
   TORCH_CHECK(g_.sizes() == w.sizes(), "g has shape ", g_.sizes(), ", must be ", w.sizes(), " like w");
+  check_device("g", g_, w.device());
   check_y_type(w, g_.scalar_type());
   check_output("dw", dw, w, w.scalar_type());
   check_output("ds", ds, scale, scale.scalar_type());
@@ -185,16 +237,14 @@ void fake_quantize_backward_out(const Tensor& g_, const Tensor& w, const Tensor&
     if (zero_point) dz.zero_();
     return;
   }
-  const Units units(held.at.rows, held.at.cols);
-  std::vector<double> partial(units.pieces_per_row > 1 ? 2 * units.rows * units.pieces_per_row : 0);
-  parallel(held.units(), [&](int64_t begin, int64_t end) { kernels().backward(call, partial.data(), begin, end); });
-  kernels().finish_backward(call, partial.data());
+  run(call, held.device());
 }
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& g, const Tensor& w, const Tensor& scale,
                                                           const OptionalTensor& zero_point, const OptionalTensor& seed,
                                                           Constants grid, double noise_std, double scale_noise_std,
                                                           double grad_scale) {
-  Tensor dw = like(w), ds = like(scale), dz = zero_point ? like(scale) : allocate({0}, scale.scalar_type());
+  Tensor dw = like(w), ds = like(scale),
+         dz = zero_point ? like(scale) : allocate({0}, scale.scalar_type(), scale.device());
   fake_quantize_backward_out(g, w, scale, zero_point, seed, grid, noise_std, scale_noise_std, grad_scale, dw, ds, dz);
   return {dw, ds, dz};
 }
@@ -211,13 +261,14 @@ void fake_quantize_jvp_out(const OptionalTensor& tangent_w, const OptionalTensor
     if (!t) return Tensor();
     TORCH_CHECK(t->sizes() == of.sizes() && t->scalar_type() == of.scalar_type(), name,
                 " must have the shape and dtype of what it is the tangent of");
+    check_device(name, *t, of.device());
     return t->contiguous();
   };
   const Tensor tw = tangent("tangent_w", tangent_w, w), ts = tangent("tangent_scale", tangent_scale, scale),
                tz = tangent("tangent_zero_point", tangent_zero_point, scale);
   const auto pointer = [](const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
   const Jvp call{held.at, pointer(tw), pointer(ts), pointer(tz), out.mutable_data_ptr(), dtype_of("out", out)};
-  parallel(held.units(), [&](int64_t begin, int64_t end) { kernels().jvp(call, begin, end); });
+  run(call, held.device());
 }
 Tensor fake_quantize_jvp(const OptionalTensor& tangent_w, const OptionalTensor& tangent_scale,
                          const OptionalTensor& tangent_zero_point, const Tensor& w, const Tensor& scale,
@@ -240,7 +291,7 @@ void quantize_out(const Tensor& w, const Tensor& scale, const OptionalTensor& ze
   check_output("out", out, w, code_type(code_min, code_max));
   const Held held(w, scale, zero_point, std::nullopt, grid);
   const Quantize call{held.at, out.mutable_data_ptr(), static_cast<int32_t>(code_min), static_cast<int32_t>(code_max)};
-  parallel(held.units(), [&](int64_t begin, int64_t end) { kernels().quantize(call, begin, end); });
+  run(call, held.device());
 }
 Tensor quantize(const Tensor& w, const Tensor& scale, const OptionalTensor& zero_point, Constants grid,
                 int64_t code_min, int64_t code_max) {
@@ -257,7 +308,7 @@ void dequantize_out(const Tensor& codes, const Tensor& scale, const OptionalTens
   const Held held(codes, scale, zero_point, std::nullopt, grid);
   const Dequantize call{held.at, held.at.w, codes.scalar_type() == at::kByte, out.mutable_data_ptr(),
                         dtype_of("out", out)};
-  parallel(held.units(), [&](int64_t begin, int64_t end) { kernels().dequantize(call, begin, end); });
+  run(call, held.device());
 }
 Tensor dequantize(const Tensor& codes, const Tensor& scale, const OptionalTensor& zero_point, Constants grid,
                   at::ScalarType dtype) {
@@ -274,8 +325,7 @@ void fake_quantize_dynamic_out(const Tensor& x_, int64_t bits, Tensor out) {
   const int64_t cols = x.size(-1), rows = cols ? x.numel() / cols : 0;
   const Dynamic call{x.const_data_ptr(), out.mutable_data_ptr(),    rows, cols,
                      dtype_of("x", x),   static_cast<int32_t>(bits)};
-  at::parallel_for(0, rows, std::max<int64_t>(1, kUnitElements / std::max<int64_t>(cols, 1)),
-                   [&](int64_t begin, int64_t end) { kernels().dynamic(call, begin, end); });
+  run(call, x.device());
 }
 Tensor fake_quantize_dynamic(const Tensor& x, int64_t bits) {
   Tensor out = like(x);
@@ -289,19 +339,18 @@ void normal_out(const Tensor& seed, int64_t numel, int64_t stream, Tensor out) {
               "out must be a contiguous float32 tensor with ", numel, " elements");
   const Normal call{seed.const_data_ptr<int64_t>(), out.mutable_data_ptr<float>(), numel,
                     static_cast<uint32_t>(stream)};
-  parallel((numel + kNoiseSpan - 1) / kNoiseSpan,
-           [&](int64_t begin, int64_t end) { kernels().normal(call, begin, end); });
+  run(call, seed.device());
 }
 Tensor normal(const Tensor& seed, int64_t numel, int64_t stream) {
   TORCH_CHECK(numel >= 0, "numel is ", numel, ", must not be negative");
-  Tensor out = allocate({numel}, at::kFloat);
+  Tensor out = allocate({numel}, at::kFloat, seed.device());
   normal_out(seed, numel, stream, out);
   return out;
 }
 
 using Maker = torch::CppFunction (*)();
 #define QK_OP(name) {#name, [] { return torch::CppFunction(TORCH_FN(name)); }}
-const std::map<std::string, Maker>& cpu_ops() {
+const std::map<std::string, Maker>& ops() {
   static const std::map<std::string, Maker> ops{
       QK_OP(fake_quantize),
       QK_OP(fake_quantize_out),
@@ -329,18 +378,9 @@ torch::Library& library(torch::Library::Kind kind, const std::string& ns, std::o
   return *libraries.back();
 }
 
-const std::map<std::string, Maker>& ops_for(c10::DispatchKey key) {
-#if defined(QK_WITH_CUDA)
-  if (key == c10::DispatchKey::CUDA) return cuda::ops();
-#endif
-  TORCH_CHECK(key == c10::DispatchKey::CPU, "no kernels for ", key, " in this build");
-  return cpu_ops();
-}
-
 void implement(const std::string& ns, const std::string& op, c10::DispatchKey key) {
-  const auto& ops = ops_for(key);
-  const auto found = ops.find(op);
-  TORCH_CHECK(found != ops.end(), "no kernel for ", op, " on ", key);
+  const auto found = ops().find(op);
+  TORCH_CHECK(found != ops().end(), "no kernel for ", op);
   library(torch::Library::IMPL, ns, key).impl(op.c_str(), found->second());
 }
 

@@ -2,7 +2,8 @@
 //
 // With y = RN(1 / b), q within one ulp of a / b and the remainder a - b * q exact, RN(q + y * (a - b * q)) is RN(a / b)
 // (Markstein, 1990). a * y is within two ulps, one step more brings it within one. The remainder is exact unless it
-// underflows, which takes abs(a) < 2^-100; an overflow or an infinite or NaN operand ends in NaN. Both are then divided again.
+// underflows, which takes abs(a) < 2^-100; an overflow or an infinite or NaN operand ends in NaN. Both are then divided
+// again.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,7 +20,8 @@ struct Divisor {
   __device__ __forceinline__ explicit Divisor(T b)
       : value(b), reciprocal(b >= T(0x1p-60) && b <= T(0x1p20) ? T(1) / b : T(NAN)) {}
 
-  // q = a / value. If not AlsoTiny, where 0 < abs(a) < 2^-100 q is only known to be below 2^-39: all that rounding asks.
+  // q = a / value. If not AlsoTiny, where 0 < abs(a) < 2^-100 q is only known to be below 2^-39: all that rounding
+  // asks.
   template <bool AlsoTiny, int V>
   __device__ __forceinline__ void divide(const T (&a)[V], T (&q)[V]) const {
     if constexpr (sizeof(T) == 8) {

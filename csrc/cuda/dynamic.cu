@@ -1,4 +1,5 @@
-// Dynamic activation quantization: a token's scale from its largest magnitude, in one read where the token fits in registers.
+// Dynamic activation quantization: a token's scale from its largest magnitude, in one read where the token fits in
+// registers.
 #include <cfloat>
 
 #include "kernels.h"
@@ -16,17 +17,17 @@ __device__ __forceinline__ double from_magnitude(int64_t bits) { return __longlo
 
 template <class T, class X, int V, bool Long>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-fake_quantize_dynamic_kernel(Layout layout, const X* x, X* y, T qmax) {
+    fake_quantize_dynamic_kernel(Layout layout, const X* x, X* y, T qmax) {
   using Bits = decltype(magnitude(T()));
   const Tile<V, kInFlight, Long> tile(layout);
-  const auto read = [&](int64_t col, Pack<X, V> (&in)[kInFlight]) {
+  const auto read = [&](int64_t col, Pack<X, V>(&in)[kInFlight]) {
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k)
       if (tile.holds(col, k)) in[k] = load<V>(x + tile.index(col, k));
   };
 
   Bits most[Long ? 1 : kInFlight] = {};
-  const auto look = [&](int64_t col, const Pack<X, V> (&in)[kInFlight]) {
+  const auto look = [&](int64_t col, const Pack<X, V>(&in)[kInFlight]) {
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       if (!tile.holds(col, k)) continue;
@@ -54,7 +55,7 @@ fake_quantize_dynamic_kernel(Layout layout, const X* x, X* y, T qmax) {
     scale[k] = step < T(FLT_MIN) ? T(FLT_MIN) : step;
   }
 
-  const auto write = [&](int64_t col, const Pack<X, V> (&in)[kInFlight]) {
+  const auto write = [&](int64_t col, const Pack<X, V>(&in)[kInFlight]) {
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       if (!tile.holds(col, k)) continue;
@@ -87,7 +88,8 @@ cudaError_t fake_quantize_dynamic(const Dynamic& call, cudaStream_t stream) {
     const auto start = [&](auto v) {
       const Layout layout(call.rows, call.cols, v, kInFlight, false);
       return with_bool(layout.is_long, [&](auto long_) {
-        return launch(fake_quantize_dynamic_kernel<T, X, v, long_>, layout.blocks(), kThreads, 0, stream, layout, x, y, qmax);
+        return launch(fake_quantize_dynamic_kernel<T, X, v, long_>, layout.blocks(), kThreads, 0, stream, layout, x, y,
+                      qmax);
       });
     };
     return with_vector<X>(call.cols, start, x, y);

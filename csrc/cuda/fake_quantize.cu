@@ -9,7 +9,7 @@ __host__ __device__ constexpr int in_flight(int operands, bool noise) { return (
 
 template <class Types, bool Noise, bool Zero, int V, bool Long>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-fake_quantize_kernel(Weight<typename Types::T> weight, Layout layout, typename Types::Y* y) {
+    fake_quantize_kernel(Weight<typename Types::T> weight, Layout layout, typename Types::Y* y) {
   using T = typename Types::T;
   using W = typename Types::W;
   using Y = typename Types::Y;
@@ -50,8 +50,8 @@ struct Gradients {
 
 template <class Types, bool Noise, bool Zero, int V, bool Long>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-fake_quantize_backward_kernel(Weight<typename Types::T> weight, Layout layout, const typename Types::Y* g,
-                              Gradients<typename Types::T> out) {
+    fake_quantize_backward_kernel(Weight<typename Types::T> weight, Layout layout, const typename Types::Y* g,
+                                  Gradients<typename Types::T> out) {
   using T = typename Types::T;
   using W = typename Types::W;
   using Y = typename Types::Y;
@@ -108,7 +108,7 @@ fake_quantize_backward_kernel(Weight<typename Types::T> weight, Layout layout, c
 // Adds the pieces of a row, a block for each row, in an order that depends on their number alone.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-fake_quantize_backward_finish_kernel(Weight<T> weight, int64_t pieces, Gradients<T> out) {
+    fake_quantize_backward_finish_kernel(Weight<T> weight, int64_t pieces, Gradients<T> out) {
   const int64_t row = blockIdx.x;
   double sum_s = 0, sum_z = 0;
   for (int64_t piece = threadIdx.x; piece < pieces; piece += kThreads) {
@@ -124,8 +124,8 @@ fake_quantize_backward_finish_kernel(Weight<T> weight, int64_t pieces, Gradients
 
 template <class Types, bool Noise, bool Zero, int V, bool Long>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-fake_quantize_jvp_kernel(Weight<typename Types::T> weight, Layout layout, const typename Types::W* tangent_w,
-                         const void* tangent_scale, const void* tangent_zero_point, typename Types::Y* y) {
+    fake_quantize_jvp_kernel(Weight<typename Types::T> weight, Layout layout, const typename Types::W* tangent_w,
+                             const void* tangent_scale, const void* tangent_zero_point, typename Types::Y* y) {
   using T = typename Types::T;
   using W = typename Types::W;
   using Y = typename Types::Y;
@@ -167,9 +167,8 @@ fake_quantize_jvp_kernel(Weight<typename Types::T> weight, Layout layout, const 
 template <class F>
 cudaError_t with_flags(const Point& at, bool is_long, F f) {
   return with_bool(is_noisy(at), [&](auto noise) {
-    return with_bool(at.zero_point, [&](auto zero) {
-      return with_bool(is_long, [&](auto long_) { return f(noise, zero, long_); });
-    });
+    return with_bool(at.zero_point,
+                     [&](auto zero) { return with_bool(is_long, [&](auto long_) { return f(noise, zero, long_); }); });
   });
 }
 
@@ -226,8 +225,8 @@ cudaError_t fake_quantize_backward(const Backward& call, void* workspace, cudaSt
     const Weight<T> weight(at);
     const Gradients<T> out{call.dw, call.ds, call.dz, static_cast<T*>(workspace)};
     const cudaError_t error = with_flags(at, layout.is_long, [&](auto noise, auto zero, auto long_) {
-      return launch(fake_quantize_backward_kernel<Ts, noise, zero, v, long_>, layout.blocks(), kThreads, 0,
-                    stream, weight, layout, static_cast<const typename Ts::Y*>(call.g), out);
+      return launch(fake_quantize_backward_kernel<Ts, noise, zero, v, long_>, layout.blocks(), kThreads, 0, stream,
+                    weight, layout, static_cast<const typename Ts::Y*>(call.g), out);
     });
     if (error || layout.pieces == 1) return error;
     return launch(fake_quantize_backward_finish_kernel<T>, at.rows, kThreads, 0, stream, weight, layout.pieces, out);

@@ -5,7 +5,7 @@
 namespace qk::cuda {
 
 __global__ void __launch_bounds__(kThreads, kBlocks)
-normal_kernel(const int64_t* seed, float* out, int64_t numel, uint32_t stream, bool whole) {
+    normal_kernel(const int64_t* seed, float* out, int64_t numel, uint32_t stream, bool whole) {
   const int64_t first = 4 * (int64_t(blockIdx.x) * kThreads + threadIdx.x);
   if (first >= numel) return;
   float z[4];

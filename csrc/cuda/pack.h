@@ -19,8 +19,9 @@ struct alignas(sizeof(T) * V) Pack {
 template <int Bytes>
 using Word = std::conditional_t<
     Bytes == 16, uint4,
-    std::conditional_t<Bytes == 8, uint2,
-                       std::conditional_t<Bytes == 4, unsigned, std::conditional_t<Bytes == 2, unsigned short, unsigned char>>>>;
+    std::conditional_t<
+        Bytes == 8, uint2,
+        std::conditional_t<Bytes == 4, unsigned, std::conditional_t<Bytes == 2, unsigned short, unsigned char>>>>;
 
 // Inputs are read once. Evicted first, they leave the L2 cache to results.
 template <int V, class T>
@@ -51,7 +52,9 @@ __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162floa
 
 // Two elements are rounded by one instruction.
 __device__ __forceinline__ __half2 round_pair(float a, float b, __half) { return __floats2half2_rn(a, b); }
-__device__ __forceinline__ __nv_bfloat162 round_pair(float a, float b, __nv_bfloat16) { return __floats2bfloat162_rn(a, b); }
+__device__ __forceinline__ __nv_bfloat162 round_pair(float a, float b, __nv_bfloat16) {
+  return __floats2bfloat162_rn(a, b);
+}
 
 template <class Y, class T, int V>
 __device__ __forceinline__ Pack<Y, V> narrow(const T (&x)[V]) {

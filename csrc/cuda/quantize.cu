@@ -8,7 +8,7 @@ constexpr int kInFlight = 4;  // vectors per thread
 
 template <class T, class W, bool Zero, int V, bool Long>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-quantize_kernel(Weight<T> weight, Layout layout, uint8_t* codes, int32_t code_min, int32_t code_max) {
+    quantize_kernel(Weight<T> weight, Layout layout, uint8_t* codes, int32_t code_min, int32_t code_max) {
   const W* const w = static_cast<const W*>(weight.w);
   const T low = code_min, high = code_max;
   const Tile<V, kInFlight, Long> tile(layout);
@@ -41,7 +41,7 @@ quantize_kernel(Weight<T> weight, Layout layout, uint8_t* codes, int32_t code_mi
 // sign is 128 for signed codes, 0 for unsigned ones: (code ^ sign) - sign is then the number.
 template <class T, class Y, bool Zero, int V, bool Long>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-dequantize_kernel(Weight<T> weight, Layout layout, const uint8_t* codes, int32_t sign, Y* y) {
+    dequantize_kernel(Weight<T> weight, Layout layout, const uint8_t* codes, int32_t sign, Y* y) {
   const Tile<V, kInFlight, Long> tile(layout);
   const ScaledRow<T> first = weight.template row<false, Zero>(tile.row(0));
   for (int64_t col = tile.begin; col < tile.end; col += tile.step) {
@@ -79,8 +79,8 @@ cudaError_t quantize(const Quantize& call, cudaStream_t stream) {
     using T = typename decltype(types)::T;
     using W = typename decltype(types)::W;
     const auto start = [&](auto zero, auto v, auto long_, const Layout& layout) {
-      return launch(quantize_kernel<T, W, zero, v, long_>, layout.blocks(), kThreads, 0, stream, Weight<T>(call.at), layout,
-                    static_cast<uint8_t*>(call.codes), call.code_min, call.code_max);
+      return launch(quantize_kernel<T, W, zero, v, long_>, layout.blocks(), kThreads, 0, stream, Weight<T>(call.at),
+                    layout, static_cast<uint8_t*>(call.codes), call.code_min, call.code_max);
     };
     return with_rows<W>(call.at, start, static_cast<const W*>(call.at.w), static_cast<const uint8_t*>(call.codes));
   });

@@ -1,8 +1,8 @@
 // How rows are divided among threads.
 //
-// `lanes` neighbouring threads share a row. A row of at most 32 vectors of V elements takes one per lane, and a thread has
-// vectors of U rows in flight (a short tile). A longer row is walked by a warp or by a block, a thread having U of its
-// vectors in flight (a long tile); where rows are too few to fill a device they are cut into pieces, a block each.
+// `lanes` neighbouring threads share a row. A row of at most 32 vectors of V elements takes one per lane, and a thread
+// has vectors of U rows in flight (a short tile). A longer row is walked by a warp or by a block, a thread having U of
+// its vectors in flight (a long tile); where rows are too few to fill a device they are cut into pieces, a block each.
 // The division depends on the shape alone, so sums have the same bits on every device.
 #pragma once
 
@@ -20,7 +20,8 @@ struct Layout {
   int lane_bits, rows_per_thread;
   bool is_long;
 
-  Layout(int64_t rows_, int64_t cols_, int v, int u, bool cut) : rows(rows_), cols(cols_), pieces(1), piece_cols(cols_) {
+  Layout(int64_t rows_, int64_t cols_, int v, int u, bool cut)
+      : rows(rows_), cols(cols_), pieces(1), piece_cols(cols_) {
     const int64_t vectors = (cols + v - 1) / v;
     is_long = vectors > kWarp;
     rows_per_thread = is_long ? 1 : u;
@@ -50,7 +51,8 @@ struct Tile {
   __device__ explicit Tile(const Layout& layout) : rows(layout.rows), cols(layout.cols) {
     lanes = 1 << layout.lane_bits;
     lane = static_cast<int>(threadIdx.x) & (lanes - 1);
-    const int row_in_block = static_cast<int>(threadIdx.x) >> layout.lane_bits, block_rows = kThreads >> layout.lane_bits;
+    const int row_in_block = static_cast<int>(threadIdx.x) >> layout.lane_bits,
+              block_rows = kThreads >> layout.lane_bits;
     if constexpr (Long) {
       const unsigned pieces = static_cast<unsigned>(layout.pieces);
       piece = blockIdx.x % pieces;
@@ -75,13 +77,16 @@ struct Tile {
   }
   __device__ bool has_row(int k) const { return unclamped_row(k) < rows; }
   __device__ bool holds(int64_t col, int k) const { return Long ? col + k * lanes * V < end : has_row(k); }
-  __device__ int64_t index(int64_t col, int k) const { return unclamped_row(k) * cols + col + (Long ? k * lanes * V : 0); }
+  __device__ int64_t index(int64_t col, int k) const {
+    return unclamped_row(k) * cols + col + (Long ? k * lanes * V : 0);
+  }
 
  private:
   __device__ int64_t unclamped_row(int k) const { return Long ? first_row : first_row + k * (kThreads / lanes); }
 };
 
-// Combines a value over the lanes that share a row, the same for each lane and every time. Every thread of the block calls.
+// Combines a value over the lanes that share a row, the same for each lane and every time. Every thread of the block
+// calls.
 template <class T, class F>
 __device__ __forceinline__ T over_lanes(T x, int lanes, F combine) {
   for (int offset = (lanes < kWarp ? lanes : kWarp) / 2; offset > 0; offset /= 2)

@@ -52,7 +52,8 @@ template <class T>
 struct ScaledRow : Row<T> {
   Divisor<T> divisor;
 
-  __device__ __forceinline__ ScaledRow(const Grid<T>& grid, T s, T zero) : Row<T>(grid, s, zero), divisor(this->scale) {}
+  __device__ __forceinline__ ScaledRow(const Grid<T>& grid, T s, T zero)
+      : Row<T>(grid, s, zero), divisor(this->scale) {}
 };
 
 template <class T>
@@ -65,9 +66,15 @@ struct Weight {
   bool wide;  // scale and zero point are float64
 
   explicit Weight(const Point& at)
-      : w(at.w), scale(at.scale), zero_point(at.zero_point), seed(at.seed), grid(at.grid.as<T>()),
-        grad_scale(static_cast<T>(at.grad_scale)), noise_std(static_cast<float>(at.noise_std)),
-        scale_noise_std(static_cast<float>(at.scale_noise_std)), wide(at.scale_type == DType::f64) {}
+      : w(at.w),
+        scale(at.scale),
+        zero_point(at.zero_point),
+        seed(at.seed),
+        grid(at.grid.as<T>()),
+        grad_scale(static_cast<T>(at.grad_scale)),
+        noise_std(static_cast<float>(at.noise_std)),
+        scale_noise_std(static_cast<float>(at.scale_noise_std)),
+        wide(at.scale_type == DType::f64) {}
 
   template <bool Noise, bool Zero>
   __device__ __forceinline__ ScaledRow<T> row(int64_t r) const {
@@ -138,8 +145,8 @@ bool aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % (V * sizeof(T)) == 0;
 }
 
-// Calls f with the elements of a vector: as many as 16 bytes hold of Widest, or 1 where rows or pointers do not allow it
-// (and for float64, whose division takes the registers).
+// Calls f with the elements of a vector: as many as 16 bytes hold of Widest, or 1 where rows or pointers do not allow
+// it (and for float64, whose division takes the registers).
 template <class Widest, class F, class... Pointers>
 cudaError_t with_vector(int64_t cols, F f, Pointers... pointers) {
   constexpr int kVector = sizeof(Widest) == 8 ? 1 : 16 / sizeof(Widest);
