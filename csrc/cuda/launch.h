@@ -8,7 +8,7 @@
 namespace qk::cuda {
 
 constexpr int kThreads = 256;  // of every block
-constexpr int kBlocks = 2;     // of a kernel fit a multiprocessor at least: without a bound, ptxas spills to reach more
+constexpr int kBlocks = 2;     // fit a multiprocessor at least; left to itself, ptxas spills registers to fit more
 constexpr int kWarp = 32;
 
 template <class... Parameters, class... Args>

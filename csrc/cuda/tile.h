@@ -2,8 +2,9 @@
 //
 // `lanes` neighbouring threads share a row. A row of at most 32 vectors of V elements takes one per lane, and a thread
 // has vectors of U rows in flight (a short tile). A longer row is walked by a warp or by a block, a thread having U of
-// its vectors in flight (a long tile); where rows are too few to fill a device they are cut into pieces, a block each.
-// The division depends on the shape alone, so sums have the same bits on every device.
+// its vectors in flight (a long tile); where rows are too few to fill a device, or so long that a thread would add many
+// numbers one after the other, they are cut into pieces, a block each. The division depends on the shape and on whether
+// vectors are possible, so sums have the same bits on every device.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,7 @@ namespace qk::cuda {
 
 struct Layout {
   static constexpr int64_t kEnoughBlocks = 2048;
-  static constexpr int64_t kStepsPerPiece = 8;
+  static constexpr int64_t kMostSteps = 8;  // of a piece
 
   int64_t rows, cols, pieces, piece_cols;
   int lane_bits, rows_per_thread;
@@ -27,11 +28,11 @@ struct Layout {
     rows_per_thread = is_long ? 1 : u;
     lane_bits = vectors > 8 * kWarp ? 8 : 5;
     while (!is_long && lane_bits > 0 && vectors <= (1 << (lane_bits - 1))) --lane_bits;
-    if (!cut || lane_bits < 8 || rows >= kEnoughBlocks) return;
+    if (!cut || lane_bits < 8) return;
     const int64_t step = int64_t(kThreads) * u * v, steps = (cols + step - 1) / step;
-    const int64_t per_piece = std::clamp<int64_t>(rows * steps / kEnoughBlocks, 1, kStepsPerPiece);
-    pieces = (steps + per_piece - 1) / per_piece;
-    piece_cols = per_piece * step;
+    const int64_t most = std::clamp<int64_t>(rows * steps / kEnoughBlocks, 1, kMostSteps);
+    pieces = (steps + most - 1) / most;
+    piece_cols = (steps + pieces - 1) / pieces * step;
   }
 
   int64_t blocks() const {

@@ -59,7 +59,7 @@ class TrainConfig:
     warmup: float = _option(0.05, "share of a phase's steps over which the learning rate rises", "training")
     clip: float = _option(1.0, "largest norm of the gradient", "training")
 
-    eval_every: int = _option(100, "steps between evaluations on held-out text", "evaluation")
+    eval_every: int = _option(50, "steps between evaluations on held-out text", "evaluation")
     eval_windows: int = _option(256, "held-out windows in an evaluation", "evaluation")
     log_every: int = _option(10, "steps between training losses in the log", "evaluation")
     save_every: int = _option(100, "steps between checkpoints", "evaluation", resumable=True)

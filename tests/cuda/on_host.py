@@ -202,6 +202,13 @@ def divide(a, b):
     return q
 
 
+def layout(rows, cols, v, u):
+    """Return the number of pieces of a row, and their columns."""
+    out = (c_int64 * 2)()
+    library().layout(c_int64(rows), c_int64(cols), v, u, out)
+    return tuple(out)
+
+
 def set_reversed(value):
     """Run threads and blocks in the opposite order."""
     library().set_reversed(c_bool(value))

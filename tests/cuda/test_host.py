@@ -42,8 +42,8 @@ def test_family(op, sample):
     check(op, sample)
 
 
-#: Each way that tile.h divides rows: groups in one and several blocks, a warp and a block a row, odd columns (an element
-#: at a time), rows longer than a block's step, and few rows that are cut into pieces.
+#: Each way that tile.h divides rows: groups in one and several blocks, a warp and a block a row, odd columns (one
+#: element at a time), rows longer than a block's step, and few rows that are cut into pieces.
 LAYOUTS = [
     ((6, 256), 32), ((600, 64), 64), ((3, 1024), 256), ((9, 40), "row"), ((300, 1), "row"), ((1, 3), "row"),
     ((5, 31), "row"), ((5, 33), "row"), ((21, 520), "row"), ((9, 1023), "row"), ((2, 4096), "row"), ((2, 9001), "row"),
@@ -135,6 +135,14 @@ def test_special_values(grid, dtype):
             assert_same_bits(actual[0], as_tuple(OPS[op].reference(*args))[0], f"{op}, zero point {zero_point}")
 
 
+def test_codes_stay_in_a_range_without_zero():
+    w = torch.tensor([[torch.nan, -9.0, 0.0, 2.0, 9.0, torch.inf, -torch.inf, 3.4]])
+    for low, high in ((1, 5), (-6, -2), (200, 255)):
+        args = (w, torch.ones(1), None, list(qk.lsq(8).constants), low, high)
+        (codes,) = run_out("quantize", on_host.quantize, args)
+        assert_same_bits(codes, OPS["quantize"].reference(*args))
+
+
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_dequantize(grid, dtype):
@@ -187,6 +195,17 @@ def test_empty_weights_give_zero_scale_gradients():
     assert dw.numel() == 0
     assert_same_bits(ds, torch.zeros(3))
     assert_same_bits(dz, torch.zeros(3))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 700, 2048, 8192, 2**20])
+@pytest.mark.parametrize("cols", [1, 32, 8192, 100_000, 2**20 + 8, 2**32])
+def test_pieces_cover_a_row_in_at_most_eight_steps(rows, cols):
+    for v, u in ((1, 4), (4, 2), (8, 4), (8, 1)):
+        pieces, piece_cols = on_host.layout(rows, cols, v, u)
+        assert (pieces - 1) * piece_cols < cols <= pieces * piece_cols
+        if pieces > 1:
+            assert piece_cols % (256 * v * u) == 0
+        assert piece_cols <= 8 * 256 * v * u
 
 
 def test_division_is_correctly_rounded():

@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the CPU: enough of the CUDA runtime for csrc/cuda to compile with g++ unchanged.
 //
 // The threads of a block are fibers of one OS thread. A fiber runs until it meets a barrier (__syncthreads, or a warp's
-// shuffle), a warp as far as it gets before the next one starts: then a missing __syncthreads shows, and shows every time.
-// The order of lanes, warps and blocks can be reversed: a result that changes with it lacks a barrier too.
+// shuffle), a warp as far as it gets before the next one starts: then a missing __syncthreads shows, and shows every
+// time. The order of lanes, warps and blocks can be reversed: a result that changes with it lacks a barrier too.
 #pragma once
 
 #include <ucontext.h>
@@ -225,6 +225,11 @@ void __stcs(T* p, T value) {
   on_host::check_aligned(p);
   *p = value;
 }
+template <class T>
+void __stwb(T* p, T value) {
+  on_host::check_aligned(p);
+  *p = value;
+}
 
 inline int32_t __float_as_int(float x) { return on_host::bits<int32_t>(x); }
 inline float __int_as_float(int32_t x) { return on_host::bits<float>(x); }
@@ -246,7 +251,9 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
   if (f != f) return {0x7FFF};
   return {static_cast<uint16_t>((b + 0x7FFF + ((b >> 16) & 1)) >> 16)};
 }
-inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
+  return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)};
+}
 
 struct __half {
   uint16_t x;

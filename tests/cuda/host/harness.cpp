@@ -1,6 +1,7 @@
-// The launchers by C names, for ctypes; and the division by itself.
+// The launchers by C names, for ctypes; and by themselves the division of rows and of numbers.
 #include "cuda/divide.h"
 #include "cuda/kernels.h"
+#include "cuda/tile.h"
 
 extern "C" {
 
@@ -18,6 +19,12 @@ size_t fake_quantize_backward_workspace(const qk::Backward* call) {
 }
 int fake_quantize_backward(const qk::Backward* call, void* workspace) {
   return qk::cuda::fake_quantize_backward(*call, workspace, nullptr);
+}
+
+void layout(int64_t rows, int64_t cols, int v, int u, int64_t* out) {
+  const qk::cuda::Layout layout(rows, cols, v, u, true);
+  out[0] = layout.pieces;
+  out[1] = layout.piece_cols;
 }
 
 void divide(const float* a, const float* b, float* q, int64_t n) {
