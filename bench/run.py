@@ -130,4 +130,4 @@ def _timed(racing: list[tuple[Row, Call]], case: Case, machine: Machine, budget:
             "fraction_of_floor": round(floor / t.median, 4),
         }
         if call.kind == "ours":
-            row["speedup_over"] = {name: round(median / t.median, 3) for name, median in others.items()}
+            row["speedup_over"] = {name: float(f"{median / t.median:.4g}") for name, median in others.items()}

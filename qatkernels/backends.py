@@ -79,14 +79,16 @@ def chosen(op: str, device: str) -> str:
         RuntimeError: if QATKERNELS_BACKEND names a backend that cannot serve it.
     """
     forced = os.environ.get("QATKERNELS_BACKEND")
-    if forced:
-        if forced != "reference" and (forced not in PREFERENCE[device] or forced not in IMPLS[op]):
-            if forced in PREFERENCE["CPU"] + PREFERENCE["CUDA"] and forced not in PREFERENCE[device]:
-                return _first(op, device)
-            why = MISSING.get(forced, f"not one of {sorted({b for p in PREFERENCE.values() for b in p})}")
-            raise RuntimeError(f"QATKERNELS_BACKEND is {forced!r}, which is not available for {op}: {why}")
-        return forced
-    return CHOICES.get((op, device)) or _first(op, device)
+    if not forced:
+        return CHOICES.get((op, device)) or _first(op, device)
+    known = sorted({backend for preference in PREFERENCE.values() for backend in preference})
+    if forced not in known:
+        raise RuntimeError(f"QATKERNELS_BACKEND is {forced!r}, must be one of {known}")
+    if forced not in PREFERENCE[device]:
+        return _first(op, device)  # it says nothing about this device
+    if forced not in IMPLS[op]:
+        raise RuntimeError(f"QATKERNELS_BACKEND is {forced!r}, which is not available: {MISSING.get(forced)}")
+    return forced
 
 
 def _first(op: str, device: str) -> str:
