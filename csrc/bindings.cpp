@@ -305,6 +305,8 @@ void dequantize_out(const Tensor& codes, const Tensor& scale, const OptionalTens
   TORCH_CHECK(codes.scalar_type() == at::kChar || codes.scalar_type() == at::kByte, "codes is ",
               name_of(codes.scalar_type()), ", must be int8 or uint8");
   check_output("out", out, codes, dtype);
+  TORCH_CHECK(scale.scalar_type() == at::kFloat || dtype == at::kDouble, "scale is ", name_of(scale.scalar_type()),
+              ", must be torch.float32 (torch.float64 is allowed with a float64 dtype)");
   const Held held(codes, scale, zero_point, std::nullopt, grid);
   const Dequantize call{held.at, held.at.w, codes.scalar_type() == at::kByte, out.mutable_data_ptr(),
                         dtype_of("out", out)};
@@ -337,6 +339,7 @@ void normal_out(const Tensor& seed, int64_t numel, int64_t stream, Tensor out) {
   TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1, "seed must be an int64 tensor with one element");
   TORCH_CHECK(out.is_contiguous() && out.scalar_type() == at::kFloat && out.dim() == 1 && out.numel() == numel,
               "out must be a contiguous float32 tensor with ", numel, " elements");
+  check_device("out", out, seed.device());
   const Normal call{seed.const_data_ptr<int64_t>(), out.mutable_data_ptr<float>(), numel,
                     static_cast<uint32_t>(stream)};
   run(call, seed.device());

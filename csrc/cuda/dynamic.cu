@@ -20,13 +20,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     fake_quantize_dynamic_kernel(Layout layout, const X* x, X* y, T qmax) {
   using Bits = decltype(magnitude(T()));
   const Tile<V, kInFlight, Long> tile(layout);
-  const auto read = [&](int64_t col, Pack<X, V>(&in)[kInFlight]) {
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k)
-      if (tile.holds(col, k)) in[k] = load<V>(x + tile.index(col, k));
-  };
 
-  Bits most[Long ? 1 : kInFlight] = {};
+  Bits most[tile.kRows] = {};
   const auto look = [&](int64_t col, const Pack<X, V>(&in)[kInFlight]) {
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
@@ -37,19 +32,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   };
 
   Pack<X, V> kept[kInFlight], in[kInFlight];
-  const bool any = tile.begin < tile.end;
-  if (any) {
-    read(tile.begin, kept);
-    look(tile.begin, kept);
-  }
+  tile.read(x, tile.begin, kept);
+  look(tile.begin, kept);
   for (int64_t col = tile.begin + tile.step; col < tile.end; col += tile.step) {
-    read(col, in);
+    tile.read(x, col, in);
     look(col, in);
   }
 
-  T scale[Long ? 1 : kInFlight];
+  T scale[tile.kRows];
 #pragma unroll
-  for (int k = 0; k < (Long ? 1 : kInFlight); ++k) {
+  for (int k = 0; k < tile.kRows; ++k) {
     const Bits bits = over_lanes(most[k], tile.lanes, [](Bits a, Bits b) { return max(a, b); });
     const T step = from_magnitude(bits) / qmax;
     scale[k] = step < T(FLT_MIN) ? T(FLT_MIN) : step;
@@ -70,9 +62,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       store<false>(y + tile.index(col, k), narrow<X>(value));
     }
   };
-  if (any) write(tile.begin, kept);
+  write(tile.begin, kept);
   for (int64_t col = tile.begin + tile.step; col < tile.end; col += tile.step) {
-    read(col, in);
+    tile.read(x, col, in);
     write(col, in);
   }
 }

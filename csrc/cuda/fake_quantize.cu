@@ -16,17 +16,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   constexpr int U = in_flight(1, Noise);
   const W* const w = static_cast<const W*>(weight.w);
   const Tile<V, U, Long> tile(layout);
-  const ScaledRow<T> first = weight.template row<Noise, Zero>(tile.row(0));
+  Pack<W, V> in[U];
+  Scale<T> scales[tile.kRows];
+  tile.read(w, tile.begin, in);
+  weight.template read<Zero>(tile, scales);
+  const ScaledRow<T> first = weight.template row<Noise>(scales[0], tile.row(0));
   for (int64_t col = tile.begin; col < tile.end; col += tile.step) {
-    Pack<W, V> in[U];
-#pragma unroll
-    for (int k = 0; k < U; ++k)
-      if (tile.holds(col, k)) in[k] = load<V>(w + tile.index(col, k));
 #pragma unroll
     for (int k = 0; k < U; ++k) {
       if (!tile.holds(col, k)) continue;
       const int64_t at = tile.index(col, k);
-      const ScaledRow<T> row = Long || k == 0 ? first : weight.template row<Noise, Zero>(tile.row(k));
+      const ScaledRow<T> row = Long || k == 0 ? first : weight.template row<Noise>(scales[k], tile.row(k));
       T x[V], r[V];
       weight.template values<Noise>(in[k], at, x);
       row.divisor.template divide<false>(x, r);
@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int j = 0; j < V; ++j) x[j] = value_of(code_of(x[j], r[j], row), row);
       store<false>(y + at, narrow<Y>(x));
     }
+    if constexpr (Long) tile.read(w, col + tile.step, in);
   }
 }
 
@@ -56,25 +57,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   using W = typename Types::W;
   using Y = typename Types::Y;
   constexpr int U = in_flight(2, Noise);
-  constexpr int kSums = Long ? 1 : U;
   const W* const w = static_cast<const W*>(weight.w);
   const Tile<V, U, Long> tile(layout);
-  const ScaledRow<T> first = weight.template row<Noise, Zero>(tile.row(0));
-  T sum_s[kSums] = {}, sum_z[kSums] = {};
+  Pack<W, V> in[U];
+  Pack<Y, V> upstream[U];
+  Scale<T> scales[tile.kRows];
+  tile.read(w, tile.begin, in);
+  tile.read(g, tile.begin, upstream);
+  weight.template read<Zero>(tile, scales);
+  const ScaledRow<T> first = weight.template row<Noise>(scales[0], tile.row(0));
+  T sum_s[tile.kRows] = {}, sum_z[tile.kRows] = {};
   for (int64_t col = tile.begin; col < tile.end; col += tile.step) {
-    Pack<W, V> in[U];
-    Pack<Y, V> upstream[U];
-#pragma unroll
-    for (int k = 0; k < U; ++k) {
-      if (!tile.holds(col, k)) continue;
-      in[k] = load<V>(w + tile.index(col, k));
-      upstream[k] = load<V>(g + tile.index(col, k));
-    }
 #pragma unroll
     for (int k = 0; k < U; ++k) {
       if (!tile.holds(col, k)) continue;
       const int64_t at = tile.index(col, k);
-      const ScaledRow<T> row = Long || k == 0 ? first : weight.template row<Noise, Zero>(tile.row(k));
+      const ScaledRow<T> row = Long || k == 0 ? first : weight.template row<Noise>(scales[k], tile.row(k));
       T x[V], r[V];
       weight.template values<Noise>(in[k], at, x);
       row.divisor.template divide<true>(x, r);
@@ -88,10 +86,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       }
       store<true>(static_cast<W*>(out.dw) + at, narrow<W>(x));
     }
+    if constexpr (Long) {
+      tile.read(w, col + tile.step, in);
+      tile.read(g, col + tile.step, upstream);
+    }
   }
   const auto add = [](T a, T b) { return a + b; };
 #pragma unroll
-  for (int k = 0; k < kSums; ++k) {
+  for (int k = 0; k < tile.kRows; ++k) {
     const T total_s = over_lanes(sum_s[k], tile.lanes, add);
     const T total_z = Zero ? over_lanes(sum_z[k], tile.lanes, add) : T(0);
     if (tile.lane != 0 || !tile.has_row(k)) continue;
@@ -132,22 +134,27 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   constexpr int U = in_flight(2, Noise);
   const W* const w = static_cast<const W*>(weight.w);
   const Tile<V, U, Long> tile(layout);
-  for (int64_t col = tile.begin; col < tile.end; col += tile.step) {
-    Pack<W, V> in[U], tangent[U];
+  Pack<W, V> in[U], tangent[U];
+  Scale<T> scales[tile.kRows], tangents[tile.kRows];
+  tile.read(w, tile.begin, in);
+  if (tangent_w) tile.read(tangent_w, tile.begin, tangent);
+  weight.template read<Zero>(tile, scales);
 #pragma unroll
-    for (int k = 0; k < U; ++k) {
-      if (!tile.holds(col, k)) continue;
-      in[k] = load<V>(w + tile.index(col, k));
-      if (tangent_w) tangent[k] = load<V>(tangent_w + tile.index(col, k));
-    }
+  for (int k = 0; k < tile.kRows; ++k) {
+    tangents[k] = {0, 0};
+    if (tangent_scale) read_scalar(tangent_scale, weight.wide, tile.row(k), tangents[k].scale);
+    if (Zero && tangent_zero_point) read_scalar(tangent_zero_point, weight.wide, tile.row(k), tangents[k].zero);
+  }
+  const ScaledRow<T> first = weight.template row<Noise>(scales[0], tile.row(0));
+  for (int64_t col = tile.begin; col < tile.end; col += tile.step) {
 #pragma unroll
     for (int k = 0; k < U; ++k) {
       if (!tile.holds(col, k)) continue;
       const int64_t at = tile.index(col, k);
-      const ScaledRow<T> row = weight.template row<Noise, Zero>(tile.row(k));
-      T along_s, along_z, x[V], r[V];
-      tangent_of_row(tangent_scale, weight, tile.row(k), along_s);
-      tangent_of_row(tangent_zero_point, weight, tile.row(k), along_z);
+      const ScaledRow<T> row = Long || k == 0 ? first : weight.template row<Noise>(scales[k], tile.row(k));
+      const T along_s = tangents[Long ? 0 : k].scale * weight.grad_scale;
+      const T along_z = tangents[Long ? 0 : k].zero * weight.grad_scale;
+      T x[V], r[V];
       weight.template values<Noise>(in[k], at, x);
       row.divisor.template divide<true>(x, r);
 #pragma unroll
@@ -159,6 +166,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         if (Zero && tangent_zero_point) x[j] += slopes.zero_point * along_z;
       }
       store<false>(y + at, narrow<Y>(x));
+    }
+    if constexpr (Long) {
+      tile.read(w, col + tile.step, in);
+      if (tangent_w) tile.read(tangent_w, col + tile.step, tangent);
     }
   }
 }

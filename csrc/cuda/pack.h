@@ -42,7 +42,7 @@ __device__ __forceinline__ void store(T* p, const Pack<T, V>& x) {
   if constexpr (Streaming)
     __stcs(reinterpret_cast<Bits*>(p), bits);
   else
-    __stwb(reinterpret_cast<Bits*>(p), bits);
+    *reinterpret_cast<Bits*>(p) = bits;
 }
 
 __device__ __forceinline__ float widen(float x) { return x; }

@@ -12,17 +12,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const W* const w = static_cast<const W*>(weight.w);
   const T low = code_min, high = code_max;
   const Tile<V, kInFlight, Long> tile(layout);
-  const ScaledRow<T> first = weight.template row<false, Zero>(tile.row(0));
+  Pack<W, V> in[kInFlight];
+  Scale<T> scales[tile.kRows];
+  tile.read(w, tile.begin, in);
+  weight.template read<Zero>(tile, scales);
+  const ScaledRow<T> first = weight.template row<false>(scales[0], tile.row(0));
   for (int64_t col = tile.begin; col < tile.end; col += tile.step) {
-    Pack<W, V> in[kInFlight];
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k)
-      if (tile.holds(col, k)) in[k] = load<V>(w + tile.index(col, k));
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       if (!tile.holds(col, k)) continue;
       const int64_t at = tile.index(col, k);
-      const ScaledRow<T> row = Long || k == 0 ? first : weight.template row<false, Zero>(tile.row(k));
+      const ScaledRow<T> row = Long || k == 0 ? first : weight.template row<false>(scales[k], tile.row(k));
       T x[V], r[V];
       weight.template values<false>(in[k], at, x);
       row.divisor.template divide<false>(x, r);
@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       }
       store<false>(codes + at, out);
     }
+    if constexpr (Long) tile.read(w, col + tile.step, in);
   }
 }
 
@@ -43,21 +44,22 @@ template <class T, class Y, bool Zero, int V, bool Long>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     dequantize_kernel(Weight<T> weight, Layout layout, const uint8_t* codes, int32_t sign, Y* y) {
   const Tile<V, kInFlight, Long> tile(layout);
-  const ScaledRow<T> first = weight.template row<false, Zero>(tile.row(0));
+  Pack<uint8_t, V> in[kInFlight];
+  Scale<T> scales[tile.kRows];
+  tile.read(codes, tile.begin, in);
+  weight.template read<Zero>(tile, scales);
+  const ScaledRow<T> first = weight.template row<false>(scales[0], tile.row(0));
   for (int64_t col = tile.begin; col < tile.end; col += tile.step) {
-    Pack<uint8_t, V> in[kInFlight];
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k)
-      if (tile.holds(col, k)) in[k] = load<V>(codes + tile.index(col, k));
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       if (!tile.holds(col, k)) continue;
-      const ScaledRow<T> row = Long || k == 0 ? first : weight.template row<false, Zero>(tile.row(k));
+      const ScaledRow<T> row = Long || k == 0 ? first : weight.template row<false>(scales[k], tile.row(k));
       T x[V];
 #pragma unroll
       for (int j = 0; j < V; ++j) x[j] = value_of(static_cast<T>((in[k].lane[j] ^ sign) - sign), row);
       store<false>(y + tile.index(col, k), narrow<Y>(x));
     }
+    if constexpr (Long) tile.read(codes, col + tile.step, in);
   }
 }
 

@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "launch.h"
+#include "pack.h"
 
 namespace qk::cuda {
 
@@ -43,9 +44,14 @@ struct Layout {
 static_assert(kThreads == 1 << 8);
 
 // A thread's share: for (col = begin; col < end; col += step) it has the vectors k = 0 ... U - 1 at index(col, k) where
-// holds(col, k), in row(k).
+// holds(col, k), in row(k). A short tile takes one step.
+//
+// Kernels read a step ahead of what they compute: the first vectors are on their way while the scales are, which a
+// thread with only one or two steps needs to keep the memory busy.
 template <int V, int U, bool Long>
 struct Tile {
+  static constexpr int kRows = Long ? 1 : U;
+
   int64_t rows, cols, first_row, begin, end, step, piece;
   int lane, lanes;
 
@@ -77,9 +83,17 @@ struct Tile {
     return r < rows ? r : rows - 1;
   }
   __device__ bool has_row(int k) const { return unclamped_row(k) < rows; }
-  __device__ bool holds(int64_t col, int k) const { return Long ? col + k * lanes * V < end : has_row(k); }
+  __device__ bool holds(int64_t col, int k) const { return Long ? col + k * lanes * V < end : col < end && has_row(k); }
   __device__ int64_t index(int64_t col, int k) const {
     return unclamped_row(k) * cols + col + (Long ? k * lanes * V : 0);
+  }
+
+  // The vectors of one step of a tensor.
+  template <class T>
+  __device__ __forceinline__ void read(const T* p, int64_t col, Pack<T, V> (&packs)[U]) const {
+#pragma unroll
+    for (int k = 0; k < U; ++k)
+      if (holds(col, k)) packs[k] = load<V>(p + index(col, k));
   }
 
  private:

@@ -4,7 +4,6 @@
 #include "../common/call.h"
 #include "../common/philox.h"
 #include "divide.h"
-#include "pack.h"
 #include "tile.h"
 
 namespace qk::cuda {
@@ -47,6 +46,12 @@ __device__ __forceinline__ void write_scalar(void* p, bool wide, int64_t i, doub
     static_cast<float*>(p)[i] = static_cast<float>(x);
 }
 
+// What a row has in memory.
+template <class T>
+struct Scale {
+  T scale, zero;
+};
+
 // A row and the division by its scale.
 template <class T>
 struct ScaledRow : Row<T> {
@@ -76,19 +81,29 @@ struct Weight {
         scale_noise_std(static_cast<float>(at.scale_noise_std)),
         wide(at.scale_type == DType::f64) {}
 
-  template <bool Noise, bool Zero>
-  __device__ __forceinline__ ScaledRow<T> row(int64_t r) const {
-    T s, z = 0;
-    read_scalar(scale, wide, r, s);
-    if constexpr (Zero) read_scalar(zero_point, wide, r, z);
+  template <bool Zero>
+  __device__ __forceinline__ Scale<T> read(int64_t r) const {
+    Scale<T> s{0, 0};
+    read_scalar(scale, wide, r, s.scale);
+    if constexpr (Zero) read_scalar(zero_point, wide, r, s.zero);
+    return s;
+  }
+  template <bool Zero, class Tile>
+  __device__ __forceinline__ void read(const Tile& tile, Scale<T> (&scales)[Tile::kRows]) const {
+#pragma unroll
+    for (int k = 0; k < Tile::kRows; ++k) scales[k] = read<Zero>(tile.row(k));
+  }
+
+  template <bool Noise>
+  __device__ __forceinline__ ScaledRow<T> row(Scale<T> s, int64_t r) const {
     if constexpr (Noise) {
       if (scale_noise_std != 0) {
         float drawn[1];
         draw(static_cast<uint64_t>(__ldg(seed)), r, kScaleStream, drawn);
-        s += static_cast<T>(drawn[0] * scale_noise_std);
+        s.scale += static_cast<T>(drawn[0] * scale_noise_std);
       }
     }
-    return ScaledRow<T>(grid, s, z);
+    return ScaledRow<T>(grid, s.scale, s.zero);
   }
 
   // The weights of a pack that was loaded from element `first` of w, in the computing type and with their noise.
@@ -106,14 +121,6 @@ struct Weight {
     }
   }
 };
-
-template <class T>
-__device__ __forceinline__ void tangent_of_row(const void* p, const Weight<T>& weight, int64_t r, T& x) {
-  x = 0;
-  if (!p) return;
-  read_scalar(p, weight.wide, r, x);
-  x *= weight.grad_scale;
-}
 
 template <class Compute, class W_, class Y_>
 struct Types {

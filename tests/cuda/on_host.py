@@ -21,7 +21,7 @@ HOST = Path(__file__).parent / "host"
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 FLAGS = (
     "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
-    "-DQK_HOST_CUDA",
+    "-DQK_HOST_CUDA", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error",
 )  # fmt: skip
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 GUARD = 64  # bytes around every output that nothing may write

@@ -225,11 +225,6 @@ void __stcs(T* p, T value) {
   on_host::check_aligned(p);
   *p = value;
 }
-template <class T>
-void __stwb(T* p, T value) {
-  on_host::check_aligned(p);
-  *p = value;
-}
 
 inline int32_t __float_as_int(float x) { return on_host::bits<int32_t>(x); }
 inline float __int_as_float(int32_t x) { return on_host::bits<float>(x); }
