@@ -1,4 +1,4 @@
-"""Tests marked `gpu` skip where there is no device. Memory that a kernel should write is poisoned in tests/compare.py."""
+"""Tests marked `gpu` skip where there is no device; tests/compare.py poisons what a kernel should write."""
 
 import pytest
 import torch
