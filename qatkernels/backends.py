@@ -2,7 +2,7 @@
 
 `IMPLS[op][backend]` reaches every implementation present, whatever was chosen; tests and benchmarks use it. The
 choice is the first of `PREFERENCE` that is present. ``QATKERNELS_BACKEND=reference|cpp|triton|cuda`` overrides it for
-every op; a backend that is not there is an error, never a silent substitute.
+every op that has a kernel there; a backend that is missing altogether is an error, never a silent substitute.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def _load() -> ModuleType | None:
         IMPLS[name]["reference"] = op.reference
     compiled = extension()
     if compiled is not None:
-        backends = ["cpp"] + (["cuda"] if compiled.build_info()["cuda_archs"] else [])
-        if "cuda" not in backends:
+        if not compiled.build_info()["cuda_archs"]:
             MISSING["cuda"] = "the extension was built without CUDA"
         for op in OPS.values():
             for op_name, schema in op.schemas.items():
                 compiled.declare("qatkernels_cpp", op_name, schema)
-                for backend in backends:
-                    IMPLS[op_name][backend] = getattr(torch.ops.qatkernels_cpp, op_name)
+                for backend, device in (("cpp", "CPU"), ("cuda", "CUDA")):
+                    if compiled.serves(op_name, device):
+                        IMPLS[op_name][backend] = getattr(torch.ops.qatkernels_cpp, op_name)
     else:
         MISSING["cuda"] = "the extension was not built"
     try:
@@ -86,9 +86,9 @@ def chosen(op: str, device: str) -> str:
         raise RuntimeError(f"QATKERNELS_BACKEND is {forced!r}, must be one of {known}")
     if forced not in PREFERENCE[device]:
         return _first(op, device)  # it says nothing about this device
-    if forced not in IMPLS[op]:
-        raise RuntimeError(f"QATKERNELS_BACKEND is {forced!r}, which is not available: {MISSING.get(forced)}")
-    return forced
+    if forced in MISSING:
+        raise RuntimeError(f"QATKERNELS_BACKEND is {forced!r}, which is not available: {MISSING[forced]}")
+    return forced if forced in IMPLS[op] else _first(op, device)  # not every op has a kernel in every backend
 
 
 def _first(op: str, device: str) -> str:

@@ -1,20 +1,17 @@
 // The one choice of an ISA.
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 
-#define QK_DECLARE(isa)                                                                                          \
-  namespace isa {                                                                                                \
-  void forward(const Forward&, int64_t, int64_t);                                                                \
-  void backward(const Backward&, double*, int64_t, int64_t);                                                     \
-  void finish_backward(const Backward&, const double*);                                                          \
-  void jvp(const Jvp&, int64_t, int64_t);                                                                        \
-  void quantize(const Quantize&, int64_t, int64_t);                                                              \
-  void dequantize(const Dequantize&, int64_t, int64_t);                                                          \
-  void dynamic(const Dynamic&, int64_t, int64_t);                                                                \
-  void normal(const Normal&, int64_t, int64_t);                                                                  \
-  constexpr Kernels table{#isa, forward, backward, finish_backward, jvp, quantize, dequantize, dynamic, normal}; \
+#define QK_FUNCTION(name, arguments) void name arguments;
+#define QK_ENTRY(name, arguments) , name
+#define QK_DECLARE(isa)                               \
+  namespace isa {                                     \
+  QK_KERNELS(QK_FUNCTION)                             \
+  constexpr Kernels table{#isa QK_KERNELS(QK_ENTRY)}; \
   }
 
 namespace qk {
@@ -23,26 +20,57 @@ QK_DECLARE(baseline)
 #if defined(__x86_64__)
 QK_DECLARE(avx2)
 QK_DECLARE(avx512)
+QK_DECLARE(avx512_vnni)
 QK_DECLARE(avx512_bf16)
 
-static const Kernels& choose() {
-  const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
-  int limit = 3;
-  if (capability) limit = !std::strcmp(capability, "default") ? 0 : !std::strcmp(capability, "avx2") ? 1 : 2;
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  if (bf16 && limit >= 3) return avx512_bf16::table;
-  if (avx512 && limit >= 2) return avx512::table;
-  if (avx2 && limit >= 1) return avx2::table;
-  return baseline::table;
+// Widest first; what a machine has to have for each.
+static const struct {
+  const Kernels& table;
+  bool present;
+} isas[] = {
+#define QK_HAS(feature) (__builtin_cpu_supports(feature) != 0)
+#define QK_AVX2 (QK_HAS("avx2") && QK_HAS("fma") && QK_HAS("f16c"))
+#define QK_AVX512 (QK_AVX2 && QK_HAS("avx512f") && QK_HAS("avx512bw") && QK_HAS("avx512dq") && QK_HAS("avx512vl"))
+#define QK_VNNI (QK_AVX512 && QK_HAS("avx512vnni") && QK_HAS("avx512vbmi"))
+    {avx512_bf16::table, QK_VNNI&& QK_HAS("avx512bf16")},
+    {avx512_vnni::table, QK_VNNI},
+    {avx512::table, QK_AVX512},
+    {avx2::table, QK_AVX2},
+    {baseline::table, true},
+};
+const char* compiled_isas() { return "baseline avx2 avx512 avx512_vnni avx512_bf16"; }
+
+// torch's own limit, in its words.
+static bool allowed(const char* isa) {
+  const char* const capability = std::getenv("ATEN_CPU_CAPABILITY");
+  if (!capability || !std::strcmp(isa, "baseline")) return true;
+  if (!std::strcmp(capability, "default")) return false;
+  if (!std::strcmp(capability, "avx2")) return !std::strcmp(isa, "avx2");
+  return !std::strcmp(isa, "avx512") || !std::strcmp(isa, "avx2");
 }
-const char* compiled_isas() { return "baseline avx2 avx512 avx512_bf16"; }
 #else
-static const Kernels& choose() { return baseline::table; }
+static const struct {
+  const Kernels& table;
+  bool present;
+} isas[] = {{baseline::table, true}};
 const char* compiled_isas() { return "baseline"; }
+static bool allowed(const char*) { return true; }
 #endif
+
+bool has_isa(const char* name) {
+  for (const auto& isa : isas)
+    if (isa.present && !std::strcmp(name, isa.table.isa)) return true;
+  return false;
+}
+
+static const Kernels& choose() {
+  const char* const named = std::getenv("QATKERNELS_ISA");
+  for (const auto& isa : isas)
+    if (isa.present && (named && *named ? !std::strcmp(named, isa.table.isa) : allowed(isa.table.isa)))
+      return isa.table;
+  throw std::runtime_error(std::string("QATKERNELS_ISA is '") + named + "', must be one of " + compiled_isas() +
+                           " that this machine has");
+}
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose();

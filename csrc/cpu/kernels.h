@@ -23,26 +23,35 @@ struct Units {
   int64_t count() const { return (rows + rows_per_unit - 1) / rows_per_unit * pieces_per_row; }
 };
 
+// Every kernel: its name and what it takes. A line here is a kernel in each of the ISAs.
+//
+// partial: 2 * rows * pieces_per_row doubles, used where rows are cut; finish_backward then adds them in order.
+// dynamic's units are rows, normal's kNoiseSpan elements.
+#define QK_KERNELS(KERNEL)                                                         \
+  KERNEL(forward, (const Forward&, int64_t begin, int64_t end))                    \
+  KERNEL(backward, (const Backward&, double* partial, int64_t begin, int64_t end)) \
+  KERNEL(finish_backward, (const Backward&, const double* partial))                \
+  KERNEL(jvp, (const Jvp&, int64_t begin, int64_t end))                            \
+  KERNEL(quantize, (const Quantize&, int64_t begin, int64_t end))                  \
+  KERNEL(dequantize, (const Dequantize&, int64_t begin, int64_t end))              \
+  KERNEL(dynamic, (const Dynamic&, int64_t begin, int64_t end))                    \
+  KERNEL(normal, (const Normal&, int64_t begin, int64_t end))
+
 struct Kernels {
   const char* isa;
-  void (*forward)(const Forward&, int64_t begin, int64_t end);
-  // partial: 2 * rows * pieces_per_row doubles, used where rows are cut; finish_backward then adds them in order.
-  void (*backward)(const Backward&, double* partial, int64_t begin, int64_t end);
-  void (*finish_backward)(const Backward&, const double* partial);
-  void (*jvp)(const Jvp&, int64_t begin, int64_t end);
-  void (*quantize)(const Quantize&, int64_t begin, int64_t end);
-  void (*dequantize)(const Dequantize&, int64_t begin, int64_t end);
-  void (*dynamic)(const Dynamic&, int64_t begin, int64_t end);  // units: rows
-  void (*normal)(const Normal&, int64_t begin, int64_t end);    // units: kNoiseSpan elements
+#define QK_MEMBER(name, arguments) void(*name) arguments;
+  QK_KERNELS(QK_MEMBER)
+#undef QK_MEMBER
 };
 
 constexpr int64_t kNoiseSpan = 1024;  // elements drawn at once, a multiple of 64
 
-// The kernels for this machine: the widest ISA that it has and ATEN_CPU_CAPABILITY (default, avx2, avx512) allows;
-// unset, it allows all.
+// The kernels for this machine: of the widest ISA that it has and ATEN_CPU_CAPABILITY (default, avx2, avx512) allows;
+// unset, it allows all. QATKERNELS_ISA names one instead; one that is not there throws.
 const Kernels& kernels();
 
-// Names of the ISAs that were compiled, widest last.
+// Names of the ISAs that were compiled, widest last, and whether this machine runs one.
 const char* compiled_isas();
+bool has_isa(const char* name);
 
 }  // namespace qk

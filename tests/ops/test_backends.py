@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qatkernels as qk
-from qatkernels.backends import IMPLS
+from qatkernels.backends import IMPLS, extension
 from qatkernels.ops import noise
 from qatkernels.ops._op import OPS
 from qatkernels.ops.fake_quantize import FLOATS
@@ -153,9 +153,12 @@ print(extension.build_info()["isa"], digest.hexdigest())
 """
 
 
-def _limited_to(capability):
-    environment = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"}
-    return environment if capability is None else {**environment, "ATEN_CPU_CAPABILITY": capability}
+#: What this machine runs of the ISAs that were compiled.
+ISAS = [isa for isa in extension().build_info()["isas"].split() if extension().has_isa(isa)] if extension() else []
+
+
+def _on(isa):
+    return {**os.environ, "QATKERNELS_ISA": isa}
 
 
 def test_every_isa_gives_the_same_bits(tmp_path):
@@ -166,12 +169,11 @@ def test_every_isa_gives_the_same_bits(tmp_path):
     calls += [("normal", (torch.tensor(3), 10001, 0))]
     torch.save(calls, tmp_path / "calls.pt")
     results = {}
-    for capability in ("default", "avx2", "avx512", None):
-        environment = _limited_to(capability)
+    for isa in ISAS:
         command = [sys.executable, "-c", _ISA_SCRIPT, str(tmp_path / "calls.pt")]
-        out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+        out = subprocess.run(command, env=_on(isa), capture_output=True, text=True, check=True).stdout.split()
         results[out[0]] = out[1]
-    assert "baseline" in results
+    assert list(results) == ISAS
     assert len(set(results.values())) == 1, results
 
 
@@ -179,7 +181,7 @@ def test_half_conversions_of_the_baseline():
     """Every float16 bit pattern survives, and rounding matches torch's, also without hardware conversion."""
     script = """
 import torch
-from qatkernels.backends import IMPLS
+from qatkernels.backends import IMPLS, extension
 from qatkernels import lsq
 bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
 h = bits.view(torch.float16).view(64, 1024)
@@ -196,5 +198,19 @@ point = (w, one, None, None, list(g.constants), 0.0, 0.0, 1.0)
 out = IMPLS["fake_quantize_jvp"]["cpp"](x, None, None, *point, torch.float16)
 assert torch.equal(out, x.half())
 """
-    for capability in ("default", "avx2", "avx512"):
-        subprocess.run([sys.executable, "-c", script], env=_limited_to(capability), check=True)
+    for isa in ISAS:
+        subprocess.run([sys.executable, "-c", script], env=_on(isa), check=True)
+
+
+@pytest.mark.parametrize(("capability", "isa"), [("default", "baseline"), ("avx2", "avx2"), ("avx512", "avx512")])
+def test_torchs_limit_holds(capability, isa):
+    environment = {k: v for k, v in os.environ.items() if k != "QATKERNELS_ISA"} | {"ATEN_CPU_CAPABILITY": capability}
+    script = "import qatkernels._C as extension; print(extension.build_info()['isa'])"
+    out = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == (isa if isa in ISAS else ISAS[-1])
+
+
+def test_an_isa_that_is_not_there_is_an_error():
+    script = "import torch, qatkernels._C as extension; extension.build_info()"
+    out = subprocess.run([sys.executable, "-c", script], env=_on("mmx"), capture_output=True, text=True)
+    assert "QATKERNELS_ISA is 'mmx', must be one of" in out.stderr

@@ -1,0 +1,76 @@
+#include "tensors.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+
+#include "../cpu/pool.h"
+
+namespace qk {
+
+std::string name_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return "torch.float32";
+    case at::kBFloat16:
+      return "torch.bfloat16";
+    case at::kHalf:
+      return "torch.float16";
+    case at::kDouble:
+      return "torch.float64";
+    case at::kChar:
+      return "torch.int8";
+    case at::kByte:
+      return "torch.uint8";
+    case at::kInt:
+      return "torch.int32";
+    case at::kLong:
+      return "torch.int64";
+    default:
+      return std::string("torch.") + c10::toString(type);
+  }
+}
+
+DType dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::f32;
+    case at::kBFloat16:
+      return DType::bf16;
+    case at::kHalf:
+      return DType::f16;
+    case at::kDouble:
+      return DType::f64;
+    default:
+      TORCH_CHECK(false, name, " is ", name_of(t.scalar_type()),
+                  ", must be torch.float32, torch.bfloat16, torch.float16 or torch.float64");
+  }
+}
+
+Tensor allocate(at::IntArrayRef sizes, at::ScalarType type, at::Device device) {
+  const int64_t bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(c10::elementSize(type));
+  const auto options = at::TensorOptions().dtype(type).device(device);
+  if (!device.is_cpu() || bytes < cpu::kPooledBytes) return at::empty(sizes, options);
+  void* const p = cpu::pool_take(bytes);
+  return at::for_blob(p, sizes).deleter([bytes](void* q) { cpu::pool_give(q, bytes); }).options(options).make_tensor();
+}
+Tensor like(const Tensor& t, OptionalType type) {
+  return allocate(t.sizes(), type.value_or(t.scalar_type()), t.device());
+}
+
+Grid<double> grid_of(Constants c) {
+  TORCH_CHECK(c.size() == 10, "grid has ", c.size(), " constants, must be Grid.constants");
+  return {c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[0] != 0};
+}
+
+void check_device(const char* name, const Tensor& t, at::Device device) {
+  TORCH_CHECK(t.device() == device, name, " is on ", t.device(), ", must be on ", device, " like the others");
+}
+
+void check_output(const char* name, const Tensor& out, const Tensor& shaped, at::ScalarType type) {
+  check_device(name, out, shaped.device());
+  TORCH_CHECK(out.is_contiguous() && out.sizes() == shaped.sizes() && out.scalar_type() == type, name, " is ",
+              name_of(out.scalar_type()), " of shape ", out.sizes(), ", must be contiguous ", name_of(type),
+              " of shape ", shaped.sizes());
+}
+
+}  // namespace qk

@@ -1,0 +1,53 @@
+// What the bindings of every family of ops share: names and checks of tensors, allocation, running a call where its
+// tensors are, and the table of ops.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <map>
+#include <string>
+
+#include "../common/call.h"
+
+namespace qk {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalType = std::optional<at::ScalarType>;
+using Constants = at::ArrayRef<double>;
+
+std::string name_of(at::ScalarType type);
+DType dtype_of(const char* name, const Tensor& t);
+
+// A new contiguous tensor; on a CPU from the pool, so that weight-sized results do not fault in fresh pages at every
+// step.
+Tensor allocate(at::IntArrayRef sizes, at::ScalarType type, at::Device device);
+Tensor like(const Tensor& t, OptionalType type = std::nullopt);
+
+void check_device(const char* name, const Tensor& t, at::Device device);
+void check_output(const char* name, const Tensor& out, const Tensor& shaped, at::ScalarType type);
+
+// The constants of qatkernels.Grid.
+Grid<double> grid_of(Constants c);
+
+// f(begin, end) over [0, units) on torch's threads, at least `grain` at a time.
+template <class F>
+void parallel(int64_t units, F f, int64_t grain = 1) {
+  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { f(begin, end); });
+}
+
+// An op of the extension: how to make its function, and whether CUDA serves it too.
+struct Entry {
+  torch::CppFunction (*make)();
+  bool cuda;
+};
+using Ops = std::map<std::string, Entry>;
+#define QK_OP(ops, name) ops[#name] = {[] { return torch::CppFunction(TORCH_FN(name)); }, true}
+#define QK_CPU_OP(ops, name) ops[#name] = {[] { return torch::CppFunction(TORCH_FN(name)); }, false}
+
+// One for each file of this folder.
+void add_fake_quantize(Ops& ops);
+
+}  // namespace qk
