@@ -3,11 +3,22 @@
 from . import backends
 from .grid import Grid, affine, binary, lsq, make_grid, paretoq, seq, ternary
 from .nn import QuantConfig, QuantLinear, quantize_model, quantized_modules, quantized_weights
-from .ops import dequantize, fake_quantize, fake_quantize_dynamic, quantize
+from .ops import (
+    PackedWeight,
+    dequantize,
+    fake_quantize,
+    fake_quantize_dynamic,
+    grouped_lowbit_linear,
+    lowbit_linear,
+    pack,
+    quantize,
+    unpack,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "Grid",
+    "PackedWeight",
     "QuantConfig",
     "QuantLinear",
     "affine",
@@ -16,8 +27,11 @@ __all__ = [
     "empty_cache",
     "fake_quantize",
     "fake_quantize_dynamic",
+    "grouped_lowbit_linear",
+    "lowbit_linear",
     "lsq",
     "make_grid",
+    "pack",
     "paretoq",
     "quantize",
     "quantize_model",
@@ -25,6 +39,7 @@ __all__ = [
     "quantized_weights",
     "seq",
     "ternary",
+    "unpack",
 ]
 
 backends.install()

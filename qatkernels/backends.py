@@ -56,7 +56,8 @@ def _load() -> ModuleType | None:
             MISSING["cuda"] = "the extension was built without CUDA"
         for op in OPS.values():
             for op_name, schema in op.schemas.items():
-                compiled.declare("qatkernels_cpp", op_name, schema)
+                if compiled.serves(op_name, "CPU") or compiled.serves(op_name, "CUDA"):
+                    compiled.declare("qatkernels_cpp", op_name, schema)
                 for backend, device in (("cpp", "CPU"), ("cuda", "CUDA")):
                     if compiled.serves(op_name, device):
                         IMPLS[op_name][backend] = getattr(torch.ops.qatkernels_cpp, op_name)
