@@ -23,25 +23,39 @@ struct Units {
   int64_t count() const { return (rows + rows_per_unit - 1) / rows_per_unit * pieces_per_row; }
 };
 
+// An expert that has tokens: first ... last - 1.
+struct Expert {
+  int64_t index, first, last;
+};
+constexpr int64_t kPanel = 32;  // rows of a weight that are multiplied together
+
 // Every kernel: its name and what it takes. A line here is a kernel in each of the ISAs.
 //
 // partial: 2 * rows * pieces_per_row doubles, used where rows are cut; finish_backward then adds them in order.
-// dynamic's units are rows, normal's kNoiseSpan elements.
-#define QK_KERNELS(KERNEL)                                                         \
-  KERNEL(forward, (const Forward&, int64_t begin, int64_t end))                    \
-  KERNEL(backward, (const Backward&, double* partial, int64_t begin, int64_t end)) \
-  KERNEL(finish_backward, (const Backward&, const double* partial))                \
-  KERNEL(jvp, (const Jvp&, int64_t begin, int64_t end))                            \
-  KERNEL(quantize, (const Quantize&, int64_t begin, int64_t end))                  \
-  KERNEL(dequantize, (const Dequantize&, int64_t begin, int64_t end))              \
-  KERNEL(dynamic, (const Dynamic&, int64_t begin, int64_t end))                    \
-  KERNEL(normal, (const Normal&, int64_t begin, int64_t end))
+// dynamic's units are rows, normal's kNoiseSpan elements; those of pack, unpack and dequantize_packed are rows (of all
+// experts), those of lowbit_prepare tokens, and those of lowbit_multiply the panels of one expert after another.
+#define QK_KERNELS(KERNEL)                                                                       \
+  KERNEL(forward, (const Forward&, int64_t begin, int64_t end))                                  \
+  KERNEL(backward, (const Backward&, double* partial, int64_t begin, int64_t end))               \
+  KERNEL(finish_backward, (const Backward&, const double* partial))                              \
+  KERNEL(jvp, (const Jvp&, int64_t begin, int64_t end))                                          \
+  KERNEL(quantize, (const Quantize&, int64_t begin, int64_t end))                                \
+  KERNEL(dequantize, (const Dequantize&, int64_t begin, int64_t end))                            \
+  KERNEL(dynamic, (const Dynamic&, int64_t begin, int64_t end))                                  \
+  KERNEL(normal, (const Normal&, int64_t begin, int64_t end))                                    \
+  KERNEL(pack, (const Pack&, int64_t begin, int64_t end))                                        \
+  KERNEL(unpack, (const Unpack&, int64_t begin, int64_t end))                                    \
+  KERNEL(dequantize_packed, (const LowbitLinear&, void* out, DType, int64_t begin, int64_t end)) \
+  KERNEL(lowbit_prepare, (const LowbitLinear&, void* memory, int64_t begin, int64_t end))        \
+  KERNEL(lowbit_multiply, (const LowbitLinear&, void* memory, const Expert*, int64_t begin, int64_t end))
 
 struct Kernels {
   const char* isa;
 #define QK_MEMBER(name, arguments) void(*name) arguments;
   QK_KERNELS(QK_MEMBER)
 #undef QK_MEMBER
+  int64_t (*lowbit_memory)(const LowbitLinear&);  // bytes that lowbit_prepare fills for lowbit_multiply
+  int64_t (*lowbit_tokens)(const LowbitLinear&);  // of an expert, above which a library's product of numbers is faster
 };
 
 constexpr int64_t kNoiseSpan = 1024;  // elements drawn at once, a multiple of 64

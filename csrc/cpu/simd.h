@@ -167,6 +167,21 @@ QK_HD U32 to_uint(const F32& x) {
   return r;
 }
 
+// a * b + c, rounded once where the ISA can.
+QK_HD F32 multiply_add(const F32& a, const F32& b, const F32& c) {
+  F32 r;
+  for (int i = 0; i < F32::kCount; ++i) {
+#if defined(__AVX512F__)
+    r.part[i] = _mm512_fmadd_ps(a.part[i], b.part[i], c.part[i]);
+#elif defined(__AVX2__)
+    r.part[i] = _mm256_fmadd_ps(a.part[i], b.part[i], c.part[i]);
+#else
+    r.part[i] = a.part[i] * b.part[i] + c.part[i];
+#endif
+  }
+  return r;
+}
+
 QK_HD F32 square_root(const F32& x) {
   F32 r;
   for (int i = 0; i < F32::kCount; ++i) {

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("qatkernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -110,6 +111,13 @@ def check_out(name: str, given: Tensor, shape: torch.Size, dtype: torch.dtype, d
         )
     if not given.is_contiguous():
         raise ValueError(f"{name} has strides {given.stride()}, must be contiguous")
+
+
+def nothing_to_differentiate(*tensors: Tensor | None) -> bool:
+    """Whether a Function around these tensors would only cost time: no gradient, no forward mode, no transform."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return False
+    return forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None
 
 
 class Function(torch.autograd.Function):
