@@ -62,7 +62,10 @@ def _unpack(packed: Tensor, code_min: int, bits: int, cols: int) -> Tensor:
 def check_bits(code_min: int, bits: int) -> None:
     """The contract of a packed code, for real and fake tensors alike."""
     torch._check(bits in BITS, lambda: f"bits is {bits}, must be 1 to 8")
-    torch._check(-128 <= code_min <= 0, lambda: f"code_min is {code_min}, must be -128 to 0")
+    torch._check(
+        code_min == 0 or -128 <= code_min <= min(0, 128 - (1 << bits)),
+        lambda: f"code_min is {code_min}, must be 0, or at least -128 with {bits} bits that end at 127 at most",
+    )
 
 
 def _fake_pack(codes: Tensor, code_min: int, bits: int) -> Tensor:
@@ -77,6 +80,7 @@ def _fake_pack(codes: Tensor, code_min: int, bits: int) -> Tensor:
 def _fake_unpack(packed: Tensor, code_min: int, bits: int, cols: int) -> Tensor:
     check_bits(code_min, bits)
     torch._check(packed.dtype == torch.uint8, lambda: f"packed is {packed.dtype}, must be torch.uint8")
+    torch._check(cols >= 0, lambda: f"cols is {cols}, must be at least 0")
     torch._check(
         packed.ndim > 0 and packed.shape[-1] == row_bytes(cols, bits),
         lambda: f"packed has shape {tuple(packed.shape)}, must end in {row_bytes(cols, bits)} for {cols} columns",
