@@ -243,22 +243,28 @@ for _op, _function in ((FORWARD, LowbitLinear), (TRANSPOSED, LowbitLinearTranspo
     )
 
 
-def _call(x: Tensor, w: PackedWeight, bias: Tensor | None, offsets: Tensor | None, act_bits: int | None) -> Tensor:
-    args = (
-        x,
-        w.packed,
-        w.scale,
-        w.zero_point,
-        bias,
-        offsets,
-        list(w.grid.constants),
-        w.grid.code_min,
-        w.bits,
-        act_bits,
-    )
+def product(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    grid: list[float],
+    code_min: int,
+    bits: int,
+    act_bits: int | None,
+) -> Tensor:
+    """Both products, differentiable, from the parts of a packed weight: what a module calls with its buffers."""
+    args = (x, packed, scale, zero_point, bias, offsets, grid, code_min, bits, act_bits)
     if torch.compiler.is_compiling():
         return torch.ops.qatkernels.lowbit_linear(*args)
     return LowbitLinear.apply(*args)
+
+
+def _call(x: Tensor, w: PackedWeight, bias: Tensor | None, offsets: Tensor | None, act_bits: int | None) -> Tensor:
+    grid = (list(w.grid.constants), w.grid.code_min, w.bits)
+    return product(x, w.packed, w.scale, w.zero_point, bias, offsets, *grid, act_bits)
 
 
 def lowbit_linear(
