@@ -145,11 +145,9 @@ class Packed(nn.Module):
             ValueError: if the layer cannot be packed.
         """
         act: nn.Module | None = layer.act
-        act_bits = None
-        if isinstance(act, DynamicActivation):
-            act, act_bits = None, act.bits
+        act_bits = act.bits if isinstance(act, DynamicActivation) else None
         weight = weight or PackedBuffers.from_quantized(layer, scale_dtype)
-        new = cls(weight, layer.bias, act=act, act_bits=act_bits).train(layer.training)
+        new = cls(weight, layer.bias, act=None if act_bits else act, act_bits=act_bits).train(layer.training)
         vars(new).update({name: value for name, value in vars(layer).items() if name in _HOOKS})
         return new
 
