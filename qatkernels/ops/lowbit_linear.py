@@ -49,12 +49,13 @@ def segments(offsets: Tensor, rows: int) -> list[tuple[int, int]]:
 
 
 def _by_expert(x: Tensor, w: Tensor, offsets: Tensor | None) -> Tensor:
-    if offsets is None:
-        return x @ w.mT
-    y = x.new_zeros(x.shape[0], w.shape[-2])
-    for e, (start, end) in enumerate(segments(offsets, x.shape[0])):
-        y[start:end] = x[start:end] @ w[e].mT
-    return y
+    with torch._C._DisableAutocast():  # sums are float32, also where autocast would have matmul round to 16 bits
+        if offsets is None:
+            return x @ w.mT
+        y = x.new_zeros(x.shape[0], w.shape[-2])
+        for e, (start, end) in enumerate(segments(offsets, x.shape[0])):
+            y[start:end] = x[start:end] @ w[e].mT
+        return y
 
 
 def _forward(

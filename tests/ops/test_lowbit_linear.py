@@ -265,6 +265,18 @@ def test_backward_and_forward_mode_in_every_dtype(dtype, act_bits):
     assert_same_bits(only_bias, bias_tangent.to(dtype).expand(5, 24).contiguous())
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_autocast_rounds_nothing(grouped):
+    offsets = torch.tensor([1, 4], dtype=torch.int32) if grouped else None
+    weight = scaled_weight(qk.lsq(4), (2, 24, 40) if grouped else (24, 40))
+    case = Case("", weight, activations((5, 40), torch.float32), offsets=offsets)
+    for op in OPERATIONS:
+        args, expected, bound = case.call(op)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            actual = getattr(torch.ops.qatkernels, op)(*_to(args, DEVICE))
+        assert_within(actual.cpu(), expected, bound, op)
+
+
 def test_gradients_of_the_ops_called_directly():
     case = Case("", _linear(qk.lsq(4)), torch.randn(3, 12, dtype=torch.float64))
     for op in OPERATIONS:
