@@ -33,7 +33,8 @@ def bounds(x, packed, dtype, offsets=None):
     y, size = by_expert(values, w, offsets), by_expert(values.abs(), magnitude, offsets)
     terms = by_expert(values.abs(), w.abs(), offsets)
     if packed.bias is not None and offsets is None:
-        y, size, terms = (t + b.double() for t, b in zip((y, size, terms), (packed.bias, *[packed.bias.abs()] * 2)))
+        b = packed.bias.detach().double()
+        y, size, terms = y + b, size + b.abs(), terms + b.abs()
     error = sum_error(packed.in_features, dtype) * size
     roundings = (2 + dynamic) * torch.finfo(dtype).eps / 2 * (1 + 2**-6) if dtype.itemsize == 2 else 0.0
     return y, rounded_bound(y, error, dtype), rounded_bound(y, error + roundings * terms, dtype)
@@ -250,7 +251,7 @@ def test_grouped(grid, group_size, dtype, bias):
     y = packed(x, torch.tensor(ends, dtype=torch.int32))
     assert y.dtype == dtype
     w = qk.fake_quantize(layer.weight, layer.scale, grid, group_size=group_size, zero_point=layer.zero_point)
-    product, bound, _ = bounds(x.detach(), packed, dtype, torch.tensor(ends))
+    _, bound, _ = bounds(x.detach(), packed, dtype, torch.tensor(ends))
     start, wanted = 0, torch.zeros(10, 6, dtype=torch.float64)
     for e, end in enumerate(ends):
         wanted[start:end] = x[start:end].double() @ w[e].double().T
