@@ -17,6 +17,8 @@ $(STAMP): $(SOURCES)
 
 demo: setup
 	$(BIN)/qatkernels train --out runs/demo
+	$(BIN)/qatkernels pack runs/demo/w2 runs/demo/w2.safetensors
+	$(BIN)/qatkernels generate runs/demo/w2.safetensors --tokens 120
 
 # Triton interprets or compiles, never both in one process.
 test: setup

@@ -2,7 +2,18 @@
 
 from . import backends
 from .grid import Grid, affine, binary, lsq, make_grid, paretoq, seq, ternary
-from .nn import QuantConfig, QuantLinear, quantize_model, quantized_modules, quantized_weights
+from .nn import (
+    GroupedPackedLinear,
+    PackedLinear,
+    QuantConfig,
+    QuantLinear,
+    load_packed,
+    pack_model,
+    quantize_model,
+    quantized_modules,
+    quantized_weights,
+    save_packed,
+)
 from .ops import (
     PackedWeight,
     dequantize,
@@ -18,6 +29,8 @@ from .ops import (
 __version__ = "0.1.0"
 __all__ = [
     "Grid",
+    "GroupedPackedLinear",
+    "PackedLinear",
     "PackedWeight",
     "QuantConfig",
     "QuantLinear",
@@ -28,15 +41,18 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_dynamic",
     "grouped_lowbit_linear",
+    "load_packed",
     "lowbit_linear",
     "lsq",
     "make_grid",
     "pack",
+    "pack_model",
     "paretoq",
     "quantize",
     "quantize_model",
     "quantized_modules",
     "quantized_weights",
+    "save_packed",
     "seq",
     "ternary",
     "unpack",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -13,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -33,6 +35,11 @@ The defaults take about five minutes on two CPU cores and download nothing: the
 text is the source of this Python's standard library, with some files held out.
 Ctrl-C stops at a checkpoint. The same command goes on from there, and finished
 parts are not run again; `--resume` does so without repeating other options.
+"""
+
+_PACK = """\
+Write a model of `qatkernels train` as one file: the codes of its quantized
+layers at their width, their scales, and everything else as it is.
 """
 
 _EPILOG = """\
@@ -130,6 +137,62 @@ def _train_parser(config: Any) -> argparse.ArgumentParser:
     return parser
 
 
+def pack(argv: Sequence[str]) -> int:
+    """Pack a trained model into a small file."""
+    from .train import generate as job
+    from .train.checkpoint import CheckpointError
+
+    parser = argparse.ArgumentParser(prog="qatkernels pack", description=_PACK)
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="folder of a low-bit model, such as runs/demo/w2")
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to write")
+    parser.add_argument(
+        "--scale-dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+        help="dtype of the stored scales (default: %(default)s, in which nothing is lost)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    try:
+        size = job.pack(args.checkpoint, args.out, getattr(torch, args.scale_dtype))
+    except (CheckpointError, ValueError) as error:
+        return _fail(error)
+    for dtype, width in (("float32", 4), ("bfloat16", 2)):
+        full = width * size["parameters"]
+        print(f"{args.out}: {size['disk']:,} bytes, {full / size['disk']:.1f} times smaller than in {dtype} ({full:,})")
+    return 0
+
+
+def generate(argv: Sequence[str]) -> int:
+    """Write text with a trained model, packed or not."""
+    from .train import generate as job
+    from .train.checkpoint import CheckpointError
+
+    parser = argparse.ArgumentParser(prog="qatkernels generate", description=generate.__doc__)
+    parser.add_argument("model", metavar="MODEL", type=Path, help="file of `pack`, or a folder such as runs/demo/w2")
+    parser.add_argument("--prompt", default="def ", help="text to go on from (default: %(default)r)")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="bytes to write (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T",
+        help="0 takes the likeliest byte, 1 draws from the distribution (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.tokens < 1 or not 0 <= args.temperature < float("inf") or not args.prompt:
+        return _fail("--tokens must be at least 1, --temperature finite and at least 0, --prompt not empty")
+    try:
+        model = job.load(args.model)
+    except CheckpointError as error:
+        return _fail(error)
+    prompt, decoder = args.prompt.encode(), codecs.getincrementaldecoder("utf-8")("replace")
+    print(args.prompt, end="", flush=True)
+    draws = torch.Generator().manual_seed(args.seed)
+    began = time.perf_counter()
+    for token, _ in job.generate(model, prompt, args.tokens, temperature=args.temperature, generator=draws):
+        print(decoder.decode(bytes([token])), end="", flush=True)
+    seconds = time.perf_counter() - began
+    print(decoder.decode(b"", final=True), flush=True)
+    print(f"{args.tokens} tokens, {args.tokens / seconds:.0f} tokens/s", file=sys.stderr)
+    return 0
+
+
 def bit_width(text: str) -> float:
     """Return a number, integral where it is a whole one; argparse names this function when the text is none."""
     value = float(text)
@@ -214,4 +277,6 @@ def bench(argv: Sequence[str]) -> int:
 
 
 #: Subcommands by name. The first line of a docstring is its line in `qatkernels --help`.
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "doctor": doctor, "bench": bench}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train, "pack": pack, "generate": generate, "doctor": doctor, "bench": bench,
+}  # fmt: skip

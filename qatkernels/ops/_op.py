@@ -74,7 +74,12 @@ def define(
     """Declare an op and its ``_out`` twin in ``torch.ops.qatkernels``, with the reference as their fallback."""
     op = OPS[name] = Op(name, arguments, outputs, reference, fake)
 
+    def checked(*args: Any) -> Outputs:
+        fake(*args)
+        return reference(*args)
+
     def reference_out(*args: Any) -> None:
+        fake_out(*args)
         inputs, out = args[: -len(outputs)], args[-len(outputs) :]
         for destination, source in zip(out, as_tuple(reference(*inputs)), strict=True):
             destination.copy_(source)
@@ -86,7 +91,7 @@ def define(
 
     for op_name, schema in op.schemas.items():
         LIBRARY.define(schema, tags=_TAGS)
-        LIBRARY.impl(op_name, reference if op_name == name else reference_out, "CompositeExplicitAutograd")
+        LIBRARY.impl(op_name, checked if op_name == name else reference_out, "CompositeExplicitAutograd")
         torch.library.register_fake(f"qatkernels::{op_name}", fake if op_name == name else fake_out, lib=LIBRARY)
     return op
 

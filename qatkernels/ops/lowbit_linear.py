@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._op import Function, define, nothing_to_differentiate
-from .dynamic import fake_quantize_dynamic
+from . import dynamic  # noqa: F401  # the reference calls its op
+from ._op import Function, define
 from .fake_quantize import FLOATS
 from .packing import SCALES, PackedWeight, check_bits, row_bytes
 
@@ -49,12 +49,13 @@ def segments(offsets: Tensor, rows: int) -> list[tuple[int, int]]:
 
 
 def _by_expert(x: Tensor, w: Tensor, offsets: Tensor | None) -> Tensor:
-    if offsets is None:
-        return x @ w.mT
-    y = x.new_zeros(x.shape[0], w.shape[-2])
-    for e, (start, end) in enumerate(segments(offsets, x.shape[0])):
-        y[start:end] = x[start:end] @ w[e].mT
-    return y
+    with torch._C._DisableAutocast():  # sums are float32, also where autocast would have matmul round to 16 bits
+        if offsets is None:
+            return x @ w.mT
+        y = x.new_zeros(x.shape[0], w.shape[-2])
+        for e, (start, end) in enumerate(segments(offsets, x.shape[0])):
+            y[start:end] = x[start:end] @ w[e].mT
+        return y
 
 
 def _forward(
@@ -72,7 +73,7 @@ def _forward(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     values = x.to(wide)
     if act_bits is not None:
-        values = fake_quantize_dynamic(values, act_bits)
+        values = torch.ops.qatkernels.fake_quantize_dynamic(values, act_bits)
     w = unpacked(packed, scale, zero_point, grid, code_min, bits, x.shape[-1]).to(wide)
     y = _by_expert(values, w, offsets)
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
@@ -185,8 +186,9 @@ class LowbitLinear(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, packed, scale, zero_point, _, offsets, *ctx.settings, _ = inputs
-        ctx.cols, ctx.shape = x.shape[-1], output.shape
+        x, packed, scale, zero_point, bias, offsets, *ctx.settings, _ = inputs
+        ctx.cols, ctx.shape, ctx.dtype = x.shape[-1], output.shape, output.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(packed, scale, zero_point, offsets)
         ctx.save_for_forward(packed, scale, zero_point, offsets)
 
@@ -196,15 +198,16 @@ class LowbitLinear(Function):
         if ctx.needs_input_grad[0]:
             dx = LowbitLinearTransposed.apply(g, *ctx.saved_tensors, *ctx.settings, ctx.cols)
         if ctx.needs_input_grad[4]:
-            db = g.sum(tuple(range(g.ndim - 1)))
+            leading = tuple(range(g.ndim - 1))  # none of them would mean all to sum()
+            db = g.sum(leading, dtype=ctx.bias_dtype) if leading else g.to(ctx.bias_dtype)
         return dx, None, None, None, db, *[None] * 5
 
     @staticmethod
     def jvp(ctx: Any, tangent: Any, *rest: Any) -> Any:
         packed, scale, zero_point, offsets = ctx.saved_tensors
-        bias = rest[3]
+        bias = None if rest[3] is None else rest[3].to(ctx.dtype)
         if tangent is None:
-            return bias.expand(*ctx.shape) if bias is not None else None
+            return None if bias is None else bias.expand(ctx.shape)
         y = LowbitLinear.apply(tangent, packed, scale, zero_point, None, offsets, *ctx.settings, None)
         return y if bias is None else y + bias
 
@@ -241,22 +244,28 @@ for _op, _function in ((FORWARD, LowbitLinear), (TRANSPOSED, LowbitLinearTranspo
     )
 
 
-def _call(x: Tensor, w: PackedWeight, bias: Tensor | None, offsets: Tensor | None, act_bits: int | None) -> Tensor:
-    args = (
-        x,
-        w.packed,
-        w.scale,
-        w.zero_point,
-        bias,
-        offsets,
-        list(w.grid.constants),
-        w.grid.code_min,
-        w.bits,
-        act_bits,
-    )
+def product(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    grid: list[float],
+    code_min: int,
+    bits: int,
+    act_bits: int | None,
+) -> Tensor:
+    """Both products, differentiable, from the parts of a packed weight: what a module calls with its buffers."""
+    args = (x, packed, scale, zero_point, bias, offsets, grid, code_min, bits, act_bits)
     if torch.compiler.is_compiling():
         return torch.ops.qatkernels.lowbit_linear(*args)
     return LowbitLinear.apply(*args)
+
+
+def _call(x: Tensor, w: PackedWeight, bias: Tensor | None, offsets: Tensor | None, act_bits: int | None) -> Tensor:
+    grid = (list(w.grid.constants), w.grid.code_min, w.bits)
+    return product(x, w.packed, w.scale, w.zero_point, bias, offsets, *grid, act_bits)
 
 
 def lowbit_linear(

@@ -37,25 +37,35 @@ def code_dtype(code_min: int, bits: int) -> torch.dtype:
 
 
 def _pack(codes: Tensor, code_min: int, bits: int) -> Tensor:
-    cols = codes.shape[-1]
-    unsigned = codes.to(torch.int16) - code_min
-    string = (unsigned.unsqueeze(-1) >> torch.arange(bits, device=codes.device)) & 1
-    string = torch.nn.functional.pad(string.flatten(-2), (0, 8 * row_bytes(cols, bits) - cols * bits))
-    place = 1 << torch.arange(8, device=codes.device)
-    return (string.unflatten(-1, (-1, 8)) * place).sum(-1).to(torch.uint8)
+    # Eight codes are `bits` whole bytes and fit one 64-bit word, whatever the width.
+    cols, words = codes.shape[-1], -(-codes.shape[-1] // 8)
+    unsigned = (codes.to(torch.int16) - code_min).to(torch.uint8)
+    eights = torch.nn.functional.pad(unsigned, (0, 8 * words - cols)).unflatten(-1, (words, 8))
+    word = torch.zeros(eights.shape[:-1], dtype=torch.int64, device=codes.device)
+    for j in range(8):
+        word |= eights[..., j].long() << (bits * j)
+    every = torch.stack([(word >> (8 * i) & 255).to(torch.uint8) for i in range(bits)], -1)
+    return every.flatten(-2)[..., : row_bytes(cols, bits)].contiguous()
 
 
 def _unpack(packed: Tensor, code_min: int, bits: int, cols: int) -> Tensor:
-    string = ((packed.unsqueeze(-1) >> torch.arange(8, device=packed.device)) & 1).flatten(-2)[..., : cols * bits]
-    place = 1 << torch.arange(bits, device=packed.device)
-    unsigned = (string.unflatten(-1, (cols, bits)) * place).sum(-1)
-    return (unsigned + code_min).to(code_dtype(code_min, bits))
+    words = -(-cols // 8)
+    every = torch.nn.functional.pad(packed, (0, bits * words - packed.shape[-1])).unflatten(-1, (words, bits))
+    word = torch.zeros(every.shape[:-1], dtype=torch.int64, device=packed.device)
+    for i in range(bits):
+        word |= every[..., i].long() << (8 * i)
+    mask, dtype = (1 << bits) - 1, code_dtype(code_min, bits)
+    eights = torch.stack([((word >> (bits * j) & mask) + code_min).to(dtype) for j in range(8)], -1)
+    return eights.flatten(-2)[..., :cols].contiguous()
 
 
 def check_bits(code_min: int, bits: int) -> None:
     """The contract of a packed code, for real and fake tensors alike."""
     torch._check(bits in BITS, lambda: f"bits is {bits}, must be 1 to 8")
-    torch._check(-128 <= code_min <= 0, lambda: f"code_min is {code_min}, must be -128 to 0")
+    torch._check(
+        code_min == 0 or -128 <= code_min <= min(0, 128 - (1 << bits)),
+        lambda: f"code_min is {code_min}, must be 0, or at least -128 with {bits} bits that end at 127 at most",
+    )
 
 
 def _fake_pack(codes: Tensor, code_min: int, bits: int) -> Tensor:
@@ -70,6 +80,7 @@ def _fake_pack(codes: Tensor, code_min: int, bits: int) -> Tensor:
 def _fake_unpack(packed: Tensor, code_min: int, bits: int, cols: int) -> Tensor:
     check_bits(code_min, bits)
     torch._check(packed.dtype == torch.uint8, lambda: f"packed is {packed.dtype}, must be torch.uint8")
+    torch._check(cols >= 0, lambda: f"cols is {cols}, must be at least 0")
     torch._check(
         packed.ndim > 0 and packed.shape[-1] == row_bytes(cols, bits),
         lambda: f"packed has shape {tuple(packed.shape)}, must end in {row_bytes(cols, bits)} for {cols} columns",
@@ -120,7 +131,7 @@ def unpack(packed: Tensor, grid: Grid, cols: int) -> Tensor:
     return codes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth value
 class PackedWeight:
     """A weight ``[..., N, K]`` as packed codes and what turns them back into numbers.
 
