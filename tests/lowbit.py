@@ -27,7 +27,7 @@ WEIGHT_ROUNDINGS = 4
 SINGLE = torch.finfo(torch.float32).eps / 2
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)
 def scaled_weight(grid, shape, group_size=None, scale_dtype=torch.float32, zero=None, seed=0):
     """A packed weight whose codes reach both ends; ``zero`` is None, ``"integral"`` or ``"any"``."""
     generator = torch.Generator().manual_seed(seed)
@@ -54,7 +54,7 @@ def activations(shape, dtype, seed=1):
     return x.to(dtype)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)
 def wide_weight(weight):
     """Return the weight in float64, and what its magnitude is when codes are unsigned and the offset is apart."""
     grid, codes = weight.grid, weight.codes().double()
@@ -157,7 +157,7 @@ class Case:
 
 #: Tokens, outputs, inputs: one of each, odd, just beside and at the sizes of registers and tiles.
 SIZES = [(1, 1, 1), (1, 5, 37), (3, 7, 33), (2, 16, 64), (4, 31, 96), (7, 3, 129), (1, 64, 256), (5, 17, 300)]
-LARGE = [(33, 70, 520), (130, 96, 256), (1, 300, 2048), (17, 65, 1023)]
+LARGE = [(33, 70, 520), (130, 96, 256), (1, 33, 4096), (17, 65, 1023)]
 
 
 def granularities(cols):

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dynamic  # noqa: F401  # the reference calls its op
 from ._op import Function, define
 from .fake_quantize import FLOATS
 from .packing import SCALES, PackedWeight, check_bits, row_bytes
@@ -233,6 +232,8 @@ class LowbitLinearTransposed(Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Any, *_: Any) -> Any:
+        if tangent is None:
+            return None
         return LowbitLinearTransposed.apply(tangent, *ctx.saved_tensors, *ctx.settings, ctx.cols)
 
 

@@ -181,18 +181,27 @@ torch.save((extension.build_info()["isa"], outputs), sys.argv[2])
 ISAS = [isa for isa in extension().build_info()["isas"].split() if extension().has_isa(isa)] if extension() else []
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_isa_is_within_the_bound(isa, tmp_path):
-    """Orders of additions differ between ISAs, so bits may; each is held against float64."""
+@pytest.fixture(scope="module")
+def isa_calls(tmp_path_factory):
+    """Calls with expectations and bounds, and the file by which they travel."""
     served = [op for op in OPERATIONS if "cpp" in IMPLS[f"{op}_out"]]
     if not served:
         pytest.skip("the C++ backend has no such kernel")
-    every = [c for grid in GRIDS for dtype in (torch.float32, torch.bfloat16) for c in cases(grid, dtype)]
-    every += [c for grid in GRIDS for dtype in FLOATS for c in grouped_cases(grid, dtype)]
-    every += [c for grid in (qk.seq(2), qk.lsq(4)) for dtype in FLOATS for c in cases(grid, dtype, LARGE)]
+    dtypes = (torch.float32, torch.bfloat16)
+    every = [c for grid in WIDTHS for dtype in dtypes for c in cases(grid, dtype)]
+    every += [c for grid in WIDTHS for c in grouped_cases(grid, torch.float16)]
+    every += [c for dtype in dtypes for c in cases(qk.lsq(4), dtype, LARGE)]
     calls = [(op, case.name, *case.call(op)) for case in every for op in served]
-    torch.save([(op, args) for op, _, args, *_ in calls], tmp_path / "calls.pt")
-    command = [sys.executable, "-c", _ISA_SCRIPT, str(tmp_path / "calls.pt"), str(tmp_path / "outputs.pt")]
+    path = tmp_path_factory.mktemp("isa") / "calls.pt"
+    torch.save([(op, args) for op, _, args, *_ in calls], path)
+    return calls, path
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_isa_is_within_the_bound(isa, isa_calls, tmp_path):
+    """Orders of additions differ between ISAs, so bits may; each is held against float64."""
+    calls, path = isa_calls
+    command = [sys.executable, "-c", _ISA_SCRIPT, str(path), str(tmp_path / "outputs.pt")]
     subprocess.run(command, env={**os.environ, "QATKERNELS_ISA": isa}, check=True)
     ran, outputs = torch.load(tmp_path / "outputs.pt")
     assert ran == isa
@@ -361,18 +370,13 @@ def test_compile(backend, grouped):
 @pytest.mark.parametrize("grouped", [False, True])
 def test_opcheck(grouped):
     offsets = torch.tensor([1, 3], dtype=torch.int32) if grouped else None
-    for grid in (qk.binary(), qk.affine(3)):
-        weight = scaled_weight(grid, (2, 6, 16) if grouped else (6, 16), 8, zero="any" if grid.bits == 3 else None)
-        bias = None if grouped else torch.randn(6)
-        for act_bits in (None, 8):
-            case = Case("", weight, torch.randn(4, 16), bias, offsets, act_bits)
-            for op in OPERATIONS:
-                args, *_ = case.call(op)
-                graded = [
-                    a.clone().requires_grad_() if a is args[0] or (a is bias and a is not None) else a for a in args
-                ]
-                opcheck(getattr(torch.ops.qatkernels, op).default, tuple(graded))
-                opcheck(getattr(torch.ops.qatkernels, f"{op}_out").default, (*args, OPS[op].fake(*args)))
+    weight = scaled_weight(qk.affine(3), (2, 6, 16) if grouped else (6, 16), 8, zero="any")
+    bias = None if grouped else torch.randn(6)
+    for op, act_bits in (("lowbit_linear", None), ("lowbit_linear", 8), ("lowbit_linear_transposed", None)):
+        args, *_ = Case("", weight, torch.randn(4, 16), bias, offsets, act_bits).call(op)
+        graded = [a.clone().requires_grad_() if a is args[0] or (a is bias and a is not None) else a for a in args]
+        opcheck(getattr(torch.ops.qatkernels, op).default, tuple(graded))
+        opcheck(getattr(torch.ops.qatkernels, f"{op}_out").default, (*args, OPS[op].fake(*args)))
 
 
 def _bad_calls():

@@ -69,7 +69,7 @@ def test_the_command_says_the_sizes(run: Path, tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize("name", BITS)
 def test_the_same_text_as_the_fake_quantized_model(run: Path, packed: dict[str, Path], name: str) -> None:
-    """Greedy, beyond the context. Logits differ by rounding; no choice is closer than a hundred times that."""
+    """Greedy, beyond the context. Logits differ by the order of additions, and no choice is nearly that close."""
     written = []
     for path in (run / name, packed[name]):
         written.append(list(generate(load(path), b"red is", 80)))
@@ -77,7 +77,8 @@ def test_the_same_text_as_the_fake_quantized_model(run: Path, packed: dict[str, 
     assert tokens[0] == tokens[1]
     theirs, mine = (torch.stack([logits for _, logits in text]) for text in written)
     best = theirs.topk(2).values
-    assert ((best[:, 0] - best[:, 1]) > 100 * (theirs - mine).abs().amax(-1)).all()
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+    assert (best[:, 0] - best[:, 1] > 4e-4).all(), "too close to a tie to compare texts"
     if name != "w1":
         assert b" is number " in tokens[0]
 
