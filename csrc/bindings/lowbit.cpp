@@ -15,6 +15,14 @@ void check_bits(int64_t code_min, int64_t bits) {
   TORCH_CHECK(1 <= bits && bits <= 8, "bits is ", bits, ", must be 1 to 8");
   TORCH_CHECK(-128 <= code_min && code_min <= 0, "code_min is ", code_min, ", must be -128 to 0");
 }
+// As Python shows a tuple.
+template <class T>
+std::string shown(at::ArrayRef<T> values) {
+  std::string text = "(";
+  for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : "") + std::to_string(values[i]);
+  return text + (values.size() == 1 ? ",)" : ")");
+}
+std::string shown(const Tensor& t) { return shown(t.sizes()); }
 void check_cpu(const char* name, const Tensor& t) {
   TORCH_CHECK(t.device().is_cpu(), name, " is on ", t.device(), ", must be on a CPU");
 }
@@ -25,8 +33,8 @@ std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
 }
 void check_shape(const char* name, const Tensor& t, at::IntArrayRef sizes, at::ScalarType type) {
   TORCH_CHECK(t.sizes() == sizes && t.scalar_type() == type && t.is_contiguous(), name, " is ",
-              name_of(t.scalar_type()), " of shape ", t.sizes(), ", must be contiguous ", name_of(type), " of shape ",
-              sizes);
+              name_of(t.scalar_type()), " of shape ", shown(t), ", must be contiguous ", name_of(type), " of shape ",
+              shown(sizes));
 }
 
 void pack_out(const Tensor& codes_, int64_t code_min, int64_t bits, Tensor out) {
@@ -57,10 +65,11 @@ at::ScalarType unpacked_type(int64_t code_min, int64_t bits) {
 }
 void unpack_out(const Tensor& packed_, int64_t code_min, int64_t bits, int64_t cols, Tensor out) {
   const auto type = unpacked_type(code_min, bits);
-  TORCH_CHECK(packed_.dim() > 0 && packed_.scalar_type() == at::kByte && cols >= 0 &&
-                  packed_.size(-1) == row_bytes(cols, static_cast<int>(bits)),
-              "packed is ", name_of(packed_.scalar_type()), " of shape ", packed_.sizes(),
-              ", must be uint8 and end in ", row_bytes(cols, static_cast<int>(bits)), " for ", cols, " columns");
+  TORCH_CHECK(packed_.scalar_type() == at::kByte, "packed is ", name_of(packed_.scalar_type()),
+              ", must be torch.uint8");
+  TORCH_CHECK(packed_.dim() > 0 && cols >= 0 && packed_.size(-1) == row_bytes(cols, static_cast<int>(bits)),
+              "packed has shape ", shown(packed_), ", must end in ", row_bytes(cols, static_cast<int>(bits)), " for ",
+              cols, " columns");
   const Tensor packed = packed_.contiguous();
   check_shape("out", out, with_last(packed, cols), type);
   const int64_t rows = cols ? out.numel() / cols : 0;
@@ -71,7 +80,8 @@ void unpack_out(const Tensor& packed_, int64_t code_min, int64_t bits, int64_t c
       std::max<int64_t>(1, kUnitElements / std::max<int64_t>(cols, 1)));
 }
 Tensor unpack(const Tensor& packed, int64_t code_min, int64_t bits, int64_t cols) {
-  TORCH_CHECK(packed.dim() > 0 && cols >= 0, "packed has shape ", packed.sizes(), ", must have a dimension");
+  TORCH_CHECK(cols >= 0, "cols is ", cols, ", must not be negative");
+  TORCH_CHECK(packed.dim() > 0, "packed has shape ", shown(packed), ", must have a dimension");
   Tensor out = allocate(with_last(packed, cols), unpacked_type(code_min, bits), packed.device());
   unpack_out(packed, code_min, bits, cols, out);
   return out;
@@ -93,11 +103,12 @@ struct Weight {
     TORCH_CHECK(x.dim() >= 1, name, " has no dimension, must have at least one");
     TORCH_CHECK(packed.scalar_type() == at::kByte && packed.dim() == dims &&
                     packed.size(-1) == row_bytes(cols, static_cast<int>(bits)),
-                "packed is ", name_of(packed.scalar_type()), " of shape ", packed.sizes(), ", must be uint8 with ",
-                dims, " dimensions, the last ", row_bytes(cols, static_cast<int>(bits)), " for ", cols, " columns");
+                "packed is ", name_of(packed.scalar_type()), " of shape ", shown(packed), ", must be torch.uint8 with ",
+                dims, " dimensions, the last ", row_bytes(cols, static_cast<int>(bits)), " for ", cols, " columns at ",
+                bits, " bits");
     TORCH_CHECK(scale.dim() == dims && scale.sizes().slice(0, dims - 1) == packed.sizes().slice(0, dims - 1) &&
                     scale.size(-1) >= 1 && cols % scale.size(-1) == 0,
-                "scale has shape ", scale.sizes(), ", must be ", packed.sizes().slice(0, dims - 1),
+                "scale has shape ", shown(scale), ", must be ", shown(packed.sizes().slice(0, dims - 1)),
                 " and a divisor of ", cols);
     TORCH_CHECK(
         scale.scalar_type() == at::kFloat || scale.scalar_type() == at::kBFloat16 || scale.scalar_type() == at::kHalf,
@@ -118,7 +129,7 @@ struct Weight {
     if (zero_point_) {
       zero_point = zero_point_->contiguous();
       TORCH_CHECK(zero_point.sizes() == scale.sizes() && zero_point.scalar_type() == at::kFloat,
-                  "zero_point must be torch.float32 of shape ", scale.sizes(), " like scale");
+                  "zero_point must be torch.float32 of shape ", shown(scale), " like scale");
       call.zero_point = zero_point.const_data_ptr<float>();
     }
     for (const Tensor* t : {&packed, &scale, &zero_point})
@@ -130,14 +141,15 @@ struct Weight {
     }
     offsets = offsets_->contiguous();
     TORCH_CHECK(offsets.scalar_type() == at::kInt && offsets.dim() == 1 && offsets.size(0) == call.experts,
-                "offsets is ", name_of(offsets.scalar_type()), " of shape ", offsets.sizes(),
+                "offsets is ", name_of(offsets.scalar_type()), " of shape ", shown(offsets),
                 ", must be torch.int32 with one element for each of ", call.experts, " experts");
-    TORCH_CHECK(x.dim() == 2, name, " has shape ", x.sizes(), ", must have two dimensions with offsets");
+    TORCH_CHECK(x.dim() == 2, name, " has shape ", shown(x), ", must have two dimensions with offsets");
     check_device("offsets", offsets, x.device());
     const int32_t* const ends = offsets.const_data_ptr<int32_t>();
     for (int64_t e = 0, start = 0; e < call.experts; start = ends[e++]) {
-      TORCH_CHECK_VALUE(start <= ends[e] && ends[e] <= call.tokens, "offsets is ", offsets,
-                        ", must ascend from 0 to at most the ", call.tokens, " rows of ", name);
+      TORCH_CHECK_VALUE(start <= ends[e] && ends[e] <= call.tokens, "offsets is ",
+                        shown(at::ArrayRef<int32_t>(ends, call.experts)), ", must ascend from 0 to at most the ",
+                        call.tokens, " rows of ", name);
       if (start < ends[e]) experts.push_back({e, start, ends[e]});
     }
   }
@@ -166,6 +178,20 @@ struct Weight {
   }
 };
 
+// y = x W^T + bias or x W by the library's product, from unpacked weights: float32 also where x has 16 bits, or their
+// numbers would be rounded.
+void multiply_numbers(const Weight& w, const Tensor& x, const Tensor& y, bool transposed, const Tensor& bias) {
+  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  for (const Expert& e : w.experts) {
+    const Tensor from = x.slice(0, e.first, e.last).to(type), to = y.slice(0, e.first, e.last);
+    const Tensor numbers = w.numbers(e.index, type), factor = transposed ? numbers.t() : numbers;
+    Tensor sums = to.scalar_type() == type ? to : allocate(to.sizes(), type, to.device());
+    at::mm_out(sums, from, factor);
+    if (bias.defined()) sums.add_(bias.to(type));
+    if (!sums.is_same(to)) to.copy_(sums);
+  }
+}
+
 void lowbit_linear_out(const Tensor& x_, const Tensor& packed, const Tensor& scale, const OptionalTensor& zero_point,
                        const OptionalTensor& bias_, const OptionalTensor& offsets, Constants grid, int64_t code_min,
                        int64_t bits, std::optional<int64_t> act_bits, Tensor out) {
@@ -180,9 +206,10 @@ void lowbit_linear_out(const Tensor& x_, const Tensor& packed, const Tensor& sca
   if (bias_) {
     bias = bias_->contiguous();
     TORCH_CHECK(!offsets, "bias must be None with offsets");
-    TORCH_CHECK(bias.dim() == 1 && bias.size(0) == w.call.rows, "bias has shape ", bias.sizes(), ", must be [",
-                w.call.rows, "]");
-    check_device("bias", bias, x.device());
+    TORCH_CHECK(
+        bias.dim() == 1 && bias.size(0) == w.call.rows && bias.is_floating_point() && bias.device() == x.device(),
+        "bias is ", name_of(bias.scalar_type()), " of shape ", shown(bias), " on ", bias.device(),
+        ", must be floating point of shape (", w.call.rows, ",) on ", x.device());
     if (x.scalar_type() != at::kDouble && bias.scalar_type() == at::kDouble) bias = bias.to(at::kFloat);
     w.call.bias_type = dtype_of("bias", bias);
     w.call.bias = bias.const_data_ptr();
@@ -198,16 +225,9 @@ void lowbit_linear_out(const Tensor& x_, const Tensor& packed, const Tensor& sca
   int64_t most = 0;
   for (const Expert& e : w.experts) most = std::max(most, e.last - e.first);
   if (call.x_type == DType::f64 || most > kernels().lowbit_tokens(call)) {
-    // In float32 also where x has 16 bits, or the numbers would be rounded.
-    const auto type = call.x_type == DType::f64 ? at::kDouble : at::kFloat;
-    const Tensor rows = x.view({call.tokens, cols}).to(type), sums = y.scalar_type() == type ? y : like(y, type);
-    for (const Expert& e : w.experts) {
-      Tensor to = sums.slice(0, e.first, e.last);
-      at::mm_out(to, rows.slice(0, e.first, e.last), w.numbers(e.index, type).t());
-    }
-    if (bias.defined()) sums.slice(0, 0, call.tokens).add_(bias.to(type));
-    if (!sums.is_same(y))
-      for (const Expert& e : w.experts) y.slice(0, e.first, e.last).copy_(sums.slice(0, e.first, e.last));
+    Tensor from = x;
+    if (act_bits) fake_quantize_dynamic_out(x, *act_bits, from = like(x));
+    multiply_numbers(w, from.view({call.tokens, cols}), y, true, bias);
     return;
   }
   const Tensor memory = allocate({kernels().lowbit_memory(call) + 64}, at::kByte, x.device());
@@ -222,7 +242,8 @@ void lowbit_linear_out(const Tensor& x_, const Tensor& packed, const Tensor& sca
 Tensor lowbit_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const OptionalTensor& zero_point,
                      const OptionalTensor& bias, const OptionalTensor& offsets, Constants grid, int64_t code_min,
                      int64_t bits, std::optional<int64_t> act_bits) {
-  TORCH_CHECK(x.dim() >= 1 && packed.dim() >= 2, "x and packed have too few dimensions");
+  TORCH_CHECK(x.dim() >= 1, "x has no dimension, must have at least one");
+  TORCH_CHECK(packed.dim() >= 2, "packed has shape ", shown(packed), ", must have two dimensions, three with offsets");
   Tensor out = allocate(with_last(x, packed.size(-2)), x.scalar_type(), x.device());
   lowbit_linear_out(x, packed, scale, zero_point, bias, offsets, grid, code_min, bits, act_bits, out);
   return out;
@@ -233,15 +254,12 @@ void lowbit_linear_transposed_out(const Tensor& g_, const Tensor& packed, const 
                                   int64_t code_min, int64_t bits, int64_t cols, Tensor out) {
   const Tensor g = g_.contiguous();
   const Weight w("g", g, packed, scale, zero_point, offsets, grid, code_min, bits, cols);
-  TORCH_CHECK(g.size(-1) == w.call.rows, "g has shape ", g.sizes(), ", its last dimension must be ", w.call.rows);
+  TORCH_CHECK(g.size(-1) == w.call.rows, "g has shape ", shown(g), ", its last dimension must be ", w.call.rows);
   check_shape("out", out, with_last(g, cols), g.scalar_type());
   const Tensor to = out.view({w.call.tokens, cols}), from = g.view({w.call.tokens, w.call.rows});
   w.clear_rest(to);
   if (out.numel() == 0) return;
-  for (const Expert& e : w.experts) {
-    Tensor part = to.slice(0, e.first, e.last);
-    at::mm_out(part, from.slice(0, e.first, e.last), w.numbers(e.index, g.scalar_type()));
-  }
+  multiply_numbers(w, from, to, false, Tensor());
 }
 Tensor lowbit_linear_transposed(const Tensor& g, const Tensor& packed, const Tensor& scale,
                                 const OptionalTensor& zero_point, const OptionalTensor& offsets, Constants grid,

@@ -32,6 +32,9 @@ void check_output(const char* name, const Tensor& out, const Tensor& shaped, at:
 // The constants of qatkernels.Grid.
 Grid<double> grid_of(Constants c);
 
+// What the ops of one family need of another.
+void fake_quantize_dynamic_out(const Tensor& x, int64_t bits, Tensor out);
+
 // f(begin, end) over [0, units) on torch's threads, at least `grain` at a time.
 template <class F>
 void parallel(int64_t units, F f, int64_t grain = 1) {
