@@ -13,7 +13,8 @@ namespace {
 
 void check_bits(int64_t code_min, int64_t bits) {
   TORCH_CHECK(1 <= bits && bits <= 8, "bits is ", bits, ", must be 1 to 8");
-  TORCH_CHECK(-128 <= code_min && code_min <= 0, "code_min is ", code_min, ", must be -128 to 0");
+  TORCH_CHECK(code_min == 0 || (-128 <= code_min && code_min <= std::min<int64_t>(0, 128 - (1 << bits))),
+              "code_min is ", code_min, ", must be 0, or at least -128 with ", bits, " bits that end at 127 at most");
 }
 // As Python shows a tuple.
 template <class T>
