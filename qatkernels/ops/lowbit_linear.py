@@ -259,13 +259,14 @@ def product(
 ) -> Tensor:
     """Both products, differentiable, from the parts of a packed weight: what a module calls with its buffers."""
     args = (x, packed, scale, zero_point, bias, offsets, grid, code_min, bits, act_bits)
+    op = torch.ops.qatkernels.lowbit_linear.default
     if torch.compiler.is_compiling():
-        return torch.ops.qatkernels.lowbit_linear(*args)
-    return LowbitLinear.apply(*args)
+        return op(*args)
+    return Function.run(op, *args) if nothing_to_differentiate(x, bias) else LowbitLinear.apply(*args)
 
 
 def _call(x: Tensor, w: PackedWeight, bias: Tensor | None, offsets: Tensor | None, act_bits: int | None) -> Tensor:
-    grid = (list(w.grid.constants), w.grid.code_min, w.bits)
+    grid = (w.constants, w.grid.code_min, w.bits)
     return product(x, w.packed, w.scale, w.zero_point, bias, offsets, *grid, act_bits)
 
 

@@ -12,6 +12,7 @@ runs at half the speed.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -210,10 +211,15 @@ class PackedWeight:
         zero = None if zero_point is None else by_row(zero_point)
         return cls(pack(codes, grid), store_scale(by_row(scale), scale_dtype), zero, grid, w.shape[-1])
 
-    @property
+    @cached_property
     def bits(self) -> int:
         """Bits of a stored code."""
         return self.grid.storage_bits
+
+    @cached_property
+    def constants(self) -> list[float]:
+        """The constants of the grid, as ops take them."""
+        return list(self.grid.constants)
 
     @property
     def shape(self) -> torch.Size:
