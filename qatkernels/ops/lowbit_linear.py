@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._op import Function, define
+from ._op import Function, define, nothing_to_differentiate
 from .fake_quantize import FLOATS
 from .packing import SCALES, PackedWeight, check_bits, row_bytes
 
