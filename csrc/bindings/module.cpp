@@ -15,7 +15,9 @@ namespace {
 const Ops& ops() {
   static const Ops all = [] {
     Ops made;
+    add_cross_entropy(made);
     add_fake_quantize(made);
+    add_krylov(made);
     return made;
   }();
   return all;
