@@ -1,8 +1,18 @@
 """What every op means: schema, reference, shape rule, derivatives."""
 
+from .cross_entropy import cross_entropy
 from .dynamic import fake_quantize_dynamic
 from .fake_quantize import fake_quantize
+from .linear_cross_entropy import linear_cross_entropy
 from .noise import normal
 from .quantize import dequantize, quantize
 
-__all__ = ["dequantize", "fake_quantize", "fake_quantize_dynamic", "normal", "quantize"]
+__all__ = [
+    "cross_entropy",
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_dynamic",
+    "linear_cross_entropy",
+    "normal",
+    "quantize",
+]
