@@ -22,6 +22,7 @@ struct Rows {
   Rows(const Tensor& logits_, const Tensor& targets_, int64_t ignore_index)
       : logits(logits_.contiguous()), targets(targets_.contiguous()) {
     TORCH_CHECK(logits.dim() == 2, "logits has shape ", logits.sizes(), ", must be [tokens, vocabulary]");
+    TORCH_CHECK(logits.size(1) > 0, "logits has no columns, must have a vocabulary");
     TORCH_CHECK(logits.device().is_cpu(), "no C++ kernel for ", logits.device());
     TORCH_CHECK(targets.scalar_type() == at::kLong && targets.dim() == 1 && targets.numel() == logits.size(0),
                 "targets is ", name_of(targets.scalar_type()), " of shape ", targets.sizes(), ", must be torch.int64 [",

@@ -4,6 +4,7 @@
 // Sums run over sixteen lanes through a span and over spans in float64, so their order depends on the shape alone.
 #include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "rows.h"
 
@@ -98,17 +99,24 @@ void cross_entropy(const CrossEntropy& call, int64_t begin, int64_t end) {
   });
 }
 
-// Whether a row-sized output of a large tensor should pass the caches by.
-template <class X>
-bool streams_rows(const CrossEntropy& call, const void* out) {
-  return out != call.logits && out != call.tangent && streams(static_cast<const X*>(out), Units(call.rows, call.cols));
+// Whether an output is too large to be wanted in the caches. In place it is there already.
+inline bool passes_caches(const CrossEntropy& call, const void* out, int64_t element_bytes) {
+  return out != call.logits && out != call.tangent && call.rows * call.cols * element_bytes >= kTooLarge;
+}
+
+// for_lanes whose whole lanes lie in cache lines of the output, which starts anywhere.
+template <class X, class F>
+QK_HD void for_lines(const X* out, int64_t n, F f) {
+  const int64_t head = std::min<int64_t>(n, (64 - reinterpret_cast<uintptr_t>(out) % 64) % 64 / sizeof(X));
+  for (int64_t i = 0; i < head; i += kLanes) f(i, std::min<int64_t>(kLanes, head - i));
+  for_lanes(n - head, [&](int64_t i, auto count) QK_INLINE_LAMBDA { f(head + i, count); });
 }
 
 void cross_entropy_backward(const CrossEntropy& call, int64_t begin, int64_t end) {
   with_types(call.type, call.type, [&](auto types) {
     using T = typename decltype(types)::C;
     using X = typename decltype(types)::w;
-    const bool streaming = streams_rows<X>(call, call.grad);
+    const bool streaming = passes_caches(call, call.grad, sizeof(X));
     for (int64_t row = begin; row < end; ++row) {
       const X* const x = static_cast<const X*>(call.logits) + row * call.cols;
       X* const grad = static_cast<X*>(call.grad) + row * call.cols;
@@ -122,7 +130,7 @@ void cross_entropy_backward(const CrossEntropy& call, int64_t begin, int64_t end
       }
       const int64_t at = target == Target::valid ? call.targets[row] : 0;
       const Vec<T> p_at = exponential(Vec<T>(get(x + at, 1)) - lse);
-      for_lanes(call.cols, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
+      for_lines(grad, call.cols, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
         put<Rounded>(grad + i, g * exponential(Vec<T>(get(x + i, count)) - lse), count, streaming);
       });
       put<Rounded>(grad + at, g * (p_at - Vec<T>(T(1))), 1);
@@ -135,7 +143,8 @@ void cross_entropy_hvp(const CrossEntropy& call, int64_t begin, int64_t end) {
   with_types(call.type, call.type, [&](auto types) {
     using T = typename decltype(types)::C;
     using X = typename decltype(types)::w;
-    const bool streaming = streams_rows<X>(call, call.tangent_grad);
+    const bool streaming = passes_caches(call, call.tangent_grad, sizeof(X));
+    std::vector<T> probabilities(call.tangent_grad ? call.cols + kLanes : 0);
     const auto number = [](const void* p, int64_t row) { return p ? static_cast<const T*>(p)[row] : T(0); };
     for (int64_t row = begin; row < end; ++row) {
       const int64_t first = row * call.cols;
@@ -157,27 +166,28 @@ void cross_entropy_hvp(const CrossEntropy& call, int64_t begin, int64_t end) {
         Vec<T> sums(T(0));
         for_lanes(n, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
           const Vec<T> p = exponential(Vec<T>(get(x + start + i, count)) - lse);
+          if (dd) store(probabilities.data() + start + i, p);
           sums = sums + first_lanes(p * Vec<T>(get(v + start + i, count)), count);
         });
         total += sum(sums);
       });
       const T nan = std::numeric_limits<T>::quiet_NaN();
       const int64_t at = target == Target::valid ? call.targets[row] : 0;
-      // Read now: the outputs may lie where the inputs do.
-      const Vec<T> x_at = get(x + at, 1), v_at = get(v + at, 1);
+      // Read now: an output may lie where the tangent does.
+      const Vec<T> v_at = get(v + at, 1);
       T lanes[kLanes];
       store(lanes, v_at);
       tangent_loss = target == Target::valid ? static_cast<T>(total - lanes[0]) : nan;
       if (!dd) continue;
       const Vec<T> g(target == Target::valid ? number(call.g, row) : nan), tangent_g(number(call.tangent_g, row)),
           mean(static_cast<T>(total));
-      for_lanes(call.cols, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
-        const Vec<T> p = exponential(Vec<T>(get(x + i, count)) - lse), slope = g * p;
+      for_lines(dd, call.cols, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
+        const Vec<T> p = load(static_cast<const T*>(probabilities.data()) + i), slope = g * p;
         const Vec<T> tangent = slope * (Vec<T>(get(v + i, count)) - mean) + tangent_g * p;
         if (d) put<Rounded>(d + i, slope, count);
         put<Rounded>(dd + i, tangent, count, streaming);
       });
-      const Vec<T> p = exponential(x_at - lse);
+      const Vec<T> p(probabilities[at]);
       if (d) put<Rounded>(d + at, g * (p - one), 1);
       put<Rounded>(dd + at, g * p * (v_at - mean) + tangent_g * (p - one), 1);
     }

@@ -3,6 +3,7 @@
 from .cross_entropy import cross_entropy
 from .dynamic import fake_quantize_dynamic
 from .fake_quantize import fake_quantize
+from .krylov import gram_schmidt
 from .linear_cross_entropy import linear_cross_entropy
 from .noise import normal
 from .quantize import dequantize, quantize
@@ -12,6 +13,7 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "fake_quantize_dynamic",
+    "gram_schmidt",
     "linear_cross_entropy",
     "normal",
     "quantize",

@@ -49,11 +49,11 @@ class _Rows:
 
     def at_target(self, t: Tensor) -> Tensor:
         """The element of each row that its target names."""
-        return t.gather(1, self.index).squeeze(1) if t.shape[1] else t.new_zeros(t.shape[0])
+        return t.gather(1, self.index).squeeze(1)
 
     def minus_target(self, p: Tensor) -> Tensor:
         """P minus e."""
-        return p.scatter_add(1, self.index, p.new_full(self.index.shape, -1.0)) if p.shape[1] else p
+        return p.scatter_add(1, self.index, p.new_full(self.index.shape, -1.0))
 
     def full(self, t: Tensor) -> Tensor:
         """A tensor like the logits, after what the targets say."""
@@ -67,7 +67,8 @@ def _forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor
     return rows.numbers(lse - rows.at_target(rows.z)), lse.masked_fill(rows.ignored, 0.0)
 
 
-def _jvp(tangent: Tensor, logits: Tensor, lse: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+def jvp_of(tangent: Tensor, logits: Tensor, lse: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """The tangent of the loss, in plain PyTorch."""
     rows = _Rows(logits, targets, ignore_index)
     tangent = tangent.to(rows.z.dtype)
     p = torch.exp(rows.z - lse.unsqueeze(1))
@@ -79,7 +80,7 @@ def _backward(g: Tensor, logits: Tensor, lse: Tensor, targets: Tensor, ignore_in
     return rows.full(g.unsqueeze(1) * rows.minus_target(torch.exp(rows.z - lse.unsqueeze(1))))
 
 
-def _dual(
+def dual_of(
     tangent: Tensor,
     tangent_g: Tensor | None,
     g: Tensor,
@@ -88,6 +89,7 @@ def _dual(
     targets: Tensor,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient, its tangent and the tangent of the loss, in plain PyTorch."""
     rows = _Rows(logits, targets, ignore_index)
     tangent = tangent.to(rows.z.dtype)
     p = torch.exp(rows.z - lse.unsqueeze(1))
@@ -99,7 +101,7 @@ def _dual(
 
 
 def _hvp(*args: Any) -> tuple[Tensor, Tensor]:
-    return _dual(*args)[1:]
+    return dual_of(*args)[1:]
 
 
 def check_targets(rows: int, targets: Tensor, device: torch.device) -> None:
@@ -127,7 +129,10 @@ def _numbers(logits: Tensor) -> Tensor:
 
 def _check(logits: Tensor, targets: Tensor, tangent: Tensor | None = None, **numbers: Tensor | None) -> None:
     torch._check(logits.dtype in FLOATS, lambda: f"logits is {logits.dtype}, must be one of {FLOATS}")
-    torch._check(logits.ndim == 2, lambda: f"logits has shape {tuple(logits.shape)}, must be [tokens, vocabulary]")
+    torch._check(
+        logits.ndim == 2 and logits.shape[1] > 0,
+        lambda: f"logits has shape {tuple(logits.shape)}, must be [tokens, vocabulary], the vocabulary not empty",
+    )
     check_targets(logits.shape[0], targets, logits.device)
     torch._check(
         tangent is None
@@ -168,7 +173,7 @@ FORWARD = define(
     "cross_entropy", "Tensor logits, Tensor targets, int ignore_index", ("loss", "lse"),
     reference=_forward, fake=_fake_forward,
 )  # fmt: skip
-JVP = define("cross_entropy_jvp", f"Tensor tangent, {_POINT}", ("tangent_loss",), reference=_jvp, fake=_fake_jvp)
+JVP = define("cross_entropy_jvp", f"Tensor tangent, {_POINT}", ("tangent_loss",), reference=jvp_of, fake=_fake_jvp)
 BACKWARD = define("cross_entropy_backward", f"Tensor g, {_POINT}", ("grad",), reference=_backward, fake=_fake_backward)
 HVP = define(
     "cross_entropy_hvp", f"Tensor tangent, Tensor? tangent_g, Tensor g, {_POINT}", ("tangent_grad", "tangent_loss"),
@@ -176,7 +181,7 @@ HVP = define(
 )  # fmt: skip
 DUAL = define(
     "cross_entropy_dual", f"Tensor tangent, Tensor? tangent_g, Tensor g, {_POINT}",
-    ("grad", "tangent_grad", "tangent_loss"), reference=_dual, fake=_fake_dual,
+    ("grad", "tangent_grad", "tangent_loss"), reference=dual_of, fake=_fake_dual,
 )  # fmt: skip
 
 

@@ -23,9 +23,7 @@ import torch
 from torch import Tensor
 
 from ._op import Composite, Function, define
-from .cross_entropy import DUAL as ROWS_DUAL
-from .cross_entropy import FLOATS, check_numbers, check_targets, number_dtype, reduced
-from .cross_entropy import JVP as ROWS_JVP
+from .cross_entropy import FLOATS, check_numbers, check_targets, dual_of, jvp_of, number_dtype, reduced
 
 #: Logits in a chunk, unless the caller says otherwise: large enough for the products to run at full speed.
 CHUNK_ELEMENTS = 2**24
@@ -189,7 +187,7 @@ def _numbers(hidden: Tensor) -> Tensor:
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, **numbers: Tensor | None) -> None:
     torch._check(hidden.dtype in FLOATS, lambda: f"hidden is {hidden.dtype}, must be one of {FLOATS}")
     torch._check(
-        hidden.ndim == 2 and weight.ndim == 2 and hidden.shape[1] == weight.shape[1],
+        hidden.ndim == 2 and weight.ndim == 2 and hidden.shape[1] == weight.shape[1] and weight.shape[0] > 0,
         lambda: f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}, "
         "must be [tokens, features] and [vocabulary, features]",
     )
@@ -345,7 +343,7 @@ def _plain_jvp(
     ignore_index: int, _chunk: int,
 ) -> Tensor:  # fmt: skip
     z, dz, lse = _plain_point(tangent_hidden, tangent_weight, hidden, weight, targets, ignore_index)
-    return ROWS_JVP.reference(dz, z, lse, targets, ignore_index)
+    return jvp_of(dz, z, lse, targets, ignore_index)
 
 
 def _plain_hvp(
@@ -353,7 +351,7 @@ def _plain_hvp(
     targets: Tensor, ignore_index: int, _chunk: int, want_hidden: bool, want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     z, dz, lse = _plain_point(tangent_hidden, tangent_weight, hidden, weight, targets, ignore_index)
-    d, dd, tangent_loss = ROWS_DUAL.reference(dz, tangent_g, g, z, lse, targets, ignore_index)
+    d, dd, tangent_loss = dual_of(dz, tangent_g, g, z, lse, targets, ignore_index)
     dh, dw = dd @ weight, dd.t() @ hidden
     if tangent_weight is not None:
         dh = dh + d @ tangent_weight
