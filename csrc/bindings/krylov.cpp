@@ -44,6 +44,7 @@ void gram_schmidt_out(const Tensor& basis_, const Tensor& w_, const OptionalTens
     TORCH_CHECK(h_->dim() == 1 && h_->numel() == basis.size(0), "h has shape ", h_->sizes(), ", must be [",
                 basis.size(0), "], one for each row of basis");
     check_device("h", *h_, w.device());
+    TORCH_CHECK(at::isFloatingType(h_->scalar_type()), "h is ", name_of(h_->scalar_type()), ", must be real numbers");
     h = h_->to(at::kDouble).contiguous();
   }
   const GramSchmidt call{basis.const_data_ptr(),

@@ -352,7 +352,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, 
         ValueError: if ``reduction`` is none of the three, or the shapes of logits and targets do not fit.
         RuntimeError: if a dtype or device does not fit.
     """
-    if targets.shape != logits.shape[:-1] or logits.ndim == 0:
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}, must be [..., vocabulary], the vocabulary not empty")
+    if targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"targets has shape {tuple(targets.shape)}, must be {tuple(logits.shape[:-1])} for logits of shape "
             f"{tuple(logits.shape)}"

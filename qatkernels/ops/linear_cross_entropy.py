@@ -440,7 +440,7 @@ def linear_cross_entropy(
         ValueError: if ``reduction`` is none of the three, ``chunk_tokens`` is not positive, or shapes do not fit.
         RuntimeError: if a dtype or device does not fit.
     """
-    if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
+    if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}, must be [..., K] and [V, K]"
         )

@@ -71,9 +71,11 @@ def gram_schmidt_out(basis: Tensor, w: Tensor, h: Tensor | None, w_new: Tensor, 
     h = None if h is None else h.to(torch.float64).contiguous()
     parts = range(0, max(basis.shape[0], 1), MOST_ROWS)
     if len(parts) > 1 and h is not None:
+        exact = w.new_empty(w.shape, dtype=torch.float64)  # rounded once, at the end
         for i in parts:
-            _launch(basis[i : i + MOST_ROWS], w, h[i : i + MOST_ROWS], w_new, None)
-            w = w_new
+            last = i == parts[-1]
+            _launch(basis[i : i + MOST_ROWS], w, h[i : i + MOST_ROWS], w_new if last else exact, None)
+            w = w_new if last else exact
         h = None
     for i in parts:
         part = basis[i : i + MOST_ROWS]

@@ -13,8 +13,16 @@ import qatkernels as qk
 from qatkernels.backends import IMPLS
 from qatkernels.ops._op import OPS
 from qatkernels.ops.fake_quantize import FLOATS
-from qatkernels.ops.samples import GRIDS, make, samples, weights
-from tests.compare import assert_same_bits, check_first_output, check_sample, run_out, special_calls
+from qatkernels.ops.samples import GRIDS, basis_calls, logits_calls, make, samples, weights
+from tests.compare import (
+    assert_same_bits,
+    check_first_output,
+    check_gram_schmidt,
+    check_rows,
+    check_sample,
+    run_out,
+    special_calls,
+)
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
@@ -112,3 +120,23 @@ def test_normals(numel, seed, stream):
     seed = torch.tensor(seed)
     expected = OPS["normal"].reference(seed, numel, stream)
     assert_same_bits(run_out("normal", triton_out("normal"), (seed, numel, stream))[0], expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_cross_entropy(dtype):
+    for name, op, args in logits_calls(dtype):
+        check_rows(op, triton_out(op), args, name)
+
+
+@pytest.mark.parametrize("call", [c for c in basis_calls() if c[2][1].numel() < 10_000], ids=lambda c: c[0])
+def test_gram_schmidt(call):
+    name, op, args = call
+    check_gram_schmidt(triton_out(op), args, name)
+
+
+def test_gram_schmidt_of_more_columns_than_programs_have_tiles(monkeypatch):
+    import qatkernels.triton.krylov as krylov
+
+    monkeypatch.setattr(krylov, "MOST_PROGRAMS", 3)
+    basis, w = torch.randn(60, 1000), torch.randn(1000)
+    check_gram_schmidt(triton_out("gram_schmidt"), (basis, w, torch.randn(60).double()))
