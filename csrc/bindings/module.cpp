@@ -18,6 +18,7 @@ const Ops& ops() {
     add_cross_entropy(made);
     add_fake_quantize(made);
     add_krylov(made);
+    add_quant_linear(made);
     return made;
   }();
   return all;

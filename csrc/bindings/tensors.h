@@ -51,5 +51,6 @@ using Ops = std::map<std::string, Entry>;
 void add_cross_entropy(Ops& ops);
 void add_fake_quantize(Ops& ops);
 void add_krylov(Ops& ops);
+void add_quant_linear(Ops& ops);
 
 }  // namespace qk

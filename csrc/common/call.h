@@ -39,6 +39,7 @@ struct Jvp {
   const void *tangent_w, *tangent_scale, *tangent_zero_point;  // each may be null
   void* y;
   DType y_type;
+  void* value;  // of y's type, what Forward gives; may be null, and is on CUDA
 };
 
 struct Quantize {

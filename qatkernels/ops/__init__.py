@@ -6,6 +6,7 @@ from .fake_quantize import fake_quantize
 from .krylov import gram_schmidt
 from .linear_cross_entropy import linear_cross_entropy
 from .noise import normal
+from .quant_linear import quant_linear_dual
 from .quantize import dequantize, quantize
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "gram_schmidt",
     "linear_cross_entropy",
     "normal",
+    "quant_linear_dual",
     "quantize",
 ]

@@ -58,7 +58,7 @@ class Sample:
             return (*self.point, self.dtype)
         if op == "fake_quantize_backward":
             return (self.upstream(), *self.point)
-        if op == "fake_quantize_jvp":
+        if op in ("fake_quantize_jvp", "fake_quantize_dual"):
             return (*self.tangents(), *self.point, self.dtype)
         if op == "quantize":
             w, scale, zero_point, _, constants = self.point[:5]
