@@ -70,6 +70,8 @@ def check_sample(op, impl_out, sample):
     actual = run_out(op, impl_out, args)
     expected = as_tuple(OPS[op].reference(*args))
     assert_same_bits(actual[0], expected[0], f"{op} {sample.name} {OPS[op].outputs[0]}")
+    if op == "fake_quantize_dual":
+        assert_same_bits(actual[1], expected[1], f"{op} {sample.name} {OPS[op].outputs[1]}")
     if op == "fake_quantize_backward":
         ds, ds_bound, dz, dz_bound = scale_gradients(sample)
         assert_within(actual[1], ds, ds_bound, f"{op} {sample.name} ds")
@@ -174,3 +176,25 @@ def check_gram_schmidt(impl_out, args, what=""):
     terms = max(x.numel(), 1)
     assert_within(dots, rows @ x, terms * eps * (rows.abs() @ x.abs()), what)
     assert_within(sq, x @ x, terms * eps * (x @ x), what)
+
+
+def check_linear_dual(impl_out, sample, tokens, transposed):
+    """Hold an `_out` implementation of quant_linear_dual against products of the reference's weight in float64."""
+    dtype = sample.dtype or sample.w.dtype
+    generator = torch.Generator().manual_seed(3)
+    x, u = (
+        torch.randn(tokens, sample.w.shape[0 if transposed else 1], generator=generator).to(dtype) for _ in range(2)
+    )
+    for tangent_x, tangents in ((u, sample.tangents()), (None, sample.tangents()), (u, (None,) * 3)):
+        got = run_out("quant_linear_dual", impl_out, (x, tangent_x, *tangents, *sample.point, transposed))
+        q, v = (t.double() for t in OPS["fake_quantize_dual"].reference(*tangents, *sample.point, dtype))
+        q, v = (q, v) if transposed else (q.t(), v.t())
+        wide, along = x.double(), torch.zeros_like(x).double() if tangent_x is None else u.double()
+        eps = torch.finfo(dtype).eps
+        for actual, exact, size in (
+            (got[0], wide @ q, wide.abs() @ q.abs()),
+            (got[1], wide @ v + along @ q, wide.abs() @ v.abs() + along.abs() @ q.abs()),
+        ):
+            # Sums in float32, whose order is the library's; two roundings to the dtype of x.
+            bound = 2 * eps * exact.abs() + len(q) ** 0.5 * 8 * min(eps, 2**-23) * size + eps * size / 4 + 1e-30
+            assert ((actual.double() - exact).abs() <= bound).all(), sample.name

@@ -51,15 +51,17 @@ void quant_linear_dual_out(const Tensor& x, const OptionalTensor& tangent_x, con
   const Tensor value = allocate({block, cols}, x.scalar_type(), w.device()), slope = moves ? like(value) : Tensor();
   for (int64_t first = 0; first < rows; first += block) {
     const int64_t count = std::min(block, rows - first);
+    // Units are of one size up to the last, unless all rows are one block.
     const int64_t unit = units.pieces_per_row > 1 ? kUnitElements : units.rows_per_unit * units.cols;
-    const int64_t begin = unit ? first * cols / unit : 0, end = unit ? ((first + count) * cols + unit - 1) / unit : 0;
+    const int64_t begin = unit ? first * cols / unit : 0;
+    const int64_t end = first + count == rows ? units.count() : (first + count) * cols / unit;
     // The kernels count elements from the weight's first.
     const auto origin = [&](const Tensor& t) {
       return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) - first * cols * element);
     };
     const Jvp jvp = along.call(moves ? origin(slope) : nullptr, dtype_of("x", x), origin(value));
     const Forward forward{held.at, origin(value), dtype_of("x", x)};
-    parallel(std::min(end, units.count()) - begin, [&](int64_t from, int64_t to) {
+    parallel(end - begin, [&](int64_t from, int64_t to) {
       moves ? kernels().jvp(jvp, begin + from, begin + to) : kernels().forward(forward, begin + from, begin + to);
     });
     const auto part = [&](const Tensor& t) { return transposed ? t : t.narrow(1, first, count); };

@@ -274,10 +274,10 @@ class _Linearized(Function):
         return tuple(grad if n else None for n, grad in zip(needed, (*grads, None), strict=False))
 
     @staticmethod
-    def pushed(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor | None:
-        """Tangent of y."""
+    def pushed(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor:
+        """Tangent of y; zeros and not None, which forward mode inside forward mode does not take."""
         if all(t is None for t in tangents):
-            return None
+            return torch.zeros_like(ctx.saved_tensors[0], dtype=ctx.dtype)
         return FakeQuantizeJvp.apply(*tangents, *ctx.saved_tensors, *ctx.settings, ctx.dtype)
 
 
@@ -315,13 +315,15 @@ class FakeQuantizeBackward(_Linearized):
 
     @staticmethod
     def backward(ctx: Any, tw: Any, ts: Any, tz: Any = None) -> Any:
-        tz = None if ctx.saved_tensors[2] is None else tz
-        return _Linearized.pushed(ctx, (tw, ts, tz)), *[None] * 8
+        tangents = (tw, ts, None if ctx.saved_tensors[2] is None else tz)
+        if all(t is None for t in tangents):
+            return (None,) * 9
+        return _Linearized.pushed(ctx, tangents), *[None] * 8
 
     @staticmethod
     def jvp(ctx: Any, g: Any, *_: Any) -> Any:
         if g is None:
-            return (None,) * (2 if ctx.saved_tensors[2] is None else 3)
+            return tuple(torch.zeros_like(t) for t in ctx.saved_tensors[:3] if t is not None)
         return FakeQuantizeBackward.apply(g, *ctx.saved_tensors, *ctx.settings)
 
 

@@ -16,7 +16,7 @@ from qatkernels.ops.samples import GRIDS, basis_calls, logits_calls, make, sampl
 from tests.compare import assert_same_bits, check_first_output, check_sample, run_out, special_calls
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FAMILY = ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "quantize")
+FAMILY = ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "fake_quantize_dual", "quantize")
 SAMPLES = list(samples())
 
 
