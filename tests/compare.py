@@ -70,6 +70,8 @@ def check_sample(op, impl_out, sample):
     actual = run_out(op, impl_out, args)
     expected = as_tuple(OPS[op].reference(*args))
     assert_same_bits(actual[0], expected[0], f"{op} {sample.name} {OPS[op].outputs[0]}")
+    if op == "fake_quantize_dual":
+        assert_same_bits(actual[1], expected[1], f"{op} {sample.name} {OPS[op].outputs[1]}")
     if op == "fake_quantize_backward":
         ds, ds_bound, dz, dz_bound = scale_gradients(sample)
         assert_within(actual[1], ds, ds_bound, f"{op} {sample.name} ds")
@@ -106,3 +108,93 @@ def check_first_output(op, impl_out, args):
     on_cpu = [a.cpu() if isinstance(a, torch.Tensor) else a for a in args]
     expected = as_tuple(OPS[op].reference(*on_cpu))[0]
     assert_same_bits(run_out(op, impl_out, args)[0].cpu(), expected, op)
+
+
+def _bound_of_rows(op, args):
+    """Error bounds of the outputs of an op of cross_entropy.py, whose tensors are given in float64; unit roundoff 1.
+
+    An exponential is off by what its argument is off by, and by a few units of its own.
+    """
+    *before, logits, lse, _, _ = args if op != "cross_entropy" else (args[0], torch.logsumexp(args[0], 1), *args[1:])
+    x = logits - lse[:, None]
+    p = x.exp()
+    p_error = (p * (x.abs() + 8) * 4).nan_to_num(nan=0.0)
+
+    def sum_error(v):
+        return ((p_error + SEQUENTIAL_ADDITIONS * p) * v.abs()).sum(1)
+
+    if op == "cross_entropy":
+        lse_error = sum_error(torch.ones_like(x)) + 4 * lse.abs()
+        return lse_error + 8 * logits.nan_to_num(neginf=0.0).abs().amax(1), lse_error
+    if op == "cross_entropy_backward":
+        return (before[0].abs()[:, None] * (p_error + 4),)
+    v = before[0]
+    mean, mean_error = (p * v).sum(1), sum_error(v) + 2 * (p * v).sum(1).abs()
+    loss_error = mean_error + 4 * v.abs().amax(1)
+    if op == "cross_entropy_jvp":
+        return (loss_error,)
+    tangent_g, g = before[1:]
+    second = g.abs()[:, None] * (
+        (p_error + 8 * p) * (v.abs() + mean.abs()[:, None]) + (p + p_error) * mean_error[:, None]
+    )
+    if tangent_g is not None:
+        second = second + tangent_g.abs()[:, None] * (p_error + 8)
+    first = (g.abs()[:, None] * (p_error + 4),) if op == "cross_entropy_dual" else ()
+    return (*first, second, loss_error)
+
+
+def check_rows(op, impl_out, args, what=""):
+    """Hold an `_out` implementation of an op of cross_entropy.py against the formula in float64."""
+    actual = run_out(op, impl_out, args)
+    wide = tuple(a.double().cpu() if _real(a) else a.cpu() if isinstance(a, torch.Tensor) else a for a in args)
+    unit = torch.finfo(torch.float64 if any(_real(a) and a.dtype == torch.float64 for a in args) else torch.float32).eps
+    expected, bounds = as_tuple(OPS[op].reference(*wide)), _bound_of_rows(op, wide)
+    for name, a, e, bound in zip(OPS[op].outputs, actual, expected, bounds, strict=True):
+        info = torch.finfo(a.dtype)
+        bound = unit * bound + info.eps * (e.abs() + info.smallest_normal)
+        assert torch.equal(a.isnan().cpu(), e.isnan()), f"{op} {what} {name}: NaN in different places"
+        kept = ~e.isnan()
+        assert_within(a.cpu()[kept], e[kept], bound.expand_as(e)[kept], f"{op} {what} {name}")
+
+
+def _real(a):
+    return isinstance(a, torch.Tensor) and a.is_floating_point()
+
+
+def check_gram_schmidt(impl_out, args, what=""):
+    """Hold an `_out` implementation of gram_schmidt against float64: one rounding of w, and sums of float64."""
+    basis, w, h = (None if a is None else a.cpu() for a in args)
+    w_new, dots, sq = (t.cpu() for t in run_out("gram_schmidt", impl_out, args))
+    rows, eps = basis.double(), torch.finfo(torch.float64).eps
+    unit = torch.finfo(w.dtype).eps
+    if h is None:
+        assert_same_bits(w_new, w, what)
+    else:
+        magnitude = w.double().abs() + h.abs() @ rows.abs()
+        assert_within(w_new, w.double() - h @ rows, unit * w_new.double().abs() + (len(h) + 2) * eps * magnitude, what)
+    x = w_new.double()
+    terms = max(x.numel(), 1)
+    assert_within(dots, rows @ x, terms * eps * (rows.abs() @ x.abs()), what)
+    assert_within(sq, x @ x, terms * eps * (x @ x), what)
+
+
+def check_linear_dual(impl_out, sample, tokens, transposed):
+    """Hold an `_out` implementation of quant_linear_dual against products of the reference's weight in float64."""
+    dtype = sample.dtype or sample.w.dtype
+    generator = torch.Generator().manual_seed(3)
+    x, u = (
+        torch.randn(tokens, sample.w.shape[0 if transposed else 1], generator=generator).to(dtype) for _ in range(2)
+    )
+    for tangent_x, tangents in ((u, sample.tangents()), (None, sample.tangents()), (u, (None,) * 3)):
+        got = run_out("quant_linear_dual", impl_out, (x, tangent_x, *tangents, *sample.point, transposed))
+        q, v = (t.double() for t in OPS["fake_quantize_dual"].reference(*tangents, *sample.point, dtype))
+        q, v = (q, v) if transposed else (q.t(), v.t())
+        wide, along = x.double(), torch.zeros_like(x).double() if tangent_x is None else u.double()
+        eps = torch.finfo(dtype).eps
+        for actual, exact, size in (
+            (got[0], wide @ q, wide.abs() @ q.abs()),
+            (got[1], wide @ v + along @ q, wide.abs() @ v.abs() + along.abs() @ q.abs()),
+        ):
+            # Sums in float32, whose order is the library's; two roundings to the dtype of x.
+            bound = 2 * eps * exact.abs() + len(q) ** 0.5 * 8 * min(eps, 2**-23) * size + eps * size / 4 + 1e-30
+            assert ((actual.double() - exact).abs() <= bound).all(), sample.name

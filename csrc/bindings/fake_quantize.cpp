@@ -119,18 +119,8 @@ void fake_quantize_jvp_out(const OptionalTensor& tangent_w, const OptionalTensor
   check_y_type(w, dtype.value_or(w.scalar_type()));
   check_output("out", out, w, dtype.value_or(w.scalar_type()));
   const Held held(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, grad_scale);
-  const auto tangent = [](const char* name, const OptionalTensor& t, const Tensor& of) {
-    if (!t) return Tensor();
-    TORCH_CHECK(t->sizes() == of.sizes() && t->scalar_type() == of.scalar_type(), name,
-                " must have the shape and dtype of what it is the tangent of");
-    check_device(name, *t, of.device());
-    return t->contiguous();
-  };
-  const Tensor tw = tangent("tangent_w", tangent_w, w), ts = tangent("tangent_scale", tangent_scale, scale),
-               tz = tangent("tangent_zero_point", tangent_zero_point, scale);
-  const auto pointer = [](const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
-  const Jvp call{held.at, pointer(tw), pointer(ts), pointer(tz), out.mutable_data_ptr(), dtype_of("out", out)};
-  run(call, held.device());
+  const Tangents along(tangent_w, tangent_scale, tangent_zero_point, held);
+  run(along.call(out.mutable_data_ptr(), dtype_of("out", out)), held.device());
 }
 Tensor fake_quantize_jvp(const OptionalTensor& tangent_w, const OptionalTensor& tangent_scale,
                          const OptionalTensor& tangent_zero_point, const Tensor& w, const Tensor& scale,
@@ -141,6 +131,28 @@ Tensor fake_quantize_jvp(const OptionalTensor& tangent_w, const OptionalTensor& 
   fake_quantize_jvp_out(tangent_w, tangent_scale, tangent_zero_point, w, scale, zero_point, seed, grid, noise_std,
                         scale_noise_std, grad_scale, dtype, out);
   return out;
+}
+
+void fake_quantize_dual_out(const OptionalTensor& tangent_w, const OptionalTensor& tangent_scale,
+                            const OptionalTensor& tangent_zero_point, const Tensor& w, const Tensor& scale,
+                            const OptionalTensor& zero_point, const OptionalTensor& seed, Constants grid,
+                            double noise_std, double scale_noise_std, double grad_scale, OptionalType dtype, Tensor out,
+                            Tensor tangent) {
+  check_y_type(w, dtype.value_or(w.scalar_type()));
+  for (const Tensor& t : {out, tangent}) check_output("out", t, w, dtype.value_or(w.scalar_type()));
+  const Held held(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, grad_scale);
+  const Tangents along(tangent_w, tangent_scale, tangent_zero_point, held);
+  run_here(along.call(tangent.mutable_data_ptr(), dtype_of("out", out), out.mutable_data_ptr()), held.device());
+}
+std::tuple<Tensor, Tensor> fake_quantize_dual(const OptionalTensor& tangent_w, const OptionalTensor& tangent_scale,
+                                              const OptionalTensor& tangent_zero_point, const Tensor& w,
+                                              const Tensor& scale, const OptionalTensor& zero_point,
+                                              const OptionalTensor& seed, Constants grid, double noise_std,
+                                              double scale_noise_std, double grad_scale, OptionalType dtype) {
+  Tensor out = like(w, dtype), tangent = like(w, dtype);
+  fake_quantize_dual_out(tangent_w, tangent_scale, tangent_zero_point, w, scale, zero_point, seed, grid, noise_std,
+                         scale_noise_std, grad_scale, dtype, out, tangent);
+  return {out, tangent};
 }
 
 at::ScalarType code_type(int64_t code_min, int64_t code_max) {
@@ -212,6 +224,8 @@ void add_fake_quantize(Ops& ops) {
   QK_OP(ops, fake_quantize_backward_out);
   QK_OP(ops, fake_quantize_jvp);
   QK_OP(ops, fake_quantize_jvp_out);
+  QK_CPU_OP(ops, fake_quantize_dual);
+  QK_CPU_OP(ops, fake_quantize_dual_out);
   QK_OP(ops, quantize);
   QK_OP(ops, quantize_out);
   QK_OP(ops, dequantize);

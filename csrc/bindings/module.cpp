@@ -15,8 +15,11 @@ namespace {
 const Ops& ops() {
   static const Ops all = [] {
     Ops made;
+    add_cross_entropy(made);
     add_fake_quantize(made);
     add_lowbit(made);
+    add_krylov(made);
+    add_quant_linear(made);
     return made;
   }();
   return all;

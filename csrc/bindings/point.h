@@ -51,4 +51,30 @@ struct Held {
   at::Device device() const { return w.device(); }
 };
 
+// Tangents of what a Point holds, made contiguous.
+struct Tangents {
+  const Held& held;
+  Tensor w, scale, zero_point;
+
+  Tangents(const OptionalTensor& w_, const OptionalTensor& scale_, const OptionalTensor& zero_point_, const Held& at)
+      : held(at),
+        w(checked("tangent_w", w_, at.w)),
+        scale(checked("tangent_scale", scale_, at.scale)),
+        zero_point(checked("tangent_zero_point", zero_point_, at.scale)) {}
+
+  Jvp call(void* y, DType y_type, void* value = nullptr) const {
+    const auto pointer = [](const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
+    return {held.at, pointer(w), pointer(scale), pointer(zero_point), y, y_type, value};
+  }
+
+ private:
+  static Tensor checked(const char* name, const OptionalTensor& t, const Tensor& of) {
+    if (!t) return Tensor();
+    TORCH_CHECK(t->sizes() == of.sizes() && t->scalar_type() == of.scalar_type(), name,
+                " must have the shape and dtype of what it is the tangent of");
+    check_device(name, *t, of.device());
+    return t->contiguous();
+  }
+};
+
 }  // namespace qk

@@ -17,4 +17,11 @@ void run(const Call& call, at::Device device) {
   run_on_cpu(call);
 }
 
+// For ops that only the CPU serves from here.
+template <class Call>
+void run_here(const Call& call, at::Device device) {
+  TORCH_CHECK(device.is_cpu(), "no C++ kernel for ", device);
+  run_on_cpu(call);
+}
+
 }  // namespace qk

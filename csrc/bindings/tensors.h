@@ -51,7 +51,10 @@ using Ops = std::map<std::string, Entry>;
 #define QK_CPU_OP(ops, name) ops[#name] = {[] { return torch::CppFunction(TORCH_FN(name)); }, false}
 
 // One for each file of this folder.
+void add_cross_entropy(Ops& ops);
 void add_fake_quantize(Ops& ops);
 void add_lowbit(Ops& ops);
+void add_krylov(Ops& ops);
+void add_quant_linear(Ops& ops);
 
 }  // namespace qk

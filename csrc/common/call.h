@@ -39,6 +39,7 @@ struct Jvp {
   const void *tangent_w, *tangent_scale, *tangent_zero_point;  // each may be null
   void* y;
   DType y_type;
+  void* value;  // of y's type, what Forward gives; may be null, and is on CUDA
 };
 
 struct Quantize {
@@ -61,6 +62,28 @@ struct Dynamic {
   int64_t rows, cols;
   DType type;
   int32_t bits;
+};
+
+// w_new = w - basis^T h, dots = basis w_new, sq = w_new . w_new.
+struct GramSchmidt {
+  const void *basis, *w;
+  const double* h;  // [rows]; null: w_new is w
+  void* w_new;      // may be w
+  double *dots, *sq;
+  int64_t rows, cols;
+  DType basis_type, w_type;  // f32, bf16 or f64; f32 or f64
+};
+
+// Softmax cross-entropy of rows [rows, cols]. lse and everything of one number per row are float64 for float64 logits,
+// else float32. Outputs may be null, and may be the logits or the tangent.
+struct CrossEntropy {
+  const void *logits, *tangent;
+  const int64_t* targets;
+  const void *lse, *g, *tangent_g;  // tangent_g may be null
+  void *loss, *lse_out;             // forward
+  void *grad, *tangent_grad, *tangent_loss;
+  int64_t rows, cols, ignore_index;
+  DType type;
 };
 
 struct Normal {

@@ -85,7 +85,7 @@ void jvp(const Jvp& call, int64_t begin, int64_t end) {
     using W = typename decltype(types)::w;
     using Y = typename decltype(types)::y;
     const W* const tangent_w = static_cast<const W*>(call.tangent_w);
-    Y* const y = static_cast<Y*>(call.y);
+    Y *const y = static_cast<Y*>(call.y), *const value = static_cast<Y*>(call.value);
     Weights<T, W> weights(call.at);
     for_rows<T>(call.at, begin, end, [&](int64_t r, int64_t, int64_t first, int64_t last, const Row<T>& row) {
       const auto tangent = [&](const void* p) {
@@ -95,7 +95,9 @@ void jvp(const Jvp& call, int64_t begin, int64_t end) {
       weights.for_spans(
           first, last,
           [&](int64_t i, auto count, const Vec<T>& w) QK_INLINE_LAMBDA {
-            const Slopes<Vec<T>, T> slopes(w, row);
+            const Vec<T> ratio = w / Vec<T>(row.scale);
+            const Slopes<Vec<T>, T> slopes(w, ratio, row);
+            if (value) put<NormalOrZero>(value + i, value_of(code_of(w, ratio, row), row), count);
             Vec<T> out(T(0));
             if (tangent_w) out = slopes.masked(get(tangent_w + i, count));
             if (call.tangent_scale) out = out + slopes.scale * along_s;

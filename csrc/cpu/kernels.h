@@ -32,22 +32,43 @@ constexpr int64_t kPanel = 32;  // rows of a weight that are multiplied together
 // Every kernel: its name and what it takes. A line here is a kernel in each of the ISAs.
 //
 // partial: 2 * rows * pieces_per_row doubles, used where rows are cut; finish_backward then adds them in order.
-// dynamic's units are rows, normal's kNoiseSpan elements; those of pack, unpack and dequantize_packed are rows (of all
+// dynamic's and cross_entropy's units are rows, normal's kNoiseSpan elements. gram_schmidt leaves rows + 1 partial sums
+// for each unit. Those of pack, unpack and dequantize_packed are rows (of all
 // experts), those of lowbit_prepare tokens, and those of lowbit_multiply the panels of one expert after another.
-#define QK_KERNELS(KERNEL)                                                                       \
-  KERNEL(forward, (const Forward&, int64_t begin, int64_t end))                                  \
-  KERNEL(backward, (const Backward&, double* partial, int64_t begin, int64_t end))               \
-  KERNEL(finish_backward, (const Backward&, const double* partial))                              \
-  KERNEL(jvp, (const Jvp&, int64_t begin, int64_t end))                                          \
-  KERNEL(quantize, (const Quantize&, int64_t begin, int64_t end))                                \
-  KERNEL(dequantize, (const Dequantize&, int64_t begin, int64_t end))                            \
-  KERNEL(dynamic, (const Dynamic&, int64_t begin, int64_t end))                                  \
-  KERNEL(normal, (const Normal&, int64_t begin, int64_t end))                                    \
-  KERNEL(pack, (const Pack&, int64_t begin, int64_t end))                                        \
-  KERNEL(unpack, (const Unpack&, int64_t begin, int64_t end))                                    \
-  KERNEL(dequantize_packed, (const LowbitLinear&, void* out, DType, int64_t begin, int64_t end)) \
-  KERNEL(lowbit_prepare, (const LowbitLinear&, void* memory, int64_t begin, int64_t end))        \
-  KERNEL(lowbit_multiply, (const LowbitLinear&, void* memory, const Expert*, int64_t begin, int64_t end))
+#define QK_KERNELS(KERNEL)                                                                                \
+  KERNEL(forward, (const Forward&, int64_t begin, int64_t end))                                           \
+  KERNEL(backward, (const Backward&, double* partial, int64_t begin, int64_t end))                        \
+  KERNEL(finish_backward, (const Backward&, const double* partial))                                       \
+  KERNEL(jvp, (const Jvp&, int64_t begin, int64_t end))                                                   \
+  KERNEL(quantize, (const Quantize&, int64_t begin, int64_t end))                                         \
+  KERNEL(dequantize, (const Dequantize&, int64_t begin, int64_t end))                                     \
+  KERNEL(dynamic, (const Dynamic&, int64_t begin, int64_t end))                                           \
+  KERNEL(normal, (const Normal&, int64_t begin, int64_t end))                                             \
+  KERNEL(pack, (const Pack&, int64_t begin, int64_t end))                                                 \
+  KERNEL(unpack, (const Unpack&, int64_t begin, int64_t end))                                             \
+  KERNEL(dequantize_packed, (const LowbitLinear&, void* out, DType, int64_t begin, int64_t end))          \
+  KERNEL(lowbit_prepare, (const LowbitLinear&, void* memory, int64_t begin, int64_t end))                 \
+  KERNEL(lowbit_multiply, (const LowbitLinear&, void* memory, const Expert*, int64_t begin, int64_t end)) \
+  KERNEL(gram_schmidt, (const GramSchmidt&, double* partial, int64_t begin, int64_t end))                 \
+  KERNEL(cross_entropy, (const CrossEntropy&, int64_t begin, int64_t end))                                \
+  KERNEL(cross_entropy_backward, (const CrossEntropy&, int64_t begin, int64_t end))                       \
+  KERNEL(cross_entropy_hvp, (const CrossEntropy&, int64_t begin, int64_t end))
+
+// Columns of a basis in blocks, two of which stay in the second cache level while all rows pass; and these in units.
+struct KrylovUnits {
+  int64_t cols, block, blocks_per_unit;
+
+  KrylovUnits(int64_t rows, int64_t cols_, int64_t element_bytes) : cols(cols_), block(2048) {
+    while (block > 256 && block * rows * element_bytes > 256 * 1024) block /= 2;
+    blocks_per_unit = (blocks() + kMost - 1) / kMost;
+    if (blocks_per_unit < 1) blocks_per_unit = 1;
+  }
+  int64_t blocks() const { return (cols + block - 1) / block; }
+  int64_t count() const { return (blocks() + blocks_per_unit - 1) / blocks_per_unit; }
+
+ private:
+  static constexpr int64_t kMost = 256;  // of them: their partial sums are added one after the other
+};
 
 struct Kernels {
   const char* isa;

@@ -92,10 +92,12 @@ QK_HD void for_lanes(int64_t n, F f) {
   if (i < n) f(i, n - i);
 }
 
+// Bytes of an output that is not wanted in the caches.
+constexpr int64_t kTooLarge = 24 << 20;
+
 // Whether an output is too large to be wanted in the caches and aligned so that it can pass them by.
 template <class T>
 bool streams(const T* p, const Units& units) {
-  constexpr int64_t kTooLarge = 24 << 20;
   return units.rows * units.cols * int64_t(sizeof(T)) >= kTooLarge && reinterpret_cast<uintptr_t>(p) % 64 == 0 &&
          units.cols * sizeof(T) % 64 == 0 && kUnitElements * sizeof(T) % 64 == 0;
 }

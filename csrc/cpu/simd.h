@@ -196,6 +196,30 @@ QK_HD F32 square_root(const F32& x) {
   return r;
 }
 
+// e^x for x <= 88, to two units in the last place; 0 where the result would be subnormal. NaN stays.
+QK_HD F32 exponential(const F32& x) {
+  const F32 low(-87.3f), high(88.0f);
+  const F32 clamped = min_of(high, max_of(low, x));
+  const F32 n = round_half_even(clamped * F32(1.44269504088896341f));
+  const F32 r = (clamped - n * F32(0.693359375f)) - n * F32(-2.12194440e-4f);
+  F32 y = F32(1.9875691500e-4f) * r + F32(1.3981999507e-3f);
+  y = y * r + F32(8.3334519073e-3f);
+  y = y * r + F32(4.1665795894e-2f);
+  y = y * r + F32(1.6666665459e-1f);
+  y = y * r + F32(5.0000001201e-1f);
+  y = (y * (r * r) + r) + F32(1.0f);
+  const F32 power = as_float(to_uint(n + F32(127.0f)) << 23);
+  return select(x < low, F32(0.0f), y * power);
+}
+QK_HD Vec<double> exponential(const Vec<double>& x) {
+  Vec<double> r;
+  for (int i = 0; i < kLanes; ++i) {
+    constexpr int width = Vec<double>::kWidth;
+    r.part[i / width][i % width] = std::exp(x.part[i / width][i % width]);
+  }
+  return r;
+}
+
 // The 64-bit products of a and b as two halves.
 QK_HD void multiply_wide(const U32& a, uint32_t b, U32& high, U32& low) {
   using Wide = Register<uint64_t>;
@@ -382,6 +406,50 @@ QK_HD void widen(const F32& x, Vec<double>& out) {
   float lanes[kLanes];
   store(lanes, x);
   for (int i = 0; i < kLanes; ++i) out.part[i / Vec<double>::kWidth][i % Vec<double>::kWidth] = lanes[i];
+}
+
+// One register of float64 lanes from elements, and back, rounded.
+using WideRegister = Vec<double>::Reg;
+QK_HD WideRegister load_wide(const double* p) {
+  WideRegister r;
+  std::memcpy(&r, p, sizeof r);
+  return r;
+}
+QK_HD WideRegister load_wide(const float* p) {
+#if defined(__AVX512F__)
+  return (WideRegister)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+#elif defined(__AVX2__)
+  return (WideRegister)_mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
+  Register<float, kRegisterBytes / 2> half;
+  std::memcpy(&half, p, sizeof half);
+  return __builtin_convertvector(half, WideRegister);
+#endif
+}
+QK_HD WideRegister load_wide(const bfloat16* p) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (WideRegister)_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
+#elif defined(__AVX2__)
+  const __m128i bits = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return (WideRegister)_mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(bits, 16)));
+#else
+  float lanes[Vec<double>::kWidth];
+  for (int i = 0; i < Vec<double>::kWidth; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(p[i].bits) << 16;
+    std::memcpy(&lanes[i], &bits, sizeof bits);
+  }
+  return load_wide(static_cast<const float*>(lanes));
+#endif
+}
+QK_HD void store(double* p, WideRegister x) { std::memcpy(p, &x, sizeof x); }
+QK_HD void store(float* p, WideRegister x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_ps(p, _mm512_cvtpd_ps(x));
+#else
+  const auto half = __builtin_convertvector(x, Register<float, kRegisterBytes / 2>);
+  std::memcpy(p, &half, sizeof half);
+#endif
 }
 
 // The first n < 16 elements, the other lanes 0.

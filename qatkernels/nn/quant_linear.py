@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..ops import fake_quantize, quantize
+from ..ops import fake_quantize, quant_linear_dual, quantize
 from ..ops.fake_quantize import FLOATS
+from ..ops.noise import make_seed
+from ..ops.quant_linear import forward_mode_alone
 from .activation import DynamicActivation, Float32Scales, LearnedActivation, compute_dtype
 from .config import QuantConfig
 
@@ -128,7 +131,27 @@ class QuantLinear(Float32Scales, nn.Linear):
         if self.act is not None:
             x = self.act(x)
         noise = (self.noise_std, self.scale_noise_std) if self.training else (0.0, 0.0)
-        return F.linear(x, self._fake_quantized(compute_dtype(self.weight), *noise), self.bias)
+        dtype = compute_dtype(self.weight)
+        pushing = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+        if pushing and forward_mode_alone(x, *self.parameters(recurse=False)):
+            return self._pushed_forward(x, dtype or self.weight.dtype, *noise)
+        return F.linear(x, self._fake_quantized(dtype, *noise), self.bias)
+
+    def _pushed_forward(self, x: Tensor, dtype: torch.dtype, noise_std: float, scale_noise_std: float) -> Tensor:
+        """Return the output with its tangent, both from one read of the weight and of its tangent."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(dtype)
+        x2, along_x = forward_ad.unpack_dual(x.reshape(-1, self.in_features))
+        held = (self.weight, self.scale, self.zero_point)
+        weight, tangents = zip(*((None, None) if t is None else forward_ad.unpack_dual(t) for t in held), strict=True)
+        if all(t is None for t in (along_x, *tangents)):
+            y = F.linear(x2, self._fake_quantized(dtype, noise_std, scale_noise_std))
+        else:
+            seed = make_seed(None, x.device) if noise_std or scale_noise_std else None
+            point = (*weight, seed, list(self.grid.constants), noise_std, scale_noise_std, self._grad_scale)
+            y = forward_ad.make_dual(*quant_linear_dual(x2, along_x, *tangents, *point, False))
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(dtype)
 
     def _fake_quantized(self, dtype: torch.dtype | None, noise_std: float = 0, scale_noise_std: float = 0) -> Tensor:
         return fake_quantize(

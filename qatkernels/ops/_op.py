@@ -150,3 +150,51 @@ class Function(torch.autograd.Function):
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
         return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+class Composite(Function):
+    """Functions whose own derivatives are those of their formula in plain PyTorch, logits and all."""
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], tensors: int) -> None:
+        """Save the inputs; the first ``tensors`` are differentiable."""
+        ctx.differentiable, ctx.count = tensors, sum(t is None or isinstance(t, Tensor) for t in inputs)
+        ctx.save_for_backward(*inputs[: ctx.count])
+        ctx.save_for_forward(*inputs[: ctx.count])
+        ctx.settings = inputs[ctx.count :]
+
+    @staticmethod
+    def function(ctx: Any, formula: Any) -> tuple[Any, list[int]]:
+        """Return the formula as a function of the differentiable inputs that are there, and where they are."""
+        saved = list(ctx.saved_tensors)
+        present = [i for i in range(ctx.differentiable) if saved[i] is not None]
+
+        def call(*primals: Tensor) -> Any:
+            given = list(saved)
+            for i, p in zip(present, primals, strict=True):
+                given[i] = p
+            return formula(*given, *ctx.settings)
+
+        return call, present
+
+    @staticmethod
+    def pulled(ctx: Any, formula: Any, gs: Any) -> tuple[Any, ...]:
+        """Gradients of all inputs."""
+        call, present = Composite.function(ctx, formula)
+        grads: list[Any] = [None] * (ctx.count + len(ctx.settings))
+        pull = torch.func.vjp(call, *(ctx.saved_tensors[i] for i in present))[1]
+        for i, grad in zip(present, pull(gs), strict=True):
+            grads[i] = grad
+        return tuple(grads)
+
+    @staticmethod
+    def pushed(ctx: Any, formula: Any, tangents: Any) -> Any:
+        """Tangents of the outputs."""
+        call, present = Composite.function(ctx, formula)
+        # Contiguous, because forward mode takes no expanded tensors.
+        primals = tuple(ctx.saved_tensors[i].contiguous() for i in present)
+        along = tuple(
+            torch.zeros_like(p) if tangents[i] is None else tangents[i].contiguous()
+            for i, p in zip(present, primals, strict=True)
+        )
+        return torch.func.jvp(call, primals, along)[1]

@@ -8,7 +8,8 @@ grid, both held constant (that is the straight-through rule), and the gradient s
     backward  dw = M * g,   ds = gamma * sum(D * g),   dz = gamma * sum(Z * g)     its transpose
 
 so the backward's derivative is the jvp, the jvp's is the backward, and nothing else is ever needed. Z, the derivative
-with respect to the zero point, is 0 where the gradient passes and -s elsewhere.
+with respect to the zero point, is 0 where the gradient passes and -s elsewhere. A fourth op, the dual, gives y and dy
+together and reads w once for both.
 
 A weight is seen as rows that share a scale: the whole weight, an output channel, or a group of inputs. All arithmetic
 is in float32 (float64 for float64 weights); only w, the scales and the seed are kept for the backward, and the noise is
@@ -155,6 +156,10 @@ def _jvp(
     return out.to(dtype or w.dtype).view(w.shape)
 
 
+def _dual(*args: Any) -> tuple[Tensor, Tensor]:
+    return _forward(*args[3:]), _jvp(*args)
+
+
 def check_call(w: Tensor, scale: Tensor, zero_point: Tensor | None, seed: Tensor | None, grid: list[float]) -> None:
     """The contract of the op, for real and fake tensors alike."""
     torch._check(w.dtype in FLOATS, lambda: f"w is {w.dtype}, must be one of {FLOATS}")
@@ -223,6 +228,11 @@ def _fake_jvp(
     return w.new_empty(w.shape, dtype=_output_dtype(w, rest[-1]))
 
 
+def _fake_dual(*args: Any) -> tuple[Tensor, Tensor]:
+    tangent = _fake_jvp(*args)
+    return torch.empty_like(tangent), tangent
+
+
 _CALL = "Tensor w, Tensor scale, Tensor? zero_point, Tensor? seed, float[] grid, float noise_std, float scale_noise_std"
 FORWARD = define(
     "fake_quantize", f"{_CALL}, float grad_scale, ScalarType? dtype", ("out",), reference=_forward, fake=_fake_forward
@@ -231,11 +241,14 @@ BACKWARD = define(
     "fake_quantize_backward", f"Tensor g, {_CALL}, float grad_scale", ("dw", "ds", "dz"),
     reference=_backward, fake=_fake_backward,
 )  # fmt: skip
+_TANGENTS = "Tensor? tangent_w, Tensor? tangent_scale, Tensor? tangent_zero_point"
 JVP = define(
-    "fake_quantize_jvp",
-    "Tensor? tangent_w, Tensor? tangent_scale, Tensor? tangent_zero_point, "
-    f"{_CALL}, float grad_scale, ScalarType? dtype",
+    "fake_quantize_jvp", f"{_TANGENTS}, {_CALL}, float grad_scale, ScalarType? dtype",
     ("out",), reference=_jvp, fake=_fake_jvp,
+)  # fmt: skip
+DUAL = define(
+    "fake_quantize_dual", f"{_TANGENTS}, {_CALL}, float grad_scale, ScalarType? dtype",
+    ("out", "tangent"), reference=_dual, fake=_fake_dual,
 )  # fmt: skip
 
 
@@ -261,10 +274,10 @@ class _Linearized(Function):
         return tuple(grad if n else None for n, grad in zip(needed, (*grads, None), strict=False))
 
     @staticmethod
-    def pushed(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor | None:
-        """Tangent of y."""
+    def pushed(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor:
+        """Tangent of y; zeros and not None, which forward mode inside forward mode does not take."""
         if all(t is None for t in tangents):
-            return None
+            return torch.zeros_like(ctx.saved_tensors[0], dtype=ctx.dtype)
         return FakeQuantizeJvp.apply(*tangents, *ctx.saved_tensors, *ctx.settings, ctx.dtype)
 
 
@@ -302,13 +315,15 @@ class FakeQuantizeBackward(_Linearized):
 
     @staticmethod
     def backward(ctx: Any, tw: Any, ts: Any, tz: Any = None) -> Any:
-        tz = None if ctx.saved_tensors[2] is None else tz
-        return _Linearized.pushed(ctx, (tw, ts, tz)), *[None] * 8
+        tangents = (tw, ts, None if ctx.saved_tensors[2] is None else tz)
+        if all(t is None for t in tangents):
+            return (None,) * 9
+        return _Linearized.pushed(ctx, tangents), *[None] * 8
 
     @staticmethod
     def jvp(ctx: Any, g: Any, *_: Any) -> Any:
         if g is None:
-            return (None,) * (2 if ctx.saved_tensors[2] is None else 3)
+            return tuple(torch.zeros_like(t) for t in ctx.saved_tensors[:3] if t is not None)
         return FakeQuantizeBackward.apply(g, *ctx.saved_tensors, *ctx.settings)
 
 
@@ -332,7 +347,34 @@ class FakeQuantizeJvp(_Linearized):
         return _Linearized.pushed(ctx, tangents[:3])
 
 
-for _op, _function in ((FORWARD, FakeQuantize), (BACKWARD, FakeQuantizeBackward), (JVP, FakeQuantizeJvp)):
+class FakeQuantizeDual(_Linearized):
+    """(y, dy) from the tangents and the point: both rules at once."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return Function.run(torch.ops.qatkernels.fake_quantize_dual.default, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _Linearized.keep(ctx, inputs[3:], output[0].dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, tangent_g: Tensor | None) -> Any:
+        grads: list[Tensor | None] = []
+        for needed, upstream in ((ctx.needs_input_grad[:3], tangent_g), (ctx.needs_input_grad[3:6], g)):
+            some = upstream is not None and any(needed)
+            found = FakeQuantizeBackward.apply(upstream, *ctx.saved_tensors, *ctx.settings) if some else ()
+            grads += [grad if n else None for n, grad in zip(needed, (*found, None, None, None), strict=False)]
+        return *grads, *[None] * 6
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _Linearized.pushed(ctx, tangents[3:6]), _Linearized.pushed(ctx, tangents[:3])
+
+
+for _op, _function in (
+    (FORWARD, FakeQuantize), (BACKWARD, FakeQuantizeBackward), (JVP, FakeQuantizeJvp), (DUAL, FakeQuantizeDual),
+):  # fmt: skip
     # torch.compile traces the ops themselves (Dynamo takes no Function that has a jvp); the rules are the same.
     torch.library.register_autograd(
         f"qatkernels::{_op.name}",

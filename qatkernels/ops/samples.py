@@ -58,7 +58,7 @@ class Sample:
             return (*self.point, self.dtype)
         if op == "fake_quantize_backward":
             return (self.upstream(), *self.point)
-        if op == "fake_quantize_jvp":
+        if op in ("fake_quantize_jvp", "fake_quantize_dual"):
             return (*self.tangents(), *self.point, self.dtype)
         if op == "quantize":
             w, scale, zero_point, _, constants = self.point[:5]
@@ -111,3 +111,49 @@ def samples(device: torch.device | str = "cpu") -> Iterator[Sample]:
         yield make(grid, (3, 40000), torch.bfloat16, "tensor", device, noise=True)
         yield make(grid, (64, 128), torch.float32, 32, device, noise=True)
         yield make(grid, (4, 64), torch.float32, "row", device, out_dtype=torch.float16)
+
+
+#: A call of an op by name: what it is, the op, its arguments.
+Call = tuple[str, str, tuple[Any, ...]]
+
+
+def logits_calls(dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[Call]:
+    """Yield every op of cross_entropy.py on logits of several sizes.
+
+    One row is ignored, one has a target outside, one is half -inf.
+    """
+    for tokens, vocabulary in ((5, 7), (1, 1), (4, 1500), (3, 4096), (4, 9001)):
+        generator = torch.Generator().manual_seed(vocabulary)
+        logits, tangent = (torch.randn(tokens, vocabulary, generator=generator) for _ in range(2))
+        targets = torch.randint(vocabulary, (tokens,), generator=generator)
+        if tokens > 3:
+            targets[:2] = torch.tensor([-100, vocabulary])
+            logits[2, : vocabulary // 2], targets[2] = -torch.inf, vocabulary - 1
+        logits, tangent = (logits * 3).to(device, dtype), tangent.to(device, dtype)
+        number = torch.float64 if dtype == torch.float64 else torch.float32
+        g, tangent_g = (torch.randn(tokens, generator=generator).to(device, number) for _ in range(2))
+        lse = torch.logsumexp(logits.to(number), 1)
+        point = (logits, lse, targets.to(device), -100)
+        name = f"{tokens}x{vocabulary}-{str(dtype)[6:]}"
+        yield name, "cross_entropy", (logits, *point[2:])
+        yield name, "cross_entropy_jvp", (tangent, *point)
+        yield name, "cross_entropy_backward", (g, *point)
+        for along in (tangent_g, None):
+            yield name, "cross_entropy_hvp", (tangent, along, g, *point)
+            yield name, "cross_entropy_dual", (tangent, along, g, *point)
+
+
+def basis_calls(device: torch.device | str = "cpu") -> Iterator[Call]:
+    """Yield gram_schmidt in every dtype: with and without an update, one block and many, groups of rows and rests."""
+    for basis_dtype, dtype in (
+        (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64),
+        (torch.float32, torch.float64),
+    ):  # fmt: skip
+        for rows, cols in ((7, 1003), (60, 5001), (1, 100), (300, 700), (3, 0), (0, 50), (2, 600_000)):
+            generator = torch.Generator().manual_seed(cols)
+            basis = torch.randn(rows, cols, generator=generator).to(device, basis_dtype)
+            w = torch.randn(cols, generator=generator).to(device, dtype)
+            h = torch.randn(rows, generator=generator, dtype=torch.float64).to(device)
+            name = f"{rows}x{cols}-{str(basis_dtype)[6:]}-{str(dtype)[6:]}"
+            for update in (None, h):
+                yield name + ("" if update is None else "-update"), "gram_schmidt", (basis, w, update)

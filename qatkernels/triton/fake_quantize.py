@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +17,12 @@ from ._rows import load_scale, load_weight, point, rows_of_program, shape_of, ti
 @triton.jit
 def slopes_of(w, scale, zero, GRID: tl.constexpr):
     """Where r is below and above the pass-through range, and dy/ds."""
-    r = divide(w, tl.broadcast_to(scale, w.shape))
+    return slopes_at(divide(w, tl.broadcast_to(scale, w.shape)), w, zero, GRID)
+
+
+@triton.jit
+def slopes_at(r, w, zero, GRID: tl.constexpr):
+    """The same for a ratio r = w / scale that is known."""
     below = r < constant(GRID[5], r) - zero
     above = r > constant(GRID[6], r) - zero
     code = code_of(w, r, zero, GRID)
@@ -73,11 +79,11 @@ def fake_quantize_bwd_kernel(
 
 @triton.jit
 def fake_quantize_jvp_kernel(
-    w_ptr, tangent_w_ptr, tangent_scale_ptr, tangent_zero_ptr, y_ptr, scale_ptr, zero_ptr, seed_ptr, rows, cols,
-    noise_std, scale_noise_std, chunks,
+    w_ptr, tangent_w_ptr, tangent_scale_ptr, tangent_zero_ptr, y_ptr, value_ptr, scale_ptr, zero_ptr, seed_ptr, rows,
+    cols, noise_std, scale_noise_std, chunks,
     GRID: tl.constexpr, COMPUTE: tl.constexpr, ZERO: tl.constexpr, NOISE: tl.constexpr, SCALE_NOISE: tl.constexpr,
     BY_FOUR: tl.constexpr, ALONG_W: tl.constexpr, ALONG_S: tl.constexpr, ALONG_Z: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
+    VALUE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     row, exists, chunk = rows_of_program(rows, chunks, R)
     scale, zero = load_scale(scale_ptr, zero_ptr, seed_ptr, row, exists, scale_noise_std, COMPUTE, ZERO, SCALE_NOISE)
@@ -85,7 +91,11 @@ def fake_quantize_jvp_kernel(
     mask = exists & (columns < cols)[None, :]
     offset = row * cols + columns[None, :]
     w = load_weight(w_ptr, seed_ptr, row, columns, cols, mask, noise_std, R, C, COMPUTE, NOISE, BY_FOUR)
-    beyond, slope = slopes_of(w, scale, zero, GRID)
+    r = divide(w, tl.broadcast_to(scale, w.shape))
+    beyond, slope = slopes_at(r, w, zero, GRID)
+    if VALUE:
+        value = value_of(code_of(w, r, zero, GRID), scale, zero, GRID)
+        tl.store(value_ptr + offset, to_element(value, value_ptr.dtype.element_ty), mask)
     y = tl.zeros((R, C), COMPUTE)
     if ALONG_W:
         y = tl.where(beyond, 0.0, from_element(tl.load(tangent_w_ptr + offset, mask, other=0.0), COMPUTE))
@@ -139,12 +149,11 @@ def fake_quantize_backward_out(
             dz.copy_((partial_z.sum(-1) * grad_scale).view(dz.shape))
 
 
-def fake_quantize_jvp_out(
+def _tangent_out(
     tangent_w: Tensor | None, tangent_scale: Tensor | None, tangent_zero_point: Tensor | None,
     w: Tensor, scale: Tensor, zero_point: Tensor | None, seed: Tensor | None, grid: list[float],
-    noise_std: float, scale_noise_std: float, grad_scale: float, dtype: torch.dtype | None, out: Tensor,
+    noise_std: float, scale_noise_std: float, grad_scale: float, *, out: Tensor, value: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Write the tangent of y. Arguments as the op's."""
     if w.numel() == 0:
         return
     w, scale = w.contiguous(), scale.contiguous()
@@ -154,14 +163,25 @@ def fake_quantize_jvp_out(
     args, constants = point(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, w.dtype)
     tiles = tiling(*shape_of(w, scale), chunk_columns=1)
     fake_quantize_jvp_kernel[(tiles.programs,)](
-        w, *tangents, out, *args, tiles.chunks, **constants,
+        w, *tangents, out, out if value is None else value, *args, tiles.chunks, **constants,
         ALONG_W=tangent_w is not None, ALONG_S=tangent_scale is not None, ALONG_Z=tangent_zero_point is not None,
-        R=tiles.tile_rows, C=tiles.tile_cols,
+        VALUE=value is not None, R=tiles.tile_rows, C=tiles.tile_cols,
     )  # fmt: skip
+
+
+def fake_quantize_jvp_out(*args: Any) -> None:
+    """Write the tangent of y. Arguments as the op's."""
+    _tangent_out(*args[:11], out=args[-1])
+
+
+def fake_quantize_dual_out(*args: Any) -> None:
+    """Write y and its tangent. Arguments as the op's."""
+    _tangent_out(*args[:11], out=args[-1], value=args[-2])
 
 
 OUT_IMPLS: dict[str, Callable[..., None]] = {
     "fake_quantize": fake_quantize_out,
     "fake_quantize_backward": fake_quantize_backward_out,
     "fake_quantize_jvp": fake_quantize_jvp_out,
+    "fake_quantize_dual": fake_quantize_dual_out,
 }

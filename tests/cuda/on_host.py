@@ -56,7 +56,7 @@ class Backward(Structure):
 class Jvp(Structure):
     _fields_ = (
         ("at", Point), ("tangent_w", c_void_p), ("tangent_scale", c_void_p), ("tangent_zero_point", c_void_p),
-        ("y", c_void_p), ("y_type", c_int32),
+        ("y", c_void_p), ("y_type", c_int32), ("value", c_void_p),
     )  # fmt: skip
 
 

@@ -12,11 +12,11 @@ from qatkernels.backends import IMPLS, extension
 from qatkernels.ops import noise
 from qatkernels.ops._op import OPS
 from qatkernels.ops.fake_quantize import FLOATS
-from qatkernels.ops.samples import GRIDS, make, samples, weights
+from qatkernels.ops.samples import GRIDS, basis_calls, logits_calls, make, samples, weights
 from tests.compare import assert_same_bits, check_first_output, check_sample, run_out, special_calls
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FAMILY = ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "quantize")
+FAMILY = ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "fake_quantize_dual", "quantize")
 SAMPLES = list(samples())
 
 
@@ -167,6 +167,8 @@ def test_every_isa_gives_the_same_bits(tmp_path):
     calls = [(op, sample.args(op)) for sample in SAMPLES for op in FAMILY]
     calls += [("fake_quantize_dynamic", (weights((5, 77), dtype), 8)) for dtype in FLOATS]
     calls += [("normal", (torch.tensor(3), 10001, 0))]
+    calls += [(op, args) for dtype in FLOATS for _, op, args in logits_calls(dtype)]
+    calls += [(op, args) for _, op, args in basis_calls()]
     torch.save(calls, tmp_path / "calls.pt")
     results = {}
     for isa in ISAS:

@@ -135,6 +135,23 @@ def test_hessian_holds_the_mask_constant(grid):
 
 
 @pytest.mark.parametrize("grid", [qk.seq(2), qk.affine(4)], ids=["seq", "affine"])
+def test_forward_over_forward(grid):
+    """The curvature along a tangent: y is linear to second order, so only the square curves."""
+    call, primals = _point(grid)
+    tangents = tuple(torch.randn_like(p) for p in primals)
+
+    def loss(*args):
+        return call(*args).square().sum()
+
+    curvature = jvp(lambda *p: jvp(loss, p, tangents)[1], primals, tangents)[1]
+    torch.testing.assert_close(curvature, 2 * jvp(call, primals, tangents)[1].square().sum())
+    gradient = jvp(
+        lambda *p: jvp(lambda *q: vjp(call, *q)[1](torch.ones_like(q[0])), p, tangents)[1], primals, tangents
+    )
+    assert all(t.eq(0).all() for t in gradient[1])
+
+
+@pytest.mark.parametrize("grid", [qk.seq(2), qk.affine(4)], ids=["seq", "affine"])
 def test_vmap_equals_a_loop(grid):
     call, primals = _point(grid)
     batch = tuple(torch.randn(3, *p.shape, dtype=p.dtype) for p in primals)
@@ -155,7 +172,9 @@ def test_vmap_equals_a_loop(grid):
     assert_same_bits(out, torch.stack([call(w, *primals[1:]) for w in many]))
 
 
-@pytest.mark.parametrize("op", ["fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "quantize"])
+@pytest.mark.parametrize(
+    "op", ["fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "fake_quantize_dual", "quantize"]
+)
 def test_opcheck(op):
     chosen = [make(qk.seq(2), (4, 8), noise=op != "quantize"), make(qk.affine(4), (4, 8), granularity=4)]
     chosen += [make(qk.lsq(4), (4, 8), out_dtype=torch.bfloat16)] if op != "quantize" else []

@@ -13,12 +13,21 @@ import qatkernels as qk
 from qatkernels.backends import IMPLS
 from qatkernels.ops._op import OPS
 from qatkernels.ops.fake_quantize import FLOATS
-from qatkernels.ops.samples import GRIDS, make, samples, weights
-from tests.compare import assert_same_bits, check_first_output, check_sample, run_out, special_calls
+from qatkernels.ops.samples import GRIDS, basis_calls, logits_calls, make, samples, weights
+from tests.compare import (
+    assert_same_bits,
+    check_first_output,
+    check_gram_schmidt,
+    check_linear_dual,
+    check_rows,
+    check_sample,
+    run_out,
+    special_calls,
+)
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
-FAMILY = ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "quantize")
+FAMILY = ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "fake_quantize_dual", "quantize")
 
 
 def triton_out(op):
@@ -60,6 +69,7 @@ def test_empty(op, shape):
     args = {
         "fake_quantize": (*point, None),
         "fake_quantize_backward": (torch.empty(shape), *point),
+        "fake_quantize_dual": (w, scale, None, *point, None),
         "fake_quantize_jvp": (w, scale, None, *point, None),
         "quantize": (w, scale, None, point[4], -8, 7),
     }[op]
@@ -112,3 +122,39 @@ def test_normals(numel, seed, stream):
     seed = torch.tensor(seed)
     expected = OPS["normal"].reference(seed, numel, stream)
     assert_same_bits(run_out("normal", triton_out("normal"), (seed, numel, stream))[0], expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_cross_entropy(dtype):
+    for name, op, args in logits_calls(dtype):
+        check_rows(op, triton_out(op), args, name)
+
+
+@pytest.mark.parametrize("call", [c for c in basis_calls() if c[2][1].numel() < 10_000], ids=lambda c: c[0])
+def test_gram_schmidt(call):
+    name, op, args = call
+    check_gram_schmidt(triton_out(op), args, name)
+
+
+def test_gram_schmidt_of_more_columns_than_programs_have_tiles(monkeypatch):
+    import qatkernels.triton.krylov as krylov
+
+    monkeypatch.setattr(krylov, "MOST_PROGRAMS", 3)
+    basis, w = torch.randn(60, 1000), torch.randn(1000)
+    check_gram_schmidt(triton_out("gram_schmidt"), (basis, w, torch.randn(60).double()))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "sample",
+    [
+        make(qk.lsq(4), (70, 48), torch.float32, "row", noise=True),
+        make(qk.affine(4), (6, 48), torch.float32, 16, out_dtype=torch.bfloat16),
+        make(qk.seq(2), (5, 37), torch.bfloat16, "tensor"),
+        make(qk.binary(), (5, 37), torch.float64, "row"),
+        make(qk.ternary(), (33, 16), torch.float16, "row"),
+    ],
+    ids=lambda s: s.name,
+)
+def test_quant_linear_dual(sample, transposed):
+    check_linear_dual(triton_out("quant_linear_dual"), sample, 70, transposed)

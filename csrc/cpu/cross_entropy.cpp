@@ -1,0 +1,199 @@
+// Softmax cross-entropy on the CPU, row by row: the loss, its gradient, and the tangent of the gradient, which writes
+// one tensor of logits' size and reads two.
+//
+// Sums run over sixteen lanes through a span and over spans in float64, so their order depends on the shape alone.
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "rows.h"
+
+namespace qk {
+namespace QK_ISA {
+
+constexpr int64_t kSpan = 1024;
+
+enum class Target { valid, ignored, outside };
+
+inline Target target_of(const CrossEntropy& call, int64_t row) {
+  const int64_t target = call.targets[row];
+  if (target == call.ignore_index) return Target::ignored;
+  return 0 <= target && target < call.cols ? Target::valid : Target::outside;
+}
+
+template <class F>
+QK_HD void for_spans(int64_t n, F f) {
+  for (int64_t start = 0; start < n; start += kSpan) f(start, std::min(kSpan, n - start));
+}
+
+template <class T, class X>
+T largest_of(const X* x, int64_t n) {
+  constexpr T lowest = -std::numeric_limits<T>::infinity();
+  Vec<T> most(lowest);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) most = max_of(Vec<T>(load(x + i)), most);
+  T lanes[kLanes];
+  if (i < n) {
+    store(lanes, Vec<T>(load_first(x + i, n - i)));
+    std::fill(lanes + n - i, lanes + kLanes, lowest);
+    most = max_of(load(static_cast<const T*>(lanes)), most);
+  }
+  store(lanes, most);
+  return *std::max_element(lanes, lanes + kLanes);
+}
+
+// The first n lanes of x, the others 0.
+template <class T>
+QK_HD Vec<T> first_lanes(const Vec<T>& x, All) {
+  return x;
+}
+template <class T>
+QK_HD Vec<T> first_lanes(const Vec<T>& x, int64_t n) {
+  T lanes[kLanes];
+  store(lanes, x);
+  return load_first(static_cast<const T*>(lanes), n);
+}
+
+// log(sum(exp(x))) in one pass over memory: when a span has a larger element than all before, what they summed to is
+// scaled down.
+template <class T, class X>
+double log_sum_exp(const X* x, int64_t cols) {
+  double largest = -std::numeric_limits<double>::infinity(), total = 0;
+  for_spans(cols, [&](int64_t start, int64_t n) {
+    const double most = largest_of<T>(x + start, n);
+    if (most > largest) {
+      total = total == 0 ? 0 : total * std::exp(largest - most);
+      largest = most;
+    }
+    const Vec<T> shift(largest == -std::numeric_limits<double>::infinity() ? T(0) : static_cast<T>(largest));
+    Vec<T> sums(T(0));
+    for_lanes(n, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
+      sums = sums + first_lanes(exponential(Vec<T>(get(x + start + i, count)) - shift), count);
+    });
+    total += sum(sums);
+  });
+  return largest + std::log(total);
+}
+
+void cross_entropy(const CrossEntropy& call, int64_t begin, int64_t end) {
+  with_types(call.type, call.type, [&](auto types) {
+    using T = typename decltype(types)::C;
+    using X = typename decltype(types)::w;
+    for (int64_t row = begin; row < end; ++row) {
+      const X* const x = static_cast<const X*>(call.logits) + row * call.cols;
+      T &loss = static_cast<T*>(call.loss)[row], &lse = static_cast<T*>(call.lse_out)[row];
+      const Target target = target_of(call, row);
+      if (target == Target::ignored) {
+        loss = lse = T(0);
+        continue;
+      }
+      const double exact = log_sum_exp<T>(x, call.cols);
+      lse = static_cast<T>(exact);
+      loss = std::numeric_limits<T>::quiet_NaN();
+      if (target == Target::valid) {
+        T lanes[kLanes];
+        store(lanes, Vec<T>(get(x + call.targets[row], 1)));
+        loss = static_cast<T>(exact - lanes[0]);
+      }
+    }
+  });
+}
+
+// Whether an output is too large to be wanted in the caches. In place it is there already.
+inline bool passes_caches(const CrossEntropy& call, const void* out, int64_t element_bytes) {
+  return out != call.logits && out != call.tangent && call.rows * call.cols * element_bytes >= kTooLarge;
+}
+
+// for_lanes whose whole lanes lie in cache lines of the output, which starts anywhere.
+template <class X, class F>
+QK_HD void for_lines(const X* out, int64_t n, F f) {
+  const int64_t head = std::min<int64_t>(n, (64 - reinterpret_cast<uintptr_t>(out) % 64) % 64 / sizeof(X));
+  for (int64_t i = 0; i < head; i += kLanes) f(i, std::min<int64_t>(kLanes, head - i));
+  for_lanes(n - head, [&](int64_t i, auto count) QK_INLINE_LAMBDA { f(head + i, count); });
+}
+
+void cross_entropy_backward(const CrossEntropy& call, int64_t begin, int64_t end) {
+  with_types(call.type, call.type, [&](auto types) {
+    using T = typename decltype(types)::C;
+    using X = typename decltype(types)::w;
+    const bool streaming = passes_caches(call, call.grad, sizeof(X));
+    for (int64_t row = begin; row < end; ++row) {
+      const X* const x = static_cast<const X*>(call.logits) + row * call.cols;
+      X* const grad = static_cast<X*>(call.grad) + row * call.cols;
+      const Target target = target_of(call, row);
+      const T factor =
+          target == Target::outside ? std::numeric_limits<T>::quiet_NaN() : static_cast<const T*>(call.g)[row];
+      const Vec<T> g(factor), lse(static_cast<const T*>(call.lse)[row]);
+      if (target == Target::ignored) {
+        std::memset(static_cast<void*>(grad), 0, call.cols * sizeof(X));
+        continue;
+      }
+      const int64_t at = target == Target::valid ? call.targets[row] : 0;
+      const Vec<T> p_at = exponential(Vec<T>(get(x + at, 1)) - lse);
+      for_lines(grad, call.cols, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
+        put<Rounded>(grad + i, g * exponential(Vec<T>(get(x + i, count)) - lse), count, streaming);
+      });
+      put<Rounded>(grad + at, g * (p_at - Vec<T>(T(1))), 1);
+    }
+    if (streaming) stream_fence();
+  });
+}
+
+void cross_entropy_hvp(const CrossEntropy& call, int64_t begin, int64_t end) {
+  with_types(call.type, call.type, [&](auto types) {
+    using T = typename decltype(types)::C;
+    using X = typename decltype(types)::w;
+    const bool streaming = passes_caches(call, call.tangent_grad, sizeof(X));
+    std::vector<T> probabilities(call.tangent_grad ? call.cols + kLanes : 0);
+    const auto number = [](const void* p, int64_t row) { return p ? static_cast<const T*>(p)[row] : T(0); };
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t first = row * call.cols;
+      const X *const x = static_cast<const X*>(call.logits) + first, *const v =
+                                                                         static_cast<const X*>(call.tangent) + first;
+      X* const d = call.grad ? static_cast<X*>(call.grad) + first : nullptr;
+      X* const dd = call.tangent_grad ? static_cast<X*>(call.tangent_grad) + first : nullptr;
+      T& tangent_loss = static_cast<T*>(call.tangent_loss)[row];
+      const Target target = target_of(call, row);
+      if (target == Target::ignored) {
+        tangent_loss = T(0);
+        if (d) std::memset(static_cast<void*>(d), 0, call.cols * sizeof(X));
+        if (dd) std::memset(static_cast<void*>(dd), 0, call.cols * sizeof(X));
+        continue;
+      }
+      const Vec<T> one(T(1)), lse(number(call.lse, row));
+      double total = 0;
+      for_spans(call.cols, [&](int64_t start, int64_t n) {
+        Vec<T> sums(T(0));
+        for_lanes(n, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
+          const Vec<T> p = exponential(Vec<T>(get(x + start + i, count)) - lse);
+          if (dd) store(probabilities.data() + start + i, p);
+          sums = sums + first_lanes(p * Vec<T>(get(v + start + i, count)), count);
+        });
+        total += sum(sums);
+      });
+      const T nan = std::numeric_limits<T>::quiet_NaN();
+      const int64_t at = target == Target::valid ? call.targets[row] : 0;
+      // Read now: an output may lie where the tangent does.
+      const Vec<T> v_at = get(v + at, 1);
+      T lanes[kLanes];
+      store(lanes, v_at);
+      tangent_loss = target == Target::valid ? static_cast<T>(total - lanes[0]) : nan;
+      if (!dd) continue;
+      const Vec<T> g(target == Target::valid ? number(call.g, row) : nan), tangent_g(number(call.tangent_g, row)),
+          mean(static_cast<T>(total));
+      for_lines(dd, call.cols, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
+        const Vec<T> p = load(static_cast<const T*>(probabilities.data()) + i), slope = g * p;
+        const Vec<T> tangent = slope * (Vec<T>(get(v + i, count)) - mean) + tangent_g * p;
+        if (d) put<Rounded>(d + i, slope, count);
+        put<Rounded>(dd + i, tangent, count, streaming);
+      });
+      const Vec<T> p(probabilities[at]);
+      if (d) put<Rounded>(d + at, g * (p - one), 1);
+      put<Rounded>(dd + at, g * p * (v_at - mean) + tangent_g * (p - one), 1);
+    }
+    if (streaming) stream_fence();
+  });
+}
+
+}  // namespace QK_ISA
+}  // namespace qk

@@ -1,0 +1,365 @@
+"""Softmax cross-entropy whose second derivative is one pass over the logits.
+
+Per row, with p = softmax(z), e the one-hot target and lse = log(sum(exp(z))),
+
+    loss      l  = lse - z[target]
+    jvp       dl = (p - e) . dz                                          linear in dz
+    backward  b  = g * (p - e)                                           its transpose
+    hvp       db = g * p * (dz - p . dz) + dg * (p - e)                  the backward's tangent
+
+The hvp is symmetric in dz, so it is also the backward's own backward, where `p . dz - dz[target]` is the gradient of g.
+`dual` gives b and db in one pass, possibly over the logits and the tangent themselves: the fused linear layer of
+`linear_cross_entropy.py` needs both. Only lse is kept for the backward. Third derivatives go through plain PyTorch.
+
+Arithmetic is float32 (float64 for float64 logits); losses, lse and g have that dtype. A row whose target is
+``ignore_index`` has loss and gradients 0, whatever its logits. A target outside the vocabulary makes its row NaN: an
+error would have to wait for a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._op import Composite, Function, define
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def number_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which rows of logits are computed with."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Rows:
+    """Logits in the computing dtype, and what the targets say of each row."""
+
+    def __init__(self, logits: Tensor, targets: Tensor, ignore_index: int) -> None:
+        self.logits = logits
+        self.z = logits.to(number_dtype(logits.dtype))
+        self.ignored = targets == ignore_index
+        self.outside = ~self.ignored & ((targets < 0) | (targets >= logits.shape[1]))
+        self.index = targets.where(~(self.ignored | self.outside), 0).unsqueeze(1)
+
+    def numbers(self, x: Tensor) -> Tensor:
+        """One number per row, after what the target says."""
+        return x.masked_fill(self.outside, torch.nan).masked_fill(self.ignored, 0.0)
+
+    def at_target(self, t: Tensor) -> Tensor:
+        """The element of each row that its target names."""
+        return t.gather(1, self.index).squeeze(1)
+
+    def minus_target(self, p: Tensor) -> Tensor:
+        """P minus e."""
+        return p.scatter_add(1, self.index, p.new_full(self.index.shape, -1.0))
+
+    def full(self, t: Tensor) -> Tensor:
+        """A tensor like the logits, after what the targets say."""
+        t = t.masked_fill(self.outside.unsqueeze(1), torch.nan).masked_fill(self.ignored.unsqueeze(1), 0.0)
+        return t.to(self.logits.dtype)
+
+
+def _forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    rows = _Rows(logits, targets, ignore_index)
+    lse = torch.logsumexp(rows.z, 1)
+    return rows.numbers(lse - rows.at_target(rows.z)), lse.masked_fill(rows.ignored, 0.0)
+
+
+def jvp_of(tangent: Tensor, logits: Tensor, lse: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """The tangent of the loss, in plain PyTorch."""
+    rows = _Rows(logits, targets, ignore_index)
+    tangent = tangent.to(rows.z.dtype)
+    p = torch.exp(rows.z - lse.unsqueeze(1))
+    return rows.numbers((p * tangent).sum(1) - rows.at_target(tangent))
+
+
+def _backward(g: Tensor, logits: Tensor, lse: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    rows = _Rows(logits, targets, ignore_index)
+    return rows.full(g.unsqueeze(1) * rows.minus_target(torch.exp(rows.z - lse.unsqueeze(1))))
+
+
+def dual_of(
+    tangent: Tensor,
+    tangent_g: Tensor | None,
+    g: Tensor,
+    logits: Tensor,
+    lse: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient, its tangent and the tangent of the loss, in plain PyTorch."""
+    rows = _Rows(logits, targets, ignore_index)
+    tangent = tangent.to(rows.z.dtype)
+    p = torch.exp(rows.z - lse.unsqueeze(1))
+    mean, off = (p * tangent).sum(1), rows.minus_target(p)
+    second = g.unsqueeze(1) * p * (tangent - mean.unsqueeze(1))
+    if tangent_g is not None:
+        second = second + tangent_g.unsqueeze(1) * off
+    return rows.full(g.unsqueeze(1) * off), rows.full(second), rows.numbers(mean - rows.at_target(tangent))
+
+
+def _hvp(*args: Any) -> tuple[Tensor, Tensor]:
+    return dual_of(*args)[1:]
+
+
+def check_targets(rows: int, targets: Tensor, device: torch.device) -> None:
+    """The contract of targets, for real and fake tensors alike."""
+    torch._check(
+        targets.dtype == torch.int64 and targets.shape == (rows,) and targets.device == device,
+        lambda: f"targets is {targets.dtype} of shape {tuple(targets.shape)} on {targets.device}, "
+        f"must be torch.int64 of shape ({rows},) on {device}",
+    )
+
+
+def check_numbers(name: str, t: Tensor | None, like: Tensor) -> None:
+    """The contract of what has one number for each row of ``like``."""
+    dtype = number_dtype(like.dtype)
+    torch._check(
+        t is None or (t.dtype == dtype and t.shape == like.shape[:1] and t.device == like.device),
+        lambda: f"{name} is {t.dtype} of shape {tuple(t.shape)} on {t.device}, "  # type: ignore[union-attr]
+        f"must be {dtype} of shape ({like.shape[0]},) on {like.device}",
+    )
+
+
+def _numbers(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=number_dtype(logits.dtype))
+
+
+def _check(logits: Tensor, targets: Tensor, tangent: Tensor | None = None, **numbers: Tensor | None) -> None:
+    torch._check(logits.dtype in FLOATS, lambda: f"logits is {logits.dtype}, must be one of {FLOATS}")
+    torch._check(
+        logits.ndim == 2 and logits.shape[1] > 0,
+        lambda: f"logits has shape {tuple(logits.shape)}, must be [tokens, vocabulary], the vocabulary not empty",
+    )
+    check_targets(logits.shape[0], targets, logits.device)
+    torch._check(
+        tangent is None
+        or (tangent.shape == logits.shape and tangent.dtype == logits.dtype and tangent.device == logits.device),
+        lambda: "tangent must have the shape, dtype and device of logits",
+    )
+    for name, t in numbers.items():
+        check_numbers(name, t, logits)
+
+
+def _fake_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    _check(logits, targets)
+    return _numbers(logits), _numbers(logits)
+
+
+def _fake_jvp(tangent: Tensor, logits: Tensor, lse: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    _check(logits, targets, tangent, lse=lse)
+    return _numbers(logits)
+
+
+def _fake_backward(g: Tensor, logits: Tensor, lse: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    _check(logits, targets, g=g, lse=lse)
+    return logits.new_empty(logits.shape)
+
+
+def _fake_hvp(tangent: Tensor, tangent_g: Any, g: Tensor, logits: Tensor, lse: Tensor, targets: Tensor, _: int) -> Any:
+    _check(logits, targets, tangent, tangent_g=tangent_g, g=g, lse=lse)
+    return logits.new_empty(logits.shape), _numbers(logits)
+
+
+def _fake_dual(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tangent_grad, tangent_loss = _fake_hvp(*args)
+    return torch.empty_like(tangent_grad), tangent_grad, tangent_loss
+
+
+_POINT = "Tensor logits, Tensor lse, Tensor targets, int ignore_index"
+FORWARD = define(
+    "cross_entropy", "Tensor logits, Tensor targets, int ignore_index", ("loss", "lse"),
+    reference=_forward, fake=_fake_forward,
+)  # fmt: skip
+JVP = define("cross_entropy_jvp", f"Tensor tangent, {_POINT}", ("tangent_loss",), reference=jvp_of, fake=_fake_jvp)
+BACKWARD = define("cross_entropy_backward", f"Tensor g, {_POINT}", ("grad",), reference=_backward, fake=_fake_backward)
+HVP = define(
+    "cross_entropy_hvp", f"Tensor tangent, Tensor? tangent_g, Tensor g, {_POINT}", ("tangent_grad", "tangent_loss"),
+    reference=_hvp, fake=_fake_hvp,
+)  # fmt: skip
+DUAL = define(
+    "cross_entropy_dual", f"Tensor tangent, Tensor? tangent_g, Tensor g, {_POINT}",
+    ("grad", "tangent_grad", "tangent_loss"), reference=dual_of, fake=_fake_dual,
+)  # fmt: skip
+
+
+class CrossEntropy(Function):
+    """(loss, lse) of logits; lse is for the derivatives, and constant to autograd."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return Function.run(torch.ops.qatkernels.cross_entropy.default, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        logits, targets, ctx.ignore_index = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(logits, output[1], targets)
+        ctx.save_for_forward(logits, output[1], targets)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: Any) -> Any:
+        if g is None:
+            return None, None, None
+        return CrossEntropyBackward.apply(g, *ctx.saved_tensors, ctx.ignore_index), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Any:
+        if tangent is None:
+            return None, None
+        return CrossEntropyJvp.apply(tangent, *ctx.saved_tensors, ctx.ignore_index), None
+
+
+class CrossEntropyBackward(Function):
+    """The gradient of logits from g: linear in g, and its derivative along logits is the hvp."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return Function.run(torch.ops.qatkernels.cross_entropy_backward.default, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.ignore_index = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor | None) -> Any:
+        if v is None:
+            return (None,) * 5
+        along_logits, along_g = CrossEntropyHvp.apply(v, None, *ctx.saved_tensors, ctx.ignore_index)
+        return along_g, along_logits, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent_g: Tensor | None, tangent: Tensor | None, *_: Any) -> Any:
+        if tangent is None:
+            if tangent_g is None:
+                return None
+            return CrossEntropyBackward.apply(tangent_g, *ctx.saved_tensors[1:], ctx.ignore_index)
+        return CrossEntropyHvp.apply(tangent, tangent_g, *ctx.saved_tensors, ctx.ignore_index)[0]
+
+
+class CrossEntropyJvp(Function):
+    """The tangent of the loss from the tangent of logits: linear in it, its transpose is the backward."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return Function.run(torch.ops.qatkernels.cross_entropy_jvp.default, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.ignore_index = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        if g is None:
+            return (None,) * 5
+        tangent, *point = ctx.saved_tensors
+        along_tangent = along_logits = None
+        if ctx.needs_input_grad[0]:
+            along_tangent = CrossEntropyBackward.apply(g, *point, ctx.ignore_index)
+        if ctx.needs_input_grad[1]:
+            along_logits = CrossEntropyHvp.apply(tangent, None, g, *point, ctx.ignore_index)[0]
+        return along_tangent, along_logits, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, second: Tensor | None, tangent: Tensor | None, *_: Any) -> Any:
+        first, *point = ctx.saved_tensors
+        total = None
+        if second is not None:
+            total = CrossEntropyJvp.apply(second, *point, ctx.ignore_index)
+        if tangent is not None:
+            # The curvature between two directions: (p * (dz - p . dz)) . dz'.
+            ones = torch.ones_like(point[1])
+            curved, _ = CrossEntropyHvp.apply(first, None, ones, *point, ctx.ignore_index)
+            curvature = (curved.to(ones.dtype) * tangent.to(ones.dtype)).sum(1)
+            total = curvature if total is None else total + curvature
+        return total
+
+
+def _plain_hvp(
+    tangent: Tensor, tangent_g: Any, g: Tensor, logits: Tensor, _lse: Tensor, targets: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    # lse as the function of logits that it is.
+    lse = torch.logsumexp(logits.to(g.dtype), 1).masked_fill(targets == ignore_index, 0.0)
+    return _hvp(tangent, tangent_g, g, logits, lse, targets, ignore_index)
+
+
+class CrossEntropyHvp(Composite):
+    """(tangent of the gradient, tangent of the loss)."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return Function.run(torch.ops.qatkernels.cross_entropy_hvp.default, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        Composite.keep(ctx, inputs, 4)
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Any) -> Any:
+        return Composite.pulled(ctx, _plain_hvp, gs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return Composite.pushed(ctx, _plain_hvp, tangents)
+
+
+for _op, _function in (
+    (FORWARD, CrossEntropy), (JVP, CrossEntropyJvp), (BACKWARD, CrossEntropyBackward), (HVP, CrossEntropyHvp),
+):  # fmt: skip
+    torch.library.register_autograd(
+        f"qatkernels::{_op.name}",
+        _function.backward,
+        setup_context=lambda ctx, inputs, output, f=_function: f.setup_context(ctx, inputs, output),
+    )
+
+
+def reduced(loss: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """Return losses per token, their sum, or their mean over the tokens that are not ignored.
+
+    Raises:
+        ValueError: if ``reduction`` is another word.
+    """
+    if reduction == "none":
+        return loss
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}, must be 'mean', 'sum' or 'none'")
+    total = loss.sum()
+    return total if reduction == "sum" else total / (targets != ignore_index).sum()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    """Softmax cross-entropy, for gradients and Hessian-vector products with one tensor of logits' size at a time.
+
+    Args:
+        logits: ``[..., V]``, float32, bfloat16, float16 or float64.
+        targets: int64 class indices ``[...]``; one outside ``[0, V)`` that is not ``ignore_index`` gives NaN.
+        ignore_index: the target of tokens that do not count.
+        reduction: ``"mean"`` over the tokens that count, ``"sum"``, or ``"none"``.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits): a scalar, or ``[...]`` with ``"none"``.
+
+    Raises:
+        ValueError: if ``reduction`` is none of the three, or the shapes of logits and targets do not fit.
+        RuntimeError: if a dtype or device does not fit.
+    """
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}, must be [..., vocabulary], the vocabulary not empty")
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}, must be {tuple(logits.shape[:-1])} for logits of shape "
+            f"{tuple(logits.shape)}"
+        )
+    args = (logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index)
+    call = torch.ops.qatkernels.cross_entropy if torch.compiler.is_compiling() else CrossEntropy.apply
+    loss = call(*args)[0].view(targets.shape)
+    return reduced(loss, targets, ignore_index, reduction)

@@ -1,0 +1,79 @@
+"""The vector work of a Krylov method: one pass over a basis that both subtracts from a vector and multiplies it.
+
+Reorthogonalizing twice, which is enough, takes three such passes: the products, an update with the products that are
+left over, and a last update.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._op import define
+
+#: Columns that the reference takes at a time: float64 copies of them, not of the basis.
+_COLUMNS = 2**20
+
+
+def _gram_schmidt(basis: Tensor, w: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    w_new = torch.empty_like(w, memory_format=torch.contiguous_format)
+    dots = torch.zeros(basis.shape[0], dtype=torch.float64, device=w.device)
+    sq = torch.zeros((), dtype=torch.float64, device=w.device)
+    for start in range(0, w.numel(), _COLUMNS):
+        part = slice(start, start + _COLUMNS)
+        rows, x = basis[:, part].double(), w[part].double()
+        w_new[part] = x if h is None else x - h.double() @ rows
+        x = w_new[part].double()
+        dots += rows @ x
+        sq += x @ x
+    return w_new, dots, sq
+
+
+def _fake(basis: Tensor, w: Tensor, h: Any) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(
+        basis.dtype in (torch.float32, torch.bfloat16, torch.float64),
+        lambda: f"basis is {basis.dtype}, must be torch.float32, torch.bfloat16 or torch.float64",
+    )
+    torch._check(
+        w.dtype in (torch.float32, torch.float64), lambda: f"w is {w.dtype}, must be torch.float32 or torch.float64"
+    )
+    torch._check(
+        w.ndim == 1 and basis.ndim == 2 and basis.shape[1] == w.shape[0] and basis.device == w.device,
+        lambda: f"basis has shape {tuple(basis.shape)} on {basis.device} and w {tuple(w.shape)} on {w.device}, "
+        "must be [m, n] and [n] on one device",
+    )
+    torch._check(
+        h is None or (h.shape == basis.shape[:1] and h.is_floating_point() and h.device == w.device),
+        lambda: f"h is {h.dtype} of shape {tuple(h.shape)} on {h.device}, must be one real number for each of the "
+        f"{basis.shape[0]} rows of basis on {w.device}",
+    )
+    dots = torch.empty(basis.shape[0], dtype=torch.float64, device=w.device)
+    return w.new_empty(w.shape), dots, dots.new_empty(())
+
+
+GRAM_SCHMIDT = define(
+    "gram_schmidt", "Tensor basis, Tensor w, Tensor? h", ("w_new", "dots", "sq"), reference=_gram_schmidt, fake=_fake
+)
+
+
+def gram_schmidt(basis: Tensor, w: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Subtract a combination of rows from a vector, and multiply the result by all rows, in one pass over memory.
+
+    ``gram_schmidt_out`` of ``torch.ops.qatkernels`` writes into given tensors; its ``w_new`` may be ``w``. Not
+    differentiable.
+
+    Args:
+        basis: ``[m, n]``, float32, bfloat16 or float64; the rows need not be orthonormal.
+        w: ``[n]``, float32 or float64.
+        h: ``[m]``, the coefficients to subtract; nothing is subtracted if None.
+
+    Returns:
+        ``w_new = w - basis.T @ h`` in the dtype of ``w``; ``basis @ w_new``, ``[m]`` in float64; and ``w_new @ w_new``,
+        a float64 scalar. Sums are float64, in an order that depends on the shape alone.
+
+    Raises:
+        RuntimeError: if a shape, dtype or device does not fit.
+    """
+    return torch.ops.qatkernels.gram_schmidt(basis, w, h)

@@ -1,0 +1,462 @@
+"""A linear layer and softmax cross-entropy in one: logits exist for one chunk of tokens at a time.
+
+With z = hidden weight^T, per chunk of tokens,
+
+    loss      l                                                     of cross_entropy.py
+    backward  d = g * (p - e);  dh = d W,  dW = d^T h               z is computed again
+    hvp       dz = th W^T + h tW^T, then d and td in the places of z and dz;
+              tdh = td W + d tW,  tdW = td^T h + d^T th
+
+The hvp serves both modes: it is the tangent of the backward along (tg, th, tW), and for cotangents (uh, uW) of (dh, dW)
+the backward's own backward at (th, tW) = (uh, uW), with `l`'s tangent as the gradient of g. Memory is two chunks of
+logits at most; what it costs is z once more in the backward and once more in the hvp.
+
+These ops are compositions: the matrix products are torch's, the passes over logits those of `cross_entropy.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._op import Composite, Function, define
+from .cross_entropy import FLOATS, check_numbers, check_targets, dual_of, jvp_of, number_dtype, reduced
+
+#: Logits in a chunk, unless the caller says otherwise: large enough for the products to run at full speed.
+CHUNK_ELEMENTS = 2**24
+#: Tokens in a chunk, at least, where the vocabulary is large.
+CHUNK_TOKENS = 128
+
+
+def default_chunk(vocabulary: int) -> int:
+    """Return how many tokens have logits at the same time."""
+    return max(CHUNK_TOKENS, CHUNK_ELEMENTS // max(vocabulary, 1))
+
+
+class _Chunks:
+    """Walks the tokens, with room for one chunk's logits (and their tangents) that all chunks share."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, chunk: int, copies: int) -> None:
+        self.tokens = hidden.shape[0]
+        self.chunk = min(chunk, max(self.tokens, 1))
+        self.room = hidden.new_empty(copies * self.chunk, weight.shape[0])
+
+    def __iter__(self) -> Iterator[slice]:
+        return (slice(i, min(i + self.chunk, self.tokens)) for i in range(0, self.tokens, self.chunk))
+
+
+class _Sum:
+    """A sum of products a^T b over chunks, in float32 for 16-bit operands."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.dtype = like.dtype
+        self.total = torch.zeros_like(like, dtype=number_dtype(like.dtype))
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        if self.dtype == self.total.dtype:
+            self.total.addmm_(a.t(), b)
+        else:
+            self.total += torch.mm(a.t(), b)
+
+    def result(self) -> Tensor:
+        return self.total.to(self.dtype)
+
+
+def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk: int) -> tuple[Tensor, Tensor]:
+    loss, lse = _numbers(hidden), _numbers(hidden)
+    chunks = _Chunks(hidden, weight, chunk, 1)
+    for part in chunks:
+        z = chunks.room[: part.stop - part.start]
+        torch.mm(hidden[part], weight.t(), out=z)
+        torch.ops.qatkernels.cross_entropy_out(z, targets[part], ignore_index, loss[part], lse[part])
+    return loss, lse
+
+
+def _backward(
+    g: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    lse: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    chunk: int,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    dh = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else hidden.new_empty(0)
+    dw = _Sum(weight) if want_weight else None
+    chunks = _Chunks(hidden, weight, chunk, 1)
+    for part in chunks:
+        z = chunks.room[: part.stop - part.start]
+        torch.mm(hidden[part], weight.t(), out=z)
+        torch.ops.qatkernels.cross_entropy_backward_out(g[part], z, lse[part], targets[part], ignore_index, z)
+        if want_hidden:
+            torch.mm(z, weight, out=dh[part])
+        if dw is not None:
+            dw.add(z, hidden[part])
+    return dh, weight.new_empty(0) if dw is None else dw.result()
+
+
+def _hvp(
+    tangent_hidden: Tensor | None,
+    tangent_weight: Tensor | None,
+    tangent_g: Tensor | None,
+    g: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    lse: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    chunk: int,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dh = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else hidden.new_empty(0)
+    dw = _Sum(weight) if want_weight else None
+    tangent_loss = _numbers(hidden)
+    chunks = _Chunks(hidden, weight, chunk, 2)
+    for part in chunks:
+        z, dz, both = _logits_and_tangents(chunks, part, hidden, weight, tangent_hidden, tangent_weight)
+        torch.ops.qatkernels.cross_entropy_dual_out(
+            dz, None if tangent_g is None else tangent_g[part], g[part], z, lse[part], targets[part], ignore_index,
+            z, dz, tangent_loss[part],
+        )  # fmt: skip
+        if want_hidden:
+            torch.mm(dz, weight, out=dh[part])
+            if tangent_weight is not None:
+                dh[part].addmm_(z, tangent_weight)
+        if dw is not None:
+            if tangent_hidden is None:
+                dw.add(dz, hidden[part])
+            else:
+                dw.add(both, torch.cat((tangent_hidden[part], hidden[part])))
+    return dh, weight.new_empty(0) if dw is None else dw.result(), tangent_loss
+
+
+def _logits_and_tangents(
+    chunks: _Chunks,
+    part: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    tangent_hidden: Tensor | None,
+    tangent_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return z, its tangent, and the memory in which one follows the other."""
+    count = part.stop - part.start
+    both = chunks.room[: 2 * count]
+    z, dz = both[:count], both[count:]
+    if tangent_hidden is None:
+        torch.mm(hidden[part], weight.t(), out=z)
+        if tangent_weight is None:
+            dz.zero_()
+        else:
+            torch.mm(hidden[part], tangent_weight.t(), out=dz)
+        return z, dz, both
+    # One product reads the weight for both.
+    torch.mm(torch.cat((hidden[part], tangent_hidden[part])), weight.t(), out=both)
+    if tangent_weight is not None:
+        dz.addmm_(hidden[part], tangent_weight.t())
+    return z, dz, both
+
+
+def _jvp(
+    tangent_hidden: Tensor | None,
+    tangent_weight: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    lse: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    chunk: int,
+) -> Tensor:
+    tangent_loss = _numbers(hidden)
+    chunks = _Chunks(hidden, weight, chunk, 2)
+    for part in chunks:
+        z, dz, _ = _logits_and_tangents(chunks, part, hidden, weight, tangent_hidden, tangent_weight)
+        torch.ops.qatkernels.cross_entropy_jvp_out(dz, z, lse[part], targets[part], ignore_index, tangent_loss[part])
+    return tangent_loss
+
+
+def _numbers(hidden: Tensor) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=number_dtype(hidden.dtype))
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, **numbers: Tensor | None) -> None:
+    torch._check(hidden.dtype in FLOATS, lambda: f"hidden is {hidden.dtype}, must be one of {FLOATS}")
+    torch._check(
+        hidden.ndim == 2 and weight.ndim == 2 and hidden.shape[1] == weight.shape[1] and weight.shape[0] > 0,
+        lambda: f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}, "
+        "must be [tokens, features] and [vocabulary, features]",
+    )
+    torch._check(
+        weight.dtype == hidden.dtype and weight.device == hidden.device,
+        lambda: f"weight is {weight.dtype} on {weight.device}, must be {hidden.dtype} on {hidden.device} like hidden",
+    )
+    torch._check(chunk > 0, lambda: f"chunk is {chunk}, must be positive")
+    check_targets(hidden.shape[0], targets, hidden.device)
+    for name, t in numbers.items():
+        check_numbers(name, t, hidden)
+
+
+def _check_tangents(
+    tangent_hidden: Tensor | None, tangent_weight: Tensor | None, hidden: Tensor, weight: Tensor
+) -> None:
+    for name, tangent, primal in (("hidden", tangent_hidden, hidden), ("weight", tangent_weight, weight)):
+        torch._check(
+            tangent is None or (tangent.shape == primal.shape and tangent.dtype == primal.dtype),
+            lambda name=name: f"tangent_{name} must have the shape and dtype of {name}",
+        )
+
+
+def _fake_forward(hidden: Tensor, weight: Tensor, targets: Tensor, _: int, chunk: int) -> tuple[Tensor, Tensor]:
+    _check(hidden, weight, targets, chunk)
+    return _numbers(hidden), _numbers(hidden)
+
+
+def _fake_backward(
+    g: Tensor, hidden: Tensor, weight: Tensor, lse: Tensor, targets: Tensor, _: int, chunk: int, *want: bool
+) -> tuple[Tensor, ...]:
+    _check(hidden, weight, targets, chunk, g=g, lse=lse)
+    return tuple(t.new_empty(t.shape if w else 0) for t, w in zip((hidden, weight), want, strict=True))
+
+
+def _fake_hvp(
+    tangent_hidden: Any, tangent_weight: Any, tangent_g: Any, g: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    check_numbers("tangent_g", tangent_g, hidden)
+    _check_tangents(tangent_hidden, tangent_weight, hidden, weight)
+    return (*_fake_backward(g, hidden, weight, *rest), _numbers(hidden))
+
+
+def _fake_jvp(
+    tangent_hidden: Any, tangent_weight: Any, hidden: Tensor, weight: Tensor, lse: Tensor, targets: Tensor,
+    _: int, chunk: int,
+) -> Tensor:  # fmt: skip
+    _check(hidden, weight, targets, chunk, lse=lse)
+    _check_tangents(tangent_hidden, tangent_weight, hidden, weight)
+    return _numbers(hidden)
+
+
+_POINT = "Tensor hidden, Tensor weight, Tensor lse, Tensor targets, int ignore_index, int chunk"
+_TANGENTS, _WANT = "Tensor? tangent_hidden, Tensor? tangent_weight", "bool want_hidden, bool want_weight"
+FORWARD = define(
+    "linear_cross_entropy", "Tensor hidden, Tensor weight, Tensor targets, int ignore_index, int chunk",
+    ("loss", "lse"), reference=_forward, fake=_fake_forward,
+)  # fmt: skip
+BACKWARD = define(
+    "linear_cross_entropy_backward", f"Tensor g, {_POINT}, {_WANT}", ("grad_hidden", "grad_weight"),
+    reference=_backward, fake=_fake_backward,
+)  # fmt: skip
+JVP = define("linear_cross_entropy_jvp", f"{_TANGENTS}, {_POINT}", ("tangent_loss",), reference=_jvp, fake=_fake_jvp)
+HVP = define(
+    "linear_cross_entropy_hvp", f"{_TANGENTS}, Tensor? tangent_g, Tensor g, {_POINT}, {_WANT}",
+    ("tangent_grad_hidden", "tangent_grad_weight", "tangent_loss"), reference=_hvp, fake=_fake_hvp,
+)  # fmt: skip
+
+
+def _wanted(grads: Any, want: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
+    return tuple(grad if w else None for grad, w in zip(grads, want, strict=False))
+
+
+class LinearCrossEntropy(Function):
+    """(loss, lse); lse is for the derivatives, and constant to autograd."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return Function.run(torch.ops.qatkernels.linear_cross_entropy.default, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        hidden, weight, targets, *ctx.settings = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(hidden, weight, output[1], targets)
+        ctx.save_for_forward(hidden, weight, output[1], targets)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: Any) -> Any:
+        want = tuple(ctx.needs_input_grad[:2])
+        if g is None or not any(want):
+            return (None,) * 5
+        grads = LinearCrossEntropyBackward.apply(g, *ctx.saved_tensors, *ctx.settings, *want)
+        return *_wanted(grads, want), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent_hidden: Any, tangent_weight: Any, *_: Any) -> Any:
+        if tangent_hidden is None and tangent_weight is None:
+            return None, None
+        return LinearCrossEntropyJvp.apply(tangent_hidden, tangent_weight, *ctx.saved_tensors, *ctx.settings), None
+
+
+class LinearCrossEntropyBackward(Function):
+    """Gradients of hidden and weight from g; the derivative along (g, hidden, weight) is the hvp, in either mode."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return Function.run(torch.ops.qatkernels.linear_cross_entropy_backward.default, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.settings, ctx.want = inputs[5:7], tuple(inputs[7:])
+        ctx.save_for_backward(*inputs[:5])
+        ctx.save_for_forward(*inputs[:5])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *vs: Any) -> Any:
+        vs = _wanted(vs, ctx.want)
+        if all(v is None for v in vs):
+            return (None,) * 9
+        want = tuple(ctx.needs_input_grad[1:3])
+        *grads, along_g = LinearCrossEntropyHvp.apply(*vs, None, *ctx.saved_tensors, *ctx.settings, *want)
+        return along_g, *_wanted(grads, want), *[None] * 6
+
+    @staticmethod
+    def jvp(ctx: Any, tangent_g: Any, tangent_hidden: Any, tangent_weight: Any, *_: Any) -> Any:
+        rest = (*ctx.saved_tensors, *ctx.settings, *ctx.want)
+        if tangent_hidden is None and tangent_weight is None:
+            if tangent_g is None:
+                return None, None
+            return LinearCrossEntropyBackward.apply(tangent_g, *rest[1:])
+        return LinearCrossEntropyHvp.apply(tangent_hidden, tangent_weight, tangent_g, *rest)[:2]
+
+
+def _plain_point(
+    tangent_hidden: Any, tangent_weight: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return z, its tangent and lse, all of them functions of hidden and weight."""
+    z = hidden @ weight.t()
+    dz = torch.zeros_like(z)
+    if tangent_hidden is not None:
+        dz = dz + tangent_hidden @ weight.t()
+    if tangent_weight is not None:
+        dz = dz + hidden @ tangent_weight.t()
+    lse = torch.logsumexp(z.to(number_dtype(z.dtype)), 1).masked_fill(targets == ignore_index, 0.0)
+    return z, dz, lse
+
+
+def _plain_jvp(
+    tangent_hidden: Any, tangent_weight: Any, hidden: Tensor, weight: Tensor, _lse: Tensor, targets: Tensor,
+    ignore_index: int, _chunk: int,
+) -> Tensor:  # fmt: skip
+    z, dz, lse = _plain_point(tangent_hidden, tangent_weight, hidden, weight, targets, ignore_index)
+    return jvp_of(dz, z, lse, targets, ignore_index)
+
+
+def _plain_hvp(
+    tangent_hidden: Any, tangent_weight: Any, tangent_g: Any, g: Tensor, hidden: Tensor, weight: Tensor, _lse: Tensor,
+    targets: Tensor, ignore_index: int, _chunk: int, want_hidden: bool, want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    z, dz, lse = _plain_point(tangent_hidden, tangent_weight, hidden, weight, targets, ignore_index)
+    d, dd, tangent_loss = dual_of(dz, tangent_g, g, z, lse, targets, ignore_index)
+    dh, dw = dd @ weight, dd.t() @ hidden
+    if tangent_weight is not None:
+        dh = dh + d @ tangent_weight
+    if tangent_hidden is not None:
+        dw = dw + d.t() @ tangent_hidden
+    return dh if want_hidden else dh.new_empty(0), dw if want_weight else dw.new_empty(0), tangent_loss
+
+
+class LinearCrossEntropyJvp(Composite):
+    """The tangent of the loss."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return Function.run(torch.ops.qatkernels.linear_cross_entropy_jvp.default, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        Composite.keep(ctx, inputs, 4)
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        return Composite.pulled(ctx, _plain_jvp, g)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return Composite.pushed(ctx, _plain_jvp, tangents)
+
+
+class LinearCrossEntropyHvp(Composite):
+    """Tangents of both gradients and of the loss."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return Function.run(torch.ops.qatkernels.linear_cross_entropy_hvp.default, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        Composite.keep(ctx, inputs, 6)
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Any) -> Any:
+        return Composite.pulled(ctx, _plain_hvp, gs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return Composite.pushed(ctx, _plain_hvp, tangents)
+
+
+for _op, _function in (
+    (FORWARD, LinearCrossEntropy), (BACKWARD, LinearCrossEntropyBackward),
+    (JVP, LinearCrossEntropyJvp), (HVP, LinearCrossEntropyHvp),
+):  # fmt: skip
+    torch.library.register_autograd(
+        f"qatkernels::{_op.name}",
+        _function.backward,
+        setup_context=lambda ctx, inputs, output, f=_function: f.setup_context(ctx, inputs, output),
+    )
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Cross-entropy of ``hidden @ weight.T`` without ever holding the logits of more than a chunk of tokens.
+
+    The same values as ``cross_entropy(F.linear(hidden, weight), targets)``, for the loss, gradients and Hessian-vector
+    products, for one more product of hidden and weight each in the backward and the second backward.
+
+    Args:
+        hidden: ``[..., K]``, float32, bfloat16, float16 or float64; cast under autocast, as in F.linear.
+        weight: ``[V, K]`` of the same dtype.
+        targets: int64 ``[...]``; one outside ``[0, V)`` that is not ``ignore_index`` gives NaN.
+        ignore_index: the target of tokens that do not count.
+        reduction: ``"mean"`` over the tokens that count, ``"sum"``, or ``"none"``.
+        chunk_tokens: tokens whose logits exist at the same time; those of 2^24 logits, but 128 at least, if None.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits): a scalar, or ``[...]`` with ``"none"``.
+
+    Raises:
+        ValueError: if ``reduction`` is none of the three, ``chunk_tokens`` is not positive, or shapes do not fit.
+        RuntimeError: if a dtype or device does not fit.
+    """
+    if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}, must be [..., K] and [V, K]"
+        )
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets has shape {tuple(targets.shape)}, must be {tuple(hidden.shape[:-1])}")
+    if chunk_tokens is not None and chunk_tokens <= 0:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}, must be positive")
+    device = hidden.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight))
+    args = (
+        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), ignore_index,
+        chunk_tokens or default_chunk(weight.shape[0]),
+    )  # fmt: skip
+    compiling = torch.compiler.is_compiling()
+    call = torch.ops.qatkernels.linear_cross_entropy if compiling else LinearCrossEntropy.apply
+    loss = call(*args)[0].view(targets.shape)
+    return reduced(loss, targets, ignore_index, reduction)
