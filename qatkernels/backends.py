@@ -27,7 +27,7 @@ IMPLS: dict[str, dict[str, Callable[..., Any]]] = {}
 #: Why a backend is absent, for `qatkernels doctor`.
 MISSING: dict[str, str] = {}
 
-_TRITON_MODULES = ("fake_quantize", "quantize", "dynamic", "noise")
+_TRITON_MODULES = ("fake_quantize", "quantize", "dynamic", "noise", "reset", "perturb")
 
 
 def extension() -> ModuleType | None:
@@ -65,8 +65,10 @@ def _load() -> ModuleType | None:
     try:
         for module in _TRITON_MODULES:
             for name, impl in importlib.import_module(f"qatkernels.triton.{module}").OUT_IMPLS.items():
-                IMPLS[f"{name}_out"]["triton"] = impl
-                IMPLS[name]["triton"] = allocating(OPS[name], impl)
+                if OPS[name].outputs:
+                    IMPLS[f"{name}_out"]["triton"] = impl
+                    impl = allocating(OPS[name], impl)
+                IMPLS[name]["triton"] = impl
     except ImportError as error:
         MISSING["triton"] = str(error)
     return compiled

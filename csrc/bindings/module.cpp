@@ -16,6 +16,7 @@ const Ops& ops() {
   static const Ops all = [] {
     Ops made;
     add_fake_quantize(made);
+    add_train(made);
     return made;
   }();
   return all;

@@ -49,5 +49,6 @@ using Ops = std::map<std::string, Entry>;
 
 // One for each file of this folder.
 void add_fake_quantize(Ops& ops);
+void add_train(Ops& ops);
 
 }  // namespace qk

@@ -26,7 +26,8 @@ struct Units {
 // Every kernel: its name and what it takes. A line here is a kernel in each of the ISAs.
 //
 // partial: 2 * rows * pieces_per_row doubles, used where rows are cut; finish_backward then adds them in order.
-// dynamic's units are rows, normal's kNoiseSpan elements.
+// dynamic's units are rows, normal's kNoiseSpan elements; those of perturb and perturbation_norms (partial: two doubles
+// a unit) are kUnitElements elements.
 #define QK_KERNELS(KERNEL)                                                         \
   KERNEL(forward, (const Forward&, int64_t begin, int64_t end))                    \
   KERNEL(backward, (const Backward&, double* partial, int64_t begin, int64_t end)) \
@@ -35,7 +36,10 @@ struct Units {
   KERNEL(quantize, (const Quantize&, int64_t begin, int64_t end))                  \
   KERNEL(dequantize, (const Dequantize&, int64_t begin, int64_t end))              \
   KERNEL(dynamic, (const Dynamic&, int64_t begin, int64_t end))                    \
-  KERNEL(normal, (const Normal&, int64_t begin, int64_t end))
+  KERNEL(normal, (const Normal&, int64_t begin, int64_t end))                      \
+  KERNEL(reset, (const Reset&, int64_t begin, int64_t end))                        \
+  KERNEL(perturb, (const Perturb&, int64_t begin, int64_t end))                    \
+  KERNEL(perturbation_norms, (const PerturbationNorms&, double* partial, int64_t begin, int64_t end))
 
 struct Kernels {
   const char* isa;
