@@ -2,8 +2,8 @@
 
     e = factor * T^2 * g,   T = 1 (SAM) or abs(w) + eta (ASAM, at the tensor that is perturbed)
 
-`perturb_` adds it to a tensor that is made anew in every forward, such as a quantized weight. `perturb_swap_` adds it to
-a master weight and leaves the old weight where the gradient was, so that copying it back restores every bit: a
+`perturb_` adds it to a tensor that is made anew in every forward, such as a quantized weight. `perturb_swap_` adds it
+to a master weight and leaves the old weight where the gradient was, so that copying it back restores every bit: a
 difference of rounded sums would not. `perturbation_norms` gives what ``factor`` is computed from.
 """
 
@@ -139,8 +139,8 @@ def perturb_swap_(w: Tensor, g: Tensor, factor: Tensor, eta: float | None = None
 def perturbation_norms(g: Tensor, w: Tensor | None = None, eta: float = 0.0) -> Tensor:
     """Return the sums of ``(T * g)**2`` and of ``(T**2 * g)**2``, ``T = abs(w) + eta``, or 1 if ``w`` is None.
 
-    Of all tensors together, the square roots of the sums are ASAM's norm of the gradient and, times ``factor``, the norm
-    of the perturbation.
+    Of all tensors together, the square roots of the sums are ASAM's norm of the gradient and, times ``factor``, the
+    norm of the perturbation.
 
     Args:
         g: the gradient, contiguous.

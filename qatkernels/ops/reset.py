@@ -4,9 +4,9 @@
 
 A weight and its quantized value lie in the same cell of the grid, and so does what is between them: in exact arithmetic
 Q(w) stays. Rounding breaks that in two places. A sum can be rounded across an edge of its cell, where w is next to it;
-and a quantized value can be rounded to where it no longer quantizes to itself, as bfloat16 does to eight bits with a zero
-point and float16 to scales near 1e-5. So the new weight is quantized again, and one whose code would change, or that is
-not finite, stays what it was.
+and a quantized value can be rounded to where it no longer quantizes to itself, as bfloat16 does to eight bits with a
+zero point. So the new weight is quantized again, and one whose code would change, or that is not finite, stays what it
+was.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def reset_(
     group_size: int | None = None,
     zero_point: Tensor | None = None,
 ) -> Tensor:
-    """Move ``w`` towards its quantized value in place: ``w <- (1 - a) * w + a * Q(w)``; one read and one write of ``w``.
+    """Move ``w`` towards its quantized value in place, ``w <- (1 - a) * w + a * Q(w)``; one read and write of ``w``.
 
-    The codes of ``w``, and so every quantized value, are the same bits afterwards. A weight whose code the rounded result
-    would change, or that is not finite, is left as it is.
+    The codes of ``w``, and so every quantized value, are the same bits afterwards. A weight whose code the rounded
+    result would change, or that is not finite, is left as it is.
 
     Args:
         w: weight ``[..., K]``, float32, bfloat16, float16 or float64; need not be contiguous, may require grad.
         scale: as for :func:`fake_quantize`.
         grid: the quantization grid.
-        quantized_weight: ``a``, the weight on the **quantized** value, in [0, 1]; 0 changes nothing, 1 puts every weight
-            on the grid. WinQ's paper calls it lambda; the callback released with it takes ``1 - a`` instead.
+        quantized_weight: ``a``, the weight on the **quantized** value, in [0, 1]; 0 changes nothing, 1 puts every
+            weight on the grid. WinQ's paper calls it lambda; the callback released with it takes ``1 - a`` instead.
         group_size: as for :func:`fake_quantize`.
         zero_point: as for :func:`fake_quantize`.
 
