@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..ops import fake_quantize, quantize
+from ..ops import fake_quantize, perturb_, quantize
 from ..ops.fake_quantize import FLOATS
 from .activation import DynamicActivation, Float32Scales, LearnedActivation, compute_dtype
 from .config import QuantConfig
@@ -36,8 +36,11 @@ class QuantLinear(Float32Scales, nn.Linear):
             in ``model.bfloat16()`` and the like.
         zero_point: the same for affine grids, else None.
         act: quantizer of the input, or None.
-        noise_std: standard deviation of the noise on the weight in training forwards (WinQ); not saved.
+        noise_std: standard deviation of the noise on the weight in training forwards (WinQ), negative for the mirrored
+            noise of the same seed; not saved.
         scale_noise_std: the same for the scales.
+        perturbation: the last three arguments of :func:`qatkernels.ops.perturb_`, which every forward gives the
+            quantized weight; None for none (SQuAT sets it for as long as its second pass takes); not saved.
 
     Raises:
         ValueError: if ``config.group_size`` does not divide ``in_features``.
@@ -89,6 +92,7 @@ class QuantLinear(Float32Scales, nn.Linear):
             raise ValueError(f"config is {config!r}, must be a QuantConfig")
         self.config, self.grid, self.group_size = config, config.grid, config.group_size
         self.noise_std = self.scale_noise_std = 0.0
+        self.perturbation: tuple[Tensor, Tensor, float | None] | None = None
         self._grad_scale = self.grid.grad_scale(self.weight.numel())
         for name, initial in zip(("scale", "zero_point"), self._initial_scale(), strict=True):
             trains = self.weight.requires_grad
@@ -128,7 +132,10 @@ class QuantLinear(Float32Scales, nn.Linear):
         if self.act is not None:
             x = self.act(x)
         noise = (self.noise_std, self.scale_noise_std) if self.training else (0.0, 0.0)
-        return F.linear(x, self._fake_quantized(compute_dtype(self.weight), *noise), self.bias)
+        weight = self._fake_quantized(compute_dtype(self.weight), *noise)
+        if self.perturbation is not None:
+            perturb_(weight.detach(), *self.perturbation)
+        return F.linear(x, weight, self.bias)
 
     def _fake_quantized(self, dtype: torch.dtype | None, noise_std: float = 0, scale_noise_std: float = 0) -> Tensor:
         return fake_quantize(

@@ -108,9 +108,9 @@ def perturb_(w: Tensor, g: Tensor, factor: Tensor, eta: float | None = None) -> 
     Raises:
         RuntimeError: if a shape, dtype, layout or device does not fit.
     """
-    _fake_add(w, g, factor, eta)
     torch.ops.qatkernels.perturb_(w, g, factor, eta)
-    torch.autograd.graph.increment_version(w)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(w)
     return w
 
 
@@ -130,7 +130,6 @@ def perturb_swap_(w: Tensor, g: Tensor, factor: Tensor, eta: float | None = None
     Raises:
         RuntimeError: if a shape, dtype, layout or device does not fit.
     """
-    _fake_swap(w, g, factor, eta)
     torch.ops.qatkernels.perturb_swap_(w, g, factor, eta)
     torch.autograd.graph.increment_version((w, g))
     return w
