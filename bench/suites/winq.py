@@ -24,7 +24,7 @@ from ..exact import expected, settle
 #: The released scripts' noise; where it is drawn it costs the same whatever it is.
 NOISE = 1e-3
 #: Why a step's result is not compared here.
-TESTED = "random or changing from step to step; tests/train compares it"
+TESTED = "tests/train compares it"
 
 
 @dataclass(frozen=True)
