@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .ops._op import LIBRARY, OPS, allocating
+from .ops._op import LIBRARY, OPS, allocating, checked
 
 #: Backends by device, fastest first. Per-op exceptions belong in `CHOICES`, each with its measurement in bench/results.
 PREFERENCE: dict[str, tuple[str, ...]] = {"CPU": ("cpp", "reference"), "CUDA": ("triton", "cuda", "reference")}
@@ -67,8 +67,7 @@ def _load() -> ModuleType | None:
             for name, impl in importlib.import_module(f"qatkernels.triton.{module}").OUT_IMPLS.items():
                 if OPS[name].outputs:
                     IMPLS[f"{name}_out"]["triton"] = impl
-                    impl = allocating(OPS[name], impl)
-                IMPLS[name]["triton"] = impl
+                IMPLS[name]["triton"] = (allocating if OPS[name].outputs else checked)(OPS[name], impl)
     except ImportError as error:
         MISSING["triton"] = str(error)
     return compiled

@@ -1,4 +1,5 @@
 // What training does to weights in place: WinQ's reset, the perturbation of sharpness-aware minimization.
+#include <cmath>
 #include <vector>
 
 #include "../cpu/kernels.h"
@@ -31,7 +32,7 @@ void check_pair(const Tensor& w, const Tensor& g, bool mixed) {
   check_in_place("g", g);
   dtype_of("w", w);
   dtype_of("g", g);
-  TORCH_CHECK(w.sizes() == g.sizes(), "w has shape ", w.sizes(), ", must be ", g.sizes(), " like g");
+  TORCH_CHECK(w.sizes() == g.sizes(), "w is of shape ", w.sizes(), ", must be like g, ", g.sizes());
   TORCH_CHECK(w.scalar_type() == g.scalar_type() || (mixed && g.scalar_type() == at::kFloat && w.element_size() == 2),
               "w is ", name_of(w.scalar_type()), ", must be g's ", name_of(g.scalar_type()),
               mixed ? ", or a 16-bit float for a float32 g" : "");
@@ -39,8 +40,9 @@ void check_pair(const Tensor& w, const Tensor& g, bool mixed) {
 
 void perturb(const Tensor& w, const Tensor& g, const Tensor& factor, std::optional<double> eta, bool swap) {
   check_pair(w, g, !swap);
-  TORCH_CHECK(factor.scalar_type() == at::kFloat && factor.numel() == 1 && factor.device().is_cpu(),
-              "factor must be one float32 on a CPU");
+  TORCH_CHECK(factor.scalar_type() == at::kFloat && factor.numel() == 1 && factor.device().is_cpu(), "factor is ",
+              name_of(factor.scalar_type()), " of shape ", factor.sizes(), ", must be one float32 on a CPU");
+  TORCH_CHECK(!eta || (*eta >= 0 && std::isfinite(*eta)), "eta is ", eta.value_or(0), ", must be finite and >= 0");
   const Perturb call{w.mutable_data_ptr(),
                      const_cast<void*>(g.const_data_ptr()),  // written if swapped, and then mutable
                      factor.const_data_ptr<float>(),

@@ -90,7 +90,8 @@ def define(
 
     for op_name, schema in op.schemas.items():
         LIBRARY.define(schema, tags=_TAGS)
-        LIBRARY.impl(op_name, reference if op_name == name else reference_out, "CompositeExplicitAutograd")
+        meaning = reference_out if op_name != name else reference if outputs else checked(op, reference)
+        LIBRARY.impl(op_name, meaning, "CompositeExplicitAutograd")
         torch.library.register_fake(f"qatkernels::{op_name}", fake if op_name == name else fake_out, lib=LIBRARY)
     return op
 
@@ -104,6 +105,16 @@ def allocating(op: Op, out_impl: Callable[..., None]) -> Callable[..., Outputs |
         return outputs
 
     return impl
+
+
+def checked(op: Op, impl: Callable[..., Any]) -> Callable[..., None]:
+    """Return an implementation of an op in place behind its checks, which where nothing is allocated nobody calls."""
+
+    def run(*args: Any) -> None:
+        op.fake(*args)
+        impl(*args)
+
+    return run
 
 
 def check_out(name: str, given: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:

@@ -152,5 +152,6 @@ def perturbation_norms(g: Tensor, w: Tensor | None = None, eta: float = 0.0) -> 
     Raises:
         RuntimeError: if a shape, dtype, layout or device does not fit.
     """
+    _check(g if w is None else w, g, eta, mixed=True)
     out: Tensor = torch.ops.qatkernels.perturbation_norms(g, w, eta)
     return out
