@@ -49,7 +49,7 @@ class WinQCallback(TrainerCallback):
         self.winq: WinQ | None = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Turn the noise on; raises ValueError where WinQ does."""
         self.winq = WinQ(model, **self.settings)
