@@ -6,13 +6,21 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 Grads = list[Tensor | None]
 
 
+def own(g: Tensor) -> Tensor:
+    """Return a gradient in memory of its own: in a bucket of DDP's, the next pass would write over it."""
+    if isinstance(g, DTensor) or g.layout != torch.strided:
+        return g
+    return g.clone() if g.untyped_storage().nbytes() > g.numel() * g.element_size() else g
+
+
 def take(parameters: Sequence[nn.Parameter]) -> Grads:
     """Return the gradients and leave None in their place."""
-    grads: Grads = [p.grad for p in parameters]
+    grads: Grads = [None if p.grad is None else own(p.grad) for p in parameters]
     for parameter in parameters:
         parameter.grad = None
     return grads

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from ..nn import QuantLinear, quantized_modules
 from ..nn.activation import Float32Scales
 from ..ops import perturb_swap_, perturbation_norms
-from .grads import add_, take
+from .grads import add_, own, take
 from .shards import layers_by_weight, plain, total
 from .stats import GridStats
 
@@ -192,7 +192,7 @@ class SQuAT:
                 g = grads[id(module.weight)]
                 if isinstance(g, DTensor):
                     raise ValueError("target is 'quantized' with a sharded weight, must be 'latent' under FSDP2")
-                module.perturbation = (_own(g), factor.to(g.device), eta)
+                module.perturbation = (g.contiguous(), factor.to(g.device), eta)
             yield
         finally:
             for module in modules:
@@ -204,7 +204,7 @@ class SQuAT:
         try:
             for module in self._layers.values():
                 if (g := grads.get(id(module.weight))) is not None:
-                    old = _own(plain(g))
+                    old = own(plain(g)).contiguous()
                     perturb_swap_(plain(module.weight.detach()), old, factor.to(old.device), eta)
                     torch.autograd.graph.increment_version(module.weight)
                     swapped.append((module, old))
@@ -258,9 +258,3 @@ class SQuAT:
 
 def _value(loss: Any) -> Any:
     return loss.detach() if isinstance(loss, Tensor) else loss
-
-
-def _own(g: Tensor) -> Tensor:
-    """Return a gradient in memory of its own: in a bucket of DDP's, the second pass would write over it."""
-    shared = g.untyped_storage().nbytes() > g.numel() * g.element_size()
-    return g.clone() if shared else g.contiguous()

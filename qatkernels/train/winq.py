@@ -147,9 +147,9 @@ class WinQ:
         losses: list[Any] = []
         try:
             for _ in range(self.samples):
-                random = RandomState(parameters)
+                random = RandomState(parameters) if self.two_sided else None
                 for sign in signs:
-                    if sign < 0:
+                    if sign < 0 and random is not None:
                         random.restore()
                     self._set_noise(sign)
                     loss = closure()

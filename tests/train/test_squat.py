@@ -295,11 +295,16 @@ class TestLoops:
             view = bucket[: model[0].weight.numel()].view_as(model[0].weight)
             view.copy_(model[0].weight.grad)
             model[0].weight.grad = view
+            scale = bucket[900:924].copy_(model[0].scale.grad)
+            model[0].scale.grad = scale
+            scales.append(scale.clone())
             return loss
 
-        before = model[0].weight.detach().clone()
+        before, scales = model[0].weight.detach().clone(), []
         SQuAT(model, target="latent").gradient(closure)
         assert_same_bits(model[0].weight.detach(), before)
+        assert not torch.equal(*scales)
+        assert_same_bits(model[0].scale.grad, scales[0])
 
 
 def _scaled(model, x, factor):

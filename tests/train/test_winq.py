@@ -190,6 +190,17 @@ class TestGradient:
         for g, p in zip(grads, model.parameters(), strict=True):
             torch.testing.assert_close(g, p.grad)
 
+    def test_gradients_in_shared_memory(self):
+        """A gradient that is a view, as in a bucket of DDP's, is not kept as one: the next pass writes over it."""
+        model, bucket, values = make_model(), torch.zeros(1000), iter((1.0, 3.0, 5.0))
+        model[0].weight.grad = bucket[:384].view(24, 16).fill_(7.0)
+
+        def closure():
+            model[0].weight.grad = bucket[:384].view(24, 16).fill_(next(values))
+
+        WinQ(model, **NOISE, samples=3).gradient(closure, accumulate=True)
+        torch.testing.assert_close(model[0].weight.grad, torch.full((24, 16), 7.0 + 3.0))
+
     def test_noise_is_back_after_an_error(self):
         model = make_model()
         winq = WinQ(model, **NOISE, two_sided=True)
