@@ -20,6 +20,7 @@ const Ops& ops() {
     add_lowbit(made);
     add_krylov(made);
     add_quant_linear(made);
+    add_train(made);
     return made;
   }();
   return all;

@@ -56,5 +56,6 @@ void add_fake_quantize(Ops& ops);
 void add_lowbit(Ops& ops);
 void add_krylov(Ops& ops);
 void add_quant_linear(Ops& ops);
+void add_train(Ops& ops);
 
 }  // namespace qk

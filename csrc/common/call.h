@@ -56,6 +56,28 @@ struct Dequantize {
   DType y_type;
 };
 
+struct Reset {
+  Point at;
+  void* w;  // at.w, to be changed
+  double quantized_weight;
+};
+
+struct Perturb {
+  void *w, *g;
+  const float* factor;
+  int64_t numel;
+  DType w_type, g_type;
+  double eta;
+  bool adaptive, swap;
+};
+
+struct PerturbationNorms {
+  const void *g, *w;  // w is null where it does not count
+  int64_t numel;
+  DType w_type, g_type;
+  double eta;
+};
+
 struct Dynamic {
   const void* x;
   void* y;

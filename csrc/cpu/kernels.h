@@ -33,8 +33,8 @@ constexpr int64_t kPanel = 32;  // rows of a weight that are multiplied together
 //
 // partial: 2 * rows * pieces_per_row doubles, used where rows are cut; finish_backward then adds them in order.
 // dynamic's and cross_entropy's units are rows, normal's kNoiseSpan elements. gram_schmidt leaves rows + 1 partial sums
-// for each unit. Those of pack, unpack and dequantize_packed are rows (of all
-// experts), those of lowbit_prepare tokens, and those of lowbit_multiply the panels of one expert after another.
+// for each unit. The units of pack, unpack and dequantize_packed are rows (of all experts), those of lowbit_prepare
+// tokens, and those of lowbit_multiply the panels of one expert after another.
 #define QK_KERNELS(KERNEL)                                                                                \
   KERNEL(forward, (const Forward&, int64_t begin, int64_t end))                                           \
   KERNEL(backward, (const Backward&, double* partial, int64_t begin, int64_t end))                        \
@@ -52,23 +52,10 @@ constexpr int64_t kPanel = 32;  // rows of a weight that are multiplied together
   KERNEL(gram_schmidt, (const GramSchmidt&, double* partial, int64_t begin, int64_t end))                 \
   KERNEL(cross_entropy, (const CrossEntropy&, int64_t begin, int64_t end))                                \
   KERNEL(cross_entropy_backward, (const CrossEntropy&, int64_t begin, int64_t end))                       \
-  KERNEL(cross_entropy_hvp, (const CrossEntropy&, int64_t begin, int64_t end))
-
-// Columns of a basis in blocks, two of which stay in the second cache level while all rows pass; and these in units.
-struct KrylovUnits {
-  int64_t cols, block, blocks_per_unit;
-
-  KrylovUnits(int64_t rows, int64_t cols_, int64_t element_bytes) : cols(cols_), block(2048) {
-    while (block > 256 && block * rows * element_bytes > 256 * 1024) block /= 2;
-    blocks_per_unit = (blocks() + kMost - 1) / kMost;
-    if (blocks_per_unit < 1) blocks_per_unit = 1;
-  }
-  int64_t blocks() const { return (cols + block - 1) / block; }
-  int64_t count() const { return (blocks() + blocks_per_unit - 1) / blocks_per_unit; }
-
- private:
-  static constexpr int64_t kMost = 256;  // of them: their partial sums are added one after the other
-};
+  KERNEL(cross_entropy_hvp, (const CrossEntropy&, int64_t begin, int64_t end))                            \
+  KERNEL(reset, (const Reset&, int64_t begin, int64_t end))                                               \
+  KERNEL(perturb, (const Perturb&, int64_t begin, int64_t end))                                           \
+  KERNEL(perturbation_norms, (const PerturbationNorms&, double* partial, int64_t begin, int64_t end))
 
 struct Kernels {
   const char* isa;
@@ -79,7 +66,7 @@ struct Kernels {
   int64_t (*lowbit_tokens)(const LowbitLinear&);  // of an expert, above which a library's product of numbers is faster
 };
 
-constexpr int64_t kNoiseSpan = 1024;  // elements drawn at once, a multiple of 64
+constexpr int64_t kNoiseSpan = 1024;  // elements drawn at once, a multiple of 128
 
 // The kernels for this machine: of the widest ISA that it has and ATEN_CPU_CAPABILITY (default, avx2, avx512) allows;
 // unset, it allows all. QATKERNELS_ISA names one instead; one that is not there throws.

@@ -220,28 +220,6 @@ QK_HD Vec<double> exponential(const Vec<double>& x) {
   return r;
 }
 
-// The 64-bit products of a and b as two halves.
-QK_HD void multiply_wide(const U32& a, uint32_t b, U32& high, U32& low) {
-  using Wide = Register<uint64_t>;
-  for (int i = 0; i < U32::kCount; ++i) {
-    const Wide x = (Wide)a.part[i];
-#if defined(__AVX512F__)
-    const __m512i m = _mm512_set1_epi32(static_cast<int>(b));
-    const Wide even = (Wide)_mm512_mul_epu32((__m512i)x, m);
-    const Wide odd = (Wide)_mm512_mul_epu32((__m512i)(x >> 32), m);
-#elif defined(__AVX2__)
-    const __m256i m = _mm256_set1_epi32(static_cast<int>(b));
-    const Wide even = (Wide)_mm256_mul_epu32((__m256i)x, m);
-    const Wide odd = (Wide)_mm256_mul_epu32((__m256i)(x >> 32), m);
-#else
-    const Wide even = (x & 0xFFFFFFFFu) * b, odd = (x >> 32) * b;
-#endif
-    const Wide top = (even >> 32) | ((odd >> 32) << 32), bottom = (even & 0xFFFFFFFFu) | (odd << 32);
-    high.part[i] = (U32::Reg)top;
-    low.part[i] = (U32::Reg)bottom;
-  }
-}
-
 // Lanes i and i + 8, then i and i + 4, 2, 1: one order on every ISA.
 template <class R, int Half, int... I>
 QK_HD R fold(R x, std::integer_sequence<int, I...>) {

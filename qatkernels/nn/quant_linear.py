@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..ops import fake_quantize, quant_linear_dual, quantize
+from ..ops import fake_quantize, perturb_, quant_linear_dual, quantize
 from ..ops.fake_quantize import FLOATS
 from ..ops.noise import make_seed
 from ..ops.quant_linear import forward_mode_alone
@@ -39,8 +39,11 @@ class QuantLinear(Float32Scales, nn.Linear):
             in ``model.bfloat16()`` and the like.
         zero_point: the same for affine grids, else None.
         act: quantizer of the input, or None.
-        noise_std: standard deviation of the noise on the weight in training forwards (WinQ); not saved.
+        noise_std: standard deviation of the noise on the weight in training forwards (WinQ), negative for the mirrored
+            noise of the same seed; not saved.
         scale_noise_std: the same for the scales.
+        perturbation: the last three arguments of :func:`qatkernels.ops.perturb_`, which every forward gives the
+            quantized weight; None for none (SQuAT sets it for as long as its second pass takes); not saved.
 
     Raises:
         ValueError: if ``config.group_size`` does not divide ``in_features``.
@@ -92,6 +95,7 @@ class QuantLinear(Float32Scales, nn.Linear):
             raise ValueError(f"config is {config!r}, must be a QuantConfig")
         self.config, self.grid, self.group_size = config, config.grid, config.group_size
         self.noise_std = self.scale_noise_std = 0.0
+        self.perturbation: tuple[Tensor, Tensor, float | None] | None = None
         self._grad_scale = self.grid.grad_scale(self.weight.numel())
         for name, initial in zip(("scale", "zero_point"), self._initial_scale(), strict=True):
             trains = self.weight.requires_grad
@@ -133,9 +137,12 @@ class QuantLinear(Float32Scales, nn.Linear):
         noise = (self.noise_std, self.scale_noise_std) if self.training else (0.0, 0.0)
         dtype = compute_dtype(self.weight)
         pushing = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-        if pushing and forward_mode_alone(x, *self.parameters(recurse=False)):
+        if pushing and self.perturbation is None and forward_mode_alone(x, *self.parameters(recurse=False)):
             return self._pushed_forward(x, dtype or self.weight.dtype, *noise)
-        return F.linear(x, self._fake_quantized(dtype, *noise), self.bias)
+        weight = self._fake_quantized(dtype, *noise)
+        if self.perturbation is not None:
+            perturb_(weight.detach(), *self.perturbation)
+        return F.linear(x, weight, self.bias)
 
     def _pushed_forward(self, x: Tensor, dtype: torch.dtype, noise_std: float, scale_noise_std: float) -> Tensor:
         """Return the output with its tangent, both from one read of the weight and of its tangent."""

@@ -8,8 +8,10 @@ from .linear_cross_entropy import linear_cross_entropy
 from .lowbit_linear import grouped_lowbit_linear, lowbit_linear
 from .noise import normal
 from .packing import PackedWeight, pack, unpack
+from .perturb import perturb_, perturb_swap_, perturbation_norms
 from .quant_linear import quant_linear_dual
 from .quantize import dequantize, quantize
+from .reset import reset_
 
 __all__ = [
     "PackedWeight",
@@ -23,7 +25,11 @@ __all__ = [
     "lowbit_linear",
     "normal",
     "pack",
+    "perturb_",
+    "perturb_swap_",
+    "perturbation_norms",
     "quant_linear_dual",
     "quantize",
+    "reset_",
     "unpack",
 ]

@@ -59,6 +59,7 @@ def of_logits(op, dtype, *first):
     )
 
 
+MATRIX, FACTOR = torch.zeros(64, 4096), torch.tensor(0.5)
 CASES = {
     "forward-fp32-row": family("fake_quantize", qk.seq(2), (64, 4096)),
     "forward-bf16-row": family("fake_quantize", qk.lsq(4), (64, 4096), torch.bfloat16),
@@ -76,6 +77,11 @@ CASES = {
     "backward-noise": family("fake_quantize_backward", qk.binary(), (64, 4096), noise=True),
     "jvp-fp32-row": family("fake_quantize_jvp", qk.seq(2), (64, 4096)),
     "quantize-fp32-row": family("quantize", qk.lsq(4), (64, 4096)),
+    "reset-fp32-row": family("reset_", qk.seq(2), (64, 4096)),
+    "reset-bf16-group": family("reset_", qk.affine(4), (64, 4096), torch.bfloat16, 128),
+    "perturb-fp32-to-bf16": ("perturb_", (MATRIX.bfloat16(), MATRIX, FACTOR, None)),
+    "perturb-swap-asam": ("perturb_swap_", (MATRIX, MATRIX.clone(), FACTOR, 0.01)),
+    "norms-asam": ("perturbation_norms", (MATRIX, MATRIX, 0.01)),
     "dynamic-bf16": ("fake_quantize_dynamic", (torch.zeros(64, 4096, dtype=torch.bfloat16), 8)),
     "dual-bf16-row": family("fake_quantize_dual", qk.lsq(4), (64, 4096), torch.bfloat16),
     "linear-dual-bf16-row": linear_dual(qk.lsq(4), (1024, 1024), torch.bfloat16),
@@ -118,7 +124,7 @@ def recorded_launch(op, args, monkeypatch):
     """Return (kernel, arguments by name, options) of the launch that an op leads to."""
     launches = []
     monkeypatch.setattr(triton.JITFunction, "run", lambda self, *a, grid, warmup, **k: launches.append((self, a, k)))
-    IMPLS[f"{op}_out"]["triton"](*args, *as_tuple(OPS[op].fake(*args)))
+    IMPLS[f"{op}_out" if OPS[op].outputs else op]["triton"](*args, *as_tuple(OPS[op].fake(*args)))
     kernel, positional, keywords = launches[0]
     named = dict(zip(kernel.arg_names, positional, strict=False))
     options = {k: keywords.pop(k) for k in list(keywords) if k not in kernel.arg_names}

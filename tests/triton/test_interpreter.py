@@ -13,12 +13,14 @@ import qatkernels as qk
 from qatkernels.backends import IMPLS
 from qatkernels.ops._op import OPS
 from qatkernels.ops.fake_quantize import FLOATS
-from qatkernels.ops.samples import GRIDS, basis_calls, logits_calls, make, samples, weights
+from qatkernels.ops.samples import GRIDS, basis_calls, logits_calls, make, perturbations, samples, weights
 from tests.compare import (
     assert_same_bits,
     check_first_output,
     check_gram_schmidt,
+    check_in_place,
     check_linear_dual,
+    check_norms,
     check_rows,
     check_sample,
     run_out,
@@ -158,3 +160,24 @@ def test_gram_schmidt_of_more_columns_than_programs_have_tiles(monkeypatch):
 )
 def test_quant_linear_dual(sample, transposed):
     check_linear_dual(triton_out("quant_linear_dual"), sample, 70, transposed)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
+def test_reset(grid):
+    calls = [make(grid, (6, 48), dtype, granularity) for dtype in FLOATS for granularity in ("row", 16, "tensor")]
+    for sample in (*calls, make(grid, (5, 37)), make(grid, (1, 20000))):
+        check_in_place("reset_", IMPLS["reset_"]["triton"], sample.args("reset_"), sample.name)
+    for dtype in (torch.float32, torch.bfloat16):
+        w, scale, zero_point, constants, *_ = special_calls(grid, dtype)["quantize"]
+        check_in_place("reset_", IMPLS["reset_"]["triton"], (w, scale, zero_point, constants, 0.4), str(dtype))
+
+
+@pytest.mark.parametrize("op", ["perturb_", "perturb_swap_"])
+def test_perturb(op):
+    for args in perturbations(op):
+        check_in_place(op, IMPLS[op]["triton"], args, f"{args[0].dtype} {tuple(args[0].shape)}")
+
+
+def test_perturbation_norms():
+    for args in perturbations("perturbation_norms"):
+        check_norms(triton_out("perturbation_norms"), *args)
