@@ -37,6 +37,7 @@ _TRITON_MODULES = (
     "quant_linear",
     "reset",
     "perturb",
+    "grouped_linear",
 )
 
 

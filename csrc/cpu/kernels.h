@@ -57,6 +57,22 @@ constexpr int64_t kPanel = 32;  // rows of a weight that are multiplied together
   KERNEL(perturb, (const Perturb&, int64_t begin, int64_t end))                                           \
   KERNEL(perturbation_norms, (const PerturbationNorms&, double* partial, int64_t begin, int64_t end))
 
+// Columns of a basis in blocks, two of which stay in the second cache level while all rows pass; and these in units.
+struct KrylovUnits {
+  int64_t cols, block, blocks_per_unit;
+
+  KrylovUnits(int64_t rows, int64_t cols_, int64_t element_bytes) : cols(cols_), block(2048) {
+    while (block > 256 && block * rows * element_bytes > 256 * 1024) block /= 2;
+    blocks_per_unit = (blocks() + kMost - 1) / kMost;
+    if (blocks_per_unit < 1) blocks_per_unit = 1;
+  }
+  int64_t blocks() const { return (cols + block - 1) / block; }
+  int64_t count() const { return (blocks() + blocks_per_unit - 1) / blocks_per_unit; }
+
+ private:
+  static constexpr int64_t kMost = 256;  // of them: their partial sums are added one after the other
+};
+
 struct Kernels {
   const char* isa;
 #define QK_MEMBER(name, arguments) void(*name) arguments;

@@ -2,6 +2,7 @@
 
 from .activation import DynamicActivation, LearnedActivation, calibrate
 from .config import QuantConfig
+from .grouped_quant_linear import GroupedQuantLinear
 from .pack_model import PACKERS, model_bytes, pack_model, packed_modules
 from .packed_file import load_packed, save_packed
 from .packed_linear import GroupedPackedLinear, PackedBuffers, PackedLinear
@@ -12,6 +13,7 @@ __all__ = [
     "PACKERS",
     "DynamicActivation",
     "GroupedPackedLinear",
+    "GroupedQuantLinear",
     "LearnedActivation",
     "PackedBuffers",
     "PackedLinear",

@@ -7,12 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .packed_linear import Packed, PackedBuffers, PackedLinear
+from .grouped_quant_linear import GroupedQuantLinear
+from .packed_linear import GroupedPackedLinear, Packed, PackedBuffers, PackedLinear
 from .quant_linear import QuantLinear
 
 #: How a layer is packed, by its type or a base of it: ``packer(layer, weight=buffers)`` returns the new layer. Such a
 #: layer has QuantLinear's attributes. Another kind of layer is another entry.
-PACKERS: dict[type[nn.Module], Callable[..., nn.Module]] = {QuantLinear: PackedLinear.from_quantized}
+PACKERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    QuantLinear: PackedLinear.from_quantized,
+    GroupedQuantLinear: GroupedPackedLinear.from_quantized,
+}
 
 
 def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) -> nn.Module:

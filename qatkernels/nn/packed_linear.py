@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..grid import Grid
 from ..ops.lowbit_linear import product
 from ..ops.packing import PackedWeight
 from .activation import DynamicActivation, Float32Scales, compute_dtype
+from .grouped_quant_linear import bias_of_tokens
 
 #: Where nn.Module keeps the hooks of a forward and of its backward.
 _HOOKS = frozenset(n for n in vars(nn.Module()) if "hook" in n and "state_dict" not in n)
@@ -216,8 +216,7 @@ class GroupedPackedLinear(Packed):
         y = self._product(x, None, offsets)
         if self.bias is None:
             return y
-        expert = torch.searchsorted(offsets, torch.arange(len(x), device=x.device, dtype=offsets.dtype), right=True)
-        return y + F.pad(self.bias, (0, 0, 0, 1))[expert].to(y.dtype)  # the row of zeros is nobody's
+        return y + bias_of_tokens(self.bias, offsets, len(x)).to(y.dtype)
 
 
 #: What a file may hold, by `Packed.kind`.

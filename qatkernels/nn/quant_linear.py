@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..ops import fake_quantize, perturb_, quant_linear_dual, quantize
+from ..ops import perturb_, quant_linear_dual
 from ..ops.fake_quantize import FLOATS
 from ..ops.noise import make_seed
 from ..ops.quant_linear import forward_mode_alone
-from .activation import DynamicActivation, Float32Scales, LearnedActivation, compute_dtype
+from .activation import compute_dtype
 from .config import QuantConfig
+from .quantized import Quantized
 
 
-class QuantLinear(Float32Scales, nn.Linear):
+class QuantLinear(Quantized, nn.Linear):
     """``y = Q_a(x) @ Q(weight; scale).T + bias``, trained straight through.
 
     The weight is the full-precision master copy. Under autocast a float32 weight is quantized straight into the 16-bit
@@ -48,11 +49,6 @@ class QuantLinear(Float32Scales, nn.Linear):
     Raises:
         ValueError: if ``config.group_size`` does not divide ``in_features``.
     """
-
-    weight: nn.Parameter
-    scale: nn.Parameter
-    zero_point: nn.Parameter | None
-    act: DynamicActivation | LearnedActivation | None
 
     def __init__(
         self,
@@ -90,40 +86,6 @@ class QuantLinear(Float32Scales, nn.Linear):
         module._quantize(config)
         return module
 
-    def _quantize(self, config: QuantConfig) -> None:
-        if not isinstance(config, QuantConfig):
-            raise ValueError(f"config is {config!r}, must be a QuantConfig")
-        self.config, self.grid, self.group_size = config, config.grid, config.group_size
-        self.noise_std = self.scale_noise_std = 0.0
-        self.perturbation: tuple[Tensor, Tensor, float | None] | None = None
-        self._grad_scale = self.grid.grad_scale(self.weight.numel())
-        for name, initial in zip(("scale", "zero_point"), self._initial_scale(), strict=True):
-            trains = self.weight.requires_grad
-            self.register_parameter(name, None if initial is None else nn.Parameter(initial, requires_grad=trains))
-        self.act = None
-        if (act_grid := config.act_grid) is not None:
-            offset, device = config.act_scheme == "lsq+", self.weight.device
-            self.act = LearnedActivation(self.in_features, act_grid, offset=offset, device=device).train(self.training)
-        elif config.act_bits is not None:
-            self.act = DynamicActivation(config.act_bits).train(self.training)
-
-    def _initial_scale(self) -> tuple[Tensor, Tensor | None]:
-        """Return scales, and zero points if the grid has them, from the weight."""
-        config, grid, w = self.config, self.grid, self.weight
-        scale = grid.init_scale(w, config.group_size, per_tensor=config.per_tensor, method=config.scale_init)
-        zero_point = grid.init_zero_point(w, scale, config.group_size) if grid.has_zero_point else None
-        # One element, not a scalar: FSDP shards along the first dimension.
-        shape = scale.shape or (1,)
-        return scale.float().view(shape), None if zero_point is None else zero_point.float().view(shape)
-
-    @torch.no_grad()
-    def reset_scale(self) -> None:
-        """Set scales and zero points to what they would be for a layer just made from the present weight."""
-        scale, zero_point = self._initial_scale()
-        self.scale.copy_(scale)
-        if self.zero_point is not None and zero_point is not None:
-            self.zero_point.copy_(zero_point)
-
     def reset_parameters(self) -> None:
         """Draw a new weight and bias as nn.Linear does, and set the scales from them."""
         super().reset_parameters()
@@ -160,32 +122,6 @@ class QuantLinear(Float32Scales, nn.Linear):
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(dtype)
 
-    def _fake_quantized(self, dtype: torch.dtype | None, noise_std: float = 0, scale_noise_std: float = 0) -> Tensor:
-        return fake_quantize(
-            self.weight,
-            self.scale,
-            self.grid,
-            group_size=self.group_size,
-            zero_point=self.zero_point,
-            noise_std=noise_std,
-            scale_noise_std=scale_noise_std,
-            grad_scale=self._grad_scale,
-            dtype=dtype,
-        )
-
-    def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the weight ``[N, K]`` that an eval forward uses: no noise, differentiable.
-
-        Args:
-            dtype: bfloat16 or float16 for a float32 weight; the weight's dtype if None.
-        """
-        return self._fake_quantized(dtype)
-
-    @torch.no_grad()
-    def codes(self) -> Tensor:
-        """Return the integer codes of the weight, ``[N, K]``, int8 (uint8 for 8-bit affine)."""
-        return quantize(self.weight, self.scale, self.grid, group_size=self.group_size, zero_point=self.zero_point)
-
     def to_linear(self) -> nn.Linear:
         """Return a plain ``nn.Linear`` that holds the quantized weight, and the same bias Parameter; hooks stay here.
 
@@ -205,11 +141,7 @@ class QuantLinear(Float32Scales, nn.Linear):
 
     def extra_repr(self) -> str:
         """Describe the layer and its quantization."""
-        config = self.config
-        text = f"{super().extra_repr()}, bits={self.grid.bits}, scheme={self.grid.scheme}"
-        if config.per_tensor:
-            return f"{text}, per_tensor=True"
-        return text if self.group_size is None else f"{text}, group_size={self.group_size}"
+        return f"{super().extra_repr()}, {self.described}"
 
 
 def why_not(linear: nn.Module) -> str | None:

@@ -3,6 +3,7 @@
 from .cross_entropy import cross_entropy
 from .dynamic import fake_quantize_dynamic
 from .fake_quantize import fake_quantize
+from .grouped_linear import grouped_linear
 from .krylov import gram_schmidt
 from .linear_cross_entropy import linear_cross_entropy
 from .lowbit_linear import grouped_lowbit_linear, lowbit_linear
@@ -20,6 +21,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_dynamic",
     "gram_schmidt",
+    "grouped_linear",
     "grouped_lowbit_linear",
     "linear_cross_entropy",
     "lowbit_linear",

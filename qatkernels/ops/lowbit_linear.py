@@ -41,7 +41,7 @@ def segments(offsets: Tensor, rows: int) -> list[tuple[int, int]]:
         ValueError: if they descend or leave ``[0, rows]``.
     """
     ends = offsets.tolist()
-    starts = [0, *ends[:-1]]
+    starts = [0, *ends][: len(ends)]
     if any(a > b for a, b in zip(starts, ends, strict=True)) or (ends and ends[-1] > rows):
         raise ValueError(f"offsets is {ends}, must ascend from 0 to at most the {rows} rows of x")
     return list(zip(starts, ends, strict=True))

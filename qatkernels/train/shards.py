@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..nn import QuantLinear, quantized_modules
+from ..nn import quantized_modules
+from ..nn.quantized import Quantized
 
 
 class Part(NamedTuple):
@@ -21,13 +22,13 @@ class Part(NamedTuple):
     zero_point: Tensor | None
 
 
-def layers_by_weight(model: nn.Module) -> dict[str, QuantLinear]:
+def layers_by_weight(model: nn.Module) -> dict[str, Quantized]:
     """Return the quantized layers by name, one for each weight.
 
     Raises:
         ValueError: if there is none, or layers share a weight and quantize it differently.
     """
-    first: dict[int, tuple[str, QuantLinear]] = {}
+    first: dict[int, tuple[str, Quantized]] = {}
     for name, module in quantized_modules(model).items():
         known, twin = first.setdefault(id(module.weight), (name, module))
         if module.scale is not twin.scale or module.config != twin.config:
@@ -37,7 +38,7 @@ def layers_by_weight(model: nn.Module) -> dict[str, QuantLinear]:
     return dict(first.values())
 
 
-def local(name: str, module: QuantLinear) -> Part:
+def local(name: str, module: Quantized) -> Part:
     """Return the local part of a layer; a scale for the whole weight is gathered, which all processes must join.
 
     Raises:
@@ -62,7 +63,7 @@ def local(name: str, module: QuantLinear) -> Part:
     return Part(plain(weight), plain(scale), None if zero_point is None else plain(zero_point))
 
 
-def locals_of(layers: dict[str, QuantLinear]) -> Iterator[tuple[QuantLinear, Part]]:
+def locals_of(layers: dict[str, Quantized]) -> Iterator[tuple[Quantized, Part]]:
     """Yield each layer and its local part, which may be empty."""
     for name, module in layers.items():
         yield module, local(name, module)

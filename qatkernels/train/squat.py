@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..nn import QuantLinear, quantized_modules
+from ..nn import quantized_modules
 from ..nn.activation import Float32Scales
+from ..nn.quantized import Quantized
 from ..ops import perturb_swap_, perturbation_norms
 from .grads import add_, own, take
 from .shards import layers_by_weight, plain, total
@@ -200,7 +201,7 @@ class SQuAT:
 
     @contextmanager
     def _moved(self, grads: dict[int, Tensor], factor: Tensor, eta: float | None) -> Iterator[None]:
-        swapped: list[tuple[QuantLinear, Tensor]] = []
+        swapped: list[tuple[Quantized, Tensor]] = []
         try:
             for module in self._layers.values():
                 if (g := grads.get(id(module.weight))) is not None:

@@ -31,7 +31,7 @@ ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
-    torch.int8: "*i8", torch.uint8: "*u8", torch.int64: "*i64",
+    torch.int8: "*i8", torch.uint8: "*u8", torch.int64: "*i64", torch.int32: "*i32",
 }  # fmt: skip
 
 
@@ -57,6 +57,12 @@ def of_logits(op, dtype, *first):
         torch.zeros(64, dtype=torch.int64),
         -100,
     )
+
+
+def grouped(op, tokens, dtype=torch.bfloat16):
+    """Arguments of a product of tokens with the weights of eight experts."""
+    x, w = torch.zeros(tokens, 1024, dtype=dtype), torch.zeros(8, 1024, 1024, dtype=dtype)
+    return op, (x, x if op == "grouped_outer" else w, torch.zeros(8, dtype=torch.int32))
 
 
 MATRIX, FACTOR = torch.zeros(64, 4096), torch.tensor(0.5)
@@ -103,10 +109,15 @@ CASES = {
     "gram-schmidt-fp64": (
         "gram_schmidt", (torch.zeros(60, 4096).double(), torch.zeros(4096).double(), torch.zeros(60).double())
     ),
+    "grouped-few-bf16": grouped("grouped_linear", 64),
+    "grouped-many-bf16": grouped("grouped_linear", 4096),
+    "grouped-transposed-fp16": grouped("grouped_linear_transposed", 1024, torch.float16),
+    "grouped-outer-bf16": grouped("grouped_outer", 1024),
+    "grouped-many-fp32": grouped("grouped_linear", 1024, torch.float32),
     "normal": ("normal", (torch.tensor(3), 65536, 0)),
 }  # fmt: skip
 #: Exponentials, logarithms and products are held to a bound, not to bits.
-APPROXIMATE = {case for case in CASES if case.startswith(("cross-entropy", "linear-dual"))}
+APPROXIMATE = {case for case in CASES if case.startswith(("cross-entropy", "linear-dual", "grouped"))}
 #: Cases whose rows are aligned: how many weight-sized tensors they read and write, all of it 16 bytes at a time.
 WIDE = {
     "forward-fp32-row": (1, 1),

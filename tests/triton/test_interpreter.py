@@ -16,6 +16,7 @@ from qatkernels.ops.fake_quantize import FLOATS
 from qatkernels.ops.samples import GRIDS, basis_calls, logits_calls, make, perturbations, samples, weights
 from tests.compare import (
     assert_same_bits,
+    assert_within,
     check_first_output,
     check_gram_schmidt,
     check_in_place,
@@ -181,3 +182,22 @@ def test_perturb(op):
 def test_perturbation_norms():
     for args in perturbations("perturbation_norms"):
         check_norms(triton_out("perturbation_norms"), *args)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_grouped_products(dtype):
+    """Experts without tokens, tokens without expert, more tiles than one, any strides."""
+    generator = torch.Generator().manual_seed(0)
+    for ends in ((3, 3, 40, 45), (0, 0), (70,), ()):
+        offsets = torch.tensor(ends, dtype=torch.int32)
+        x, g, w = (torch.randn(*s, generator=generator).to(dtype) for s in ((70, 20), (70, 24), (len(ends), 24, 20)))
+        strided = x.T.contiguous().T, g[:, :1].expand(70, 24), w.mT.contiguous().mT
+        for xs, gs, ws in ((x, g, w), strided):
+            for op, a, b in (
+                ("grouped_linear", xs, ws), ("grouped_linear_transposed", gs, ws), ("grouped_outer", gs, xs),
+            ):  # fmt: skip
+                (actual,) = run_out(op, triton_out(op), (a, b, offsets))
+                expected = OPS[op].reference(a.double(), b.double(), offsets)
+                size = OPS[op].reference(a.double().abs(), b.double().abs(), offsets)
+                rounding = torch.finfo(dtype).eps * expected.abs()
+                assert_within(actual, expected, 80 * 2**-24 * size + rounding, f"{op} {ends} {dtype}")
