@@ -70,4 +70,19 @@ struct Normal {
   uint32_t stream;
 };
 
+// A product with packed weights: y = x W^T + bias, expert by expert.
+struct LowbitLinear {
+  const void* x;            // [tokens, cols], contiguous
+  const uint8_t* packed;    // [experts, rows, row_bytes]
+  const void* scale;        // [experts, rows, groups]
+  const float* zero_point;  // like scale, or null
+  const void* bias;         // [rows], or null
+  const int32_t* offsets;   // [experts], or null for one expert
+  void* y;                  // [tokens, rows]
+  int64_t tokens, rows, cols, groups, experts;
+  DType x_type, scale_type, bias_type;
+  double steps, offset;              // value = (code + offset - zero) * (scale / steps)
+  int32_t code_min, bits, act_bits;  // act_bits 0: x as it is
+};
+
 }  // namespace qk
