@@ -21,6 +21,9 @@ constexpr int kGemvWarps = 16, kGemvThreads = kGemvWarps * kWarp;
 constexpr int kTileRows = 16, kSlots = 4;
 constexpr int kMostTokens = 8;
 
+// Eight lines each, as many as registers hold the sums of.
+QK_HD constexpr int most_line_tiles(int bits) { return bits >= 5 && bits <= 7 ? 2 : 3; }
+
 struct LowbitGemv {
   const uint8_t* packed;
   const void* scale;
@@ -38,31 +41,42 @@ struct LowbitGemv {
   int32_t group_granules, group_lanes;
   int32_t copy;  // bytes of a copy: 16, 4, 1
   uint32_t flip;
-  bool sums;                         // whether sums of x are needed
-  float steps, factor, shift, zero;  // value = (number + shift - zero_point * zero) * (scale / steps * factor)
+  bool sums;                  // whether sums of x are needed
+  float factor, shift, zero;  // value = (number + shift - zero_point * zero) * (scale * factor)
   DType x_type, scale_type, bias_type;
 
-  // What a row does in a group.
+  // A row in a group: what memory holds, and what that means. Nothing is computed while it is on its way.
+  struct Asked {
+    uint32_t scale;
+    float zero_point;
+  };
   struct Affine {
     float step, shift;
   };
-  __device__ __forceinline__ Affine affine(int64_t row, int64_t group) const {
-    const int64_t i = row * groups + group;
-    const float s = max_of(number(scale, scale_type, i), static_cast<float>(kMinScale));
-    return {s / steps * factor, zero_point ? shift - __ldg(zero_point + i) * zero : shift};
+  __device__ __forceinline__ Asked ask(int64_t row, int64_t group) const {
+    const int64_t i = row * groups + min(group, groups - 1);
+    return {bits_of(scale, scale_type, i), zero_point ? __ldg(zero_point + i) : 0.0f};
   }
-  __device__ __forceinline__ static float number(const void* p, DType type, int64_t i) {
-    if (type == DType::f32) return __ldg(static_cast<const float*>(p) + i);
-    const unsigned short bits = __ldg(static_cast<const unsigned short*>(p) + i);
-    if (type == DType::bf16) return __int_as_float(static_cast<int32_t>(bits) << 16);
-    __half half;
-    memcpy(static_cast<void*>(&half), &bits, sizeof half);
-    return widen(half);
+  __device__ __forceinline__ Affine affine(const Asked& asked) const {
+    const float s = max_of(number_of(asked.scale, scale_type), static_cast<float>(kMinScale));
+    return {s * factor, shift - asked.zero_point * zero};
+  }
+  __device__ __forceinline__ static uint32_t bits_of(const void* p, DType type, int64_t i) {
+    return type == DType::f32 ? __ldg(static_cast<const unsigned*>(p) + i)
+                              : __ldg(static_cast<const unsigned short*>(p) + i);
+  }
+  __device__ __forceinline__ static float number_of(uint32_t bits, DType type) {
+    if (type == DType::f16) {
+      __half half;
+      memcpy(static_cast<void*>(&half), &bits, sizeof half);
+      return widen(half);
+    }
+    return __int_as_float(static_cast<int32_t>(type == DType::bf16 ? bits << 16 : bits));
   }
   // The last step: `sum` without bias.
   __device__ __forceinline__ void write(int64_t token, int64_t row, float sum) const {
     const int64_t i = token * rows + row;
-    if (bias) sum += number(bias, bias_type, row);
+    if (bias) sum += number_of(bits_of(bias, bias_type, row), bias_type);
     if (x_type == DType::f32)
       static_cast<float*>(y)[i] = sum;
     else if (x_type == DType::bf16)
@@ -99,17 +113,18 @@ __device__ __forceinline__ void fetch_stage(const LowbitGemv& p, int64_t first_r
       copy_16_async(to, from, left > 0 ? 16 : 0);
       continue;
     }
+    if (p.copy == 4) {
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      if (p.copy == 4) {
-        copy_4_async(to + 4 * w, left > 4 * w ? from + 4 * w : from, left > 4 * w ? 4 : 0);
-        continue;
-      }
+      for (int w = 0; w < 16; w += 4) copy_4_async(to + w, left > w ? from + w : from, left > w ? 4 : 0);
+      continue;
+    }
+#pragma unroll 1
+    for (int w = 0; w < 16; w += 4) {
       uint32_t word = 0;
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        if (left > 4 * w + j) word |= static_cast<uint32_t>(__ldg(from + 4 * w + j)) << 8 * j;
-      *reinterpret_cast<uint32_t*>(to + 4 * w) = word;
+        if (left > w + j) word |= static_cast<uint32_t>(__ldg(from + w + j)) << 8 * j;
+      *reinterpret_cast<uint32_t*>(to + w) = word;
     }
   }
 }
@@ -183,6 +198,7 @@ __global__ void __launch_bounds__(kGemvThreads, 1) lowbit_gemv_kernel(const Lowb
     }
     copy_commit();
   };
+#pragma unroll 1
   for (int i = 0; i < kSlots - 1; ++i) fetch();
 
   // Weights are on their way; now x.
@@ -220,28 +236,24 @@ __global__ void __launch_bounds__(kGemvThreads, 1) lowbit_gemv_kernel(const Lowb
       left = p.group_granules - first * kLayout.granules % p.group_granules;
     }
     for (int stage = first; stage < end; ++stage) {
-      // Scales of groups that end here are asked for before waiting for the codes.
-      LowbitGemv::Affine affine[kLayout.granules][2];
-      if (!split) {
-#pragma unroll
-        for (int i = 0, at = group, rest = left; i < kLayout.granules; ++i) {
-          const bool last = stage == end - 1 && i == kLayout.granules - 1;
-          affine[i][0] = affine[i][1] = {0, 0};
-          if (--rest == 0 || last) {
-            const int64_t of = min(int64_t{at}, p.groups - 1);
-            affine[i][0] = p.affine(rows[0], of);
-            affine[i][1] = p.affine(rows[1], of);
-            ++at;
-            rest = p.group_granules;
-          }
-        }
-      }
       copy_wait<kSlots - 2>();
       __syncwarp();  // all copies have come, and the slot before this one has been read
       fetch();
       const uint32_t* const words = reinterpret_cast<const uint32_t*>(ring + slot * kShared.slot);
       slot = (slot + 1) % kSlots;
       const int at = (stage - chunk_first) * (kLayout.products / 2);
+      const auto ends = [&](int i, int rest) { return rest == 0 || (stage == end - 1 && i == kLayout.granules - 1); };
+      // Scales of the groups that end here, asked for early where there are registers to hold them.
+      LowbitGemv::Asked asked[Tiles == 1 ? kLayout.granules : 1][2];
+      if (Tiles == 1 && !split) {
+#pragma unroll
+        for (int i = 0, at = group, rest = left; i < kLayout.granules; ++i) {
+          if (!ends(i, --rest)) continue;
+          asked[i][0] = p.ask(rows[0], at);
+          asked[i][1] = p.ask(rows[1], at++);
+          rest = p.group_granules;
+        }
+      }
       uint4 b[Tiles];
 #pragma unroll
       for (int i = 0; i < kLayout.granules; ++i) {
@@ -267,18 +279,21 @@ __global__ void __launch_bounds__(kGemvThreads, 1) lowbit_gemv_kernel(const Lowb
         };
         each(multiply, std::make_integer_sequence<int, kGranuleProducts>());
 
+        if (!split && !ends(i, --left)) continue;
+        LowbitGemv::Affine affine[4];
         if (split) {
           // Line 8 n + 2 t + {0, 1} belongs to lane (2 t + {0, 1}) % 4.
           const int run = (stage * kLayout.granules + i) * 4 + 2 * t % 4;
-          const int64_t even = min(int64_t{run / p.group_lanes}, p.groups - 1),
-                        odd = min(int64_t{(run + 1) / p.group_lanes}, p.groups - 1);
-          sums.end_group(
-              {p.affine(rows[0], even), p.affine(rows[0], odd), p.affine(rows[1], even), p.affine(rows[1], odd)});
-        } else if (--left == 0 || (stage == end - 1 && i == kLayout.granules - 1)) {
-          sums.end_group({affine[i][0], affine[i][0], affine[i][1], affine[i][1]});
+#pragma unroll
+          for (int k = 0; k < 4; ++k) affine[k] = p.affine(p.ask(rows[k / 2], (run + k % 2) / p.group_lanes));
+        } else {
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            affine[k] = p.affine(Tiles == 1 ? asked[Tiles == 1 ? i : 0][k / 2] : p.ask(rows[k / 2], group));
           ++group;
           left = p.group_granules;
         }
+        sums.end_group(affine);
       }
     }
 
@@ -339,7 +354,7 @@ __global__ void __launch_bounds__(kThreads)
     const int offset = static_cast<int>(bit % 8);
     unsigned code = __ldg(codes + bit / 8) >> offset;
     if (offset + bits > 8) code |= static_cast<unsigned>(__ldg(codes + bit / 8 + 1)) << (8 - offset);
-    const LowbitGemv::Affine affine = p.affine(r, col / group_cols);
+    const LowbitGemv::Affine affine = p.affine(p.ask(r, col / group_cols));
     const float value = (static_cast<float>(code & ((1u << bits) - 1)) + affine.shift) * affine.step;
 #pragma unroll
     for (int token = 0; token < kMostTokens; ++token) {
@@ -385,7 +400,7 @@ struct Plan {
     split = !by_granule && call.bits != 8 && group_cols % layout.lane_cols == 0;
     any = !by_granule && !split;
     digits = call.act_bits ? 1 : 3;
-    pass_tokens = any ? kMostTokens : std::min(kMostTokens, 24 / (split ? 4 : 1) / digits);
+    pass_tokens = any ? kMostTokens : std::min(kMostTokens, 8 * most_line_tiles(c.bits) / (split ? 4 : 1) / digits);
   }
 
   // Tokens first ... of the call.
@@ -403,12 +418,12 @@ struct Plan {
     p.x_type = call.x_type;
     p.scale_type = call.scale_type;
     p.bias_type = call.bias_type;
-    p.steps = static_cast<float>(call.steps);
     p.tokens = static_cast<int32_t>(std::min<int64_t>(call.tokens - first, pass_tokens));
     p.chunks = 1;
     const double constant = call.code_min + call.offset;  // value = (code + constant - zero_point) * step
     if (any) {
-      p.factor = p.zero = 1;
+      p.factor = static_cast<float>(1 / call.steps);
+      p.zero = 1;
       p.shift = static_cast<float>(constant);
       return p;
     }
@@ -418,7 +433,7 @@ struct Plan {
     const double wanted = unit * (constant + (1 << (call.bits - 1)));
     const int low = !call.zero_point && wanted > 0 && wanted < unit ? static_cast<int>(wanted) : 0;
     p.flip = 0x01010101u * static_cast<uint32_t>(0x80 | low);
-    p.factor = 1.0f / static_cast<float>(unit);
+    p.factor = static_cast<float>(1 / (call.steps * unit));
     p.shift = static_cast<float>(wanted - low);
     p.zero = static_cast<float>(unit);
     p.sums = call.zero_point || p.shift != 0;
@@ -448,8 +463,7 @@ struct Plan {
     p.row_blocks = std::min(p.rounds, std::max(1, device.multiprocessors / p.chunks));
     return p;
   }
-  int lines_held(const LowbitGemv& p) const { return p.lines * (split ? 4 : 1); }
-  int line_tiles(const LowbitGemv& p) const { return lines_held(p) <= 8 ? 1 : 3; }
+  int line_tiles(const LowbitGemv& p) const { return p.lines * (split ? 4 : 1) <= 8 ? 1 : most_line_tiles(call.bits); }
 
   // Of a workspace: units of tokens, x, sums of chunks.
   static constexpr size_t kUnitBytes = 64;
@@ -527,7 +541,8 @@ cudaError_t lowbit_gemv(const LowbitLinear& call, void* workspace, cudaStream_t 
 
     if (plan.any) {
       error = with_types(call.x_type, call.x_type, [&](auto types) {
-        using X = typename decltype(types)::W;
+        // float64 is not served.
+        using X = std::conditional_t<sizeof(typename decltype(types)::W) == 8, float, typename decltype(types)::W>;
         const float qmax = static_cast<float>(call.act_bits ? (1 << (call.act_bits - 1)) - 1 : 0);
         return launch(lowbit_gemv_any_kernel<X>, (call.rows + 7) / 8, kThreads, 0, stream, p,
                       static_cast<const X*>(tokens), call.bits, qmax);
@@ -538,7 +553,7 @@ cudaError_t lowbit_gemv(const LowbitLinear& call, void* workspace, cudaStream_t 
         call.bits,
         [&](auto bits) {
           return plan.line_tiles(p) == 1 ? start<bits, 1>(p, plan.layout, device, stream)
-                                         : start<bits, 3>(p, plan.layout, device, stream);
+                                         : start<bits, most_line_tiles(bits)>(p, plan.layout, device, stream);
         },
         std::make_integer_sequence<int, 8>());
     if (error == cudaSuccess && p.chunks > 1)
