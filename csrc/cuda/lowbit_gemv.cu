@@ -58,8 +58,8 @@ struct LowbitGemv {
     return {bits_of(scale, scale_type, i), zero_point ? __ldg(zero_point + i) : 0.0f};
   }
   __device__ __forceinline__ Affine affine(const Asked& asked) const {
-    const float s = max_of(number_of(asked.scale, scale_type), static_cast<float>(kMinScale));
-    return {s * factor, shift - asked.zero_point * zero};
+    const float s = number_of(asked.scale, scale_type), least = static_cast<float>(kMinScale);
+    return {(s < least ? least : s) * factor, shift - asked.zero_point * zero};
   }
   __device__ __forceinline__ static uint32_t bits_of(const void* p, DType type, int64_t i) {
     return type == DType::f32 ? __ldg(static_cast<const unsigned*>(p) + i)
@@ -390,21 +390,27 @@ struct Device {
 // How a call is divided: into passes of some tokens each, and these into blocks.
 struct Plan {
   const LowbitLinear& call;
+  const Device& device;
   const LowbitLayout layout;
   int64_t group_cols;
   bool any, split;
-  int digits, pass_tokens;
+  int digits, most_tiles, pass_tokens;
 
-  explicit Plan(const LowbitLinear& c) : call(c), layout(c.bits), group_cols(c.cols / c.groups) {
+  Plan(const LowbitLinear& c, const Device& d) : call(c), device(d), layout(c.bits), group_cols(c.cols / c.groups) {
     const bool by_granule = call.groups == 1 || group_cols % layout.granule_cols == 0;
     split = !by_granule && call.bits != 8 && group_cols % layout.lane_cols == 0;
     any = !by_granule && !split;
     digits = call.act_bits ? 1 : 3;
-    pass_tokens = any ? kMostTokens : std::min(kMostTokens, 8 * most_line_tiles(c.bits) / (split ? 4 : 1) / digits);
+    // Devices of 99 KiB hold the sums of one tile and at least a stage of x.
+    most_tiles = most_line_tiles(call.bits);
+    if (SharedPlan(layout, most_tiles).x + 8 * most_tiles * layout.stage_cols > device.shared) most_tiles = 1;
+    pass_tokens = std::min(kMostTokens, 8 * most_tiles / (split ? 4 : 1) / digits);
+    any |= pass_tokens == 0;
+    if (any) pass_tokens = kMostTokens;
   }
 
   // Tokens first ... of the call.
-  LowbitGemv pass(int64_t first, const Device& device) const {
+  LowbitGemv pass(int64_t first) const {
     LowbitGemv p{};
     p.packed = call.packed;
     p.scale = call.scale;
@@ -508,11 +514,13 @@ bool lowbit_gemv_serves(const LowbitLinear& call) {
 }
 
 cudaError_t lowbit_gemv_workspace(const LowbitLinear& call, size_t* bytes) {
+  *bytes = 0;
+  if (call.tokens == 0 || call.rows == 0) return cudaSuccess;
   Device device;
   const cudaError_t error = device.ask();
   if (error != cudaSuccess) return error;
-  const Plan plan(call);
-  *bytes = plan.bytes(plan.pass(0, device));  // no later pass has more tokens
+  const Plan plan(call, device);
+  *bytes = plan.bytes(plan.pass(0));  // no later pass has more tokens
   return cudaSuccess;
 }
 
@@ -521,9 +529,9 @@ cudaError_t lowbit_gemv(const LowbitLinear& call, void* workspace, cudaStream_t 
   if (call.tokens == 0 || call.rows == 0) return cudaSuccess;
   Device device;
   cudaError_t error = device.ask();
-  const Plan plan(call);
+  const Plan plan(call, device);
   for (int64_t first = 0; error == cudaSuccess && first < call.tokens; first += plan.pass_tokens) {
-    LowbitGemv p = plan.pass(first, device);
+    LowbitGemv p = plan.pass(first);
     char* const memory = static_cast<char*>(workspace);
     float* const unit = reinterpret_cast<float*>(memory);
     uint4* const x = reinterpret_cast<uint4*>(memory + Plan::kUnitBytes);
