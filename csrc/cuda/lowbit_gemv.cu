@@ -274,10 +274,18 @@ __global__ void __launch_bounds__(kGemvThreads, 1) lowbit_gemv_kernel(const Lowb
             if (product % 2 == 0) b[n] = operand[n][(at + product / 2) * stride[n]];
             const uint32_t b0 = product % 2 ? b[n].z : b[n].x, b1 = product % 2 ? b[n].w : b[n].y;
             multiply_add(sums.products[n], a0, a1, a2, a3, b0, b1);
-            if (p.sums) add_columns(sums.lines[n], b0, b1);
           }
         };
         each(multiply, std::make_integer_sequence<int, kGranuleProducts>());
+        if (p.sums) {  // apart, so that grids that need none pay for a branch only
+#pragma unroll
+          for (int product = i * kGranuleProducts; product < (i + 1) * kGranuleProducts; ++product)
+#pragma unroll
+            for (int n = 0; n < Tiles; ++n) {
+              const uint2* const half = reinterpret_cast<const uint2*>(operand[n] + (at + product / 2) * stride[n]);
+              add_columns(sums.lines[n], half[product % 2].x, half[product % 2].y);
+            }
+        }
 
         if (!split && !ends(i, --left)) continue;
         LowbitGemv::Affine affine[4];

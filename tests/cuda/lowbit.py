@@ -38,7 +38,7 @@ def reference(args):
     Without act_bits x has an error of 2^-22.9 of its token's largest number, and integers, scales and their products
     are rounded a few times to float32. Both count in the magnitude of the numbers that are added: a code centered in
     its range plus what is added for the zero point. Sums over groups are added one after the other by a warp, then over
-    warps.
+    warps; in groups that are not multiples of 32 perhaps element by element.
     """
     x, packed, scale, zero, bias, _, grid, code_min, bits, act_bits = args
     cols, wide = x.shape[-1], x.double()
@@ -57,7 +57,7 @@ def reference(args):
     if act_bits is not None:
         wide = OPS["fake_quantize_dynamic"].reference(x.float(), act_bits).double()
         error_of_x = 4 * unit * wide.abs()
-    sequential = 16 + scale.shape[-1]
+    sequential = 16 + (scale.shape[-1] if group % 32 == 0 or group == cols else cols // 8)
     bound = sequential * unit * (wide.abs() @ magnitude.T) + error_of_x.expand_as(wide) @ w.abs().T
     y = wide @ w.T
     if bias is not None:
