@@ -14,88 +14,9 @@
 
 #include "kernels.h"
 #include "lowbit_digits.h"
+#include "lowbit_gemv.h"
 
 namespace qk::cuda {
-
-constexpr int kGemvWarps = 16, kGemvThreads = kGemvWarps * kWarp;
-constexpr int kTileRows = 16, kSlots = 4;
-constexpr int kMostTokens = 8;
-
-// Eight lines each, as many as registers hold the sums of.
-QK_HD constexpr int most_line_tiles(int bits) { return bits >= 5 && bits <= 7 ? 2 : 3; }
-
-struct LowbitGemv {
-  const uint8_t* packed;
-  const void* scale;
-  const float* zero_point;
-  const void* bias;
-  void* y;
-  const uint4* x;
-  const float* unit;
-  float* partial;  // [chunks][tokens][rows] where K is cut into chunks, else null
-  int64_t rows, cols, groups, row_bytes;
-  int32_t rounds, stages, chunk_stages, chunks, row_blocks, warps_per_row;
-  int32_t tokens, digits, lines;
-  // Granules of a group (lowbit_layout.h). 0 if groups are smaller: then each lane of a row has its own lines, zero for
-  // the other lanes, and group_lanes such runs of columns are a group.
-  int32_t group_granules, group_lanes;
-  int32_t copy;  // bytes of a copy: 16, 4, 1
-  uint32_t flip;
-  bool sums;                  // whether sums of x are needed
-  float factor, shift, zero;  // value = (number + shift - zero_point * zero) * (scale * factor)
-  DType x_type, scale_type, bias_type;
-
-  // A row in a group: what memory holds, and what that means. Nothing is computed while it is on its way.
-  struct Asked {
-    uint32_t scale;
-    float zero_point;
-  };
-  struct Affine {
-    float step, shift;
-  };
-  __device__ __forceinline__ Asked ask(int64_t row, int64_t group) const {
-    const int64_t i = row * groups + min(group, groups - 1);
-    return {bits_of(scale, scale_type, i), zero_point ? __ldg(zero_point + i) : 0.0f};
-  }
-  __device__ __forceinline__ Affine affine(const Asked& asked) const {
-    const float s = number_of(asked.scale, scale_type), least = static_cast<float>(kMinScale);
-    return {(s < least ? least : s) * factor, shift - asked.zero_point * zero};
-  }
-  __device__ __forceinline__ static uint32_t bits_of(const void* p, DType type, int64_t i) {
-    return type == DType::f32 ? __ldg(static_cast<const unsigned*>(p) + i)
-                              : __ldg(static_cast<const unsigned short*>(p) + i);
-  }
-  __device__ __forceinline__ static float number_of(uint32_t bits, DType type) {
-    if (type == DType::f16) {
-      __half half;
-      memcpy(static_cast<void*>(&half), &bits, sizeof half);
-      return widen(half);
-    }
-    return __int_as_float(static_cast<int32_t>(type == DType::bf16 ? bits << 16 : bits));
-  }
-  // The last step: `sum` without bias.
-  __device__ __forceinline__ void write(int64_t token, int64_t row, float sum) const {
-    const int64_t i = token * rows + row;
-    if (bias) sum += number_of(bits_of(bias, bias_type, row), bias_type);
-    if (x_type == DType::f32)
-      static_cast<float*>(y)[i] = sum;
-    else if (x_type == DType::bf16)
-      static_cast<__nv_bfloat16*>(y)[i] = __float2bfloat16_rn(sum);
-    else
-      static_cast<__half*>(y)[i] = __float2half_rn(sum);
-  }
-};
-
-// Shared memory of a block, in bytes from its start: stages of weights, sums of warps, 16 bytes of zeros, x.
-struct SharedPlan {
-  int slot, sums, zeros, x;
-
-  QK_HD constexpr SharedPlan(const LowbitLayout& layout, int line_tiles)
-      : slot(kTileRows * layout.pitch),
-        sums(kGemvWarps * kSlots * slot),
-        zeros(sums + kGemvWarps * kTileRows * 8 * line_tiles * 4),
-        x(zeros + 16) {}
-};
 
 // Starts the copies of a stage of sixteen rows to shared memory; what lies beyond a row is not read.
 template <int Bits>
@@ -166,11 +87,85 @@ __device__ __forceinline__ void each(F f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);
 }
 
+// The products of granule i of a stage, whose first product has x at `at` pairs of products.
+template <int Bits, int Tiles>
+__device__ __forceinline__ void multiply_granule(const LowbitGemv& p, const uint32_t* words, int i, int at,
+                                                 const uint4* const (&operand)[Tiles], const int (&stride)[Tiles],
+                                                 uint4 (&b)[Tiles], Sums<Tiles>& sums) {
+  constexpr LowbitLayout kLayout(Bits);
+  constexpr int kGranuleProducts = kLayout.products / kLayout.granules;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+  uint32_t upper[kLayout.granule_words], lower[kLayout.granule_words];
+#pragma unroll
+  for (int w = 0; w < kLayout.granule_words; ++w) {
+    upper[w] = words[g * (kLayout.pitch / 4) + kLayout.word(i, t, w)];
+    lower[w] = words[(g + 8) * (kLayout.pitch / 4) + kLayout.word(i, t, w)];
+  }
+  const Decoder<Bits> above(upper), below(lower);
+  const auto multiply = [&](auto index) {
+    constexpr int kIndex = decltype(index)::value, kRegister = 2 * kIndex;
+    const int product = i * kGranuleProducts + kIndex;
+    const uint32_t a0 = above.template get<kRegister>(p.flip), a1 = below.template get<kRegister>(p.flip),
+                   a2 = above.template get<kRegister + 1>(p.flip), a3 = below.template get<kRegister + 1>(p.flip);
+#pragma unroll
+    for (int n = 0; n < Tiles; ++n) {
+      if (product % 2 == 0) b[n] = operand[n][(at + product / 2) * stride[n]];
+      const uint32_t b0 = product % 2 ? b[n].z : b[n].x, b1 = product % 2 ? b[n].w : b[n].y;
+      multiply_add(sums.products[n], a0, a1, a2, a3, b0, b1);
+    }
+  };
+  each(multiply, std::make_integer_sequence<int, kGranuleProducts>());
+  if (p.sums) {  // apart, so that grids that need none pay for a branch only
+#pragma unroll
+    for (int product = i * kGranuleProducts; product < (i + 1) * kGranuleProducts; ++product)
+#pragma unroll
+      for (int n = 0; n < Tiles; ++n) {
+        const uint2* const half = reinterpret_cast<const uint2*>(operand[n] + (at + product / 2) * stride[n]);
+        add_columns(sums.lines[n], half[product % 2].x, half[product % 2].y);
+      }
+  }
+}
+
+// Adds what warps have of the same rows, in a fixed order, and writes a round of rows.
+template <int Tiles>
+__device__ __forceinline__ void write_round(const LowbitGemv& p, const Sums<Tiles>& sums, float* partial, int chunk,
+                                            int round) {
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, g = thread % kWarp / 4, t = thread % 4;
+  const int tiles = kGemvWarps / p.warps_per_row, copies = p.group_granules == 0 ? 4 : 1;
+  // [warp][row][line]
+  float* const own = partial + warp * kTileRows * 8 * Tiles;
+#pragma unroll
+  for (int n = 0; n < Tiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) own[(g + i / 2 * 8) * 8 * Tiles + 8 * n + 2 * t + i % 2] = sums.total[n][i];
+  __syncthreads();
+  // warps_per_row threads for each output, which are neighbours in a warp.
+  for (int i = thread; i < tiles * kTileRows * p.tokens * p.warps_per_row; i += kGemvThreads) {
+    const int from_part = i % p.warps_per_row, output = i / p.warps_per_row;
+    const int row = output % kTileRows, token = output / kTileRows % p.tokens, tile = output / kTileRows / p.tokens;
+    const float* const line =
+        partial + ((tile * p.warps_per_row + from_part) * kTileRows + row) * 8 * Tiles + token * p.digits * copies;
+    float sum = 0;
+    for (int d = p.digits - 1; d >= 0; --d) {
+      float digit = 0;
+      for (int k = 0; k < copies; ++k) digit += line[d * copies + k];
+      sum = fmaf(sum, 256.0f, digit);
+    }
+    for (int offset = p.warps_per_row / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
+    const int64_t r = (int64_t{round} * tiles + tile) * kTileRows + row;
+    if (from_part != 0 || r >= p.rows) continue;
+    sum *= p.unit[token];
+    if (p.partial)
+      p.partial[(int64_t{chunk} * p.tokens + token) * p.rows + r] = sum;
+    else
+      p.write(token, r, sum);
+  }
+}
+
 template <int Bits, int Tiles>
 __global__ void __launch_bounds__(kGemvThreads, 1) lowbit_gemv_kernel(const LowbitGemv p) {
   constexpr LowbitLayout kLayout(Bits);
   constexpr SharedPlan kShared(kLayout, Tiles);
-  constexpr int kGranuleProducts = kLayout.products / kLayout.granules;
   uint8_t* const shared = dynamic_shared();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   const int g = lane / 4, t = lane % 4;
@@ -201,12 +196,12 @@ __global__ void __launch_bounds__(kGemvThreads, 1) lowbit_gemv_kernel(const Lowb
 #pragma unroll 1
   for (int i = 0; i < kSlots - 1; ++i) fetch();
 
-  // Weights are on their way; now x.
+  // Weights are on their way; now x, by ordinary loads: it is being written while this kernel runs.
   wait_for_earlier_kernel();
   uint4* const x = reinterpret_cast<uint4*>(shared + kShared.x);
   const int stage_vectors = kLayout.products * 2 * p.lines;
   const uint4* const from = p.x + int64_t{chunk_first} * stage_vectors;
-  for (int i = thread; i < chunk_stages * stage_vectors; i += kGemvThreads) x[i] = __ldg(from + i);
+  for (int i = thread; i < chunk_stages * stage_vectors; i += kGemvThreads) x[i] = from[i];
   uint4* const zeros = reinterpret_cast<uint4*>(shared + kShared.zeros);
   if (thread == 0) zeros->x = zeros->y = zeros->z = zeros->w = 0;
   __syncthreads();
@@ -224,7 +219,6 @@ __global__ void __launch_bounds__(kGemvThreads, 1) lowbit_gemv_kernel(const Lowb
   }
 
   Sums<Tiles> sums;
-  float* const partial = reinterpret_cast<float*>(shared + kShared.sums);
   int slot = 0;
   for (int round = block; round < p.rounds; round += p.row_blocks) {
     const int64_t first_row = row_of(round);
@@ -257,36 +251,7 @@ __global__ void __launch_bounds__(kGemvThreads, 1) lowbit_gemv_kernel(const Lowb
       uint4 b[Tiles];
 #pragma unroll
       for (int i = 0; i < kLayout.granules; ++i) {
-        uint32_t upper[kLayout.granule_words], lower[kLayout.granule_words];
-#pragma unroll
-        for (int w = 0; w < kLayout.granule_words; ++w) {
-          upper[w] = words[g * (kLayout.pitch / 4) + kLayout.word(i, t, w)];
-          lower[w] = words[(g + 8) * (kLayout.pitch / 4) + kLayout.word(i, t, w)];
-        }
-        const Decoder<Bits> above(upper), below(lower);
-        const auto multiply = [&](auto index) {
-          constexpr int kIndex = decltype(index)::value, kRegister = 2 * kIndex;
-          const int product = i * kGranuleProducts + kIndex;
-          const uint32_t a0 = above.template get<kRegister>(p.flip), a1 = below.template get<kRegister>(p.flip),
-                         a2 = above.template get<kRegister + 1>(p.flip), a3 = below.template get<kRegister + 1>(p.flip);
-#pragma unroll
-          for (int n = 0; n < Tiles; ++n) {
-            if (product % 2 == 0) b[n] = operand[n][(at + product / 2) * stride[n]];
-            const uint32_t b0 = product % 2 ? b[n].z : b[n].x, b1 = product % 2 ? b[n].w : b[n].y;
-            multiply_add(sums.products[n], a0, a1, a2, a3, b0, b1);
-          }
-        };
-        each(multiply, std::make_integer_sequence<int, kGranuleProducts>());
-        if (p.sums) {  // apart, so that grids that need none pay for a branch only
-#pragma unroll
-          for (int product = i * kGranuleProducts; product < (i + 1) * kGranuleProducts; ++product)
-#pragma unroll
-            for (int n = 0; n < Tiles; ++n) {
-              const uint2* const half = reinterpret_cast<const uint2*>(operand[n] + (at + product / 2) * stride[n]);
-              add_columns(sums.lines[n], half[product % 2].x, half[product % 2].y);
-            }
-        }
-
+        multiply_granule<Bits, Tiles>(p, words, i, at, operand, stride, b, sums);
         if (!split && !ends(i, --left)) continue;
         LowbitGemv::Affine affine[4];
         if (split) {
@@ -305,35 +270,7 @@ __global__ void __launch_bounds__(kGemvThreads, 1) lowbit_gemv_kernel(const Lowb
       }
     }
 
-    // [warp][row][line]
-    float* const own = partial + warp * kTileRows * 8 * Tiles;
-#pragma unroll
-    for (int n = 0; n < Tiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) own[(g + i / 2 * 8) * 8 * Tiles + 8 * n + 2 * t + i % 2] = sums.total[n][i];
-    __syncthreads();
-    // warps_per_row threads for each output, which are neighbours in a warp.
-    for (int i = thread; i < tiles * kTileRows * p.tokens * p.warps_per_row; i += kGemvThreads) {
-      const int from_part = i % p.warps_per_row, output = i / p.warps_per_row;
-      const int row = output % kTileRows, token = output / kTileRows % p.tokens, tile = output / kTileRows / p.tokens;
-      const int copies = split ? 4 : 1;
-      const float* const line =
-          partial + ((tile * p.warps_per_row + from_part) * kTileRows + row) * 8 * Tiles + token * p.digits * copies;
-      float sum = 0;
-      for (int d = p.digits - 1; d >= 0; --d) {
-        float digit = 0;
-        for (int k = 0; k < copies; ++k) digit += line[d * copies + k];
-        sum = fmaf(sum, 256.0f, digit);
-      }
-      for (int offset = p.warps_per_row / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
-      const int64_t r = (int64_t{round} * tiles + tile) * kTileRows + row;
-      if (from_part != 0 || r >= p.rows) continue;
-      sum *= __ldg(p.unit + token);
-      if (p.partial)
-        p.partial[(int64_t{chunk} * p.tokens + token) * p.rows + r] = sum;
-      else
-        p.write(token, r, sum);
-    }
+    write_round(p, sums, reinterpret_cast<float*>(shared + kShared.sums), chunk, round);
     __syncthreads();
   }
   copy_wait<0>();
@@ -384,109 +321,6 @@ __global__ void __launch_bounds__(kThreads)
 
 namespace {
 
-struct Device {
-  int id = 0, multiprocessors = 0, shared = 0;
-
-  cudaError_t ask() {
-    cudaError_t error = cudaGetDevice(&id);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, id);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
-    return error;
-  }
-};
-
-// How a call is divided: into passes of some tokens each, and these into blocks.
-struct Plan {
-  const LowbitLinear& call;
-  const Device& device;
-  const LowbitLayout layout;
-  int64_t group_cols;
-  bool any, split;
-  int digits, most_tiles, pass_tokens;
-
-  Plan(const LowbitLinear& c, const Device& d) : call(c), device(d), layout(c.bits), group_cols(c.cols / c.groups) {
-    const bool by_granule = call.groups == 1 || group_cols % layout.granule_cols == 0;
-    split = !by_granule && call.bits != 8 && group_cols % layout.lane_cols == 0;
-    any = !by_granule && !split;
-    digits = call.act_bits ? 1 : 3;
-    // Devices of 99 KiB hold the sums of one tile and at least a stage of x.
-    most_tiles = most_line_tiles(call.bits);
-    if (SharedPlan(layout, most_tiles).x + 8 * most_tiles * layout.stage_cols > device.shared) most_tiles = 1;
-    pass_tokens = std::min(kMostTokens, 8 * most_tiles / (split ? 4 : 1) / digits);
-    any |= pass_tokens == 0;
-    if (any) pass_tokens = kMostTokens;
-  }
-
-  // Tokens first ... of the call.
-  LowbitGemv pass(int64_t first) const {
-    LowbitGemv p{};
-    p.packed = call.packed;
-    p.scale = call.scale;
-    p.zero_point = call.zero_point;
-    p.bias = call.bias;
-    p.y = static_cast<char*>(call.y) + first * call.rows * (call.x_type == DType::f32 ? 4 : 2);
-    p.rows = call.rows;
-    p.cols = call.cols;
-    p.groups = call.groups;
-    p.row_bytes = (call.cols * call.bits + 7) / 8;
-    p.x_type = call.x_type;
-    p.scale_type = call.scale_type;
-    p.bias_type = call.bias_type;
-    p.tokens = static_cast<int32_t>(std::min<int64_t>(call.tokens - first, pass_tokens));
-    p.chunks = 1;
-    const double constant = call.code_min + call.offset;  // value = (code + constant - zero_point) * step
-    if (any) {
-      p.factor = static_cast<float>(1 / call.steps);
-      p.zero = 1;
-      p.shift = static_cast<float>(constant);
-      return p;
-    }
-
-    // A byte is unit * (code - half) plus `low`, which is to be unit * (code + constant) where it can.
-    const int unit = 1 << (8 - call.bits);
-    const double wanted = unit * (constant + (1 << (call.bits - 1)));
-    const int low = !call.zero_point && wanted > 0 && wanted < unit ? static_cast<int>(wanted) : 0;
-    p.flip = 0x01010101u * static_cast<uint32_t>(0x80 | low);
-    p.factor = static_cast<float>(1 / (call.steps * unit));
-    p.shift = static_cast<float>(wanted - low);
-    p.zero = static_cast<float>(unit);
-    p.sums = call.zero_point || p.shift != 0;
-
-    p.digits = digits;
-    p.lines = p.tokens * digits;
-    p.stages = static_cast<int32_t>((p.cols + layout.stage_cols - 1) / layout.stage_cols);
-    if (!split)
-      p.group_granules = call.groups == 1 ? 1 << 30 : static_cast<int32_t>(group_cols / layout.granule_cols);
-    else
-      p.group_lanes = static_cast<int32_t>(group_cols / layout.lane_cols);
-    const auto aligned_to = [&](int bytes) {
-      return p.row_bytes % bytes == 0 && reinterpret_cast<uintptr_t>(p.packed) % static_cast<uintptr_t>(bytes) == 0;
-    };
-    p.copy = aligned_to(16) ? 16 : aligned_to(4) ? 4 : 1;
-
-    const int left = device.shared - SharedPlan(layout, line_tiles(p)).x;
-    p.chunk_stages = std::min(p.stages, std::max(1, left / (layout.stage_cols * p.lines)));
-    p.chunks = (p.stages + p.chunk_stages - 1) / p.chunk_stages;
-    p.chunk_stages = (p.stages + p.chunks - 1) / p.chunks;
-    p.chunks = (p.stages + p.chunk_stages - 1) / p.chunk_stages;
-    // Warps share rows as long as each has two stages of them.
-    p.warps_per_row = 1;
-    while (p.warps_per_row < kGemvWarps && p.chunk_stages >= 4 * p.warps_per_row) p.warps_per_row *= 2;
-    const int round_rows = kTileRows * kGemvWarps / p.warps_per_row;
-    p.rounds = static_cast<int32_t>((p.rows + round_rows - 1) / round_rows);
-    p.row_blocks = std::min(p.rounds, std::max(1, device.multiprocessors / p.chunks));
-    return p;
-  }
-  int line_tiles(const LowbitGemv& p) const { return p.lines * (split ? 4 : 1) <= 8 ? 1 : most_line_tiles(call.bits); }
-
-  // Of a workspace: units of tokens, x, sums of chunks.
-  static constexpr size_t kUnitBytes = 64;
-  size_t x_bytes(const LowbitGemv& p) const { return static_cast<size_t>(p.stages) * layout.stage_cols * p.lines; }
-  size_t bytes(const LowbitGemv& p) const {
-    return kUnitBytes + x_bytes(p) + (p.chunks > 1 ? 4 * static_cast<size_t>(p.chunks * p.tokens * p.rows) : 0);
-  }
-};
-
 template <int Bits, int Tiles>
 cudaError_t start(const LowbitGemv& p, const LowbitLayout& layout, const Device& device, cudaStream_t stream) {
   const auto kernel = lowbit_gemv_kernel<Bits, Tiles>;
@@ -527,7 +361,7 @@ cudaError_t lowbit_gemv_workspace(const LowbitLinear& call, size_t* bytes) {
   Device device;
   const cudaError_t error = device.ask();
   if (error != cudaSuccess) return error;
-  const Plan plan(call, device);
+  const LowbitPlan plan(call, device);
   *bytes = plan.bytes(plan.pass(0));  // no later pass has more tokens
   return cudaSuccess;
 }
@@ -537,15 +371,15 @@ cudaError_t lowbit_gemv(const LowbitLinear& call, void* workspace, cudaStream_t 
   if (call.tokens == 0 || call.rows == 0) return cudaSuccess;
   Device device;
   cudaError_t error = device.ask();
-  const Plan plan(call, device);
+  const LowbitPlan plan(call, device);
   for (int64_t first = 0; error == cudaSuccess && first < call.tokens; first += plan.pass_tokens) {
     LowbitGemv p = plan.pass(first);
     char* const memory = static_cast<char*>(workspace);
     float* const unit = reinterpret_cast<float*>(memory);
-    uint4* const x = reinterpret_cast<uint4*>(memory + Plan::kUnitBytes);
+    uint4* const x = reinterpret_cast<uint4*>(memory + LowbitPlan::kUnitBytes);
     p.unit = unit;
     p.x = x;
-    if (p.chunks > 1) p.partial = reinterpret_cast<float*>(memory + Plan::kUnitBytes + plan.x_bytes(p));
+    if (p.chunks > 1) p.partial = reinterpret_cast<float*>(memory + LowbitPlan::kUnitBytes + plan.x_bytes(p));
     const void* const tokens =
         static_cast<const char*>(call.x) + first * call.cols * (call.x_type == DType::f32 ? 4 : 2);
     const int64_t items = int64_t{p.stages} * plan.layout.products * 2;
