@@ -7,6 +7,9 @@
 #include "../common/packing.h"
 #include "../cpu/kernels.h"
 #include "tensors.h"
+#if defined(QK_WITH_CUDA)
+#include "../cuda/bindings.h"
+#endif
 
 namespace qk {
 namespace {
@@ -43,6 +46,7 @@ void pack_out(const Tensor& codes_, int64_t code_min, int64_t bits, Tensor out) 
   TORCH_CHECK(codes_.dim() > 0, "codes has no dimension, must have at least one");
   TORCH_CHECK(codes_.scalar_type() == at::kChar || codes_.scalar_type() == at::kByte, "codes is ",
               name_of(codes_.scalar_type()), ", must be int8 or uint8");
+  check_cpu("codes", codes_);
   const Tensor codes = codes_.contiguous();
   const int64_t cols = codes.size(-1), rows = cols ? codes.numel() / cols : 0;
   check_shape("out", out, with_last(codes, row_bytes(cols, static_cast<int>(bits))), at::kByte);
@@ -71,6 +75,7 @@ void unpack_out(const Tensor& packed_, int64_t code_min, int64_t bits, int64_t c
   TORCH_CHECK(packed_.dim() > 0 && cols >= 0 && packed_.size(-1) == row_bytes(cols, static_cast<int>(bits)),
               "packed has shape ", shown(packed_), ", must end in ", row_bytes(cols, static_cast<int>(bits)), " for ",
               cols, " columns");
+  check_cpu("packed", packed_);
   const Tensor packed = packed_.contiguous();
   check_shape("out", out, with_last(packed, cols), type);
   const int64_t rows = cols ? out.numel() / cols : 0;
@@ -135,7 +140,6 @@ struct Weight {
     }
     for (const Tensor* t : {&packed, &scale, &zero_point})
       if (t->defined()) check_device("packed weight", *t, x.device());
-    check_cpu(name, x);
     if (!offsets_) {
       if (call.tokens) experts.push_back({0, 0, call.tokens});
       return;
@@ -146,6 +150,8 @@ struct Weight {
                 ", must be torch.int32 with one element for each of ", call.experts, " experts");
     TORCH_CHECK(x.dim() == 2, name, " has shape ", shown(x), ", must have two dimensions with offsets");
     check_device("offsets", offsets, x.device());
+    call.offsets = offsets.const_data_ptr<int32_t>();
+    if (!x.is_cpu()) return;  // looking would wait for the device
     const int32_t* const ends = offsets.const_data_ptr<int32_t>();
     for (int64_t e = 0, start = 0; e < call.experts; start = ends[e++]) {
       TORCH_CHECK_VALUE(start <= ends[e] && ends[e] <= call.tokens, "offsets is ",
@@ -220,6 +226,16 @@ void lowbit_linear_out(const Tensor& x_, const Tensor& packed, const Tensor& sca
   call.x = x.const_data_ptr();
   call.y = out.mutable_data_ptr();
   call.x_type = dtype_of("x", x);
+#if defined(QK_WITH_CUDA)
+  if (x.is_cuda()) {
+    if (out.numel() == 0) return;
+    TORCH_CHECK(cuda::can_run(call),
+                "the CUDA kernel takes at most 8 tokens of one expert, and no torch.float64; x is ",
+                name_of(x.scalar_type()), " of shape ", shown(x), offsets ? " with offsets" : "");
+    return cuda::run(call, x.device());
+  }
+#endif
+  check_cpu("x", x);
   const Tensor y = out.view({call.tokens, call.rows});
   w.clear_rest(y);
   if (out.numel() == 0) return;
@@ -256,6 +272,7 @@ void lowbit_linear_transposed_out(const Tensor& g_, const Tensor& packed, const 
   const Tensor g = g_.contiguous();
   const Weight w("g", g, packed, scale, zero_point, offsets, grid, code_min, bits, cols);
   TORCH_CHECK(g.size(-1) == w.call.rows, "g has shape ", shown(g), ", its last dimension must be ", w.call.rows);
+  check_cpu("g", g);
   check_shape("out", out, with_last(g, cols), g.scalar_type());
   const Tensor to = out.view({w.call.tokens, cols}), from = g.view({w.call.tokens, w.call.rows});
   w.clear_rest(to);
@@ -278,8 +295,8 @@ void add_lowbit(Ops& ops) {
   QK_CPU_OP(ops, pack_out);
   QK_CPU_OP(ops, unpack);
   QK_CPU_OP(ops, unpack_out);
-  QK_CPU_OP(ops, lowbit_linear);
-  QK_CPU_OP(ops, lowbit_linear_out);
+  QK_OP(ops, lowbit_linear);
+  QK_OP(ops, lowbit_linear_out);
   QK_CPU_OP(ops, lowbit_linear_transposed);
   QK_CPU_OP(ops, lowbit_linear_transposed_out);
 }
