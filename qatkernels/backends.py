@@ -27,7 +27,7 @@ IMPLS: dict[str, dict[str, Callable[..., Any]]] = {}
 #: Why a backend is absent, for `qatkernels doctor`.
 MISSING: dict[str, str] = {}
 
-_TRITON_MODULES = ("fake_quantize", "quantize", "dynamic", "noise")
+_TRITON_MODULES = ("fake_quantize", "quantize", "dynamic", "noise", "packing", "lowbit_linear")
 
 
 def extension() -> ModuleType | None:
