@@ -49,10 +49,10 @@ ANY = float("inf")
 CONFIGS = (
     Config((9, 0), False, 16, 16, 64, 128, 4, 4, 16),
     Config((9, 0), False, 64, 64, 64, 128, 4, 3, 8),
-    Config((9, 0), False, ANY, 128, 128, 64, 8, 3, 4),
+    Config((9, 0), False, ANY, 128, 64, 64, 8, 3, 4),
     Config((8, 0), False, 16, 16, 64, 128, 4, 4, 16),
     Config((8, 0), False, 64, 64, 64, 64, 4, 3, 8),
-    Config((8, 0), False, ANY, 128, 128, 32, 8, 3, 4),
+    Config((8, 0), False, ANY, 128, 64, 64, 8, 3, 4),
     Config((8, 0), True, 16, 16, 32, 32, 4, 2, 16),
     Config((8, 0), True, ANY, 64, 64, 16, 8, 2, 4),
 )  # fmt: skip
@@ -92,7 +92,8 @@ def fitted(config: Config, tokens: int, outputs: int, terms: int, least: int) ->
 def distinct(plan: Callable[[int], Any]) -> list[int]:
     """Return the fewest tokens for each different plan that any number of tokens has."""
     found: dict[Any, int] = {}
+    step = min(c.block_m for c in CONFIGS)  # between its multiples nothing changes
     most = max(c.block_m for c in CONFIGS) * PROGRAMS  # from there on a product has tiles enough not to be split
-    for tokens in range(1, most + 1):
+    for tokens in range(1, most + step, step):
         found.setdefault(plan(tokens), tokens)
     return list(found.values())

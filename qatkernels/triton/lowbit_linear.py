@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops._op import as_tuple
 from ..ops.lowbit_linear import FORWARD, TRANSPOSED
 from ..ops.packing import PackedWeight, row_bytes
 from ._element import (
@@ -124,19 +125,11 @@ def load_steps(scale_ptr, zero_ptr, index, mask, STEPS: tl.constexpr, SHIFT: tl.
 @triton.jit
 def operand(codes, DOT: tl.constexpr, FACTOR: tl.constexpr, ADD: tl.constexpr):
     """Stored codes as an operand, which holds them exactly."""
-    if tl.int8 == DOT:
+    if DOT.is_int():
         return (codes.to(tl.int16) * FACTOR + ADD).to(tl.int8)
     if ADD == 0:
         return codes.to(DOT)
     return (codes.to(tl.float32) + ADD).to(DOT)
-
-
-@triton.jit
-def sum_of(x, DOT: tl.constexpr):
-    """Sums of the rows of x, exact or in float32."""
-    if tl.int8 == DOT:
-        return tl.sum(x.to(tl.int32), 1)
-    return tl.sum(x.to(tl.float32), 1)
 
 
 @triton.jit
@@ -158,7 +151,7 @@ def lowbit_linear_kernel(
     BIAS: tl.constexpr, ACT: tl.constexpr, GROUPED: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    SUM: tl.constexpr = tl.int32 if tl.int8 == DOT else tl.float32
+    SUM: tl.constexpr = tl.int32 if DOT.is_int() else tl.float32
     start, end, tiles = segments(offsets_ptr, rows, experts, GROUPED, EXPERTS, BLOCK_M)
     row_tiles, col_tiles = tl.sum(tiles, 0), tl.cdiv(outputs, BLOCK_N)
     blocks = tl.cdiv(cols, BLOCK_K)
@@ -191,14 +184,14 @@ def lowbit_linear_kernel(
                 w = operand(codes, DOT, FACTOR, ADD)
                 acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee", out_dtype=SUM)
                 if SUMS:
-                    total += sum_of(x, DOT)
+                    total += tl.sum(x.to(SUM), 1)
             elif SCALES == _BY_TILE:
                 w = operand(codes, DOT, FACTOR, ADD)
                 index = weight_row * groups + block * BLOCK_K // group_size
                 step, shift = load_steps(scale_ptr, zero_ptr, index, valid, STEPS, SHIFT, ZERO)
                 sums = tl.dot(x, tl.trans(w), input_precision="ieee", out_dtype=SUM)
                 if SUMS:
-                    total = sum_of(x, DOT)
+                    total = tl.sum(x.to(SUM), 1)
                 acc += scaled(sums, total, step, shift, ADD, SUMS)
             else:
                 index = weight_row[:, None] * groups + (k // group_size)[None, :]
@@ -228,7 +221,7 @@ def lowbit_linear_transposed_kernel(
     GROUPED: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Here ``cols`` is the columns of the output, cut by ``BLOCK_N``; ``outputs`` the terms of a sum, by ``BLOCK_K``."""
+    """Here ``cols`` are the output's columns, cut by ``BLOCK_N``, ``outputs`` the terms of a sum, by ``BLOCK_K``."""
     start, end, tiles = segments(offsets_ptr, rows, experts, GROUPED, EXPERTS, BLOCK_M)
     row_tiles, col_tiles = tl.sum(tiles, 0), tl.cdiv(cols, BLOCK_N)
     blocks = tl.cdiv(outputs, BLOCK_K)
@@ -401,7 +394,8 @@ def lowbit_linear_out(
 ) -> None:  # fmt: skip
     """Write y. Arguments as the op's."""
     if x.dtype == torch.float64 or 0 in (x.numel(), packed.numel()):  # no tile, or no product that tiles are good at
-        out.copy_(FORWARD.reference(x, packed, scale, zero_point, bias, offsets, grid, code_min, bits, act_bits))
+        args = (x, packed, scale, zero_point, bias, offsets, grid, code_min, bits, act_bits)
+        out.copy_(as_tuple(FORWARD.reference(*args))[0])
         return
     w = _Weight(packed, scale, zero_point, offsets, grid, code_min, bits, x.shape[-1])
     x, y = x.reshape(-1, w.cols).contiguous(), out.view(-1, w.outputs)
@@ -430,7 +424,8 @@ def lowbit_linear_transposed_out(
 ) -> None:  # fmt: skip
     """Write x. Arguments as the op's."""
     if g.dtype == torch.float64 or 0 in (g.numel(), packed.numel()):
-        out.copy_(TRANSPOSED.reference(g, packed, scale, zero_point, offsets, grid, code_min, bits, cols))
+        args = (g, packed, scale, zero_point, offsets, grid, code_min, bits, cols)
+        out.copy_(as_tuple(TRANSPOSED.reference(*args))[0])
         return
     w = _Weight(packed, scale, zero_point, offsets, grid, code_min, bits, cols)
     g, y = g.reshape(-1, w.outputs).contiguous(), out.view(-1, cols)
