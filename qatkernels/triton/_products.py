@@ -14,6 +14,7 @@ import triton
 
 PROGRAMS = 128  # as many programs as keep a GPU busy; fewer tiles than that are split along the sum
 MIN_BLOCK = {True: 32, False: 16}  # the smallest side of a tile along the sum, of integer products and of others
+ZERO_COLUMNS = 32  # of a tile that corrects each step by zero points, which takes registers
 MAX_INTEGERS = 65536  # products of -127 ... 127 and 0 ... 255 that 32 bits can sum
 
 
@@ -47,12 +48,18 @@ class Config:
 ANY = float("inf")
 #: For each kind: the newest capability first, then the fewest tokens first.
 CONFIGS = (
-    Config((9, 0), False, 16, 16, 64, 128, 4, 4, 16),
+    Config((10, 0), False, 16, 16, 32, 128, 4, 4, 16),
+    Config((10, 0), False, 64, 64, 64, 64, 4, 3, 8),
+    Config((10, 0), False, ANY, 128, 64, 32, 8, 3, 4),
+    Config((9, 0), False, 16, 16, 32, 128, 4, 4, 16),
     Config((9, 0), False, 64, 64, 64, 128, 4, 3, 8),
     Config((9, 0), False, ANY, 128, 64, 64, 8, 3, 4),
-    Config((8, 0), False, 16, 16, 64, 128, 4, 4, 16),
+    Config((8, 0), False, 16, 16, 32, 128, 4, 4, 16),
     Config((8, 0), False, 64, 64, 64, 64, 4, 3, 8),
     Config((8, 0), False, ANY, 128, 64, 64, 8, 3, 4),
+    # Triton 3.6 takes float32 tiles of 64 rows to Blackwell's tensor cores, as TF32, whatever precision is asked for.
+    Config((10, 0), True, 16, 16, 32, 32, 4, 2, 16),
+    Config((10, 0), True, ANY, 32, 64, 16, 4, 2, 4),
     Config((8, 0), True, 16, 16, 32, 32, 4, 2, 16),
     Config((8, 0), True, ANY, 64, 64, 16, 8, 2, 4),
 )  # fmt: skip

@@ -44,7 +44,7 @@ from ._element import (
     select_low,
     to_element,
 )
-from ._products import CONFIGS, MAX_INTEGERS, MIN_BLOCK, Config, choose, common_block, distinct, fitted
+from ._products import CONFIGS, MAX_INTEGERS, MIN_BLOCK, ZERO_COLUMNS, Config, choose, common_block, distinct, fitted
 from ._rows import tiling
 from .dynamic import token_scale
 from .packing import load_codes
@@ -374,6 +374,8 @@ def _plan(device: torch.device, dtype: torch.dtype, w: _Weight, tokens: int) -> 
         block = common_block(config.block_k, w.group_size, least)
         scales = BY_ELEMENT if block is None else BY_TILE
         config = choose(capability(device), True, each) if block is None else replace(config, block_k=block)
+    if scales == BY_TILE and w.zero is not None:
+        config = replace(config, block_n=min(config.block_n, ZERO_COLUMNS))
     if scales == BY_ELEMENT or (INTERPRETED and dot == tl.bfloat16):  # the interpreter multiplies bfloat16 as integers
         dot = tl.float32
     return fitted(config, tokens, w.outputs, w.cols, least), scales, dot
@@ -401,6 +403,7 @@ def lowbit_linear_out(
     x, y = x.reshape(-1, w.cols).contiguous(), out.view(-1, w.outputs)
     tokens = x.shape[0]
     token_scale = w.scale
+    bias = None if bias is None else bias.contiguous()
     if act_bits is not None:
         x, token_scale = _quantize_tokens(x, act_bits)
     config, scales, dot = _plan(x.device, x.dtype, w, tokens)
