@@ -23,7 +23,7 @@ demo: setup
 # Triton interprets or compiles, never both in one process.
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --ignore tests/triton
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/triton/test_interpreter.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/triton/test_interpreter.py tests/triton/test_interpreter_lowbit.py
 	$(BIN)/python -m pytest -q -n 2 tests/triton/test_compile.py
 
 bench: setup

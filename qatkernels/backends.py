@@ -38,6 +38,8 @@ _TRITON_MODULES = (
     "reset",
     "perturb",
     "grouped_linear",
+    "packing",
+    "lowbit_linear",
 )
 
 
