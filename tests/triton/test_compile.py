@@ -138,7 +138,7 @@ def recorded_launches(op, args, monkeypatch):
     """Return (kernel, arguments by name, options) of each launch that an op leads to."""
     launches = []
     monkeypatch.setattr(triton.JITFunction, "run", lambda self, *a, grid, warmup, **k: launches.append((self, a, k)))
-    IMPLS[f"{op}_out"]["triton"](*args, *as_tuple(OPS[op].fake(*args)))
+    IMPLS[f"{op}_out" if OPS[op].outputs else op]["triton"](*args, *as_tuple(OPS[op].fake(*args)))
     found = []
     for kernel, positional, keywords in launches:
         named = dict(zip(kernel.arg_names, positional, strict=False))
