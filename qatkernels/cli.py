@@ -117,7 +117,9 @@ def _train_parser(config: Any) -> argparse.ArgumentParser:
         default: Any = entry.default
         several = isinstance(default, tuple)
         shown = "" if default is None else f" (default: {' '.join(map(str, default)) if several else default})"
-        kind: Callable[[str], Any] = bit_width if several else str if default is None else type(default)
+        kind: Callable[[str], Any] = entry.metadata["parse"] or (
+            bit_width if several else str if default is None else type(default)
+        )
         groups[entry.metadata["group"]].add_argument(
             f"--{entry.name.replace('_', '-')}", type=kind, nargs="+" if several else None,
             metavar={int: "N", float: "X", bit_width: "BITS"}.get(kind, entry.name.upper()),
