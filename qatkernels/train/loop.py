@@ -84,15 +84,33 @@ def train(config: TrainConfig, *, restart: bool = False, say: Callable[[str], No
     config = config.resolved()
     corpus = data.load(config.data, config.context)
     out, plan = Path(config.out), phases(config)
-    with checkpoint.exclusive(out), _Stop() as stop:
+    with checkpoint.exclusive(out):
         if restart:
             checkpoint.remove_run(out)
-        _open_run(out, config, corpus)
-        log = report.Log(out / "log.jsonl")
-        with report.Display(sum(phase.steps for phase in plan), say) as display:
-            run = _Run(config, corpus, log, display, stop)
-            results = [_finished(run, phase) or run_phase(run, phase) for phase in plan]
+        results, log = run_phases(config, corpus, plan, say)
         return report.write(out, asdict(config), corpus, results, log)
+
+
+def run_phases(
+    config: TrainConfig, corpus: data.Corpus, plan: list[Phase], say: Callable[[str], None] | None = None
+) -> tuple[list[dict[str, Any]], report.Log]:
+    """Run phases in order, which may be others than those of the configuration; one that is finished is not run again.
+
+    Args:
+        config: the resolved configuration. The caller holds ``config.out``.
+        corpus: the text.
+        plan: each phase after the one that it starts from, unless that is finished.
+        say: receives lines of text about the progress.
+
+    Returns:
+        The result of each phase, and the log.
+    """
+    out = Path(config.out)
+    _open_run(out, config, corpus)
+    log = report.Log(out / "log.jsonl")
+    with _Stop() as stop, report.Display(sum(phase.steps for phase in plan), say) as display:
+        run = _Run(config, corpus, log, display, stop)
+        return [_finished(run, phase) or run_phase(run, phase) for phase in plan], log
 
 
 def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:

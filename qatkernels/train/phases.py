@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -66,18 +66,14 @@ def phases(config: TrainConfig) -> list[Phase]:
     """
     if config.schedule == "cosine":
         first = Phase("fp", None, config.steps, config.lr, config.weight_decay, _cosine(config, config.steps))
-        rate = _cosine(config, config.qat_steps)
-        return [first, *(_quantized(config, b, config.qat_steps, rate, first) for b in config.bits)]
+        quantized = (quantized_from(config, bits, config.qat_steps, first) for bits in config.bits)
+        return [first, *(replace(phase, rate=_cosine(config, config.qat_steps)) for phase in quantized)]
     splits = {bits: steps_of(config, bits) for bits in config.bits}
     cooldowns = {full: _cooldown(config, full) for full, _ in splits.values()}
-    trunk = _trunk(config, sorted({full - cooldown for full, cooldown in cooldowns.items()}))
-    cooled = {full: _cooled(config, trunk[full - c], c) if c else trunk[full] for full, c in cooldowns.items()}
+    trunk = trunk_parts(config, sorted({full - cooldown for full, cooldown in cooldowns.items()}))
+    cooled = {full: cooled_from(config, trunk[full - c], c) if c else trunk[full] for full, c in cooldowns.items()}
     branches = [phase for phase in cooled.values() if not phase.kept]
-    quantized = []
-    for bits, (full, steps) in splits.items():
-        rewarmup = int(config.warmup * steps)
-        rate = functools.partial(fused, steps=steps, qat_steps=steps, rewarmup=rewarmup, shape=config.decay)
-        quantized.append(_quantized(config, bits, steps, rate, cooled[full]))
+    quantized = (quantized_from(config, bits, steps, cooled[full]) for bits, (full, steps) in splits.items())
     return [*trunk.values(), *branches, *quantized]
 
 
@@ -109,11 +105,6 @@ def _cosine(config: TrainConfig, steps: int) -> Callable[[int], float]:
     return lambda step: cosine(step, steps, int(config.warmup * steps))
 
 
-def _quantized(config: TrainConfig, bits: float, steps: int, rate: Callable[[int], float], start: Phase) -> Phase:
-    first = start.first + start.steps
-    return Phase(f"w{bits:g}", bits, steps, config.qat_lr, 0.0, rate, start.name, first=first)
-
-
 def _cooldown(config: TrainConfig, full: int) -> int:
     """Return the steps of the cooldown in a full-precision phase of ``full``."""
     warmup, cooldown = _warmup(config), int(config.cooldown * full) if config.schedule == "classic" else 0
@@ -133,7 +124,7 @@ def _warmup(config: TrainConfig) -> int:
     return int(config.warmup * total)
 
 
-def _trunk(config: TrainConfig, stops: list[int]) -> dict[int, Phase]:
+def trunk_parts(config: TrainConfig, stops: list[int]) -> dict[int, Phase]:
     """Return the parts of the training at a constant rate, by the step at which they end."""
     parts: dict[int, Phase] = {}
     before: Phase | None = None
@@ -149,7 +140,7 @@ def _trunk(config: TrainConfig, stops: list[int]) -> dict[int, Phase]:
     return parts
 
 
-def _cooled(config: TrainConfig, trunk: Phase, cooldown: int) -> Phase:
+def cooled_from(config: TrainConfig, trunk: Phase, cooldown: int) -> Phase:
     """Return the cooldown that branches off from the end of a part at the constant rate."""
     first = trunk.first + trunk.steps
     full = first + cooldown
@@ -159,6 +150,13 @@ def _cooled(config: TrainConfig, trunk: Phase, cooldown: int) -> Phase:
     return Phase(
         f"cooled{full}", None, cooldown, config.lr, config.weight_decay, rate, trunk.name, goes_on=True, first=first
     )
+
+
+def quantized_from(config: TrainConfig, bits: float, steps: int, start: Phase) -> Phase:
+    """Return QAT at one width from the end of another phase: re-warmup, then the decay."""
+    rewarmup = int(config.warmup * steps)
+    rate = functools.partial(fused, steps=steps, qat_steps=steps, rewarmup=rewarmup, shape=config.decay)
+    return Phase(f"w{bits:g}", bits, steps, config.qat_lr, 0.0, rate, start.name, first=start.first + start.steps)
 
 
 def _shifted(step: int, *, by: int, rate: Callable[[int], float]) -> float:
