@@ -138,6 +138,16 @@ def bit_width(text: str) -> float:
     return int(value) if value.is_integer() else value
 
 
+def plan(argv: Sequence[str]) -> int:
+    """Say how many tokens to train in full precision and how many quantized."""
+    from .plan import command  # scipy takes a while to import
+
+    try:
+        return command.run(argv)
+    except (ValueError, OSError) as error:
+        return _fail(error)
+
+
 def doctor(argv: Sequence[str]) -> int:
     """Say which backend serves which op here, what is missing, and how to get it."""
     parser = argparse.ArgumentParser(
@@ -216,4 +226,4 @@ def bench(argv: Sequence[str]) -> int:
 
 
 #: Subcommands by name. The first line of a docstring is its line in `qatkernels --help`.
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "doctor": doctor, "bench": bench}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "plan": plan, "doctor": doctor, "bench": bench}

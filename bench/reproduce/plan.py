@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,20 +35,28 @@ COLUMNS = ("params", "bits", "tokens_fp", "tokens_qat", "loss", "seed", "schedul
            "round_to_nearest", "seconds")  # fmt: skip
 
 
+class Unit(NamedTuple):
+    """A part of a grid: one budget, in steps of both phases together."""
+
+    steps: int
+    seeds: tuple[int, ...] = (0,)
+    schedules: tuple[str, ...] = ("classic", "fused")
+
+
 @dataclass(frozen=True)
 class Preset:
     """A grid of trainings.
 
     Attributes:
         sizes: width, depth and heads of each model.
-        units: what is run, in order: the total steps of a budget, and the seeds.
+        units: what is run, in order.
         fractions: shares of QAT.
         bits: widths.
         config: everything else.
     """
 
     sizes: tuple[tuple[int, int, int], ...]
-    units: tuple[tuple[int, tuple[int, ...]], ...]
+    units: tuple[Unit, ...]
     fractions: tuple[float, ...]
     bits: tuple[float, ...]
     config: TrainConfig
@@ -61,7 +69,9 @@ PRESETS = {
     # 512 bytes a step. Cheap and complete first, so that a run that is cut short is still a grid.
     "cpu": Preset(
         sizes=((16, 2, 2), (32, 2, 2), (64, 2, 2)),
-        units=((128, (0,)), (512, (0,)), (128, (1, 2)), (512, (1, 2)), (2048, (0,)), (2048, (1,)), (2048, (2,))),
+        units=(
+            Unit(128), Unit(512), Unit(128, (1, 2)), Unit(1024, (0,), ("classic",)), Unit(512, (1,)), Unit(512, (2,)),
+        ),
         fractions=(0.05, 0.1, 0.2, 0.35, 0.5, 0.7),
         bits=(1, 2, 4),
         config=TrainConfig(
@@ -72,7 +82,7 @@ PRESETS = {
     # 16,384 bytes a step, up to 30 million quantized parameters and 1.6 billion bytes: give it --data of that size.
     "gpu": Preset(
         sizes=((128, 4, 4), (256, 6, 8), (512, 8, 8), (640, 6, 10)),
-        units=((500, (0,)), (2000, (0,)), (8000, (0,)), (32000, (0,)), (2000, (1, 2)), (100_000, (0,))),
+        units=(Unit(500), Unit(2000), Unit(8000), Unit(32_000), Unit(2000, (1, 2)), Unit(100_000)),
         fractions=(0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7),
         bits=(1, 1.58, 2, 3, 4, 6),
         config=TrainConfig(
@@ -82,7 +92,7 @@ PRESETS = {
     ),
     "test": Preset(
         sizes=((16, 1, 1),),
-        units=((16, (0,)), (24, (0, 1))),
+        units=(Unit(16), Unit(24, (0, 1)), Unit(32, (0,), ("classic",))),
         fractions=(0.25, 0.5),
         bits=(1, 4),
         config=TrainConfig(
@@ -106,7 +116,7 @@ class Training:
 def configured(preset: Preset, size: tuple[int, int, int], seed: int, out: Path) -> TrainConfig:
     """Return the configuration of one folder; its tokens, the smallest budget, decide the length of the warmup."""
     width, depth, heads = size
-    tokens = min(steps for steps, _ in preset.units) * preset.config.batch * preset.config.context
+    tokens = min(unit.steps for unit in preset.units) * preset.config.batch * preset.config.context
     name = f"{width}x{depth}-seed{seed}"
     return replace(
         preset.config, width=width, depth=depth, heads=heads, seed=seed, tokens=tokens, out=str(out / name),
@@ -114,25 +124,25 @@ def configured(preset: Preset, size: tuple[int, int, int], seed: int, out: Path)
     ).resolved()  # fmt: skip
 
 
-def trainings(preset: Preset, config: TrainConfig, only: Sequence[int] | None = None) -> Iterator[Training]:
-    """Yield the trainings of one model and seed; those of the ``only`` budgets (steps) if given.
+def trainings(preset: Preset, config: TrainConfig, unit: Unit) -> Iterator[Training]:
+    """Yield the trainings of one model and seed.
 
     The parts at the constant rate are those of the whole preset, so that they do not depend on what is run first.
     """
-    budgets = sorted({steps for steps, _ in preset.units})
+    budgets, steps = sorted({unit.steps for unit in preset.units}), unit.steps
     splits = {(steps, f): split(steps, f) for steps in budgets for f in preset.fractions}
     stops = {full for full, _ in splits.values()}
     stops |= {_start_of_cooldown(config, full) for full in (*stops, *budgets)}
     trunk = trunk_parts(config, sorted(stops))
-    for steps in only or budgets:
-        yield Training(_cooled(config, trunk, steps), steps, 0.0, "classic")
-        for fraction in preset.fractions:
-            full, quantized = splits[steps, fraction]
-            for schedule, before in (("classic", _cooled(config, trunk, full)), ("fused", _constant(trunk, full))):
-                for bits in preset.bits:
-                    last = quantized_from(config, bits, quantized, before[-1])
-                    last = replace(last, name=f"{last.name}-{schedule}{full}-{quantized}")
-                    yield Training((*before, last), steps, fraction, schedule)
+    yield Training(_cooled(config, trunk, steps), steps, 0.0, "classic")
+    for fraction in preset.fractions:
+        full, quantized = splits[steps, fraction]
+        for schedule in unit.schedules:
+            before = _cooled(config, trunk, full) if schedule == "classic" else _constant(trunk, full)
+            for bits in preset.bits:
+                last = quantized_from(config, bits, quantized, before[-1])
+                last = replace(last, name=f"{last.name}-{schedule}{full}-{quantized}")
+                yield Training((*before, last), steps, fraction, schedule)
 
 
 def _start_of_cooldown(config: TrainConfig, full: int) -> int:
@@ -157,34 +167,37 @@ def sweep(preset: Preset, out: Path, text: str | None, deadline: float) -> int:
         How many trainings are left.
     """
     left = 0
-    for steps, seeds in preset.units:
-        for seed in seeds:
-            for size in preset.sizes:
-                config = replace(configured(preset, size, seed, out), data=text)
-                corpus = data.load(config.data, config.context)
-                for training in trainings(preset, config, [steps]):
-                    missing = [p for p in training.phases if not (Path(config.out) / p.name / "config.json").exists()]
-                    if missing and time.monotonic() > deadline:
-                        left += 1
-                        continue
-                    if missing:
-                        loop.run_phases(config, corpus, missing, lambda line: None)
-                write_table(preset, out)
-                print(f"{Path(config.out).name}, {steps} steps: {left} left out so far", flush=True)
+    for unit, seed, size in order(preset):
+        config = replace(configured(preset, size, seed, out), data=text)
+        corpus = data.load(config.data, config.context)
+        for training in trainings(preset, config, unit):
+            missing = [p for p in training.phases if not (Path(config.out) / p.name / "config.json").exists()]
+            if missing and time.monotonic() > deadline:
+                left += 1
+            elif missing:
+                loop.run_phases(config, corpus, missing, lambda line: None)
+        write_table(preset, out)
+        print(f"{Path(config.out).name}, {unit.steps} steps: {left} left out so far", flush=True)
     return left
+
+
+def order(preset: Preset) -> Iterator[tuple[Unit, int, tuple[int, int, int]]]:
+    """Yield each unit with each of its seeds and each size."""
+    for unit in preset.units:
+        for seed in unit.seeds:
+            for size in preset.sizes:
+                yield unit, seed, size
 
 
 def rows(preset: Preset, out: Path) -> list[dict[str, Any]]:
     """Return a row for each finished training in a folder."""
     found = []
-    for seed in sorted({seed for _, seeds in preset.units for seed in seeds}):
-        for size in preset.sizes:
-            config = configured(preset, size, seed, out)
-            params, step = quantized_parameters(config), config.batch * config.context
-            for training in trainings(preset, config):
-                path = Path(config.out) / training.phases[-1].name / "config.json"
-                if not path.exists():
-                    continue
+    for unit, seed, size in order(preset):
+        config = configured(preset, size, seed, out)
+        params, step = quantized_parameters(config), config.batch * config.context
+        for training in trainings(preset, config, unit):
+            path = Path(config.out) / training.phases[-1].name / "config.json"
+            if path.exists():
                 result, last = checkpoint.read_json(path)["result"], training.phases[-1]
                 quantized = last.steps if last.bits else 0
                 found.append({

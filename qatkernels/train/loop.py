@@ -104,13 +104,19 @@ def run_phases(
 
     Returns:
         The result of each phase, and the log.
+
+    Raises:
+        Interrupted: on SIGINT or SIGTERM, after a checkpoint.
     """
     out = Path(config.out)
     _open_run(out, config, corpus)
     log = report.Log(out / "log.jsonl")
     with _Stop() as stop, report.Display(sum(phase.steps for phase in plan), say) as display:
         run = _Run(config, corpus, log, display, stop)
-        return [_finished(run, phase) or run_phase(run, phase) for phase in plan], log
+        results = [_finished(run, phase) or run_phase(run, phase) for phase in plan]
+        if stop.number:  # in the very last step: whoever called is asked to stop too
+            raise Interrupted(stop.number)
+        return results, log
 
 
 def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:
