@@ -144,6 +144,8 @@ def plan(argv: Sequence[str]) -> int:
 
     try:
         return command.run(argv)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         return _fail(error)
 

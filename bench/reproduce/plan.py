@@ -36,11 +36,12 @@ COLUMNS = ("params", "bits", "tokens_fp", "tokens_qat", "loss", "seed", "schedul
 
 
 class Unit(NamedTuple):
-    """A part of a grid: one budget, in steps of both phases together."""
+    """A part of a grid: one budget, in steps of both phases together; sizes are places in those of the preset."""
 
     steps: int
     seeds: tuple[int, ...] = (0,)
     schedules: tuple[str, ...] = ("classic", "fused")
+    sizes: tuple[int, ...] = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,10 @@ PRESETS = {
     "cpu": Preset(
         sizes=((16, 2, 2), (32, 2, 2), (64, 2, 2)),
         units=(
-            Unit(128), Unit(512), Unit(128, (1, 2)), Unit(1024, (0,), ("classic",)), Unit(512, (1,)), Unit(512, (2,)),
-            Unit(2048, (0,), ("classic",)), Unit(1024, (0,), ("fused",)), Unit(1024, (1, 2)),
+            Unit(128), Unit(512), Unit(128, (1, 2)), Unit(1024, (0,), ("classic",)),
+            Unit(2048, (0,), ("classic",), (0, 1)), Unit(512, (1, 2), sizes=(0, 1)),
+            Unit(2048, (0,), ("classic",), (2,)), Unit(512, (1, 2), sizes=(2,)),
+            Unit(1024, (0,), ("fused",)), Unit(1024, (1, 2)),
         ),
         fractions=(0.05, 0.1, 0.2, 0.35, 0.5, 0.7),
         bits=(1, 2, 4),
@@ -82,7 +85,7 @@ PRESETS = {
     ),
     # 16,384 bytes a step, up to 30 million quantized parameters and 1.6 billion bytes: give it --data of that size.
     "gpu": Preset(
-        sizes=((128, 4, 4), (256, 6, 8), (512, 8, 8), (640, 6, 10)),
+        sizes=((128, 4, 4), (256, 6, 8), (640, 6, 10)),
         units=(Unit(500), Unit(2000), Unit(8000), Unit(32_000), Unit(2000, (1, 2)), Unit(100_000)),
         fractions=(0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7),
         bits=(1, 1.58, 2, 3, 4, 6),
@@ -93,7 +96,7 @@ PRESETS = {
     ),
     "test": Preset(
         sizes=((16, 1, 1),),
-        units=(Unit(16), Unit(24, (0, 1)), Unit(32, (0,), ("classic",))),
+        units=(Unit(16, sizes=(0,)), Unit(24, (0, 1), ("classic",), (0,))),
         fractions=(0.25, 0.5),
         bits=(1, 4),
         config=TrainConfig(
@@ -186,8 +189,8 @@ def order(preset: Preset) -> Iterator[tuple[Unit, int, tuple[int, int, int]]]:
     """Yield each unit with each of its seeds and each size."""
     for unit in preset.units:
         for seed in unit.seeds:
-            for size in preset.sizes:
-                yield unit, seed, size
+            for size in unit.sizes:
+                yield unit, seed, preset.sizes[size]
 
 
 def rows(preset: Preset, out: Path) -> list[dict[str, Any]]:

@@ -191,7 +191,7 @@ def text(answer: dict[str, Any]) -> str:
             ("full precision", f"{human(full)} tokens"),
             ("quantized", f"{human(one['tokens_qat'])} tokens"),
             ("schedule", _schedule(one["schedule"], full)),
-            ("weights", f"{human(one['weight_bytes'], 'B')} at {b:g} bits, {human(2 * params, 'B')} in bfloat16"),
+            ("weights", f"{human(one['weight_bytes'], 'B')}, in bfloat16 {human(2 * params, 'B')}"),
             ("S", f"{one['tokens_per_parameter_byte']:.4g} tokens per parameter byte"),
         ]
         if "loss" in one:

@@ -50,20 +50,27 @@ def tidy(axes: Axes) -> None:
 
 
 def _loss(axes: Axes, params: float, tokens: float, bits: list[float], law: LossLaw) -> None:
-    fractions = 1 / (1 + np.exp(-np.linspace(-4.6, 4.6, 300)))
+    fractions, highest, lowest = np.linspace(0.005, 0.9, 400), 0.0, np.inf
     for colour, b in zip(COLOURS * len(bits), bits, strict=False):
         best = law.optimal_fraction(params, tokens, b)
         axes.plot(fractions, law.at_fraction(params, tokens, b, fractions), color=colour, linewidth=2)
         axes.plot(best, law.minimum(params, tokens, b), "o", color=colour, markersize=8, markeredgecolor="white",
-                  label=f"{b:g} bits: best at {best:.1%}")  # fmt: skip
+                  label=f"{_bits(b)}: best at {best:.1%}")  # fmt: skip
         waste = wasted_tokens(law, params, tokens, b, 0.1)
         axes.plot(0.1, law.at_fraction(params, tokens, b, 0.1), "D", color=colour, markersize=6,
                   markeredgecolor="white", label=f"10% wastes {human(waste)} tokens")  # fmt: skip
+        lowest = min(lowest, law.minimum(params, tokens, b))
+        highest = max(highest, law.at_fraction(params, tokens, b, 0.02), law.at_fraction(params, tokens, b, 0.7))
+    axes.set_ylim(lowest - 0.1 * (highest - lowest), highest + 0.4 * (highest - lowest))  # 0.4: for the legend
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("share of quantized tokens")
     axes.set_ylabel("loss of the fitted law")
     axes.set_title(f"{human(params)} parameters, {human(tokens)} tokens", loc="left", fontweight="bold")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=2, loc="upper left", fontsize=9)
+
+
+def _bits(bits: float) -> str:
+    return f"{bits:g} bit" + ("" if bits == 1 else "s")
 
 
 def _fraction(axes: Axes, params: float, tokens: float, bits: list[float], law: LossLaw | None) -> None:
@@ -75,13 +82,13 @@ def _fraction(axes: Axes, params: float, tokens: float, bits: list[float], law: 
     for colour, b, at in zip(COLOURS * len(bits), bits, asked, strict=False):
         if law:
             axes.plot(s, law.optimal_fraction(params, s * params * b / 8, b), color=colour, linewidth=2,
-                      label=f"fitted law, {b:g} bits")  # fmt: skip
+                      label=f"fitted law, {_bits(b)}")  # fmt: skip
             best = law.optimal_fraction(params, tokens, b)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExtrapolationWarning)
                 best = optimal_qat_fraction(params, tokens, b)
-        axes.plot(at, best, "o", color=colour, markersize=8, markeredgecolor="white", label=f"{b:g} bits: {best:.1%}")
+        axes.plot(at, best, "o", color=colour, markersize=8, markeredgecolor="white", label=f"{_bits(b)}: {best:.1%}")
     axes.set_xscale("log")
     axes.set_ylim(0, None)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -125,12 +132,13 @@ def draw_optima(path: str | Path, fit: LossFit) -> None:
         for edge, marker in ((False, "o"), (True, "x")):
             groups = [g for g in fit.optima if g["bits"] == bits and bool(g["edge"]) == edge]
             predicted, measured = ([g[key] for g in groups] for key in ("predicted", "measured"))
-            label = f"{bits:g} bits" if not edge else None
+            label = None if edge else _bits(bits)
             style: dict[str, Any] = {"color": colour, "markersize": 8, "linestyle": "none"}
             against.plot(predicted, measured, marker, label=label, **style)
             at = [tokens_per_parameter_byte(g["params"], g["tokens"], bits) for g in groups]
             over.plot(at, measured, marker, label=label, **style)
-    against.plot((0, 1), (0, 1), color=QUIET, linewidth=0.9, linestyle=(0, (5, 4)))
+    highest = 1.1 * max(max(g["measured"], g["predicted"]) for g in fit.optima)
+    against.plot((0, highest), (0, highest), color=QUIET, linewidth=0.9, linestyle=(0, (5, 4)))
     against.plot([], [], "x", color=QUIET, label="best at the end of the grid")
     limits = over.get_xlim()
     over.set_xscale("log")
@@ -143,7 +151,7 @@ def draw_optima(path: str | Path, fit: LossFit) -> None:
     for axes, title in ((against, "Measured against predicted"), (over, "Measured over S")):
         axes.set_ylabel("measured optimal share of quantized tokens")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.set_ylim(-0.02, 1)
+        axes.set_ylim(-0.02 * highest, 1.05 * highest)
         axes.set_title(title, loc="left", fontweight="bold")
         tidy(axes)
         axes.legend(frameon=False)

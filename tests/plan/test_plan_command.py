@@ -36,7 +36,7 @@ def test_formula(capsys: pytest.CaptureFixture[str]) -> None:
         "  full precision   68.6B tokens",
         "  quantized        31.4B tokens",
         "  schedule         classic: cooldown that ends at 68.6B tokens, then quantized: re-warmup and decay",
-        "  weights          300 MB at 2 bits, 2.4 GB in bfloat16",
+        "  weights          300 MB, in bfloat16 2.4 GB",
         "  S                333.3 tokens per parameter byte",
     ]
 
