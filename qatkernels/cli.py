@@ -168,7 +168,7 @@ def _diagnosis() -> dict[str, Any]:
     if extension is None and importlib.util.find_spec("qatkernels._C") is not None:
         broken["cpp"] = f"the extension is there and does not load: {backends.MISSING['cpp']}"
     versions: dict[str, str | None] = {"qatkernels": __version__, "python": platform.python_version()}
-    for package in ("torch", "triton", "numpy", "rich", "safetensors", "matplotlib"):
+    for package in ("torch", "triton", "numpy", "scipy", "rich", "safetensors", "matplotlib"):
         versions[package] = _version(package)
     return {
         "versions": versions,
