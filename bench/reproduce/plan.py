@@ -72,9 +72,8 @@ PRESETS = {
         sizes=((16, 2, 2), (32, 2, 2), (64, 2, 2)),
         units=(
             Unit(128), Unit(512), Unit(128, (1, 2)), Unit(1024, (0,), ("classic",)),
-            Unit(2048, (0,), ("classic",), (0, 1)), Unit(512, (1, 2), sizes=(0, 1)),
-            Unit(2048, (0,), ("classic",), (2,)), Unit(512, (1, 2), sizes=(2,)),
-            Unit(1024, (0,), ("fused",)), Unit(1024, (1, 2)),
+            Unit(2048, (0,), ("classic",), (0,)), Unit(512, (1, 2), sizes=(0,)), Unit(512, (1, 2), sizes=(1, 2)),
+            Unit(2048, (0,), ("classic",), (1, 2)), Unit(1024, (0,), ("fused",)), Unit(1024, (1, 2)),
         ),
         fractions=(0.05, 0.1, 0.2, 0.35, 0.5, 0.7),
         bits=(1, 2, 4),

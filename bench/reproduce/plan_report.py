@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.reproduce.plan_report", description=__doc__)
     parser.add_argument("--sweep", type=Path, default=Path("runs/plan-cpu"), help="folder of bench.reproduce.plan")
     parser.add_argument("--out", type=Path, default=Path("docs/results/plan-amd-epyc"))
-    parser.add_argument("--starts", type=int, default=48)
+    parser.add_argument("--starts", type=int, default=16)
     parser.add_argument("--resamples", type=int, default=200)
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,10 @@
 
 The objective is a Huber loss on residuals of the logarithm of the loss, over the logarithms of the coefficients, which
 keeps them positive. Given its ten exponents the law is linear in its six amplitudes; starts are therefore random
-exponents with the amplitudes that non-negative least squares gives them. L-BFGS follows the best of them, and
-iteratively reweighted Levenberg-Marquardt steps finish. Those steps are computed for many resamples at a time, from the
-fit to all rows, which is what makes a bootstrap affordable.
+exponents with the amplitudes that non-negative least squares gives them. Some iteratively reweighted
+Levenberg-Marquardt steps improve the best of them, L-BFGS follows the best of those, and more such steps finish. These
+are computed for many points, or for many resamples from the fit to all rows, at a time, which is what makes restarts and
+a bootstrap affordable.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import csv
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ COLUMNS = ("params", "tokens_qat", "tokens_fp", "bits", "loss")
 EXPONENT_RANGE, TERM_RANGE = (1e-3, 20.0), (1e-7, 1e2)
 _AMPLITUDES = [amplitude for amplitude, _ in TERMS]
 _EXPONENTS = [exponent for _, exponents in TERMS for exponent, _ in exponents]
-_SCREENED, _RESAMPLES_AT_ONCE = 128, 32
+#: Random starts, how many of the best of them are improved before L-BFGS, and resamples that are fitted at a time.
+_SCREENED, _IMPROVED, _AT_ONCE = 128, 32, 32
 
 
 class FitError(ValueError):
@@ -138,7 +140,7 @@ def fit_loss_law(
         runs: columns of equal length: ``params``, ``tokens_qat`` (0 in runs without quantization), ``tokens_fp``,
             ``bits`` (not read in those) and ``loss``; others are ignored.
         delta: residual of the logarithm of the loss beyond which the Huber loss is linear.
-        starts: how many starting points L-BFGS follows, the best of 128.
+        starts: how many starting points, the best of 128, L-BFGS follows.
         resamples: bootstrap fits; 0 gives no intervals.
         confidence: level of the intervals.
         seed: of the starting points and of the resampling.
@@ -266,15 +268,17 @@ class _Problem:
     def solve(self, random: np.random.Generator, starts: int) -> Array:
         """Return the best point found from several starts."""
         points = [self._start(random) for _ in range(_SCREENED)]
-        points.sort(key=lambda point: self.objective(point)[0])
+        improved = self.descend(np.stack(self._best(points, max(_IMPROVED, starts))))
         bounds = optimize.Bounds(self.low, self.high)
         options = {"maxiter": 300, "maxcor": 30}
         found = [
             optimize.minimize(self.objective, point, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
-            for point in points[:starts]
+            for point in self._best(improved, starts)
         ]
-        polished = self.descend(np.stack(found), np.ones((starts, len(self.target))), steps=200)
-        return polished[np.argmin([self.objective(point)[0] for point in polished])]
+        return self._best(self.descend(np.stack(found), steps=200), 1)[0]
+
+    def _best(self, points: Iterable[Array], count: int) -> list[Array]:
+        return sorted(points, key=lambda point: self.objective(point)[0])[:count]
 
     def _start(self, random: np.random.Generator) -> Array:
         """Return random exponents with the best amplitudes for them."""
@@ -289,19 +293,20 @@ class _Problem:
         """Return the points of fits to resampled runs, ``[resamples, 16]``."""
         count = len(self.target)
         found = [np.empty((0, len(COEFFICIENTS)))]
-        for first in range(0, resamples, _RESAMPLES_AT_ONCE):
-            size = min(_RESAMPLES_AT_ONCE, resamples - first)
+        for first in range(0, resamples, _AT_ONCE):
+            size = min(_AT_ONCE, resamples - first)
             weights = random.multinomial(count, np.full(count, 1 / count), size).astype(np.float64)
             found.append(self.descend(np.repeat(best[None], size, 0), weights))
         return np.concatenate(found)
 
-    def descend(self, points: Array, weights: Array, steps: int = 40) -> Array:
+    def descend(self, points: Array, weights: Array | None = None, steps: int = 40) -> Array:
         """Return where Levenberg-Marquardt steps lead from ``points [R, 16]`` with weights ``[R, runs]`` of the runs.
 
         The Huber loss is a weighted square of each step's residuals. A problem whose objective no longer falls by a
         millionth is left alone.
         """
         points, damping, active = points.copy(), np.full(len(points), 1e-2), np.arange(len(points))
+        weights = np.ones((len(points), len(self.target))) if weights is None else weights
         parts, residuals = self.residuals(points.T)
         values = self.huber(residuals, weights)
         for _ in range(steps):
