@@ -4,8 +4,8 @@ The objective is a Huber loss on residuals of the logarithm of the loss, over th
 keeps them positive. Given its ten exponents the law is linear in its six amplitudes; starts are therefore random
 exponents with the amplitudes that non-negative least squares gives them. Some iteratively reweighted
 Levenberg-Marquardt steps improve the best of them, L-BFGS follows the best of those, and more such steps finish. These
-are computed for many points, or for many resamples from the fit to all rows, at a time, which is what makes restarts and
-a bootstrap affordable.
+are computed for many points, or for many resamples from the fit to all rows, at a time, which is what makes restarts
+and a bootstrap affordable.
 """
 
 from __future__ import annotations
