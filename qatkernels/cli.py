@@ -124,7 +124,9 @@ def _train_parser(config: Any) -> argparse.ArgumentParser:
         default: Any = entry.default
         several = isinstance(default, tuple)
         shown = "" if default is None else f" (default: {' '.join(map(str, default)) if several else default})"
-        kind: Callable[[str], Any] = bit_width if several else str if default is None else type(default)
+        kind: Callable[[str], Any] = entry.metadata["parse"] or (
+            bit_width if several else str if default is None else type(default)
+        )
         groups[entry.metadata["group"]].add_argument(
             f"--{entry.name.replace('_', '-')}", type=kind, nargs="+" if several else None,
             metavar={int: "N", float: "X", bit_width: "BITS"}.get(kind, entry.name.upper()),
@@ -199,6 +201,18 @@ def bit_width(text: str) -> float:
     return int(value) if value.is_integer() else value
 
 
+def plan(argv: Sequence[str]) -> int:
+    """Say how many tokens to train in full precision and how many quantized."""
+    from .plan import command  # scipy takes a while to import
+
+    try:
+        return command.run(argv)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        return _fail(error)
+
+
 def doctor(argv: Sequence[str]) -> int:
     """Say which backend serves which op here, what is missing, and how to get it."""
     parser = argparse.ArgumentParser(
@@ -217,7 +231,7 @@ def _diagnosis() -> dict[str, Any]:
     if extension is None and importlib.util.find_spec("qatkernels._C") is not None:
         broken["cpp"] = f"the extension is there and does not load: {backends.MISSING['cpp']}"
     versions: dict[str, str | None] = {"qatkernels": __version__, "python": platform.python_version()}
-    for package in ("torch", "triton", "numpy", "rich", "safetensors", "matplotlib"):
+    for package in ("torch", "triton", "numpy", "scipy", "rich", "safetensors", "matplotlib"):
         versions[package] = _version(package)
     return {
         "versions": versions,
@@ -278,5 +292,5 @@ def bench(argv: Sequence[str]) -> int:
 
 #: Subcommands by name. The first line of a docstring is its line in `qatkernels --help`.
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": train, "pack": pack, "generate": generate, "doctor": doctor, "bench": bench,
+    "train": train, "plan": plan, "pack": pack, "generate": generate, "doctor": doctor, "bench": bench,
 }  # fmt: skip

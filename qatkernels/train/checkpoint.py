@@ -58,7 +58,7 @@ def remove_run(out: Path) -> None:
         return
     with explained("deleted", out):
         for name in ("config.json", "model.safetensors", "state.safetensors"):
-            for path in (*out.glob(f"fp/{name}"), *out.glob(f"w*/{name}")):
+            for path in (*out.glob(f"fp*/{name}"), *out.glob(f"cooled*/{name}"), *out.glob(f"w*/{name}")):
                 path.unlink()
         (out / "log.jsonl").unlink(missing_ok=True)
         # Last: without it the phases would be taken for finished ones of whatever run comes next.
