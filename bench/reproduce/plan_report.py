@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint.write_json(options.out / "fit.json", {
         "fits": {name: fit.to_dict() | against_formula(fit) | without_smallest(fit, budgets[0])
                  for name, fit in fits.items()},
+        "regret_percent": regret(chosen, classic),
         "fused_against_classic": compared,
     })  # fmt: skip
     draw_schedules(options.out / "schedules.png")
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw(options.out / "law.png", params[1], budgets[-1], [1, 2, 4], chosen.law)
     draw_losses(options.out / "losses.png", runs, chosen)
     print(markdown(chosen, compared))
+    print({name: round(value, 3) for name, value in regret(chosen, classic).items()})
     return 0
 
 
@@ -84,6 +86,28 @@ def without_smallest(fit: LossFit, smallest: float) -> dict[str, float]:
     """Return the errors at the groups that all fits have, those above the smallest budget."""
     errors = [abs(g["predicted"] - g["measured"]) for g in fit.optima if g["tokens"] > smallest]
     return {"optimum_mae_above_smallest": float(np.mean(errors))}
+
+
+def regret(fit: LossFit, runs: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+    """Return the mean loss in percent above the best measured one if each rule had chosen the fraction.
+
+    Losses are averaged over seeds and interpolated over the logit of the fraction, and held beyond the grid's ends.
+    """
+    fractions, total = np.array(runs["tokens_qat"]) / _budgets(runs), _budgets(runs)
+    found: dict[str, list[float]] = defaultdict(list)
+    for g in fit.optima:
+        mine = (
+            (np.array(runs["params"]) == g["params"]) & (total == g["tokens"]) & (np.array(runs["bits"]) == g["bits"])
+        )
+        grid, which = np.unique(fractions[mine & (fractions > 0)], return_inverse=True)
+        losses = np.bincount(which, np.array(runs["loss"])[mine & (fractions > 0)]) / np.bincount(which)
+        rules = {"fitted law": g["predicted"], "formula": _formula(g["params"], g["tokens"], g["bits"])}
+        rules |= {f"always {100 * f:g}%": f for f in (0.05, 0.1, 0.2, 0.35, 0.5)}
+        for name, fraction in rules.items():
+            if fraction:
+                at = np.interp(np.log(fraction / (1 - fraction)), np.log(grid / (1 - grid)), losses)
+                found[name].append(100 * (at / losses.min() - 1))
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def compare(runs: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
