@@ -96,11 +96,11 @@ def regret(fit: LossFit, runs: Mapping[str, Sequence[Any]]) -> dict[str, float]:
     fractions, total = np.array(runs["tokens_qat"]) / _budgets(runs), _budgets(runs)
     found: dict[str, list[float]] = defaultdict(list)
     for g in fit.optima:
-        mine = (
-            (np.array(runs["params"]) == g["params"]) & (total == g["tokens"]) & (np.array(runs["bits"]) == g["bits"])
-        )
-        grid, which = np.unique(fractions[mine & (fractions > 0)], return_inverse=True)
-        losses = np.bincount(which, np.array(runs["loss"])[mine & (fractions > 0)]) / np.bincount(which)
+        mine = (total == g["tokens"]) & (fractions > 0)
+        for name in ("params", "bits"):
+            mine &= np.array(runs[name]) == g[name]
+        grid, which = np.unique(fractions[mine], return_inverse=True)
+        losses = np.bincount(which, np.array(runs["loss"])[mine]) / np.bincount(which)
         rules = {"fitted law": g["predicted"], "formula": _formula(g["params"], g["tokens"], g["bits"])}
         rules |= {f"always {100 * f:g}%": f for f in (0.05, 0.1, 0.2, 0.35, 0.5)}
         for name, fraction in rules.items():
@@ -124,8 +124,9 @@ def compare(runs: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
             losses[n, q + f, b][key] = runs["loss"][i]
     found = []
     for (params, tokens, bits), mine in sorted(losses.items()):
-        seeds = sorted({s for kind, s, _ in mine if kind == "fused"} & {s for kind, s, _ in mine if kind == "classic"})
-        fractions = sorted({f for kind, _, f in mine if kind == "fused"})
+        fractions = sorted({f for _, _, f in mine})
+        everything = [(kind, f) for kind in ("classic", "fused") for f in fractions]
+        seeds = [s for s in sorted({s for _, s, _ in mine}) if all((kind, s, f) in mine for kind, f in everything)]
         if not seeds:
             continue
         same = np.array([[mine["fused", s, f] / mine["classic", s, f] - 1 for f in fractions] for s in seeds])
@@ -153,6 +154,9 @@ def draw_losses(path: Path, runs: dict[str, list[Any]], fit: LossFit) -> None:
     grid = np.geomspace(0.03, 0.8, 200)
     for row, params in zip(panels, sizes, strict=True):
         for axes, tokens in zip(row, budgets, strict=True):
+            if not any(runs["params"][i] == params and total[i] == tokens for i in quantized):
+                axes.set_visible(False)
+                continue
             for colour, bits in zip(COLOURS, (1, 2, 4), strict=False):
                 for schedule, marker in (("classic", "o"), ("fused", "^")):
                     mine = defaultdict(list)
