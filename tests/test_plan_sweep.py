@@ -135,6 +135,8 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["fits"]["all budgets"]["runs"] == 900
     assert found["fits"]["without the smallest budget"]["ranges"]["tokens"] == [1e10, 1.4e12]
     assert found["fits"]["all budgets"]["coefficients"]["gamma"] == pytest.approx(PLANTED.gamma, rel=0.2)
+    regret = found["regret_percent"]
+    assert regret["fitted law"] < 0.5 < regret["always 50%"]
     assert len(found["fused_against_classic"]) == 48
     for row in found["fused_against_classic"]:
         assert row["best_percent"] == pytest.approx(-1)

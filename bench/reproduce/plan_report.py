@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint.write_json(options.out / "fit.json", {
         "fits": {name: fit.to_dict() | against_formula(fit) | without_smallest(fit, budgets[0])
                  for name, fit in fits.items()},
+        "regret_percent": regret(chosen, classic),
         "fused_against_classic": compared,
     })  # fmt: skip
     draw_schedules(options.out / "schedules.png")
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw(options.out / "law.png", params[1], budgets[-1], [1, 2, 4], chosen.law)
     draw_losses(options.out / "losses.png", runs, chosen)
     print(markdown(chosen, compared))
+    print({name: round(value, 3) for name, value in regret(chosen, classic).items()})
     return 0
 
 
@@ -86,6 +88,28 @@ def without_smallest(fit: LossFit, smallest: float) -> dict[str, float]:
     return {"optimum_mae_above_smallest": float(np.mean(errors))}
 
 
+def regret(fit: LossFit, runs: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+    """Return the mean loss in percent above the best measured one if each rule had chosen the fraction.
+
+    Losses are averaged over seeds and interpolated over the logit of the fraction, and held beyond the grid's ends.
+    """
+    fractions, total = np.array(runs["tokens_qat"]) / _budgets(runs), _budgets(runs)
+    found: dict[str, list[float]] = defaultdict(list)
+    for g in fit.optima:
+        mine = (total == g["tokens"]) & (fractions > 0)
+        for name in ("params", "bits"):
+            mine &= np.array(runs[name]) == g[name]
+        grid, which = np.unique(fractions[mine], return_inverse=True)
+        losses = np.bincount(which, np.array(runs["loss"])[mine]) / np.bincount(which)
+        rules = {"fitted law": g["predicted"], "formula": _formula(g["params"], g["tokens"], g["bits"])}
+        rules |= {f"always {100 * f:g}%": f for f in (0.05, 0.1, 0.2, 0.35, 0.5)}
+        for name, fraction in rules.items():
+            if fraction:
+                at = np.interp(np.log(fraction / (1 - fraction)), np.log(grid / (1 - grid)), losses)
+                found[name].append(100 * (at / losses.min() - 1))
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
 def compare(runs: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Return, for each size, budget and width, the losses of both schedules at equal tokens.
 
@@ -100,8 +124,9 @@ def compare(runs: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
             losses[n, q + f, b][key] = runs["loss"][i]
     found = []
     for (params, tokens, bits), mine in sorted(losses.items()):
-        seeds = sorted({s for kind, s, _ in mine if kind == "fused"} & {s for kind, s, _ in mine if kind == "classic"})
-        fractions = sorted({f for kind, _, f in mine if kind == "fused"})
+        fractions = sorted({f for _, _, f in mine})
+        everything = [(kind, f) for kind in ("classic", "fused") for f in fractions]
+        seeds = [s for s in sorted({s for _, s, _ in mine}) if all((kind, s, f) in mine for kind, f in everything)]
         if not seeds:
             continue
         same = np.array([[mine["fused", s, f] / mine["classic", s, f] - 1 for f in fractions] for s in seeds])
@@ -129,6 +154,9 @@ def draw_losses(path: Path, runs: dict[str, list[Any]], fit: LossFit) -> None:
     grid = np.geomspace(0.03, 0.8, 200)
     for row, params in zip(panels, sizes, strict=True):
         for axes, tokens in zip(row, budgets, strict=True):
+            if not any(runs["params"][i] == params and total[i] == tokens for i in quantized):
+                axes.set_visible(False)
+                continue
             for colour, bits in zip(COLOURS, (1, 2, 4), strict=False):
                 for schedule, marker in (("classic", "o"), ("fused", "^")):
                     mine = defaultdict(list)
