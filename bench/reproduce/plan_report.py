@@ -6,7 +6,7 @@ import argparse
 import shutil
 import sys
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("runs.csv", "sweep.json"):
         if (options.sweep / name).exists():
             shutil.copyfile(options.sweep / name, options.out / name)
-    runs = read_runs(options.out / "runs.csv")
+    runs = complete(read_runs(options.out / "runs.csv"))
     classic = select(runs, schedule="classic")
     budgets = sorted(set(_budgets(classic)[np.array(classic["tokens_qat"]) > 0]))
     settings = {"starts": options.starts, "resamples": options.resamples}
@@ -57,6 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(markdown(chosen, compared))
     print({name: round(value, 3) for name, value in regret(chosen, classic).items()})
     return 0
+
+
+def complete(runs: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Leave out quantized runs of a size, budget, seed and schedule of which a sweep that was stopped lacks some."""
+    cells = list(zip(runs["params"], _budgets(runs), runs["seed"], runs["schedule"], strict=True))
+    quantized = np.array(runs["tokens_qat"]) > 0
+    counts = Counter(cell for cell, q in zip(cells, quantized, strict=True) if q)
+    kept = [not q or counts[cell] == max(counts.values()) for cell, q in zip(cells, quantized, strict=True)]
+    return {name: [value for value, keep in zip(column, kept, strict=True) if keep] for name, column in runs.items()}
 
 
 def _budgets(runs: Mapping[str, Sequence[Any]]) -> Any:
