@@ -11,8 +11,7 @@ runs at half the speed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -142,6 +141,8 @@ class PackedWeight:
         zero_point: float32 like ``scale``, or None.
         grid: the grid of the codes.
         cols: K.
+        bits: bits of a stored code, of the grid.
+        constants: the constants of the grid, as ops take them.
     """
 
     packed: Tensor
@@ -149,8 +150,13 @@ class PackedWeight:
     zero_point: Tensor | None
     grid: Grid
     cols: int
+    bits: int = field(init=False, repr=False)
+    constants: list[float] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        # Read at every call: attributes, as properties cost as much as a small product.
+        object.__setattr__(self, "bits", self.grid.storage_bits)
+        object.__setattr__(self, "constants", list(self.grid.constants))
         wanted = (*self.scale.shape[:-1], row_bytes(self.cols, self.bits))
         if self.packed.dtype != torch.uint8 or self.packed.ndim < 2 or tuple(self.packed.shape) != wanted:
             raise ValueError(
@@ -210,16 +216,6 @@ class PackedWeight:
 
         zero = None if zero_point is None else by_row(zero_point)
         return cls(pack(codes, grid), store_scale(by_row(scale), scale_dtype), zero, grid, w.shape[-1])
-
-    @cached_property
-    def bits(self) -> int:
-        """Bits of a stored code."""
-        return self.grid.storage_bits
-
-    @cached_property
-    def constants(self) -> list[float]:
-        """The constants of the grid, as ops take them."""
-        return list(self.grid.constants)
 
     @property
     def shape(self) -> torch.Size:
