@@ -56,6 +56,7 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Any:
         ctx.call = call
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         outputs, ctx.spec = tree_flatten(call(*tensors[: len(call.places)]))
         call.spec_out = ctx.spec  # type: ignore[attr-defined]
@@ -73,6 +74,7 @@ class _CheckpointBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, needed: tuple[bool, ...], count: int, *tensors: Any) -> Any:
         ctx.call, ctx.needed, ctx.count = call, needed, count
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         with torch.enable_grad():
             grads = _gradients(call, needed, tensors[:count], tensors[count:], create_graph=False)[0]

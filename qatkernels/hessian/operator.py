@@ -203,7 +203,8 @@ class HessianOperator:
 
     def _split(self, vector: Tensor) -> list[Tensor]:
         parts = vector.split([p.numel() for p in self.params])
-        return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
+        # Scales are float32 in a float64 model, too.
+        return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, self.params, strict=True)]
 
     def _batch_products(self, index: int, vectors: Sequence[Tensor]) -> list[list[Tensor]]:
         if self.engine == "forward":
@@ -243,7 +244,7 @@ class HessianOperator:
         """Return weighted means over batches and processes, each flattened."""
         results: list[Tensor] = []
         for index, weight in enumerate(self._weights):
-            flat = [torch.cat([t.reshape(-1) for t in parts]) for parts in of_batch(index)]
+            flat = [torch.cat([t.reshape(-1).to(self.dtype) for t in parts]) for parts in of_batch(index)]
             if weight != 1:
                 torch._foreach_mul_(flat, weight)
             if results:

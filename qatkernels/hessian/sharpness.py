@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ def _added(layers: Sequence[QuantLinear], offsets: dict[int, Tensor]) -> Iterato
     def shifted(layer: QuantLinear) -> Callable[..., Tensor]:
         make, offset = layer._fake_quantized, offsets[id(layer.weight)]
 
-        def weight(*args: object) -> Tensor:
+        def weight(*args: Any) -> Tensor:
             w: Tensor = make(*args)
             return w + offset.to(w.dtype)
 
