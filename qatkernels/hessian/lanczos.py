@@ -155,7 +155,7 @@ class _Process:
         scale = max(*map(abs, self.alpha), *self.beta, 0.0)
         self.residual = norm
         # An invariant subspace: what is left is the rounding of what was subtracted.
-        if norm <= 10 * torch.finfo(w.dtype).eps * scale:
+        if norm <= 100 * torch.finfo(w.dtype).eps * scale:
             self.residual, self.done = 0.0, True
         elif last:
             self.done = True
