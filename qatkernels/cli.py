@@ -105,6 +105,20 @@ def train(argv: Sequence[str]) -> int:
     return 0
 
 
+def spectrum(argv: Sequence[str]) -> int:
+    """Estimate the Hessian's spectrum at checkpoints."""
+    from .hessian import NotFiniteError
+    from .train import CheckpointError, ConfigError, DataError, spectra
+
+    try:
+        config = spectra.configured(argv)
+        report = spectra.run(config)
+    except (ConfigError, DataError, CheckpointError, NotFiniteError) as error:
+        return _fail(error)
+    spectra.show(report, config.out)
+    return 0
+
+
 def _train_parser(config: Any) -> argparse.ArgumentParser:
     """Return the parser of `train`, with an option for each field of the configuration."""
     parser = argparse.ArgumentParser(
@@ -214,4 +228,6 @@ def bench(argv: Sequence[str]) -> int:
 
 
 #: Subcommands by name. The first line of a docstring is its line in `qatkernels --help`.
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "doctor": doctor, "bench": bench}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train, "spectrum": spectrum, "doctor": doctor, "bench": bench,
+}  # fmt: skip

@@ -148,7 +148,7 @@ def _value_and_gradient(loss: LossFn, params: Sequence[Tensor]) -> tuple[float, 
         grads = torch.autograd.grad(value, list(params), allow_unused=True)
     if all(g is None for g in grads):
         raise ValueError("the loss does not depend on the parameters")
-    return float(value), [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
+    return float(value.detach()), [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

@@ -1,0 +1,1 @@
+"""Scripts that make the results in docs/ again, each one command."""
