@@ -22,7 +22,6 @@ from qatkernels.train import TrainConfig, checkpoint, spectra, train
 from qatkernels.train.loop import EXCLUDED
 from qatkernels.train.model import Transformer
 
-
 #: A quarter of the width and of the batch.
 QUICK = {"width": 96, "depth": 2, "context": 64, "batch": 8, "steps": 400, "qat_steps": 160, "eval_windows": 64}
 
