@@ -1,4 +1,4 @@
-"""Largest eigenvalue and trace by every Hessian tool on one model and batch: ``python -m bench.reproduce.hessian_peers``.
+"""Largest eigenvalue and trace by each Hessian tool on one problem: ``python -m bench.reproduce.hessian_peers``.
 
 The tools are curvlinops, hessian-eigenthings and PyHessian (bench/requirements-peers.txt); one that is not installed is
 listed as missing. The exit code is 1 if one that is there disagrees with us: by more than 1e-3 of the eigenvalue, or by
@@ -44,7 +44,7 @@ def _result(largest: float, found: Estimate) -> Result:
 
 def pyhessian(problem: tools.Problem, samples: int) -> Result:
     """PyHessian's power iteration and Hutchinson estimate."""
-    times, computer = tools.pyhessian(problem)
+    _, computer = tools.pyhessian(problem)
     with tools.sdpa_kernel(tools.SDPBackend.MATH):
         values, _ = computer.eigenvalues(maxIter=500, tol=1e-6)
         found = computer.trace(maxIter=samples, tol=0.0)

@@ -1,4 +1,4 @@
-"""Hessian-vector products and spectra of the demo's model: what they take beside one gradient, and beside other tools."""
+"""Hessian-vector products and spectra of the demo's model, beside one gradient and beside other tools."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def _product(problem: tools.Problem, settings: Settings) -> Case:
         ]
     # Six products with each weight: two for each of the gradient's three, one of which is the forward's.
     return Case(
-        "hvp", (problem.n,), torch.float32, calls, (right,), (2e-4,), 8 * problem.n, flops=12 * problem.tokens * problem.n,
-        grid="seq2", variant=f"{problem.tokens} tokens",
+        "hvp", (problem.n,), torch.float32, calls, (right,), (2e-4,), 8 * problem.n,
+        flops=12 * problem.tokens * problem.n, grid="seq2", variant=f"{problem.tokens} tokens",
     )  # fmt: skip
 
 

@@ -158,9 +158,9 @@ class Spectrum:
 
 
 def probe(op: SymmetricMap, seed: int, index: int) -> Tensor:
-    """Return a standard normal vector ``[n]``, the same on every device and in every process."""
+    """Return a standard normal vector ``[n]``, the same on every device, in every process and dtype."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-    return torch.randn(op.n, generator=generator, dtype=op.dtype).to(op.device)
+    return torch.randn(op.n, generator=generator).to(op.device, op.dtype)
 
 
 def spectrum(
