@@ -145,20 +145,25 @@ def _draw_density(axes: Axes, found: Spectrum, sigma: float, colour: Any, label:
 
 def _draw_training(mass: Axes, extremes: Axes, groups: dict[str, list[dict[str, Any]]]) -> None:
     """Near-zero mass, and the largest and smallest eigenvalue, over the steps of each run."""
+    curves = any(len(group) > 1 for group in groups.values())
     for index, (name, group) in enumerate(groups.items()):
-        colour = _COLOURS[index % len(_COLOURS)]
-        steps = [entry["step"] for entry in group]
         found = [entry["spectrum"] for entry in group]
         values = [100 * f["near_zero_mass"]["value"] for f in found]
+        largest, smallest = [f["lambda_max"] for f in found], [-min(f["lambda_min"], 0.0) for f in found]
+        if curves and len(group) == 1:  # what the others started from
+            mass.axhline(values[0], color=_INK, linewidth=1, linestyle="--", label=name)
+            extremes.axhline(largest[0], color=_INK, linewidth=1, linestyle="--", label=name)
+            extremes.axhline(smallest[0], color=_INK, linewidth=1, linestyle=":")
+            continue
+        colour = _COLOURS[index % len(_COLOURS)]
+        steps = [entry["step"] for entry in group]
         errors = [100 * (f["near_zero_mass"]["error"] or 0) for f in found]
         mass.errorbar(steps, values, errors, color=colour, marker="o", markersize=4, capsize=2, label=name)
-        extremes.plot(steps, [f["lambda_max"] for f in found], color=colour, marker="o", markersize=4, label=name)
-        extremes.plot(
-            steps, [-min(f["lambda_min"], 0.0) for f in found], color=colour, marker="v", markersize=4, linestyle=":"
-        )
+        extremes.plot(steps, largest, color=colour, marker="o", markersize=4, label=name)
+        extremes.plot(steps, smallest, color=colour, marker="v", markersize=4, linestyle=":")
     near = next(iter(groups.values()))[0]["spectrum"]["near_zero"]
     mass.set_title(f"near-zero mass (below {near:g}), % of eigenvalues", loc="left", fontweight="bold")
-    extremes.set_title("largest eigenvalue, and most negative one (dotted, magnitude)", loc="left", fontweight="bold")
+    extremes.set_title("largest eigenvalue; dotted: minus the smallest", loc="left", fontweight="bold")
     extremes.set_yscale("log")
     for axes in (mass, extremes):
         axes.set_xlabel("training steps of the run")
