@@ -17,11 +17,13 @@ $(STAMP): $(SOURCES)
 
 demo: setup
 	$(BIN)/qatkernels train --out runs/demo
+	$(BIN)/qatkernels pack runs/demo/w2 runs/demo/w2.safetensors
+	$(BIN)/qatkernels generate runs/demo/w2.safetensors --tokens 120
 
 # Triton interprets or compiles, never both in one process.
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --ignore tests/triton
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/triton/test_interpreter.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/triton/test_interpreter.py tests/triton/test_interpreter_lowbit.py
 	$(BIN)/python -m pytest -q -n 2 tests/triton/test_compile.py
 
 bench: setup

@@ -79,6 +79,7 @@ class Case:
         grid: name of the grid.
         granularity: what shares a scale.
         variant: what else tells this case from its neighbours.
+        memory: whether the memory that a call needs is measured.
     """
 
     op: str
@@ -93,6 +94,7 @@ class Case:
     grid: str = ""
     granularity: str = ""
     variant: str = ""
+    memory: bool = False
 
     @property
     def title(self) -> str:

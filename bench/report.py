@@ -38,6 +38,8 @@ def show(rows: Sequence[Row]) -> None:
         print(
             f"  NOISY: the middle half of some repetitions spans a factor of {noise:.1f}; repeat on a quieter machine"
         )
+    if peaks := [row for row in timed if row.get("peak_bytes") is not None and row["timing"] == "call"]:
+        print("  peak memory: " + ", ".join(f"{r['implementation']} {r['peak_bytes'] * 1e-6:.4g} MB" for r in peaks))
     for row in rows:
         if row["status"] == "missing":
             print(f"  missing: {row['implementation']} ({row['timing']}): {row['note']}")

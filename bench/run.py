@@ -10,6 +10,7 @@ from .case import Call, Case, Missing, reason
 from .clock import Clock, Run, captured, race
 from .exact import errors
 from .machine import Machine, copy_of
+from .memory import peak
 
 #: A row as it goes to JSON; `status` is "ok", "wrong", "failed" or "missing", and only "ok" rows carry times.
 Row = dict[str, Any]
@@ -33,6 +34,8 @@ def run_case(suite: str, case: Case, machine: Machine, budget: float) -> list[Ro
     racing: list[tuple[Row, Call]] = []
     for call in (*_baselines(case, machine), *case.calls):
         row = _judged(suite, case, call)
+        if case.memory and call in case.calls and row["status"] == "ok":
+            row["peak_bytes"] = peak(call.run, machine.device)  # type: ignore[union-attr]
         rows.append(row)
         if isinstance(call, Call) and row["status"] == "ok":
             racing.append((row, call))

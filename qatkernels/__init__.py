@@ -2,12 +2,36 @@
 
 from . import backends
 from .grid import Grid, affine, binary, lsq, make_grid, paretoq, seq, ternary
-from .nn import QuantConfig, QuantLinear, quantize_model, quantized_modules, quantized_weights
-from .ops import dequantize, fake_quantize, fake_quantize_dynamic, quantize
+from .nn import (
+    GroupedPackedLinear,
+    PackedLinear,
+    QuantConfig,
+    QuantLinear,
+    load_packed,
+    pack_model,
+    quantize_model,
+    quantized_modules,
+    quantized_weights,
+    save_packed,
+)
+from .ops import (
+    PackedWeight,
+    dequantize,
+    fake_quantize,
+    fake_quantize_dynamic,
+    grouped_lowbit_linear,
+    lowbit_linear,
+    pack,
+    quantize,
+    unpack,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "Grid",
+    "GroupedPackedLinear",
+    "PackedLinear",
+    "PackedWeight",
     "QuantConfig",
     "QuantLinear",
     "affine",
@@ -16,15 +40,22 @@ __all__ = [
     "empty_cache",
     "fake_quantize",
     "fake_quantize_dynamic",
+    "grouped_lowbit_linear",
+    "load_packed",
+    "lowbit_linear",
     "lsq",
     "make_grid",
+    "pack",
+    "pack_model",
     "paretoq",
     "quantize",
     "quantize_model",
     "quantized_modules",
     "quantized_weights",
+    "save_packed",
     "seq",
     "ternary",
+    "unpack",
 ]
 
 backends.install()

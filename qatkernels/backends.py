@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .ops._op import LIBRARY, OPS, allocating
+from .ops._op import LIBRARY, OPS, allocating, checked
 
 #: Backends by device, fastest first. Per-op exceptions belong in `CHOICES`, each with its measurement in bench/results.
 PREFERENCE: dict[str, tuple[str, ...]] = {"CPU": ("cpp", "reference"), "CUDA": ("triton", "cuda", "reference")}
@@ -27,7 +27,20 @@ IMPLS: dict[str, dict[str, Callable[..., Any]]] = {}
 #: Why a backend is absent, for `qatkernels doctor`.
 MISSING: dict[str, str] = {}
 
-_TRITON_MODULES = ("fake_quantize", "quantize", "dynamic", "noise", "cross_entropy", "krylov", "quant_linear")
+_TRITON_MODULES = (
+    "fake_quantize",
+    "quantize",
+    "dynamic",
+    "noise",
+    "cross_entropy",
+    "krylov",
+    "quant_linear",
+    "reset",
+    "perturb",
+    "grouped_linear",
+    "packing",
+    "lowbit_linear",
+)
 
 
 def extension() -> ModuleType | None:
@@ -56,7 +69,8 @@ def _load() -> ModuleType | None:
             MISSING["cuda"] = "the extension was built without CUDA"
         for op in OPS.values():
             for op_name, schema in op.schemas.items():
-                compiled.declare("qatkernels_cpp", op_name, schema)
+                if compiled.serves(op_name, "CPU") or compiled.serves(op_name, "CUDA"):
+                    compiled.declare("qatkernels_cpp", op_name, schema)
                 for backend, device in (("cpp", "CPU"), ("cuda", "CUDA")):
                     if compiled.serves(op_name, device):
                         IMPLS[op_name][backend] = getattr(torch.ops.qatkernels_cpp, op_name)
@@ -65,8 +79,9 @@ def _load() -> ModuleType | None:
     try:
         for module in _TRITON_MODULES:
             for name, impl in importlib.import_module(f"qatkernels.triton.{module}").OUT_IMPLS.items():
-                IMPLS[f"{name}_out"]["triton"] = impl
-                IMPLS[name]["triton"] = allocating(OPS[name], impl)
+                if OPS[name].outputs:
+                    IMPLS[f"{name}_out"]["triton"] = impl
+                IMPLS[name]["triton"] = (allocating if OPS[name].outputs else checked)(OPS[name], impl)
     except ImportError as error:
         MISSING["triton"] = str(error)
     return compiled

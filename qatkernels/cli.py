@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -13,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -33,6 +35,11 @@ The defaults take about five minutes on two CPU cores and download nothing: the
 text is the source of this Python's standard library, with some files held out.
 Ctrl-C stops at a checkpoint. The same command goes on from there, and finished
 parts are not run again; `--resume` does so without repeating other options.
+"""
+
+_PACK = """\
+Write a model of `qatkernels train` as one file: the codes of its quantized
+layers at their width, their scales, and everything else as it is.
 """
 
 _EPILOG = """\
@@ -131,7 +138,9 @@ def _train_parser(config: Any) -> argparse.ArgumentParser:
         default: Any = entry.default
         several = isinstance(default, tuple)
         shown = "" if default is None else f" (default: {' '.join(map(str, default)) if several else default})"
-        kind: Callable[[str], Any] = bit_width if several else str if default is None else type(default)
+        kind: Callable[[str], Any] = entry.metadata["parse"] or (
+            bit_width if several else str if default is None else type(default)
+        )
         groups[entry.metadata["group"]].add_argument(
             f"--{entry.name.replace('_', '-')}", type=kind, nargs="+" if several else None,
             metavar={int: "N", float: "X", bit_width: "BITS"}.get(kind, entry.name.upper()),
@@ -144,10 +153,78 @@ def _train_parser(config: Any) -> argparse.ArgumentParser:
     return parser
 
 
+def pack(argv: Sequence[str]) -> int:
+    """Pack a trained model into a small file."""
+    from .train import generate as job
+    from .train.checkpoint import CheckpointError
+
+    parser = argparse.ArgumentParser(prog="qatkernels pack", description=_PACK)
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="folder of a low-bit model, such as runs/demo/w2")
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to write")
+    parser.add_argument(
+        "--scale-dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+        help="dtype of the stored scales (default: %(default)s, in which nothing is lost)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    try:
+        size = job.pack(args.checkpoint, args.out, getattr(torch, args.scale_dtype))
+    except (CheckpointError, ValueError) as error:
+        return _fail(error)
+    for dtype, width in (("float32", 4), ("bfloat16", 2)):
+        full = width * size["parameters"]
+        print(f"{args.out}: {size['disk']:,} bytes, {full / size['disk']:.1f} times smaller than in {dtype} ({full:,})")
+    return 0
+
+
+def generate(argv: Sequence[str]) -> int:
+    """Write text with a trained model, packed or not."""
+    from .train import generate as job
+    from .train.checkpoint import CheckpointError
+
+    parser = argparse.ArgumentParser(prog="qatkernels generate", description=generate.__doc__)
+    parser.add_argument("model", metavar="MODEL", type=Path, help="file of `pack`, or a folder such as runs/demo/w2")
+    parser.add_argument("--prompt", default="def ", help="text to go on from (default: %(default)r)")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="bytes to write (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T",
+        help="0 takes the likeliest byte, 1 draws from the distribution (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.tokens < 1 or not 0 <= args.temperature < float("inf") or not args.prompt:
+        return _fail("--tokens must be at least 1, --temperature finite and at least 0, --prompt not empty")
+    try:
+        model = job.load(args.model)
+    except CheckpointError as error:
+        return _fail(error)
+    prompt, decoder = args.prompt.encode(), codecs.getincrementaldecoder("utf-8")("replace")
+    print(args.prompt, end="", flush=True)
+    draws = torch.Generator().manual_seed(args.seed)
+    began = time.perf_counter()
+    for token, _ in job.generate(model, prompt, args.tokens, temperature=args.temperature, generator=draws):
+        print(decoder.decode(bytes([token])), end="", flush=True)
+    seconds = time.perf_counter() - began
+    print(decoder.decode(b"", final=True), flush=True)
+    print(f"{args.tokens} tokens, {args.tokens / seconds:.0f} tokens/s", file=sys.stderr)
+    return 0
+
+
 def bit_width(text: str) -> float:
     """Return a number, integral where it is a whole one; argparse names this function when the text is none."""
     value = float(text)
     return int(value) if value.is_integer() else value
+
+
+def plan(argv: Sequence[str]) -> int:
+    """Say how many tokens to train in full precision and how many quantized."""
+    from .plan import command  # scipy takes a while to import
+
+    try:
+        return command.run(argv)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        return _fail(error)
 
 
 def doctor(argv: Sequence[str]) -> int:
@@ -168,7 +245,7 @@ def _diagnosis() -> dict[str, Any]:
     if extension is None and importlib.util.find_spec("qatkernels._C") is not None:
         broken["cpp"] = f"the extension is there and does not load: {backends.MISSING['cpp']}"
     versions: dict[str, str | None] = {"qatkernels": __version__, "python": platform.python_version()}
-    for package in ("torch", "triton", "numpy", "rich", "safetensors", "matplotlib"):
+    for package in ("torch", "triton", "numpy", "scipy", "rich", "safetensors", "matplotlib"):
         versions[package] = _version(package)
     return {
         "versions": versions,
@@ -229,5 +306,6 @@ def bench(argv: Sequence[str]) -> int:
 
 #: Subcommands by name. The first line of a docstring is its line in `qatkernels --help`.
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": train, "spectrum": spectrum, "doctor": doctor, "bench": bench,
+    "train": train, "plan": plan, "spectrum": spectrum, "pack": pack, "generate": generate,
+    "doctor": doctor, "bench": bench,
 }  # fmt: skip

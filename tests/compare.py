@@ -39,6 +39,28 @@ def assert_same_bits(actual, expected, what=""):
     )
 
 
+def run_in_place(impl, args):
+    """Run an op in place on copies of its tensors and return them as they are afterwards."""
+    args = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    impl(*args)
+    return [a for a in args if isinstance(a, torch.Tensor)]
+
+
+def check_in_place(op, impl, args, what=""):
+    """Hold an implementation of an op in place against the reference: every tensor, changed or not, bit for bit."""
+    expected = run_in_place(OPS[op].reference, [a.cpu() if isinstance(a, torch.Tensor) else a for a in args])
+    for actual, wanted in zip(run_in_place(impl, args), expected, strict=True):
+        assert_same_bits(actual.cpu(), wanted, f"{op} {what}")
+
+
+def check_norms(impl_out, g, w, eta):
+    """Hold sums of squares against float64 ones, to the rounding of their additions and of each square."""
+    (actual,) = run_out("perturbation_norms", impl_out, (g, w, eta))
+    expected = OPS["perturbation_norms"].reference(g.cpu(), None if w is None else w.cpu(), eta)
+    bound = (SEQUENTIAL_ADDITIONS + 8) * torch.finfo(torch.float64 if g.dtype == torch.float64 else torch.float32).eps
+    assert_within(actual.cpu(), expected, bound * expected + 1e-300, "perturbation_norms")
+
+
 def scale_gradients(sample):
     """Return (ds, its error bound, dz, its error bound) with exact summands, summed in float64."""
     w, scale, zero_point, seed, grid, noise, scale_noise, grad_scale = sample.point

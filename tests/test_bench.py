@@ -67,6 +67,18 @@ def test_quick_run_records_everything(tmp_path):
             assert row["speedup_over"]["copy_ (out)"] > 0
 
 
+def test_second_order_checks_every_case_and_measures_memory(tmp_path):
+    process, document = run(QUICK.replace('"fake_quantize", ', '"second_order", "--dtype", "fp32", '), tmp_path)
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = document["rows"]
+    assert {row["op"] for row in rows} == {
+        "linear forward mode", "gram_schmidt", "cross_entropy_hvp", "cross-entropy double backward",
+        "linear cross-entropy double backward",
+    }  # fmt: skip
+    assert all(row["status"] == "ok" for row in rows if row.get("kind") == "ours")
+    assert any(row.get("peak_bytes") is not None for row in rows)
+
+
 WRONG = """
 import sys
 import torch

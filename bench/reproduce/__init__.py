@@ -1,1 +1,1 @@
-"""Scripts that make the results in docs/ again, each one command."""
+"""Studies that reproduce a claim of a paper, or fail to, with our own code."""

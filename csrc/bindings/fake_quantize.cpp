@@ -39,6 +39,17 @@ static void run_on_cpu(const Normal& call) {
            [&](int64_t begin, int64_t end) { kernels().normal(call, begin, end); });
 }
 
+void fake_quantize_dynamic_out(const Tensor& x_, int64_t bits, Tensor out) {
+  TORCH_CHECK(x_.dim() > 0, "x has no dimension, must have at least one");
+  TORCH_CHECK(2 <= bits && bits <= 8, "bits is ", bits, ", must be 2 to 8");
+  check_output("out", out, x_, x_.scalar_type());
+  const Tensor x = x_.contiguous();
+  const int64_t cols = x.size(-1), rows = cols ? x.numel() / cols : 0;
+  const Dynamic call{x.const_data_ptr(), out.mutable_data_ptr(),    rows, cols,
+                     dtype_of("x", x),   static_cast<int32_t>(bits)};
+  run(call, x.device());
+}
+
 namespace {
 
 void check_y_type(const Tensor& w, at::ScalarType y) {
@@ -182,16 +193,6 @@ Tensor dequantize(const Tensor& codes, const Tensor& scale, const OptionalTensor
   return out;
 }
 
-void fake_quantize_dynamic_out(const Tensor& x_, int64_t bits, Tensor out) {
-  TORCH_CHECK(x_.dim() > 0, "x has no dimension, must have at least one");
-  TORCH_CHECK(2 <= bits && bits <= 8, "bits is ", bits, ", must be 2 to 8");
-  check_output("out", out, x_, x_.scalar_type());
-  const Tensor x = x_.contiguous();
-  const int64_t cols = x.size(-1), rows = cols ? x.numel() / cols : 0;
-  const Dynamic call{x.const_data_ptr(), out.mutable_data_ptr(),    rows, cols,
-                     dtype_of("x", x),   static_cast<int32_t>(bits)};
-  run(call, x.device());
-}
 Tensor fake_quantize_dynamic(const Tensor& x, int64_t bits) {
   Tensor out = like(x);
   fake_quantize_dynamic_out(x, bits, out);

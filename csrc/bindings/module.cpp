@@ -17,8 +17,10 @@ const Ops& ops() {
     Ops made;
     add_cross_entropy(made);
     add_fake_quantize(made);
+    add_lowbit(made);
     add_krylov(made);
     add_quant_linear(made);
+    add_train(made);
     return made;
   }();
   return all;

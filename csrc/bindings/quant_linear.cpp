@@ -12,7 +12,8 @@
 namespace qk {
 namespace {
 
-constexpr int64_t kBlockBytes = 2 << 20;  // of quantized weight and tangent
+// Of quantized weight and tangent. Smaller ones gain nothing: products of few columns, and more often all threads wait.
+constexpr int64_t kBlockBytes = 32 << 20;
 
 // Rows of the weight [rows, cols] that begin and end with units of the kernel and are about as many as a block holds.
 int64_t rows_of_block(const Point& at, int64_t rows, int64_t cols, int64_t element_bytes) {

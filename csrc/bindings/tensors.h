@@ -32,6 +32,9 @@ void check_output(const char* name, const Tensor& out, const Tensor& shaped, at:
 // The constants of qatkernels.Grid.
 Grid<double> grid_of(Constants c);
 
+// What the ops of one family need of another.
+void fake_quantize_dynamic_out(const Tensor& x, int64_t bits, Tensor out);
+
 // f(begin, end) over [0, units) on torch's threads, at least `grain` at a time.
 template <class F>
 void parallel(int64_t units, F f, int64_t grain = 1) {
@@ -50,7 +53,9 @@ using Ops = std::map<std::string, Entry>;
 // One for each file of this folder.
 void add_cross_entropy(Ops& ops);
 void add_fake_quantize(Ops& ops);
+void add_lowbit(Ops& ops);
 void add_krylov(Ops& ops);
 void add_quant_linear(Ops& ops);
+void add_train(Ops& ops);
 
 }  // namespace qk

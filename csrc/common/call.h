@@ -56,6 +56,28 @@ struct Dequantize {
   DType y_type;
 };
 
+struct Reset {
+  Point at;
+  void* w;  // at.w, to be changed
+  double quantized_weight;
+};
+
+struct Perturb {
+  void *w, *g;
+  const float* factor;
+  int64_t numel;
+  DType w_type, g_type;
+  double eta;
+  bool adaptive, swap;
+};
+
+struct PerturbationNorms {
+  const void *g, *w;  // w is null where it does not count
+  int64_t numel;
+  DType w_type, g_type;
+  double eta;
+};
+
 struct Dynamic {
   const void* x;
   void* y;
@@ -91,6 +113,36 @@ struct Normal {
   float* out;
   int64_t numel;
   uint32_t stream;
+};
+
+// Codes and their stored form. Rows are packed one by one.
+struct Pack {
+  const void* codes;  // [rows, cols], int8 or uint8
+  uint8_t* packed;    // [rows, row_bytes]
+  int64_t rows, cols;
+  int32_t code_min, bits;
+};
+
+struct Unpack {
+  const uint8_t* packed;
+  void* codes;
+  int64_t rows, cols;
+  int32_t code_min, bits;
+};
+
+// A product with packed weights: y = x W^T + bias, expert by expert.
+struct LowbitLinear {
+  const void* x;            // [tokens, cols], contiguous
+  const uint8_t* packed;    // [experts, rows, row_bytes]
+  const void* scale;        // [experts, rows, groups]
+  const float* zero_point;  // like scale, or null
+  const void* bias;         // [rows], or null
+  const int32_t* offsets;   // [experts], or null for one expert
+  void* y;                  // [tokens, rows]
+  int64_t tokens, rows, cols, groups, experts;
+  DType x_type, scale_type, bias_type;
+  double steps, offset;              // value = (code + offset - zero) * (scale / steps)
+  int32_t code_min, bits, act_bits;  // act_bits 0: x as it is
 };
 
 }  // namespace qk

@@ -8,10 +8,12 @@
 
 #define QK_FUNCTION(name, arguments) void name arguments;
 #define QK_ENTRY(name, arguments) , name
-#define QK_DECLARE(isa)                               \
-  namespace isa {                                     \
-  QK_KERNELS(QK_FUNCTION)                             \
-  constexpr Kernels table{#isa QK_KERNELS(QK_ENTRY)}; \
+#define QK_DECLARE(isa)                                                             \
+  namespace isa {                                                                   \
+  QK_KERNELS(QK_FUNCTION)                                                           \
+  int64_t lowbit_memory(const LowbitLinear&);                                       \
+  int64_t lowbit_tokens(const LowbitLinear&);                                       \
+  constexpr Kernels table{#isa QK_KERNELS(QK_ENTRY), lowbit_memory, lowbit_tokens}; \
   }
 
 namespace qk {

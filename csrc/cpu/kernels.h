@@ -23,24 +23,39 @@ struct Units {
   int64_t count() const { return (rows + rows_per_unit - 1) / rows_per_unit * pieces_per_row; }
 };
 
+// An expert that has tokens: first ... last - 1.
+struct Expert {
+  int64_t index, first, last;
+};
+constexpr int64_t kPanel = 32;  // rows of a weight that are multiplied together
+
 // Every kernel: its name and what it takes. A line here is a kernel in each of the ISAs.
 //
 // partial: 2 * rows * pieces_per_row doubles, used where rows are cut; finish_backward then adds them in order.
 // dynamic's and cross_entropy's units are rows, normal's kNoiseSpan elements. gram_schmidt leaves rows + 1 partial sums
-// for each unit.
-#define QK_KERNELS(KERNEL)                                                                \
-  KERNEL(forward, (const Forward&, int64_t begin, int64_t end))                           \
-  KERNEL(backward, (const Backward&, double* partial, int64_t begin, int64_t end))        \
-  KERNEL(finish_backward, (const Backward&, const double* partial))                       \
-  KERNEL(jvp, (const Jvp&, int64_t begin, int64_t end))                                   \
-  KERNEL(quantize, (const Quantize&, int64_t begin, int64_t end))                         \
-  KERNEL(dequantize, (const Dequantize&, int64_t begin, int64_t end))                     \
-  KERNEL(dynamic, (const Dynamic&, int64_t begin, int64_t end))                           \
-  KERNEL(normal, (const Normal&, int64_t begin, int64_t end))                             \
-  KERNEL(gram_schmidt, (const GramSchmidt&, double* partial, int64_t begin, int64_t end)) \
-  KERNEL(cross_entropy, (const CrossEntropy&, int64_t begin, int64_t end))                \
-  KERNEL(cross_entropy_backward, (const CrossEntropy&, int64_t begin, int64_t end))       \
-  KERNEL(cross_entropy_hvp, (const CrossEntropy&, int64_t begin, int64_t end))
+// for each unit. The units of pack, unpack and dequantize_packed are rows (of all experts), those of lowbit_prepare
+// tokens, and those of lowbit_multiply the panels of one expert after another.
+#define QK_KERNELS(KERNEL)                                                                                \
+  KERNEL(forward, (const Forward&, int64_t begin, int64_t end))                                           \
+  KERNEL(backward, (const Backward&, double* partial, int64_t begin, int64_t end))                        \
+  KERNEL(finish_backward, (const Backward&, const double* partial))                                       \
+  KERNEL(jvp, (const Jvp&, int64_t begin, int64_t end))                                                   \
+  KERNEL(quantize, (const Quantize&, int64_t begin, int64_t end))                                         \
+  KERNEL(dequantize, (const Dequantize&, int64_t begin, int64_t end))                                     \
+  KERNEL(dynamic, (const Dynamic&, int64_t begin, int64_t end))                                           \
+  KERNEL(normal, (const Normal&, int64_t begin, int64_t end))                                             \
+  KERNEL(pack, (const Pack&, int64_t begin, int64_t end))                                                 \
+  KERNEL(unpack, (const Unpack&, int64_t begin, int64_t end))                                             \
+  KERNEL(dequantize_packed, (const LowbitLinear&, void* out, DType, int64_t begin, int64_t end))          \
+  KERNEL(lowbit_prepare, (const LowbitLinear&, void* memory, int64_t begin, int64_t end))                 \
+  KERNEL(lowbit_multiply, (const LowbitLinear&, void* memory, const Expert*, int64_t begin, int64_t end)) \
+  KERNEL(gram_schmidt, (const GramSchmidt&, double* partial, int64_t begin, int64_t end))                 \
+  KERNEL(cross_entropy, (const CrossEntropy&, int64_t begin, int64_t end))                                \
+  KERNEL(cross_entropy_backward, (const CrossEntropy&, int64_t begin, int64_t end))                       \
+  KERNEL(cross_entropy_hvp, (const CrossEntropy&, int64_t begin, int64_t end))                            \
+  KERNEL(reset, (const Reset&, int64_t begin, int64_t end))                                               \
+  KERNEL(perturb, (const Perturb&, int64_t begin, int64_t end))                                           \
+  KERNEL(perturbation_norms, (const PerturbationNorms&, double* partial, int64_t begin, int64_t end))
 
 // Columns of a basis in blocks, two of which stay in the second cache level while all rows pass; and these in units.
 struct KrylovUnits {
@@ -63,9 +78,11 @@ struct Kernels {
 #define QK_MEMBER(name, arguments) void(*name) arguments;
   QK_KERNELS(QK_MEMBER)
 #undef QK_MEMBER
+  int64_t (*lowbit_memory)(const LowbitLinear&);  // bytes that lowbit_prepare fills for lowbit_multiply
+  int64_t (*lowbit_tokens)(const LowbitLinear&);  // of an expert, above which a library's product of numbers is faster
 };
 
-constexpr int64_t kNoiseSpan = 1024;  // elements drawn at once, a multiple of 64
+constexpr int64_t kNoiseSpan = 1024;  // elements drawn at once, a multiple of 128
 
 // The kernels for this machine: of the widest ISA that it has and ATEN_CPU_CAPABILITY (default, avx2, avx512) allows;
 // unset, it allows all. QATKERNELS_ISA names one instead; one that is not there throws.

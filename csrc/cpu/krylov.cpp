@@ -10,8 +10,8 @@
 namespace qk {
 namespace QK_ISA {
 
-using Wide = Vec<double>;
-constexpr int kParts = Wide::kCount, kWidth = Wide::kWidth;
+using Doubles = Vec<double>;
+constexpr int kParts = Doubles::kCount, kWidth = Doubles::kWidth;
 constexpr int kRowsAtOnce = kParts <= 2 ? 4 : kParts == 4 ? 2 : 1;  // as many sums as fit the registers
 
 // Calls f(row, count) for all rows, several at a time where there are as many; count is known to the compiler.

@@ -167,6 +167,21 @@ QK_HD U32 to_uint(const F32& x) {
   return r;
 }
 
+// a * b + c, rounded once where the ISA can.
+QK_HD F32 multiply_add(const F32& a, const F32& b, const F32& c) {
+  F32 r;
+  for (int i = 0; i < F32::kCount; ++i) {
+#if defined(__AVX512F__)
+    r.part[i] = _mm512_fmadd_ps(a.part[i], b.part[i], c.part[i]);
+#elif defined(__AVX2__)
+    r.part[i] = _mm256_fmadd_ps(a.part[i], b.part[i], c.part[i]);
+#else
+    r.part[i] = a.part[i] * b.part[i] + c.part[i];
+#endif
+  }
+  return r;
+}
+
 QK_HD F32 square_root(const F32& x) {
   F32 r;
   for (int i = 0; i < F32::kCount; ++i) {
@@ -203,28 +218,6 @@ QK_HD Vec<double> exponential(const Vec<double>& x) {
     r.part[i / width][i % width] = std::exp(x.part[i / width][i % width]);
   }
   return r;
-}
-
-// The 64-bit products of a and b as two halves.
-QK_HD void multiply_wide(const U32& a, uint32_t b, U32& high, U32& low) {
-  using Wide = Register<uint64_t>;
-  for (int i = 0; i < U32::kCount; ++i) {
-    const Wide x = (Wide)a.part[i];
-#if defined(__AVX512F__)
-    const __m512i m = _mm512_set1_epi32(static_cast<int>(b));
-    const Wide even = (Wide)_mm512_mul_epu32((__m512i)x, m);
-    const Wide odd = (Wide)_mm512_mul_epu32((__m512i)(x >> 32), m);
-#elif defined(__AVX2__)
-    const __m256i m = _mm256_set1_epi32(static_cast<int>(b));
-    const Wide even = (Wide)_mm256_mul_epu32((__m256i)x, m);
-    const Wide odd = (Wide)_mm256_mul_epu32((__m256i)(x >> 32), m);
-#else
-    const Wide even = (x & 0xFFFFFFFFu) * b, odd = (x >> 32) * b;
-#endif
-    const Wide top = (even >> 32) | ((odd >> 32) << 32), bottom = (even & 0xFFFFFFFFu) | (odd << 32);
-    high.part[i] = (U32::Reg)top;
-    low.part[i] = (U32::Reg)bottom;
-  }
 }
 
 // Lanes i and i + 8, then i and i + 4, 2, 1: one order on every ISA.

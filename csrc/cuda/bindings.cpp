@@ -51,4 +51,17 @@ void run(const Normal& call, c10::Device device) {
   on(device, [&](cudaStream_t stream) { return normal(call, stream); });
 }
 
+bool can_run(const LowbitLinear& call) { return lowbit_gemv_serves(call); }
+
+void run(const LowbitLinear& call, c10::Device device) {
+  on(device, [&](cudaStream_t stream) {
+    size_t bytes = 0;
+    const cudaError_t error = lowbit_gemv_workspace(call, &bytes);
+    if (error != cudaSuccess) return error;
+    const at::Tensor workspace =
+        at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().dtype(at::kByte).device(device));
+    return lowbit_gemv(call, workspace.mutable_data_ptr(), stream);
+  });
+}
+
 }  // namespace qk::cuda

@@ -15,4 +15,8 @@ void run(const Dequantize& call, c10::Device device);
 void run(const Dynamic& call, c10::Device device);
 void run(const Normal& call, c10::Device device);
 
+// Whether there is a kernel for a call; without one it may not be run.
+bool can_run(const LowbitLinear& call);
+void run(const LowbitLinear& call, c10::Device device);
+
 }  // namespace qk::cuda

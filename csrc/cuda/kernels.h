@@ -22,4 +22,9 @@ cudaError_t fake_quantize_dynamic(const Dynamic& call, cudaStream_t stream);
 
 cudaError_t normal(const Normal& call, cudaStream_t stream);
 
+// At most eight tokens. Workspace as above.
+bool lowbit_gemv_serves(const LowbitLinear& call);
+cudaError_t lowbit_gemv_workspace(const LowbitLinear& call, size_t* bytes);
+cudaError_t lowbit_gemv(const LowbitLinear& call, void* workspace, cudaStream_t stream);
+
 }  // namespace qk::cuda

@@ -8,26 +8,30 @@
 
 namespace qk::cuda {
 
-// Standard normals from element `first` of a stream on: one of them, or V, then `first` is a multiple of 4.
+// Standard normals from element `first` of a stream on: one of them, or V (4 or 8), of which `first` is a multiple.
 template <int V>
 __device__ __forceinline__ void draw(uint64_t seed, int64_t first, uint32_t stream, float (&z)[V]) {
-  const uint64_t counter = static_cast<uint64_t>(first) / 4;
+  static_assert(V == 1 || V == 4 || V == 8);
+  const uint64_t counter = static_cast<uint64_t>(first) / 8;
+  const auto words = [&](uint64_t c) {
+    return philox(seed, static_cast<uint32_t>(c), static_cast<uint32_t>(c >> 32), stream);
+  };
   if constexpr (V == 1) {
-    const auto x = philox<uint32_t>(seed, static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), stream);
-    const bool second = first & 2;
+    const auto x = words(counter);
+    const uint32_t low = first & 2 ? x.x1 : x.x0, high = first & 2 ? x.x3 : x.x2;
     float even, odd;
-    box_muller<float, uint32_t>(second ? x.x2 : x.x0, second ? x.x3 : x.x1, even, odd);
+    box_muller<float, uint32_t>(first & 4 ? high : low, even, odd);
     z[0] = first & 1 ? odd : even;
+  } else if constexpr (V == 4) {
+    const auto x = words(counter);
+    box_muller<float, uint32_t>(first & 4 ? x.x2 : x.x0, z[0], z[1]);
+    box_muller<float, uint32_t>(first & 4 ? x.x3 : x.x1, z[2], z[3]);
   } else {
-    static_assert(V % 4 == 0);
-#pragma unroll
-    for (int j = 0; j < V; j += 4) {
-      const uint64_t c = counter + j / 4;
-      float quad[4];
-      four_normals<float, uint32_t>(seed, static_cast<uint32_t>(c), static_cast<uint32_t>(c >> 32), stream, quad);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) z[j + i] = quad[i];
-    }
+    const auto x = words(counter);
+    box_muller<float, uint32_t>(x.x0, z[0], z[1]);
+    box_muller<float, uint32_t>(x.x1, z[2], z[3]);
+    box_muller<float, uint32_t>(x.x2, z[4], z[5]);
+    box_muller<float, uint32_t>(x.x3, z[6], z[7]);
   }
 }
 

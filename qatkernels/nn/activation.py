@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -14,13 +14,16 @@ from ..ops import fake_quantize, fake_quantize_dynamic
 
 
 class Float32Scales(nn.Module):
-    """A module whose ``scale`` and ``zero_point`` stay float32, bit for bit, whatever the model is cast to.
+    """A module whose ``scale`` and ``zero_point`` stay as they are, bit for bit, whatever the model is cast to.
 
     A scale rounded to bfloat16 moves every weight that it scales.
     """
 
+    #: Names of the parameters and buffers that no cast changes.
+    uncast: ClassVar[tuple[str, ...]] = ("scale", "zero_point")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        scales = [p for name in ("scale", "zero_point") if (p := self._parameters.get(name)) is not None]
+        scales = [t for own in (self._parameters, self._buffers) for n in self.uncast if (t := own.get(n)) is not None]
         kept = scales + [p.grad for p in scales if p.grad is not None]
 
         def move_only(tensor: Tensor) -> Tensor:

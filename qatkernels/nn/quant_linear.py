@@ -5,20 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.nn.utils import parametrize
 
-from ..ops import fake_quantize, quant_linear_dual, quantize
+from ..ops import perturb_, quant_linear_dual
 from ..ops.fake_quantize import FLOATS
 from ..ops.noise import make_seed
 from ..ops.quant_linear import forward_mode_alone
-from .activation import DynamicActivation, Float32Scales, LearnedActivation, compute_dtype
+from .activation import compute_dtype
 from .config import QuantConfig
+from .quantized import Quantized
 
 
-class QuantLinear(Float32Scales, nn.Linear):
+class QuantLinear(Quantized, nn.Linear):
     """``y = Q_a(x) @ Q(weight; scale).T + bias``, trained straight through.
 
     The weight is the full-precision master copy. Under autocast a float32 weight is quantized straight into the 16-bit
@@ -39,17 +40,15 @@ class QuantLinear(Float32Scales, nn.Linear):
             in ``model.bfloat16()`` and the like.
         zero_point: the same for affine grids, else None.
         act: quantizer of the input, or None.
-        noise_std: standard deviation of the noise on the weight in training forwards (WinQ); not saved.
+        noise_std: standard deviation of the noise on the weight in training forwards (WinQ), negative for the mirrored
+            noise of the same seed; not saved.
         scale_noise_std: the same for the scales.
+        perturbation: the last three arguments of :func:`qatkernels.ops.perturb_`, which every forward gives the
+            quantized weight; None for none (SQuAT sets it for as long as its second pass takes); not saved.
 
     Raises:
         ValueError: if ``config.group_size`` does not divide ``in_features``.
     """
-
-    weight: nn.Parameter
-    scale: nn.Parameter
-    zero_point: nn.Parameter | None
-    act: DynamicActivation | LearnedActivation | None
 
     def __init__(
         self,
@@ -87,39 +86,6 @@ class QuantLinear(Float32Scales, nn.Linear):
         module._quantize(config)
         return module
 
-    def _quantize(self, config: QuantConfig) -> None:
-        if not isinstance(config, QuantConfig):
-            raise ValueError(f"config is {config!r}, must be a QuantConfig")
-        self.config, self.grid, self.group_size = config, config.grid, config.group_size
-        self.noise_std = self.scale_noise_std = 0.0
-        self._grad_scale = self.grid.grad_scale(self.weight.numel())
-        for name, initial in zip(("scale", "zero_point"), self._initial_scale(), strict=True):
-            trains = self.weight.requires_grad
-            self.register_parameter(name, None if initial is None else nn.Parameter(initial, requires_grad=trains))
-        self.act = None
-        if (act_grid := config.act_grid) is not None:
-            offset, device = config.act_scheme == "lsq+", self.weight.device
-            self.act = LearnedActivation(self.in_features, act_grid, offset=offset, device=device).train(self.training)
-        elif config.act_bits is not None:
-            self.act = DynamicActivation(config.act_bits).train(self.training)
-
-    def _initial_scale(self) -> tuple[Tensor, Tensor | None]:
-        """Return scales, and zero points if the grid has them, from the weight."""
-        config, grid, w = self.config, self.grid, self.weight
-        scale = grid.init_scale(w, config.group_size, per_tensor=config.per_tensor, method=config.scale_init)
-        zero_point = grid.init_zero_point(w, scale, config.group_size) if grid.has_zero_point else None
-        # One element, not a scalar: FSDP shards along the first dimension.
-        shape = scale.shape or (1,)
-        return scale.float().view(shape), None if zero_point is None else zero_point.float().view(shape)
-
-    @torch.no_grad()
-    def reset_scale(self) -> None:
-        """Set scales and zero points to what they would be for a layer just made from the present weight."""
-        scale, zero_point = self._initial_scale()
-        self.scale.copy_(scale)
-        if self.zero_point is not None and zero_point is not None:
-            self.zero_point.copy_(zero_point)
-
     def reset_parameters(self) -> None:
         """Draw a new weight and bias as nn.Linear does, and set the scales from them."""
         super().reset_parameters()
@@ -132,51 +98,29 @@ class QuantLinear(Float32Scales, nn.Linear):
             x = self.act(x)
         noise = (self.noise_std, self.scale_noise_std) if self.training else (0.0, 0.0)
         dtype = compute_dtype(self.weight)
-        if not torch.compiler.is_compiling() and forward_mode_alone(x, *self.parameters(recurse=False)):
+        pushing = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+        if pushing and self.perturbation is None and forward_mode_alone(x, *self.parameters(recurse=False)):
             return self._pushed_forward(x, dtype or self.weight.dtype, *noise)
-        return F.linear(x, self._fake_quantized(dtype, *noise), self.bias)
+        weight = self._fake_quantized(dtype, *noise)
+        if self.perturbation is not None:
+            perturb_(weight.detach(), *self.perturbation)
+        return F.linear(x, weight, self.bias)
 
     def _pushed_forward(self, x: Tensor, dtype: torch.dtype, noise_std: float, scale_noise_std: float) -> Tensor:
         """Return the output with its tangent, both from one read of the weight and of its tangent."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(dtype)
-        x2, along_x = unpack_dual(x.reshape(-1, self.in_features))
+        x2, along_x = forward_ad.unpack_dual(x.reshape(-1, self.in_features))
         held = (self.weight, self.scale, self.zero_point)
-        weight, tangents = zip(*((None, None) if t is None else unpack_dual(t) for t in held), strict=True)
+        weight, tangents = zip(*((None, None) if t is None else forward_ad.unpack_dual(t) for t in held), strict=True)
         if all(t is None for t in (along_x, *tangents)):
             y = F.linear(x2, self._fake_quantized(dtype, noise_std, scale_noise_std))
         else:
             seed = make_seed(None, x.device) if noise_std or scale_noise_std else None
             point = (*weight, seed, list(self.grid.constants), noise_std, scale_noise_std, self._grad_scale)
-            y = make_dual(*quant_linear_dual(x2, along_x, *tangents, *point, False))
+            y = forward_ad.make_dual(*quant_linear_dual(x2, along_x, *tangents, *point, False))
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(dtype)
-
-    def _fake_quantized(self, dtype: torch.dtype | None, noise_std: float = 0, scale_noise_std: float = 0) -> Tensor:
-        return fake_quantize(
-            self.weight,
-            self.scale,
-            self.grid,
-            group_size=self.group_size,
-            zero_point=self.zero_point,
-            noise_std=noise_std,
-            scale_noise_std=scale_noise_std,
-            grad_scale=self._grad_scale,
-            dtype=dtype,
-        )
-
-    def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the weight ``[N, K]`` that an eval forward uses: no noise, differentiable.
-
-        Args:
-            dtype: bfloat16 or float16 for a float32 weight; the weight's dtype if None.
-        """
-        return self._fake_quantized(dtype)
-
-    @torch.no_grad()
-    def codes(self) -> Tensor:
-        """Return the integer codes of the weight, ``[N, K]``, int8 (uint8 for 8-bit affine)."""
-        return quantize(self.weight, self.scale, self.grid, group_size=self.group_size, zero_point=self.zero_point)
 
     def to_linear(self) -> nn.Linear:
         """Return a plain ``nn.Linear`` that holds the quantized weight, and the same bias Parameter; hooks stay here.
@@ -197,11 +141,7 @@ class QuantLinear(Float32Scales, nn.Linear):
 
     def extra_repr(self) -> str:
         """Describe the layer and its quantization."""
-        config = self.config
-        text = f"{super().extra_repr()}, bits={self.grid.bits}, scheme={self.grid.scheme}"
-        if config.per_tensor:
-            return f"{text}, per_tensor=True"
-        return text if self.group_size is None else f"{text}, group_size={self.group_size}"
+        return f"{super().extra_repr()}, {self.described}"
 
 
 def why_not(linear: nn.Module) -> str | None:

@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from .config import QuantConfig
 from .quant_linear import QuantLinear, why_not
+from .quantized import Quantized
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +85,12 @@ def quantize_model(
     return replacements.get(model, model)  # type: ignore[call-overload]
 
 
-def quantized_modules(model: nn.Module) -> dict[str, QuantLinear]:
-    """Return the quantized layers of a model by name; one that is registered twice appears once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+def quantized_modules(model: nn.Module) -> dict[str, Quantized]:
+    """Return the quantized layers of a model by name, those of experts too; one registered twice appears once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
 
 
-def quantized_weights(model: nn.Module) -> list[nn.Parameter]:
+def quantized_weights(model: nn.Module) -> list[Tensor]:
     """Return the master weights of the quantized layers, each once even where layers share it."""
     return list(dict.fromkeys(module.weight for module in quantized_modules(model).values()))
 
@@ -174,7 +175,7 @@ def _stacked(model: nn.Module, excluded: tuple[str, ...]) -> list[str]:
     return [
         f"{name} has shape {tuple(parameter.shape)} and no nn.Linear"
         for prefix, module in model.named_modules()
-        if not type(module).__module__.startswith("torch.nn.")
+        if not type(module).__module__.startswith("torch.nn.") and not isinstance(module, Quantized)
         for name, parameter in module.named_parameters(prefix, recurse=False)
         if parameter.ndim == 3 and parameter.shape[0] > 1 and not _matches([name], excluded)
     ]

@@ -3,20 +3,35 @@
 from .cross_entropy import cross_entropy
 from .dynamic import fake_quantize_dynamic
 from .fake_quantize import fake_quantize
+from .grouped_linear import grouped_linear
 from .krylov import gram_schmidt
 from .linear_cross_entropy import linear_cross_entropy
+from .lowbit_linear import grouped_lowbit_linear, lowbit_linear
 from .noise import normal
+from .packing import PackedWeight, pack, unpack
+from .perturb import perturb_, perturb_swap_, perturbation_norms
 from .quant_linear import quant_linear_dual
 from .quantize import dequantize, quantize
+from .reset import reset_
 
 __all__ = [
+    "PackedWeight",
     "cross_entropy",
     "dequantize",
     "fake_quantize",
     "fake_quantize_dynamic",
     "gram_schmidt",
+    "grouped_linear",
+    "grouped_lowbit_linear",
     "linear_cross_entropy",
+    "lowbit_linear",
     "normal",
+    "pack",
+    "perturb_",
+    "perturb_swap_",
+    "perturbation_norms",
     "quant_linear_dual",
     "quantize",
+    "reset_",
+    "unpack",
 ]

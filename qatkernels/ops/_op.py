@@ -2,10 +2,11 @@
 
 An op is a plain function in PyTorch (the *reference*: its meaning, and the kernel that runs where nothing faster is
 installed) and a *fake rule* that checks shapes and dtypes and returns empty outputs. Both go to ``torch.library``.
-Every op has a twin named ``<op>_out`` that writes into tensors the caller supplies.
+Every op has a twin named ``<op>_out`` that writes into tensors the caller supplies; ops that change their arguments in
+place have no outputs, a name that ends in ``_``, and no twin.
 
 `backends.py` overrides the reference per device. Kernels only implement the ``_out`` twin, the allocating form follows
-from the fake rule by :func:`allocating`.
+from the fake rule by :func:`allocating`. An op in place is what a kernel implements as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("qatkernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -30,8 +32,8 @@ class Op:
 
     Attributes:
         name: name in ``torch.ops.qatkernels``.
-        arguments: argument list of the schema.
-        outputs: names of the outputs.
+        arguments: argument list of the schema; what the op changes is marked ``Tensor(a!)``.
+        outputs: names of the outputs; none if it works in place.
         reference: the meaning, in plain PyTorch.
         fake: shape and dtype rule; allocates empty outputs.
     """
@@ -39,12 +41,14 @@ class Op:
     name: str
     arguments: str
     outputs: tuple[str, ...]
-    reference: Callable[..., Outputs]
-    fake: Callable[..., Outputs]
+    reference: Callable[..., Outputs | None]
+    fake: Callable[..., Outputs | None]
 
     @property
     def schemas(self) -> dict[str, str]:
-        """Schema of the op and of its ``_out`` twin, by name."""
+        """Schema of the op, and of its ``_out`` twin if it has outputs, by name."""
+        if not self.outputs:
+            return {self.name: f"{self.name}({self.arguments}) -> ()"}
         returns = ", ".join("Tensor" for _ in self.outputs)
         written = ", ".join(f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(self.outputs))
         return {
@@ -57,9 +61,9 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+def as_tuple(outputs: Outputs | None) -> tuple[Tensor, ...]:
     """Return the outputs of an op as a tuple, also where there is one."""
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs or ())
 
 
 def define(
@@ -67,13 +71,16 @@ def define(
     arguments: str,
     outputs: tuple[str, ...],
     *,
-    reference: Callable[..., Outputs],
-    fake: Callable[..., Outputs],
+    reference: Callable[..., Outputs | None],
+    fake: Callable[..., Outputs | None],
 ) -> Op:
     """Declare an op and its ``_out`` twin in ``torch.ops.qatkernels``, with the reference as their fallback."""
+    if bool(outputs) == name.endswith("_"):
+        raise ValueError(f"op {name!r} has outputs {outputs}: ops in place, and only they, end in '_' and have none")
     op = OPS[name] = Op(name, arguments, outputs, reference, fake)
 
     def reference_out(*args: Any) -> None:
+        fake_out(*args)
         inputs, out = args[: -len(outputs)], args[-len(outputs) :]
         for destination, source in zip(out, as_tuple(reference(*inputs)), strict=True):
             destination.copy_(source)
@@ -85,20 +92,31 @@ def define(
 
     for op_name, schema in op.schemas.items():
         LIBRARY.define(schema, tags=_TAGS)
-        LIBRARY.impl(op_name, reference if op_name == name else reference_out, "CompositeExplicitAutograd")
+        meaning = checked(op, reference) if op_name == name else reference_out
+        LIBRARY.impl(op_name, meaning, "CompositeExplicitAutograd")
         torch.library.register_fake(f"qatkernels::{op_name}", fake if op_name == name else fake_out, lib=LIBRARY)
     return op
 
 
-def allocating(op: Op, out_impl: Callable[..., None]) -> Callable[..., Outputs]:
+def allocating(op: Op, out_impl: Callable[..., None]) -> Callable[..., Outputs | None]:
     """Return the allocating form of an ``_out`` implementation."""
 
-    def impl(*args: Any) -> Outputs:
+    def impl(*args: Any) -> Outputs | None:
         outputs = op.fake(*args)
         out_impl(*args, *as_tuple(outputs))
         return outputs
 
     return impl
+
+
+def checked(op: Op, impl: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an implementation behind the checks of the fake rule, for those that do not allocate by it."""
+
+    def run(*args: Any) -> Any:
+        op.fake(*args)
+        return impl(*args)
+
+    return run
 
 
 def check_out(name: str, given: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
@@ -110,6 +128,13 @@ def check_out(name: str, given: Tensor, shape: torch.Size, dtype: torch.dtype, d
         )
     if not given.is_contiguous():
         raise ValueError(f"{name} has strides {given.stride()}, must be contiguous")
+
+
+def nothing_to_differentiate(*tensors: Tensor | None) -> bool:
+    """Whether a Function around these tensors would only cost time: no gradient, no forward mode, no transform."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return False
+    return forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None
 
 
 class Function(torch.autograd.Function):

@@ -22,6 +22,7 @@ the formula gives: 0 * inf is NaN.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -407,7 +408,8 @@ def fake_quantize(
         grid: the quantization grid.
         group_size: number of consecutive inputs that share a scale; divides ``K``.
         zero_point: for affine grids, like ``scale``; need not be integral.
-        noise_std: standard deviation of Gaussian noise added to ``w`` before quantizing (WinQ).
+        noise_std: standard deviation of Gaussian noise added to ``w`` before quantizing (WinQ); a negative one
+            gives the mirrored noise of the same seed.
         scale_noise_std: the same for ``scale``.
         seed: an int, or an int64 tensor with one element on ``w``'s device, which a captured graph may update in place.
             Drawn from torch's generator if None. Equal seeds give equal bits on every backend.
@@ -425,8 +427,8 @@ def fake_quantize(
     The straight-through rule is ParetoQ's (Liu et al., 2025), the noise WinQ's; see docs/algorithms.md.
     """
     check_layout(w, scale, grid, group_size, zero_point)
-    if not (0 <= noise_std < float("inf") and 0 <= scale_noise_std < float("inf")):
-        raise ValueError(f"noise_std is {noise_std} and scale_noise_std is {scale_noise_std}, must be finite and >= 0")
+    if not (math.isfinite(noise_std) and math.isfinite(scale_noise_std)):
+        raise ValueError(f"noise_std is {noise_std} and scale_noise_std is {scale_noise_std}, must be finite")
     seed = noise.make_seed(seed, w.device) if noise_std or scale_noise_std else None
     grad_scale = grid.grad_scale(w.numel()) if grad_scale is None else float(grad_scale)
     args = (w, scale, zero_point, seed, list(grid.constants), noise_std, scale_noise_std, grad_scale, dtype)

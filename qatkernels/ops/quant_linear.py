@@ -112,7 +112,7 @@ def forward_mode_alone(*tensors: Tensor | None) -> bool:
     tensors instead, and value and tangent computed together.
     """
     if forward_ad._current_level < 0:
-        return False
+        return False  # no tangents anywhere
     if torch._C._are_functorch_transforms_active():
         return torch._C._functorch.peek_interpreter_stack().key() == torch._C._functorch.TransformType.Jvp
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))

@@ -63,6 +63,9 @@ class Sample:
         if op == "quantize":
             w, scale, zero_point, _, constants = self.point[:5]
             return w, scale, zero_point, constants, self.grid.code_min, self.grid.code_max
+        if op == "reset_":
+            w, scale, zero_point, _, constants = self.point[:5]
+            return w, scale, zero_point, constants, 0.4
         raise KeyError(op)
 
 
@@ -91,6 +94,21 @@ def make(
     name += ("-noise" if noise else "") + (f"-to-{str(out_dtype)[6:]}" if out_dtype else "")
     std, seed = (0.002, make_seed(1234, w.device)) if noise else (0.0, None)
     return Sample(name, grid, w, scale, zero_point, seed, group_size, std, std, out_dtype)
+
+
+def perturbations(op: str, device: torch.device | str = "cpu") -> Iterator[tuple[Any, ...]]:
+    """Arguments of a perturbation's ops: every pair of dtypes that it takes, SAM and ASAM, odd sizes."""
+    factor, single = torch.tensor(3.7, device=device), torch.float32
+    pairs = [(t, t) for t in (single, torch.bfloat16, torch.float16, torch.float64)]
+    if op != "perturb_swap_":
+        pairs += [(torch.bfloat16, single), (torch.float16, single)]
+    for w_dtype, g_dtype in pairs:
+        for shape in ((5, 37), (70, 700), (0, 3)):
+            w, g = weights(shape, w_dtype, device), weights(shape, g_dtype, device, seed=1)
+            if op == "perturbation_norms":
+                yield from ((g, None, 0.0), (g, w, 0.01))
+            else:
+                yield from ((w, g, factor, None), (w, g, factor, 0.01))
 
 
 def samples(device: torch.device | str = "cpu") -> Iterator[Sample]:

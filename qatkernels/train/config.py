@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,29 @@ from typing import Any
 import torch
 
 from ..grid import paretoq
+from ..plan.units import count
 from . import checkpoint
 from .model import ModelConfig
+from .schedules import DECAYS
+
+#: Schedules by name: what happens to the learning rate, and where QAT starts (`phases.py`).
+SCHEDULES = ("cosine", "classic", "fused")
 
 
 class ConfigError(ValueError):
     """A setting cannot be used; the message names it, its value and what is allowed."""
 
 
-def _option(default: Any, text: str, group: str, resumable: bool = False) -> Any:
+def _option(
+    default: Any, text: str, group: str, resumable: bool = False, parse: Callable[[str], Any] | None = None
+) -> Any:
     """A field that is also a command line option; a resumed run may change it only if it is ``resumable``."""
-    return field(default=default, metadata={"help": text, "group": group, "resumable": resumable})
+    return field(default=default, metadata={"help": text, "group": group, "resumable": resumable, "parse": parse})
+
+
+def fraction(text: str) -> float | str:
+    """Return a share, or the word ``auto``; argparse names this function when the text is neither."""
+    return text if text == "auto" else float(text)
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,19 @@ class TrainConfig:
     batch: int = _option(16, "windows in a step", "training")
     steps: int = _option(900, "steps in full precision", "training")
     qat_steps: int = _option(200, "steps of quantization-aware training at each bit width", "training")
+    tokens: int | None = _option(
+        None, "bytes of both phases together, such as 10M, instead of --steps and --qat-steps", "training", parse=count
+    )
+    qat_fraction: float | str = _option(
+        "auto", "share of --tokens to train quantized; auto: the planner's, for each width", "training", parse=fraction
+    )
+    schedule: str = _option(
+        "auto", "cosine: each phase has a warmup and a cosine decay of its own; classic: warmup, constant, cooldown, "
+        "then QAT with re-warmup and decay; fused: no cooldown, QAT starts from the constant rate and decays; "
+        "auto: classic with --tokens, else cosine", "training",
+    )  # fmt: skip
+    cooldown: float = _option(0.2, "share of the full-precision steps that the classic cooldown takes", "training")
+    decay: str = _option("sqrt", "shape of the decays of classic and fused: linear, sqrt or cosine", "training")
     lr: float = _option(2e-3, "peak learning rate in full precision", "training")
     qat_lr: float = _option(1e-3, "peak learning rate of quantization-aware training", "training")
     scale_lr: float = _option(1e-4, "peak learning rate of the quantizers' scales", "training")
@@ -76,6 +102,16 @@ class TrainConfig:
             raise ConfigError(str(error)) from error
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"--precision is {self.precision!r}, must be auto, float32 or bfloat16")
+        for name, allowed in (("schedule", ("auto", *SCHEDULES)), ("decay", tuple(DECAYS))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"--{name} is {getattr(self, name)!r}, must be one of {', '.join(allowed)}")
+        share = self.qat_fraction
+        if share != "auto" and not (isinstance(share, float) and 0 < share < 1):
+            raise ConfigError(f"--qat-fraction is {share}, must be auto or in (0, 1)")
+        if share != "auto" and self.tokens is None:
+            raise ConfigError(f"--qat-fraction is {share}, a share of --tokens: give --tokens too, or use --qat-steps")
+        if self.tokens is not None and self.schedule == "cosine":
+            raise ConfigError("--schedule is cosine, must be classic or fused with --tokens")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"--device is {self.device!r}, must be auto, cpu or cuda")
 
@@ -96,7 +132,10 @@ class TrainConfig:
         precision = self.precision
         if precision == "auto":
             precision = "bfloat16" if device == "cuda" or _multiplies_bfloat16() else "float32"
-        return replace(self, device=device, precision=precision)
+        schedule = self.schedule
+        if schedule == "auto":
+            schedule = "cosine" if self.tokens is None else "classic"
+        return replace(self, device=device, precision=precision, schedule=schedule)
 
 
 def _check_ranges(config: TrainConfig) -> None:
@@ -104,8 +143,8 @@ def _check_ranges(config: TrainConfig) -> None:
         value = getattr(config, entry.name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        at_least = 1 if isinstance(entry.default, int) else 0.0
-        at_most = 1.0 if entry.name in ("beta1", "beta2", "warmup") else math.inf
+        at_least = 1 if isinstance(entry.default, int) or entry.name == "tokens" else 0.0
+        at_most = 1.0 if entry.name in ("beta1", "beta2", "warmup", "cooldown") else math.inf
         if entry.name != "seed" and not (at_least <= value <= at_most and math.isfinite(value)):
             limits = f"at least {at_least}" if at_most == math.inf else f"in [{at_least}, {at_most}]"
             raise ConfigError(f"--{entry.name.replace('_', '-')} is {value}, must be {limits}")

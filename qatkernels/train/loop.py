@@ -7,8 +7,8 @@ not.
 
     out/run.json          the configuration; another one is refused here
     out/log.jsonl         one line for each logged step
-    out/<phase>/          fp, then w4, w2, w1.58, w1: state.safetensors while it trains, then
-                          model.safetensors and, last of all, config.json
+    out/<phase>/          fp, then w4, w2, w1.58, w1 (phases.py): state.safetensors while it trains,
+                          then model.safetensors and, last of all, config.json
     out/report.json       the table and the curves, also as curves.png
 """
 
@@ -29,15 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import QuantConfig, quantize_model, quantized_modules
+from ..nn import quantize_model, quantized_modules
 from . import checkpoint, data, report
 from .checkpoint import CheckpointError
 from .config import ConfigError, TrainConfig
 from .model import Transformer
-from .schedules import cosine
-
-#: Layers that stay in full precision, as in the papers (embeddings and norms are no nn.Linear to begin with).
-EXCLUDED = ("lm_head",)
+from .phases import EXCLUDED, Phase, phases
 
 
 class DivergedError(RuntimeError):
@@ -50,28 +47,6 @@ class Interrupted(Exception):
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One training run within the run: full precision, or one bit width."""
-
-    name: str
-    bits: float | None
-    steps: int
-    lr: float
-    weight_decay: float
-
-    @property
-    def quantization(self) -> QuantConfig | None:
-        """What the linear layers are quantized to."""
-        return None if self.bits is None else QuantConfig(bits=self.bits)
-
-
-def phases(config: TrainConfig) -> list[Phase]:
-    """Return what is trained, in order; every phase but the first starts from the first's weights."""
-    first = Phase("fp", None, config.steps, config.lr, config.weight_decay)
-    return [first, *(Phase(f"w{bits:g}", bits, config.qat_steps, config.qat_lr, 0.0) for bits in config.bits)]
 
 
 @dataclass(frozen=True)
@@ -109,15 +84,39 @@ def train(config: TrainConfig, *, restart: bool = False, say: Callable[[str], No
     config = config.resolved()
     corpus = data.load(config.data, config.context)
     out, plan = Path(config.out), phases(config)
-    with checkpoint.exclusive(out), _Stop() as stop:
+    with checkpoint.exclusive(out):
         if restart:
             checkpoint.remove_run(out)
-        _open_run(out, config, corpus)
-        log = report.Log(out / "log.jsonl")
-        with report.Display(sum(phase.steps for phase in plan), say) as display:
-            run = _Run(config, corpus, log, display, stop)
-            results = [_finished(run, phase) or run_phase(run, phase) for phase in plan]
+        results, log = run_phases(config, corpus, plan, say)
         return report.write(out, asdict(config), corpus, results, log)
+
+
+def run_phases(
+    config: TrainConfig, corpus: data.Corpus, plan: list[Phase], say: Callable[[str], None] | None = None
+) -> tuple[list[dict[str, Any]], report.Log]:
+    """Run phases in order, which may be others than those of the configuration; one that is finished is not run again.
+
+    Args:
+        config: the resolved configuration. The caller holds ``config.out``.
+        corpus: the text.
+        plan: each phase after the one that it starts from, unless that is finished.
+        say: receives lines of text about the progress.
+
+    Returns:
+        The result of each phase, and the log.
+
+    Raises:
+        Interrupted: on SIGINT or SIGTERM, after a checkpoint.
+    """
+    out = Path(config.out)
+    _open_run(out, config, corpus)
+    log = report.Log(out / "log.jsonl")
+    with _Stop() as stop, report.Display(sum(phase.steps for phase in plan), say) as display:
+        run = _Run(config, corpus, log, display, stop)
+        results = [_finished(run, phase) or run_phase(run, phase) for phase in plan]
+        if stop.number:  # in the very last step: whoever called is asked to stop too
+            raise Interrupted(stop.number)
+        return results, log
 
 
 def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:
@@ -163,7 +162,12 @@ def run_phase(run: _Run, phase: Phase) -> dict[str, Any]:
     config, state_file = run.config, run.folder(phase.name) / "state.safetensors"
     model = build_model(run, phase)
     optimizer = build_optimizer(model, config, phase)
-    progress = _restore(state_file, model, optimizer) if state_file.exists() else _Progress()
+    progress = _Progress(phase.first)
+    # With other bit widths than before a part at the constant rate may start elsewhere: its checkpoint is no use then.
+    if state_file.exists() and checkpoint.load(state_file)[1].get("first", phase.first) == phase.first:
+        progress = _restore(state_file, model, optimizer)
+    elif phase.goes_on:
+        _restore(run.folder(str(phase.start)) / "state.safetensors", model, optimizer)
     run.log.trim(phase.name, progress.step)
     run.display.begin(phase.name, progress.step)
     windows = run.corpus.evaluation(config.eval_windows, config.context)
@@ -175,8 +179,9 @@ def run_phase(run: _Run, phase: Phase) -> dict[str, Any]:
     while progress.step < phase.steps:
         began = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * cosine(progress.step, phase.steps, int(config.warmup * phase.steps))
-        torch.manual_seed(_seed(config.seed, "fp" if phase.bits is None else "qat", progress.step))
+            group["lr"] = group["peak"] * phase.rate(progress.step)
+        draw = ("fp", phase.first + progress.step) if phase.bits is None else ("qat", progress.step)
+        torch.manual_seed(_seed(config.seed, *draw))
         loss = mean_loss(model, run.corpus.batch(config.batch, config.context), config)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -202,7 +207,7 @@ def run_phase(run: _Run, phase: Phase) -> dict[str, Any]:
             checkpoint.save(state_file, _snapshot(model, optimizer), asdict(progress))
         if run.stop.number:
             raise Interrupted(run.stop.number)
-    return _finish(run, phase, model, progress)
+    return _finish(run, phase, model, optimizer, progress)
 
 
 def mean_loss(model: nn.Module, windows: Tensor, config: TrainConfig) -> Tensor:
@@ -223,12 +228,13 @@ def evaluate(model: nn.Module, windows: Tensor, config: TrainConfig) -> float:
 
 
 def build_model(run: _Run, phase: Phase) -> nn.Module:
-    """Return a new model for the first phase, and for the others the first one's, quantized."""
+    """Return a new model for the first phase, and for the others that of the phase they start from, quantized."""
     torch.manual_seed(_seed(run.config.seed, "weights", 0))
     model: nn.Module = Transformer(run.config.model)
-    if phase.quantization is not None:
-        trained, _ = checkpoint.load(run.folder("fp") / "model.safetensors")
+    if phase.start is not None:
+        trained, _ = checkpoint.load(run.folder(phase.start) / "model.safetensors")
         model.load_state_dict(trained)
+    if phase.quantization is not None:
         model = quantize_model(model, phase.quantization, exclude=EXCLUDED)
     return model.to(run.config.device)
 
@@ -256,8 +262,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig, phase: Phase) -> torc
 
 @dataclass
 class _Progress:
-    """How far a phase is; part of its checkpoint."""
+    """How far a phase is, and how many steps its weights had seen before; part of its checkpoint."""
 
+    first: int = 0
     step: int = 0
     seconds: float = 0.0
     start: float = math.nan
@@ -315,12 +322,16 @@ def _finished(run: _Run, phase: Phase) -> dict[str, Any] | None:
     return result
 
 
-def _finish(run: _Run, phase: Phase, model: nn.Module, progress: _Progress) -> dict[str, Any]:
+def _finish(
+    run: _Run, phase: Phase, model: nn.Module, optimizer: torch.optim.Optimizer, progress: _Progress
+) -> dict[str, Any]:
     """Write the trained model, then config.json, whose presence says that the phase is finished."""
     folder = run.folder(phase.name)
     result = {
         "phase": phase.name,
         "bits": phase.bits,
+        "start": phase.start,
+        "first": phase.first,
         "steps": phase.steps,
         "start_bits_per_byte": progress.start,
         "bits_per_byte": progress.held_out,
@@ -336,8 +347,11 @@ def _finish(run: _Run, phase: Phase, model: nn.Module, progress: _Progress) -> d
         "result": result,
     }
     checkpoint.save(folder / "model.safetensors", model.state_dict(), described)
+    if phase.kept:
+        checkpoint.save(folder / "state.safetensors", _snapshot(model, optimizer), asdict(progress))
     checkpoint.write_json(folder / "config.json", described)
-    (folder / "state.safetensors").unlink(missing_ok=True)
+    if not phase.kept:
+        (folder / "state.safetensors").unlink(missing_ok=True)
     run.display.end(result)
     return result
 

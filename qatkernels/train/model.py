@@ -53,6 +53,29 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
+class Cache:
+    """Keys and values of the tokens that a model has seen, so that the next token costs one position.
+
+    Args:
+        config: shape of the model; the cache holds ``config.context`` positions.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.length = 0
+        self._layers: dict[int, Tensor] = {}
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values ``[batch, heads, time, features]`` of one layer and return all of them."""
+        if layer not in self._layers:
+            batch, heads, _, features = k.shape
+            self._layers[layer] = k.new_empty(2, batch, heads, self.config.context, features)
+        end = self.length + k.shape[2]
+        keys, values = self._layers[layer]
+        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions."""
 
@@ -62,11 +85,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
         """Map ``x`` ``[batch, time, width]`` with the angles' ``cos`` and ``sin`` ``[time, features / 2]``."""
         batch, time, width = x.shape
         q, k, v = self.qkv(x).view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        q, k, seen = rotate(q, cos, sin), rotate(k, cos, sin), None
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+            # Position i of these is position length + i of all, and sees as many.
+            seen = torch.ones(time, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=cache is None)
         return self.out(y.transpose(1, 2).reshape(batch, time, width))
 
 
@@ -93,9 +121,9 @@ class Block(nn.Module):
         self.attention_norm, self.mlp_norm = RMSNorm(config.width), RMSNorm(config.width)
         self.attention, self.mlp = Attention(config), MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Map ``x`` ``[batch, time, width]``; ``cos`` and ``sin`` as in :class:`Attention`."""
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        """Map ``x`` ``[batch, time, width]``; the rest as in :class:`Attention`."""
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache, layer)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -131,11 +159,12 @@ class Transformer(nn.Module):
         for outer in (self.embedding, self.lm_head):
             nn.init.normal_(outer.weight, std=0.02)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Return next-token logits.
 
         Args:
             tokens: int64 ``[batch, time]``, ``time`` at most ``config.context``.
+            cache: what came before these tokens; they are appended to it. Without one they are the whole sequence.
 
         Returns:
             ``[batch, time, vocab]``, in autocast's dtype where that is on.
@@ -143,13 +172,18 @@ class Transformer(nn.Module):
         Raises:
             ValueError: if the sequence is longer than the context.
         """
-        time = tokens.shape[1]
-        if time > self.config.context:
-            raise ValueError(f"tokens has {time} positions, must have at most {self.config.context}")
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        if end > self.config.context:
+            after = f" after the {start} of the cache" if start else ""
+            room = self.config.context - start
+            raise ValueError(f"tokens has {tokens.shape[1]} positions{after}, must have at most {room}")
         x = self.embedding(tokens)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        cos, sin = self.cos[:time].to(x.dtype), self.sin[:time].to(x.dtype)
-        for block in self.blocks:
-            x = block(x, cos, sin)
+        cos, sin = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, cache, layer)
+        if cache is not None:
+            cache.length = end
         return self.lm_head(self.norm(x))

@@ -48,20 +48,23 @@ def _colours(report: dict[str, Any]) -> list[str]:
 
 
 def _draw_training(axes: Axes, report: dict[str, Any]) -> None:
-    """Held-out loss over the steps: full precision, then each bit width from its end."""
-    curves, first = report["curves"], report["full_precision"]
-    start = first["steps"]
-    steps, losses = zip(*curves["fp"]["held_out"], strict=True)
-    axes.plot(steps, losses, color=_INK, linewidth=2, label="full precision")
+    """Held-out loss over the steps: full precision, then each bit width from where it leaves it."""
+    curves, first, quantized = report["curves"], report["full_precision"], {row["phase"] for row in report["rows"]}
+    for i, name in enumerate(name for name in curves if name not in quantized):
+        start = report["starts"][name][1]
+        steps, losses = zip(*((start + step, loss) for step, loss in curves[name]["held_out"]), strict=True)
+        axes.plot(steps, losses, color=_INK, linewidth=2, label="" if i else "full precision")
     axes.axhline(first["full_precision"], color=_INK, linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)
-    axes.axvline(start, color=_QUIET, linewidth=0.9, zorder=1)
+    for start in {row["first"] for row in report["rows"]}:
+        axes.axvline(start, color=_QUIET, linewidth=0.9, zorder=1)
     for row, colour in zip(report["rows"], _colours(report), strict=True):
+        start = row["first"]
         steps, losses = zip(*((start + step, loss) for step, loss in curves[row["phase"]]["held_out"]), strict=True)
         axes.plot(steps[:2], losses[:2], color=colour, linewidth=1.2, linestyle=":")
         axes.plot(steps[1:], losses[1:], color=colour, linewidth=2, label=f"QAT, {_name(row)}")
         axes.plot(steps[0], losses[0], "D", color=colour, markersize=7, markeredgecolor="white", clip_on=False)
     axes.plot([], [], "D", color=_QUIET, label="rounded to nearest, untrained")
-    axes.set_xlabel("training steps (at the line, quantization starts from the full-precision weights)")
+    axes.set_xlabel("training steps (at a line, quantization starts from the full-precision weights)")
     axes.set_title("Training", loc="left", fontweight="bold")
     axes.margins(x=0.02)
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.45, 1.0))

@@ -118,10 +118,12 @@ def write(out: Path, config: dict[str, Any], corpus: Corpus, results: list[dict[
         out: folder of the run.
         config: settings of the run.
         corpus: text that it read.
-        results: one result a phase, the full-precision one first.
+        results: one result a phase.
         log: its log.
     """
-    first, *quantized = results
+    quantized = [result for result in results if result["bits"] is not None]
+    starts = {name: r for r in results if (name := r["phase"]) in {q["start"] for q in quantized}}
+    first = max(starts.values(), key=lambda r: r["first"] + r["steps"])  # the longest training in full precision
     entries = log.entries()
     curves = {result["phase"]: _curves(result, entries) for result in results}
     report = {
@@ -138,7 +140,8 @@ def write(out: Path, config: dict[str, Any], corpus: Corpus, results: list[dict[
         "parameters": first["parameters"],
         "quantized_parameters": quantized[0]["quantized_parameters"],
         "full_precision": _row(first, first, 4 * quantized[0]["quantized_parameters"]),
-        "rows": [_row(result, first, result["quantized_bytes"]) for result in quantized],
+        "rows": [_row(result, starts[result["start"]], result["quantized_bytes"]) for result in quantized],
+        "starts": {result["phase"]: [result["start"], result["first"]] for result in results},
         "curves": curves,
     }
     checkpoint.write_json(out / "report.json", report)
@@ -166,6 +169,7 @@ def _row(result: dict[str, Any], first: dict[str, Any], quantized_bytes: int) ->
         "qat": None if is_first else result["bits_per_byte"],
         "quantized_bytes": quantized_bytes,
         "model_bytes": result["model_bytes"],
+        "first": result["first"],
         "steps": result["steps"],
         "seconds": result["seconds"],
         "tokens_per_second": result["tokens_per_second"],
@@ -196,6 +200,10 @@ def show(report: dict[str, Any], out: str) -> None:
         f"{text['held_out_bytes']:,} bytes in {text['held_out_files']} files held out"
     )
     console.print(table(report))
+    if report["config"]["schedule"] == "fused":
+        console.print(
+            "With the fused schedule only QAT decays: full-precision losses are at the constant learning rate."
+        )
     console.print(f"{out}/report.json, {out}/curves.png", soft_wrap=True)
 
 

@@ -93,49 +93,26 @@ def value_of(code, scale, zero, GRID: tl.constexpr):
 
 
 @triton.jit
-def box_muller(word0, word1):
-    """Two standard normals from two 32-bit words."""
-    u = ((word0 >> 8) + 1).to(tl.float32) * 5.9604644775390625e-8
-    radius = tl.sqrt_rn(natural_log(u) * -2.0)
-    turn = (word1 >> 8).to(tl.float32) * 2.384185791015625e-7
-    quadrant = (turn + 0.5).to(tl.int32)
-    angle = (turn - quadrant.to(tl.float32)) * 1.5707963267948966
-    square = angle * angle
-    sine = square * -1.9515295891e-4 + 8.3321608736e-3
-    sine = sine * square + -1.6666654611e-1
-    sine = sine * square * angle + angle
-    cosine = square * 2.443315711809948e-5 + -1.388731625493765e-3
-    cosine = cosine * square + 4.166664568298827e-2
-    cosine = (cosine * square * square - square * 0.5) + 1.0
-    odd = (quadrant & 1) == 1
-    s, c = tl.where(odd, cosine, sine), tl.where(odd, sine, cosine)
-    s = tl.where((quadrant & 2) == 2, -s, s)
-    c = tl.where(((quadrant + 1) & 2) == 2, -c, c)
-    return radius * c, radius * s
-
-
-@triton.jit
-def natural_log(u):
-    """The logarithm of float32 u in (0, 1]."""
-    bits = u.to(tl.int32, bitcast=True)
-    exponent = ((bits >> 23) - 126).to(tl.float32)
-    mantissa = ((bits & 0x007FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
-    small = mantissa < 0.70710678118654752
-    exponent = tl.where(small, exponent - 1.0, exponent)
-    t = tl.where(small, mantissa + mantissa, mantissa) - 1.0
-    square = t * t
-    y = t * 7.0376836292e-2 + -1.1514610310e-1
-    y = y * t + 1.1676998740e-1
-    y = y * t + -1.2420140846e-1
-    y = y * t + 1.4249322787e-1
-    y = y * t + -1.6668057665e-1
-    y = y * t + 2.0000714765e-1
-    y = y * t + -2.4999993993e-1
-    y = y * t + 3.3333331174e-1
-    y = y * t * square
-    y = y + exponent * -2.12194440e-4
-    y = y - square * 0.5
-    return (t + y) + exponent * 0.693359375
+def box_muller(word):
+    """Two standard normals from a 32-bit word."""
+    bits = ((word >> 11) | 1).to(tl.float32).to(tl.int32, bitcast=True)
+    t = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+    y = t * -0.025827002 + 0.12175208
+    y = y * t + -0.27785026
+    y = y * t + 0.4575183
+    y = y * t + -0.7181374
+    y = y * t + 1.4425443
+    radius = tl.sqrt_rn((148 - (bits >> 23)).to(tl.float32) - y * t)
+    x = (word & 0x3FF).to(tl.float32) * 1.953125e-3 + -0.9990234375
+    square = x * x
+    even = square * -2.6458118e-4 + 1.3194540e-2
+    even = even * square + -2.5677956e-1
+    even = even * square + 8.3255461e-1
+    odd = square * 2.0202000e-3 + -6.7198100e-2
+    odd = odd * square + 6.5388336e-1
+    odd = odd * x
+    cosine, sine = radius * (even - odd), radius * (even + odd)
+    return tl.where((word & 0x800) != 0, -cosine, cosine), tl.where((word & 0x400) != 0, -sine, sine)
 
 
 @triton.jit
@@ -143,26 +120,30 @@ def words_at(seed, counter, stream: tl.constexpr):
     """The four Philox words at 64-bit counters."""
     low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
     zero = low * 0
-    return tl.philox(seed, low, high, zero + stream, zero)
+    return tl.philox(seed, low, high, zero + stream, zero, n_rounds=7)
 
 
 @triton.jit
 def normals_each(seed, index, stream: tl.constexpr):
     """Normals of any elements, one Philox block for each."""
-    x0, x1, x2, x3 = words_at(seed, index // 4, stream)
-    second = (index & 2) == 2
-    cosine, sine = box_muller(tl.where(second, x2, x0), tl.where(second, x3, x1))
+    x0, x1, x2, x3 = words_at(seed, index // 8, stream)
+    second, upper = (index & 2) == 2, (index & 4) == 4
+    cosine, sine = box_muller(tl.where(upper, tl.where(second, x3, x2), tl.where(second, x1, x0)))
     return tl.where((index & 1) == 1, sine, cosine)
 
 
 @triton.jit
-def normals_of_tile(seed, row_start, columns, R: tl.constexpr, C: tl.constexpr, BY_FOUR: tl.constexpr):
+def normals_of_tile(seed, row_start, columns, R: tl.constexpr, C: tl.constexpr, BY_EIGHT: tl.constexpr):
     """Normals of the tile ``[R, C]`` whose rows start at flat indices ``row_start[:, None]``, at ``columns`` of [C]."""
-    if BY_FOUR:
+    if BY_EIGHT:
         first = tl.min(columns, 0)
-        counter = row_start // 4 + (first // 4 + tl.arange(0, C // 4))[None, :]
+        counter = row_start // 8 + (first // 8 + tl.arange(0, C // 8))[None, :]
         x0, x1, x2, x3 = words_at(seed, counter, WEIGHT_STREAM)
-        z0, z1 = box_muller(x0, x1)
-        z2, z3 = box_muller(x2, x3)
-        return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (R, C))
+        z0, z1 = box_muller(x0)
+        z2, z3 = box_muller(x1)
+        z4, z5 = box_muller(x2)
+        z6, z7 = box_muller(x3)
+        even = tl.join(tl.join(z0, z4), tl.join(z2, z6))
+        odd = tl.join(tl.join(z1, z5), tl.join(z3, z7))
+        return tl.reshape(tl.join(even, odd), (R, C))
     return normals_each(seed, row_start + columns[None, :], WEIGHT_STREAM)

@@ -27,7 +27,7 @@ class Tiling(NamedTuple):
 
 def tiling(rows: int, cols: int, chunk_columns: int = CHUNK_COLUMNS) -> Tiling:
     """Return the tiling of a weight."""
-    tile_cols = min(triton.next_power_of_2(max(cols, 4)), TILE_ELEMENTS)
+    tile_cols = min(triton.next_power_of_2(max(cols, 8)), TILE_ELEMENTS)
     tile_rows = TILE_ELEMENTS // tile_cols
     chunk = max(tile_cols, min(chunk_columns, triton.cdiv(cols, tile_cols) * tile_cols))
     chunks = triton.cdiv(cols, chunk)
@@ -62,7 +62,7 @@ def point(
         "ZERO": zero_point is not None,
         "NOISE": noisy,
         "SCALE_NOISE": scale_noisy,
-        "BY_FOUR": cols % 4 == 0,
+        "BY_EIGHT": cols % 8 == 0,
     }
     return (*pointers, rows, cols, noise_std, scale_noise_std), constants | OPTIONS
 
@@ -95,11 +95,11 @@ def load_scale(
 @triton.jit
 def load_weight(
     w_ptr, seed_ptr, row, columns, cols, mask, noise_std,
-    R: tl.constexpr, C: tl.constexpr, COMPUTE: tl.constexpr, NOISE: tl.constexpr, BY_FOUR: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, COMPUTE: tl.constexpr, NOISE: tl.constexpr, BY_EIGHT: tl.constexpr,
 ):  # fmt: skip
     """A tile of the weight, with its noise."""
     w = from_element(tl.load(w_ptr + row * cols + columns[None, :], mask, other=0.0), COMPUTE)
     if NOISE:
-        drawn = normals_of_tile(tl.load(seed_ptr), row * cols, columns, R, C, BY_FOUR)
+        drawn = normals_of_tile(tl.load(seed_ptr), row * cols, columns, R, C, BY_EIGHT)
         w += (drawn * tl.full((), noise_std, tl.float32)).to(COMPUTE)
     return w

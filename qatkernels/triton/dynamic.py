@@ -21,12 +21,10 @@ def magnitude_bits(x):
 
 
 @triton.jit
-def fake_quantize_dynamic_kernel(
-    x_ptr, y_ptr, rows, cols, QMAX: tl.constexpr, COMPUTE: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+def token_scale(
+    x_ptr, row, exists, column, cols, QMAX: tl.constexpr, COMPUTE: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):
-    row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
-    exists = row < rows
-    column = tl.arange(0, C)[None, :]
+    """The scales ``[R, 1]`` of rows: NaN or infinite as an element is."""
     most = magnitude_bits(tl.zeros((R, C), COMPUTE))
     for start in range(0, cols, C):
         mask = exists & (start + column < cols)
@@ -34,7 +32,17 @@ def fake_quantize_dynamic_kernel(
         most = tl.maximum(most, magnitude_bits(x))
     largest = tl.max(most, 1)[:, None].to(COMPUTE, bitcast=True)
     scale = divide(largest, tl.full(largest.shape, QMAX, COMPUTE))
-    scale = select_low(scale, tl.full(scale.shape, 1.1754943508222875e-38, COMPUTE))
+    return select_low(scale, tl.full(scale.shape, 1.1754943508222875e-38, COMPUTE))
+
+
+@triton.jit
+def fake_quantize_dynamic_kernel(
+    x_ptr, y_ptr, rows, cols, QMAX: tl.constexpr, COMPUTE: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
+    row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
+    exists = row < rows
+    column = tl.arange(0, C)[None, :]
+    scale = token_scale(x_ptr, row, exists, column, cols, QMAX, COMPUTE, R, C)
     for start in range(0, cols, C):
         mask = exists & (start + column < cols)
         x = from_element(tl.load(x_ptr + row * cols + start + column, mask, other=0.0), COMPUTE)

@@ -36,13 +36,13 @@ def slopes_at(r, w, zero, GRID: tl.constexpr):
 def fake_quantize_fwd_kernel(
     w_ptr, y_ptr, scale_ptr, zero_ptr, seed_ptr, rows, cols, noise_std, scale_noise_std, chunks,
     GRID: tl.constexpr, COMPUTE: tl.constexpr, ZERO: tl.constexpr, NOISE: tl.constexpr, SCALE_NOISE: tl.constexpr,
-    BY_FOUR: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    BY_EIGHT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     row, exists, chunk = rows_of_program(rows, chunks, R)
     scale, zero = load_scale(scale_ptr, zero_ptr, seed_ptr, row, exists, scale_noise_std, COMPUTE, ZERO, SCALE_NOISE)
     columns = chunk.to(tl.int64) * C + tl.arange(0, C)
     mask = exists & (columns < cols)[None, :]
-    w = load_weight(w_ptr, seed_ptr, row, columns, cols, mask, noise_std, R, C, COMPUTE, NOISE, BY_FOUR)
+    w = load_weight(w_ptr, seed_ptr, row, columns, cols, mask, noise_std, R, C, COMPUTE, NOISE, BY_EIGHT)
     code = code_of(w, divide(w, tl.broadcast_to(scale, w.shape)), zero, GRID)
     y = value_of(code, scale, zero, GRID)
     tl.store(y_ptr + row * cols + columns[None, :], to_element(y, y_ptr.dtype.element_ty), mask)
@@ -53,7 +53,7 @@ def fake_quantize_bwd_kernel(
     w_ptr, g_ptr, dw_ptr, ds_ptr, dz_ptr, scale_ptr, zero_ptr, seed_ptr, rows, cols, noise_std, scale_noise_std, chunks,
     grad_scale,
     GRID: tl.constexpr, COMPUTE: tl.constexpr, ZERO: tl.constexpr, NOISE: tl.constexpr, SCALE_NOISE: tl.constexpr,
-    BY_FOUR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
+    BY_EIGHT: tl.constexpr, R: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row, exists, chunk = rows_of_program(rows, chunks, R)
     scale, zero = load_scale(scale_ptr, zero_ptr, seed_ptr, row, exists, scale_noise_std, COMPUTE, ZERO, SCALE_NOISE)
@@ -63,7 +63,7 @@ def fake_quantize_bwd_kernel(
         columns = chunk.to(tl.int64) * CHUNK + start + tl.arange(0, C)
         mask = exists & (columns < cols)[None, :]
         offset = row * cols + columns[None, :]
-        w = load_weight(w_ptr, seed_ptr, row, columns, cols, mask, noise_std, R, C, COMPUTE, NOISE, BY_FOUR)
+        w = load_weight(w_ptr, seed_ptr, row, columns, cols, mask, noise_std, R, C, COMPUTE, NOISE, BY_EIGHT)
         g = from_element(tl.load(g_ptr + offset, mask, other=0.0), COMPUTE)
         beyond, slope = slopes_of(w, scale, zero, GRID)
         tl.store(dw_ptr + offset, to_element(tl.where(beyond, 0.0, g), dw_ptr.dtype.element_ty), mask)
@@ -82,7 +82,7 @@ def fake_quantize_jvp_kernel(
     w_ptr, tangent_w_ptr, tangent_scale_ptr, tangent_zero_ptr, y_ptr, value_ptr, scale_ptr, zero_ptr, seed_ptr, rows,
     cols, noise_std, scale_noise_std, chunks,
     GRID: tl.constexpr, COMPUTE: tl.constexpr, ZERO: tl.constexpr, NOISE: tl.constexpr, SCALE_NOISE: tl.constexpr,
-    BY_FOUR: tl.constexpr, ALONG_W: tl.constexpr, ALONG_S: tl.constexpr, ALONG_Z: tl.constexpr,
+    BY_EIGHT: tl.constexpr, ALONG_W: tl.constexpr, ALONG_S: tl.constexpr, ALONG_Z: tl.constexpr,
     VALUE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     row, exists, chunk = rows_of_program(rows, chunks, R)
@@ -90,7 +90,7 @@ def fake_quantize_jvp_kernel(
     columns = chunk.to(tl.int64) * C + tl.arange(0, C)
     mask = exists & (columns < cols)[None, :]
     offset = row * cols + columns[None, :]
-    w = load_weight(w_ptr, seed_ptr, row, columns, cols, mask, noise_std, R, C, COMPUTE, NOISE, BY_FOUR)
+    w = load_weight(w_ptr, seed_ptr, row, columns, cols, mask, noise_std, R, C, COMPUTE, NOISE, BY_EIGHT)
     r = divide(w, tl.broadcast_to(scale, w.shape))
     beyond, slope = slopes_at(r, w, zero, GRID)
     if VALUE:

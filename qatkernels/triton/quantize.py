@@ -17,7 +17,7 @@ from ._rows import load_scale, point, rows_of_program, shape_of, tiling
 def quantize_kernel(
     w_ptr, codes_ptr, scale_ptr, zero_ptr, seed_ptr, rows, cols, noise_std, scale_noise_std, chunks,
     GRID: tl.constexpr, COMPUTE: tl.constexpr, ZERO: tl.constexpr, NOISE: tl.constexpr, SCALE_NOISE: tl.constexpr,
-    BY_FOUR: tl.constexpr, CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    BY_EIGHT: tl.constexpr, CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     row, exists, chunk = rows_of_program(rows, chunks, R)
     scale, zero = load_scale(scale_ptr, zero_ptr, seed_ptr, row, exists, scale_noise_std, COMPUTE, ZERO, SCALE_NOISE)
@@ -35,7 +35,7 @@ def quantize_kernel(
 def dequantize_kernel(
     codes_ptr, y_ptr, scale_ptr, zero_ptr, seed_ptr, rows, cols, noise_std, scale_noise_std, chunks,
     GRID: tl.constexpr, COMPUTE: tl.constexpr, ZERO: tl.constexpr, NOISE: tl.constexpr, SCALE_NOISE: tl.constexpr,
-    BY_FOUR: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    BY_EIGHT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     row, exists, chunk = rows_of_program(rows, chunks, R)
     scale, zero = load_scale(scale_ptr, zero_ptr, seed_ptr, row, exists, scale_noise_std, COMPUTE, ZERO, SCALE_NOISE)

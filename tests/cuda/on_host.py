@@ -56,7 +56,7 @@ class Backward(Structure):
 class Jvp(Structure):
     _fields_ = (
         ("at", Point), ("tangent_w", c_void_p), ("tangent_scale", c_void_p), ("tangent_zero_point", c_void_p),
-        ("y", c_void_p), ("y_type", c_int32),
+        ("y", c_void_p), ("y_type", c_int32), ("value", c_void_p),
     )  # fmt: skip
 
 
@@ -76,6 +76,15 @@ class Dynamic(Structure):
 
 class Normal(Structure):
     _fields_ = (("seed", c_void_p), ("out", c_void_p), ("numel", c_int64), ("stream", c_uint32))
+
+
+class LowbitLinear(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "packed", "scale", "zero_point", "bias", "offsets", "y")),
+        *((name, c_int64) for name in ("tokens", "rows", "cols", "groups", "experts")),
+        *((name, c_int32) for name in ("x_type", "scale_type", "bias_type")),
+        ("steps", c_double), ("offset", c_double), ("code_min", c_int32), ("bits", c_int32), ("act_bits", c_int32),
+    )  # fmt: skip
 
 
 @functools.cache
@@ -105,6 +114,7 @@ def library():
             path.unlink()
     loaded = ctypes.CDLL(str(target))
     loaded.fake_quantize_backward_workspace.restype = c_size_t
+    loaded.lowbit_gemv_serves.restype = c_bool
     loaded.divide.argtypes = [c_void_p, c_void_p, c_void_p, c_int64]
     return loaded
 
@@ -196,6 +206,39 @@ def normal(seed, numel, stream, out):
     run("normal", Normal(pointer(seed), z.pointer, numel, stream), [z])
 
 
+def lowbit_call(x, packed, scale, zero_point, bias, offsets, grid, code_min, bits, act_bits, y):
+    assert all(t is None or t.is_contiguous() for t in (x, packed, scale, zero_point, bias, offsets))
+    cols = x.shape[-1]
+    experts = 1 if offsets is None else offsets.numel()
+    return LowbitLinear(
+        pointer(x), pointer(packed), pointer(scale), pointer(zero_point), pointer(bias), pointer(offsets), y,
+        x.numel() // max(cols, 1), packed.shape[-2], cols, scale.shape[-1], experts, DTYPES[x.dtype],
+        DTYPES[scale.dtype], DTYPES[x.dtype if bias is None else bias.dtype], grid[1], grid[2], code_min, bits,
+        act_bits or 0,
+    )  # fmt: skip
+
+
+def lowbit_serves(*args):
+    """Return whether the decode kernel takes a call."""
+    return library().lowbit_gemv_serves(byref(lowbit_call(*args, None)))
+
+
+def lowbit_linear(*args):
+    *args, out = args
+    y = Guarded(out)
+    call, size = lowbit_call(*args, y.pointer), c_size_t()
+    assert library().lowbit_gemv_workspace(byref(call), byref(size)) == 0
+    # Ends where it must, so that a kernel which needs more writes into the guard.
+    workspace = torch.full((size.value + GUARD,), 0xFF, dtype=torch.uint8)
+    run("lowbit_gemv", call, [y], c_void_p(workspace.data_ptr()))
+    assert bool((workspace[size.value :] == 0xFF).all()), "a kernel wrote outside its workspace"
+
+
+def set_device(multiprocessors, shared_kib):
+    """Set what the device says of itself."""
+    library().set_device(multiprocessors, shared_kib << 10)
+
+
 def divide(a, b):
     q = torch.empty_like(a)
     library().divide(pointer(a), pointer(b), pointer(q), a.numel())
@@ -218,5 +261,6 @@ IMPLS = {
     f.__name__: f
     for f in (
         fake_quantize, fake_quantize_backward, fake_quantize_jvp, quantize, dequantize, fake_quantize_dynamic, normal,
+        lowbit_linear,
     )
 }  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 FLAGS = ("-std=c++17", "-fmad=false", "-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills")
-#: Two blocks of 256 threads share the 65536 registers of a multiprocessor.
+#: Two blocks of 256 threads, or one of 512, share the 65536 registers of a multiprocessor.
 MOST_REGISTERS = 128
 
 #: Kernels of aligned float32 and bfloat16 weights without noise and zero point, and the operands that each reads.
@@ -54,6 +54,13 @@ def cuobjdump():
     return found
 
 
+def disassemble(source, arch):
+    """Return the machine code of each kernel."""
+    _, target = compile_once(source, arch)
+    sass = subprocess.run([cuobjdump(), "-sass", target], capture_output=True, text=True, check=True).stdout
+    return dict(re.findall(r"Function : (\w+)\n(.*?)(?=Function :|\Z)", sass, re.DOTALL))
+
+
 @pytest.mark.parametrize("arch", ["80", "90a", "100"])
 @pytest.mark.parametrize("source", KERNELS, ids=lambda p: p.stem)
 def test_no_kernel_spills(source, arch, record_property):
@@ -71,9 +78,7 @@ def test_no_kernel_spills(source, arch, record_property):
 @pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump")
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_aligned_kernels_move_16_bytes_at_a_time(arch):
-    _, target = compile_once(ROOT / "csrc/cuda/fake_quantize.cu", arch)
-    sass = subprocess.run([cuobjdump(), "-sass", target], capture_output=True, text=True, check=True).stdout
-    bodies = dict(re.findall(r"Function : (\w+)\n(.*?)(?=Function :|\Z)", sass, re.DOTALL))
+    bodies = disassemble(ROOT / "csrc/cuda/fake_quantize.cu", arch)
     for part, operands in VECTOR_KERNELS:
         (body,) = (text for name, text in bodies.items() if part in name)
         loads = re.findall(r"\bLDG\.E(?:\.\w+)*\b", body)
@@ -86,3 +91,25 @@ def test_aligned_kernels_move_16_bytes_at_a_time(arch):
         assert len(wide_stores) >= 4 // operands, part
         assert len(stores) - len(wide_stores) <= (0 if operands == 1 else 4), part
         assert not re.search(r"\b(LDL|STL)\b", body), f"{part} uses local memory"
+
+
+@pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump")
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_the_decode_kernel_uses_what_it_is_built_on(arch):
+    """Codes come 16 bytes at a time past the L1 cache, x from shared memory likewise, and tensor cores multiply."""
+    bodies = disassemble(ROOT / "csrc/cuda/lowbit_gemv.cu", arch)
+    kernels = {
+        (int(bits), int(tiles)): body
+        for name, body in bodies.items()
+        for bits, tiles in re.findall(r"lowbit_gemv_kernelILi(\d)ELi(\d)E", name)
+    }
+    assert sorted({bits for bits, _ in kernels}) == list(range(1, 9))
+    assert len(kernels) == 16
+    for (bits, tiles), body in kernels.items():
+        assert re.search(r"\bLDGSTS\.E\.BYPASS\.(LTC128B\.)?128\b", body), (bits, tiles)
+        # Of a stage, whose columns are those of 64 bytes, or 128 where codes cross bytes; one for each 32 of them.
+        products = (512 // bits if 8 % bits == 0 else 128) // 32
+        # Twice: products with codes, and sums of x for grids that need them.
+        assert len(re.findall(r"\bIMMA\.16832\.S8\.S8\b", body)) == 2 * products * tiles, (bits, tiles)
+        assert len(re.findall(r"\bLDS\.128\b", body)) >= products // 2 * tiles, (bits, tiles)
+        assert not re.search(r"\b(LDL|STL)\b", body), (bits, tiles)

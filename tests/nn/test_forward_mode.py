@@ -149,7 +149,7 @@ def test_backends(backend, transposed):
 @pytest.mark.parametrize("granularity", ["row", "tensor", 32])
 def test_weights_of_many_blocks(granularity):
     """More rows than a block holds: kernels start in the middle of the weight, of its scales and of its noise."""
-    for shape in ((700, 1056), (40, 20_000)):
+    for shape in ((4400, 1056), (40, 20_000)):
         sample = make(qk.affine(4), shape, granularity=granularity, noise=True)
         check_linear_dual(IMPLS["quant_linear_dual_out"]["cpp"], sample, 2, False)
 

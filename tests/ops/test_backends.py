@@ -12,7 +12,7 @@ from qatkernels.backends import IMPLS, extension
 from qatkernels.ops import noise
 from qatkernels.ops._op import OPS
 from qatkernels.ops.fake_quantize import FLOATS
-from qatkernels.ops.samples import GRIDS, basis_calls, logits_calls, make, samples, weights
+from qatkernels.ops.samples import GRIDS, basis_calls, logits_calls, make, perturbations, samples, weights
 from tests.compare import assert_same_bits, check_first_output, check_sample, run_out, special_calls
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,8 +147,9 @@ from qatkernels.backends import IMPLS
 from qatkernels.ops._op import as_tuple
 digest = hashlib.sha256()
 for op, args in torch.load(sys.argv[1]):
-    for t in as_tuple(IMPLS[op]["cpp"](*args)):
-        digest.update(t.view(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+    outputs = as_tuple(IMPLS[op]["cpp"](*args))
+    for t in (*outputs, *(a for a in args if isinstance(a, torch.Tensor))):
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"")
 print(extension.build_info()["isa"], digest.hexdigest())
 """
 
@@ -169,6 +170,9 @@ def test_every_isa_gives_the_same_bits(tmp_path):
     calls += [("normal", (torch.tensor(3), 10001, 0))]
     calls += [(op, args) for dtype in FLOATS for _, op, args in logits_calls(dtype)]
     calls += [(op, args) for _, op, args in basis_calls()]
+    calls += [("reset_", sample.args("reset_")) for sample in SAMPLES]
+    for op in ("perturb_", "perturb_swap_", "perturbation_norms"):
+        calls += [(op, args) for args in perturbations(op)]
     torch.save(calls, tmp_path / "calls.pt")
     results = {}
     for isa in ISAS:

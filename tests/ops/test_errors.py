@@ -28,7 +28,7 @@ def fq(w=W, scale=S, grid=None, **kw):
         (lambda: fq(w=torch.ones(4, 12, dtype=torch.int32)), RuntimeError, r"w is torch.int32"),
         (lambda: fq(zero_point=S), ValueError, r"zero_point is given.*'lsq'"),
         (lambda: fq(grid=qk.affine(4), zero_point=torch.zeros(3)), ValueError, r"zero_point has shape \(3,\)"),
-        (lambda: fq(noise_std=-1.0), ValueError, r"noise_std is -1.0"),
+        (lambda: fq(noise_std=float("inf")), ValueError, r"noise_std is inf"),
         (lambda: fq(noise_std=float("nan")), ValueError, r"noise_std is nan"),
         (lambda: fq(noise_std=0.1, seed=torch.tensor(1.0)), ValueError, r"seed is torch.float32"),
         (lambda: fq(noise_std=0.1, seed=torch.tensor([1, 2])), ValueError, r"seed.*shape \(2,\)"),

@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 _KILLED = """
 import os, signal, sys
 from qatkernels import cli
-from qatkernels.train import loop
-where = {"step": (loop, "cosine"), "fsync": (os, "fsync"), "replace": (os, "replace")}[sys.argv[1]]
+from qatkernels.train import phases
+where = {"step": (phases, "cosine"), "fsync": (os, "fsync"), "replace": (os, "replace")}[sys.argv[1]]
 left = int(sys.argv[2])
 function = getattr(*where)
 def counting(*args):

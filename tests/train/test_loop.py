@@ -91,7 +91,7 @@ def test_same_seed_same_result(tiny: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("stops", [(1, 9, 23), (24, 30, 35)], ids=["in-fp", "in-w2"])
+@pytest.mark.parametrize("stops", [(1, 9, 23), (24, 30, 36)], ids=["in-fp", "in-w2"])
 def test_interrupted_and_resumed(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...], number: int
 ) -> None:
@@ -104,7 +104,7 @@ def test_interrupted_and_resumed(
         nonlocal taken
         if torch.is_grad_enabled():
             taken += 1
-            if taken in stops:  # 24 is the last step of fp
+            if taken in stops:  # 24 is the last step of fp, 36 of w2
                 signal.raise_signal(number)
         return learn(model, windows, config)
 

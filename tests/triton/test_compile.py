@@ -17,6 +17,7 @@ import qatkernels as qk
 from qatkernels.backends import IMPLS
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.samples import make
+from tests.lowbit import Case, activations, scaled_weight
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -31,7 +32,7 @@ ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
-    torch.int8: "*i8", torch.uint8: "*u8", torch.int64: "*i64",
+    torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 
 
@@ -59,6 +60,13 @@ def of_logits(op, dtype, *first):
     )
 
 
+def grouped(op, tokens, dtype=torch.bfloat16):
+    """Arguments of a product of tokens with the weights of eight experts."""
+    x, w = torch.zeros(tokens, 1024, dtype=dtype), torch.zeros(8, 1024, 1024, dtype=dtype)
+    return op, (x, x if op == "grouped_outer" else w, torch.zeros(8, dtype=torch.int32))
+
+
+MATRIX, FACTOR = torch.zeros(64, 4096), torch.tensor(0.5)
 CASES = {
     "forward-fp32-row": family("fake_quantize", qk.seq(2), (64, 4096)),
     "forward-bf16-row": family("fake_quantize", qk.lsq(4), (64, 4096), torch.bfloat16),
@@ -76,6 +84,11 @@ CASES = {
     "backward-noise": family("fake_quantize_backward", qk.binary(), (64, 4096), noise=True),
     "jvp-fp32-row": family("fake_quantize_jvp", qk.seq(2), (64, 4096)),
     "quantize-fp32-row": family("quantize", qk.lsq(4), (64, 4096)),
+    "reset-fp32-row": family("reset_", qk.seq(2), (64, 4096)),
+    "reset-bf16-group": family("reset_", qk.affine(4), (64, 4096), torch.bfloat16, 128),
+    "perturb-fp32-to-bf16": ("perturb_", (MATRIX.bfloat16(), MATRIX, FACTOR, None)),
+    "perturb-swap-asam": ("perturb_swap_", (MATRIX, MATRIX.clone(), FACTOR, 0.01)),
+    "norms-asam": ("perturbation_norms", (MATRIX, MATRIX, 0.01)),
     "dynamic-bf16": ("fake_quantize_dynamic", (torch.zeros(64, 4096, dtype=torch.bfloat16), 8)),
     "dual-bf16-row": family("fake_quantize_dual", qk.lsq(4), (64, 4096), torch.bfloat16),
     "linear-dual-bf16-row": linear_dual(qk.lsq(4), (1024, 1024), torch.bfloat16),
@@ -97,10 +110,17 @@ CASES = {
     "gram-schmidt-fp64": (
         "gram_schmidt", (torch.zeros(60, 4096).double(), torch.zeros(4096).double(), torch.zeros(60).double())
     ),
+    "grouped-few-bf16": grouped("grouped_linear", 64),
+    "grouped-many-bf16": grouped("grouped_linear", 4096),
+    "grouped-transposed-fp16": grouped("grouped_linear_transposed", 1024, torch.float16),
+    "grouped-outer-bf16": grouped("grouped_outer", 1024),
+    "grouped-many-fp32": grouped("grouped_linear", 1024, torch.float32),
     "normal": ("normal", (torch.tensor(3), 65536, 0)),
+    "pack": ("pack", (torch.zeros(64, 4096, dtype=torch.int8), -4, 3)),
+    "unpack": ("unpack", (torch.zeros(64, 2048, dtype=torch.uint8), -8, 4, 4096)),
 }  # fmt: skip
 #: Exponentials, logarithms and products are held to a bound, not to bits.
-APPROXIMATE = {case for case in CASES if case.startswith(("cross-entropy", "linear-dual"))}
+APPROXIMATE = {case for case in CASES if case.startswith(("cross-entropy", "linear-dual", "grouped"))}
 #: Cases whose rows are aligned: how many weight-sized tensors they read and write, all of it 16 bytes at a time.
 WIDE = {
     "forward-fp32-row": (1, 1),
@@ -114,15 +134,17 @@ WIDE_ACCESSES = {torch.float32: TILE_ELEMENTS * 4 // 256 // 16, torch.bfloat16: 
 ITERATIONS = {"backward-bf16-long": CHUNK_COLUMNS // TILE_ELEMENTS}
 
 
-def recorded_launch(op, args, monkeypatch):
-    """Return (kernel, arguments by name, options) of the launch that an op leads to."""
+def recorded_launches(op, args, monkeypatch):
+    """Return (kernel, arguments by name, options) of each launch that an op leads to."""
     launches = []
     monkeypatch.setattr(triton.JITFunction, "run", lambda self, *a, grid, warmup, **k: launches.append((self, a, k)))
-    IMPLS[f"{op}_out"]["triton"](*args, *as_tuple(OPS[op].fake(*args)))
-    kernel, positional, keywords = launches[0]
-    named = dict(zip(kernel.arg_names, positional, strict=False))
-    options = {k: keywords.pop(k) for k in list(keywords) if k not in kernel.arg_names}
-    return kernel, named | keywords, options
+    IMPLS[f"{op}_out" if OPS[op].outputs else op]["triton"](*args, *as_tuple(OPS[op].fake(*args)))
+    found = []
+    for kernel, positional, keywords in launches:
+        named = dict(zip(kernel.arg_names, positional, strict=False))
+        options = {k: keywords.pop(k) for k in list(keywords) if k not in kernel.arg_names}
+        found.append((kernel, named | keywords, options))
+    return found
 
 
 def compiled(kernel, arguments, options, architecture):
@@ -161,7 +183,8 @@ def resources(cubin):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("case", CASES)
 def test_aot(case, architecture, monkeypatch):
-    kernel = compiled(*recorded_launch(*CASES[case], monkeypatch), architecture)
+    (launch,) = recorded_launches(*CASES[case], monkeypatch)
+    kernel = compiled(*launch, architecture)
     registers, stack, local = resources(kernel.asm["cubin"])
     print(f"{case} sm_{architecture}: {registers} registers, {stack} bytes of stack, {local} bytes of local memory")
     assert (stack, local) == (0, 0), "registers are spilled"
@@ -175,3 +198,47 @@ def test_aot(case, architecture, monkeypatch):
         for access, tensors in zip(("ld", "st"), WIDE[case], strict=True):
             found = re.findall(rf"{access}\.global[\w.:]*\.v4\.b32", ptx)
             assert len(found) == tensors * WIDE_ACCESSES[CASES[case][1][0].dtype] * ITERATIONS.get(case, 1)
+
+
+def product(op, grid, tokens, group, dtype=torch.bfloat16, shape=(256, 1024), offsets=None, **kwargs):
+    zero = "any" if grid.has_zero_point else None
+    weight = scaled_weight(grid, shape, group, torch.bfloat16, zero)
+    ends = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
+    return op, Case("", weight, activations((tokens, shape[-1]), dtype), None, ends, **kwargs).call(op)[0]
+
+
+#: What a product leads to, and the matrix instruction that it must be made of on each architecture.
+WIDE_MMA = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+SMALL_MMA = dict.fromkeys(ARCHITECTURES, "mma.sync")
+INTEGER_MMA = WIDE_MMA | {100: "mma.sync"}  # Blackwell's fifth generation has no int8 in Triton
+PRODUCTS = {
+    "few-row": (product("lowbit_linear", qk.seq(2), 1, None), SMALL_MMA),
+    "many-3-row": (product("lowbit_linear", qk.lsq(3), 1001, None), WIDE_MMA),
+    "many-zero-group": (product("lowbit_linear", qk.affine(4), 1001, 128), WIDE_MMA),
+    "many-integers": (product("lowbit_linear", qk.lsq(4), 1001, 128, act_bits=8), INTEGER_MMA),
+    "grouped": (product("lowbit_linear", qk.binary(), 701, 32, shape=(2, 256, 512), offsets=[300, 600]), WIDE_MMA),
+    "many-fp32": (product("lowbit_linear", qk.lsq(4), 1001, 128, torch.float32), None),
+    "transposed": (product("lowbit_linear_transposed", qk.lsq(4), 1001, 128), None),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_products(case, architecture, monkeypatch):
+    monkeypatch.setattr("qatkernels.triton.lowbit_linear.capability", lambda device: divmod(architecture, 10))
+    call, instruction = PRODUCTS[case]
+    launches = recorded_launches(*call, monkeypatch)
+    assert len([kernel for kernel, *_ in launches if kernel.__name__.startswith("lowbit")]) == 1
+    for launch in launches:
+        kernel = compiled(*launch, architecture)
+        registers, stack, local = resources(kernel.asm["cubin"])
+        name = launch[0].__name__
+        print(
+            f"{case} {name} sm_{architecture}: {registers} registers, {stack} + {local} bytes of stack and local memory"
+        )
+        assert (stack, local) == (0, 0), f"{name} spills registers"
+        ptx = kernel.asm["ptx"]
+        assert "tf32" not in ptx, "a product of rounded float32"
+        if name.startswith("lowbit"):
+            for other in WIDE_MMA.values():
+                assert (other in ptx) == (other == (instruction or {}).get(architecture)), other

@@ -13,12 +13,15 @@ import qatkernels as qk
 from qatkernels.backends import IMPLS
 from qatkernels.ops._op import OPS
 from qatkernels.ops.fake_quantize import FLOATS
-from qatkernels.ops.samples import GRIDS, basis_calls, logits_calls, make, samples, weights
+from qatkernels.ops.samples import GRIDS, basis_calls, logits_calls, make, perturbations, samples, weights
 from tests.compare import (
     assert_same_bits,
+    assert_within,
     check_first_output,
     check_gram_schmidt,
+    check_in_place,
     check_linear_dual,
+    check_norms,
     check_rows,
     check_sample,
     run_out,
@@ -158,3 +161,43 @@ def test_gram_schmidt_of_more_columns_than_programs_have_tiles(monkeypatch):
 )
 def test_quant_linear_dual(sample, transposed):
     check_linear_dual(triton_out("quant_linear_dual"), sample, 70, transposed)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
+def test_reset(grid):
+    calls = [make(grid, (6, 48), dtype, granularity) for dtype in FLOATS for granularity in ("row", 16, "tensor")]
+    for sample in (*calls, make(grid, (5, 37)), make(grid, (1, 20000))):
+        check_in_place("reset_", IMPLS["reset_"]["triton"], sample.args("reset_"), sample.name)
+    for dtype in (torch.float32, torch.bfloat16):
+        w, scale, zero_point, constants, *_ = special_calls(grid, dtype)["quantize"]
+        check_in_place("reset_", IMPLS["reset_"]["triton"], (w, scale, zero_point, constants, 0.4), str(dtype))
+
+
+@pytest.mark.parametrize("op", ["perturb_", "perturb_swap_"])
+def test_perturb(op):
+    for args in perturbations(op):
+        check_in_place(op, IMPLS[op]["triton"], args, f"{args[0].dtype} {tuple(args[0].shape)}")
+
+
+def test_perturbation_norms():
+    for args in perturbations("perturbation_norms"):
+        check_norms(triton_out("perturbation_norms"), *args)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_grouped_products(dtype):
+    """Experts without tokens, tokens without expert, more tiles than one, any strides."""
+    generator = torch.Generator().manual_seed(0)
+    for ends in ((3, 3, 40, 45), (0, 0), (70,), ()):
+        offsets = torch.tensor(ends, dtype=torch.int32)
+        x, g, w = (torch.randn(*s, generator=generator).to(dtype) for s in ((70, 20), (70, 24), (len(ends), 24, 20)))
+        strided = x.T.contiguous().T, g[:, :1].expand(70, 24), w.mT.contiguous().mT
+        for xs, gs, ws in ((x, g, w), strided):
+            for op, a, b in (
+                ("grouped_linear", xs, ws), ("grouped_linear_transposed", gs, ws), ("grouped_outer", gs, xs),
+            ):  # fmt: skip
+                (actual,) = run_out(op, triton_out(op), (a, b, offsets))
+                expected = OPS[op].reference(a.double(), b.double(), offsets)
+                size = OPS[op].reference(a.double().abs(), b.double().abs(), offsets)
+                rounding = torch.finfo(dtype).eps * expected.abs()
+                assert_within(actual, expected, 80 * 2**-24 * size + rounding, f"{op} {ends} {dtype}")

@@ -38,17 +38,33 @@ struct alignas(16) uint4 {
 };
 
 using cudaStream_t = struct CUstream_st*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {
+  int ptxVersion;
 };
 
 namespace on_host {
 
 inline dim3 thread_index, block_index;
 inline bool reversed = false;
+inline int multiprocessors = 2, most_shared = 227 << 10;
+inline uint8_t *shared_begin, *shared_end;  // dynamic shared memory of a block
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "cuda_on_host: %s in thread %u of block %u\n", what, thread_index.x, block_index.x);
@@ -71,6 +87,7 @@ class Block {
     }
   }
 
+  void barrier_of_warp() { wait(warp_barriers_[current_ / kWarp], kWarp); }
   void barrier_of_block() { wait(block_barrier_, static_cast<unsigned>(fibers_.size())); }
 
   // Every lane of the calling warp gives a value and gets that of lane `source`.
@@ -85,7 +102,25 @@ class Block {
     return value;
   }
 
+  // Every lane of the calling warp gives a value, and sees those of all lanes.
+  template <class T, class F>
+  void gather(const T& value, F f) {
+    static_assert(sizeof(T) <= sizeof(Wide));
+    const unsigned warp = current_ / kWarp;
+    std::memcpy(&wide_slots_[current_], &value, sizeof value);
+    wait(warp_barriers_[warp], kWarp);
+    f([&](unsigned lane) {
+      T other;
+      std::memcpy(&other, &wide_slots_[warp * kWarp + lane], sizeof other);
+      return other;
+    });
+    wait(warp_barriers_[warp], kWarp);
+  }
+
  private:
+  struct Wide {
+    uint64_t word[3];
+  };
   struct Barrier {
     unsigned arrived = 0, generation = 0;
   };
@@ -102,6 +137,7 @@ class Block {
       fibers_.back().stack.reset(new char[kStack]);
     }
     slots_.resize(threads);
+    wide_slots_.resize(threads);
     warp_barriers_.assign(threads / kWarp, Barrier{});
     block_barrier_ = Barrier{};
   }
@@ -166,6 +202,7 @@ class Block {
   const std::function<void()>* body_ = nullptr;
   std::vector<Fiber> fibers_;
   std::vector<uint64_t> slots_;
+  std::vector<Wide> wide_slots_;
   std::vector<Barrier> warp_barriers_;
   Barrier block_barrier_;
   ucontext_t scheduler_;
@@ -192,8 +229,32 @@ To bits(From x) {
 
 template <class... Parameters, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Args&&... args) {
-  if (config->gridDim.x == 0) return cudaErrorInvalidConfiguration;
+  if (config->gridDim.x == 0 || config->dynamicSmemBytes > static_cast<size_t>(on_host::most_shared))
+    return cudaErrorInvalidConfiguration;
+  // Blocks find what the one before has left, the first one NaN.
+  std::vector<uint8_t> shared(config->dynamicSmemBytes + 16, 0xFF);
+  const size_t lead = (16 - reinterpret_cast<uintptr_t>(shared.data()) % 16) % 16;
+  on_host::shared_begin = shared.data() + lead;
+  on_host::shared_end = on_host::shared_begin + config->dynamicSmemBytes;
   on_host::Block::instance().run(config->gridDim.x, config->blockDim.x, [&] { kernel(args...); });
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? on_host::multiprocessors : on_host::most_shared;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  attributes->ptxVersion = 80;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 
@@ -203,6 +264,14 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
 }
 
 inline void __syncthreads() { on_host::Block::instance().barrier_of_block(); }
+inline void __syncwarp() { on_host::Block::instance().barrier_of_warp(); }
+
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+  return out;
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {

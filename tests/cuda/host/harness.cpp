@@ -14,6 +14,18 @@ int dequantize(const qk::Dequantize* call) { return qk::cuda::dequantize(*call, 
 int fake_quantize_dynamic(const qk::Dynamic* call) { return qk::cuda::fake_quantize_dynamic(*call, nullptr); }
 int normal(const qk::Normal* call) { return qk::cuda::normal(*call, nullptr); }
 
+bool lowbit_gemv_serves(const qk::LowbitLinear* call) { return qk::cuda::lowbit_gemv_serves(*call); }
+int lowbit_gemv_workspace(const qk::LowbitLinear* call, size_t* bytes) {
+  return qk::cuda::lowbit_gemv_workspace(*call, bytes);
+}
+int lowbit_gemv(const qk::LowbitLinear* call, void* workspace) {
+  return qk::cuda::lowbit_gemv(*call, workspace, nullptr);
+}
+void set_device(int multiprocessors, int shared) {
+  on_host::multiprocessors = multiprocessors;
+  on_host::most_shared = shared;
+}
+
 size_t fake_quantize_backward_workspace(const qk::Backward* call) {
   return qk::cuda::fake_quantize_backward_workspace(*call);
 }

@@ -1,0 +1,81 @@
+"""ggml's products with quantized weights, through the shared libraries that llama-cpp-python brings."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+#: Numbers of ggml's types; part of its file format, so they stay.
+TYPES = {"Q4_0": 2, "Q2_K": 10, "TQ1_0": 34, "TQ2_0": 35}
+
+
+class _Parameters(ctypes.Structure):
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise ImportError("llama-cpp-python is not installed")
+    folder = Path(spec.origin).parent / "lib"
+    base = ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
+    cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"), mode=ctypes.RTLD_GLOBAL)
+    pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
+    for library, name, result, arguments in (
+        (base, "ggml_init", pointer, (_Parameters,)),
+        (base, "ggml_free", None, (pointer,)),
+        (base, "ggml_new_tensor_2d", pointer, (pointer, ctypes.c_int, integer, integer)),
+        (base, "ggml_mul_mat", pointer, (pointer, pointer, pointer)),
+        (base, "ggml_new_graph", pointer, (pointer,)),
+        (base, "ggml_build_forward_expand", None, (pointer, pointer)),
+        (base, "ggml_get_data", pointer, (pointer,)),
+        (base, "ggml_row_size", size, (ctypes.c_int, integer)),
+        (base, "ggml_quantize_chunk", size, (ctypes.c_int, pointer, pointer, integer, integer, integer, pointer)),
+        (cpu, "ggml_graph_compute_with_ctx", ctypes.c_int, (pointer, pointer, ctypes.c_int)),
+        (cpu, "ggml_cpu_init", None, ()),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    cpu.ggml_cpu_init()
+    return base, cpu
+
+
+def linear(weight: Tensor, tokens: int, kind: str) -> Callable[[Tensor], Tensor]:
+    """Return a function from float32 ``[tokens, K]`` to ``[tokens, N]`` with torch's number of threads.
+
+    Args:
+        weight: float32 ``[N, K]``, quantized here by ggml's own rule.
+        tokens: rows that the function takes.
+        kind: name in :data:`TYPES`.
+
+    Raises:
+        ImportError: if llama-cpp-python is not installed.
+    """
+    base, cpu = _libraries()
+    (rows, cols), number = weight.shape, TYPES[kind]
+    packed = rows * base.ggml_row_size(number, cols)
+    context = base.ggml_init(_Parameters(packed + 8 * tokens * (rows + 8 * cols) + (64 << 20), None, False))
+    w = base.ggml_new_tensor_2d(context, number, cols, rows)
+    x = base.ggml_new_tensor_2d(context, 0, cols, tokens)
+    weight = weight.float().contiguous()
+    base.ggml_quantize_chunk(number, weight.data_ptr(), base.ggml_get_data(w), 0, rows, cols, None)
+    y = base.ggml_mul_mat(context, w, x)
+    graph = base.ggml_new_graph(context)
+    base.ggml_build_forward_expand(graph, y)
+    result = torch.empty(tokens, rows)
+    target, source = base.ggml_get_data(x), base.ggml_get_data(y)
+
+    def run(activations: Tensor) -> Tensor:
+        # The buffer of the work space comes out of the context at each call: computing again would exhaust it.
+        ctypes.memmove(target, activations.data_ptr(), activations.nbytes)
+        if status := cpu.ggml_graph_compute_with_ctx(context, graph, torch.get_num_threads()):
+            raise RuntimeError(f"ggml gave status {status}")
+        ctypes.memmove(result.data_ptr(), source, result.nbytes)
+        return result
+
+    return run

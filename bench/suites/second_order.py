@@ -1,0 +1,207 @@
+"""Second derivatives: a quantized linear layer in forward mode, the vector work of Lanczos, cross-entropy twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qatkernels import ops
+from qatkernels.grid import lsq
+from qatkernels.nn import QuantConfig, QuantLinear
+from qatkernels.ops._op import OPS
+from qatkernels.ops.samples import Sample, make
+
+from ..case import Call, Case, Expected, Missing, Settings, bytes_of
+from ..exact import expected, settled
+from .fake_quantize import ours
+
+#: Largest error by dtype: a few roundings, or those of a sum over a thousand products.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 8e-3}
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """Yield the suite's cases."""
+    for dtype in settings.dtypes:
+        for tokens in (4,) if settings.quick else (64, 512):
+            for features in (32,) if settings.quick else (1024, 4096):
+                yield linear(tokens, features, dtype, settings)
+        for rows, cols in _bases(settings):
+            for update in (False, True):
+                yield gram_schmidt(rows, cols, dtype, update, settings)
+        yield rows_twice(dtype, settings)
+        yield loss_twice(dtype, settings)
+        yield linear_loss_twice(dtype, settings)
+
+
+def _bases(settings: Settings) -> tuple[tuple[int, int], ...]:
+    if settings.quick:
+        return ((5, 1000),)
+    return ((60, 1_400_000), (60, 100_000_000) if settings.device.type == "cuda" else (10, 40_000_000))
+
+
+def _random(*shape: int, device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def linear(tokens: int, features: int, dtype: torch.dtype, settings: Settings) -> Case:
+    """Output and tangent of a quantized linear layer, against quantize, its tangent, and three products in turn."""
+    device = settings.device
+    sample = settled(make(lsq(4), (features, features), dtype, device=device))
+    x, u = (_random(tokens, features, device=device, dtype=dtype, seed=seed) for seed in (3, 4))
+    v = sample.tangents()[0]
+    q, along = _weight_and_tangent(sample)
+    right = (x.double() @ q.T, x.double() @ along.T + u.double() @ q.T)
+    args = (x, u, v, None, None, *sample.point, False)
+    quantize, tangent = torch.ops.qatkernels.fake_quantize, torch.ops.qatkernels.fake_quantize_jvp
+
+    def unfused() -> Any:
+        q = quantize(*sample.point, None)
+        y = F.linear(x, q)
+        return y, F.linear(u, q) + F.linear(x, tangent(v, None, None, *sample.point, None))
+
+    calls: list[Call | Missing] = [Call("unfused", unfused, "baseline"), *ours("quant_linear_dual", args, device)]
+    calls.append(_module(sample, x, u, v))
+    return Case(
+        "linear forward mode", (features, features), dtype, calls, right, (TOLERANCE[dtype],) * 2,
+        bytes_of(x, u, sample.w, v, x, x), flops=6 * tokens * features**2, grid="lsq4", granularity="per row",
+        variant=f"{tokens} tokens", memory=True,
+    )  # fmt: skip
+
+
+def _weight_and_tangent(sample: Sample) -> tuple[Tensor, Tensor]:
+    (q,) = expected("fake_quantize", sample, sample.args("fake_quantize"))
+    args = (*(t if i == 0 else None for i, t in enumerate(sample.tangents())), *sample.point, None)
+    (along,) = expected("fake_quantize_jvp", sample, args)
+    assert q is not None
+    assert along is not None
+    return q, along
+
+
+def _module(sample: Sample, x: Tensor, u: Tensor, v: Tensor) -> Call:
+    rows, cols = sample.w.shape
+    layer = QuantLinear(cols, rows, bias=False, config=QuantConfig(4), device=x.device, dtype=x.dtype)
+    layer.weight.data.copy_(sample.w)
+    layer.scale.data.copy_(sample.scale)
+
+    def push(w: Tensor, x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"weight": w}, (x,))
+
+    return Call("torch.func.jvp of QuantLinear", lambda: torch.func.jvp(push, (layer.weight.data, x), (v, u)))
+
+
+def gram_schmidt(rows: int, cols: int, dtype: torch.dtype, update: bool, settings: Settings) -> Case:
+    """One pass of reorthogonalization, against torch's two products with the basis.
+
+    The tolerance is that of torch's float32 sums over tens of millions of elements; ours are float64.
+    """
+    device = settings.device
+    basis = torch.empty(rows, cols, dtype=dtype, device=device).normal_()
+    w = _random(cols, device=device, dtype=torch.float32, seed=1)
+    h = _random(rows, device=device, dtype=torch.float64, seed=2) if update else None
+
+    def plain() -> Any:
+        new = w if h is None else torch.addmv(w.to(dtype), basis.t(), h.to(dtype), alpha=-1).float()
+        return new, basis @ new.to(dtype), new @ new
+
+    args = (basis, w, h)
+    right = OPS["gram_schmidt"].reference(*args)
+    unchecked = "" if dtype == torch.float32 else "products in 16 bits"
+    calls = [Call("torch", plain, "baseline", unchecked=unchecked), *ours("gram_schmidt", args, device)]
+    return Case(
+        "gram_schmidt", (rows, cols), dtype, calls, tuple(t.double() for t in right), (1e-6, 2e-3, 2e-3),
+        bytes_of(basis, w, w if update else None), variant="update and products" if update else "products",
+    )  # fmt: skip
+
+
+def _tokens(settings: Settings) -> tuple[int, int, int]:
+    """Return tokens, vocabulary and features."""
+    if settings.quick:
+        return 6, 50, 16
+    return (8192, 50257, 2048) if settings.device.type == "cuda" else (512, 50257, 256)
+
+
+def _logits(dtype: torch.dtype, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, vocabulary, _ = _tokens(settings)
+    z, v = (_random(tokens, vocabulary, device=settings.device, dtype=dtype, seed=seed) for seed in (1, 2))
+    targets = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(3))
+    return z, v, targets.to(settings.device)
+
+
+def _exact(z: Tensor, v: Tensor, targets: Tensor, g: Tensor) -> Expected:
+    """The tangents of gradient and loss in float64, a few rows at a time."""
+    parts = []
+    for rows in torch.arange(len(z), device=z.device).split(64):
+        wide, along = z[rows].double(), v[rows].double()
+        lse = torch.logsumexp(wide, 1)
+        parts.append(OPS["cross_entropy_hvp"].reference(along, None, g[rows], wide, lse, targets[rows], -100))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def rows_twice(dtype: torch.dtype, settings: Settings) -> Case:
+    """The pass over logits that a Hessian-vector product adds."""
+    z, v, targets = _logits(dtype, settings)
+    g = torch.full((len(z),), 1.0 / len(z), device=z.device)
+    lse = torch.logsumexp(z.float(), 1)
+    calls = list(ours("cross_entropy_hvp", (v, None, g, z, lse, targets, -100), settings.device))
+    return Case(
+        "cross_entropy_hvp", tuple(z.shape), dtype, calls, _exact(z, v, targets, g.double()),
+        (max(TOLERANCE[dtype] / 4, 2e-5), 2e-5), bytes_of(z, v, z),
+    )  # fmt: skip
+
+
+def _product(loss: Callable[..., Tensor], leaves: tuple[Tensor, ...], vs: tuple[Tensor, ...]) -> Callable[[], Any]:
+    """Return a Hessian-vector product by double backward."""
+
+    def run() -> Any:
+        points = [t.detach().requires_grad_() for t in leaves]
+        gs = torch.autograd.grad(loss(*points), points, create_graph=True)
+        return torch.autograd.grad(gs, points, vs)
+
+    return run
+
+
+def loss_twice(dtype: torch.dtype, settings: Settings) -> Case:
+    """A Hessian-vector product through the loss alone, by double backward: loss, gradient, and the gradient's."""
+    z, v, targets = _logits(dtype, settings)
+    g = torch.full((len(z),), 1.0 / len(z), device=z.device, dtype=torch.float64)
+    calls = [
+        Call("F.cross_entropy", _product(lambda z: F.cross_entropy(z, targets), (z,), (v,)), "baseline"),
+        Call("cross_entropy", _product(lambda z: ops.cross_entropy(z, targets), (z,), (v,))),
+    ]
+    return Case(
+        "cross-entropy double backward", tuple(z.shape), dtype, calls, _exact(z, v, targets, g)[:1],
+        (TOLERANCE[dtype],), bytes_of(z, z, z, z, v, z), memory=True,
+    )  # fmt: skip
+
+
+def linear_loss_twice(dtype: torch.dtype, settings: Settings) -> Case:
+    """The same through the layer that makes the logits. The floor has no product twice, which the fused one needs."""
+    tokens, vocabulary, features = _tokens(settings)
+    device = settings.device
+    h, vh = (_random(tokens, features, device=device, dtype=dtype, seed=seed) for seed in (1, 2))
+    w, vw = (_random(vocabulary, features, device=device, dtype=dtype, seed=seed) * 0.05 for seed in (3, 4))
+    targets = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(5)).to(device)
+
+    def plain(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda h, w: loss(F.linear(h, w), targets)
+
+    right = _product(
+        lambda h, w: ops.linear_cross_entropy(h, w, targets),
+        tuple(t.double() for t in (h, w)),
+        tuple(t.double() for t in (vh, vw)),
+    )()
+    leaves, vs = (h, w), (vh, vw)
+    calls = [
+        Call("F.cross_entropy of F.linear", _product(plain(F.cross_entropy), leaves, vs), "baseline"),
+        Call("cross_entropy of F.linear", _product(plain(ops.cross_entropy), leaves, vs)),
+        Call("linear_cross_entropy", _product(lambda h, w: ops.linear_cross_entropy(h, w, targets), leaves, vs)),
+    ]
+    return Case(
+        "linear cross-entropy double backward", (tokens, vocabulary), dtype, calls, right, (2 * TOLERANCE[dtype],) * 2,
+        bytes_of(h, w, vh, vw, h, w), flops=9 * 2 * tokens * vocabulary * features, variant=f"{features} features",
+        memory=True,
+    )  # fmt: skip

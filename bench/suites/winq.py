@@ -1,0 +1,157 @@
+"""What WinQ and SQuAT add to a step of quantization-aware training, and what their passes over the weights cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qatkernels.grid import paretoq
+from qatkernels.nn import QuantConfig, QuantLinear, quantize_model
+from qatkernels.ops import perturb_swap_, perturbation_norms, reset_
+from qatkernels.ops.samples import Sample, weights
+from qatkernels.train import SQuAT, WinQ
+from qatkernels.train.model import ModelConfig, Transformer
+
+from ..case import Call, Case, Settings, bytes_of
+from ..exact import expected, settle
+
+#: The released scripts' noise; where it is drawn it costs the same whatever it is.
+NOISE = 1e-3
+#: Why a step's result is not compared here.
+TESTED = "tests/train compares it"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model and its batch; with ``autocast`` the parameters are float32 and the products in bfloat16."""
+
+    name: str
+    shape: tuple[int, int]
+    tokens: int
+    dtype: torch.dtype
+    autocast: bool
+    device: torch.device
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """Yield steps of the demo's model and of single layers, then the passes by themselves."""
+    widths, tokens = ((32,), 8) if settings.quick else ((1024, 2048, 4096), 1024)
+    for dtype in settings.dtypes:
+        for autocast in (False, True) if dtype == torch.float32 else (False,):
+            if dtype == torch.float32:
+                yield _step(Problem("demo model", (192, 192), 2048, dtype, autocast, settings.device), settings)
+            for width in widths:
+                yield _step(Problem("layer", (width, width), tokens, dtype, autocast, settings.device), settings)
+        for width in widths:
+            yield from _passes(width, dtype, settings.device)
+
+
+def _model(p: Problem, settings: Settings) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """Return a new model and its loss."""
+    torch.manual_seed(0)
+    if p.name == "layer":
+        layer = nn.Linear(*p.shape, bias=False, device=p.device, dtype=p.dtype)
+        layer.weight.data.copy_(weights(p.shape, p.dtype, p.device))
+        x = torch.randn(p.tokens, p.shape[1]).to(p.device, torch.bfloat16 if p.autocast else p.dtype).requires_grad_()
+        g = torch.randn(p.tokens, p.shape[0]).to(p.device, x.dtype)
+        # A loss whose gradient is g: the products are those of a layer within a model.
+        return quantize_model(layer, QuantConfig(bits=2)), lambda model: (model(x) * g).sum()
+    shape = ModelConfig(32, 1, 2) if settings.quick else ModelConfig()
+    model: nn.Module = Transformer(shape).to(p.device)
+    context = 16 if settings.quick else 128
+    batch = torch.randint(256, (p.tokens // context, context + 1), device=p.device)
+
+    def loss(model: nn.Module) -> Tensor:
+        return F.cross_entropy(model(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten())
+
+    return quantize_model(model, QuantConfig(bits=2), exclude="lm_head"), loss
+
+
+def _step(p: Problem, settings: Settings) -> Case:
+    """Return a race of whole steps: forward, backward, AdamW."""
+
+    def call(name: str, kind: Any, build: Callable[[nn.Module, Any], Callable[[Callable[[], Tensor]], object]]) -> Call:
+        model, loss = _model(p, settings)
+        model.train()
+        # A learning rate of zero: no call's weights wander off while it is timed.
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+        step = build(model, optimizer)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            with torch.autocast(p.device.type, torch.bfloat16) if p.autocast else nullcontext():
+                value = loss(model)
+            value.backward()  # type: ignore[no-untyped-call]
+            return value
+
+        return Call(name, lambda: step(closure), kind, unchecked=TESTED, graph=False)
+
+    def plain(model: nn.Module, optimizer: Any) -> Any:
+        return lambda closure: (closure(), optimizer.step())
+
+    def winq(model: nn.Module, optimizer: Any) -> Any:
+        part = WinQ(model, reset_every=None, reset_weight=0.4, noise_std=NOISE)
+        return lambda closure: (closure(), optimizer.step(), part.after_step())
+
+    def squat(**kwargs: Any) -> Any:
+        return lambda model, optimizer: SQuAT(model, optimizer, **kwargs).step
+
+    calls = [
+        call("plain QAT", "baseline", plain),
+        call("WinQ", "ours", winq),
+        call("SQuAT", "ours", squat()),
+        call("SQuAT, latent", "ours", squat(target="latent")),
+        call("SQuAT, ASAM", "ours", squat(norm="asam")),
+    ]
+    model, _ = _model(p, settings)
+    parameters = list(model.parameters())
+    features = sum(w.numel() for w in parameters if w.ndim == 2)
+    return Case(
+        f"step of the {p.name}", p.shape, p.dtype, calls, (), (), 4 * bytes_of(*parameters),
+        flops=6 * p.tokens * features, product_dtype=torch.bfloat16 if p.autocast else p.dtype, grid="seq2",
+        granularity="per row", variant=f"{p.tokens} tokens" + (", autocast to bfloat16" if p.autocast else ""),
+    )  # fmt: skip
+
+
+def _passes(width: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Yield a reset beside an optimizer's step, and the passes of a perturbation."""
+    grid, shape = paretoq(2), (width, width)
+    scale = grid.init_scale(weights(shape, dtype, device)) * 0.5
+    w = settle(weights(shape, dtype, device), scale, grid)
+    sample = Sample("", grid, w, scale)
+    (values,) = expected("fake_quantize", sample, sample.args("fake_quantize"))
+    common = {"grid": "seq2", "granularity": "per row"}
+    tolerance = (2.0**-7 if dtype == torch.bfloat16 else 1e-5,)
+
+    # All the way to the grid, where a second reset leaves the weights: the result stays what it must be.
+    moving = w.clone()
+    layer = QuantLinear(width, width, bias=False, config=QuantConfig(bits=2), device=device, dtype=dtype)
+    layer.weight.grad, layer.scale.grad = torch.ones_like(w), torch.ones_like(scale)
+    adam = torch.optim.AdamW(layer.parameters(), lr=0.0, fused=True)
+    calls = [
+        Call("reset_", lambda: reset_(moving, scale, grid, 1.0), output="out"),
+        Call("AdamW, fused", adam.step, "baseline", unchecked="an optimizer step", graph=False),
+    ]
+    yield Case("reset", shape, dtype, calls, (values,), tolerance, 2 * bytes_of(w), **common)  # type: ignore[arg-type]
+
+    # A factor of zero: the weight stays, and lies in the gradient's memory from the first call on.
+    changed, g, factor = w.clone(), torch.randn_like(w), torch.zeros((), device=device)
+
+    def swap() -> tuple[Tensor, Tensor]:
+        perturb_swap_(changed, g, factor)
+        return changed, g
+
+    right = (w.double(), w.double())
+    yield Case("perturb and swap", shape, dtype, [Call("perturb_swap_", swap, output="out")], right, (0.0, 0.0),
+               4 * bytes_of(w))  # fmt: skip
+    size, eta = w.double().abs() + 0.01, 0.01
+    once = w.double() * size
+    norms = torch.stack([once.square().sum(), (once * size).square().sum()])
+    yield Case("perturbation norms", shape, dtype, [Call("perturbation_norms", lambda: perturbation_norms(w, w, eta))],
+               (norms,), (1e-5,), 2 * bytes_of(w), variant="ASAM")  # fmt: skip

@@ -1,0 +1,277 @@
+// Products with packed weights on any ISA: preparing the activations, the float32 path, and what the paths share.
+#include "lowbit.h"
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
+
+namespace qk {
+namespace QK_ISA {
+namespace {
+
+constexpr int64_t kLines = 504;  // whose sums for a panel are kept at once; a multiple of the tile and of the digits
+
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+Path path_of(const LowbitLinear& call) {
+  [[maybe_unused]] const bool whole_words = call.groups == 1 || call.cols / call.groups % word_codes(call.bits) == 0;
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+  if (whole_words) {
+#if defined(__AVX512BF16__)
+    if (!call.act_bits && call.x_type == DType::bf16) return Path::kPairs;
+#endif
+    return Path::kFours;
+  }
+#endif
+  return Path::kFloat;
+}
+
+template <class F>
+void with_float(DType type, const void* p, F f) {
+  switch (type) {
+    case DType::bf16:
+      return f(static_cast<const bfloat16*>(p));
+    case DType::f16:
+      return f(static_cast<const float16*>(p));
+    default:
+      return f(static_cast<const float*>(p));
+  }
+}
+
+// Reads a row as float, in sixteens, the last of them filled up with zeros.
+template <class T>
+void widen_row(const T* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  if (i < n) store(to + i, load_first(from + i, n - i));
+}
+
+// Turns a token into whole numbers of up to `most` in place, and returns their scale. A token that holds NaN or an
+// infinity gets zeros and the scale NaN.
+float quantize_token(float* x, int64_t n, float most) {
+  F32 largest(0.0f), poison(0.0f);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const F32 v = load(x + i);
+    largest = max_of(max_of(v, F32(0.0f) - v), largest);
+    poison = poison + (v - v);
+  }
+  float lanes[kLanes];
+  store(lanes, largest);
+  if (sum(poison) != 0) {
+    std::fill(x, x + n, 0.0f);
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  const float scale = std::max(*std::max_element(lanes, lanes + kLanes) / most, std::numeric_limits<float>::min());
+  for (int64_t i = 0; i < n; i += kLanes)
+    store(x + i, min_of(F32(most), max_of(F32(0.0f - most), load(x + i) / F32(scale))));
+  for (int64_t i = 0; i < n; ++i) x[i] = std::nearbyint(x[i]);
+  return scale;
+}
+
+// Whole numbers of up to kLargest in three digits to the base 256, each from -128 to 127, the lowest first.
+constexpr float kLargest = 8355711;  // 127 + 127 * 256 + 127 * 65536
+constexpr int64_t kDigits = 3;
+constexpr float kPlaces[kDigits] = {1, 256, 65536};
+
+// Takes the lowest digit off each number.
+void take_digit(float* x, float* digit, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const auto v = static_cast<int32_t>(x[i]);
+    const int32_t low = static_cast<int8_t>(v);
+    digit[i] = static_cast<float>(low);
+    x[i] = static_cast<float>((v - low) >> 8);
+  }
+}
+
+// Where each element of a line comes from, for a block of them. Operand after operand has to meet it: within a word, an
+// operand's elements are apart; by chunk, the operands of sixteen words follow each other instead of those of one.
+std::vector<int32_t> order_of(const Activations& a, int64_t word) {
+  const int64_t width = a.path == Path::kPairs ? 2 : 4, operands = word / width, words = a.by_chunk ? 16 : 1;
+  std::vector<int32_t> order(words * word);
+  for (int64_t w = 0; w < words; ++w)
+    for (int64_t j = 0; j < operands; ++j)
+      for (int64_t k = 0; k < width; ++k)
+        order[(j * words + w) * width + k] = static_cast<int32_t>(w * word + j + k * operands);
+  return order;
+}
+
+void put_element(float v, int8_t* to) { *to = static_cast<int8_t>(v); }
+void put_element(float v, bfloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  to->bits = static_cast<uint16_t>(bits >> 16);
+}
+template <class T>
+void write_line(const float* from, int64_t n, const std::vector<int32_t>& order, T* to) {
+  const auto block = static_cast<int64_t>(order.size());
+  for (int64_t i = 0; i < n; i += block)
+    for (int64_t p = 0; p < block; ++p) put_element(from[i + order[p]], to + i + p);
+}
+
+}  // namespace
+
+Activations::Activations(const LowbitLinear& call, void* memory) : path(path_of(call)) {
+  const int64_t chunk = path == Path::kFloat ? kLanes : chunk_codes(call.bits);
+  padded = (call.cols + chunk - 1) / chunk * chunk;
+  digits = path == Path::kFours && !call.act_bits ? kDigits : 1;
+  const int64_t lines = call.tokens * digits, size = call.cols / call.groups;
+  // Groups must divide chunks or the other way round, and sums of int8 products stay below 2^31.
+  by_chunk = lines <= 4 && size <= 32768 && (call.groups == 1 || size % chunk == 0 || chunk % size == 0);
+  char* at = static_cast<char*>(memory);
+  const auto take = [&at](int64_t n) {
+    char* const p = at;
+    at += aligned(n);
+    return p;
+  };
+  const bool with_sums = path == Path::kFours || (path == Path::kPairs && call.zero_point);
+  const bool with_scales = path == Path::kFours || call.act_bits;
+  x = take(lines * stride());
+  sums = with_sums ? reinterpret_cast<float*>(take(lines * call.groups * 4)) : nullptr;
+  scales = with_scales ? reinterpret_cast<float*>(take(call.tokens * 4)) : nullptr;
+  bytes = at - static_cast<char*>(memory);
+}
+
+int64_t lowbit_memory(const LowbitLinear& call) { return Activations(call, nullptr).bytes; }
+
+void lowbit_prepare(const LowbitLinear& call, void* memory, int64_t begin, int64_t end) {
+  const Activations a(call, memory);
+  const int64_t size = call.cols / call.groups;
+  const std::vector<int32_t> order = order_of(a, word_codes(call.bits));
+  std::vector<float> numbers(a.padded + kLanes), digit(a.digits > 1 ? a.padded : 0);
+  const auto add_up = [&](const float* x, int64_t line) {
+    if (!a.sums) return;
+    for (int64_t g = 0; g < call.groups; ++g) {
+      const float* const from = x + g * size;
+      F32 lanes(0.0f);
+      int64_t i = 0;
+      for (; i + kLanes <= size; i += kLanes) lanes = lanes + load(from + i);
+      a.sums[line * call.groups + g] = sum(i < size ? lanes + load_first(from + i, size - i) : lanes);
+    }
+  };
+  for (int64_t t = begin; t < end; ++t) {
+    float* const x = numbers.data();
+    char* const to = const_cast<char*>(a.line(t * a.digits));
+    with_float(call.x_type, call.x, [&](auto* from) { widen_row(from + t * call.cols, call.cols, x); });
+    std::fill(x + call.cols, x + a.padded, 0.0f);
+    if (a.scales)
+      a.scales[t] =
+          quantize_token(x, a.padded, a.digits > 1 ? kLargest : static_cast<float>((1 << (call.act_bits - 1)) - 1));
+    switch (a.path) {
+      case Path::kFloat:
+        std::memcpy(to, x, a.padded * 4);
+        break;
+      case Path::kPairs:
+        add_up(x, t);
+        write_line(x, a.padded, order, reinterpret_cast<bfloat16*>(to));
+        break;
+      case Path::kFours:
+        for (int64_t d = 0; d < a.digits; ++d) {
+          const float* line = x;
+          if (a.digits > 1) {
+            take_digit(x, digit.data(), a.padded);
+            line = digit.data();
+          }
+          add_up(line, t * a.digits + d);
+          write_line(line, a.padded, order, reinterpret_cast<int8_t*>(to + d * a.stride()));
+        }
+    }
+  }
+}
+
+namespace {
+
+// Rows one by one, as numbers, times up to eight tokens at a time.
+template <int Tokens>
+void multiply_float(const Block& b, int64_t first_line, float* sums) {
+  const LowbitLinear& call = b.call;
+  alignas(64) float w[kSpan + kLanes];
+  for (int64_t r = 0; r < b.rows; ++r) {
+    F32 acc[Tokens];
+    for (F32& a : acc) a = F32(0.0f);
+    for (int64_t i = 0; i < call.cols; i += kSpan) {
+      const int64_t n = std::min(kSpan, call.cols - i);
+      dequantize_span(call, b.first_row + r, i, n, w);
+      for (int64_t j = n; j < n + kLanes; ++j) w[j] = 0;  // meets the zeros after a row of activations
+      const float* x[Tokens];
+      for (int t = 0; t < Tokens; ++t)
+        x[t] = reinterpret_cast<const float*>(b.activations.line(b.first_line + first_line + t)) + i;
+      for (int64_t j = 0; j < n; j += kLanes) {
+        const F32 v = load(w + j);
+        for (int t = 0; t < Tokens; ++t) acc[t] = multiply_add(v, load(x[t] + j), acc[t]);
+      }
+    }
+    for (int t = 0; t < Tokens; ++t) sums[(first_line + t) * kPanel + r] = sum(acc[t]);
+  }
+}
+
+void multiply_float(const Block& b, float* sums, void*) {
+  int64_t t = 0;
+  for (; t + 8 <= b.lines; t += 8) multiply_float<8>(b, t, sums);
+  for (; t + 4 <= b.lines; t += 4) multiply_float<4>(b, t, sums);
+  for (; t < b.lines; ++t) multiply_float<1>(b, t, sums);
+}
+
+// Digits, scales of tokens, bias, and the dtype of the output.
+template <class Y>
+void finish(const Block& b, const float* sums, Y* y) {
+  const LowbitLinear& call = b.call;
+  const Activations& a = b.activations;
+  float bias[kPanel] = {};
+  if (call.bias)
+    for (int64_t r = 0; r < b.rows; ++r) bias[r] = scalar(call.bias, call.bias_type, b.first_feature + r);
+  for (int64_t line = 0; line < b.lines; line += a.digits) {
+    const int64_t token = (b.first_line + line) / a.digits;
+    Y row[kPanel];
+    for (int64_t r = 0; r < kPanel; r += kLanes) {
+      F32 v = load(sums + line * kPanel + r);
+      for (int64_t d = 1; d < a.digits; ++d) v = multiply_add(load(sums + (line + d) * kPanel + r), F32(kPlaces[d]), v);
+      if (a.scales) v = v * F32(a.scales[token]);
+      if (call.bias) v = v + load(bias + r);
+      store(row + r, v);
+    }
+    std::memcpy(y + token * call.rows + b.first_feature, row, b.rows * sizeof(Y));
+  }
+}
+
+}  // namespace
+
+void lowbit_multiply(const LowbitLinear& call, void* memory, const Expert* experts, int64_t begin, int64_t end) {
+  const Activations activations(call, memory);
+  constexpr decltype(&multiply_fours) paths[] = {multiply_float, multiply_pairs, multiply_fours};
+  const auto multiply = paths[static_cast<int>(activations.path)];
+  const int64_t panels = (call.rows + kPanel - 1) / kPanel;
+  std::vector<float> sums(kLines * kPanel + 16);
+  std::vector<char> scratch(activations.path == Path::kFloat ? 0 : scratch_bytes(call) + 64);
+  float* const at = reinterpret_cast<float*>(aligned(reinterpret_cast<int64_t>(sums.data())));
+  void* const aside = reinterpret_cast<void*>(aligned(reinterpret_cast<int64_t>(scratch.data())));
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Expert& expert = experts[unit / panels];
+    const int64_t feature = unit % panels * kPanel, rows = std::min(kPanel, call.rows - feature);
+    const int64_t last = expert.last * activations.digits;
+    for (int64_t line = expert.first * activations.digits; line < last; line += kLines) {
+      const Block block{call, activations, line, std::min(kLines, last - line), expert.index * call.rows + feature,
+                        rows, feature};
+      multiply(block, at, aside);
+      switch (call.x_type) {
+        case DType::bf16:
+          finish(block, at, static_cast<bfloat16*>(call.y));
+          break;
+        case DType::f16:
+          finish(block, at, static_cast<float16*>(call.y));
+          break;
+        default:
+          finish(block, at, static_cast<float*>(call.y));
+      }
+    }
+  }
+}
+
+// How many tokens at most are faster this way than by unpacking the weight for a library's product.
+int64_t lowbit_tokens(const LowbitLinear& call) {
+  return path_of(call) == Path::kFloat && !call.act_bits ? 16 : std::numeric_limits<int64_t>::max();
+}
+
+}  // namespace QK_ISA
+}  // namespace qk

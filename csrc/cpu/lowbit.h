@@ -1,0 +1,62 @@
+// Products with packed weights: the ways to multiply, and how each wants the activations.
+//
+// float32 runs on any ISA, from rows turned into numbers. The other paths work on sixteen rows at once, a row to a
+// 32-bit lane: sixteen times 64 bytes of codes are transposed in registers, and each lane then holds a word with 32 /
+// bits codes of its row. Shifting the word puts its codes into place, a pair or four of them after another; the order
+// in which they come is a permutation within the word, and it is the activations that are permuted to match, once.
+// Codes of 3, 5, 6 and 7 bits are expanded to bytes on the way.
+//
+//   pairs    bfloat16 activations times codes as bfloat16, which is exact; sums in float32
+//   fours    int8 times codes, sums in int32. With act_bits a token is one line of int8. Without, it is three: its
+//            numbers to 24 bits below its largest, as digits to the base 256. That is what float32 sums keep of them,
+//            at the price of one and a half products of bfloat16 instead of a product of float32
+#pragma once
+
+#include "kernels.h"
+#include "packing.h"
+
+namespace qk {
+namespace QK_ISA {
+
+enum class Path { kFloat, kPairs, kFours };
+
+// Codes in a 32-bit word of a row, and in the 64 bytes that are transposed together.
+constexpr int64_t word_codes(int bits) { return bits == 1 || bits == 2 || bits == 4 ? 32 / bits : 4; }
+constexpr int64_t chunk_codes(int bits) { return 16 * word_codes(bits); }
+
+// The activations of a call, prepared, in memory that the caller provides.
+struct Activations {
+  Path path;
+  int64_t padded;  // columns, a multiple of the chunk; what is added is zero
+  int64_t digits;  // lines of a token
+  bool by_chunk;   // whether lines are laid out for rows of words, instead of columns of them
+  char* x;         // [lines, stride()]
+  float* sums;     // [lines, groups] sums over groups, or null where nothing needs them
+  float* scales;   // [tokens] what their lines are to be multiplied with, or null
+  int64_t bytes;   // of the memory
+
+  Activations(const LowbitLinear& call, void* memory);
+  // Between lines, in bytes: never a power of two, which would send them all to the same few lines of the cache.
+  int64_t stride() const {
+    constexpr int64_t bytes_per_column[] = {4, 2, 1};
+    return padded * bytes_per_column[static_cast<int>(path)] + 64;
+  }
+  const char* line(int64_t i) const { return x + i * stride(); }
+};
+
+// Some rows of one expert times lines of its tokens.
+struct Block {
+  const LowbitLinear& call;
+  const Activations& activations;
+  int64_t first_line, lines;
+  int64_t first_row, rows;  // counted over all experts; at most kPanel
+  int64_t first_feature;    // of the output
+};
+
+// Write sums[line * kPanel + row] of the block, without bias and the scales of tokens.
+void multiply_pairs(const Block& block, float* sums, void* scratch);
+void multiply_fours(const Block& block, float* sums, void* scratch);
+int64_t scratch_bytes(const LowbitLinear& call);
+
+}  // namespace QK_ISA
+}  // namespace qk

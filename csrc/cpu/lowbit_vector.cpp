@@ -1,0 +1,383 @@
+// Products with packed weights on AVX-512: pairs of bfloat16, fours of int8.
+#include "lowbit.h"
+
+namespace qk {
+namespace QK_ISA {
+
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+namespace {
+
+// sixteen times sixteen 32-bit elements, in place
+QK_HD void transpose(__m512i t[16]) {
+  __m512i a[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(t[i], t[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(t[i], t[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    t[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    t[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    t[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    t[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88);
+    a[i + 4] = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xDD);
+    a[i + 8] = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
+    a[i + 12] = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xDD);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
+    t[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xDD);
+    t[i + 4] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xDD);
+  }
+}
+
+QK_HD __mmask64 first_bytes(int64_t n) { return n >= 64 ? ~__mmask64{0} : n <= 0 ? 0 : (__mmask64{1} << n) - 1; }
+
+// Words number 16 * chunk and on of sixteen rows (fewer give zeros): word w of row r in lane r of t[w]. Sixteen rows
+// are more streams than a prefetcher follows, so the bytes `Ahead` chunks further on are asked for here.
+template <int Bits, int Ahead>
+QK_HD void load_words(const uint8_t* rows, int64_t stride, int64_t count, int64_t chunk, __m512i t[16]) {
+  constexpr int64_t bytes = chunk_codes(Bits) * Bits / 8;
+  const uint8_t* const from = rows + chunk * bytes;
+  const __mmask64 valid = first_bytes(std::min(bytes, stride - chunk * bytes));
+  for (int64_t r = 0; r < 16; ++r) {
+    if constexpr (Ahead > 0)
+      _mm_prefetch(reinterpret_cast<const char*>(from + r * stride + Ahead * bytes), _MM_HINT_T0);
+    t[r] = r < count ? _mm512_maskz_loadu_epi8(valid, from + r * stride) : _mm512_setzero_si512();
+    if constexpr (Bits == 3 || Bits == 5 || Bits == 6 || Bits == 7) t[r] = expand<Bits>(t[r]);
+  }
+  transpose(t);
+}
+
+// How a path multiplies 32-bit operands, and how it makes them: `count` come out of each word.
+#if defined(__AVX512BF16__)
+struct Pairs {
+  using Sum = __m512;
+  static QK_HD Sum zero() { return _mm512_setzero_ps(); }
+  static QK_HD Sum dot(Sum acc, __m512i w, __m512i x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
+  // In assembly: with many sums compilers copy them about around the intrinsic.
+  static QK_HD void dot_in_place(Sum& acc, __m512i w, __m512i x) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+  }
+  static QK_HD Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
+  static QK_HD __m512 number(Sum acc) { return acc; }
+  // What the sum of activations is to be multiplied with.
+  static float rest(const LowbitLinear&, float zero_point) { return -zero_point; }
+
+  template <int Bits>
+  struct Operands {
+    static constexpr int count = word_codes(Bits) / 2;
+    __m512i levels;  // 32 of them, repeating
+    __m512 low;
+
+    explicit Operands(const LowbitLinear& call) : low(_mm512_set1_ps(static_cast<float>(call.code_min + call.offset))) {
+      alignas(64) uint16_t table[32];
+      for (int i = 0; i < 32; ++i) {
+        const float level = static_cast<float>(i % (1 << std::min(Bits, 5)) + call.code_min + call.offset);
+        uint32_t bits;
+        std::memcpy(&bits, &level, 4);
+        table[i] = static_cast<uint16_t>(bits >> 16);  // at most eight significant bits: exact
+      }
+      levels = _mm512_load_si512(table);
+    }
+    QK_HD __m512i get(__m512i word, int j) const {
+      if constexpr (Bits <= 5) {
+        constexpr int step = Bits == 3 || Bits == 5 ? 8 : Bits;
+        return _mm512_permutexvar_epi16(j ? _mm512_srli_epi16(word, static_cast<unsigned>(step * j)) : word, levels);
+      } else {
+        const __m512i codes = j ? _mm512_srli_epi16(word, 8) : _mm512_and_si512(word, _mm512_set1_epi32(0x00FF00FF));
+        const __m512 even = _mm512_add_ps(_mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(0xFFFF))), low);
+        const __m512 odd = _mm512_add_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(codes, 16)), low);
+        return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(_mm512_castps_si512(even), 16),
+                                       _mm512_castps_si512(odd));
+      }
+    }
+  };
+};
+#endif
+
+struct Fours {
+  using Sum = __m512i;
+  static QK_HD Sum zero() { return _mm512_setzero_si512(); }
+  static QK_HD Sum dot(Sum acc, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(acc, w, x); }
+  static QK_HD void dot_in_place(Sum& acc, __m512i w, __m512i x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+  }
+  static QK_HD Sum add(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
+  static QK_HD __m512 number(Sum acc) { return _mm512_cvtepi32_ps(acc); }
+  static float rest(const LowbitLinear& call, float zero_point) {
+    return static_cast<float>(call.offset) - zero_point + static_cast<float>(call.code_min);
+  }
+
+  template <int Bits>
+  struct Operands {
+    static constexpr int count = word_codes(Bits) / 4;
+    explicit Operands(const LowbitLinear&) {}
+    QK_HD __m512i get(__m512i word, int j) const {
+      if constexpr (Bits == 1 || Bits == 2 || Bits == 4)
+        return _mm512_and_si512(j ? _mm512_srli_epi32(word, static_cast<unsigned>(Bits * j)) : word,
+                                _mm512_set1_epi8((1 << Bits) - 1));
+      else
+        return word;
+    }
+  };
+};
+
+QK_HD __m512i broadcast(const char* x, int64_t i) {
+  int32_t v;
+  std::memcpy(&v, x + 4 * i, 4);
+  return _mm512_set1_epi32(v);
+}
+
+// Sixteen scales, as many as `valid` says, divided by the steps.
+QK_HD __m512 scales_at(const LowbitLinear& call, int64_t at, __mmask16 valid) {
+  __m512 v;
+  switch (call.scale_type) {
+    case DType::bf16:
+      v = _mm512_castsi512_ps(_mm512_slli_epi32(
+          _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, static_cast<const uint16_t*>(call.scale) + at)), 16));
+      break;
+    case DType::f16:
+      v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, static_cast<const uint16_t*>(call.scale) + at));
+      break;
+    default:
+      v = _mm512_maskz_loadu_ps(valid, static_cast<const float*>(call.scale) + at);
+  }
+  return _mm512_div_ps(v, _mm512_set1_ps(static_cast<float>(call.steps)));
+}
+QK_HD __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xFFFF : (1u << n) - 1); }
+
+// The factors of `rows` rows, [rows, groups], and up to fifteen floats more.
+void write_scales(const LowbitLinear& call, int64_t first_row, int64_t rows, float* to) {
+  const int64_t n = rows * call.groups;
+  for (int64_t i = 0; i < n; i += 16)
+    _mm512_storeu_ps(to + i, scales_at(call, first_row * call.groups + i, first_lanes(n - i)));
+}
+
+// The factors of each group for the sixteen rows from `row` on: [groups, 16].
+template <class Kind>
+void gather_factors(const Block& b, int64_t row, float* scale, float* rest) {
+  const LowbitLinear& call = b.call;
+  const int64_t rows = std::min<int64_t>(16, b.first_row + b.rows - row);
+  for (int64_t g = 0; g < call.groups; g += 16) {
+    const int64_t n = std::min<int64_t>(16, call.groups - g);
+    __m512i t[16];
+    for (int64_t r = 0; r < 16; ++r)
+      t[r] = r < rows ? _mm512_castps_si512(scales_at(call, (row + r) * call.groups + g, first_lanes(n)))
+                      : _mm512_setzero_si512();
+    transpose(t);
+    for (int64_t i = 0; i < n; ++i) _mm512_store_si512(scale + (g + i) * 16, t[i]);
+    if (!rest) continue;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t r = 0; r < 16; ++r)
+        rest[(g + i) * 16 + r] =
+            Kind::rest(call, call.zero_point && r < rows ? call.zero_point[(row + r) * call.groups + g + i] : 0.0f);
+  }
+}
+
+// A few lines: row by row, codes go from the packed bytes through registers into the products, sixteen words at a time.
+// Lane i of an operand is a pair or four of word i, so this takes its activations chunk by chunk, operand by operand.
+template <int Bits, class Kind, int Lines>
+void multiply_rows(const Block& b, float* sums, float* scratch) {
+  using Operands = typename Kind::template Operands<Bits>;
+  constexpr int kRows = Lines <= 2 ? 4 : 2;  // at once: independent sums, and activations loaded once
+  constexpr int64_t codes = chunk_codes(Bits), bytes = codes * Bits / 8;
+  const LowbitLinear& call = b.call;
+  const Operands operands(call);
+  const int64_t stride = row_bytes(call.cols, Bits), chunks = b.activations.padded / codes, groups = call.groups;
+  const int64_t size = groups == 1 ? chunks * codes : call.cols / groups;
+  const int64_t chunk_groups = std::max<int64_t>(1, codes / size), group_chunks = std::max<int64_t>(1, size / codes);
+  alignas(64) int32_t lane_groups[16];
+  for (int i = 0; i < 16; ++i) lane_groups[i] = static_cast<int32_t>(i * chunk_groups / 16);
+  const __m512i lanes = _mm512_load_si512(lane_groups);
+  const auto in_chunk = static_cast<__mmask16>((1u << chunk_groups) - 1);
+  const bool rest = b.activations.sums != nullptr;
+  write_scales(call, b.first_row, b.rows, scratch);
+  const char* x[Lines];
+  for (int t = 0; t < Lines; ++t) x[t] = b.activations.line(b.first_line + t);
+  for (int64_t r = 0; r < b.rows; r += kRows) {
+    const uint8_t* row[kRows];
+    const float* scale[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t n = std::min(r + i, b.rows - 1);
+      row[i] = call.packed + (b.first_row + n) * stride;
+      scale[i] = scratch + n * groups;
+    }
+    __m512 total[kRows][Lines];
+    for (int i = 0; i < kRows; ++i)
+      for (int t = 0; t < Lines; ++t) total[i][t] = _mm512_setzero_ps();
+    for (int64_t c = 0; c < chunks;) {
+      typename Kind::Sum acc[kRows][Lines];
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int t = 0; t < Lines; ++t) acc[i][t] = Kind::zero();
+      const int64_t first_group = c * codes / size;
+      for (const int64_t last = std::min(chunks, c + group_chunks); c < last; ++c) {
+        const __mmask64 valid = first_bytes(std::min(bytes, stride - c * bytes));
+        __m512i words[kRows];
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) {
+          words[i] = _mm512_maskz_loadu_epi8(valid, row[i] + c * bytes);
+          if constexpr (Bits == 3 || Bits == 5 || Bits == 6 || Bits == 7) words[i] = expand<Bits>(words[i]);
+        }
+#pragma GCC unroll 16
+        for (int j = 0; j < Operands::count; ++j) {
+          __m512i v[Lines];
+#pragma GCC unroll 4
+          for (int t = 0; t < Lines; ++t) v[t] = _mm512_load_si512(x[t] + 64 * (c * Operands::count + j));
+#pragma GCC unroll 4
+          for (int i = 0; i < kRows; ++i) {
+            const __m512i operand = operands.get(words[i], j);
+#pragma GCC unroll 4
+            for (int t = 0; t < Lines; ++t) acc[i][t] = Kind::dot(acc[i][t], operand, v[t]);
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) {
+        const __m512 s = chunk_groups == 1
+                             ? _mm512_set1_ps(scale[i][first_group])
+                             : _mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(in_chunk, scale[i] + first_group));
+#pragma GCC unroll 4
+        for (int t = 0; t < Lines; ++t) total[i][t] = _mm512_fmadd_ps(s, Kind::number(acc[i][t]), total[i][t]);
+      }
+    }
+    for (int i = 0; i < kRows && r + i < b.rows; ++i)
+      for (int t = 0; t < Lines; ++t) {
+        float sum = _mm512_reduce_add_ps(total[i][t]);
+        if (rest) {
+          const float* const x_sums = b.activations.sums + (b.first_line + t) * groups;
+          const float* const z = call.zero_point ? call.zero_point + (b.first_row + r + i) * groups : nullptr;
+          for (int64_t g = 0; g < groups; ++g) sum += scale[i][g] * (Kind::rest(call, z ? z[g] : 0.0f) * x_sums[g]);
+        }
+        sums[t * kPanel + r + i] = sum;
+      }
+  }
+}
+
+constexpr int64_t kDecoded = 1024;  // columns of a panel that are decoded at once
+constexpr int kTile = 12;           // lines whose sums stay in registers
+
+// sums[t] += scale * (operands . x[t] + rest * x_sums[t]) for `Lines` lines.
+template <class Kind, int Lines>
+__attribute__((noinline)) void multiply_tile(const __m512i* operands, int64_t count, const char* x, int64_t stride,
+                                             const float* scale, const float* rest, const float* x_sums, int64_t groups,
+                                             float* sums) {
+  typename Kind::Sum acc[Lines][2];
+#pragma GCC unroll 12
+  for (int t = 0; t < Lines; ++t) acc[t][0] = acc[t][1] = Kind::zero();
+  for (int64_t i = 0; i < count; ++i) {
+    const __m512i w0 = _mm512_load_si512(operands + 2 * i), w1 = _mm512_load_si512(operands + 2 * i + 1);
+#pragma GCC unroll 12
+    for (int t = 0; t < Lines; ++t) {
+      const __m512i v = broadcast(x + t * stride, i);
+      Kind::dot_in_place(acc[t][0], w0, v);
+      Kind::dot_in_place(acc[t][1], w1, v);
+    }
+  }
+#pragma GCC unroll 12
+  for (int t = 0; t < Lines; ++t)
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      float* const to = sums + t * kPanel + 16 * h;
+      __m512 v = Kind::number(acc[t][h]);
+      if (rest) v = _mm512_fmadd_ps(_mm512_load_ps(rest + 16 * groups * h), _mm512_set1_ps(x_sums[t * groups]), v);
+      _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(scale + 16 * groups * h), v, _mm512_load_ps(to)));
+    }
+}
+
+template <class Kind, int Lines = kTile>
+void multiply_tiles(int64_t lines, const __m512i* operands, int64_t count, const char* x, int64_t stride,
+                    const float* scale, const float* rest, const float* x_sums, int64_t groups, float* sums) {
+  for (; lines >= Lines; lines -= Lines) {
+    multiply_tile<Kind, Lines>(operands, count, x, stride, scale, rest, x_sums, groups, sums);
+    x += Lines * stride;
+    x_sums += x_sums ? Lines * groups : 0;
+    sums += Lines * kPanel;
+  }
+  if constexpr (Lines > 1)
+    if (lines) multiply_tiles<Kind, Lines - 1>(lines, operands, count, x, stride, scale, rest, x_sums, groups, sums);
+}
+
+// Many lines: a piece of the panel is decoded once and stays in the cache while all lines meet it.
+template <int Bits, class Kind>
+void multiply_many(const Block& b, float* sums, float* scratch) {
+  using Operands = typename Kind::template Operands<Bits>;
+  const LowbitLinear& call = b.call;
+  const Operands operands(call);
+  const int64_t stride = row_bytes(call.cols, Bits), chunks = b.activations.padded / chunk_codes(Bits);
+  const int64_t groups = call.groups;
+  const int64_t group_words = groups == 1 ? chunks * 16 : call.cols / groups / word_codes(Bits);
+  constexpr int64_t piece = kDecoded / chunk_codes(Bits) > 0 ? kDecoded / chunk_codes(Bits) : 1;
+  __m512i* const decoded = reinterpret_cast<__m512i*>(scratch);
+  float* const scale = scratch + 16 * kDecoded;
+  float* const rest = b.activations.sums ? scale + 32 * groups : nullptr;
+  for (int h = 0; h < 2; ++h)
+    gather_factors<Kind>(b, b.first_row + 16 * h, scale + 16 * groups * h, rest ? rest + 16 * groups * h : nullptr);
+  std::memset(sums, 0, static_cast<size_t>(b.lines * kPanel * 4));
+  const char* const x = b.activations.line(b.first_line);
+  const int64_t x_stride = b.activations.stride();
+  const float* const x_sums = rest ? b.activations.sums + b.first_line * groups : nullptr;
+  for (int64_t c = 0; c < chunks; c += piece) {
+    const int64_t last = std::min(chunks, c + piece);
+    for (int64_t d = c; d < last; ++d)
+      for (int h = 0; h < 2; ++h) {
+        __m512i words[16];
+        load_words<Bits, piece>(call.packed + (b.first_row + 16 * h) * stride, stride, b.rows - 16 * h, d, words);
+        for (int w = 0; w < 16; ++w)
+#pragma GCC unroll 16
+          for (int j = 0; j < Operands::count; ++j)
+            _mm512_store_si512(decoded + (((d - c) * 16 + w) * Operands::count + j) * 2 + h, operands.get(words[w], j));
+      }
+    const int64_t end = std::min(last * 16, groups * group_words);
+    for (int64_t w = c * 16; w < end;) {
+      const int64_t group = w / group_words, until = std::min(end, (group + 1) * group_words);
+      multiply_tiles<Kind>(b.lines, decoded + (w - c * 16) * Operands::count * 2, (until - w) * Operands::count,
+                           x + w * Operands::count * 4, x_stride, scale + 16 * group,
+                           rest && w == group * group_words ? rest + 16 * group : nullptr,  // once for each group
+                           x_sums ? x_sums + group : nullptr, groups, sums);
+      w = until;
+    }
+  }
+}
+
+template <class Kind>
+void multiply(const Block& b, float* sums, void* scratch) {
+  float* const aside = static_cast<float*>(scratch);
+  with_bits(b.call.bits, [&](auto bits) {
+    if (!b.activations.by_chunk) return multiply_many<bits, Kind>(b, sums, aside);
+    switch (b.lines) {
+      case 1:
+        return multiply_rows<bits, Kind, 1>(b, sums, aside);
+      case 2:
+        return multiply_rows<bits, Kind, 2>(b, sums, aside);
+      case 3:
+        return multiply_rows<bits, Kind, 3>(b, sums, aside);
+      default:
+        return multiply_rows<bits, Kind, 4>(b, sums, aside);
+    }
+  });
+}
+
+}  // namespace
+
+int64_t scratch_bytes(const LowbitLinear& call) { return 4 * (16 * kDecoded + 64 * call.groups); }
+
+void multiply_fours(const Block& block, float* sums, void* scratch) { multiply<Fours>(block, sums, scratch); }
+#else
+int64_t scratch_bytes(const LowbitLinear&) { return 0; }
+void multiply_fours(const Block&, float*, void*) {}
+#endif
+
+#if defined(__AVX512BF16__)
+void multiply_pairs(const Block& block, float* sums, void* scratch) { multiply<Pairs>(block, sums, scratch); }
+#else
+void multiply_pairs(const Block&, float*, void*) {}
+#endif
+
+}  // namespace QK_ISA
+}  // namespace qk

@@ -1,0 +1,37 @@
+// The reset of WinQ on the CPU: one read and one write of the weight.
+#include "rows.h"
+
+namespace qk {
+namespace QK_ISA {
+
+// Lanes as they come back from an element.
+template <class W, class T>
+QK_HD Vec<T> rounded(const Vec<T>& x) {
+  if constexpr (std::is_same_v<W, T>) {
+    return x;
+  } else {
+    W lanes[kLanes];
+    store(lanes, x);
+    return load(static_cast<const W*>(lanes));
+  }
+}
+
+void reset(const Reset& call, int64_t begin, int64_t end) {
+  with_types(call.at.w_type, call.at.w_type, [&](auto types) {
+    using T = typename decltype(types)::C;
+    using W = typename decltype(types)::w;
+    W* const w = static_cast<W*>(call.w);
+    const Vec<T> keep(static_cast<T>(1 - call.quantized_weight)), move(static_cast<T>(call.quantized_weight));
+    for_rows<T>(call.at, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const Row<T>& row) {
+      const Vec<T> scale(row.scale);
+      for_lanes(last - first, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
+        const Vec<T> old = get(w + first + i, count), code = code_of(old, old / scale, row);
+        const Vec<T> moved = rounded<W>(old * keep + value_of(code, row) * move);
+        put<Exact>(w + first + i, select(code_of(moved, moved / scale, row) == code, moved, old), count);
+      });
+    });
+  });
+}
+
+}  // namespace QK_ISA
+}  // namespace qk

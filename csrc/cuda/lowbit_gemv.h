@@ -1,0 +1,195 @@
+// What the decode kernel is told, and how a call is divided: into passes of some tokens each, these into blocks.
+#pragma once
+
+#include <algorithm>
+
+#include "lowbit_layout.h"
+#include "weight.h"
+
+namespace qk::cuda {
+
+constexpr int kGemvWarps = 16, kGemvThreads = kGemvWarps * kWarp;
+constexpr int kTileRows = 16, kSlots = 4;
+constexpr int kMostTokens = 8;
+
+// Eight lines each, as many as registers hold the sums of.
+QK_HD constexpr int most_line_tiles(int bits) { return bits >= 5 && bits <= 7 ? 2 : 3; }
+
+struct LowbitGemv {
+  const uint8_t* packed;
+  const void* scale;
+  const float* zero_point;
+  const void* bias;
+  void* y;
+  const uint4* x;
+  const float* unit;
+  float* partial;  // [chunks][tokens][rows] where K is cut into chunks, else null
+  int64_t rows, cols, groups, row_bytes;
+  int32_t rounds, stages, chunk_stages, chunks, row_blocks, warps_per_row;
+  int32_t tokens, digits, lines;
+  // Granules of a group (lowbit_layout.h). 0 if groups are smaller: then each lane of a row has its own lines, zero for
+  // the other lanes, and group_lanes such runs of columns are a group.
+  int32_t group_granules, group_lanes;
+  int32_t copy;  // bytes of a copy: 16, 4, 1
+  uint32_t flip;
+  bool sums;                  // whether sums of x are needed
+  float factor, shift, zero;  // value = (number + shift - zero_point * zero) * (scale * factor)
+  DType x_type, scale_type, bias_type;
+
+  // A row in a group: what memory holds, and what that means. Nothing is computed while it is on its way.
+  struct Asked {
+    uint32_t scale;
+    float zero_point;
+  };
+  struct Affine {
+    float step, shift;
+  };
+  __device__ __forceinline__ Asked ask(int64_t row, int64_t group) const {
+    const int64_t i = row * groups + min(group, groups - 1);
+    return {bits_of(scale, scale_type, i), zero_point ? __ldg(zero_point + i) : 0.0f};
+  }
+  __device__ __forceinline__ Affine affine(const Asked& asked) const {
+    const float s = number_of(asked.scale, scale_type), least = static_cast<float>(kMinScale);
+    return {(s < least ? least : s) * factor, shift - asked.zero_point * zero};
+  }
+  __device__ __forceinline__ static uint32_t bits_of(const void* p, DType type, int64_t i) {
+    return type == DType::f32 ? __ldg(static_cast<const unsigned*>(p) + i)
+                              : __ldg(static_cast<const unsigned short*>(p) + i);
+  }
+  __device__ __forceinline__ static float number_of(uint32_t bits, DType type) {
+    if (type == DType::f16) {
+      __half half;
+      memcpy(static_cast<void*>(&half), &bits, sizeof half);
+      return widen(half);
+    }
+    return __int_as_float(static_cast<int32_t>(type == DType::bf16 ? bits << 16 : bits));
+  }
+  // The last step: `sum` without bias.
+  __device__ __forceinline__ void write(int64_t token, int64_t row, float sum) const {
+    const int64_t i = token * rows + row;
+    if (bias) sum += number_of(bits_of(bias, bias_type, row), bias_type);
+    if (x_type == DType::f32)
+      static_cast<float*>(y)[i] = sum;
+    else if (x_type == DType::bf16)
+      static_cast<__nv_bfloat16*>(y)[i] = __float2bfloat16_rn(sum);
+    else
+      static_cast<__half*>(y)[i] = __float2half_rn(sum);
+  }
+};
+
+// Shared memory of a block, in bytes from its start: stages of weights, sums of warps, 16 bytes of zeros, x.
+struct SharedPlan {
+  int slot, sums, zeros, x;
+
+  QK_HD constexpr SharedPlan(const LowbitLayout& layout, int line_tiles)
+      : slot(kTileRows * layout.pitch),
+        sums(kGemvWarps * kSlots * slot),
+        zeros(sums + kGemvWarps * kTileRows * 8 * line_tiles * 4),
+        x(zeros + 16) {}
+};
+
+// What a plan depends on.
+struct Device {
+  int id = 0, multiprocessors = 0, shared = 0;
+
+  cudaError_t ask() {
+    cudaError_t error = cudaGetDevice(&id);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, id);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+    return error;
+  }
+};
+
+struct LowbitPlan {
+  const LowbitLinear& call;
+  const Device& device;
+  const LowbitLayout layout;
+  int64_t group_cols;
+  bool any, split;
+  int digits, most_tiles, pass_tokens;
+
+  LowbitPlan(const LowbitLinear& c, const Device& d)
+      : call(c), device(d), layout(c.bits), group_cols(c.cols / c.groups) {
+    const bool by_granule = call.groups == 1 || group_cols % layout.granule_cols == 0;
+    split = !by_granule && call.bits != 8 && group_cols % layout.lane_cols == 0;
+    any = !by_granule && !split;
+    digits = call.act_bits ? 1 : 3;
+    // Devices of 99 KiB hold the sums of one tile and at least a stage of x.
+    most_tiles = most_line_tiles(call.bits);
+    if (SharedPlan(layout, most_tiles).x + 8 * most_tiles * layout.stage_cols > device.shared) most_tiles = 1;
+    pass_tokens = std::min(kMostTokens, 8 * most_tiles / (split ? 4 : 1) / digits);
+    any |= pass_tokens == 0;
+    if (any) pass_tokens = kMostTokens;
+  }
+
+  // Tokens first ... of the call.
+  LowbitGemv pass(int64_t first) const {
+    LowbitGemv p{};
+    p.packed = call.packed;
+    p.scale = call.scale;
+    p.zero_point = call.zero_point;
+    p.bias = call.bias;
+    p.y = static_cast<char*>(call.y) + first * call.rows * (call.x_type == DType::f32 ? 4 : 2);
+    p.rows = call.rows;
+    p.cols = call.cols;
+    p.groups = call.groups;
+    p.row_bytes = (call.cols * call.bits + 7) / 8;
+    p.x_type = call.x_type;
+    p.scale_type = call.scale_type;
+    p.bias_type = call.bias_type;
+    p.tokens = static_cast<int32_t>(std::min<int64_t>(call.tokens - first, pass_tokens));
+    p.chunks = 1;
+    const double constant = call.code_min + call.offset;  // value = (code + constant - zero_point) * step
+    if (any) {
+      p.factor = static_cast<float>(1 / call.steps);
+      p.zero = 1;
+      p.shift = static_cast<float>(constant);
+      return p;
+    }
+
+    // A byte is unit * (code - half) plus `low`, which is to be unit * (code + constant) where it can.
+    const int unit = 1 << (8 - call.bits);
+    const double wanted = unit * (constant + (1 << (call.bits - 1)));
+    const int low = !call.zero_point && wanted > 0 && wanted < unit ? static_cast<int>(wanted) : 0;
+    p.flip = 0x01010101u * static_cast<uint32_t>(0x80 | low);
+    p.factor = static_cast<float>(1 / (call.steps * unit));
+    p.shift = static_cast<float>(wanted - low);
+    p.zero = static_cast<float>(unit);
+    p.sums = call.zero_point || p.shift != 0;
+
+    p.digits = digits;
+    p.lines = p.tokens * digits;
+    p.stages = static_cast<int32_t>((p.cols + layout.stage_cols - 1) / layout.stage_cols);
+    if (!split)
+      p.group_granules = call.groups == 1 ? 1 << 30 : static_cast<int32_t>(group_cols / layout.granule_cols);
+    else
+      p.group_lanes = static_cast<int32_t>(group_cols / layout.lane_cols);
+    const auto aligned_to = [&](int bytes) {
+      return p.row_bytes % bytes == 0 && reinterpret_cast<uintptr_t>(p.packed) % static_cast<uintptr_t>(bytes) == 0;
+    };
+    p.copy = aligned_to(16) ? 16 : aligned_to(4) ? 4 : 1;
+
+    const int left = device.shared - SharedPlan(layout, line_tiles(p)).x;
+    p.chunk_stages = std::min(p.stages, std::max(1, left / (layout.stage_cols * p.lines)));
+    p.chunks = (p.stages + p.chunk_stages - 1) / p.chunk_stages;
+    p.chunk_stages = (p.stages + p.chunks - 1) / p.chunks;
+    p.chunks = (p.stages + p.chunk_stages - 1) / p.chunk_stages;
+    // Warps share rows as long as each has two stages of them.
+    p.warps_per_row = 1;
+    while (p.warps_per_row < kGemvWarps && p.chunk_stages >= 4 * p.warps_per_row) p.warps_per_row *= 2;
+    const int round_rows = kTileRows * kGemvWarps / p.warps_per_row;
+    p.rounds = static_cast<int32_t>((p.rows + round_rows - 1) / round_rows);
+    p.row_blocks = std::min(p.rounds, std::max(1, device.multiprocessors / p.chunks));
+    return p;
+  }
+  int line_tiles(const LowbitGemv& p) const { return p.lines * (split ? 4 : 1) <= 8 ? 1 : most_line_tiles(call.bits); }
+
+  // Of a workspace: units of tokens, x, sums of chunks.
+  static constexpr size_t kUnitBytes = 64;
+  size_t x_bytes(const LowbitGemv& p) const { return static_cast<size_t>(p.stages) * layout.stage_cols * p.lines; }
+  size_t bytes(const LowbitGemv& p) const {
+    return kUnitBytes + x_bytes(p) + (p.chunks > 1 ? 4 * static_cast<size_t>(p.chunks * p.tokens * p.rows) : 0);
+  }
+};
+
+}  // namespace qk::cuda

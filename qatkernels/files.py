@@ -1,0 +1,136 @@
+"""Files that a kill at any moment leaves whole: tensors as safetensors, the rest as JSON, never pickle.
+
+A file is written beside its destination, flushed to the disk and renamed over it, so that a reader finds the old file
+or the new one. What belongs to the tensors (the step, say) travels in the same file, in its header, with a digest of
+tensors and header.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+
+class CheckpointError(RuntimeError):
+    """A file or folder cannot be read, written or used; the message says which and what to do."""
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace a file's content atomically and durably, creating its folder.
+
+    Raises:
+        CheckpointError: if the folder cannot be written to or the disk is full.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    with explained("written", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON like :func:`write`."""
+    write(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: if it is missing, unreadable or damaged.
+    """
+    with explained("read", path):
+        text = path.read_bytes()
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise damaged(path, error) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, must be a JSON object")
+    return value
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> None:
+    """Write tensors, and a JSON-able header with them, in one file.
+
+    Args:
+        path: destination, a ``.safetensors`` file.
+        tensors: tensors by name, on any device.
+        header: whatever must never be apart from the tensors.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    text = json.dumps(dict(header or {}))
+    write(path, to_bytes(tensors, {"header": text, "sha256": _digest(tensors, text)}))
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`save` wrote.
+
+    Returns:
+        Tensors by name, on the CPU, and the header.
+
+    Raises:
+        CheckpointError: if the file is missing, unreadable, cut short, changed, or not from here.
+    """
+    try:
+        with explained("read", path), safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if not {"header", "sha256"} <= metadata.keys():
+                raise CheckpointError(f"{path} is not a file of qatkernels: it has no header, or no digest of it")
+            # Cloned: a mapped file may be replaced or truncated under its tensors.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise damaged(path, error) from error
+    if metadata["sha256"] != _digest(tensors, metadata["header"]):
+        raise damaged(path, "its digest does not match")
+    try:
+        header = json.loads(metadata["header"])
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a header that is {type(header).__name__}, must be a JSON object")
+    return tensors, header
+
+
+def damaged(path: Path, why: object) -> CheckpointError:
+    """Return the error of a file whose content is not what was written."""
+    return CheckpointError(f"{path} is damaged ({why}); delete it and make it again")
+
+
+def _digest(tensors: Mapping[str, Tensor], header: str) -> str:
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def explained(verb: str, path: Path) -> Iterator[None]:
+    """Turn an operating system's error into a CheckpointError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be {verb}: {error.strerror or error}") from error

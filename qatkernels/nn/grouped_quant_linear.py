@@ -1,0 +1,149 @@
+"""The linear layers of a mixture's experts, fake-quantized and multiplied together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import perturb_
+from ..ops.grouped_linear import grouped_linear
+from .activation import compute_dtype
+from .config import QuantConfig
+from .quant_linear import why_not
+from .quantized import Quantized
+
+
+class GroupedQuantLinear(Quantized):
+    """``y[t] = Q_a(x[t]) @ Q(weight[e]; scale[e]).T + bias[e]`` for tokens sorted by expert e.
+
+    Every expert is quantized as a :class:`QuantLinear` of its own would be, to the bit, and its scales train with the
+    gradient scale of one expert (our reading: the papers have no experts). All of them are quantized in one launch, and
+    so are the products of the forward and of the backward in tokens and weights.
+
+    Args:
+        num_experts: experts E.
+        in_features: input features K.
+        out_features: output features N.
+        bias: whether there is a bias ``[E, N]``.
+        config: what to quantize to; per tensor is per expert.
+        device: device of the parameters.
+        dtype: dtype of weight and bias.
+
+    Attributes:
+        weight: master weights ``[E, N, K]``.
+        scale: float32 step sizes, ``[E, N]``, ``[E, N, K / group_size]``, or ``[E]`` per tensor.
+        bias: ``[E, N]`` or None.
+
+    The others are those of :class:`QuantLinear`.
+
+    Raises:
+        ValueError: if ``config.group_size`` does not divide ``in_features``.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        config: QuantConfig,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self._draw()
+        self._finish(config)
+
+    @classmethod
+    def from_stacked(cls, weight: Tensor, bias: Tensor | None = None, *, config: QuantConfig) -> GroupedQuantLinear:
+        """Return a layer over stacked weights ``[E, N, K]`` and, maybe, biases ``[E, N]``; Parameters are not copied.
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
+        if weight.ndim != 3:
+            raise ValueError(f"weight has shape {tuple(weight.shape)}, must have three dimensions")
+        if bias is not None and bias.shape != weight.shape[:2]:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, must be {tuple(weight.shape[:2])}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        for name, t in (("weight", weight), ("bias", bias)):
+            held = (
+                t if t is None or isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=t.is_floating_point())
+            )
+            layer.register_parameter(name, held)
+        layer._finish(config)
+        return layer
+
+    @classmethod
+    def from_linears(cls, linears: Sequence[nn.Linear], *, config: QuantConfig) -> GroupedQuantLinear:
+        """Return a layer with the stacked weights of linear layers of equal shapes.
+
+        Raises:
+            ValueError: if there is none, one is more than a plain ``nn.Linear``, or shapes differ.
+        """
+        shapes = {(tuple(linear.weight.shape), linear.bias is None) for linear in linears}
+        if len(shapes) != 1:
+            raise ValueError(f"linears have {len(shapes)} different shapes, must have one")
+        for i, linear in enumerate(linears):
+            if problem := why_not(linear):
+                raise ValueError(f"linears[{i}] {problem}")
+        weight = torch.stack([linear.weight.detach() for linear in linears])
+        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+        return cls.from_stacked(weight, torch.stack(biases) if biases else None, config=config)
+
+    def _finish(self, config: QuantConfig) -> None:
+        self.num_experts, self.out_features, self.in_features = self.weight.shape
+        self._quantize(config)
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        bound = 1 / math.sqrt(max(self.weight.shape[-1], 1))  # what nn.Linear draws from
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.uniform_(-bound, bound)
+
+    def reset_parameters(self) -> None:
+        """Draw new weights and biases as nn.Linear does, and set the scales from them."""
+        self._draw()
+        self.reset_scale()
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Return the output ``[T, N]`` for tokens ``[T, K]``.
+
+        Args:
+            x: tokens, those of expert 0 first.
+            offsets: int32 ``[E]``, where each expert's tokens end; tokens past the last one give 0.
+        """
+        if self.act is not None:
+            x = self.act(x)
+        dtype = compute_dtype(self.weight)
+        noise = (self.noise_std, self.scale_noise_std) if self.training else (0.0, 0.0)
+        weight = self._fake_quantized(dtype, *noise)
+        if self.perturbation is not None:
+            perturb_(weight.detach(), *self.perturbation)
+        y = grouped_linear(x.to(dtype or x.dtype), weight, offsets)
+        return y if self.bias is None else y + bias_of_tokens(self.bias, offsets, len(x)).to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Describe the layer and its quantization."""
+        sizes = f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, {self.described}"
+
+
+def bias_of_tokens(bias: Tensor, offsets: Tensor, tokens: int) -> Tensor:
+    """Return the bias ``[tokens, N]`` of each token's expert, 0 for tokens past the last offset, without a wait."""
+    expert = torch.searchsorted(offsets, torch.arange(tokens, device=bias.device, dtype=offsets.dtype), right=True)
+    return F.pad(bias, (0, 0, 0, 1))[expert]  # the row of zeros is nobody's

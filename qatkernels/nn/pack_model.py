@@ -1,0 +1,73 @@
+"""Turn the quantized layers of a trained model into packed ones, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .grouped_quant_linear import GroupedQuantLinear
+from .packed_linear import GroupedPackedLinear, Packed, PackedBuffers, PackedLinear
+from .quant_linear import QuantLinear
+
+#: How a layer is packed, by its type or a base of it: ``packer(layer, weight=buffers)`` returns the new layer. Such a
+#: layer has QuantLinear's attributes. Another kind of layer is another entry.
+PACKERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    QuantLinear: PackedLinear.from_quantized,
+    GroupedQuantLinear: GroupedPackedLinear.from_quantized,
+}
+
+
+def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Replace every quantized layer of a model by its packed form; the rest stays as it is.
+
+    Layers that are the same object stay one object, and layers that share weight, scale and zero point share the packed
+    weight. Biases stay the same Parameters, learned activation quantizers the same modules.
+
+    Args:
+        model: a model from :func:`quantize_model`, trained; changed in place.
+        scale_dtype: dtype that scales are stored in: float32 (exact), bfloat16 or float16. Codes do not depend on it.
+
+    Returns:
+        ``model``, or the new layer if the model itself is a quantized layer. :func:`packed_modules` lists the layers.
+
+    Raises:
+        ValueError: if no layer is quantized, or one cannot be packed. The model is then unchanged.
+    """
+    found = {m: p for m in model.modules() if (p := _packer(m)) is not None}
+    if not found:
+        raise ValueError("the model has no quantized layer, quantize_model makes them")
+    names = {module: name for name, module in model.named_modules()}
+    packed: dict[tuple[int, ...], PackedBuffers] = {}
+    kept: list[tuple[Tensor | None, ...]] = []  # so that no id is used again
+    replacements: dict[nn.Module, nn.Module] = {}
+    for layer, packer in found.items():
+        parts: tuple[Tensor | None, ...] = (layer.weight, layer.scale, layer.zero_point)  # type: ignore[assignment]
+        key = tuple(map(id, parts))
+        kept.append(parts)
+        try:
+            if key not in packed:
+                packed[key] = PackedBuffers.from_quantized(layer, scale_dtype)
+            replacements[layer] = packer(layer, weight=packed[key])
+        except ValueError as error:
+            raise ValueError(f"{names[layer] or 'the model'} cannot be packed: {error}") from error
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+    return replacements.get(model, model)
+
+
+def packed_modules(model: nn.Module) -> dict[str, Packed]:
+    """Return the packed layers of a model by name; one that is registered twice appears once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Return the bytes that parameters and persistent buffers take, each once however many layers share it."""
+    return sum(tensor.nbytes for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
+
+
+def _packer(module: nn.Module) -> Callable[..., nn.Module] | None:
+    return next((PACKERS[base] for base in type(module).__mro__ if base in PACKERS), None)

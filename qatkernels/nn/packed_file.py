@@ -1,0 +1,169 @@
+"""Packed models as files: one safetensors file with everything, which a stranger's bytes cannot turn into code.
+
+The header says which layers are packed and how; the tensors are the model's state dict, each once. Both are covered by
+a digest. docs/packing.md describes the format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import files
+from ..files import CheckpointError
+from ..grid import make_grid
+from ..ops.packing import PackedWeight
+from .activation import LearnedActivation
+from .pack_model import packed_modules
+from .packed_linear import KINDS, Packed, PackedBuffers
+
+FORMAT, VERSION = "qatkernels-packed", 1
+
+
+def save_packed(model: nn.Module, path: str | Path, config: Mapping[str, Any] | None = None) -> None:
+    """Write a packed model to one file, atomically.
+
+    Args:
+        model: a model from :func:`pack_model`, on any device.
+        path: destination.
+        config: what :func:`load_packed` hands to the function that builds the model; JSON-able.
+
+    Raises:
+        ValueError: if no layer is packed, ``config`` is not JSON-able, or the model holds what is no tensor.
+        CheckpointError: if the file cannot be written.
+    """
+    if not packed_modules(model):
+        raise ValueError("the model has no packed layer, pack_model makes them")
+    first: dict[int, str] = {}  # canonical name by tensor
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the state dict holds {type(value).__name__} as {name}, must hold tensors only")
+        if (known := first.setdefault(id(value), name)) == name:
+            tensors[name] = value
+        else:
+            aliases[name] = known
+    layers: dict[nn.Module, dict[str, Any]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Packed):
+            entry = layers.setdefault(module, {"names": [], **_described(module, f"{name}.".lstrip("."))})
+            entry["names"].append(name)
+            entry["weight"] = first[id(module.weight.packed)].removesuffix("packed")
+    header = {
+        "format": FORMAT, "version": VERSION, "config": dict(config or {}), "layers": list(layers.values()),
+        "aliases": aliases,
+    }  # fmt: skip
+    try:
+        files.save(Path(path), tensors, header)
+    except TypeError as error:
+        raise ValueError(f"config is {config!r}, must be JSON-able: {error}") from error
+
+
+def _described(module: Packed, prefix: str) -> dict[str, Any]:
+    """Return what a file says of a layer besides its tensors."""
+    act = module.act
+    if act is not None and type(act) is not LearnedActivation:
+        raise ValueError(f"{prefix}act is a {type(act).__qualname__}, must be a LearnedActivation to be saved")
+    grid = module.grid
+    return {
+        "kind": module.kind,
+        "scheme": grid.scheme,
+        "bits": grid.bits,
+        "cols": module.weight.cols,
+        "act_bits": module.act_bits,
+        "act": None if act is None else {
+            "scheme": act.grid.scheme, "bits": act.grid.bits, "offset": act.zero_point is not None,
+        },
+    }  # fmt: skip
+
+
+def load_packed(
+    path: str | Path, build: Callable[[dict[str, Any]], nn.Module], *, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Return the model of a file that :func:`save_packed` wrote, in eval mode.
+
+    Args:
+        path: the file.
+        build: makes the model as it was before quantization from the ``config`` that was saved: the same names, with
+            any module where a packed layer goes. Its weights do not matter. Not on the meta device.
+        device: where the model goes.
+
+    Returns:
+        The model, with the dtypes it was saved with.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, of another format or version, or does not fit the model that
+            ``build`` makes. The message names the file and the reason.
+    """
+    path = Path(path)
+    tensors, header = files.load(path)
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a packed model: its format is {header.get('format')!r}, not {FORMAT!r}")
+    if header.get("version") != VERSION:
+        found = header.get("version")
+        raise CheckpointError(f"{path} is version {found!r} of the format, this qatkernels reads {VERSION}")
+    try:
+        state = tensors | {alias: tensors[name] for alias, name in header["aliases"].items()}
+        model = _with_packed_layers(build(header["config"]), header["layers"], state)
+        _fill(model, state)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise CheckpointError(f"{path} does not fit this model: {reason}") from error
+    return model.to(device).eval()
+
+
+def _with_packed_layers(model: nn.Module, layers: list[dict[str, Any]], state: dict[str, Tensor]) -> nn.Module:
+    """Put packed layers where a file says they are."""
+    weights: dict[str, PackedBuffers] = {}
+    biases: dict[int, nn.Parameter] = {}
+    for entry in layers:
+        prefix = entry["weight"]
+        if prefix not in weights:
+            weights[prefix] = PackedBuffers(_packed_weight(entry, prefix, state))
+        layer = bias = None
+        for name in entry["names"]:
+            old = model.get_submodule(name)
+            if layer is None:
+                if (stored := state.get(f"{name}.bias".lstrip("."))) is not None:
+                    bias = biases.setdefault(id(stored), nn.Parameter(torch.empty_like(stored)))
+                layer = _layer(entry, weights[prefix], old, bias)
+            if not name:
+                return layer
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+    return model
+
+
+def _packed_weight(entry: dict[str, Any], prefix: str, state: dict[str, Tensor]) -> PackedWeight:
+    parts = (state[f"{prefix}packed"], state[f"{prefix}scale"], state.get(f"{prefix}zero_point"))
+    if not all(t is None or t.isfinite().all() for t in parts):
+        raise ValueError(f"{prefix}scale or its zero point is not finite")
+    return PackedWeight(*parts, make_grid(entry["scheme"], entry["bits"]), entry["cols"])
+
+
+def _layer(entry: dict[str, Any], weight: PackedBuffers, old: nn.Module, bias: nn.Parameter | None) -> Packed:
+    """Return a packed layer in place of the one that was built, whose weight, where it has one, says the shape."""
+    name, kind = entry["names"][0], KINDS[entry["kind"]]
+    built = getattr(old, "weight", None)
+    if isinstance(built, Tensor) and built.shape != weight.shape:
+        raise ValueError(f"{name} has shape {tuple(weight.shape)} in the file and {tuple(built.shape)} in the model")
+    act = None
+    if (described := entry["act"]) is not None:
+        grid = make_grid(described["scheme"], described["bits"])
+        act = LearnedActivation(weight.cols, grid, offset=described["offset"])
+    return kind(weight, bias, act=act, act_bits=entry["act_bits"])
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy a file's tensors into a model, in the dtypes that they have there."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device, build the model on a real one")
+        if name in state and tensor.dtype != state[name].dtype:
+            tensor.data = tensor.data.to(state[name].dtype)
+    model.load_state_dict(state)

@@ -1,0 +1,223 @@
+"""Linear layers that hold packed codes and multiply with them: what a quantized layer becomes when training is over."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..grid import Grid
+from ..ops.lowbit_linear import product
+from ..ops.packing import PackedWeight
+from .activation import DynamicActivation, Float32Scales, compute_dtype
+from .grouped_quant_linear import bias_of_tokens
+
+#: Where nn.Module keeps the hooks of a forward and of its backward.
+_HOOKS = frozenset(n for n in vars(nn.Module()) if "hook" in n and "state_dict" not in n)
+
+
+class PackedBuffers(Float32Scales):
+    """A :class:`~qatkernels.PackedWeight` as buffers that no cast changes: a model moves, copies and saves it.
+
+    Layers that share a weight share this module, which is how they go on sharing it when the model moves to another
+    device: torch moves the buffers of two modules one by one, and would leave two of them.
+
+    Args:
+        weight: the packed weight.
+    """
+
+    uncast: ClassVar[tuple[str, ...]] = ("packed", "scale", "zero_point")
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.grid, self.cols = weight.grid, weight.cols
+        self.constants = list(weight.grid.constants)  # built once, not at every call
+        for name in self.uncast:
+            self.register_buffer(name, getattr(weight, name))
+
+    @classmethod
+    @torch.no_grad()
+    def from_quantized(cls, layer: Any, scale_dtype: torch.dtype = torch.float32) -> PackedBuffers:
+        """Pack the weight of a layer that has ``weight``, ``scale``, ``zero_point``, ``grid`` and ``group_size``.
+
+        Raises:
+            ValueError: if a scale is not finite, or ``scale_dtype`` cannot hold it.
+        """
+        return cls(
+            PackedWeight.from_float(
+                layer.weight, layer.scale, layer.grid, layer.group_size,
+                zero_point=layer.zero_point, scale_dtype=scale_dtype,
+            )
+        )  # fmt: skip
+
+    @property
+    def value(self) -> PackedWeight:
+        """The weight, for the ops and for exports; it shares the buffers."""
+        return PackedWeight(self.packed, self.scale, self.zero_point, self.grid, self.cols)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight."""
+        return torch.Size((*self.packed.shape[:-1], self.cols))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points."""
+        return sum(t.nbytes for t in self._buffers.values() if t is not None)
+
+    def product(self, x: Tensor, bias: Tensor | None, offsets: Tensor | None, act_bits: int | None) -> Tensor:
+        """Return ``lowbit_linear``, or ``grouped_lowbit_linear`` where there are offsets."""
+        args = (self.packed, self.scale, self.zero_point, bias, offsets)
+        return product(x, *args, self.constants, self.grid.code_min, self.grid.storage_bits, act_bits)
+
+    def extra_repr(self) -> str:
+        """Describe the weight."""
+        per = "row" if self.scale.shape[-1] == 1 else f"{self.cols // self.scale.shape[-1]}"
+        scales = f"{str(self.scale.dtype).removeprefix('torch.')} scale per {per}"
+        grid = f"bits={self.grid.bits}, scheme={self.grid.scheme}"
+        return f"{'x'.join(map(str, self.shape))}, {grid}, {scales}, {self.nbytes} bytes"
+
+
+class Packed(nn.Module):
+    """What layers over a packed weight share: the weight, a bias, and what happens to the input.
+
+    Args:
+        weight: packed weight, its last dimensions ``[N, K]``; a :class:`PackedBuffers` is shared, not copied.
+        bias: ``[..., N]`` or None; a Parameter stays the same object.
+        act: module that the input goes through first, such as a :class:`LearnedActivation`.
+        act_bits: quantize the input to symmetric integers per token and sum integers, 2 to 8 bits; None does not.
+
+    Attributes:
+        weight: the packed weight as buffers.
+    """
+
+    #: Name of this kind of layer in a file.
+    kind: ClassVar[str]
+    #: Dimensions of the weight.
+    dims: ClassVar[int]
+
+    weight: PackedBuffers
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: PackedWeight | PackedBuffers,
+        bias: Tensor | None = None,
+        *,
+        act: nn.Module | None = None,
+        act_bits: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = weight if isinstance(weight, PackedBuffers) else PackedBuffers(weight)
+        shape = self.weight.shape
+        if len(shape) != self.dims:
+            raise ValueError(f"weight has shape {tuple(shape)}, must have {self.dims} dimensions")
+        if bias is not None and bias.shape != shape[:-1]:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, must be {tuple(shape[:-1])}")
+        if act_bits is not None and not 2 <= act_bits <= 8:
+            raise ValueError(f"act_bits is {act_bits}, must be None or 2 to 8")
+        if isinstance(bias, nn.Parameter) or bias is None:
+            self.register_parameter("bias", bias)
+        else:
+            self.register_buffer("bias", bias)
+        self.act, self.act_bits = act, act_bits
+
+    @classmethod
+    def from_quantized(
+        cls, layer: Any, *, scale_dtype: torch.dtype = torch.float32, weight: PackedBuffers | None = None
+    ) -> Any:
+        """Return the packed form of a trained layer.
+
+        The bias is the same Parameter. Dynamic activations become ``act_bits``; a learned activation quantizer is the
+        same module. Forward and backward hooks come along.
+
+        Args:
+            layer: a layer with the attributes of :class:`QuantLinear`.
+            scale_dtype: dtype that scales are stored in.
+            weight: the packed weight of ``layer`` if there is one already, from a layer that shares it.
+
+        Raises:
+            ValueError: if the layer cannot be packed.
+        """
+        act: nn.Module | None = layer.act
+        act_bits = act.bits if isinstance(act, DynamicActivation) else None
+        weight = weight or PackedBuffers.from_quantized(layer, scale_dtype)
+        new = cls(weight, layer.bias, act=None if act_bits else act, act_bits=act_bits).train(layer.training)
+        vars(new).update({name: value for name, value in vars(layer).items() if name in _HOOKS})
+        return new
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.weight.cols
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.weight.packed.shape[-2]
+
+    @property
+    def grid(self) -> Grid:
+        """Grid of the codes."""
+        return self.weight.grid
+
+    def _product(self, x: Tensor, bias: Tensor | None, offsets: Tensor | None = None) -> Tensor:
+        if self.act is not None:
+            x = self.act(x)
+        dtype = compute_dtype(x)
+        if dtype is None:
+            return self.weight.product(x, bias, offsets, self.act_bits)
+        # Under autocast. Integers are taken from x before it is rounded, as in training.
+        x = x if self.act_bits is not None else x.to(dtype)
+        return self.weight.product(x, bias, offsets, self.act_bits).to(dtype)
+
+    def extra_repr(self) -> str:
+        """Describe the layer."""
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return text if self.act_bits is None else f"{text}, act_bits={self.act_bits}"
+
+
+class PackedLinear(Packed):
+    """``y = x @ weight.T + bias`` from packed codes; differentiable in x and bias, for adapters over a packed base.
+
+    Args and attributes are those of :class:`Packed`, with a weight ``[N, K]``. Codes and scales are buffers: nothing
+    here trains but the bias. Results differ from :class:`QuantLinear`'s in eval mode only as docs/packing.md says.
+    """
+
+    kind = "linear"
+    dims = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output ``[..., N]`` for an input ``[..., K]``, in its dtype, or autocast's."""
+        return self._product(x, self.bias)
+
+
+class GroupedPackedLinear(Packed):
+    """``y[t] = x[t] @ weight[e].T + bias[e]`` for tokens sorted by expert e, from packed codes ``[E, N, K]``.
+
+    Args and attributes are those of :class:`Packed`, with a weight ``[E, N, K]`` and a bias ``[E, N]``.
+    """
+
+    kind = "grouped_linear"
+    dims = 3
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Return the output ``[T, N]`` for tokens ``[T, K]``.
+
+        Args:
+            x: tokens, those of expert 0 first.
+            offsets: int32 ``[E]``, where each expert's tokens end; tokens past the last one give 0.
+        """
+        y = self._product(x, None, offsets)
+        if self.bias is None:
+            return y
+        return y + bias_of_tokens(self.bias, offsets, len(x)).to(y.dtype)
+
+
+#: What a file may hold, by `Packed.kind`.
+KINDS: dict[str, type[Packed]] = {cls.kind: cls for cls in (PackedLinear, GroupedPackedLinear)}

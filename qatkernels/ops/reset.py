@@ -1,0 +1,82 @@
+"""The reset of WinQ: weights move towards the grid in place, and no code changes.
+
+    w <- (1 - a) * w + a * Q(w),   a the weight on the quantized value
+
+A weight and its quantized value lie in the same cell of the grid, and so does what is between them: in exact arithmetic
+Q(w) stays. Rounding breaks that in two places. A sum can be rounded across an edge of its cell, where w is next to it;
+and a quantized value can be rounded to where it no longer quantizes to itself, as bfloat16 does to eight bits with a
+zero point. So the new weight is quantized again, and one whose code would change, or that is not finite, stays what it
+was.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..grid import Grid
+from ._op import define
+from .fake_quantize import Rows, check_call, check_layout
+
+
+def _reference(w: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], quantized_weight: float) -> None:
+    rows = Rows(w, scale, zero_point, None, tuple(grid))
+    # As the scalars that kernels take: a Python float would multiply float32 in double precision on some backends.
+    keep, move = (torch.tensor(x, dtype=rows.dtype, device=w.device) for x in (1 - quantized_weight, quantized_weight))
+    moved = (rows.w * keep + rows.values() * move).to(w.dtype)
+    same = Rows(moved.view(w.shape), scale, zero_point, None, tuple(grid)).codes() == rows.codes()
+    w.copy_(torch.where(same, moved, rows.w.to(w.dtype)).view(w.shape))
+
+
+def _fake(w: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], quantized_weight: float) -> None:
+    check_call(w, scale, zero_point, None, grid)
+    torch._check(w.is_contiguous(), lambda: f"w has strides {w.stride()}, must be contiguous to change in place")
+    torch._check(0 <= quantized_weight <= 1, lambda: f"quantized_weight is {quantized_weight}, must be in [0, 1]")
+
+
+RESET = define(
+    "reset_", "Tensor(a!) w, Tensor scale, Tensor? zero_point, float[] grid, float quantized_weight", (),
+    reference=_reference, fake=_fake,
+)  # fmt: skip
+
+
+@torch.no_grad()
+def reset_(
+    w: Tensor,
+    scale: Tensor,
+    grid: Grid,
+    quantized_weight: float,
+    *,
+    group_size: int | None = None,
+    zero_point: Tensor | None = None,
+) -> Tensor:
+    """Move ``w`` towards its quantized value in place, ``w <- (1 - a) * w + a * Q(w)``; one read and write of ``w``.
+
+    The codes of ``w``, and so every quantized value, are the same bits afterwards. A weight whose code the rounded
+    result would change, or that is not finite, is left as it is.
+
+    Args:
+        w: weight ``[..., K]``, float32, bfloat16, float16 or float64; need not be contiguous, may require grad.
+        scale: as for :func:`fake_quantize`.
+        grid: the quantization grid.
+        quantized_weight: ``a``, the weight on the **quantized** value, in [0, 1]; 0 changes nothing, 1 puts every
+            weight on the grid. WinQ's paper calls it lambda; the callback released with it takes ``1 - a`` instead.
+        group_size: as for :func:`fake_quantize`.
+        zero_point: as for :func:`fake_quantize`.
+
+    Returns:
+        ``w``.
+
+    Raises:
+        ValueError: if shapes, ``group_size``, ``zero_point`` or ``quantized_weight`` do not fit, naming the argument.
+        RuntimeError: if a dtype or device does not fit.
+    """
+    check_layout(w, scale, grid, group_size, zero_point)
+    if not 0 <= quantized_weight <= 1:
+        raise ValueError(f"quantized_weight is {quantized_weight}, must be in [0, 1]")
+    target = w.contiguous()
+    torch.ops.qatkernels.reset_(target, scale, zero_point, list(grid.constants), float(quantized_weight))
+    if target is not w:
+        w.copy_(target)
+    torch.autograd.graph.increment_version(w)
+    return w

@@ -1,0 +1,234 @@
+"""The loss as a function of size, tokens in each phase and bit width, and where it is least."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .formula import Array, plain, positive, tokens_per_parameter_byte
+
+_LN2 = math.log(2.0)
+
+
+@dataclass(frozen=True)
+class LossLaw:
+    """L = α + β/D^γ + ζ/N^η + θ·2^(−κB) + φ·2^(−χB)/(N^ψ·S_qat^ω) + λ·2^(−μB)/(N^ν·S_fp^ξ·S_qat^ρ).
+
+    N are parameters, D = D_qat + D_fp tokens, B bits, and S_x = D_x / (N·B/8) tokens per byte of weights. The form of
+    the last three terms is that of *Compute-Optimal Quantization-Aware Training*; the first three are Chinchilla's (our
+    choice). They are all that is left without a quantized phase (D_qat = 0). The loss is in the units of the runs it
+    was fitted to. The paper's own coefficients are not public, so there are no defaults: `fit_loss_law` finds them.
+
+    Attributes:
+        alpha: α, the loss that no training reaches; in units of the loss.
+        beta: β, amplitude of what more tokens take away; loss · tokens^γ.
+        gamma: γ, exponent of the tokens.
+        zeta: ζ, amplitude of what more parameters take away; loss · parameters^η.
+        eta: η, exponent of the parameters.
+        theta: θ, loss that quantization to B bits costs for ever, at B = 0.
+        kappa: κ, halvings of that for each bit.
+        phi: φ, amplitude of what a short quantized phase costs.
+        chi: χ, its halvings for each bit.
+        psi: ψ, its exponent of the parameters.
+        omega: ω, its exponent of S_qat.
+        lambda_: λ, amplitude of what both phases do for each other.
+        mu: μ, its halvings for each bit.
+        nu: ν, its exponent of the parameters.
+        xi: ξ, its exponent of S_fp.
+        rho: ρ, its exponent of S_qat.
+
+    Raises:
+        ValueError: if a coefficient is not positive and finite.
+    """
+
+    alpha: float
+    beta: float
+    gamma: float
+    zeta: float
+    eta: float
+    theta: float
+    kappa: float
+    phi: float
+    chi: float
+    psi: float
+    omega: float
+    lambda_: float
+    mu: float
+    nu: float
+    xi: float
+    rho: float
+
+    def __post_init__(self) -> None:
+        for name in COEFFICIENTS:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}, must be positive and finite")
+
+    def __call__(self, params: ArrayLike, tokens_qat: ArrayLike, tokens_fp: ArrayLike, bits: ArrayLike) -> Any:
+        """Return the loss.
+
+        Args:
+            params: N, parameters; all arguments broadcast.
+            tokens_qat: D_qat, quantized tokens; 0 for a training in full precision alone.
+            tokens_fp: D_fp, tokens in full precision before.
+            bits: B, bits of a weight; not read where ``tokens_qat`` is 0.
+
+        Returns:
+            The loss, a float where all arguments are numbers.
+
+        Raises:
+            ValueError: if an argument is negative or not finite, or ``tokens_fp`` is 0.
+        """
+        return plain(terms(features(params, tokens_qat, tokens_fp, bits), self.log_coefficients()).sum(0))
+
+    def gradient(self, params: ArrayLike, tokens_qat: ArrayLike, tokens_fp: ArrayLike, bits: ArrayLike) -> Array:
+        """Return the derivative of the loss by each coefficient, ``[..., 16]`` in the order of ``COEFFICIENTS``."""
+        x, logs = features(params, tokens_qat, tokens_fp, bits), self.log_coefficients()
+        return np.moveaxis(jacobian(x, logs, terms(x, logs)), 0, -1) / np.exp(logs)
+
+    def log_coefficients(self) -> Array:
+        """Return the natural logarithms of the coefficients, ``[16]``."""
+        return np.log([getattr(self, name) for name in COEFFICIENTS])
+
+    def at_fraction(self, params: ArrayLike, tokens: ArrayLike, bits: ArrayLike, fraction: ArrayLike) -> Any:
+        """Return the loss of ``tokens`` (D of both phases) of which a share in (0, 1) is quantized."""
+        f = np.asarray(fraction, dtype=np.float64)
+        if not ((f > 0) & (f < 1)).all():
+            raise ValueError(f"fraction is {fraction!r}, must be in (0, 1)")
+        d = positive("tokens", tokens)
+        return self(params, f * d, (1 - f) * d, bits)
+
+    def optimal_fraction(self, params: ArrayLike, tokens: ArrayLike, bits: ArrayLike) -> Any:
+        """Return f*, the share of quantized tokens at which the loss is least.
+
+        With A and C the last two amplitudes at all D tokens, f* minimises A·f^(−ω) + C·(1−f)^(−ξ)·f^(−ρ), which has one
+        minimum, above ρ/(ρ+ξ); it is found by bisection to machine precision.
+
+        Args:
+            params: N, parameters.
+            tokens: D, tokens of both phases.
+            bits: B, bits of a weight.
+
+        Returns:
+            f* in (0, 1); a float where all arguments are numbers.
+
+        Raises:
+            ValueError: if an argument is not positive and finite.
+        """
+        n, b = positive("params", params), positive("bits", bits)
+        ln_s = np.log(tokens_per_parameter_byte(n, tokens, b))
+        # ln(A ω / C), the logarithm of how much more the first term matters.
+        lead = math.log(self.phi) - math.log(self.lambda_) + math.log(self.omega) - np.asarray(
+            (self.chi - self.mu) * b * _LN2 + (self.psi - self.nu) * np.log(n)
+            + (self.omega - self.xi - self.rho) * ln_s
+        )  # fmt: skip
+        low = np.full(np.shape(lead), math.log(self.rho) - math.log(self.xi))  # logit of ρ/(ρ+ξ)
+        high = np.maximum(low, 0) + np.abs(lead) + 60.0
+        for _ in range(80):
+            middle = 0.5 * (low + high)
+            falling = lead > _slope(middle, self.omega, self.xi, self.rho)
+            low, high = np.where(falling, middle, low), np.where(falling, high, middle)
+        return plain(1 / (1 + np.exp(-0.5 * (low + high))))
+
+    def minimum(self, params: ArrayLike, tokens: ArrayLike, bits: ArrayLike) -> Any:
+        """Return the loss at the best fraction."""
+        f = np.minimum(self.optimal_fraction(params, tokens, bits), 1 - 1e-16)
+        return self.at_fraction(params, tokens, bits, f)
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the coefficients by name."""
+        return {name: getattr(self, name) for name in COEFFICIENTS}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, float]) -> LossLaw:
+        """Return the law of :meth:`to_dict`.
+
+        Raises:
+            ValueError: if a coefficient is missing, unknown or not positive.
+        """
+        if set(values) != set(COEFFICIENTS):
+            raise ValueError(f"coefficients are {sorted(values)}, must be {sorted(COEFFICIENTS)}")
+        return cls(**{name: float(value) for name, value in values.items()})
+
+
+#: Names of the coefficients in their order.
+COEFFICIENTS = tuple(entry.name for entry in fields(LossLaw))
+(_ALPHA, _BETA, _GAMMA, _ZETA, _ETA, _THETA, _KAPPA, _PHI, _CHI, _PSI, _OMEGA, _LAMBDA, _MU, _NU, _XI, _RHO) = range(16)
+
+#: For each term its amplitude, and its exponents with the row of the features that each multiplies.
+TERMS: tuple[tuple[int, tuple[tuple[int, int], ...]], ...] = (
+    (_ALPHA, ()),
+    (_BETA, ((_GAMMA, 0),)),
+    (_ZETA, ((_ETA, 1),)),
+    (_THETA, ((_KAPPA, 2),)),
+    (_PHI, ((_CHI, 2), (_PSI, 1), (_OMEGA, 3))),
+    (_LAMBDA, ((_MU, 2), (_NU, 1), (_XI, 4), (_RHO, 3))),
+)
+
+
+def features(params: ArrayLike, tokens_qat: ArrayLike, tokens_fp: ArrayLike, bits: ArrayLike) -> Array:
+    """Return ln D, ln N, B·ln 2, ln S_qat, ln S_fp and whether a run is quantized, ``[6, ...]``.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    n, fp = positive("params", params), positive("tokens_fp", tokens_fp)
+    qat = np.asarray(tokens_qat, dtype=np.float64)
+    if not (np.isfinite(qat) & (qat >= 0)).all():
+        raise ValueError(f"tokens_qat is {tokens_qat!r}, must be finite and at least 0")
+    quantized = qat > 0
+    b = positive("bits", np.where(quantized, bits, 1.0))
+    n, qat, fp, b, quantized = np.broadcast_arrays(n, qat, fp, b, quantized)
+    size = np.log(n * (b / 8))
+    s_qat = np.where(quantized, np.log(np.where(quantized, qat, 1.0)) - size, 0.0)
+    return np.stack([np.log(qat + fp), np.log(n), b * _LN2, s_qat, np.log(fp) - size, quantized.astype(np.float64)])
+
+
+def terms(x: Array, logs: Array) -> Array:
+    """Return the six terms of the law, ``[6, *batch, ...]``.
+
+    Args:
+        x: :func:`features` ``[6, ...]``.
+        logs: logarithms of the coefficients, ``[16, *batch]``; their shape is followed by that of the features.
+    """
+    spread = logs.reshape(logs.shape + (1,) * (x.ndim - 1))
+    values = np.exp(spread)
+    result = np.empty((len(TERMS), *logs.shape[1:], *x.shape[1:]))
+    for i, (amplitude, exponents) in enumerate(TERMS):
+        result[i] = spread[amplitude]
+        for exponent, row in exponents:
+            result[i] -= values[exponent] * x[row]
+    np.exp(result, out=result)
+    result[3:] *= x[5]
+    return result
+
+
+def jacobian(x: Array, logs: Array, parts: Array) -> Array:
+    """Return the derivative of the loss by the logarithm of each coefficient, ``[16, *batch, ...]``.
+
+    Args:
+        x: :func:`features`.
+        logs: logarithms of the coefficients.
+        parts: what :func:`terms` gave for them.
+    """
+    values = np.exp(logs.reshape(logs.shape + (1,) * (x.ndim - 1)))
+    result = np.empty((len(COEFFICIENTS), *parts.shape[1:]))
+    for part, (amplitude, exponents) in zip(parts, TERMS, strict=True):
+        result[amplitude] = part
+        for exponent, row in exponents:
+            result[exponent] = part * (values[exponent] * -x[row])
+    return result
+
+
+def _slope(logit: Array, omega: float, xi: float, rho: float) -> Array:
+    """Return ln of what ω·A/C equals where f = sigmoid(logit) is the optimum; rises from −∞ at ρ/(ρ+ξ) to ∞."""
+    ln_f, ln_rest = -np.logaddexp(0, -logit), -np.logaddexp(0, logit)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        # ξ f/(1−f) − ρ, in logarithms because f/(1−f) may be huge
+        gain = logit + math.log(xi) + np.log(-np.expm1(math.log(rho) - math.log(xi) - logit))
+    return np.where(np.isnan(gain), -np.inf, gain - xi * ln_rest + (omega - rho) * ln_f)

@@ -1,0 +1,115 @@
+"""WinQ and SQuAT under transformers' Trainer (``pip install qatkernels[hf]``).
+
+    model = quantize_model(model, QuantConfig(bits=2), exclude="lm_head")
+    winq = WinQCallback(reset_every=60_000, reset_weight=0.4, noise_std=1e-3)
+    SQuATTrainer(model, args, train_dataset=data, callbacks=[winq], squat={"rho": 0.05}).train()
+
+Either works without the other. Both count by the Trainer's global step, so that a resumed run goes on without a state
+of theirs, and both add what they know to the Trainer's logs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError(f"qatkernels.train.hf needs transformers: pip install qatkernels[hf] ({error})") from error
+
+from .squat import SQuAT
+from .winq import WinQ
+
+
+class WinQCallback(TrainerCallback):
+    """WinQ as a callback of any Trainer: noise while it trains, resets after optimizer steps.
+
+    Args:
+        reset_every: as :class:`~qatkernels.train.WinQ`'s, in optimizer steps.
+        reset_weight: the weight on the **quantized** value. The callback released with the paper takes the weight on
+            the full-precision value instead: its 0.2 is 0.8 here.
+        noise_std: as WinQ's.
+        scale_noise_std: as WinQ's.
+
+    Attributes:
+        winq: the :class:`~qatkernels.train.WinQ` of the present run, None before the first.
+    """
+
+    def __init__(
+        self, *, reset_every: int | None, reset_weight: float, noise_std: float, scale_noise_std: float | None = None
+    ) -> None:
+        self.settings: dict[str, Any] = {
+            "reset_every": reset_every,
+            "reset_weight": reset_weight,
+            "noise_std": noise_std,
+            "scale_noise_std": scale_noise_std,
+        }
+        self.winq: WinQ | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Turn the noise on; raises ValueError where WinQ does."""
+        self.winq = WinQ(model, **self.settings)
+        self.winq.steps = state.global_step
+        self.winq.resets = state.global_step // self.winq.reset_every if self.winq.reset_every else 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Reset if it is time, before a checkpoint of this step is written."""
+        if self.winq is not None:
+            self.winq.after_step()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Add flips, distance to the grid and resets to a training log."""
+        if self.winq is not None and logs is not None and "loss" in logs:
+            found = self.winq.log()
+            logs.update(found)
+            state.log_history[-1].update(found)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Turn the noise off."""
+        if self.winq is not None:
+            self.winq.remove()
+
+
+class SQuATTrainer(Trainer):
+    """A Trainer whose every training step is SQuAT's: two passes, one at perturbed weights.
+
+    With ``gradient_accumulation_steps`` each micro-batch is perturbed along its own gradient, and all micro-batches of
+    a step serve the same objective.
+
+    Args:
+        *args: the Trainer's.
+        squat: keyword arguments of :class:`~qatkernels.train.SQuAT`.
+        **kwargs: the Trainer's.
+
+    Attributes:
+        squat: the SQuAT of the model being trained, None before the first step.
+    """
+
+    def __init__(self, *args: Any, squat: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._settings = dict(squat or {})
+        self.squat: SQuAT | None = None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss at the quantized weights, gradients left for the Trainer's optimizer."""
+        if self.squat is None or self.squat.model is not model:
+            self.squat = SQuAT(model, **self._settings)
+        self.squat.steps = self.state.global_step
+
+        def closure() -> Tensor:
+            return super(SQuATTrainer, self).training_step(model, dict(inputs), *args, **kwargs)
+
+        loss: Tensor = self.squat.gradient(closure, accumulate=True)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add SQuAT's log to a training log."""
+        if self.squat is not None and "loss" in logs:
+            logs.update(self.squat.log())
+        super().log(logs, *args, **kwargs)

@@ -1,0 +1,105 @@
+"""What this process holds of a quantized layer: everything, or under FSDP2 a shard of whole rows or groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from ..nn import quantized_modules
+from ..nn.quantized import Quantized
+
+
+class Part(NamedTuple):
+    """The local part of a layer's weight and what quantizes it."""
+
+    weight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+def layers_by_weight(model: nn.Module) -> dict[str, Quantized]:
+    """Return the quantized layers by name, one for each weight.
+
+    Raises:
+        ValueError: if there is none, or layers share a weight and quantize it differently.
+    """
+    first: dict[int, tuple[str, Quantized]] = {}
+    for name, module in quantized_modules(model).items():
+        known, twin = first.setdefault(id(module.weight), (name, module))
+        if module.scale is not twin.scale or module.config != twin.config:
+            raise ValueError(f"{known} and {name} share a weight but not its scales: it has no one grid")
+    if not first:
+        raise ValueError("the model has no quantized layer: call quantize_model first")
+    return dict(first.values())
+
+
+def local(name: str, module: Quantized) -> Part:
+    """Return the local part of a layer; a scale for the whole weight is gathered, which all processes must join.
+
+    Raises:
+        ValueError: if the weight is sharded so that a row or a group is not whole.
+    """
+    weight, scale = module.weight.detach(), module.scale.detach()
+    zero_point = None if module.zero_point is None else module.zero_point.detach()
+    if not isinstance(weight, DTensor):
+        return Part(weight, plain(scale), None if zero_point is None else plain(zero_point))
+    if scale.numel() == 1:
+        return Part(plain(weight), _gathered(scale), None if zero_point is None else _gathered(zero_point))
+    sharded = {p.dim for p in weight.placements if isinstance(p, Shard)}
+    same = isinstance(scale, DTensor) and scale.placements == weight.placements
+    simple = all(isinstance(p, Replicate) or type(p) is Shard for p in weight.placements)
+    # Equal chunks of columns are whole groups if the groups divide evenly.
+    whole = sharded <= {0} or (module.group_size is not None and scale.shape[1] % weight.device_mesh.size() == 0)
+    if not (same and simple and whole):
+        raise ValueError(
+            f"{name} has a weight sharded as {weight.placements} and a scale as {getattr(scale, 'placements', None)}; "
+            "rows (or groups) must be whole in each process: shard both along dimension 0, as fully_shard does"
+        )
+    return Part(plain(weight), plain(scale), None if zero_point is None else plain(zero_point))
+
+
+def locals_of(layers: dict[str, Quantized]) -> Iterator[tuple[Quantized, Part]]:
+    """Yield each layer and its local part, which may be empty."""
+    for name, module in layers.items():
+        yield module, local(name, module)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Return the local part of a DTensor, and any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def total(sums: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the sum of values that processes computed from their parts of weights.
+
+    Args:
+        sums: weights and the value of each one's local part.
+    """
+    device = sums[0][1].device
+    everything = torch.zeros_like(sums[0][1])
+    sharded: dict[Any, Tensor] = {}
+    groups: dict[Any, list[dist.ProcessGroup]] = {}
+    for weight, value in sums:
+        value = value.to(device)
+        if isinstance(weight, DTensor):
+            key = (weight.device_mesh, weight.placements)
+            sharded[key] = sharded[key] + value if key in sharded else value.clone()
+            groups[key] = [
+                weight.device_mesh.get_group(i) for i, p in enumerate(weight.placements) if isinstance(p, Shard)
+            ]
+        else:
+            everything = everything + value
+    for key, value in sharded.items():
+        for group in groups[key]:
+            dist.all_reduce(value, group=group)
+        everything = everything + value
+    return everything

@@ -1,0 +1,261 @@
+"""SQuAT: sharpness- and quantization-aware training, alternating two objectives.
+
+Confirmed by the public text: BERT on GLUE at 2, 3 and 4 bits; a sharpness objective and a step-size objective that
+alternate. The rest is inferred from the method's building blocks, SAM (Foret et al., 2021) and LSQ (Esser et al.,
+2020), and every choice is a parameter:
+
+    sharpness objective, scales frozen:   g = dL/dW at Q(W),   e = rho * g / norm(g) over all quantized weights
+                                          W <- Opt(W, dL/dW at Q(W) + e)
+    step-size objective, weights frozen:  s <- Opt(s, dL/ds at e = 0)
+
+Gradients reach W straight through, so weights beyond the clamp of the grid have none and are not perturbed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..nn import quantized_modules
+from ..nn.activation import Float32Scales
+from ..nn.quantized import Quantized
+from ..ops import perturb_swap_, perturbation_norms
+from .grads import add_, own, take
+from .shards import layers_by_weight, plain, total
+from .stats import GridStats
+
+Closure = Callable[[], Any]
+
+
+class SQuAT:
+    """Two passes a step: one at the quantized weights, one at perturbed ones.
+
+        squat = SQuAT(model, optimizer, rho=0.05)
+        ...
+        loss = squat.step(closure)      # closure: zero_grad, forward, backward, return the loss
+
+    Memory: one more set of gradients of the quantized weights, the first pass's, while the second runs. No copy of the
+    weights: a quantized weight is perturbed where each forward makes it, a master weight changes places with its old
+    gradient and comes back bit for bit.
+
+    Args:
+        model: a quantized model; may be wrapped (DDP, FSDP2, torch.compile).
+        optimizer: the optimizer of weights and scales, whatever its parameter groups. A frozen parameter is one without
+            a gradient, which torch's optimizers skip, weight decay and all.
+        rho: radius of the perturbation.
+        target: what is perturbed: ``"quantized"``, Q(W) + e after rounding, or ``"latent"``, Q(W + e).
+        norm: ``"l2"``, e = rho * g / norm(g); or ``"asam"`` (Kwon et al., 2021), e = rho * T^2 g / norm(T g) with
+            T = abs(w) + eta at what is perturbed; rho is then around 0.5.
+        eta: ASAM's.
+        scale_every: the scales move once in this many sharpness steps.
+        minibatch: ``"same"``: the step-size objective takes its gradient from the first pass of a sharpness step, which
+            costs nothing; ``"next"``: every ``scale_every`` sharpness steps a step of its own follows, with one pass,
+            in which nothing but the scales moves.
+
+    Attributes:
+        steps: steps so far, of either kind.
+
+    Raises:
+        ValueError: if a value is out of range, or the model has no quantized layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        rho: float = 0.05,
+        target: Literal["quantized", "latent"] = "quantized",
+        norm: Literal["l2", "asam"] = "l2",
+        eta: float = 0.01,
+        scale_every: int = 1,
+        minibatch: Literal["same", "next"] = "same",
+    ) -> None:
+        for name, given, allowed in (
+            ("target", target, ("quantized", "latent")),
+            ("norm", norm, ("l2", "asam")),
+            ("minibatch", minibatch, ("same", "next")),
+        ):
+            if given not in allowed:
+                raise ValueError(f"{name} is {given!r}, must be one of {allowed}")
+        for name, number in (("rho", rho), ("eta", eta)):
+            if not 0 <= number < math.inf:
+                raise ValueError(f"{name} is {number}, must be finite and >= 0")
+        if scale_every < 1:
+            raise ValueError(f"scale_every is {scale_every}, must be at least 1")
+        self.model, self.optimizer = model, optimizer
+        self.rho, self.target, self.norm, self.eta = rho, target, norm, eta
+        self.scale_every, self.minibatch = scale_every, minibatch
+        self.steps = 0
+        self.stats = GridStats(model)
+        self._layers = layers_by_weight(model)
+        self._seen: dict[str, Tensor | float] = {}
+
+    def step(self, closure: Closure, *, scaler: Any = None) -> Any:
+        """Compute the gradients and step the optimizer.
+
+        Args:
+            closure: as for ``torch.optim.Optimizer.step``: computes a loss, calls ``backward`` and returns the loss; of
+                the same batch when it is called twice. For gradient accumulation it goes through all micro-batches.
+                With autocast, the forward is under it; with a ``GradScaler``, it calls
+                ``scaler.scale(loss).backward()``.
+            scaler: the ``GradScaler``; ``scaler.update()`` is yours to call.
+
+        Returns:
+            What ``closure`` returned at the quantized weights.
+
+        Raises:
+            ValueError: if SQuAT was made without an optimizer.
+        """
+        if self.optimizer is None:
+            raise ValueError("optimizer is None, must be given to SQuAT for step(); gradient() needs none")
+        loss = self.gradient(closure)
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+        return loss
+
+    def gradient(self, closure: Closure, *, accumulate: bool = False) -> Any:
+        """Leave in ``.grad`` the gradients to step with, None where a parameter is frozen in this step.
+
+        For what comes between gradient and step, such as clipping; :meth:`step` is this and the optimizer's step.
+
+        Args:
+            closure: as for :meth:`step`.
+            accumulate: whether gradients that are there already are added to, for loops that accumulate them over
+                calls; each call then perturbs along the gradient of its own micro-batch.
+
+        Returns:
+            What ``closure`` returned at the quantized weights.
+        """
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        before = take(parameters)
+        alone = self.minibatch == "next" and self.steps % (self.scale_every + 1) == self.scale_every
+        loss = (self._step_size if alone else self._sharpness)(closure, parameters)
+        self.steps += 1
+        if accumulate:
+            after = add_(before, take(parameters))
+            for parameter, grad in zip(parameters, after, strict=True):
+                parameter.grad = grad
+        return loss
+
+    def _scales(self) -> set[int]:
+        """Return the ids of the scales and zero points of weights and activations."""
+        modules = [m for m in self.model.modules() if isinstance(m, Float32Scales)]
+        return {id(m._parameters.get(name)) for m in modules for name in ("scale", "zero_point")}
+
+    def _step_size(self, closure: Closure, parameters: list[nn.Parameter]) -> Any:
+        loss = closure()
+        scales = self._scales()
+        for parameter in parameters:
+            if id(parameter) not in scales:
+                parameter.grad = None
+        return loss
+
+    def _sharpness(self, closure: Closure, parameters: list[nn.Parameter]) -> Any:
+        loss, scales = closure(), self._scales()
+        weights = {id(module.weight) for module in self._layers.values()}
+        first = dict(zip(map(id, parameters), take(parameters), strict=True))
+        of_scales = {key: grad for key, grad in first.items() if key in scales}
+        along = {key: grad for key, grad in first.items() if key in weights and grad is not None}
+        del first  # the others' memory is the second pass's
+        with self._perturbed(along):
+            perturbed = closure()
+        if loss is not None and perturbed is not None:
+            self._seen["sharpness"] = _value(perturbed) - _value(loss)
+        moves = self.minibatch == "same" and (self.steps + 1) % self.scale_every == 0
+        for parameter in parameters:
+            if id(parameter) in scales:
+                parameter.grad = of_scales[id(parameter)] if moves else None
+        return loss
+
+    @contextmanager
+    def _perturbed(self, grads: dict[int, Tensor]) -> Iterator[None]:
+        """Perturb along gradients, by the id of their weights; restore at the end."""
+        if not grads:
+            raise RuntimeError("the closure left no gradient in any quantized weight: does it call backward()?")
+        factor = self._factor(grads)
+        eta = self.eta if self.norm == "asam" else None
+        if self.target == "latent":
+            with self._moved(grads, factor, eta):
+                yield
+            return
+        modules = [m for m in quantized_modules(self.model).values() if id(m.weight) in grads]
+        try:
+            for module in modules:
+                g = grads[id(module.weight)]
+                if isinstance(g, DTensor):
+                    raise ValueError("target is 'quantized' with a sharded weight, must be 'latent' under FSDP2")
+                module.perturbation = (g.contiguous(), factor.to(g.device), eta)
+            yield
+        finally:
+            for module in modules:
+                module.perturbation = None
+
+    @contextmanager
+    def _moved(self, grads: dict[int, Tensor], factor: Tensor, eta: float | None) -> Iterator[None]:
+        swapped: list[tuple[Quantized, Tensor]] = []
+        try:
+            for module in self._layers.values():
+                if (g := grads.get(id(module.weight))) is not None:
+                    old = own(plain(g)).contiguous()
+                    perturb_swap_(plain(module.weight.detach()), old, factor.to(old.device), eta)
+                    torch.autograd.graph.increment_version(module.weight)
+                    swapped.append((module, old))
+            yield
+        finally:
+            with torch.no_grad():
+                for module, old in swapped:
+                    plain(module.weight.detach()).copy_(old)
+                    torch.autograd.graph.increment_version(module.weight)
+
+    @torch.no_grad()
+    def _factor(self, grads: dict[int, Tensor]) -> Tensor:
+        """Return rho over the global norm; it stays on the device."""
+        sums = []
+        for module in self._layers.values():
+            if (grad := grads.get(id(module.weight))) is not None:
+                g = plain(grad).contiguous()
+                at = None
+                if self.norm == "asam":
+                    at = plain(module.weight.detach() if self.target == "latent" else module.quantized_weight())
+                sums.append((module.weight, perturbation_norms(g, at, self.eta)))
+        once, twice = total(sums).sqrt().unbind()
+        factor = self.rho / (once + 1e-12)
+        self._seen["perturbation_norm"] = factor * twice
+        return factor.float()
+
+    def log(self) -> dict[str, float]:
+        """Return what to log; waits for the device. Flips need a byte for each weight from the first call on.
+
+        ``sharpness`` is the last sharpness step's loss at the perturbed weights less the one at the quantized weights,
+        of one batch and to first order the largest within ``rho``; ``perturbation_norm`` the norm of its perturbation;
+        ``flips`` the fraction of codes that changed since the last call; ``distance`` to the grid is in spacings.
+        """
+        seen = {f"squat/{name}": float(value) for name, value in self._seen.items()}
+        return {**seen, "squat/flips": self.stats.flips(), "squat/distance": self.stats.distance()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was called.
+
+        Raises:
+            ValueError: if the state is not SQuAT's.
+        """
+        if set(state) != {"steps"}:
+            raise ValueError(f"state has {sorted(state)}, must have 'steps'")
+        self.steps = int(state["steps"])
+
+
+def _value(loss: Any) -> Any:
+    return loss.detach() if isinstance(loss, Tensor) else loss

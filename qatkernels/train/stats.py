@@ -1,0 +1,58 @@
+"""What training does to the codes of a model: how many flip, and how far its weights are from the grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..grid import MIN_SCALE
+from ..ops import fake_quantize, quantize
+from .shards import layers_by_weight, locals_of, total
+
+
+class GridStats:
+    """Flips and distance to the grid of a model's quantized weights.
+
+    Args:
+        model: a quantized model. Nothing is kept until the first :meth:`flips`, from then on a byte for each weight.
+
+    Raises:
+        ValueError: if the model has no quantized layer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = layers_by_weight(model)
+        self._codes: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def flips(self) -> float:
+        """Return the fraction of weights whose code is another one than at the previous call; 0 at the first."""
+        codes, counts = [], []
+        for index, (module, part) in enumerate(locals_of(self._layers)):
+            group, zero_point = module.group_size, part.zero_point
+            now = quantize(part.weight, part.scale, module.grid, group_size=group, zero_point=zero_point)
+            flipped = torch.zeros((), device=now.device) if self._codes is None else (now != self._codes[index]).sum()
+            codes.append(now)
+            counts.append((module.weight, torch.stack([flipped.double(), flipped.new_full((), now.numel()).double()])))
+        self._codes = codes
+        flipped, size = total(counts).tolist()
+        return float(flipped / size)
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """Return the root mean square of ``(w - Q(w)) / spacing``, ``spacing`` that of the grid, ``scale / steps``.
+
+        Uniformly spread weights give 0.29; weights beyond the outermost levels count with their whole distance.
+        """
+        sums = []
+        for module, part in locals_of(self._layers):
+            w, group = part.weight, module.group_size
+            wide = torch.promote_types(w.dtype, torch.float32)
+            values = fake_quantize(w, part.scale, module.grid, group_size=group, zero_point=part.zero_point)
+            spacing = part.scale.clamp_min(MIN_SCALE).view(-1, 1) / module.grid.steps
+            rows = spacing.numel()
+            away = (w.to(wide) - values.to(wide)).view(rows, w.numel() // max(rows, 1)) / spacing
+            squared = away.square().sum().double()
+            sums.append((module.weight, torch.stack([squared, squared.new_full((), w.numel())])))
+        squared, size = total(sums).tolist()
+        return float((squared / size) ** 0.5)

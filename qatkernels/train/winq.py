@@ -1,0 +1,206 @@
+"""WinQ: weights are reset towards the grid now and then, and gradients are taken at noisy weights.
+
+In every training forward U ~ N(0, noise_std^2) is added to each weight and u ~ N(0, scale_noise_std^2) to each scale
+before quantizing; after every ``reset_every`` optimizer steps W <- (1 - a) * W + a * Q(W) with a = ``reset_weight``,
+which changes no quantized value. Optimizer state, scales and learning rate are not touched. [paper: WinQ]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import quantized_modules
+from ..ops import reset_
+from .grads import Grads, RandomState, add_, take
+from .shards import layers_by_weight, locals_of
+from .stats import GridStats
+
+Closure = Callable[[], Any]
+
+
+class WinQ:
+    """Weight resets and noisy gradients for a training loop of your own.
+
+        winq = WinQ(model, reset_every=60_000, reset_weight=0.4, noise_std=1e-3)
+        ...
+        optimizer.step()
+        winq.after_step()
+
+    Noise is on from the constructor to :meth:`remove`, in training forwards (``model.train()``) alone, and drawn inside
+    the kernels: nothing weight-sized is kept.
+
+    Args:
+        model: a quantized model; may be wrapped (DDP, FSDP2, torch.compile) before or after.
+        reset_every: optimizer steps between resets, None for no resets. The paper's runs reset 2 to 5 times. Inferred:
+            what counts is ``reset_every * lr / spacing``, the grid spacings that a weight can travel between resets
+            under Adam, 10 to 25 in the paper's runs.
+        reset_weight: weight on the **quantized** value, in [0, 1]: 0 does nothing, 1 puts every weight on the grid.
+            This is the paper's lambda (0.1 to 0.6, 0.4 best at 1 bit). The callback released with it has the opposite
+            convention: its default of 0.2 is ``reset_weight=0.8`` here.
+        noise_std: standard deviation of the noise on weights; the paper's is 0.0002 to 0.002. 0 for none.
+        scale_noise_std: the same for scales; ``noise_std`` if None, as in the released scripts.
+        two_sided: whether :meth:`gradient` averages over U and -U (NSO, the parent method; WinQ is one-sided).
+        samples: draws of U that :meth:`gradient` averages over (NSO; WinQ takes one).
+        rotation: for layers whose quantizer sees a rotated weight (``Q(H W)``): the symmetric orthonormal map H along
+            the inputs, such as :func:`hadamard`, given and returning a tensor of the weight's shape. The reset is then
+            ``W <- H((1 - a) H W + a Q(H W))``, and codes stay but for the rounding of H.
+
+    Attributes:
+        steps: calls of :meth:`after_step`.
+        resets: resets so far.
+
+    Raises:
+        ValueError: if a value is out of range, the model has no quantized layer, or layers share a weight but not its
+            scales.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        reset_every: int | None,
+        reset_weight: float,
+        noise_std: float,
+        scale_noise_std: float | None = None,
+        two_sided: bool = False,
+        samples: int = 1,
+        rotation: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        scale_noise_std = noise_std if scale_noise_std is None else scale_noise_std
+        if reset_every is not None and reset_every < 1:
+            raise ValueError(f"reset_every is {reset_every}, must be at least 1, or None for no resets")
+        if not 0 <= reset_weight <= 1:
+            raise ValueError(f"reset_weight is {reset_weight}, must be in [0, 1]: the weight on the quantized value")
+        for name, value in (("noise_std", noise_std), ("scale_noise_std", scale_noise_std)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}, must be finite and >= 0")
+        if samples < 1:
+            raise ValueError(f"samples is {samples}, must be at least 1")
+        self.model, self.rotation = model, rotation
+        self.reset_every, self.reset_weight = reset_every, reset_weight
+        self.noise_std, self.scale_noise_std = noise_std, scale_noise_std
+        self.two_sided, self.samples = two_sided, samples
+        self.steps = self.resets = 0
+        self.stats = GridStats(model)
+        self._layers = layers_by_weight(model)
+        self._set_noise(1)
+
+    def _set_noise(self, sign: float) -> None:
+        for module in quantized_modules(self.model).values():
+            module.noise_std, module.scale_noise_std = sign * self.noise_std, sign * self.scale_noise_std
+
+    def remove(self) -> None:
+        """Turn the noise off for good."""
+        self.noise_std = self.scale_noise_std = 0.0
+        self._set_noise(1)
+
+    def after_step(self) -> bool:
+        """Count an optimizer step, reset if it is time, and return whether it was. Call after ``optimizer.step()``."""
+        self.steps += 1
+        due = self.reset_every is not None and self.steps % self.reset_every == 0
+        if due:
+            self.reset()
+        return due
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Move every quantized weight towards the grid now, one fused pass each; a tied weight moves once.
+
+        Raises:
+            ValueError: if a weight is sharded so that rows (or groups) are not whole in each process.
+        """
+        for module, part in locals_of(self._layers):
+            weight = part.weight if self.rotation is None else self.rotation(part.weight).contiguous()
+            group, zero_point = module.group_size, part.zero_point
+            reset_(weight, part.scale, module.grid, self.reset_weight, group_size=group, zero_point=zero_point)
+            if self.rotation is not None:
+                part.weight.copy_(self.rotation(weight))
+            # The local part of a DTensor has a version of its own.
+            torch.autograd.graph.increment_version(module.weight)
+        self.resets += 1
+
+    def gradient(self, closure: Closure, *, accumulate: bool = False) -> Any:
+        """Leave in ``.grad`` the mean gradient of the draws: ``samples`` of them, each also mirrored if two-sided.
+
+        Mirrored passes replay torch's random numbers, so that they draw -U (and the same dropout). With more than one
+        pass a second set of gradients is held while they are added.
+
+        Args:
+            closure: as for ``torch.optim.Optimizer.step``: zeroes gradients (or not), computes a loss, calls
+                ``backward`` and returns the loss; of the same batch every time.
+            accumulate: whether gradients that were there before the call are added to, for loops that accumulate them
+                over calls; they are dropped if not.
+
+        Returns:
+            The mean of what ``closure`` returned; None if it returned None.
+        """
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        before = take(parameters)
+        sum_of: Grads = before if accumulate else [None] * len(parameters)
+        signs = (1, -1) if self.two_sided else (1,)
+        draws = self.samples * len(signs)
+        losses: list[Any] = []
+        try:
+            for _ in range(self.samples):
+                random = RandomState(parameters) if self.two_sided else None
+                for sign in signs:
+                    if sign < 0 and random is not None:
+                        random.restore()
+                    self._set_noise(sign)
+                    loss = closure()
+                    losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+                    sum_of = add_(sum_of, take(parameters), 1 / draws)
+        finally:
+            self._set_noise(1)
+        for parameter, grad in zip(parameters, sum_of, strict=True):
+            parameter.grad = grad
+        return None if any(loss is None for loss in losses) else sum(losses) / draws
+
+    def log(self) -> dict[str, float]:
+        """Return what to log: flips since the last call, distance to the grid in spacings, and resets.
+
+        Waits for the device. Flips need a byte for each weight from the first call on.
+        """
+        flips, distance = self.stats.flips(), self.stats.distance()
+        return {"winq/flips": flips, "winq/distance": distance, "winq/resets": float(self.resets)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs; the noise itself depends on torch's generator alone."""
+        return {"steps": self.steps, "resets": self.resets}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was called.
+
+        Raises:
+            ValueError: if the state is not WinQ's.
+        """
+        if set(state) != {"steps", "resets"}:
+            raise ValueError(f"state has {sorted(state)}, must have 'resets' and 'steps'")
+        self.steps, self.resets = int(state["steps"]), int(state["resets"])
+
+
+def hadamard(w: Tensor) -> Tensor:
+    """Return the normalized Walsh-Hadamard transform of ``w`` ``[..., K]`` along its last dimension.
+
+    Symmetric and orthonormal, so that it is its own inverse but for rounding.
+
+    Args:
+        w: floating point tensor; K must be a power of two.
+
+    Raises:
+        ValueError: if K is not a power of two.
+    """
+    size = w.shape[-1] if w.ndim else 0
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"w has shape {tuple(w.shape)}, its last dimension must be a power of two")
+    y, half = w, 1
+    while half < size:
+        a, b = y.reshape(*w.shape[:-1], size // (2 * half), 2, half).unbind(-2)
+        y = torch.stack((a + b, a - b), -2)
+        half *= 2
+    return (y.reshape(w.shape) * size**-0.5).to(w.dtype)

@@ -1,0 +1,184 @@
+"""Products of tokens with their experts' weights in Triton: one launch, whatever the division of the tokens.
+
+Where experts end is read on the device. The grid has as many programs as any division of the tokens could need; each
+walks the ends to find its expert and tile, and the few that are left over have nothing to do. Sums are float32, in an
+order that depends on shapes alone. Any strides.
+
+The floor of a product over T tokens is 2 T N K operations at the rate of the tensor cores, or the bytes of the weights
+of the experts that have tokens, whichever takes longer. Nothing here has run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops._op import OPS
+from ._element import INTERPRETED, to_element
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tiling: rows, columns and depth of a tile, warps, and stages of its pipeline."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+#: The tiling by the most tokens that an expert has on average; the first that is large enough.
+CONFIGS: tuple[tuple[float, Config], ...] = (
+    (32, Config(16, 128, 64, 4, 4)),
+    (128, Config(64, 128, 64, 4, 4)),
+    (float("inf"), Config(128, 128, 64, 8, 3)),
+)
+
+
+#: For float32, whose products are made of several.
+WIDE = Config(64, 64, 32, 4, 3)
+
+
+def choose(tokens: int, experts: int, dtype: torch.dtype) -> Config:
+    """Return the tiling for so many tokens."""
+    if dtype == torch.float32:
+        return WIDE
+    return next(config for limit, config in CONFIGS if tokens <= limit * max(experts, 1))
+
+
+@triton.jit
+def multiply(a, b, acc):
+    """Acc + a @ b with float32 sums; the interpreter cannot multiply bfloat16."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def grouped_rows_kernel(
+    x_ptr, w_ptr, ends_ptr, y_ptr, tokens, outputs, depth, experts,
+    x_row, x_column, w_expert, w_output, w_depth,
+    R: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    start, first, last, expert = 0, 0, 0, -1
+    for e in range(experts):
+        end = tl.load(ends_ptr + e)
+        tiles = tl.cdiv(end - start, R)
+        mine = (expert < 0) & (tile < tiles)
+        first = tl.where(mine, start + tile * R, first)
+        last = tl.where(mine, end, last)
+        expert = tl.where(mine, e, expert)
+        tile = tl.where(expert < 0, tile - tiles, tile)
+        start = end
+    first = tl.where(expert < 0, start + tile * R, first)  # rows that are nobody's
+    last = tl.where(expert < 0, tokens, last)
+    row = tl.cast(first, tl.int64) + tl.arange(0, R)
+    column = tl.program_id(1).to(tl.int64) * C + tl.arange(0, C)
+    acc = tl.zeros((R, C), tl.float32)
+    if expert >= 0:
+        k = tl.arange(0, D)
+        x = x_ptr + row[:, None] * x_row + k[None, :].to(tl.int64) * x_column
+        w = (
+            w_ptr
+            + tl.cast(expert, tl.int64) * w_expert
+            + column[None, :] * w_output
+            + k[:, None].to(tl.int64) * w_depth
+        )
+        for done in range(0, depth, D):
+            inside = k < depth - done
+            a = tl.load(x, (row < last)[:, None] & inside[None, :], other=0.0)
+            b = tl.load(w, (column < outputs)[None, :] & inside[:, None], other=0.0)
+            acc = multiply(a, b, acc)
+            x += D * x_column
+            w += D * w_depth
+    inside = (row < last)[:, None] & (column < outputs)[None, :]
+    tl.store(y_ptr + row[:, None] * outputs + column[None, :], to_element(acc, y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def grouped_outer_kernel(
+    g_ptr, x_ptr, ends_ptr, w_ptr, rows, columns, g_row, g_column, x_row, x_column,
+    R: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(0)
+    start = tl.load(ends_ptr + expert - 1, expert > 0, other=0)
+    end = tl.load(ends_ptr + expert)
+    row = tl.program_id(1).to(tl.int64) * R + tl.arange(0, R)
+    column = tl.program_id(2).to(tl.int64) * C + tl.arange(0, C)
+    token = start.to(tl.int64) + tl.arange(0, D)
+    g = g_ptr + row[:, None] * g_column + token[None, :] * g_row
+    x = x_ptr + token[:, None] * x_row + column[None, :] * x_column
+    acc = tl.zeros((R, C), tl.float32)
+    for done in range(start, end, D):
+        inside = tl.arange(0, D) < end - done
+        a = tl.load(g, (row < rows)[:, None] & inside[None, :], other=0.0)
+        b = tl.load(x, (column < columns)[None, :] & inside[:, None], other=0.0)
+        acc = multiply(a, b, acc)
+        g += D * g_row
+        x += D * x_row
+    w = w_ptr + (expert.to(tl.int64) * rows + row[:, None]) * columns + column[None, :]
+    tl.store(w, to_element(acc, w_ptr.dtype.element_ty), (row < rows)[:, None] & (column < columns)[None, :])
+
+
+def _rows(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor, output: int, depth: int) -> None:
+    """Multiply; ``output`` and ``depth`` are the dimensions of w that are kept and summed over."""
+    tokens, experts, outputs = x.shape[0], w.shape[0], w.shape[output]
+    if out.numel() == 0:
+        return
+    config = choose(tokens, experts, x.dtype)
+    # A tile more for each expert, whose last one may be partial, and one for the rows that are nobody's.
+    grid = (triton.cdiv(tokens, config.rows) + experts + 1, triton.cdiv(outputs, config.columns))
+    grouped_rows_kernel[grid](
+        x, w, offsets.contiguous(), out, tokens, outputs, w.shape[depth], experts,
+        *x.stride(), w.stride(0), w.stride(output), w.stride(depth),
+        R=config.rows, C=config.columns, D=config.depth, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+
+
+def _reference(op: str, *args: Tensor) -> None:
+    """Float64 has no tensor cores here; what it is for needs no speed."""
+    args[-1].copy_(OPS[op].reference(*args[:-1]))  # type: ignore[arg-type]
+
+
+def grouped_linear_out(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """Write y. Arguments as the op's."""
+    if x.dtype == torch.float64:
+        return _reference("grouped_linear", x, w, offsets, out)
+    return _rows(x, w, offsets, out, 1, 2)
+
+
+def grouped_linear_transposed_out(g: Tensor, w: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """Write x. Arguments as the op's."""
+    if g.dtype == torch.float64:
+        return _reference("grouped_linear_transposed", g, w, offsets, out)
+    return _rows(g, w, offsets, out, 2, 1)
+
+
+def grouped_outer_out(g: Tensor, x: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """Write w. Arguments as the op's."""
+    if g.dtype == torch.float64:
+        return _reference("grouped_outer", g, x, offsets, out)
+    experts, rows, columns = out.shape
+    if out.numel() == 0:
+        return None
+    config = WIDE if g.dtype == torch.float32 else CONFIGS[-1][1]
+    grid = (experts, triton.cdiv(rows, config.rows), triton.cdiv(columns, config.columns))
+    grouped_outer_kernel[grid](
+        g, x, offsets.contiguous(), out, rows, columns, *g.stride(), *x.stride(),
+        R=config.rows, C=config.columns, D=config.depth, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return None
+
+
+OUT_IMPLS: dict[str, Callable[..., None]] = {
+    "grouped_linear": grouped_linear_out,
+    "grouped_linear_transposed": grouped_linear_transposed_out,
+    "grouped_outer": grouped_outer_out,
+}

@@ -1,0 +1,482 @@
+"""Products with packed weights in Triton.
+
+A program owns a tile of the output and walks the sum; codes become operands of `tl.dot` in registers. A weight is never
+rounded to 16 bits: tensor cores multiply whole numbers, the codes, which 8 and 16 bits hold exactly, and scales meet
+float32 sums.
+
+    y[m, n] = scale[n] * (sum_k x[m, k] * code[n, k] + shift[n] * sum_k x[m, k])        one group, or a part of one
+
+``code`` is the stored, unsigned one and ``shift`` what makes it a value: smallest code + offset - zero point. Without a
+zero point the shift is a number known at compile time, it enters the codes where they stay exact (twice it, and half
+the scale, for the half-integer codes of grids without a zero), and the sums of x fall away. Groups that no tile divides
+are dequantized element by element and multiplied in float32, as float32 activations are in any case.
+
+The transposed product has scales along its sum: codes are dequantized and multiplied in float32.
+
+Experts are found on the device: a program sees every offset, counts tiles and takes every n-th; rows of nobody are the
+tiles of one expert more. Sums of few tokens are shared by several programs, whose parts a second kernel adds in order:
+no atomics, the same bits every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops._op import as_tuple
+from ..ops.lowbit_linear import FORWARD, TRANSPOSED
+from ..ops.packing import PackedWeight, row_bytes
+from ._element import (
+    INTERPRETED,
+    MIN_SCALE,
+    OPTIONS,
+    divide,
+    from_element,
+    round_half_even,
+    select_high,
+    select_low,
+    to_element,
+)
+from ._products import CONFIGS, MAX_INTEGERS, MIN_BLOCK, ZERO_COLUMNS, Config, choose, common_block, distinct, fitted
+from ._rows import tiling
+from .dynamic import token_scale
+from .packing import load_codes
+
+BY_ROW, BY_TILE, BY_ELEMENT = 0, 1, 2  # where scales enter
+_BY_ROW, _BY_TILE = tl.constexpr(BY_ROW), tl.constexpr(BY_TILE)
+REDUCE = 1024  # elements that a program of the second kernel adds
+SWIZZLE = tl.constexpr(8)  # rows of tiles that programs walk together, for the cache
+
+
+@triton.jit
+def quantize_tokens_kernel(
+    x_ptr, codes_ptr, scale_ptr, rows, cols, QMAX: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
+    row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
+    exists = row < rows
+    column = tl.arange(0, C)[None, :]
+    scale = token_scale(x_ptr, row, exists, column, cols, QMAX, tl.float32, R, C)
+    finite = scale < float("inf")
+    for start in range(0, cols, C):
+        mask = exists & (start + column < cols)
+        x = from_element(tl.load(x_ptr + row * cols + start + column, mask, other=0.0), tl.float32)
+        r = divide(x, tl.broadcast_to(scale, x.shape))
+        limit = tl.full(r.shape, QMAX, tl.float32)
+        code = tl.where(finite, round_half_even(select_high(select_low(r, -limit), limit)), 0.0)
+        tl.store(codes_ptr + row * cols + start + column, code.to(tl.int8), mask)
+    tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")), exists)
+
+
+@triton.jit
+def reduce_kernel(parts_ptr, bias_ptr, y_ptr, numel, cols, SPLIT: tl.constexpr, BIAS: tl.constexpr, C: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
+    mask = index < numel
+    y = tl.load(parts_ptr + index, mask, other=0.0)
+    for part in tl.static_range(1, SPLIT):
+        y += tl.load(parts_ptr + part * numel.to(tl.int64) + index, mask, other=0.0)
+    if BIAS:
+        y += from_element(tl.load(bias_ptr + index % cols, mask, other=0.0), tl.float32)
+    tl.store(y_ptr + index, to_element(y, y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def segments(offsets_ptr, rows, experts, GROUPED: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """First row, last row and tiles of each expert, of ``[EXPERTS]``; what follows the last one is nobody's."""
+    expert = tl.arange(0, EXPERTS)
+    start, end = expert * 0, expert * 0 + rows
+    if GROUPED:
+        end = tl.load(offsets_ptr + expert, expert < experts, other=rows)
+        start = tl.load(offsets_ptr + expert - 1, (expert > 0) & (expert <= experts), other=0)
+        start = tl.where(expert > experts, rows, start)
+        start, end = tl.maximum(start, 0), tl.minimum(end, rows)  # bad offsets must not leave the tensors
+    tiles = (tl.maximum(end - start, 0) + BLOCK_M - 1) // BLOCK_M
+    return start, end, tiles
+
+
+@triton.jit
+def locate(tile, start, end, tiles, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The expert of a tile of rows, the first row of the tile and the last of the expert."""
+    index = tl.arange(0, EXPERTS)
+    until = tl.cumsum(tiles, 0)
+    expert = tl.sum((until <= tile).to(tl.int32), 0)
+    mine = index == expert
+    first = tl.sum(tl.where(mine, start + (tile - until + tiles) * BLOCK_M, 0), 0)
+    return expert, first, tl.sum(tl.where(mine, end, 0), 0)
+
+
+@triton.jit
+def load_steps(scale_ptr, zero_ptr, index, mask, STEPS: tl.constexpr, SHIFT: tl.constexpr, ZERO: tl.constexpr):
+    """What multiplies a stored code, and what is added to it before."""
+    scale = from_element(tl.load(scale_ptr + index, mask, other=1.0), tl.float32)
+    scale = tl.where(scale < MIN_SCALE, tl.full(scale.shape, MIN_SCALE, tl.float32), scale)
+    shift = tl.full(scale.shape, SHIFT, tl.float32)
+    if ZERO:
+        shift -= tl.load(zero_ptr + index, mask, other=0.0)
+    return divide(scale, tl.full(scale.shape, STEPS, tl.float32)), shift
+
+
+@triton.jit
+def operand(codes, DOT: tl.constexpr, FACTOR: tl.constexpr, ADD: tl.constexpr):
+    """Stored codes as an operand, which holds them exactly."""
+    if DOT.is_int():
+        return (codes.to(tl.int16) * FACTOR + ADD).to(tl.int8)
+    if ADD == 0:
+        return codes.to(DOT)
+    return (codes.to(tl.float32) + ADD).to(DOT)
+
+
+@triton.jit
+def scaled(sums, total, step, shift, ADD: tl.constexpr, SUMS: tl.constexpr):
+    """Sums of codes ``[M, N]`` as sums of values, with the sums of x ``[M]``, steps and shifts ``[N]``."""
+    if SUMS:
+        if ADD != 0:
+            sums -= (total * ADD)[:, None]
+        return (sums.to(tl.float32) + total.to(tl.float32)[:, None] * shift[None, :]) * step[None, :]
+    return sums.to(tl.float32) * step[None, :]
+
+
+@triton.jit(do_not_specialize=["rows"])
+def lowbit_linear_kernel(
+    x_ptr, packed_ptr, scale_ptr, zero_ptr, bias_ptr, offsets_ptr, token_scale_ptr, y_ptr,
+    rows, outputs, cols, row_bytes, groups, group_size, experts,
+    BITS: tl.constexpr, STEPS: tl.constexpr, SHIFT: tl.constexpr, ZERO: tl.constexpr, DOT: tl.constexpr,
+    FACTOR: tl.constexpr, ADD: tl.constexpr, SUMS: tl.constexpr, SCALES: tl.constexpr,
+    BIAS: tl.constexpr, ACT: tl.constexpr, GROUPED: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    SUM: tl.constexpr = tl.int32 if DOT.is_int() else tl.float32
+    start, end, tiles = segments(offsets_ptr, rows, experts, GROUPED, EXPERTS, BLOCK_M)
+    row_tiles, col_tiles = tl.sum(tiles, 0), tl.cdiv(outputs, BLOCK_N)
+    blocks = tl.cdiv(cols, BLOCK_K)
+    for tile in range(tl.program_id(0), row_tiles * col_tiles * SPLIT, tl.num_programs(0)):
+        part = tile % SPLIT
+        row_tile, col_tile = tl.swizzle2d(
+            tile // SPLIT // col_tiles, tile // SPLIT % col_tiles, row_tiles, col_tiles, SWIZZLE
+        )
+        expert, first_row, last_row = locate(row_tile, start, end, tiles, EXPERTS, BLOCK_M)
+        row = (first_row + tl.arange(0, BLOCK_M)).to(tl.int64)
+        exists = row < last_row
+        n = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        valid = (n < outputs) & (expert < experts)
+        weight_row = expert.to(tl.int64) * outputs + n
+        first = part * tl.cdiv(blocks, SPLIT)
+        last = tl.minimum(first + tl.cdiv(blocks, SPLIT), blocks)
+        last = tl.where(expert < experts, last, first)  # nobody's rows: a sum of nothing
+
+        acc = tl.zeros((BLOCK_M, BLOCK_N), SUM if SCALES == _BY_ROW else tl.float32)
+        total = tl.zeros((BLOCK_M,), SUM)
+        for block in range(first, last):
+            k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            x_mask = exists[:, None] & (k < cols)[None, :]
+            x = from_element(tl.load(x_ptr + row[:, None] * cols + k[None, :], x_mask, other=0), DOT)
+            codes = load_codes(
+                packed_ptr + weight_row[:, None] * row_bytes, valid[:, None], block * (BLOCK_K * BITS // 8), row_bytes,
+                BITS, BLOCK_K,
+            )  # fmt: skip
+            if SCALES == _BY_ROW:
+                w = operand(codes, DOT, FACTOR, ADD)
+                acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee", out_dtype=SUM)
+                if SUMS:
+                    total += tl.sum(x.to(SUM), 1)
+            elif SCALES == _BY_TILE:
+                w = operand(codes, DOT, FACTOR, ADD)
+                index = weight_row * groups + block * BLOCK_K // group_size
+                step, shift = load_steps(scale_ptr, zero_ptr, index, valid, STEPS, SHIFT, ZERO)
+                sums = tl.dot(x, tl.trans(w), input_precision="ieee", out_dtype=SUM)
+                if SUMS:
+                    total = tl.sum(x.to(SUM), 1)
+                acc += scaled(sums, total, step, shift, ADD, SUMS)
+            else:
+                index = weight_row[:, None] * groups + (k // group_size)[None, :]
+                step, shift = load_steps(
+                    scale_ptr, zero_ptr, index, valid[:, None] & (k < cols)[None, :], STEPS, SHIFT, ZERO
+                )
+                w = (codes.to(tl.float32) + shift) * step
+                acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+
+        y = acc
+        if SCALES == _BY_ROW:
+            step, shift = load_steps(scale_ptr, zero_ptr, weight_row, valid, STEPS, SHIFT, ZERO)
+            y = scaled(acc, total, step, shift, ADD, SUMS)
+        if ACT:
+            y *= tl.load(token_scale_ptr + row, exists & (expert < experts), other=0.0)[:, None]
+        if BIAS:
+            y += from_element(tl.load(bias_ptr + n, n < outputs, other=0.0), tl.float32)[None, :]
+        place = (row + part.to(tl.int64) * rows)[:, None] * outputs + n[None, :]
+        tl.store(y_ptr + place, to_element(y, y_ptr.dtype.element_ty), exists[:, None] & (n < outputs)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def lowbit_linear_transposed_kernel(
+    g_ptr, packed_ptr, scale_ptr, zero_ptr, offsets_ptr, x_ptr,
+    rows, outputs, cols, row_bytes, groups, group_size, experts,
+    BITS: tl.constexpr, STEPS: tl.constexpr, SHIFT: tl.constexpr, ZERO: tl.constexpr, SCALES: tl.constexpr,
+    GROUPED: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Here ``cols`` are the output's columns, cut by ``BLOCK_N``, ``outputs`` the terms of a sum, by ``BLOCK_K``."""
+    start, end, tiles = segments(offsets_ptr, rows, experts, GROUPED, EXPERTS, BLOCK_M)
+    row_tiles, col_tiles = tl.sum(tiles, 0), tl.cdiv(cols, BLOCK_N)
+    blocks = tl.cdiv(outputs, BLOCK_K)
+    for tile in range(tl.program_id(0), row_tiles * col_tiles * SPLIT, tl.num_programs(0)):
+        part = tile % SPLIT
+        row_tile, col_tile = tl.swizzle2d(
+            tile // SPLIT // col_tiles, tile // SPLIT % col_tiles, row_tiles, col_tiles, SWIZZLE
+        )
+        expert, first_row, last_row = locate(row_tile, start, end, tiles, EXPERTS, BLOCK_M)
+        row = (first_row + tl.arange(0, BLOCK_M)).to(tl.int64)
+        exists = row < last_row
+        k = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        first = part * tl.cdiv(blocks, SPLIT)
+        last = tl.minimum(first + tl.cdiv(blocks, SPLIT), blocks)
+        last = tl.where(expert < experts, last, first)
+
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for block in range(first, last):
+            n = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            valid = (n < outputs)[:, None]
+            weight_row = (expert.to(tl.int64) * outputs + n)[:, None]
+            g_mask = exists[:, None] & (n < outputs)[None, :]
+            g = from_element(tl.load(g_ptr + row[:, None] * outputs + n[None, :], g_mask, other=0.0), tl.float32)
+            codes = load_codes(
+                packed_ptr + weight_row * row_bytes, valid, col_tile * (BLOCK_N * BITS // 8), row_bytes, BITS, BLOCK_N
+            )
+            if SCALES == _BY_TILE:
+                index, mask = weight_row * groups + col_tile * BLOCK_N // group_size, valid
+            else:
+                index, mask = weight_row * groups + (k // group_size)[None, :], valid & (k < cols)[None, :]
+            step, shift = load_steps(scale_ptr, zero_ptr, index, mask, STEPS, SHIFT, ZERO)
+            acc = tl.dot(g, (codes.to(tl.float32) + shift) * step, acc, input_precision="ieee")
+
+        place = (row + part.to(tl.int64) * rows)[:, None] * cols + k[None, :]
+        tl.store(x_ptr + place, to_element(acc, x_ptr.dtype.element_ty), exists[:, None] & (k < cols)[None, :])
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a device; the oldest of the table where there is none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else CONFIGS[-1].capability
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Return how many programs walk the tiles of experts."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def whole_codes(shift: float, bits: int, zero: bool, integer: bool) -> tuple[int, float, bool]:
+    """Return (factor, addend, sums): operands are ``factor * stored code + addend``; whether sums of x correct them.
+
+    Args:
+        shift: smallest code + offset of the grid.
+        bits: bits of a stored code.
+        zero: whether a zero point, unknown at compile time, adds to the shift.
+        integer: whether operands are int8, or floats that hold multiples of a half up to 128 and whole ones up to 256.
+    """
+    most = (1 << bits) - 1
+    if not integer:
+        exact = (2 * shift).is_integer() and ((shift >= -128 and most + shift <= 128) or shift == 0)
+        return (1, shift, False) if exact and not zero else (1, 0.0, True)
+    factor = 1 if float(shift).is_integer() else 2
+    if not zero and (factor * shift).is_integer() and factor * shift >= -128 and factor * (most + shift) <= 127:
+        return factor, int(factor * shift), False
+    return 1, (-128 if bits == 8 else 0), True
+
+
+class _Weight:
+    """A packed weight as the kernels take it."""
+
+    def __init__(
+        self, packed: Tensor, scale: Tensor, zero_point: Tensor | None, offsets: Tensor | None, grid: list[float],
+        code_min: int, bits: int, cols: int,
+    ) -> None:  # fmt: skip
+        self.packed, self.scale = packed.contiguous(), scale.contiguous()
+        self.zero = None if zero_point is None else zero_point.contiguous()
+        self.offsets = None if offsets is None else offsets.contiguous()
+        self.bits, self.cols, self.outputs, self.groups = bits, cols, packed.shape[-2], scale.shape[-1]
+        self.group_size = cols // self.groups
+        self.experts = 1 if offsets is None else packed.shape[0]
+        self.steps, self.shift = grid[1], code_min + grid[2]
+
+    @property
+    def pointers(self) -> tuple[Tensor, ...]:
+        """Codes, scales and zero points; an absent tensor is the scales, which flags keep from being read."""
+        return self.packed, self.scale, self.scale if self.zero is None else self.zero
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Run-time sizes."""
+        return self.outputs, self.cols, row_bytes(self.cols, self.bits), self.groups, self.group_size, self.experts
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments that both kernels share."""
+        grouped = self.offsets is not None
+        return {
+            "BITS": self.bits, "STEPS": self.steps, "SHIFT": self.shift, "ZERO": self.zero is not None,
+            "GROUPED": grouped, "EXPERTS": triton.next_power_of_2(self.experts + 1) if grouped else 1,
+        }  # fmt: skip
+
+    def programs(self, config: Config, tokens: int, columns: int) -> int:
+        """Programs of a launch: one for each tile, or as many as a GPU holds where only it knows the tiles."""
+        tiles = triton.cdiv(tokens, config.block_m)
+        if self.offsets is None:
+            return tiles * triton.cdiv(columns, config.block_n) * config.split
+        bound = (tiles + self.experts + 1) * triton.cdiv(columns, config.block_n) * config.split
+        return min(bound, processors(self.packed.device))
+
+
+def _blocks(config: Config) -> dict[str, int]:
+    return {
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "SPLIT": config.split,
+        "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
+
+
+def _with_parts(out: Tensor, split: int, bias: Tensor | None, launch: Callable[[Tensor], None]) -> None:
+    """Launch into the output, or into parts of sums that a second kernel adds."""
+    if split == 1:
+        launch(out)
+        return
+    parts = out.new_empty((split, *out.shape), dtype=torch.float32)
+    launch(parts)
+    reduce_kernel[(triton.cdiv(out.numel(), REDUCE),)](
+        parts, out if bias is None else bias, out, out.numel(), out.shape[-1], SPLIT=split, BIAS=bias is not None,
+        C=REDUCE, num_warps=4,
+    )  # fmt: skip
+
+
+def _quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    rows, cols = x.shape
+    codes, scale = torch.empty_like(x, dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
+    tiles = tiling(rows, cols)
+    quantize_tokens_kernel[(triton.cdiv(rows, tiles.tile_rows),)](
+        x, codes, scale, rows, cols, QMAX=2.0 ** (bits - 1) - 1, R=tiles.tile_rows, C=tiles.tile_cols, **OPTIONS
+    )
+    return codes, scale
+
+
+_DOTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
+
+
+def _plan(device: torch.device, dtype: torch.dtype, w: _Weight, tokens: int) -> tuple[Config, int, Any]:
+    """Return the configuration of a product, where scales enter, and the type of the operands."""
+    integer, dot, each = dtype == torch.int8, _DOTS[dtype], triton.cdiv(tokens, w.experts)
+    least, config = MIN_BLOCK[integer], choose(capability(device), dtype == torch.float32, each)
+    scales = BY_TILE if integer and w.cols > MAX_INTEGERS else BY_ROW
+    if w.groups > 1:
+        block = common_block(config.block_k, w.group_size, least)
+        scales = BY_ELEMENT if block is None else BY_TILE
+        config = choose(capability(device), True, each) if block is None else replace(config, block_k=block)
+    if scales == BY_TILE and w.zero is not None:
+        config = replace(config, block_n=min(config.block_n, ZERO_COLUMNS))
+    if scales == BY_ELEMENT or (INTERPRETED and dot == tl.bfloat16):  # the interpreter multiplies bfloat16 as integers
+        dot = tl.float32
+    return fitted(config, tokens, w.outputs, w.cols, least), scales, dot
+
+
+def _plan_transposed(device: torch.device, w: _Weight, tokens: int) -> tuple[Config, int]:
+    """Return the configuration of a transposed product, and where scales enter."""
+    config, scales = choose(capability(device), True, triton.cdiv(tokens, w.experts)), BY_TILE
+    if w.groups > 1:
+        block = common_block(config.block_n, w.group_size, MIN_BLOCK[False])
+        config, scales = (config, BY_ELEMENT) if block is None else (replace(config, block_n=block), BY_TILE)
+    return fitted(config, tokens, w.cols, w.outputs, MIN_BLOCK[False]), scales
+
+
+def lowbit_linear_out(
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, offsets: Tensor | None,
+    grid: list[float], code_min: int, bits: int, act_bits: int | None, out: Tensor,
+) -> None:  # fmt: skip
+    """Write y. Arguments as the op's."""
+    if x.dtype == torch.float64 or 0 in (x.numel(), packed.numel()):  # no tile, or no product that tiles are good at
+        args = (x, packed, scale, zero_point, bias, offsets, grid, code_min, bits, act_bits)
+        out.copy_(as_tuple(FORWARD.reference(*args))[0])
+        return
+    w = _Weight(packed, scale, zero_point, offsets, grid, code_min, bits, x.shape[-1])
+    x, y = x.reshape(-1, w.cols).contiguous(), out.view(-1, w.outputs)
+    tokens = x.shape[0]
+    token_scale = w.scale
+    bias = None if bias is None else bias.contiguous()
+    if act_bits is not None:
+        x, token_scale = _quantize_tokens(x, act_bits)
+    config, scales, dot = _plan(x.device, x.dtype, w, tokens)
+    factor, add, sums = whole_codes(w.shift, bits, zero_point is not None, dot == tl.int8)
+    alone = bias is not None and config.split == 1
+    constants = w.constants | {"STEPS": w.steps * factor}
+
+    def launch(target: Tensor) -> None:
+        lowbit_linear_kernel[(w.programs(config, tokens, w.outputs),)](
+            x, *w.pointers, bias if alone else w.scale, w.scale if offsets is None else w.offsets, token_scale, target,
+            tokens, *w.sizes, **constants, DOT=dot, FACTOR=factor, ADD=add, SUMS=sums, SCALES=scales, BIAS=alone,
+            ACT=act_bits is not None, **_blocks(config),
+        )  # fmt: skip
+
+    _with_parts(y, config.split, bias, launch)
+
+
+def lowbit_linear_transposed_out(
+    g: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, offsets: Tensor | None, grid: list[float],
+    code_min: int, bits: int, cols: int, out: Tensor,
+) -> None:  # fmt: skip
+    """Write x. Arguments as the op's."""
+    if g.dtype == torch.float64 or 0 in (g.numel(), packed.numel()):
+        args = (g, packed, scale, zero_point, offsets, grid, code_min, bits, cols)
+        out.copy_(as_tuple(TRANSPOSED.reference(*args))[0])
+        return
+    w = _Weight(packed, scale, zero_point, offsets, grid, code_min, bits, cols)
+    g, y = g.reshape(-1, w.outputs).contiguous(), out.view(-1, cols)
+    tokens = g.shape[0]
+    config, scales = _plan_transposed(g.device, w, tokens)
+
+    def launch(target: Tensor) -> None:
+        lowbit_linear_transposed_kernel[(w.programs(config, tokens, cols),)](
+            g, *w.pointers, w.scale if offsets is None else w.offsets, target, tokens, *w.sizes, **w.constants,
+            SCALES=scales, **_blocks(config),
+        )  # fmt: skip
+
+    _with_parts(y, config.split, None, launch)
+
+
+def warm_up(
+    weight: PackedWeight,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    bias: Tensor | None = None,
+    act_bits: int | None = None,
+) -> None:
+    """Compile what products with a weight will need, forward and transposed, for any number of tokens.
+
+    A kernel is compiled when it is first launched; a server calls this for each shape of weight before it serves. The
+    number of tokens is no part of what is compiled, only the configuration that it leads to; each is launched once.
+
+    Args:
+        weight: packed weight on a GPU, ``[N, K]``, or ``[E, N, K]`` for grouped products.
+        dtype: dtype of activations and gradients.
+        bias: the bias of the products, if they have one.
+        act_bits: as for :func:`qatkernels.lowbit_linear`.
+    """
+    grid = (list(weight.grid.constants), weight.grid.code_min, weight.bits)
+    parts, (rows, cols), offsets = (weight.packed, weight.scale, weight.zero_point), weight.shape[-2:], None
+    if weight.packed.ndim == 3:
+        offsets = torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device)
+    w = _Weight(*parts, offsets, *grid, cols)
+    codes = torch.int8 if act_bits is not None else dtype
+    for tokens in distinct(lambda t: _plan(weight.device, codes, w, t)):
+        x = torch.zeros(tokens, cols, dtype=dtype, device=weight.device)
+        lowbit_linear_out(x, *parts, bias, offsets, *grid, act_bits, x.new_empty(tokens, rows))
+    for tokens in distinct(lambda t: _plan_transposed(weight.device, w, t)):
+        g = torch.zeros(tokens, rows, dtype=dtype, device=weight.device)
+        lowbit_linear_transposed_out(g, *parts, offsets, *grid, cols, g.new_empty(tokens, cols))
+
+
+OUT_IMPLS: dict[str, Callable[..., None]] = {
+    "lowbit_linear": lowbit_linear_out,
+    "lowbit_linear_transposed": lowbit_linear_transposed_out,
+}

@@ -1,0 +1,213 @@
+"""The decode kernel for packed weights, run on the CPU thread by thread."""
+
+import ctypes
+import mmap
+import shutil
+
+import pytest
+import torch
+
+import qatkernels as qk
+from tests.compare import assert_same_bits, assert_within, run_out
+
+if shutil.which("g++") is None:
+    pytest.skip("needs g++", allow_module_level=True)
+
+from tests.cuda import on_host
+from tests.cuda.lowbit import GRIDS, make, reference
+
+#: Codes that are whole in bytes, that are not, and both sizes of code.
+SOME = (qk.binary(), qk.ternary(), qk.lsq(3), qk.affine(4), qk.lsq(8))
+
+
+def name(grid):
+    return f"{grid.scheme}{grid.bits}"
+
+
+@pytest.fixture(autouse=True)
+def device():
+    """Two multiprocessors with the shared memory of Hopper; threads in their usual order."""
+    on_host.set_device(2, 227)
+    yield
+    on_host.set_device(2, 227)
+    on_host.set_reversed(False)
+
+
+def run(args):
+    (y,) = run_out("lowbit_linear", on_host.lowbit_linear, args)
+    return y
+
+
+def check(args, what=""):
+    assert on_host.lowbit_serves(*args)
+    y = run(args)
+    assert_within(y, *reference(args), what)
+    return y
+
+
+def replaced(args, **changes):
+    names = ("x", "packed", "scale", "zero_point", "bias")
+    return tuple(changes.get(name, a) for name, a in zip(names, args[:5], strict=True)) + args[5:]
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("grid", GRIDS, ids=name)
+def test_grids(grid, act_bits):
+    check(make(grid, 1, 40, 600, act_bits=act_bits))
+    check(make(grid, 2, 21, 640, 32, dtype=torch.float32, act_bits=act_bits), "groups of 32")
+    check(make(grid, 3, 17, 768, 128, dtype=torch.float16, act_bits=act_bits), "groups of 128")
+
+
+@pytest.mark.parametrize("cols", [1, 5, 31, 40, 129, 520, 1001])
+@pytest.mark.parametrize("grid", [*SOME, qk.lsq(5), qk.lsq(7)], ids=name)
+def test_columns(grid, cols):
+    """Rows that end anywhere in a byte, a word, 16 bytes, a stage."""
+    check(make(grid, 1, 18, cols))
+
+
+@pytest.mark.parametrize("group_size", [1, 8, 10, 16, 24, 32, 40, 48, 64, 96, 192, 256, 320, 480, 960])
+@pytest.mark.parametrize("grid", [*SOME, qk.seq(2), qk.lsq(6)], ids=name)
+def test_group_sizes(grid, group_size):
+    """Every divisor: what granules fit, what lanes of a granule fit, and what nothing does."""
+    cols = 1920 if 1920 % (2 * group_size) == 0 else 2 * group_size
+    act_bits = 8 if group_size % 3 else None
+    check(make(grid, 1, 5, cols, group_size, dtype=torch.float32, act_bits=act_bits))
+
+
+@pytest.mark.parametrize("tokens", range(1, 9))
+@pytest.mark.parametrize("act_bits", [None, 4])
+def test_tokens(tokens, act_bits):
+    """Up to three tiles of lines in a pass, and several passes."""
+    for grid, group_size in ((qk.lsq(4), None), (qk.binary(), 32), (qk.lsq(5), 128), (qk.ternary(), 20)):
+        check(make(grid, tokens, 9, 640, group_size, act_bits=act_bits, bias=torch.float32), name(grid))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype):
+    """Of x, scales and bias, in any combination, by each of the two kernels."""
+    for scale_dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for bias in (None, torch.float32, torch.bfloat16, torch.float16):
+            for group_size in (64, 15):
+                check(make(qk.affine(4), 2, 11, 960, group_size, dtype, scale_dtype=scale_dtype, bias=bias))
+
+
+@pytest.mark.parametrize("grid", SOME, ids=name)
+def test_long_rows(grid):
+    """Warps that share rows, and rounds of rows."""
+    for rows, cols in ((70, 8192), (20, 30001)):
+        check(make(grid, 1, rows, cols, act_bits=8))
+        check(make(grid, 1, rows, cols, None if cols % 2 else 512, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("grid", SOME, ids=name)
+@pytest.mark.parametrize(("multiprocessors", "shared"), [(1, 99), (7, 99), (5, 128)])
+def test_little_shared_memory(grid, multiprocessors, shared):
+    """K is cut into chunks, which another kernel adds; the least that a device has allows one tile of lines."""
+    on_host.set_device(multiprocessors, shared)
+    for tokens, group_size in ((1, None), (2, 128), (1, 32), (8, None)):
+        check(make(grid, tokens, 37, 4096, group_size, dtype=torch.float16, bias=torch.float16))
+        check(make(grid, tokens, 37, 4096, group_size, act_bits=8))
+
+
+@pytest.mark.parametrize("grid", SOME, ids=name)
+@pytest.mark.parametrize("cols", [512, 544, 333])
+def test_order_and_alignment_do_not_matter(grid, cols):
+    args = make(grid, 2, 19, cols, dtype=torch.float32)
+    expected = run(args)
+    x, packed = args[:2]
+    for offset in (1, 4, 8):
+        moved = torch.empty(packed.numel() + offset, dtype=torch.uint8)[offset:].view(packed.shape).copy_(packed)
+        assert_same_bits(run(replaced(args, packed=moved)), expected)
+    shifted = torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    assert_same_bits(run(replaced(args, x=shifted)), expected)
+    on_host.set_reversed(True)
+    assert_same_bits(run(args), expected)
+    on_host.set_device(5, 227)
+    assert_same_bits(run(args), expected)
+
+
+@pytest.mark.parametrize("grid", [g for g in GRIDS if g.bits < 8], ids=name)
+def test_integers_are_exact(grid):
+    """Sums of integers have no error until they are scaled."""
+    x, packed, scale, zero, *rest = make(grid, 2, 40, 1500, dtype=torch.float32)
+    x = (x * 20).round().clamp(-127, 127)
+    x[:, 7] = 127
+    scale = torch.ones_like(scale)
+    zero = None if zero is None else zero.round()
+    for act_bits in (None, 8):
+        args = (x, packed, scale, zero, *rest[:-1], act_bits)
+        if grid.scheme == "ternary":  # two thirds are not exact
+            check(args)
+            continue
+        y, _ = reference(args)
+        assert_same_bits(run(args), y.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_magnitudes(dtype):
+    """Tokens of zeros, of tiny and of huge numbers, and with one number far above the others."""
+    args = make(qk.lsq(4), 6, 18, 512, 64, dtype)
+    x = args[0].clone()
+    x[0] = 0
+    x[1] *= 1e-30
+    x[2] *= 1e30
+    x[3, 5] = 3e5
+    x[4] *= 1e-40
+    x[5, 1:] = 0
+    for act_bits in (None, 8):
+        changed = (*replaced(args, x=x)[:-1], act_bits)
+        y = run(changed)
+        expected, bound = reference(changed)
+        bound[4] = 1e-37  # subnormal, of which half is lost
+        assert_within(y, expected, bound)
+        assert bool((y[0] == 0).all())
+
+
+@pytest.mark.parametrize("grid", SOME, ids=name)
+def test_nan_and_infinities(grid):
+    args = make(grid, 4, 18, 200, dtype=torch.float32)
+    clean = run(args)
+    x = args[0].clone()
+    x[0, 3], x[1, 9], x[2, 199] = torch.nan, torch.inf, -torch.inf
+    y = run(replaced(args, x=x))
+    assert bool(y[0].isnan().all())
+    assert_same_bits(y[3], clean[3])
+    # One infinity times what is not 0 has a sign, times 0 is NaN: as the reference.
+    w = torch.ops.qatkernels.lowbit_linear(torch.eye(200), *args[1:])
+    for token, column in ((1, 9), (2, 199)):
+        assert_same_bits(y[token], x[token, column] * w[column])
+    y = run((*replaced(args, x=x)[:-1], 8))
+    assert bool(y[:3].isnan().all())
+    assert not bool(y[3].isnan().any())
+    scale = args[2].clone()
+    scale[4] = torch.nan
+    y = run(replaced(args, scale=scale))
+    assert y.isnan().sum() == 4
+
+
+def at_the_end_of_memory(t):
+    """Return a copy that ends where memory does: reading on ends the process."""
+    size = (t.nbytes + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), mmap.PAGESIZE, 0) == 0
+    flat = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=size - t.nbytes)
+    return flat.view(t.shape).copy_(t)
+
+
+@pytest.mark.parametrize("grid", [*SOME, qk.lsq(6)], ids=name)
+def test_nothing_beyond_the_inputs_is_read(grid):
+    for cols, group_size in ((77, None), (96, None), (640, 64), (100, 10)):
+        args = make(grid, 3, 7, cols, group_size, bias=torch.float32)
+        ended = tuple(at_the_end_of_memory(a) if isinstance(a, torch.Tensor) else a for a in args[:5])
+        assert_same_bits(run((*ended, *args[5:])), run(args))
+
+
+def test_what_is_served():
+    args = make(qk.lsq(4), 1, 8, 64)
+    x = args[0]
+    assert not on_host.lowbit_serves(*replaced(args, x=x.double()))
+    assert not on_host.lowbit_serves(*replaced(args, x=x.expand(9, 64).contiguous()))
+    assert not on_host.lowbit_serves(*args[:5], torch.tensor([1], dtype=torch.int32), *args[6:])
+    assert not on_host.lowbit_serves(*replaced(args, bias=torch.ones(8, dtype=torch.float64)))
+    assert run(replaced(args, x=x[:0])).shape == (0, 8)

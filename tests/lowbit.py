@@ -1,0 +1,196 @@
+"""What a product with a packed weight must give: computed in float64, with the bound that float32 sums explain.
+
+A kernel may add in any order, may take the codes as unsigned numbers and correct for their offset with the sum of x,
+and may let scales and zero points enter where it likes, per weight or per sum. It may not round the weight to 16 bits.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+import qatkernels as qk
+from qatkernels.ops.fake_quantize import FLOATS
+from qatkernels.ops.packing import SCALES
+
+#: Every width of a stored code, every kind of offset.
+GRIDS = [
+    qk.binary(), qk.ternary(), *map(qk.seq, (2, 3, 4, 8)), *map(qk.lsq, (2, 3, 4, 5, 6, 7, 8)),
+    *map(qk.affine, (2, 3, 4, 8)),
+]  # fmt: skip
+GRID_IDS = [f"{g.scheme}{g.bits}" for g in GRIDS]
+
+#: Roundings of a weight: scale / steps, offset - zero point, their sum with the code, the product.
+WEIGHT_ROUNDINGS = 4
+SINGLE = torch.finfo(torch.float32).eps / 2
+
+
+@lru_cache(maxsize=128)
+def scaled_weight(grid, shape, group_size=None, scale_dtype=torch.float32, zero=None, seed=0):
+    """A packed weight whose codes reach both ends; ``zero`` is None, ``"integral"`` or ``"any"``."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(shape, generator=generator) * 0.02
+    if w.numel() == 0:
+        scale = torch.full(shape[:-1], 0.01)
+    else:
+        scale = grid.init_scale(w, group_size) * (0.3 + torch.rand(shape[:-1], generator=generator)).view(
+            shape[:-1] + (() if group_size is None else (1,))
+        )
+    point = None
+    if zero is not None:
+        point = torch.full_like(scale, 0.4 * grid.code_max).round()
+        if zero == "any":
+            point = point + torch.rand(point.shape, generator=generator) - 0.5
+    return qk.PackedWeight.from_float(w, scale, grid, group_size, zero_point=point, scale_dtype=scale_dtype)
+
+
+def activations(shape, dtype, seed=1):
+    """Normal numbers with one large feature, as activations have."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    if x.numel():
+        x[..., x.shape[-1] // 2] *= 8
+    return x.to(dtype)
+
+
+@lru_cache(maxsize=128)
+def wide_weight(weight):
+    """Return the weight in float64, and what its magnitude is when codes are unsigned and the offset is apart."""
+    grid, codes = weight.grid, weight.codes().double()
+    scale = weight.scale.double() / grid.steps
+    shift = grid.offset + grid.code_min + torch.zeros_like(scale)
+    if weight.zero_point is not None:
+        shift = shift - weight.zero_point.double()
+
+    def spread(t):
+        return t.repeat_interleave(weight.group_size, -1) if weight.cols else t[..., :0]
+
+    unsigned = codes - grid.code_min
+    return (unsigned + spread(shift)) * spread(scale), (unsigned + spread(shift).abs()) * spread(scale)
+
+
+def quantized_activation(x, bits):
+    """Return x as symmetric integers times a scale per token, in float64; both are exact."""
+    if bits is None or x.numel() == 0:
+        return x.double()
+    values = x if x.dtype == torch.float64 else x.float()
+    scale = (values.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.round(values / scale).double() * scale.double()
+
+
+def by_expert(x, w, offsets):
+    """Return x w^T in float64, expert by expert; rows of nobody are 0."""
+    if offsets is None:
+        return x @ w.mT
+    y = x.new_zeros(x.shape[0], w.shape[-2])
+    start = 0
+    for e, end in enumerate(offsets.tolist()):
+        y[start:end] = x[start:end] @ w[e].mT
+        start = end
+    return y
+
+
+def rounded_bound(y, error, dtype):
+    """Return the error bound of y after it is rounded to a dtype, where ``error`` is the bound before."""
+    info = torch.finfo(dtype)
+    return error + (y.abs() + error) * (info.eps / 2) + info.smallest_normal * info.eps / 2
+
+
+def sum_error(terms, dtype):
+    """Return the relative error of a sum of products with weights, against the sum of magnitudes."""
+    unit = torch.finfo(torch.float64).eps / 2 if dtype == torch.float64 else SINGLE
+    return (terms + 3) * unit + WEIGHT_ROUNDINGS * SINGLE
+
+
+def expected_linear(x, weight, bias=None, offsets=None, act_bits=None):
+    """Return ``lowbit_linear`` in float64 and the error that a kernel may make."""
+    w, magnitude = wide_weight(weight)
+    values = quantized_activation(x, act_bits)
+    y, size = by_expert(values, w, offsets), by_expert(values.abs(), magnitude, offsets)
+    if bias is not None:
+        y, size = y + bias.double(), size + bias.double().abs()
+    return y, rounded_bound(y, sum_error(weight.cols, x.dtype) * size, x.dtype)
+
+
+def expected_transposed(g, weight, offsets=None):
+    """Return ``lowbit_linear_transposed`` in float64 and the error that a kernel may make."""
+    w, magnitude = wide_weight(weight)
+    x, size = by_expert(g.double(), w.mT, offsets), by_expert(g.double().abs(), magnitude.mT, offsets)
+    return x, rounded_bound(x, sum_error(weight.shape[-2], g.dtype) * size, g.dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product, as arguments of the two ops."""
+
+    name: str
+    weight: qk.PackedWeight
+    x: Tensor
+    bias: Tensor | None = None
+    offsets: Tensor | None = None
+    act_bits: int | None = None
+
+    @property
+    def grid(self):
+        """What the ops take instead of a Grid."""
+        return [list(self.weight.grid.constants), self.weight.grid.code_min, self.weight.bits]
+
+    @property
+    def tensors(self):
+        """The weight as the ops take it."""
+        return self.weight.packed, self.weight.scale, self.weight.zero_point
+
+    def upstream(self):
+        """A gradient with respect to y."""
+        return activations((*self.x.shape[:-1], self.weight.shape[-2]), self.x.dtype, seed=2)
+
+    def call(self, op):
+        """Return arguments, expectation in float64 and error bound of a named op."""
+        if op == "lowbit_linear":
+            args = (self.x, *self.tensors, self.bias, self.offsets, *self.grid, self.act_bits)
+            return args, *expected_linear(self.x, self.weight, self.bias, self.offsets, self.act_bits)
+        g = self.upstream()
+        args = (g, *self.tensors, self.offsets, *self.grid, self.weight.cols)
+        return args, *expected_transposed(g, self.weight, self.offsets)
+
+
+#: Tokens, outputs, inputs: one of each, odd, just beside and at the sizes of registers and tiles.
+SIZES = [(1, 1, 1), (1, 5, 37), (3, 7, 33), (2, 16, 64), (4, 31, 96), (7, 3, 129), (1, 64, 256), (5, 17, 300)]
+LARGE = [(33, 70, 520), (130, 96, 256), (1, 33, 4096), (17, 65, 1023)]
+
+
+def granularities(cols):
+    """Group sizes to try, None for a scale per row: those in use, and one that no tile expects."""
+    return [None, *(g for g in (32, 64, 128) if cols % g == 0), *([cols // 3] if cols % 3 == 0 else [])]
+
+
+def cases(grid, dtype, sizes=None):
+    """Every size and granularity with and without quantized activations; the rest takes turns."""
+    zeros = cycle(("integral", "any", None) if grid.has_zero_point else (None,))
+    scales, odd, few = cycle(SCALES), cycle((False, True)), cycle((2, 3, 5, 6, 7))
+    for tokens, rows, cols in sizes or SIZES:
+        for group in granularities(cols):
+            for act_bits in (None, 8) if sizes else (None, 8, next(few)):
+                zero, scale_dtype = next(zeros), next(scales)
+                weight = scaled_weight(grid, (rows, cols), group, scale_dtype, zero)
+                bias = activations((rows,), next(cycle(FLOATS)), seed=3) if next(odd) else None
+                name = f"{tokens}x{rows}x{cols} group {group} {scale_dtype} zero {zero} act {act_bits}"
+                yield Case(name, weight, activations((tokens, cols), dtype), bias, None, act_bits)
+
+
+#: Where each expert's tokens end, for 11 tokens: ragged, empty at either end and between, tokens of nobody.
+OFFSETS = [(3, 4, 11), (0, 11, 11), (5, 5, 9), (0, 0, 0), (11,), (0, 0, 4, 4, 4, 11, 11)]
+
+
+def grouped_cases(grid, dtype):
+    """Stacks of experts with every raggedness."""
+    zeros = cycle(("any", None) if grid.has_zero_point else (None,))
+    turns = cycle(((7, 33, None), (16, 64, 32), (5, 96, 32), (33, 37, None)))
+    for offsets in OFFSETS:
+        for act_bits in (None, 8):
+            rows, cols, group = next(turns)
+            weight = scaled_weight(grid, (len(offsets), rows, cols), group, torch.float32, next(zeros))
+            ends = torch.tensor(offsets, dtype=torch.int32)
+            name = f"{offsets} {rows}x{cols} group {group} act {act_bits}"
+            yield Case(name, weight, activations((11, cols), dtype), None, ends, act_bits)

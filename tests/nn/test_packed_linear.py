@@ -1,0 +1,278 @@
+"""Packed layers: the outputs of the quantized ones within the bound of docs/packing.md, and good manners as modules."""
+
+import copy
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import qatkernels as qk
+from qatkernels.nn import LearnedActivation, PackedBuffers, QuantConfig, QuantLinear, calibrate
+from qatkernels.ops.packing import SCALES
+from tests.compare import assert_same_bits, assert_within
+from tests.lowbit import by_expert, quantized_activation, rounded_bound, sum_error, wide_weight
+
+ACTS = {
+    "none": {}, "dynamic": {"act_bits": 8}, "dynamic4": {"act_bits": 4},
+    "lsq": {"act_bits": 8, "act_scheme": "lsq"}, "lsq+": {"act_bits": 4, "act_scheme": "lsq+"},
+}  # fmt: skip
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def bounds(x, packed, dtype, offsets=None):
+    """Return y in float64 and how far the packed and the quantized layer may be from it.
+
+    In 16 bits the quantized layer rounds the weight, the bias, a dynamic activation, and perhaps the product before the
+    bias is added; the packed layer rounds its output alone.
+    """
+    w, magnitude = wide_weight(packed.weight.value)
+    dynamic = packed.act_bits is not None
+    values = quantized_activation(x, packed.act_bits)
+    y, size = by_expert(values, w, offsets), by_expert(values.abs(), magnitude, offsets)
+    terms = by_expert(values.abs(), w.abs(), offsets)
+    if packed.bias is not None and offsets is None:
+        b = packed.bias.detach().double()
+        y, size, terms = y + b, size + b.abs(), terms + b.abs()
+    error = sum_error(packed.in_features, dtype) * size
+    roundings = (2 + dynamic) * torch.finfo(dtype).eps / 2 * (1 + 2**-6) if dtype.itemsize == 2 else 0.0
+    return y, rounded_bound(y, error, dtype), rounded_bound(y, error + roundings * terms, dtype)
+
+
+def check_pair(layer, packed, x, dtype):
+    """Hold both layers against float64, and so against each other."""
+    wanted, mine = layer(x), packed(x)
+    assert mine.dtype == wanted.dtype == dtype
+    values = x if packed.act is None else packed.act(x)
+    values = values if packed.act_bits is not None else values.to(dtype)
+    y, bound, quantized_bound = bounds(values.detach(), packed, dtype)
+    assert_within(mine, y, bound, "packed")
+    assert_within(wanted, y, quantized_bound, "quantized")
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_outputs_are_the_quantized_layers(config, act, dtype):
+    config = QuantConfig(**{**config.to_dict(), **ACTS[act]})
+    for bias in (True, False):
+        layer = QuantLinear(48, 20, bias, config=config).to(dtype)
+        x = torch.randn(3, 5, 48).to(dtype)
+        calibrate(layer, x)
+        layer.eval()
+        check_pair(layer, qk.PackedLinear.from_quantized(layer), x, dtype)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_autocast(config, act):
+    layer = QuantLinear(48, 20, config=QuantConfig(**{**config.to_dict(), **ACTS[act]}))
+    x = torch.randn(6, 48)
+    calibrate(layer, x)
+    layer.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        check_pair(layer, qk.PackedLinear.from_quantized(layer), x, torch.bfloat16)
+
+
+@pytest.mark.parametrize("scale_dtype", SCALES, ids=lambda d: str(d)[6:])
+def test_scale_dtypes(config, scale_dtype):
+    layer = QuantLinear(16, 12, config=config)
+    packed = qk.PackedLinear.from_quantized(layer, scale_dtype=scale_dtype)
+    assert packed.weight.scale.dtype == scale_dtype
+    assert_same_bits(packed.weight.value.codes(), layer.codes())
+    x = torch.randn(3, 16)
+    y, bound, _ = bounds(x, packed, torch.float32)
+    assert_within(packed(x), y, bound)
+
+
+def test_gradients_are_the_quantized_layers(config):
+    layer = QuantLinear(16, 12, config=config).double()
+    packed = qk.PackedLinear.from_quantized(layer)
+    x, g = torch.randn(5, 16, dtype=torch.float64, requires_grad=True), torch.randn(5, 12, dtype=torch.float64)
+    wanted = torch.autograd.grad(layer(x), (x, layer.bias), g)
+    for mine, theirs in zip(torch.autograd.grad(packed(x), (x, packed.bias), g), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_adapter_over_a_packed_base():
+    """What fine-tuning needs: gradients pass through, nothing of the base moves."""
+    base = qk.PackedLinear.from_quantized(QuantLinear(16, 16, bias=False, config=QuantConfig(2)))
+    before = copy.deepcopy(base.state_dict())
+    down, up = nn.Linear(16, 4), nn.Linear(4, 16)
+    model = nn.Sequential(nn.Sequential(down, up), base)
+    x, target = torch.randn(32, 16), torch.randn(32, 16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = (model(x) - target).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+    for name, tensor in base.state_dict().items():
+        assert_same_bits(tensor, before[name])
+
+
+@pytest.fixture
+def packed(config):
+    layer = QuantLinear(16, 12, config=config)
+    return qk.PackedLinear.from_quantized(layer, scale_dtype=torch.bfloat16 if config.bits == 4 else torch.float32)
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.double(), lambda m: m.float(),
+        lambda m: m.to(torch.float16), lambda m: m.type(torch.float32), lambda m: nn.Sequential(m).bfloat16()[0],
+        lambda m: m.to("cpu", torch.bfloat16), lambda m: copy.deepcopy(m), lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: m.to_empty(device="cpu") and None,
+    ],
+)  # fmt: skip
+def test_no_cast_touches_codes_and_scales(packed, cast):
+    before = copy.deepcopy(packed.weight.state_dict())
+    x = torch.randn(3, 16)
+    y = packed(x)
+    after = cast(packed)
+    if after is None:
+        assert {n: (t.dtype, t.shape) for n, t in packed.weight.state_dict().items()} == {
+            n: (t.dtype, t.shape) for n, t in before.items()
+        }
+        return
+    for name, tensor in after.weight.state_dict().items():
+        assert_same_bits(tensor, before[name])
+    assert after(x.to(after.bias.dtype)).dtype == after.bias.dtype
+    if after.bias.dtype == torch.float32:
+        assert_same_bits(after(x), y)
+
+
+def test_it_moves_to_another_device(packed):
+    moved = packed.to("meta")
+    assert all(t.device.type == "meta" for t in moved.state_dict().values())
+    assert moved.weight.packed.dtype == torch.uint8
+    assert moved(torch.empty(3, 16, device="meta")).shape == (3, 12)
+
+
+def test_what_trains_and_what_is_saved(packed):
+    assert [name for name, _ in packed.named_parameters()] == ["bias"]
+    names = ["bias", "weight.packed", "weight.scale"]
+    assert sorted(packed.state_dict()) == sorted(
+        [*names, *(["weight.zero_point"] if packed.weight.zero_point is not None else [])]
+    )
+    other = copy.deepcopy(packed)
+    for tensor in other.state_dict().values():
+        tensor.zero_()
+    other.load_state_dict(packed.state_dict())
+    x = torch.randn(2, 16)
+    assert_same_bits(other(x), packed(x))
+
+
+def test_bias_hooks_and_mode_come_along():
+    layer = QuantLinear(16, 12, config=QuantConfig(4)).eval()
+    layer.bias.requires_grad_(False)
+    handle = layer.register_forward_hook(lambda module, args, y: y + 1)
+    seen = []
+    layer.register_full_backward_hook(lambda module, gx, gy: seen.append(type(module)))
+    packed = qk.PackedLinear.from_quantized(layer)
+    assert packed.bias is layer.bias
+    assert not packed.training
+    x = torch.randn(2, 16, requires_grad=True)
+    y = packed(x)
+    y.sum().backward()
+    assert seen == [qk.PackedLinear]
+    handle.remove()
+    torch.testing.assert_close(packed(x), y - 1)
+
+
+def test_learned_activation_stays_a_module():
+    layer = QuantLinear(16, 12, config=QuantConfig(4, act_bits=8, act_scheme="lsq+"))
+    layer(torch.randn(4, 16))
+    packed = qk.PackedLinear.from_quantized(layer)
+    assert packed.act is layer.act
+    assert isinstance(packed.act, LearnedActivation)
+    assert packed.act_bits is None
+    dynamic = qk.PackedLinear.from_quantized(QuantLinear(16, 12, config=QuantConfig(4, act_bits=6)))
+    assert (dynamic.act, dynamic.act_bits) == (None, 6)
+
+
+def test_repr_says_the_size():
+    layer = QuantLinear(64, 10, config=QuantConfig(3, group_size=32, act_bits=8))
+    text = repr(qk.PackedLinear.from_quantized(layer, scale_dtype=torch.bfloat16))
+    assert "in_features=64, out_features=10, bias=True, act_bits=8" in text
+    assert f"10x64, bits=3, scheme=lsq, bfloat16 scale per 32, {10 * 24 + 10 * 2 * 2} bytes" in text
+    assert "float32 scale per row" in repr(qk.PackedLinear.from_quantized(QuantLinear(8, 8, config=QuantConfig(1))))
+
+
+@pytest.mark.parametrize("act", ["none", "dynamic", "lsq"])
+def test_compile(act):
+    layer = QuantLinear(16, 12, config=QuantConfig(2, **ACTS[act]))
+    x = torch.randn(4, 16)
+    calibrate(layer, x)
+    packed = qk.PackedLinear.from_quantized(layer.eval())
+    torch._dynamo.reset()
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(x), packed(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits(compiled(x), packed(x))
+
+
+def test_bad_arguments():
+    weight = PackedBuffers.from_quantized(QuantLinear(16, 12, config=QuantConfig(4)))
+    stack = qk.PackedWeight.from_float(torch.randn(2, 4, 8), torch.ones(2, 4), qk.lsq(4))
+    for message, call in {
+        "weight has shape .12, 16., must have 3": lambda: qk.GroupedPackedLinear(weight),
+        "weight has shape .2, 4, 8., must have 2": lambda: qk.PackedLinear(stack),
+        "bias has shape .11,., must be .12,.": lambda: qk.PackedLinear(weight, torch.zeros(11)),
+        "act_bits is 9": lambda: qk.PackedLinear(weight, act_bits=9),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def experts(count, rows, cols, grid, *, bias, group_size=None, act=None):
+    """A grouped layer by its attributes, those of QuantLinear."""
+    w = torch.randn(count, rows, cols) * 0.1
+    scale = grid.init_scale(w, group_size)
+    zero = grid.init_zero_point(w, scale, group_size) if grid.has_zero_point else None
+    return SimpleNamespace(
+        weight=nn.Parameter(w), scale=nn.Parameter(scale), zero_point=zero, grid=grid, group_size=group_size, act=act,
+        bias=nn.Parameter(torch.randn(count, rows)) if bias else None, training=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("group_size", [None, 8])
+@pytest.mark.parametrize("grid", [qk.seq(2), qk.affine(4)], ids=lambda g: g.scheme)
+def test_grouped(grid, group_size, dtype, bias):
+    layer = experts(4, 6, 16, grid, bias=bias, group_size=group_size)
+    packed = qk.GroupedPackedLinear.from_quantized(layer)
+    ends = [0, 3, 3, 8]
+    x = torch.randn(10, 16).to(dtype).requires_grad_()
+    y = packed(x, torch.tensor(ends, dtype=torch.int32))
+    assert y.dtype == dtype
+    w = qk.fake_quantize(layer.weight, layer.scale, grid, group_size=group_size, zero_point=layer.zero_point)
+    _, bound, _ = bounds(x.detach(), packed, dtype, torch.tensor(ends))
+    start, wanted = 0, torch.zeros(10, 6, dtype=torch.float64)
+    for e, end in enumerate(ends):
+        wanted[start:end] = x[start:end].double() @ w[e].double().T
+        if bias:  # rounded once more, in the dtype, and so is the sum
+            wanted[start:end] += layer.bias[e].double()
+            bound[start:end] += torch.finfo(dtype).eps * (wanted[start:end].abs() + layer.bias[e].double().abs())
+        start = end
+    assert_within(y, wanted, bound)
+    assert_same_bits(y[8:], torch.zeros(2, 6, dtype=dtype))
+    y.sum().backward()
+    assert x.grad[:8].abs().sum(-1).all()
+    assert not x.grad[8:].any()
+    if bias:
+        assert_same_bits(layer.bias.grad, torch.tensor([[0.0], [3], [0], [5]]).expand(4, 6).contiguous())
+
+
+def test_grouped_under_autocast_and_compiled():
+    packed = qk.GroupedPackedLinear.from_quantized(experts(3, 6, 16, qk.lsq(4), bias=True))
+    x, offsets = torch.randn(7, 16), torch.tensor([2, 2, 7], dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packed(x, offsets).dtype == torch.bfloat16
+    torch._dynamo.reset()
+    assert_same_bits(torch.compile(packed, fullgraph=True, backend="aot_eager")(x, offsets), packed(x, offsets))
+    assert "3x6x16" in repr(packed)

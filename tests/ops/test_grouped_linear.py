@@ -1,0 +1,145 @@
+"""Grouped products against a loop in float64, their derivatives of every order, and bad calls."""
+
+import itertools
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import jvp, vmap
+from torch.library import opcheck
+
+from qatkernels.backends import IMPLS
+from qatkernels.ops.fake_quantize import FLOATS
+from qatkernels.ops.grouped_linear import GroupedLinear, GroupedLinearTransposed, GroupedOuter, grouped_linear
+from tests.compare import assert_within, run_out
+
+OPS = ("grouped_linear", "grouped_linear_transposed", "grouped_outer")
+FUNCTIONS = (GroupedLinear, GroupedLinearTransposed, GroupedOuter)
+#: Where experts end, of 11 tokens: ragged, empty at either end and in the middle, one takes all, nobody any, no expert.
+ENDS = ((2, 2, 7, 11), (0, 0, 11), (11, 11), (0, 3, 3), (0,), (4, 9), ())
+EPS = {torch.float64: 2**-52, torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def draw(seed, *shape, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def operands(op, experts, n=5, k=7, tokens=11, dtype=torch.float64):
+    x, g, w = draw(0, tokens, k, dtype=dtype), draw(1, tokens, n, dtype=dtype), draw(2, experts, n, k, dtype=dtype)
+    return {"grouped_linear": (x, w), "grouped_linear_transposed": (g, w), "grouped_outer": (g, x)}[op]
+
+
+def meaning(op, a, b, ends):
+    """The definition, one expert at a time."""
+    parts = [slice(s, e) for s, e in zip((0, *ends), ends, strict=False)]
+    if op == "grouped_outer":
+        return torch.stack([a[p].T @ b[p] for p in parts]) if parts else a.new_zeros(0, a.shape[1], b.shape[1])
+    w = b.mT if op == "grouped_linear" else b
+    y = a.new_zeros(a.shape[0], w.shape[-1])
+    for e, part in enumerate(parts):
+        y[part] = a[part] @ w[e]
+    return y
+
+
+def offsets_of(ends):
+    return torch.tensor(ends, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+def test_every_division_of_tokens(op, dtype):
+    for ends in ENDS:
+        a, b = operands(op, len(ends), dtype=dtype)
+        expected = meaning(op, a.double(), b.double(), ends)
+        # A sum of n products is off by n roundings of the sum of their magnitudes, and is rounded to the dtype.
+        bound = (
+            16
+            * EPS[torch.float64 if dtype == torch.float64 else torch.float32]
+            * meaning(op, a.double().abs(), b.double().abs(), ends)
+            + EPS[dtype] * expected.abs()
+        )
+        for backend in ("cpp", "reference"):
+            impl = IMPLS[f"{op}_out"].get(backend) or getattr(torch.ops.qatkernels, f"{op}_out")
+            (actual,) = run_out(op, impl, (a, b, offsets_of(ends)))
+            assert_within(actual, expected, bound, f"{op} {ends} {backend}")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_any_strides(op):
+    """Transposed, sliced and expanded operands, the stride 0 of a sum's gradient among them."""
+    ends = (2, 2, 7, 10)
+    for first, second in itertools.product(("transposed", "sliced", "expanded"), repeat=2):
+        a, b = (strided(t, how) for t, how in zip(operands(op, 4), (first, second), strict=True))
+        actual = getattr(torch.ops.qatkernels, op)(a, b, offsets_of(ends))
+        torch.testing.assert_close(actual, meaning(op, a, b, ends))
+
+
+def strided(t, how):
+    if how == "transposed":
+        return t.mT.contiguous().mT
+    if how == "sliced":
+        return t.repeat_interleave(2, -1)[..., ::2]
+    return t[..., :1].expand(t.shape)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_derivatives_of_every_order(op):
+    function, ends = FUNCTIONS[OPS.index(op)], offsets_of((2, 2, 5))
+    inputs = [t.requires_grad_() for t in operands(op, 3, 3, 2, 6)]
+
+    def call(*t):
+        return function.apply(*t, ends)
+
+    gradcheck(call, inputs, check_forward_ad=True)
+    gradgradcheck(call, inputs, check_fwd_over_rev=True)
+    for frozen in (0, 1):
+        some = [t.detach().requires_grad_(i != frozen) for i, t in enumerate(inputs)]
+        call(*some).sum().backward()
+        assert some[frozen].grad is None
+        assert some[1 - frozen].grad is not None
+
+
+def test_forward_mode_and_vmap():
+    x, w = operands("grouped_linear", 3)
+    ends = offsets_of((2, 2, 7))
+    tangents = draw(3, *x.shape), draw(4, *w.shape)
+    _, pushed = jvp(lambda x, w: grouped_linear(x, w, ends), (x, w), tangents)
+    expected = meaning("grouped_linear", tangents[0], w, (2, 2, 7)) + meaning(
+        "grouped_linear", x, tangents[1], (2, 2, 7)
+    )
+    torch.testing.assert_close(pushed, expected)
+    several = vmap(lambda x: grouped_linear(x, w, ends))(torch.stack([x, 2 * x]))
+    torch.testing.assert_close(several[1], 2 * several[0])
+
+
+def test_compile_and_opcheck():
+    ends = offsets_of((2, 2, 7))
+    for op in OPS:
+        a, b = operands(op, 3, dtype=torch.float32)
+        opcheck(getattr(torch.ops.qatkernels, op).default, (a.requires_grad_(), b.requires_grad_(), ends))
+    x, w = (t.requires_grad_() for t in operands("grouped_linear", 3, dtype=torch.float32))
+    eager = torch.autograd.grad(grouped_linear(x, w, ends).square().sum(), (x, w))
+    compiled = torch.compile(
+        lambda x, w: grouped_linear(x, w, ends).square().sum(), fullgraph=True, backend="aot_eager"
+    )
+    for a, b in zip(torch.autograd.grad(compiled(x, w), (x, w)), eager, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_bad_calls():
+    x, w = operands("grouped_linear", 2)
+    good = offsets_of((2, 7))
+    for error, message, args in (
+        (RuntimeError, "x is torch.int64", (x.long(), w, good)),
+        (RuntimeError, "w is torch.float32, must be torch.float64 like x", (x, w.float(), good)),
+        (RuntimeError, r"x has shape \(7,\)", (x[0], w, good)),
+        (RuntimeError, r"w has shape \(5, 7\)", (x, w[0], good)),
+        (RuntimeError, "x has 6 columns, must be 7", (x[:, :6], w, good)),
+        (RuntimeError, "offsets is torch.int64", (x, w, good.long())),
+        (RuntimeError, "one element for each of 2 experts", (x, w, offsets_of((1, 2, 3)))),
+        (RuntimeError, "w is on meta", (x, w.to("meta"), good)),
+        (ValueError, r"offsets is \[3, 2\], must ascend", (x, w, offsets_of((3, 2)))),
+        (ValueError, r"offsets is \[3, 12\], must ascend from 0 to at most the 11", (x, w, offsets_of((3, 12)))),
+    ):
+        with pytest.raises(error, match=message):
+            grouped_linear(*args)

@@ -1,0 +1,440 @@
+"""Products with packed weights: every implementation present against float64, derivatives, and bad calls."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import jvp, vjp, vmap
+from torch.library import opcheck
+
+import qatkernels as qk
+from qatkernels.backends import IMPLS, extension
+from qatkernels.ops._op import OPS
+from qatkernels.ops.fake_quantize import FLOATS
+from qatkernels.ops.lowbit_linear import LowbitLinear
+from tests.compare import assert_same_bits, assert_within, run_out
+from tests.lowbit import (
+    GRID_IDS,
+    GRIDS,
+    LARGE,
+    Case,
+    activations,
+    cases,
+    expected_linear,
+    expected_transposed,
+    grouped_cases,
+    scaled_weight,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: One grid for each width of a stored code.
+WIDTHS = [qk.binary(), qk.ternary(), qk.seq(2), *map(qk.lsq, (3, 4, 5, 6)), qk.affine(8)]
+OPERATIONS = ("lowbit_linear", "lowbit_linear_transposed")
+
+
+def implementations(op):
+    """Every `_out` implementation that runs here, the reference included, with the device it runs on."""
+    found = [("reference", _reference_out(op), "cpu")]
+    here = [("cpp", "cpu")] + ([("triton", "cuda"), ("cuda", "cuda")] if DEVICE == "cuda" else [])
+    return found + [(name, IMPLS[f"{op}_out"][name], device) for name, device in here if name in IMPLS[f"{op}_out"]]
+
+
+def _reference_out(op):
+    return lambda *args: args[-1].copy_(OPS[op].reference(*args[:-1]))
+
+
+def _to(args, device):
+    return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
+
+
+def check(case):
+    for op in OPERATIONS:
+        args, expected, bound = case.call(op)
+        for backend, impl, device in implementations(op):
+            (actual,) = run_out(op, impl, _to(args, device))
+            assert actual.dtype == case.x.dtype
+            assert_within(actual.cpu(), expected, bound, f"{backend} {op} {case.name}")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
+def test_every_size_and_granularity(grid, dtype):
+    for case in cases(grid, dtype):
+        check(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("grid", WIDTHS, ids=lambda g: f"{g.scheme}{g.bits}")
+def test_beyond_a_tile(grid, dtype):
+    for case in cases(grid, dtype, LARGE):
+        check(case)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
+def test_grouped(grid, dtype):
+    for case in grouped_cases(grid, dtype):
+        check(case)
+        args, *_ = case.call("lowbit_linear")
+        for backend, impl, device in implementations("lowbit_linear"):
+            (y,) = run_out("lowbit_linear", impl, _to(args, device))
+            nobody = y[case.offsets[-1] :].cpu()
+            assert_same_bits(nobody, torch.zeros_like(nobody), f"{backend} {case.name}: tokens of nobody")
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_a_grouped_product_is_the_products_of_its_experts(act_bits):
+    weight, ends = scaled_weight(qk.lsq(4), (3, 8, 32)), [2, 2, 7]
+    x = activations((9, 32), torch.float32)
+    y = qk.grouped_lowbit_linear(x, weight, torch.tensor(ends, dtype=torch.int32), act_bits=act_bits)
+    for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        one = qk.PackedWeight(weight.packed[e], weight.scale[e], None, weight.grid, weight.cols)
+        expected, bound = expected_linear(x[start:end], one, act_bits=act_bits)
+        assert_within(y[start:end], expected, bound)
+        assert_within(qk.lowbit_linear(x[start:end], one, act_bits=act_bits), expected, bound)
+
+
+@pytest.mark.parametrize("grid", [qk.binary(), qk.lsq(3), qk.affine(4)], ids=lambda g: g.scheme)
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_any_leading_dimensions_strides_and_nothing(grid, act_bits):
+    base = activations((6, 80), torch.float32)
+    weight = scaled_weight(grid, (5, 40), zero="any" if grid.has_zero_point else None)
+    inputs = {
+        "vector": base[0, :40], "three": base[:, :40].reshape(2, 3, 40), "rows apart": base[:, :40],
+        "columns apart": base[:, ::2], "transposed": base[:, :40].t().contiguous().t(),
+        "repeated": base[:1, :40].expand(6, 40),
+        "no token": base[:0, :40], "no token, three": base[:0, :40].reshape(2, 0, 40),
+    }  # fmt: skip
+    for name, x in inputs.items():
+        check(Case(name, weight, x, base[0, :5], None, act_bits))
+    weight_views = qk.PackedWeight(
+        weight.packed.t().contiguous().t(), torch.stack([weight.scale, weight.scale], -1)[..., 0],
+        None if weight.zero_point is None else torch.cat([weight.zero_point] * 2, -1)[:, :1], grid, 40,
+    )  # fmt: skip
+    check(Case("strided weight", weight_views, base[:, :40], None, None, act_bits))
+    for rows, cols in ((0, 40), (5, 0), (0, 0)):
+        empty = scaled_weight(grid, (rows, cols))
+        for bias in (None, torch.ones(rows)):
+            check(Case(f"{rows}x{cols}", empty, base[:, :cols], bias, None, act_bits))
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("grid", [qk.seq(2), qk.lsq(4)], ids=lambda g: g.scheme)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_in_its_token(grid, act_bits, bad):
+    for tokens in (3, 40):
+        weight, x = scaled_weight(grid, (9, 70)), activations((tokens, 70), torch.float32)
+        x[1] = 0.0
+        expected, bound = expected_linear(x, weight, act_bits=act_bits)
+        x[0, 5] = bad
+        args, *_ = Case("", weight, x, act_bits=act_bits).call("lowbit_linear")
+        for backend, impl, device in implementations("lowbit_linear"):
+            y = run_out("lowbit_linear", impl, _to(args, device))[0].cpu()
+            assert not y[0].isfinite().any(), backend
+            assert act_bits is None or y[0].isnan().all(), backend
+            assert_within(y[1:], expected[1:], bound[1:], backend)
+            assert (y[1] == 0).all(), backend
+
+
+def test_large_activations_do_not_overflow_between():
+    """Integer sums at their extremes: every product is the largest of its sign."""
+    cols = 8192
+    for grid in (qk.lsq(8), qk.affine(8), qk.binary()):
+        for value in (grid.code_min, grid.code_max):
+            w = (torch.full((3, cols), float(value)) + grid.offset) / grid.steps
+            weight = qk.PackedWeight.from_float(w, torch.ones(3), grid)
+            for sign in (-1.0, 1.0):
+                check(Case(f"{grid.scheme} {value}", weight, torch.full((2, cols), sign), act_bits=8))
+
+
+def test_number_of_threads_changes_no_bit():
+    if "cpp" not in IMPLS["lowbit_linear_out"]:
+        pytest.skip("the C++ backend has no such kernel")
+    threads = torch.get_num_threads()
+    for grid in (qk.ternary(), qk.lsq(4)):
+        for case in cases(grid, torch.bfloat16, LARGE):
+            for op in OPERATIONS:
+                results = []
+                if "cpp" not in IMPLS[f"{op}_out"]:
+                    continue
+                for count in (1, 2, 3):
+                    torch.set_num_threads(count)
+                    results += run_out(op, IMPLS[f"{op}_out"]["cpp"], case.call(op)[0])
+                torch.set_num_threads(threads)
+                for other in results[1:]:
+                    assert_same_bits(other, results[0], f"{op} {case.name}")
+
+
+_ISA_SCRIPT = """
+import sys, torch
+import qatkernels._C as extension
+from qatkernels.backends import IMPLS
+outputs = [IMPLS[op]["cpp"](*args) for op, args in torch.load(sys.argv[1])]
+torch.save((extension.build_info()["isa"], outputs), sys.argv[2])
+"""
+
+#: What this machine runs of the ISAs that were compiled.
+ISAS = [isa for isa in extension().build_info()["isas"].split() if extension().has_isa(isa)] if extension() else []
+
+
+@pytest.fixture(scope="module")
+def isa_calls(tmp_path_factory):
+    """Calls with expectations and bounds, and the file by which they travel."""
+    served = [op for op in OPERATIONS if "cpp" in IMPLS[f"{op}_out"]]
+    if not served:
+        pytest.skip("the C++ backend has no such kernel")
+    dtypes = (torch.float32, torch.bfloat16)
+    every = [c for grid in WIDTHS for dtype in dtypes for c in cases(grid, dtype)]
+    every += [c for grid in WIDTHS for c in grouped_cases(grid, torch.float16)]
+    every += [c for dtype in dtypes for c in cases(qk.lsq(4), dtype, LARGE)]
+    calls = [(op, case.name, *case.call(op)) for case in every for op in served]
+    path = tmp_path_factory.mktemp("isa") / "calls.pt"
+    torch.save([(op, args) for op, _, args, *_ in calls], path)
+    return calls, path
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_isa_is_within_the_bound(isa, isa_calls, tmp_path):
+    """Orders of additions differ between ISAs, so bits may; each is held against float64."""
+    calls, path = isa_calls
+    command = [sys.executable, "-c", _ISA_SCRIPT, str(path), str(tmp_path / "outputs.pt")]
+    subprocess.run(command, env={**os.environ, "QATKERNELS_ISA": isa}, check=True)
+    ran, outputs = torch.load(tmp_path / "outputs.pt")
+    assert ran == isa
+    for (op, name, _, expected, bound), actual in zip(calls, outputs, strict=True):
+        assert_within(actual, expected, bound, f"{isa} {op} {name}")
+
+
+GRADIENT_GRIDS = [qk.binary(), qk.ternary(), qk.seq(2), qk.lsq(4), qk.affine(3)]
+
+
+def _linear(grid, cols=12, shape=(4,)):
+    return scaled_weight(grid, (*shape, cols), 4, zero="any" if grid.has_zero_point else None)
+
+
+@pytest.mark.parametrize("shape", [(3, 12), (12,), (2, 2, 12)], ids=str)
+@pytest.mark.parametrize("grid", GRADIENT_GRIDS, ids=lambda g: g.scheme)
+def test_gradcheck(grid, shape):
+    weight = _linear(grid)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+
+    def call(x, bias):
+        return qk.lowbit_linear(x, weight, bias)
+
+    assert gradcheck(call, (x, bias), check_forward_ad=True, check_batched_forward_grad=True, check_batched_grad=True)
+    # Linear itself, so something curved after it.
+    assert gradgradcheck(lambda x, b: call(x, b).tanh(), (x, bias), check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+def test_gradcheck_grouped():
+    weight, offsets = _linear(qk.seq(2), shape=(4, 3)), torch.tensor([2, 2, 5, 5], dtype=torch.int32)
+    x = torch.randn(6, 12, dtype=torch.float64, requires_grad=True)
+
+    def call(x):
+        return qk.grouped_lowbit_linear(x, weight, offsets)
+
+    assert gradcheck(call, (x,), check_forward_ad=True)
+    assert gradgradcheck(lambda x: call(x).tanh(), (x,), check_fwd_over_rev=True)
+    (dx,) = torch.autograd.grad(call(x).sum(), x)
+    assert (dx[5] == 0).all(), "a token of nobody"
+    assert dx[:5].abs().sum(-1).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_backward_and_forward_mode_in_every_dtype(dtype, act_bits):
+    """With act_bits the derivative is that of the product without: the straight-through rule."""
+    weight = scaled_weight(qk.seq(2), (24, 40), 8)
+    x, g = activations((5, 40), dtype), activations((5, 24), dtype, seed=4)
+    bias = activations((24,), torch.float32, seed=5)
+
+    def call(x, bias):
+        return qk.lowbit_linear(x, weight, bias, act_bits=act_bits)
+
+    y, pull = vjp(call, x, bias)
+    dx, db = pull(g)
+    assert (y.dtype, dx.dtype, db.dtype) == (dtype, dtype, torch.float32)
+    assert_within(dx, *expected_transposed(g, weight))
+    torch.testing.assert_close(db, g.float().sum(0))
+    tangent, bias_tangent = activations((5, 40), dtype, seed=6), activations((24,), torch.float32, seed=7)
+    _, dy = jvp(call, (x, bias), (tangent, bias_tangent))
+    expected, bound = expected_linear(tangent, weight)
+    info = torch.finfo(dtype)
+    moved = expected + bias_tangent
+    assert dy.dtype == dtype
+    # The bias is rounded to the dtype, and so is the sum.
+    assert_within(dy, moved, bound + info.eps * (moved.abs() + bias_tangent.abs()))
+    only_bias = jvp(lambda b: call(x, b), (bias,), (bias_tangent,))[1]
+    assert only_bias.dtype == dtype
+    assert_same_bits(only_bias, bias_tangent.to(dtype).expand(5, 24).contiguous())
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_autocast_rounds_nothing(grouped):
+    offsets = torch.tensor([1, 4], dtype=torch.int32) if grouped else None
+    weight = scaled_weight(qk.lsq(4), (2, 24, 40) if grouped else (24, 40))
+    case = Case("", weight, activations((5, 40), torch.float32), offsets=offsets)
+    for op in OPERATIONS:
+        args, expected, bound = case.call(op)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            actual = getattr(torch.ops.qatkernels, op)(*_to(args, DEVICE))
+        assert_within(actual.cpu(), expected, bound, op)
+
+
+def test_gradients_of_the_ops_called_directly():
+    case = Case("", _linear(qk.lsq(4)), torch.randn(3, 12, dtype=torch.float64))
+    for op in OPERATIONS:
+        args, *_ = case.call(op)
+        first = args[0].double().requires_grad_()
+        assert gradcheck(lambda t, op=op, rest=args[1:]: getattr(torch.ops.qatkernels, op)(t, *rest), (first,))
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_nothing_of_the_input_is_saved(act_bits):
+    """Fine-tuning over a packed base keeps no activation for its sake."""
+    weight, x = _linear(qk.lsq(4)), torch.randn(3, 12, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        qk.lowbit_linear(x, weight, torch.zeros(4), act_bits=act_bits)
+    assert {t.data_ptr() for t in saved} <= {t.data_ptr() for t in (weight.packed, weight.scale)}
+
+
+def test_codes_and_scales_get_no_gradient():
+    weight, x = _linear(qk.lsq(4)), torch.randn(3, 12, requires_grad=True)
+    scale = weight.scale.clone().requires_grad_()
+    qk.lowbit_linear(x, replace(weight, scale=scale)).sum().backward()
+    assert x.grad is not None
+    assert scale.grad is None
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_vmap_equals_a_loop(act_bits, grouped):
+    offsets = torch.tensor([1, 3], dtype=torch.int32) if grouped else None
+    weight = scaled_weight(qk.affine(4), (2, 6, 16) if grouped else (6, 16), 8, zero="any")
+
+    def call(x):
+        if offsets is not None:
+            return qk.grouped_lowbit_linear(x, weight, offsets, act_bits=act_bits)
+        return qk.lowbit_linear(x, weight, act_bits=act_bits)
+
+    many, gs = torch.randn(4, 3, 16), torch.randn(4, 3, 6)
+    assert_same_bits(vmap(call)(many), torch.stack([call(x) for x in many]))
+    assert_same_bits(vmap(call, in_dims=1)(many.transpose(0, 1)), torch.stack([call(x) for x in many]))
+
+    def pull(g):
+        return vjp(call, many[0])[1](g)[0]
+
+    assert_same_bits(vmap(pull)(gs), torch.stack([pull(g) for g in gs]))
+
+
+def test_vmap_over_weights():
+    weight, x = scaled_weight(qk.seq(2), (3, 5, 16)), torch.randn(2, 16)
+    grid = (list(weight.grid.constants), weight.grid.code_min, weight.bits, None)
+
+    def call(packed, scale):
+        return LowbitLinear.apply(x, packed, scale, None, None, None, *grid)
+
+    stacked = torch.stack([call(p, s) for p, s in zip(weight.packed, weight.scale, strict=True)])
+    assert_same_bits(vmap(call)(weight.packed, weight.scale), stacked)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_compile(backend, grouped):
+    """No graph break, and the same bits as eager, values and gradients."""
+    offsets = torch.tensor([1, 1, 5], dtype=torch.int32)
+    weight = scaled_weight(qk.affine(4), (3, 24, 32) if grouped else (24, 32), 8, zero="any")
+
+    def step(x, bias):
+        if grouped:
+            return qk.grouped_lowbit_linear(x, weight, offsets, act_bits=8)
+        return qk.lowbit_linear(x, weight, bias)
+
+    def run(function):
+        x, bias = activations((6, 32), torch.float32).requires_grad_(), torch.ones(24, requires_grad=True)
+        y = function(x, bias)
+        y.backward(torch.ones_like(y))
+        return y.detach(), x.grad, *([] if grouped else [bias.grad])
+
+    torch._dynamo.reset()
+    for a, b in zip(run(torch.compile(step, fullgraph=True, backend=backend)), run(step), strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_opcheck(grouped):
+    offsets = torch.tensor([1, 3], dtype=torch.int32) if grouped else None
+    weight = scaled_weight(qk.affine(3), (2, 6, 16) if grouped else (6, 16), 8, zero="any")
+    bias = None if grouped else torch.randn(6)
+    for op, act_bits in (("lowbit_linear", None), ("lowbit_linear", 8), ("lowbit_linear_transposed", None)):
+        args, *_ = Case("", weight, torch.randn(4, 16), bias, offsets, act_bits).call(op)
+        graded = [a.clone().requires_grad_() if a is args[0] or (a is bias and a is not None) else a for a in args]
+        opcheck(getattr(torch.ops.qatkernels, op).default, tuple(graded))
+        opcheck(getattr(torch.ops.qatkernels, f"{op}_out").default, (*args, OPS[op].fake(*args)))
+
+
+def _bad_calls():
+    w, x = scaled_weight(qk.lsq(4), (6, 16), 8), torch.randn(3, 16)
+    stack, ends = scaled_weight(qk.lsq(4), (2, 6, 16)), torch.tensor([1, 3], dtype=torch.int32)
+    linear, grouped = qk.lowbit_linear, qk.grouped_lowbit_linear
+    return {
+        "x is torch.int64": lambda: linear(x.long(), w),
+        "x has no dimension": lambda: linear(torch.tensor(1.0), w),
+        "packed is torch.uint8 of shape .6, 8.*the last 5 for 9 columns": lambda: linear(x[:, :9], w),
+        "scale has shape .6, 2., must be .6,. and a divisor of 15": lambda: linear(x[:, :15], w),
+        "act_bits is 9": lambda: linear(x, w, act_bits=9),
+        "act_bits is 1": lambda: linear(x, w, act_bits=1),
+        "bias is torch.float32 of shape .5,": lambda: linear(x, w, torch.zeros(5)),
+        "bias is torch.int64": lambda: linear(x, w, torch.zeros(6, dtype=torch.int64)),
+        "must be torch.uint8 with 2 dimensions": lambda: linear(x, stack),
+        "must be torch.uint8 with 3 dimensions": lambda: grouped(x, w, ends),
+        "offsets is torch.int64": lambda: grouped(x, stack, ends.long()),
+        "one element for each of 2 experts": lambda: grouped(x, stack, ends[:1]),
+        "x has shape .1, 3, 16., must have two dimensions": lambda: grouped(x[None], stack, ends),
+        "packed is on meta, must be on cpu": lambda: linear(x, w.to("meta")),
+        "offsets is .2, 1., must ascend": lambda: grouped(x, stack, torch.tensor([2, 1], dtype=torch.int32)),
+        "offsets is .-1, 3., must ascend": lambda: grouped(x, stack, torch.tensor([-1, 3], dtype=torch.int32)),
+        "offsets is .1, 4., must ascend from 0 to at most the 3": lambda: grouped(
+            x, stack, torch.tensor([1, 4], dtype=torch.int32)
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("message", _bad_calls())
+def test_bad_calls(message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        _bad_calls()[message]()
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_bad_operands(op):
+    """What a PackedWeight does not let through, given to the op itself."""
+    args = list(Case("", scaled_weight(qk.affine(4), (6, 16), 8, zero="any"), torch.randn(3, 16)).call(op)[0])
+    for i, value, message in (
+        (1, args[1].to(torch.int8), "packed is torch.int8"),
+        (2, args[2].double(), "scale is torch.float64"),
+        (2, args[2][:5], "scale has shape"),
+        (3, args[3][:, :1], "zero_point must be torch.float32 of shape"),
+        (3, args[3].double(), "zero_point must be torch.float32 of shape"),
+        (-4, args[-4][:9], "grid has 9 constants"),
+        (-3, 5, "code_min is 5"),
+        (-2, 9, "bits is 9"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            getattr(torch.ops.qatkernels, op)(*args[:i], value, *args[i + 1 :] if i != -1 else [])
+
+
+def test_bad_out():
+    args, *_ = Case("", scaled_weight(qk.lsq(4), (6, 16)), torch.randn(3, 16)).call("lowbit_linear")
+    for backend, impl, device in implementations("lowbit_linear"):
+        if backend == "reference":
+            continue
+        for out in (torch.empty(3, 5), torch.empty(3, 6, dtype=torch.float64), torch.empty(6, 3).t()):
+            with pytest.raises((RuntimeError, ValueError), match="out"):
+                impl(*_to(args, device), out.to(device))

@@ -1,0 +1,115 @@
+"""`qatkernels plan` as a user meets it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.reproduce.plan_recovery import PLANTED, table
+from qatkernels import cli
+
+ASK = ["plan", "--params", "1.2B", "--tokens", "100B", "--bits", "2"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "runs.csv"
+    columns = table("small", 0.005, 0)
+    with open(path, "w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow([*columns, "schedule"])
+        out.writerows([*row, "classic"] for row in zip(*columns.values(), strict=True))
+        out.writerow([1e9, 1e9, 1e11, 2, 99.0, "fused"])
+    return path
+
+
+def test_formula(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(ASK) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines() == [
+        "1.2B parameters, 100B tokens, 2 bits",
+        "  quantized share  31.4%  (formula [paper])",
+        "  full precision   68.6B tokens",
+        "  quantized        31.4B tokens",
+        "  schedule         classic: cooldown that ends at 68.6B tokens, then quantized: re-warmup and decay",
+        "  weights          300 MB, in bfloat16 2.4 GB",
+        "  S                333.3 tokens per parameter byte",
+    ]
+
+
+def test_several_widths_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*ASK, "4", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["bits"] for one in found["plans"]] == [2, 4, 1]
+    assert all(one["tokens_fp"] + one["tokens_qat"] == 10**11 for one in found["plans"])
+    assert [one["schedule"] for one in found["plans"]] == ["classic", "fused", "classic"]
+
+
+def test_fit_save_and_use_again(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored, picture = tmp_path / "law.json", tmp_path / "plan.png"
+    fitted = ["--runs", str(runs), "--where", "schedule=classic", "--resamples", "20", "--memory", "300MB"]
+    assert cli.main([*ASK, *fitted, "--save", str(stored), "--plot", str(picture)]) == 0
+    text = capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for wanted in ("at 90% confidence; fitted law; formula [paper]: 31.4%", "10% instead", "wastes", "within 1% of fp",
+                   "law fitted to 300 runs: R² 0.9", "lambda", "weights in 300 MB, same compute"):  # fmt: skip
+        assert wanted in text
+    assert cli.main([*ASK, "--law", str(stored), "--json", "--fraction", "0.6"]) == 0
+    one = json.loads(capsys.readouterr().out)["plans"][0]
+    assert one["fraction"] == pytest.approx(PLANTED.optimal_fraction(1.2e9, 1e11, 2), abs=0.02)
+    assert one["other_fraction"] == 0.6
+    assert one["wasted_tokens"] > 0
+
+
+def test_warnings_go_to_stderr(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--params", "10M", "--tokens", "500M", "--bits", "8"]) == 0
+    out, err = capsys.readouterr()
+    assert "warning" not in out
+    assert err.count("an extrapolation\n") == 2
+    assert "bits is 8, outside of the 1 to 6" in err
+    assert cli.main(["plan", "--params", "10M", "--tokens", "10B", "--bits", "2", "--runs", str(runs), "--where",
+                     "schedule=classic", "--resamples", "0"]) == 0  # fmt: skip
+    assert "params is 1e+07, outside of the 8.6e+07 to 2.2e+09 of the fitted runs" in capsys.readouterr().err
+
+
+def test_below_one_token_a_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["plan", "--params", "1B", "--tokens", "400M", "--bits", "4"]
+    assert cli.main(tiny) == 2
+    assert "S = 0.8 tokens per parameter byte, must be above 1" in capsys.readouterr().err
+    law = tmp_path / "law.json"
+    law.write_text(json.dumps({"coefficients": PLANTED.to_dict()}))
+    assert cli.main([*tiny, "--law", str(law)]) == 0
+    assert "formula [paper]: none, S ≤ 1" in capsys.readouterr().out
+
+
+def test_plot_without_a_law(tmp_path: Path) -> None:
+    assert cli.main([*ASK, "--plot", str(tmp_path / "plan.svg")]) == 0
+    assert (tmp_path / "plan.svg").stat().st_size > 1000
+
+
+def test_errors_are_one_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty.json"
+    empty.write_text("{}")
+    for arguments, message in (
+        (["--save", "x.json"], "--save needs --runs"),
+        (["--memory", "1GB"], "--memory needs a law"),
+        (["--law", str(empty)], "holds no law"),
+        (["--law", str(tmp_path / "none.json")], "No such file"),
+        (["--runs", str(tmp_path / "none.csv")], "cannot be read"),
+        (["--runs", str(runs), "--where", "colour=red"], "is not COLUMN=VALUE"),
+        (["--runs", str(runs), "--where", "schedule=slow"], "leaves no runs"),
+        (["--runs", str(runs), "--where", "schedule=fused"], "there are 1 runs"),
+        (["--bits", "-1"], "bits is"),
+    ):
+        assert cli.main([*ASK, *arguments]) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.startswith("qatkernels: ")
+        assert err.count("\n") == 1
+    for arguments in (["plan"], [*ASK, "--tokens", "many"], [*ASK, "--law", "x", "--runs", "y"]):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)

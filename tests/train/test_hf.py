@@ -1,0 +1,164 @@
+"""Real Trainers on a tiny model."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from compare import assert_same_bits
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from qatkernels import QuantConfig, quantize_model, quantized_modules  # noqa: E402
+from qatkernels.train import SQuAT, WinQ  # noqa: E402
+from qatkernels.train.hf import SQuATTrainer, WinQCallback  # noqa: E402
+
+STEPS = 6
+
+
+def make_model():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=16, tie_word_embeddings=False,
+    )  # fmt: skip
+    return quantize_model(transformers.LlamaForCausalLM(config), QuantConfig(bits=2), exclude="lm_head")
+
+
+def dataset(size=8):
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(32, (size, 12), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def arguments(folder, **kwargs):
+    defaults = {
+        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 8, "use_cpu": True,
+        "report_to": [], "logging_steps": 1, "save_strategy": "no", "learning_rate": 3e-3, "disable_tqdm": True,
+        "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0, "seed": 3,
+    }  # fmt: skip
+    return transformers.TrainingArguments(**{**defaults, **kwargs})
+
+
+def train(trainer_class, model, folder, callbacks=(), extra=None, resume=None, **kwargs):
+    trainer = trainer_class(
+        model=model,
+        args=arguments(folder, **kwargs),
+        train_dataset=dataset(),
+        callbacks=list(callbacks),
+        **(extra or {}),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def own_loop(step):
+    """The loop that the Trainer runs on one batch over and over, by hand."""
+    model = make_model().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    batch = {key: torch.stack([row[key] for row in dataset()]) for key in ("input_ids", "labels")}
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        return loss
+
+    run = step(model, optimizer)
+    for _ in range(STEPS):
+        run(closure)
+    return model
+
+
+def assert_close(model, other):
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_winq_callback(tmp_path):
+    settings = {"reset_every": 2, "reset_weight": 0.5, "noise_std": 0.0}
+    callback, model = WinQCallback(**settings), make_model()
+    trainer = train(transformers.Trainer, model, tmp_path, [callback])
+    assert callback.winq.steps == STEPS
+    assert callback.winq.resets == 3
+
+    def step(model, optimizer):
+        winq = WinQ(model, **settings)
+        return lambda closure: (closure(), optimizer.step(), winq.after_step())
+
+    assert_close(model, own_loop(step))
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == STEPS
+    assert all(0 <= entry["winq/flips"] < 1 and entry["winq/distance"] > 0 for entry in logs)
+    assert any(entry["winq/flips"] > 0 for entry in logs)
+    assert logs[-1]["winq/resets"] == 3
+
+
+def test_noise_is_on_in_training_and_off_after(tmp_path):
+    seen = []
+    model = make_model()
+    layer = next(iter(quantized_modules(model).values()))
+    layer.register_forward_hook(lambda module, *_: seen.append((module.training, module.noise_std)))
+    train(transformers.Trainer, model, tmp_path, [WinQCallback(reset_every=None, reset_weight=0.0, noise_std=1e-3)])
+    assert seen == [(True, 1e-3)] * STEPS
+    assert layer.noise_std == 0
+
+
+def test_a_resumed_winq_run_is_the_same(tmp_path):
+    settings = {"reset_every": 4, "reset_weight": 0.5, "noise_std": 1e-3}
+    whole, part = make_model(), make_model()
+    callback = WinQCallback(**settings)
+    train(transformers.Trainer, whole, tmp_path / "whole", [WinQCallback(**settings)])
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    train(transformers.Trainer, part, tmp_path / "part", [WinQCallback(**settings)], **saving)
+    again = make_model()
+    checkpoint = str(tmp_path / "part/checkpoint-3")
+    train(transformers.Trainer, again, tmp_path / "part", [callback], resume=checkpoint, **saving)
+    assert (callback.winq.steps, callback.winq.resets) == (STEPS, 1)
+    for name, value in whole.state_dict().items():
+        assert_same_bits(part.state_dict()[name], value, name)
+        assert_same_bits(again.state_dict()[name], value, name)
+
+
+@pytest.mark.parametrize("settings", [{}, {"target": "latent", "norm": "asam", "rho": 0.5}, {"minibatch": "next"}])
+def test_squat_trainer(tmp_path, settings):
+    model = make_model()
+    trainer = train(SQuATTrainer, model, tmp_path, extra={"squat": settings})
+    assert_close(model, own_loop(lambda model, optimizer: SQuAT(model, optimizer, **settings).step))
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == STEPS
+    assert all({"squat/sharpness", "squat/perturbation_norm", "squat/flips"} <= set(entry) for entry in logs)
+    assert any(entry["squat/flips"] > 0 for entry in logs)
+
+
+def test_accumulation_and_clipping(tmp_path):
+    """Micro-batches of a step serve one objective; with `next` the weights stay in every other step."""
+    model, seen = make_model(), []
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(copy.deepcopy(model.state_dict()))
+
+    kwargs = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0}
+    train(SQuATTrainer, model, tmp_path, [Watch()], {"squat": {"minibatch": "next"}}, **kwargs)
+    assert len(seen) == STEPS
+    for step, (before, after) in enumerate(pairwise(seen), start=1):
+        for name, value in after.items():
+            is_scale = name.endswith(".scale")
+            assert torch.equal(before[name], value) != (is_scale == (step % 2 == 1)), (step, name)
+
+
+def test_both_at_once(tmp_path):
+    callback, model = WinQCallback(reset_every=2, reset_weight=0.5, noise_std=1e-3), make_model()
+    trainer = train(SQuATTrainer, model, tmp_path, [callback], {"squat": {"target": "latent"}}, bf16=True)
+    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert {"winq/resets", "winq/flips", "squat/sharpness", "squat/distance"} <= set(last)
+    assert callback.winq.resets == 3
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_an_unquantized_model_is_refused(tmp_path):
+    callback = WinQCallback(reset_every=2, reset_weight=0.5, noise_std=1e-3)
+    with pytest.raises(ValueError, match="no quantized layer"):
+        train(transformers.Trainer, transformers.LlamaForCausalLM(make_model().config), tmp_path, [callback])

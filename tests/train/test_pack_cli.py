@@ -1,0 +1,232 @@
+"""From a trained model to a small file to text: sizes to the byte, the same text, errors in one line."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qatkernels import cli
+from qatkernels.nn import model_bytes
+from qatkernels.train import TrainConfig, checkpoint, train
+from qatkernels.train.generate import generate, load
+from qatkernels.train.model import Cache, ModelConfig, Transformer
+
+from .conftest import TINY
+
+BITS = {"w4": 4, "w2": 2, "w1.58": 2, "w1": 1}
+#: The quantized layers of a block of TINY's width, as (N, K): qkv, out, gate_up, down.
+LAYERS = ((96, 32), (32, 32), (192, 32), (32, 96))
+
+
+@pytest.fixture(scope="module")
+def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run long enough for a model that is sure of most of what it says."""
+    out = tmp_path_factory.mktemp("run")
+    settings: dict[str, Any] = {**TINY, "steps": 150, "qat_steps": 60, "lr": 1e-2, "qat_lr": 5e-3, "eval_every": 1000}
+    settings |= {"bits": (4, 2, 1.58, 1), "data": str(text), "out": str(out)}
+    train(TrainConfig(**settings), say=lambda line: None)
+    return out
+
+
+@pytest.fixture(scope="module")
+def packed(run: Path) -> dict[str, Path]:
+    files = {name: run / f"{name}.safetensors" for name in BITS}
+    for name, file in files.items():
+        assert cli.main(["pack", str(run / name), str(file)]) == 0
+    return files
+
+
+def test_sizes_to_the_byte(run: Path, packed: dict[str, Path]) -> None:
+    rest = 4 * (2 * 256 * 32 + 3 * 32)  # embedding, head, norms
+    full = rest + 4 * sum(n * k for n, k in LAYERS)
+    previous = full
+    for name, file in packed.items():
+        expected = rest + sum(n * (k * BITS[name] // 8) + 4 * n for n, k in LAYERS)
+        assert model_bytes(load(file)) == expected
+        with open(file, "rb") as content:
+            (header,) = struct.unpack("<Q", content.read(8))
+        assert file.stat().st_size == 8 + header + expected
+        assert header < 4000
+        report = checkpoint.read_json(run / name / "config.json")["result"]
+        assert report["model_bytes"] == expected
+        assert expected <= previous
+        previous = expected
+
+
+def test_the_command_says_the_sizes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["pack", str(run / "w2"), str(tmp_path / "x"), "--scale-dtype", "bfloat16"]) == 0
+    size = (tmp_path / "x").stat().st_size
+    full = 4 * (2 * 256 * 32 + 3 * 32 + sum(n * k for n, k in LAYERS))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{tmp_path / 'x'}: {size:,} bytes, {full / size:.1f} times smaller than in float32 ({full:,})"
+    assert second.endswith(f"{full / 2 / size:.1f} times smaller than in bfloat16 ({full // 2:,})")
+    assert load(tmp_path / "x").get_submodule("blocks.0.mlp.down").weight.scale.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_the_same_text_as_the_fake_quantized_model(run: Path, packed: dict[str, Path], name: str) -> None:
+    """Greedy, beyond the context. Logits differ by the order of additions, and no choice is nearly that close."""
+    written = []
+    for path in (run / name, packed[name]):
+        written.append(list(generate(load(path), b"red is", 80)))
+    tokens = [bytes(token for token, _ in text) for text in written]
+    assert tokens[0] == tokens[1]
+    theirs, mine = (torch.stack([logits for _, logits in text]) for text in written)
+    best = theirs.topk(2).values
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+    assert (best[:, 0] - best[:, 1] > 4e-4).all(), "too close to a tie to compare texts"
+    if name != "w1":
+        assert b" is number " in tokens[0]
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_bfloat16_agrees_where_it_is_not_a_tie(run: Path, packed: dict[str, Path], name: str) -> None:
+    """Rounded to 8 bits along the way, the two differ beyond the last place; a near tie may then fall either way.
+
+    Both read the same text, so that one difference does not become another text.
+    """
+    text = bytes(token for token, _ in generate(load(run / name), b"red is", 26))
+    tokens = torch.tensor([list(b"red is" + text)])
+    with torch.no_grad():
+        theirs, mine = (load(path).bfloat16()(tokens)[0].float() for path in (run / name, packed[name]))
+    best = theirs.topk(2).values
+    clear = best[:, 0] - best[:, 1] > 2**-5 * theirs.abs().amax(-1)
+    assert clear.float().mean() > 0.5
+    assert torch.equal(theirs.argmax(-1)[clear], mine.argmax(-1)[clear])
+
+
+def test_generate_writes_the_same_from_folder_and_file(
+    run: Path, packed: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for path in (run / "w2", packed["w2"]):
+        assert cli.main(["generate", str(path), "--prompt", "green", "--tokens", "40"]) == 0
+        out, err = capsys.readouterr()
+        assert err.startswith("40 tokens, ")
+        assert err.endswith(" tokens/s\n")
+        texts.append(out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("green is number ")
+    assert len(texts[0]) == len("green") + 40 + 1
+
+
+def test_temperature_draws_by_the_seed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in ("1", "1", "2"):
+        command = ["generate", str(run / "fp"), "--tokens", "30", "--temperature", "1", "--seed", seed]
+        assert cli.main(command) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_bytes_that_are_no_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", str(run / "fp"), "--tokens", "50", "--temperature", "50"]) == 0
+    assert "\ufffd" in capsys.readouterr().out
+
+
+def peaked() -> Transformer:
+    """A random model with logits of the size that a trained one has."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(32, 2, 2, 24)).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)
+    return model
+
+
+@pytest.mark.parametrize("chunks", [[24], [1] * 24, [5, 1, 7, 11], [20, 4]], ids=str)
+@torch.no_grad()
+def test_a_cache_changes_nothing_but_the_order_of_additions(chunks: list[int]) -> None:
+    model, cache = peaked(), Cache(ModelConfig(32, 2, 2, 24))
+    tokens = torch.randint(256, (3, 24))
+    whole = model(tokens)
+    parts = torch.cat([model(part, cache) for part in tokens.split(chunks, 1)], 1)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-4)
+    assert cache.length == 24
+    with pytest.raises(ValueError, match="tokens has 1 positions after the 24 of the cache, must have at most 0"):
+        model(tokens[:, :1], cache)
+
+
+def test_generation_with_and_without_a_cache() -> None:
+    """Past the end of the context, too, where the window moves by half of it."""
+    model = peaked()
+    for prompt in (b"a", b"a longer prompt than the context of the model"):
+        cached, plain = (list(generate(model, prompt, 60, cached=c)) for c in (True, False))
+        assert [t for t, _ in cached] == [t for t, _ in plain]
+        for (_, a), (_, b) in zip(cached, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+    # What a window does not hold has no influence.
+    long = next(generate(model, b"x" * 10 + b"y" * 24, 1))[1]
+    torch.testing.assert_close(long, next(generate(model, b"y" * 24, 1))[1])
+
+
+def test_a_token_costs_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lengths = peaked(), []
+    model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    list(generate(model, b"abc", 40))
+    assert lengths == [3, *[1] * 21, 12, *[1] * 12, 12, *[1] * 4]
+
+
+def test_an_empty_prompt() -> None:
+    with pytest.raises(ValueError, match="prompt is empty"):
+        list(generate(peaked(), b"", 3))
+
+
+def test_errors_are_one_line_and_exit_code_2(
+    run: Path, packed: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    broken.write_bytes(packed["w2"].read_bytes()[:-100])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    capsys.readouterr()
+    for command, message in (
+        (["pack", str(run / "fp"), str(tmp_path / "x")], "was trained in full precision, there is nothing to pack"),
+        (["pack", str(empty), str(tmp_path / "x")], "config.json cannot be read"),
+        (["pack", str(tmp_path / "none"), str(tmp_path / "x")], "cannot be read: No such file"),
+        (["pack", str(run / "w2"), str(broken / "x")], "cannot be written"),
+        (["pack", str(run / "w2"), str(empty)], "cannot be written"),
+        (["generate", str(broken)], f"{broken} is damaged"),
+        (["generate", str(empty)], "config.json cannot be read"),
+        (["generate", str(tmp_path / "none")], "cannot be read"),
+        (["generate", str(run / "w2" / "model.safetensors")], "is not a packed model"),
+        (["generate", str(run / "w2"), "--tokens", "0"], "--tokens must be at least 1"),
+        (["generate", str(run / "w2"), "--temperature", "-1"], "--temperature finite and at least 0"),
+        (["generate", str(run / "w2"), "--prompt", ""], "--prompt not empty"),
+    ):
+        assert cli.main(command) == 2, command
+        out, err = capsys.readouterr()
+        assert message in err
+        assert err.startswith("qatkernels: ")
+        assert err.count("\n") == 1
+        assert not out
+
+
+def test_a_folder_of_another_version(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for change, message in (
+        ({"model": {"width": 64}}, "size mismatch|Missing key|does not hold"),
+        ({"model": {"layers": 3}}, "unexpected keyword"),
+        ({"quantization": {"bits": 2.5}}, "bits is 2.5"),
+        ({"quantization": None}, "nexpected key"),
+    ):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        described = {**checkpoint.read_json(run / "w2" / "config.json"), **change}
+        checkpoint.write_json(folder / "config.json", described)
+        (folder / "model.safetensors").write_bytes((run / "w2" / "model.safetensors").read_bytes())
+        with pytest.raises(checkpoint.CheckpointError, match=message):
+            load(folder)
+        assert cli.main(["generate", str(folder)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["pack", "generate"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    wanted = {"pack": ["CKPT", "OUT", "--scale-dtype"], "generate": ["MODEL", "--prompt", "--tokens", "--temperature"]}
+    text = capsys.readouterr().out
+    assert all(word in text for word in wanted[command])

@@ -1,0 +1,361 @@
+"""SQuAT in a loop of one's own, against its formulas written out."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import assert_same_bits
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from qatkernels import QuantConfig, fake_quantize, quantize_model, quantized_modules
+from qatkernels.train import SQuAT, WinQ
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def make_model(**kwargs):
+    model = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.LayerNorm(24), nn.Linear(24, 8))
+    return quantize_model(model, QuantConfig(**{"bits": 4, **kwargs}))
+
+
+def closure_of(model, x, optimizer=None, scaler=None):
+    target = torch.linspace(-1, 1, 8)
+
+    def closure():
+        if optimizer is not None:
+            optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        return loss
+
+    return closure
+
+
+def split(model):
+    """Return the names of scales and of all other parameters."""
+    names = [name for name, _ in model.named_parameters()]
+    scales = [n for n in names if n.endswith(("scale", "zero_point"))]
+    return scales, [n for n in names if n not in scales]
+
+
+def grads_of(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def written_out(model, x, target, norm, rho, eta=0.01):
+    """Return (gradients of the first pass, of the second, losses, norm of the perturbation), without the library."""
+    first_model, second = copy.deepcopy(model), copy.deepcopy(model)
+    loss = closure_of(first_model, x)()
+    layers = quantized_modules(first_model)
+    at = {n: (m.weight if target == "latent" else m.quantized_weight()).detach() for n, m in layers.items()}
+    size = {n: 1.0 if norm == "l2" else at[n].abs() + eta for n in layers}
+    total = sum((size[n] * m.weight.grad).square().sum() for n, m in layers.items()).sqrt()
+    steps = {n: rho * size[n] ** 2 * m.weight.grad / (total + 1e-12) for n, m in layers.items()}
+
+    def forward(module, x):
+        w = module.weight + steps[module.name] if target == "latent" else module.weight
+        y = fake_quantize(w, module.scale, module.grid, grad_scale=module._grad_scale)
+        return F.linear(x, y + (steps[module.name] if target == "quantized" else 0), module.bias)
+
+    for name, module in quantized_modules(second).items():
+        module.name = name
+        module.forward = forward.__get__(module)
+    perturbed = closure_of(second, x)()
+    norm = sum(s.square().sum() for s in steps.values()) ** 0.5
+    return grads_of(first_model), grads_of(second), (loss, perturbed), norm
+
+
+@pytest.mark.parametrize("norm", ["l2", "asam"])
+@pytest.mark.parametrize("target", ["quantized", "latent"])
+def test_is_the_formula(target, norm):
+    model, x = make_model(), torch.randn(32, 16)
+    first, second, (loss, perturbed), size = written_out(model, x, target, norm, 0.3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    squat = SQuAT(model, rho=0.3, target=target, norm=norm)
+    assert_same_bits(squat.gradient(closure_of(model, x)).detach(), loss.detach())
+    scales, others = split(model)
+    assert len(scales) == 2
+    for name in scales:
+        torch.testing.assert_close(grads_of(model)[name], first[name], msg=name)
+    for name in others:
+        torch.testing.assert_close(grads_of(model)[name], second[name], msg=name)
+        assert not torch.equal(first[name], second[name])
+    for name, p in model.named_parameters():
+        assert_same_bits(p.detach(), before[name], name)
+    log = squat.log()
+    assert log["squat/sharpness"] == pytest.approx((perturbed - loss).item(), rel=1e-3)
+    assert log["squat/sharpness"] > 0
+    assert log["squat/perturbation_norm"] == pytest.approx(size.item(), rel=1e-4)
+    if norm == "l2":
+        assert log["squat/perturbation_norm"] == pytest.approx(0.3, rel=1e-4)
+    assert squat.log()["squat/flips"] == 0
+
+
+@pytest.mark.parametrize("target", ["quantized", "latent"])
+def test_step_moves_everything(target):
+    model, x = make_model(), torch.randn(32, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    squat = SQuAT(model, optimizer, target=target)
+    before = copy.deepcopy(model.state_dict())
+    losses = [squat.step(closure_of(model, x, optimizer)).item() for _ in range(60)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(m.perturbation is None for m in quantized_modules(model).values())
+
+
+class TestAlternation:
+    def moved(self, steps, **kwargs):
+        """Return for each step which parameters moved, and how often the closure ran."""
+        model, x = make_model(), torch.randn(8, 16)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+        squat, result = SQuAT(model, optimizer, **kwargs), []
+        scales, others = split(model)
+        for _ in range(steps):
+            before = {n: p.detach().clone() for n, p in model.named_parameters()}
+            calls = []
+            inner = closure_of(model, x, optimizer)
+            squat.step(lambda inner=inner, calls=calls: calls.append(1) or inner())
+            now = dict(model.named_parameters())
+            kinds = [{not torch.equal(before[n], now[n]) for n in names} for names in (scales, others)]
+            assert all(len(kind) == 1 for kind in kinds)
+            result.append((*(kind.pop() for kind in kinds), len(calls)))
+        return result
+
+    def test_same_minibatch(self):
+        assert self.moved(3) == [(True, True, 2)] * 3
+        assert self.moved(4, scale_every=2) == [(False, True, 2), (True, True, 2)] * 2
+
+    def test_next_minibatch(self):
+        assert self.moved(4, minibatch="next") == [(False, True, 2), (True, False, 1)] * 2
+        expected = [(False, True, 2), (False, True, 2), (True, False, 1)]
+        assert self.moved(6, minibatch="next", scale_every=2) == expected * 2
+
+    def test_is_resumed(self):
+        squat = SQuAT(make_model(), minibatch="next")
+        other = SQuAT(make_model(), minibatch="next")
+        squat.gradient(closure_of(squat.model, torch.randn(4, 16)))
+        other.load_state_dict(squat.state_dict())
+        other.gradient(closure_of(other.model, torch.randn(4, 16)))
+        assert other.model[0].weight.grad is None
+        assert other.model[0].scale.grad is not None
+
+    def test_scales_of_activations_are_scales(self):
+        model, x = make_model(act_bits=4, act_scheme="lsq"), torch.randn(8, 16)
+        model(x)
+        squat = SQuAT(model, minibatch="next")
+        for scales_move in (False, True):
+            squat.gradient(closure_of(model, x))
+            assert (model[0].act.scale.grad is not None) == scales_move
+            assert (model[0].scale.grad is not None) == scales_move
+
+
+class TestLoops:
+    def test_micro_batches_in_the_closure(self):
+        model, x = make_model(), torch.randn(8, 16)
+        whole = SQuAT(model, rho=0.2)
+        whole.gradient(closure_of(model, x))
+        expected = grads_of(model)
+
+        def closure():
+            model.zero_grad()
+            return sum(_scaled(model, part, 0.5) for part in x.split(4))
+
+        SQuAT(model, rho=0.2).gradient(closure)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name], msg=name)
+
+    def test_accumulates_over_calls(self):
+        model, x = make_model(), torch.randn(8, 16)
+        expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        for part in x.split(4):
+            SQuAT(model).gradient(closure_of(model, part))
+            for name, grad in grads_of(model).items():
+                expected[name] += grad
+        model.zero_grad()
+        squat = SQuAT(model)
+        for part in x.split(4):
+            squat.gradient(closure_of(model, part), accumulate=True)
+        for name, grad in grads_of(model).items():
+            torch.testing.assert_close(grad, expected[name], msg=name)
+
+    @pytest.mark.parametrize("target", ["quantized", "latent"])
+    def test_grad_scaler(self, target):
+        """A power of two as scale changes no bit of the step."""
+        results = []
+        for enabled in (False, True):
+            torch.manual_seed(0)
+            model, x = make_model(), torch.randn(8, 16)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+            squat = SQuAT(model, optimizer, target=target)
+            for _ in range(3):
+                squat.step(closure_of(model, x, optimizer, scaler), scaler=scaler)
+                scaler.update()
+            results.append(model.state_dict())
+        for name, value in results[0].items():
+            torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+    @pytest.mark.parametrize("target", ["quantized", "latent"])
+    def test_an_overflow_skips_the_step_and_restores(self, target):
+        model, x = make_model(), torch.full((2, 16), torch.inf)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        before = copy.deepcopy(model.state_dict())
+        SQuAT(model, optimizer, target=target).step(closure_of(model, x, optimizer, scaler), scaler=scaler)
+        for name, value in model.state_dict().items():
+            assert_same_bits(value, before[name], name)
+
+    @pytest.mark.parametrize("target", ["quantized", "latent"])
+    @pytest.mark.parametrize("norm", ["l2", "asam"])
+    def test_autocast(self, target, norm):
+        model, x = make_model(), torch.randn(8, 16)
+        inner = closure_of(model, x)
+
+        def closure():
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = (model(x) - torch.linspace(-1, 1, 8)).square().mean()
+            loss.backward()
+            return loss
+
+        SQuAT(model, rho=0.2, target=target, norm=norm).gradient(closure)
+        lower = grads_of(model)
+        model.zero_grad()
+        SQuAT(model, rho=0.2, target=target, norm=norm).gradient(inner)
+        for name, grad in grads_of(model).items():
+            assert F.cosine_similarity(lower[name].flatten(), grad.flatten(), dim=0) > 0.97, name
+            assert not torch.equal(lower[name], grad)
+
+    def test_bfloat16_parameters(self):
+        model, x = make_model().bfloat16(), torch.randn(8, 16, dtype=torch.bfloat16)
+        before = copy.deepcopy(model.state_dict())
+        for target in ("quantized", "latent"):
+            SQuAT(model, target=target, norm="asam").gradient(closure_of(model, x))
+        for name, value in model.state_dict().items():
+            assert_same_bits(value, before[name], name)
+
+    def test_activation_checkpointing(self):
+        """A forward that runs again in the backward is perturbed again."""
+        model, x = make_model(), torch.randn(8, 16)
+        SQuAT(model, rho=0.3).gradient(closure_of(model, x))
+        expected = grads_of(model)
+        model.zero_grad()
+
+        def closure():
+            y = checkpoint(model, x, use_reentrant=False)
+            loss = (y - torch.linspace(-1, 1, 8)).square().mean()
+            loss.backward()
+            return loss
+
+        SQuAT(model, rho=0.3).gradient(closure)
+        for name, grad in grads_of(model).items():
+            assert_same_bits(grad, expected[name], name)
+
+    def test_compiled(self):
+        model, x = make_model(), torch.randn(8, 16)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for step in range(3):
+            # One graph without a perturbation, one with: nothing that changes from step to step is compiled in.
+            with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+                for target in ("quantized", "latent"):
+                    SQuAT(model, rho=0.3, target=target).gradient(closure_of(compiled, x))
+                    actual = grads_of(model)
+                    SQuAT(model, rho=0.3, target=target).gradient(closure_of(model, x))
+                    for name, grad in grads_of(model).items():
+                        torch.testing.assert_close(actual[name], grad, msg=f"{step} {target} {name}")
+
+    def test_together_with_winq(self):
+        model, x = make_model(), torch.randn(8, 16)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        winq = WinQ(model, reset_every=2, reset_weight=0.4, noise_std=1e-3, two_sided=True)
+        squat = SQuAT(model)
+        for _ in range(4):
+            winq.gradient(lambda: squat.gradient(closure_of(model, x, optimizer)))
+            assert all(p.grad.isfinite().all() for p in model.parameters())
+            optimizer.step()
+            winq.after_step()
+        assert winq.resets == 2
+        assert squat.steps == 8
+        log = {**winq.log(), **squat.log()}
+        assert all(isinstance(value, float) for value in log.values())
+        assert len(log) == 7
+
+    def test_gradients_in_shared_memory(self):
+        """A gradient that is a view, as in a bucket of DDP's, is not kept as one: the second pass writes over it."""
+        model, x = make_model(), torch.randn(8, 16)
+        bucket = torch.zeros(1000)
+        inner = closure_of(model, x)
+
+        def closure():
+            loss = inner()
+            view = bucket[: model[0].weight.numel()].view_as(model[0].weight)
+            view.copy_(model[0].weight.grad)
+            model[0].weight.grad = view
+            scale = bucket[900:924].copy_(model[0].scale.grad)
+            model[0].scale.grad = scale
+            scales.append(scale.clone())
+            return loss
+
+        before, scales = model[0].weight.detach().clone(), []
+        SQuAT(model, target="latent").gradient(closure)
+        assert_same_bits(model[0].weight.detach(), before)
+        assert not torch.equal(*scales)
+        assert_same_bits(model[0].scale.grad, scales[0])
+
+
+def _scaled(model, x, factor):
+    loss = factor * (model(x) - torch.linspace(-1, 1, 8)).square().mean()
+    loss.backward()
+    return loss
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"rho": -1.0}, r"rho is -1\.0"),
+            ({"rho": float("nan")}, "rho is nan"),
+            ({"eta": float("inf")}, "eta is inf"),
+            ({"target": "weights"}, "target is 'weights', must be one of"),
+            ({"norm": "l1"}, "norm is 'l1'"),
+            ({"minibatch": "other"}, "minibatch is 'other'"),
+            ({"scale_every": 0}, "scale_every is 0"),
+        ],
+    )
+    def test_values(self, change, words):
+        with pytest.raises(ValueError, match=words):
+            SQuAT(make_model(), **change)
+
+    def test_use(self):
+        model = make_model()
+        with pytest.raises(ValueError, match="no quantized layer"):
+            SQuAT(nn.Linear(4, 4))
+        with pytest.raises(ValueError, match="optimizer is None"):
+            SQuAT(model).step(lambda: None)
+        with pytest.raises(RuntimeError, match="no gradient in any quantized weight"):
+            SQuAT(model).gradient(lambda: torch.zeros(()))
+        with pytest.raises(ValueError, match="must have 'steps'"):
+            SQuAT(model).load_state_dict({})
+
+    @pytest.mark.parametrize("target", ["quantized", "latent"])
+    def test_an_error_in_the_second_pass_restores(self, target):
+        model, x = make_model(), torch.randn(8, 16)
+        before = copy.deepcopy(model.state_dict())
+        inner, calls = closure_of(model, x), []
+
+        def closure():
+            calls.append(model(x).sum().item())
+            if len(calls) == 2:
+                raise KeyError("planned")
+            return inner()
+
+        with pytest.raises(KeyError):
+            SQuAT(model, rho=1.0, target=target).gradient(closure)
+        assert calls[0] != calls[1]
+        for name, value in model.state_dict().items():
+            assert_same_bits(value, before[name], name)
+        assert model(x).sum().item() == calls[0]

@@ -1,0 +1,213 @@
+"""The Triton kernels of packed weights, run by Triton's interpreter on CPU tensors.
+
+``TRITON_INTERPRET=1 pytest tests/triton/test_interpreter_lowbit.py``, a process of its own. The interpreter is slow:
+grids, sizes, granularities and dtypes take turns, so that each meets each somewhere.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+import qatkernels as qk
+from qatkernels.backends import IMPLS
+from qatkernels.ops._op import OPS
+from qatkernels.ops.packing import code_dtype
+from tests.compare import assert_same_bits, assert_within, run_out
+from tests.lowbit import (
+    GRID_IDS,
+    GRIDS,
+    Case,
+    activations,
+    cases,
+    expected_linear,
+    grouped_cases,
+    scaled_weight,
+)
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+pytest.importorskip("triton")
+
+from qatkernels.triton import _products, lowbit_linear  # noqa: E402
+from qatkernels.triton._products import CONFIGS, choose, common_block, distinct, fitted  # noqa: E402
+from qatkernels.triton.lowbit_linear import whole_codes  # noqa: E402
+
+OPERATIONS = ("lowbit_linear", "lowbit_linear_transposed")
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+def run(op, args):
+    return run_out(op, IMPLS[f"{op}_out"]["triton"], args)[0]
+
+
+def check(case, operations=OPERATIONS):
+    for op in operations:
+        args, expected, bound = case.call(op)
+        actual = run(op, args)
+        assert actual.dtype == case.x.dtype
+        assert_within(actual, expected, bound, f"{op} {case.name}")
+
+
+def turns(every, grid, count):
+    """Return `count` elements, others for each grid."""
+    every = list(every)
+    return [every[(GRIDS.index(grid) * 5 + i * len(every) // count) % len(every)] for i in range(count)]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("shape", [(2, 3, 67), (2, 5000), (4, 0), (0, 9), (70,)])
+def test_packing(bits, shape):
+    for code_min in (0, -(1 << (bits - 1))) if shape == (70,) else (-128,):
+        generator = torch.Generator().manual_seed(bits)
+        codes = torch.randint(code_min, code_min + (1 << bits), shape, generator=generator)
+        codes = codes.to(code_dtype(code_min, bits))
+        packed = run("pack", (codes, code_min, bits))
+        assert_same_bits(packed, OPS["pack"].reference(codes, code_min, bits))
+        assert_same_bits(run("unpack", (packed, code_min, bits, shape[-1])), codes)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
+def test_sizes_and_granularities(grid):
+    dtype = DTYPES[GRIDS.index(grid) % 3]
+    for case in turns(cases(grid, dtype), grid, 1):
+        check(case)
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("group", [None, 32, 24], ids=lambda g: f"group{g}")
+@pytest.mark.parametrize("grid", [qk.lsq(4), qk.affine(4)], ids=lambda g: g.scheme)
+def test_where_scales_enter(grid, group, act_bits):
+    """Scales per row, per tile and per element, with and without zero points, whole and not."""
+    zero = "any" if grid.has_zero_point else None
+    weight = scaled_weight(grid, (20, 96), group, torch.bfloat16, zero)
+    check(
+        Case(f"{group}", weight, activations((3, 96), torch.bfloat16), torch.ones(20), None, act_bits), OPERATIONS[:1]
+    )
+
+
+def test_beyond_a_tile():
+    many = activations((70, 96), torch.bfloat16)
+    check(Case("many", scaled_weight(qk.seq(2), (70, 96)), many))
+    check(Case("many", scaled_weight(qk.lsq(3), (36, 96), 32), many, None, None, 8), OPERATIONS[:1])
+    check(Case("long", scaled_weight(qk.affine(8), (33, 1100)), activations((2, 1100), torch.float16), torch.ones(33)))
+
+
+@pytest.mark.parametrize("grid", GRIDS[::2], ids=GRID_IDS[::2])
+def test_grouped(grid):
+    for case in turns(grouped_cases(grid, DTYPES[(GRIDS.index(grid) + 1) % 3]), grid, 1):
+        check(case, OPERATIONS[1:])
+        args, expected, bound = case.call("lowbit_linear")
+        y = run("lowbit_linear", args)
+        assert_within(y, expected, bound, case.name)
+        nobody = y[case.offsets[-1] :]
+        assert_same_bits(nobody, torch.zeros_like(nobody), f"{case.name}: tokens of nobody")
+
+
+def test_more_tiles_than_programs(monkeypatch):
+    monkeypatch.setattr(lowbit_linear, "processors", lambda device: 2)
+    weight, ends = scaled_weight(qk.lsq(4), (3, 40, 32)), torch.tensor([17, 17, 40], dtype=torch.int32)
+    check(Case("two programs", weight, activations((45, 32), torch.float32), None, ends))
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_what_is_not_finite_stays_in_its_token(act_bits, bad):
+    weight, x = scaled_weight(qk.lsq(4), (9, 70)), activations((3, 70), torch.float32)
+    x[1] = 0.0
+    expected, bound = expected_linear(x, weight, act_bits=act_bits)
+    x[0, 5] = bad
+    y = run("lowbit_linear", Case("", weight, x, act_bits=act_bits).call("lowbit_linear")[0])
+    assert not y[0].isfinite().any()
+    assert act_bits is None or y[0].isnan().all()
+    assert_within(y[1:], expected[1:], bound[1:])
+    assert (y[1] == 0).all()
+
+
+@pytest.mark.parametrize("grid", [qk.lsq(8), qk.affine(8), qk.binary()], ids=lambda g: g.scheme)
+def test_extremes_of_integer_sums(grid, monkeypatch):
+    """Every product is the largest of its sign; above the limit, tiles are summed in float32."""
+    for limit, value in ((_products.MAX_INTEGERS, grid.code_min), (500, grid.code_max)):
+        monkeypatch.setattr(lowbit_linear, "MAX_INTEGERS", limit)
+        w = (torch.full((3, 1000), float(value)) + grid.offset) / grid.steps
+        weight = qk.PackedWeight.from_float(w, torch.ones(3), grid)
+        check(Case(f"{value}", weight, torch.full((2, 1000), -1.0), act_bits=8), OPERATIONS[:1])
+
+
+def test_views_leading_dimensions_and_nothing():
+    base, weight = activations((6, 80), torch.float32), scaled_weight(qk.lsq(3), (5, 40))
+    inputs = {
+        "vector": base[0, :40], "three": base[:, :40].reshape(2, 3, 40), "columns apart": base[:, ::2],
+        "repeated": base[:1, :40].expand(6, 40), "no token": base[:0, :40],
+    }  # fmt: skip
+    for name, x in inputs.items():
+        check(Case(name, weight, x, base[0, ::2][:5]), OPERATIONS[:1])
+    strided = replace(weight, packed=weight.packed.t().contiguous().t())
+    check(Case("strided weight", strided, base[:, :40].double()))
+    check(Case("strided weight", strided, base[:, :40]))
+    for rows, cols in ((0, 40), (5, 0)):
+        check(Case(f"{rows}x{cols}", scaled_weight(qk.lsq(3), (rows, cols)), base[:, :cols], torch.ones(rows)))
+
+
+@pytest.mark.parametrize(("op", "shape"), [("lowbit_linear", (9, 1000)), ("lowbit_linear_transposed", (300, 24))])
+def test_parts_of_sums_repeat_their_bits(op, shape, monkeypatch):
+    splits, with_parts = [], lowbit_linear._with_parts
+    monkeypatch.setattr(lowbit_linear, "_with_parts", lambda *args: (splits.append(args[1]), with_parts(*args)))
+    case = Case("", scaled_weight(qk.lsq(4), shape), activations((3, shape[1]), torch.float32))
+    args = case.call(op)[0]
+    assert_same_bits(run(op, args), run(op, args))
+    assert splits[0] > 1
+    check(case, [op])
+
+
+def test_warm_up_launches_every_configuration_once(monkeypatch):
+    launched = []
+    for name in OPERATIONS:
+        monkeypatch.setattr(lowbit_linear, f"{name}_out", lambda x, *args, name=name: launched.append((name, len(x))))
+    lowbit_linear.warm_up(scaled_weight(qk.lsq(4), (64, 256), 32), act_bits=8)
+    assert len(launched) == len(set(launched))
+    assert {("lowbit_linear", tokens) for tokens in (1, 17, 65)} < set(launched)
+    assert {("lowbit_linear_transposed", tokens) for tokens in (1, 17)} < set(launched)
+    launched.clear()
+    lowbit_linear.warm_up(scaled_weight(qk.lsq(4), (2, 64, 256), 32))
+    assert {("lowbit_linear", tokens) for tokens in (1, 33, 129)} < set(launched)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("ieee", [False, True])
+def test_choice(capability, ieee):
+    for tokens in (1, 16, 17, 64, 65, 10**6):
+        config = choose(capability, ieee, tokens)
+        assert config.ieee == ieee
+        assert tokens <= config.tokens
+        assert config.capability <= max(capability, (8, 0))
+        newer = [c for c in CONFIGS if c.ieee == ieee and config.capability < c.capability <= capability]
+        assert not newer, "a newer row fits"
+        assert capability < (10, 0) or not ieee or config.block_m < 64, "Triton would take it for TF32"
+
+
+def test_fitting():
+    config = choose((9, 0), False, 1)
+    assert fitted(config, 1, 4096, 4096, 16).split == 1  # enough columns
+    assert fitted(config, 1, 1024, 4096, 16).split == 4
+    assert fitted(config, 1, 32, 256, 16).split == 1  # too few terms
+    assert fitted(config, 1, 5, 20, 16).block_n == 16
+    assert fitted(config, 1, 5, 20, 16).block_k == 32
+    assert fitted(config, 1, 5, 20, 32).block_k == 32
+    assert [common_block(64, size, 16) for size in (128, 96, 64, 16, 24)] == [64, 32, 64, 16, None]
+    every = [fitted(choose((9, 0), False, t), t, 512, 2048, 16) for t in range(1, 20000, 7)]
+    few = distinct(lambda t: fitted(choose((9, 0), False, t), t, 512, 2048, 16))
+    assert {fitted(choose((9, 0), False, t), t, 512, 2048, 16) for t in few} >= set(every)
+    assert len(few) < 12
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
+@pytest.mark.parametrize("zero", [False, True])
+def test_operands_are_exact(grid, zero):
+    shift, stored = grid.code_min + grid.offset, torch.arange(2**grid.storage_bits).double()
+    for dtype in (torch.int8, torch.bfloat16, torch.float16):
+        factor, add, sums = whole_codes(shift, grid.storage_bits, zero, dtype == torch.int8)
+        operands = factor * stored + add
+        assert torch.equal(operands.to(dtype).double(), operands)
+        assert sums or torch.equal(operands, factor * (stored + shift))
+        assert sums or not zero
