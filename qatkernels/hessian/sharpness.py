@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nn import QuantLinear, quantized_modules, quantized_weights
+from ..nn import quantized_modules, quantized_weights
+from ..nn.quantized import Quantized
 from .hvp import checked_loss
 
 LossFn = Callable[[], Tensor]
@@ -110,10 +111,10 @@ def _quantized(model: nn.Module, loss: LossFn, rho: float, norm: str, eta: float
 
 
 @contextlib.contextmanager
-def _added(layers: Sequence[QuantLinear], offsets: dict[int, Tensor]) -> Iterator[None]:
+def _added(layers: Sequence[Quantized], offsets: dict[int, Tensor]) -> Iterator[None]:
     """Add an offset to what each layer makes of its weight."""
 
-    def shifted(layer: QuantLinear) -> Callable[..., Tensor]:
+    def shifted(layer: Quantized) -> Callable[..., Tensor]:
         make, offset = layer._fake_quantized, offsets[id(layer.weight)]
 
         def weight(*args: Any) -> Tensor:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..files import CheckpointError, damaged, explained, load, read_json, save, write, write_json
+from ..files import CheckpointError, damaged, digest, explained, load, read_json, save, write, write_json
 
 try:
     import fcntl
@@ -16,6 +16,7 @@ except ModuleNotFoundError:  # Windows
 __all__ = [
     "CheckpointError",
     "damaged",
+    "digest",
     "exclusive",
     "explained",
     "load",

@@ -276,7 +276,7 @@ def _analysed(
             k: v for k, v in asdict(config).items() if k not in ("checkpoints", "out", "restart", "data", "device")
         },
         "text": text,
-        "weights": checkpoint._digest(loaded.model.state_dict()),
+        "weights": checkpoint.digest(loaded.model.state_dict()),
     }
     work = config.probes * config.steps
     file = Path(config.out) / "ritz" / f"{index:02d}-{loaded.name}.json"

@@ -27,7 +27,10 @@ def operators(**options):
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"engine": "forward"}, {"checkpoint": True}, {"dtype": torch.float64}], ids=str)
+OPTIONS = ({}, {"engine": "forward"}, {"checkpoint": True}, {"dtype": torch.float64})
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_products(options):
     here, there = operators(**options)
     v = torch.randn(here.n, dtype=torch.float64)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qatkernels.hessian import hvp
-from qatkernels.nn import QuantConfig, quantize_model, quantized_weights
+from qatkernels.nn import GroupedQuantLinear, QuantConfig, quantize_model, quantized_weights
 from qatkernels.ops import cross_entropy
 from qatkernels.train.model import ModelConfig, Transformer
 
@@ -93,6 +93,30 @@ def test_all_parameters_of_a_transformer(engine):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         wanted = functional_hessian(model, loss_of, params)
     found = dense(lambda: loss_of(model), params, engine)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_experts(engine):
+    """Two layers of experts in a row, tokens that no expert takes among them."""
+    first, second = (GroupedQuantLinear(2, a, b, config=QuantConfig(2)).double() for a, b in ((4, 5), (5, 3)))
+    x, y, offsets = torch.randn(8, 4).double(), torch.randint(3, (8,)), torch.tensor([3, 7], dtype=torch.int32)
+    model = nn.ModuleList((first, second))
+    params = quantized_weights(model)
+    weights = [layer.quantized_weight().detach() for layer in model]
+
+    def plain(flat):
+        a, b = (t.view_as(w) for t, w in zip(flat.split([w.numel() for w in weights]), weights, strict=True))
+        parts = [torch.tanh(part @ a[e].T) @ b[e].T for e, part in enumerate((x[:3], x[3:7]))]
+        return cross_entropy(torch.cat([*parts, torch.zeros(1, 3, dtype=torch.float64)]), y)
+
+    flat = torch.cat([w.reshape(-1) for w in weights])
+    masks = torch.cat(
+        [torch.autograd.grad(layer.quantized_weight().sum(), layer.weight)[0].view(-1) for layer in model]
+    )
+    wanted = masks[:, None] * torch.func.hessian(plain)(flat) * masks
+    assert 0 < masks.mean() < 1
+    found = dense(lambda: cross_entropy(second(torch.tanh(first(x, offsets)), offsets), y), params, engine)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qatkernels.hessian import gradient_norm_ratio, sharpness
-from qatkernels.nn import QuantConfig, quantize_model, quantized_weights
+from qatkernels.nn import GroupedQuantLinear, QuantConfig, quantize_model, quantized_weights
 
 
 class Bowl(nn.Module):
@@ -107,6 +107,23 @@ def test_shared_weights_are_perturbed_once():
     x = torch.randn(5, 4, dtype=torch.float64)
     found = sharpness(model, lambda: model(x).square().sum(), 0.1, target="quantized")
     assert found.perturbation_norm == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("norm", ["l2", "asam"])
+def test_experts_are_perturbed_after_rounding(norm):
+    """A stack of experts has the sharpness of the same layers apart, each with its tokens."""
+    apart = quantize_model(nn.ModuleList(nn.Linear(6, 3, bias=False) for _ in range(2)).double(), QuantConfig(2))
+    stack = GroupedQuantLinear.from_stacked(torch.stack([m.weight.detach() for m in apart]), config=QuantConfig(2))
+    x, y, offsets = torch.randn(9, 6).double(), torch.randint(3, (9,)), torch.tensor([4, 9], dtype=torch.int32)
+
+    def separately():
+        return F.cross_entropy(torch.cat([apart[0](x[:4]), apart[1](x[4:])]), y)
+
+    wanted = sharpness(apart, separately, 0.3, norm=norm, target="quantized")
+    found = sharpness(stack, lambda: F.cross_entropy(stack(x, offsets), y), 0.3, norm=norm, target="quantized")
+    assert found == pytest.approx(wanted, rel=1e-6)
+    assert wanted.value > 0
+    assert "_fake_quantized" not in stack.__dict__
 
 
 @pytest.mark.parametrize(
