@@ -58,7 +58,7 @@ def remove_run(out: Path) -> None:
     if not (out / "run.json").exists():
         return
     with explained("deleted", out):
-        for name in ("config.json", "model.safetensors", "state.safetensors"):
+        for name in ("config.json", "model.safetensors", "state.safetensors", "step-*.safetensors"):
             for path in (*out.glob(f"fp*/{name}"), *out.glob(f"cooled*/{name}"), *out.glob(f"w*/{name}")):
                 path.unlink()
         (out / "log.jsonl").unlink(missing_ok=True)

@@ -155,8 +155,8 @@ def load(path: str | Path) -> Loaded:
         raise CheckpointError(
             f"{file} is no model that `qatkernels train` wrote ({str(error).splitlines()[0]})"
         ) from error
-    name = file.stem if folder == file else folder.name
-    return Loaded(name, model.eval(), weights, header, file)
+    phase: str = header["phase"]
+    return Loaded(phase if file.stem == "model" else f"{phase}-{file.stem}", model.eval(), weights, header, file)
 
 
 def run(config: SpectrumConfig, say: Callable[[str], None] | None = None) -> dict[str, Any]:
