@@ -112,6 +112,20 @@ def train(argv: Sequence[str]) -> int:
     return 0
 
 
+def spectrum(argv: Sequence[str]) -> int:
+    """Estimate the Hessian's spectrum at checkpoints."""
+    from .hessian import NotFiniteError
+    from .train import CheckpointError, ConfigError, DataError, spectra
+
+    try:
+        config = spectra.configured(argv)
+        report = spectra.run(config)
+    except (ConfigError, DataError, CheckpointError, NotFiniteError) as error:
+        return _fail(error)
+    spectra.show(report, config.out)
+    return 0
+
+
 def _train_parser(config: Any) -> argparse.ArgumentParser:
     """Return the parser of `train`, with an option for each field of the configuration."""
     parser = argparse.ArgumentParser(
@@ -292,5 +306,6 @@ def bench(argv: Sequence[str]) -> int:
 
 #: Subcommands by name. The first line of a docstring is its line in `qatkernels --help`.
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": train, "plan": plan, "pack": pack, "generate": generate, "doctor": doctor, "bench": bench,
+    "train": train, "plan": plan, "spectrum": spectrum, "pack": pack, "generate": generate,
+    "doctor": doctor, "bench": bench,
 }  # fmt: skip

@@ -82,7 +82,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | 
     """
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     text = json.dumps(dict(header or {}))
-    write(path, to_bytes(tensors, {"header": text, "sha256": _digest(tensors, text)}))
+    write(path, to_bytes(tensors, {"header": text, "sha256": digest(tensors, text)}))
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -103,7 +103,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise damaged(path, error) from error
-    if metadata["sha256"] != _digest(tensors, metadata["header"]):
+    if metadata["sha256"] != digest(tensors, metadata["header"]):
         raise damaged(path, "its digest does not match")
     try:
         header = json.loads(metadata["header"])
@@ -119,12 +119,13 @@ def damaged(path: Path, why: object) -> CheckpointError:
     return CheckpointError(f"{path} is damaged ({why}); delete it and make it again")
 
 
-def _digest(tensors: Mapping[str, Tensor], header: str) -> str:
-    digest = hashlib.sha256(header.encode())
+def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Return the SHA-256 of tensors on the CPU (names, dtypes, shapes and bits) and a text, in hexadecimal."""
+    found = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        found.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
+        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 @contextlib.contextmanager

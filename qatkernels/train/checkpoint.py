@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..files import CheckpointError, damaged, explained, load, read_json, save, write, write_json
+from ..files import CheckpointError, damaged, digest, explained, load, read_json, save, write, write_json
 
 try:
     import fcntl
@@ -16,6 +16,7 @@ except ModuleNotFoundError:  # Windows
 __all__ = [
     "CheckpointError",
     "damaged",
+    "digest",
     "exclusive",
     "explained",
     "load",
@@ -57,7 +58,7 @@ def remove_run(out: Path) -> None:
     if not (out / "run.json").exists():
         return
     with explained("deleted", out):
-        for name in ("config.json", "model.safetensors", "state.safetensors"):
+        for name in ("config.json", "model.safetensors", "state.safetensors", "step-*.safetensors"):
             for path in (*out.glob(f"fp*/{name}"), *out.glob(f"cooled*/{name}"), *out.glob(f"w*/{name}")):
                 path.unlink()
         (out / "log.jsonl").unlink(missing_ok=True)

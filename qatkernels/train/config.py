@@ -89,6 +89,9 @@ class TrainConfig:
     eval_windows: int = _option(256, "held-out windows in an evaluation", "evaluation")
     log_every: int = _option(10, "steps between training losses in the log", "evaluation")
     save_every: int = _option(100, "steps between checkpoints", "evaluation", resumable=True)
+    keep_every: int | None = _option(
+        None, "steps between models that are kept in each phase's folder; none if not given", "evaluation", True, int
+    )
 
     def __post_init__(self) -> None:
         _check_ranges(self)
@@ -143,7 +146,7 @@ def _check_ranges(config: TrainConfig) -> None:
         value = getattr(config, entry.name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        at_least = 1 if isinstance(entry.default, int) or entry.name == "tokens" else 0.0
+        at_least = 1 if isinstance(entry.default, int) or entry.name in ("tokens", "keep_every") else 0.0
         at_most = 1.0 if entry.name in ("beta1", "beta2", "warmup", "cooldown") else math.inf
         if entry.name != "seed" and not (at_least <= value <= at_most and math.isfinite(value)):
             limits = f"at least {at_least}" if at_most == math.inf else f"in [{at_least}, {at_most}]"

@@ -8,7 +8,8 @@ not.
     out/run.json          the configuration; another one is refused here
     out/log.jsonl         one line for each logged step
     out/<phase>/          fp, then w4, w2, w1.58, w1 (phases.py): state.safetensors while it trains,
-                          then model.safetensors and, last of all, config.json
+                          then model.safetensors and, last of all, config.json;
+                          step-<n>.safetensors, its model at every keep_every-th step before
     out/report.json       the table and the curves, also as curves.png
 """
 
@@ -174,6 +175,7 @@ def run_phase(run: _Run, phase: Phase) -> dict[str, Any]:
     if progress.step == 0:  # of a quantized phase this is round-to-nearest: nothing has been trained at this width
         progress.start = _finite(evaluate(model, windows, config), {"phase": phase.name, "step": 0})
         run.log.add(phase=phase.name, step=0, held_out=progress.start)
+        _keep(run, phase, model, 0)
 
     model.train()
     while progress.step < phase.steps:
@@ -203,6 +205,7 @@ def run_phase(run: _Run, phase: Phase) -> dict[str, Any]:
         run.display.step(phase.name, entry, config.batch * config.context * progress.step / progress.seconds)
         if last:
             break
+        _keep(run, phase, model, progress.step)
         if run.stop.number or progress.step % config.save_every == 0:
             checkpoint.save(state_file, _snapshot(model, optimizer), asdict(progress))
         if run.stop.number:
@@ -339,13 +342,7 @@ def _finish(
         "tokens_per_second": run.config.batch * run.config.context * phase.steps / progress.seconds,
         **sizes(model),
     }
-    described = {
-        "phase": phase.name,
-        "model": asdict(run.config.model),
-        "quantization": phase.quantization and phase.quantization.to_dict(),
-        "exclude": list(EXCLUDED),
-        "result": result,
-    }
+    described = _described(run, phase, result)
     checkpoint.save(folder / "model.safetensors", model.state_dict(), described)
     if phase.kept:
         checkpoint.save(folder / "state.safetensors", _snapshot(model, optimizer), asdict(progress))
@@ -354,6 +351,26 @@ def _finish(
         (folder / "state.safetensors").unlink(missing_ok=True)
     run.display.end(result)
     return result
+
+
+def _keep(run: _Run, phase: Phase, model: nn.Module, step: int) -> None:
+    """Write the model at this step, if it is one to keep, as a file that is like that of a finished phase."""
+    if run.config.keep_every is not None and step % run.config.keep_every == 0:
+        described = _described(
+            run, phase, {"phase": phase.name, "bits": phase.bits, "first": phase.first, "steps": step}
+        )
+        checkpoint.save(run.folder(phase.name) / f"step-{step:06d}.safetensors", model.state_dict(), described)
+
+
+def _described(run: _Run, phase: Phase, result: dict[str, Any]) -> dict[str, Any]:
+    """Return what is written beside a model."""
+    return {
+        "phase": phase.name,
+        "model": asdict(run.config.model),
+        "quantization": phase.quantization and phase.quantization.to_dict(),
+        "exclude": list(EXCLUDED),
+        "result": result,
+    }
 
 
 def sizes(model: nn.Module) -> dict[str, int]:

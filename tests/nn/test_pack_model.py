@@ -354,7 +354,7 @@ def test_another_model_and_a_header_that_is_no_object(saved, tmp_path):
     with pytest.raises(CheckpointError, match="on the meta device"):
         qk.load_packed(saved[0], lambda _: Model().to("meta"))
     for text in (json.dumps([1]), "{", "[" * 100_000):
-        digest = files._digest({}, text)
+        digest = files.digest({}, text)
         files.write(tmp_path / "x", files.to_bytes({}, {"header": text, "sha256": digest}))
         with pytest.raises(CheckpointError, match=r"is damaged|must be a JSON object"):
             qk.load_packed(tmp_path / "x", build)

@@ -97,6 +97,7 @@ def test_a_folder_serves_one_run_at_a_time(tmp_path: Path) -> None:
 def test_remove_run_deletes_nothing_else(tmp_path: Path) -> None:
     kept = [tmp_path / "notes.txt", tmp_path / "w2" / "mine.txt", tmp_path / "other" / "config.json"]
     gone = [tmp_path / "fp" / "config.json", tmp_path / "w1.58" / "state.safetensors", tmp_path / "log.jsonl"]
+    gone.append(tmp_path / "w2" / "step-000050.safetensors")
     for path in kept + gone:
         path.parent.mkdir(exist_ok=True)
         path.write_text("x")

@@ -139,6 +139,44 @@ def test_a_lost_log_costs_only_the_curves(tiny: dict[str, Any]) -> None:
     assert after["curves"]["w2"] == {"train": [], "held_out": [curve[0], curve[-1]]}
 
 
+def test_models_are_kept_along_the_way(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is the model that a shorter run of the same schedule would be at, also when a signal comes in between."""
+    out = Path(tiny["out"])
+    run(tiny, keep_every=6)
+    steps = {"fp": range(0, 24, 6), "w2": range(0, 12, 6)}
+    assert (tiny["steps"], tiny["qat_steps"]) == (24, 12)
+    for phase, wanted in steps.items():
+        files = sorted((out / phase).glob("step-*"))
+        assert [f.name for f in files] == [f"step-{step:06d}.safetensors" for step in wanted]
+        for step, file in zip(wanted, files, strict=True):
+            tensors, header = checkpoint.load(file)
+            assert header["result"] == {
+                "phase": phase, "bits": None if phase == "fp" else 2, "first": 0 if phase == "fp" else 24, "steps": step
+            }  # fmt: skip
+            finished, after = checkpoint.load(out / phase / "model.safetensors")
+            assert {k: v for k, v in after.items() if k != "result"} == {
+                k: v for k, v in header.items() if k != "result"
+            }
+            assert tensors.keys() == finished.keys()
+            assert not torch.equal(tensors["blocks.0.mlp.down.weight"], finished["blocks.0.mlp.down.weight"])
+    before = {path: checkpoint.digest(checkpoint.load(path)[0]) for path in out.glob("*/step-*")}
+    save = checkpoint.save
+
+    def stopping(path: Path, tensors: Any, header: Any = None) -> None:
+        save(path, tensors, header)
+        if path.name == "state.safetensors":
+            signal.raise_signal(signal.SIGTERM)
+
+    train_config = TrainConfig(**{**tiny, "keep_every": 6})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", stopping)
+        with pytest.raises(Interrupted):
+            train(train_config, restart=True, say=lambda line: None)
+    assert 0 < len(list(out.glob("*/step-*"))) < len(before)
+    train(train_config, say=lambda line: None)
+    assert {path: checkpoint.digest(checkpoint.load(path)[0]) for path in out.glob("*/step-*")} == before
+
+
 def test_restart(tiny: dict[str, Any]) -> None:
     run(tiny)
     before = outcome(tiny["out"])

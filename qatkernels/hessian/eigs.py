@@ -1,0 +1,181 @@
+"""Eigenpairs at the ends of the spectrum, by Lanczos with thick restarts (Wu and Simon, 2000)."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .lanczos import Basis, NotFiniteError, basis_bytes
+from .operator import SymmetricMap
+from .spectrum import probe
+
+logger = logging.getLogger(__name__)
+
+ENDS = ("both", "largest", "smallest")
+
+#: Columns of a basis that are rotated at a time.
+_COLUMNS = 2**18
+
+
+class Eigs(NamedTuple):
+    """Eigenpairs.
+
+    Attributes:
+        values: float64 eigenvalues, ascending: the k smallest, then the k largest, as far as they were asked for.
+        residuals: float64 norm of ``A y - theta y`` of each: a true eigenvalue is no further away.
+        vectors: unit eigenvectors, a row for each value.
+        products: products that it took.
+        converged: whether every residual is below the tolerance.
+    """
+
+    values: Tensor
+    residuals: Tensor
+    vectors: Tensor
+    products: int
+    converged: bool
+
+
+class _Projection:
+    """An orthonormal basis that grows by Lanczos and shrinks by restarts, and the matrix projected onto it."""
+
+    def __init__(self, op: SymmetricMap, rows: int, seed: int) -> None:
+        self.op, self.basis, self.seed = op, Basis(rows, op), seed
+        self.matrix = torch.zeros(rows, rows, dtype=torch.float64)
+        self.size = self.products = self.draws = 0
+        self.scale = self.residual = 0.0
+        self.next = self.random()
+
+    def random(self) -> Tensor:
+        """Return a random unit vector orthogonal to the basis."""
+        w = probe(self.op, self.seed, self.draws)
+        self.draws += 1
+        w, _, norm = self.basis.clean(self.size, w, passes=3) if self.size else (w, None, float(w.double().norm()))
+        return w.div_(norm)
+
+    def grow(self) -> None:
+        """Add vectors until the basis is full or everything."""
+        while self.size < len(self.matrix):
+            self.basis.keep(self.size, self.next)
+            w = self.op.products([self.next])[0]
+            self.products += 1
+            w, h, norm = self.basis.clean(self.size + 1, w)
+            if not (norm < float("inf") and bool(h.isfinite().all())):
+                raise NotFiniteError(f"product {self.products} holds NaN or infinity")
+            self.matrix[: self.size + 1, self.size] = self.matrix[self.size, : self.size + 1] = h.cpu()
+            self.scale = max(self.scale, float(h.abs().max()), norm)
+            self.size += 1
+            invariant = norm <= 100 * torch.finfo(w.dtype).eps * self.scale
+            self.residual = 0.0 if invariant else norm
+            if self.size < self.op.n:
+                self.next = self.random() if invariant else w.div_(norm)
+
+    def solve(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Ritz values, their residuals, and their coordinates as columns."""
+        part = self.matrix[: self.size, : self.size]
+        values, vectors = torch.linalg.eigh(0.5 * (part + part.T))
+        return values, self.residual * vectors[-1].abs(), vectors
+
+    def rotate(self, values: Tensor, vectors: Tensor) -> None:
+        """Make the basis the Ritz vectors with these values and coordinates."""
+        rows, kept = self.basis.rows, len(values)
+        turn = vectors.T.to(rows.device, rows.dtype)
+        for start in range(0, rows.shape[1], _COLUMNS):
+            part = slice(start, start + _COLUMNS)
+            rows[:kept, part] = turn @ rows[: self.size, part]
+        self.size = kept
+        self.matrix.zero_()
+        self.matrix[:kept, :kept] = torch.diag(values)
+
+
+def eigs(
+    op: SymmetricMap,
+    k: int = 1,
+    which: str = "both",
+    *,
+    tol: float | None = None,
+    seed: int = 0,
+    basis: int | None = None,
+    max_products: int | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Eigs:
+    """Find the eigenpairs at the ends of the spectrum, repeated eigenvalues as often as they are there.
+
+    A Krylov space holds one eigenvector of each eigenvalue. So when all wanted pairs have converged, the search goes on
+    from a random vector orthogonal to them, until that changes nothing.
+
+    Args:
+        op: the matrix.
+        k: how many at each end.
+        which: ``"both"``, ``"largest"`` or ``"smallest"`` (the most negative, not the closest to 0).
+        tol: largest residual, relative to the norm of the matrix as far as it was seen; 1e-5, or 1e-6 in float64, if
+            None. Eigenvalues are better than that: their error goes with the square of the residual.
+        seed: of the start vector.
+        basis: vectors to keep, more than are asked for; their memory is logged first.
+        max_products: when to stop, with a warning, although something has not converged; 2000 if None.
+        advance: called with the number of products after each restart.
+
+    Raises:
+        ValueError: if a count does not fit, or ``which`` is none of the three.
+        NotFiniteError: if a product holds NaN or infinity.
+    """
+    if which not in ENDS:
+        raise ValueError(f"which is {which!r}, must be one of {ENDS}")
+    ends = 2 if which == "both" else 1
+    if not 1 <= k * ends <= op.n:
+        raise ValueError(f"k is {k}, must be at least 1 and at most {op.n // ends} for which={which!r}")
+    low, high = (0 if which == "largest" else k), (0 if which == "smallest" else k)
+    basis = min(op.n, max(2 * (low + high) + 20, 60) if basis is None else basis)
+    if basis < min(op.n, low + high + 2):
+        raise ValueError(f"basis is {basis}, must be at least {low + high + 2}: two more than are asked for")
+    tol = (1e-6 if op.dtype == torch.float64 else 1e-5) if tol is None else tol
+    logger.info(
+        "the Krylov basis takes %.4g MB: %d vectors of %d", basis_bytes(op.n, basis, op.dtype) * 1e-6, basis, op.n
+    )
+    space, before = _Projection(op, basis, seed), None
+    while True:
+        done = space.products
+        space.grow()
+        if advance:
+            advance(space.products - done)
+        values, residuals, vectors = space.solve()
+        wanted = [*range(low), *range(len(values) - high, len(values))]
+        found, bounds = values[wanted], residuals[wanted]
+        norm = max(float(values.abs().max()), torch.finfo(torch.float64).tiny)
+        # Half: a restart from a random vector leaves as much behind.
+        converged = bool((bounds <= 0.5 * tol * norm).all())
+        confirmed = converged and before is not None and bool(((found - before).abs() <= 10 * tol * norm).all())
+        spent = space.products >= (2000 if max_products is None else max_products)
+        if confirmed or spent or space.size == op.n:
+            break
+        extra = (basis - low - high) // (2 * ends)
+        keep = [*range(low + (extra if low else 0)), *range(len(values) - high - (extra if high else 0), len(values))]
+        if converged:  # a random vector would leave behind what the others still lack
+            keep = [i for i in keep if residuals[i] <= 0.5 * tol * norm]
+        keep = keep[: basis - 1]
+        space.rotate(values[keep], vectors[:, keep])
+        before = found if converged else None
+        if converged:
+            space.next = space.random()
+    space.rotate(found, vectors[:, wanted])
+    rows = space.basis.rows[: len(found)].clone()
+    bounds = torch.stack([_residual(op, float(value), row) for value, row in zip(found, rows, strict=True)])
+    converged = bool((bounds <= tol * norm).all())
+    if advance:
+        advance(len(found))
+    if not converged:
+        warnings.warn(
+            f"after {space.products} products the largest residual is {float(bounds.max()):.3g}, "
+            f"above {tol * norm:.3g}: raise max_products or basis, or tol",
+            stacklevel=2,
+        )
+    return Eigs(found, bounds, rows, space.products + len(found), converged)
+
+
+def _residual(op: SymmetricMap, value: float, vector: Tensor) -> Tensor:
+    rest = op.products([vector])[0].sub_(vector, alpha=value)
+    return torch.linalg.vector_norm(rest, dtype=torch.float64).cpu()

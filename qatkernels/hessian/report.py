@@ -1,0 +1,170 @@
+"""Spectra of several checkpoints as a table, as JSON and as a picture.
+
+An *entry* is a dictionary with ``name``, ``phase``, ``step``, ``bits``, ``bits_per_byte``, ``gradient_norm_ratio``,
+``sharpness`` and ``spectrum`` (:meth:`Spectrum.to_dict`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from .spectrum import Spectrum
+
+#: Okabe and Ito's colours, which colour-blind readers can tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
+_INK = "#222222"
+#: Bins of the density on a logarithmic axis: four per decade, of either sign, and what is closer to zero.
+_FINEST, _COARSEST, _PER_DECADE = -6, 4, 4
+
+
+def bins(found: Spectrum) -> dict[str, list[float]]:
+    """Return the mass in logarithmic bins: edges, mean over the probes, standard error."""
+    decades = torch.arange(_FINEST * _PER_DECADE, _COARSEST * _PER_DECADE + 1, dtype=torch.float64) / _PER_DECADE
+    edges = torch.cat([-(10**decades).flip(0), 10**decades])
+    masses = torch.stack(
+        [torch.histogram(t, edges, weight=w).hist for t, w in zip(found.ritz, found.weights, strict=True)]
+    )
+    used = masses.sum(0).nonzero().flatten()
+    first, last = int(used[0]), int(used[-1]) + 1
+    masses = masses[:, first:last]
+    error = masses.std(0) / len(masses) ** 0.5 if len(masses) > 1 else torch.zeros_like(masses[0])
+    rows = {"edges": edges[first : last + 1], "mass": masses.mean(0), "error": error}
+    return {name: [float(f"{x:.4g}") for x in row.tolist()] for name, row in rows.items()}
+
+
+def summary(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry with bins in place of every Ritz value."""
+    found = entry["spectrum"]
+    short = {k: v for k, v in found.items() if k not in ("ritz", "weights", "residuals")}
+    rest = {k: v for k, v in entry.items() if k not in ("identity", "spectrum")}
+    return rest | {"spectrum": short | {"bins": bins(Spectrum.from_dict(found))}}
+
+
+def write(report: dict[str, Any]) -> bytes:
+    """Return a report as JSON, lists of numbers on one line each."""
+    text = json.dumps(report, indent=1, allow_nan=False)
+    return (re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n").encode()
+
+
+def line(entry: dict[str, Any]) -> str:
+    """Return one checkpoint's result as a line of text."""
+    found = entry["spectrum"]
+    return (
+        f"eigenvalues {found['lambda_min']:.4g} ... {found['lambda_max']:.4g}, near zero "
+        f"{_percent(found['near_zero_mass'])}, negative {_percent(found['negative_mass'])}"
+    )
+
+
+def _percent(estimate: dict[str, float | None]) -> str:
+    error = estimate["error"]
+    return f"{100 * (estimate['value'] or 0):.2f}%" + ("" if error is None else f" ± {100 * error:.2f}")
+
+
+def table(report: dict[str, Any]) -> Table:
+    """Return the report as a table for the terminal."""
+    near = report["settings"]["near_zero"]
+    result = Table(
+        box=SIMPLE_HEAD, title_justify="left",
+        title=f"Hessian of the loss in nats at the quantized weights; near zero: below {near:g}; ± standard error",
+    )  # fmt: skip
+    names = ("checkpoint", "step", "smallest", "largest", "near zero", "negative", "trace", "sharpness", "gradient")
+    for name in names:
+        result.add_column(name, justify="left" if name == "checkpoint" else "right", no_wrap=True)
+    for entry in report["checkpoints"]:
+        found = entry["spectrum"]
+        trace, sharp = found["trace"], entry["sharpness"]
+        result.add_row(
+            entry["name"], str(entry["step"]), f"{found['lambda_min']:.4g}", f"{found['lambda_max']:.4g}",
+            _percent(found["near_zero_mass"]), _percent(found["negative_mass"]),
+            f"{trace['value']:.4g}" + ("" if trace["error"] is None else f" ± {trace['error']:.2g}"),
+            f"{sharp.get('quantized', sharp['latent']):.3g}", f"{entry['gradient_norm_ratio']:.3g}",
+        )  # fmt: skip
+    return result
+
+
+def plot(entries: list[dict[str, Any]], path: Path) -> None:
+    """Draw densities, and near-zero mass and extreme eigenvalues over training, into a PNG file."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault(entry["phase"], []).append(entry)
+    alone = [group[0] for group in groups.values() if len(group) == 1]
+    several = {name: group for name, group in groups.items() if len(group) > 1}
+    figure = Figure(figsize=(13, 8), dpi=130, layout="constrained")
+    upper, lower = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    # One panel for each run with several checkpoints; the others are together, or the reference in each.
+    panels = list(several.values()) or [alone]
+    axes = upper.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    spectra = {id(e): Spectrum.from_dict(e["spectrum"]) for e in entries}
+    spread = max(s.lambda_max for s in spectra.values()) - min(s.lambda_min for s in spectra.values())
+    for panel, group in zip(axes, panels, strict=True):
+        shown = [*alone, *group] if several else group
+        for index, entry in enumerate(shown):
+            colour: Any = _INK
+            if not several:
+                colour = _COLOURS[index % len(_COLOURS)]
+            elif index >= len(alone):
+                colour = colormaps["viridis"](0.9 * (index - len(alone)) / max(len(group) - 1, 1))
+            _draw_density(panel, spectra[id(entry)], 0.005 * spread, colour, _label(entry))
+        panel.set_title(group[0]["phase"] if several else "densities", loc="left", fontweight="bold")
+        panel.legend(frameon=False, fontsize=8)
+        panel.set_xlabel("eigenvalue")
+    axes[0].set_ylabel("density (log scale)")
+    mass, extremes = lower.subplots(1, 2)
+    _draw_training(mass, extremes, groups)
+    for ax in figure.get_axes():
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="#ebebeb", linewidth=0.8)
+        ax.set_axisbelow(True)
+    figure.savefig(path)
+
+
+def _label(entry: dict[str, Any]) -> str:
+    return f"{entry['phase']}, step {entry['step']}"
+
+
+def _draw_density(axes: Axes, found: Spectrum, sigma: float, colour: Any, label: str) -> None:
+    points, density, error = found.density(sigma=sigma or None)
+    axes.plot(points, density, color=colour, linewidth=1.4, label=label)
+    if len(found.ritz) > 1:
+        axes.fill_between(
+            points, (density - error).clamp_min(1e-12), density + error, color=colour, alpha=0.2, linewidth=0
+        )
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=1e-7)
+
+
+def _draw_training(mass: Axes, extremes: Axes, groups: dict[str, list[dict[str, Any]]]) -> None:
+    """Near-zero mass, and the largest and smallest eigenvalue, over the steps of each run."""
+    curves = any(len(group) > 1 for group in groups.values())
+    for index, (name, group) in enumerate(groups.items()):
+        found = [entry["spectrum"] for entry in group]
+        values = [100 * f["near_zero_mass"]["value"] for f in found]
+        largest, smallest = [f["lambda_max"] for f in found], [-min(f["lambda_min"], 0.0) for f in found]
+        if curves and len(group) == 1:  # what the others started from
+            mass.axhline(values[0], color=_INK, linewidth=1, linestyle="--", label=name)
+            extremes.axhline(largest[0], color=_INK, linewidth=1, linestyle="--", label=name)
+            extremes.axhline(smallest[0], color=_INK, linewidth=1, linestyle=":")
+            continue
+        colour = _COLOURS[index % len(_COLOURS)]
+        steps = [entry["step"] for entry in group]
+        errors = [100 * (f["near_zero_mass"]["error"] or 0) for f in found]
+        mass.errorbar(steps, values, errors, color=colour, marker="o", markersize=4, capsize=2, label=name)
+        extremes.plot(steps, largest, color=colour, marker="o", markersize=4, label=name)
+        extremes.plot(steps, smallest, color=colour, marker="v", markersize=4, linestyle=":")
+    near = next(iter(groups.values()))[0]["spectrum"]["near_zero"]
+    mass.set_title(f"near-zero mass (below {near:g}), % of eigenvalues", loc="left", fontweight="bold")
+    extremes.set_title("largest eigenvalue; dotted: minus the smallest", loc="left", fontweight="bold")
+    extremes.set_yscale("log")
+    for axes in (mass, extremes):
+        axes.set_xlabel("training steps of the run")
+        axes.legend(frameon=False)

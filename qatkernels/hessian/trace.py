@@ -1,0 +1,107 @@
+"""The trace of a symmetric matrix from products with random vectors: Hutchinson's estimator, and Hutch++."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .lanczos import Basis, NotFiniteError, basis_bytes
+from .operator import SymmetricMap
+from .spectrum import Estimate
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("hutchinson", "hutch++")
+
+
+def signs(op: SymmetricMap, seed: int, index: int) -> Tensor:
+    """Return a vector of random signs ``[n]`` (Rademacher), the same on every device and in every process."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    bits = torch.randint(0, 2, (op.n,), generator=generator, dtype=torch.int8)
+    return (2 * bits - 1).to(op.dtype).to(op.device)
+
+
+def trace(
+    op: SymmetricMap,
+    products: int = 60,
+    method: str = "hutchinson",
+    *,
+    seed: int = 0,
+    advance: Callable[[int], None] | None = None,
+) -> Estimate:
+    """Estimate the trace.
+
+    Hutchinson: the mean of ``z' A z`` over random signs z. Hutch++ (Meyer, Musco, Musco and Woodruff, 2021) spends a
+    third of the products on a basis Q of the range of A, takes the trace there exactly with another third, and
+    estimates only what is orthogonal to Q; its error falls with 1 / products where eigenvalues decay, for the memory of
+    Q.
+
+    Args:
+        op: the matrix.
+        products: products with it, at least 2, for Hutch++ at least 6.
+        method: ``"hutchinson"`` or ``"hutch++"``.
+        seed: of the random vectors.
+        advance: called with the number of products after each.
+
+    Returns:
+        The trace with its standard error, which of Hutch++ is that of the estimated part.
+
+    Raises:
+        ValueError: if ``method`` is none of the two or there are too few products.
+        NotFiniteError: if a product holds NaN or infinity.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}, must be one of {METHODS}")
+    fewest = 2 if method == "hutchinson" else 6
+    if products < fewest:
+        raise ValueError(f"products is {products}, must be at least {fewest} for {method}")
+
+    def times(v: Tensor) -> Tensor:
+        result = op.products([v])[0]
+        if advance:
+            advance(1)
+        return result
+
+    if method == "hutchinson":
+        return Estimate.of(
+            torch.tensor([_form(times, signs(op, seed, i)) for i in range(products)], dtype=torch.float64)
+        )
+    sketch = min(products // 3, op.n)
+    logger.info("the basis of Hutch++ takes %.4g MB", basis_bytes(op.n, sketch, op.dtype) * 1e-6)
+    basis, size = Basis(sketch, op), 0
+    for i in range(sketch):
+        w = times(signs(op, seed, i))
+        before = _norm(w)
+        if not before < math.inf:
+            raise NotFiniteError(f"product {i + 1} holds NaN or infinity")
+        w, _, norm = basis.clean(size, w) if size else (w, None, before)
+        if norm > 100 * torch.finfo(op.dtype).eps * before:  # otherwise it adds no direction
+            basis.keep(size, w / norm)
+            size += 1
+    inside = math.fsum(_form(times, basis.rows[i].to(op.device, op.dtype)) for i in range(size))
+    rest = products - sketch - size
+    if size == op.n or rest < 2:
+        return Estimate(inside, 0.0 if size == op.n else math.nan)
+    samples = []
+    for i in range(sketch, sketch + rest):
+        z = signs(op, seed, i)
+        samples.append(_form(times, basis.clean(size, z)[0] if size else z))
+    outside = Estimate.of(torch.tensor(samples, dtype=torch.float64))
+    return Estimate(inside + outside.value, outside.error)
+
+
+def _norm(w: Tensor) -> float:
+    return float(torch.linalg.vector_norm(w, dtype=torch.float64))
+
+
+def _form(times: Callable[[Tensor], Tensor], z: Tensor) -> float:
+    """Return ``z' A z``, its sum in float64."""
+    dots = torch.ops.qatkernels.gram_schmidt(z.unsqueeze(0), times(z), None)[1]
+    value = float(dots[0])
+    if not math.isfinite(value):
+        raise NotFiniteError("a product holds NaN or infinity")
+    return value

@@ -1,0 +1,145 @@
+"""`qatkernels spectrum` on checkpoints of a real run, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from qatkernels.cli import main
+from qatkernels.hessian import HessianOperator, Spectrum, spectrum
+from qatkernels.nn import quantized_weights
+from qatkernels.train import CheckpointError, ConfigError, TrainConfig, checkpoint, data, spectra, train
+
+OPTIONS = ["--probes", "2", "--steps", "8", "--windows", "3", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny run at 4 and 2 bits."""
+    folder = tmp_path_factory.mktemp("spectrum")
+    text = folder / "text.txt"
+    text.write_text("".join(f"{i} and {i + 1} are {2 * i + 1}\n" for i in range(600)))
+    config = TrainConfig(
+        out=str(folder / "run"), data=str(text), bits=(4, 2), device="cpu", precision="float32", width=16, depth=1,
+        heads=2, context=16, batch=2, steps=4, qat_steps=2, eval_windows=4, eval_every=2,
+    )  # fmt: skip
+    train(config, say=lambda _: None)
+    return folder / "run"
+
+
+def test_report_and_picture(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["spectrum", str(run / "fp"), str(run / "w4"), str(run / "w2" / "model.safetensors")]
+    assert main([*arguments, *OPTIONS, "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "w4" in printed.out
+    assert "negative" in printed.out
+    assert (out / "spectra.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((out / "report.json").read_text())
+    assert [(c["phase"], c["bits"], c["step"]) for c in report["checkpoints"]] == [
+        ("fp", None, 4),
+        ("w4", 4, 2),
+        ("w2", 2, 2),
+    ]
+    for entry in report["checkpoints"]:
+        found = entry["spectrum"]
+        assert found["n"] == 16 * 48 + 16 * 16 + 16 * 128 + 64 * 16
+        assert found["lambda_min"] < found["lambda_max"]
+        assert sum(found["bins"]["mass"]) == pytest.approx(1, abs=0.02)
+        assert 0 < entry["bits_per_byte"] < 10
+        assert entry["gradient_norm_ratio"] > 0
+        assert set(entry["sharpness"]) == ({"latent"} if entry["bits"] is None else {"latent", "quantized"})
+    assert report["settings"]["probes"] == 2
+    assert report["text"]["source"].endswith("text.txt"), "what the run was trained on"
+
+    # Again: nothing is computed, everything is the same; other settings compute anew.
+    before = (out / "report.json").read_bytes()
+    assert main([*arguments, *OPTIONS, "--out", str(out)]) == 0
+    assert capsys.readouterr().err.count("was done before") == 3
+    assert (out / "report.json").read_bytes() == before
+    assert main([*arguments, *OPTIONS, "--steps", "5", "--out", str(out)]) == 0
+    assert "was done before" not in capsys.readouterr().err
+
+
+def test_it_is_the_spectrum_of_the_trained_weights(run, tmp_path):
+    """The same numbers from the pieces, for a quantized and for the full-precision model."""
+    for phase in ("w2", "fp"):
+        config = spectra.configured([str(run / phase), *OPTIONS, "--seed", "3", "--out", str(tmp_path / phase)])
+        report = spectra.run(config, say=lambda _: None)
+        loaded = spectra.load(run / phase)
+        weights, _ = checkpoint.load(run / phase / "model.safetensors")
+        assert all(torch.equal(value, weights[name]) for name, value in loaded.model.state_dict().items())
+        corpus = data.load(run.parent / "text.txt", 16)
+        torch.manual_seed(3)
+        op = HessianOperator(loaded.model, spectra.mean_loss, [corpus.batch(3, 16)], loaded.params)
+        wanted = spectrum(op, 2, 8, seed=3)
+        raw = json.loads(next((tmp_path / phase / "ritz").iterdir()).read_text())
+        found = Spectrum.from_dict(raw["spectrum"])
+        for a, b in zip(found.ritz, wanted.ritz, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        assert report["checkpoints"][0]["spectrum"]["lambda_max"] == pytest.approx(wanted.lambda_max, rel=1e-4)
+    assert len(loaded.params) == 4
+    assert not quantized_weights(loaded.model)
+
+
+def test_options_reach_the_operator(run, tmp_path):
+    """Engines, kept graphs, checkpointing and small bases agree."""
+    variants = (
+        [], ["--engine", "forward"], ["--checkpointing"], ["--basis-dtype", "bfloat16"], ["--dtype", "float64"],
+        ["--block", "2"],
+    )  # fmt: skip
+    found = []
+    for i, extra in enumerate(variants):
+        config = spectra.configured([str(run / "w4"), *OPTIONS, *extra, "--out", str(tmp_path / str(i))])
+        found.append(spectra.run(config, say=lambda _: None)["checkpoints"][0]["spectrum"])
+    for other in found[1:]:
+        assert other["lambda_max"] == pytest.approx(found[0]["lambda_max"], rel=1e-3)
+    assert found[3]["settings"]["basis_bytes"] * 2 == found[0]["settings"]["basis_bytes"]
+    config = spectra.configured([str(run / "w4"), *OPTIONS, "--batches", "3", "--out", str(tmp_path / "several")])
+    several = spectra.run(config, say=lambda _: None)["checkpoints"][0]["spectrum"]
+    assert several["lambda_max"] != pytest.approx(found[0]["lambda_max"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["no-such-folder"], "no-such-folder.*cannot be read"),
+        (["{run}"], "cannot be read"),
+        (["{run}/w4", "--probes", "0"], "--probes is 0, must be at least 1"),
+        (["{run}/w4", "--near-zero", "-1"], "--near-zero is -1.0, must be positive"),
+        (["{run}/w4", "--rho", "nan"], "--rho is nan"),
+        (["{run}/w4", "--engine", "forward", "--checkpointing"], "--checkpointing is for --engine reverse"),
+        (["{run}/w4", "--data", "nowhere"], "--data nowhere does not exist"),
+        (["{run}/w4", "--device", "cuda"], "PyTorch sees no CUDA device"),
+    ],
+)
+def test_bad_input(run, arguments, words, capsys, tmp_path, request):
+    import re
+
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is one")
+    given = [a.format(run=run) for a in arguments]
+    assert main(["spectrum", *given, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(words, error), error
+    assert "Traceback" not in error
+
+
+def test_models_of_others_are_refused(run, tmp_path, capsys):
+    stranger = tmp_path / "stranger.safetensors"
+    checkpoint.save(stranger, {"w": torch.ones(2)}, {"made": "elsewhere"})
+    with pytest.raises(CheckpointError, match="is no model that `qatkernels train` wrote"):
+        spectra.load(stranger)
+    broken = tmp_path / "w4"
+    shutil.copytree(run / "w4", broken)
+    tensors, header = checkpoint.load(broken / "model.safetensors")
+    tensors["norm.weight"].fill_(torch.nan)
+    checkpoint.save(broken / "model.safetensors", tensors, header)
+    assert main(["spectrum", str(broken), *OPTIONS, "--out", str(tmp_path / "out")]) == 2
+    assert "holds NaN or infinity" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="give a checkpoint"):
+        spectra.SpectrumConfig(checkpoints=())
+    with pytest.raises(SystemExit):
+        main(["spectrum"])
+    assert "CKPT" in capsys.readouterr().err
