@@ -260,13 +260,18 @@ void multiply_rows(const Block& b, float* sums, float* scratch) {
     }
     for (int i = 0; i < kRows && r + i < b.rows; ++i)
       for (int t = 0; t < Lines; ++t) {
-        float sum = _mm512_reduce_add_ps(total[i][t]);
         if (rest) {
           const float* const x_sums = b.activations.sums + (b.first_line + t) * groups;
           const float* const z = call.zero_point ? call.zero_point + (b.first_row + r + i) * groups : nullptr;
-          for (int64_t g = 0; g < groups; ++g) sum += scale[i][g] * (Kind::rest(call, z ? z[g] : 0.0f) * x_sums[g]);
+          for (int64_t g = 0; g < groups; g += 16) {
+            const __mmask16 valid = first_lanes(groups - g);
+            const __m512 zero = z ? _mm512_maskz_loadu_ps(valid, z + g) : _mm512_setzero_ps();
+            const __m512 of_group = _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(Kind::rest(call, 0.0f)), zero),
+                                                  _mm512_maskz_loadu_ps(valid, x_sums + g));
+            total[i][t] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(valid, scale[i] + g), of_group, total[i][t]);
+          }
         }
-        sums[t * kPanel + r + i] = sum;
+        sums[t * kPanel + r + i] = _mm512_reduce_add_ps(total[i][t]);
       }
   }
 }
@@ -362,15 +367,24 @@ void multiply(const Block& b, float* sums, void* scratch) {
   float* const aside = static_cast<float*>(scratch);
   with_bits(b.call.bits, [&](auto bits) {
     if (!b.activations.by_chunk) return multiply_many<bits, Kind>(b, sums, aside);
-    switch (b.lines) {
-      case 1:
-        return multiply_rows<bits, Kind, 1>(b, sums, aside);
-      case 2:
-        return multiply_rows<bits, Kind, 2>(b, sums, aside);
-      case 3:
-        return multiply_rows<bits, Kind, 3>(b, sums, aside);
-      default:
-        return multiply_rows<bits, Kind, 4>(b, sums, aside);
+    for (int64_t line = 0; line < b.lines; line += 4) {  // the codes come from the cache but for the first time
+      Block some = b;
+      some.first_line += line;
+      some.lines = std::min<int64_t>(4, b.lines - line);
+      float* const to = sums + line * kPanel;
+      switch (some.lines) {
+        case 1:
+          multiply_rows<bits, Kind, 1>(some, to, aside);
+          break;
+        case 2:
+          multiply_rows<bits, Kind, 2>(some, to, aside);
+          break;
+        case 3:
+          multiply_rows<bits, Kind, 3>(some, to, aside);
+          break;
+        default:
+          multiply_rows<bits, Kind, 4>(some, to, aside);
+      }
     }
   });
 }
