@@ -121,7 +121,8 @@ Activations::Activations(const LowbitLinear& call, void* memory) : path(path_of(
   digits = path == Path::kFours && !call.act_bits ? kDigits : 1;
   const int64_t lines = call.tokens * digits, size = call.cols / call.groups;
   // Groups must divide chunks or the other way round, and sums of int8 products stay below 2^31.
-  by_chunk = lines <= kFewLines && size <= 32768 && (call.groups == 1 || size % chunk == 0 || chunk % size == 0);
+  by_chunk =
+      lines <= kFewLines && size > 0 && size <= 32768 && (call.groups == 1 || size % chunk == 0 || chunk % size == 0);
   char* at = static_cast<char*>(memory);
   const auto take = [&at](int64_t n) {
     char* const p = at;
