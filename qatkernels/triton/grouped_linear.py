@@ -9,7 +9,8 @@ The floor of each of the three over the n tokens that have an expert is 2 n N K 
 cores, or the bytes that must move, whichever takes longer: tokens in and out, and the weights of the experts that have
 tokens (for `grouped_outer` the weights of all, because those without are written as zeros). An expert whose last tile
 is partial pays for all of it: with t tokens and tiles of R rows the rate is at best t / (R ceil(t / R)) of that.
-float32 has no tensor core that does not round it, and is bound by ordinary multiply-adds; so is float64 here.
+For float32 that rate is of ordinary multiply-adds, because tensor cores would round it; float64 has tensor cores on
+Ampere and Hopper.
 
 Compiled ahead of time and interpreted; neither run nor measured on a GPU, and neither are the tilings.
 """
@@ -46,7 +47,7 @@ CONFIGS: tuple[tuple[float, Config], ...] = (
 )
 
 
-#: For float32 and float64, which tensor cores would round or Triton does not give them.
+#: For the wide dtypes, whatever the number of tokens.
 WIDE = {torch.float32: Config(64, 64, 32, 4, 3), torch.float64: Config(32, 32, 16, 4, 2)}
 
 
@@ -80,7 +81,7 @@ def grouped_rows_kernel(
     tile = tl.program_id(0)
     start, first, last, expert = 0, 0, 0, -1
     for e in range(experts):
-        end = tl.load(ends_ptr + e)
+        end = tl.maximum(tl.minimum(tl.load(ends_ptr + e), tokens), start)  # bad offsets must not leave the tensors
         tiles = tl.cdiv(end - start, R)
         mine = (expert < 0) & (tile < tiles)
         first = tl.where(mine, start + tile * R, first)
@@ -115,12 +116,12 @@ def grouped_rows_kernel(
 
 @triton.jit
 def grouped_outer_kernel(
-    g_ptr, x_ptr, ends_ptr, w_ptr, rows, columns, g_row, g_column, x_row, x_column,
+    g_ptr, x_ptr, ends_ptr, w_ptr, tokens, rows, columns, g_row, g_column, x_row, x_column,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(0)
-    start = tl.load(ends_ptr + expert - 1, expert > 0, other=0)
-    end = tl.load(ends_ptr + expert)
+    start = tl.maximum(tl.load(ends_ptr + expert - 1, expert > 0, other=0), 0)
+    end = tl.minimum(tl.load(ends_ptr + expert), tokens)
     row = tl.program_id(1).to(tl.int64) * R + tl.arange(0, R)
     column = tl.program_id(2).to(tl.int64) * C + tl.arange(0, C)
     token = start.to(tl.int64) + tl.arange(0, D)
@@ -171,7 +172,7 @@ def grouped_outer_out(g: Tensor, x: Tensor, offsets: Tensor, out: Tensor) -> Non
     config = WIDE.get(g.dtype, CONFIGS[-1][1])
     grid = (experts, triton.cdiv(rows, config.rows), triton.cdiv(columns, config.columns))
     grouped_outer_kernel[grid](
-        g, x, offsets.contiguous(), out, rows, columns, *g.stride(), *x.stride(),
+        g, x, offsets.contiguous(), out, g.shape[0], rows, columns, *g.stride(), *x.stride(),
         R=config.rows, C=config.columns, D=config.depth, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
