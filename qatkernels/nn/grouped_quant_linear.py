@@ -95,8 +95,8 @@ class GroupedQuantLinear(Quantized):
         the new ones, and hooks stay behind.
 
         Raises:
-            ValueError: if there is none, one is more than a plain ``nn.Linear``, shapes, dtypes or devices differ, or some
-                weights (or biases) are frozen and others are not: a stack is one Parameter.
+            ValueError: if there is none, one is more than a plain ``nn.Linear``, shapes, dtypes or devices differ, or
+                some weights (or biases) are frozen and others are not: a stack is one Parameter.
         """
         for i, linear in enumerate(linears):
             if problem := why_not(linear):

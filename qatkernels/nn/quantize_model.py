@@ -38,7 +38,8 @@ def quantize_model(
     touched. Layers that are quantized already stay as they are. A warning names what matched but stays in full
     precision: subclasses of ``nn.Linear``, ``nn.MultiheadAttention`` (which never calls its projections), and stacked
     weights of experts ``[E, N, K]``, for which a pattern may match the parameter or its module
-    (:class:`GroupedQuantLinear` takes them, where the module's forward can call it). ``nn.TransformerEncoder`` loses its fused inference path, which would bypass quantization.
+    (:class:`GroupedQuantLinear` takes them, where the module's forward can call it). ``nn.TransformerEncoder`` loses
+    its fused inference path, which would bypass quantization.
 
     Args:
         model: the model; changed in place.

@@ -60,7 +60,7 @@ def choose(tokens: int, experts: int, dtype: torch.dtype) -> Config:
 
 @triton.jit
 def multiply(a, b, acc):
-    """acc + a @ b, summed in the dtype of acc; the interpreter cannot multiply bfloat16."""
+    """Acc + a @ b, summed in the dtype of acc; the interpreter cannot multiply bfloat16."""
     if INTERPRETED:
         a, b = a.to(acc.dtype), b.to(acc.dtype)
     return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
