@@ -147,7 +147,7 @@ class GroupedQuantLinear(Quantized):
         return f"{sizes}, bias={self.bias is not None}, {self.described}"
 
 
-def _stacked(parameters: list[nn.Parameter], name: str) -> nn.Parameter:
+def _stacked(parameters: Sequence[Tensor], name: str) -> nn.Parameter:
     for what in ("dtype", "device", "requires_grad"):
         first, *others = (getattr(p, what) for p in parameters)
         for i, other in enumerate(others, 1):

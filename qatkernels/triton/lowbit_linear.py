@@ -403,9 +403,9 @@ def lowbit_linear_out(
     """Write y. Arguments as the op's."""
     if x.dtype == torch.float64 or 0 in (x.numel(), packed.numel()):  # no tile, or no product that tiles are good at
         if offsets is not None:
-            values = x if act_bits is None else torch.ops.qatkernels.fake_quantize_dynamic(x, act_bits)
-            w = unpacked(packed, scale, zero_point, grid, code_min, bits, x.shape[-1])
-            grouped_linear_out(values, w.to(x.dtype), offsets, out)
+            numbers = x if act_bits is None else torch.ops.qatkernels.fake_quantize_dynamic(x, act_bits)
+            values = unpacked(packed, scale, zero_point, grid, code_min, bits, x.shape[-1]).to(x.dtype)
+            grouped_linear_out(numbers, values, offsets, out)
             return
         args = (x, packed, scale, zero_point, bias, offsets, grid, code_min, bits, act_bits)
         out.copy_(as_tuple(FORWARD.reference(*args))[0])
@@ -439,8 +439,8 @@ def lowbit_linear_transposed_out(
     """Write x. Arguments as the op's."""
     if g.dtype == torch.float64 or 0 in (g.numel(), packed.numel()):
         if offsets is not None:
-            w = unpacked(packed, scale, zero_point, grid, code_min, bits, cols)
-            grouped_linear_transposed_out(g, w.to(g.dtype), offsets, out)
+            values = unpacked(packed, scale, zero_point, grid, code_min, bits, cols).to(g.dtype)
+            grouped_linear_transposed_out(g, values, offsets, out)
             return
         args = (g, packed, scale, zero_point, offsets, grid, code_min, bits, cols)
         out.copy_(as_tuple(TRANSPOSED.reference(*args))[0])
