@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..hessian import HessianOperator, gradient_norm_ratio, sharpness, spectrum
 from ..hessian import report as pictures
-from ..nn import QuantConfig, quantize_model, quantized_weights
+from ..nn import QuantConfig, quantize_model, quantized_modules, quantized_weights
 from ..ops import cross_entropy
 from . import checkpoint, data
 from .checkpoint import CheckpointError
@@ -311,6 +311,7 @@ def _analysed(
         "bits": result.get("bits"),
         "step": result["steps"],
         "bits_per_byte": nats / math.log(2),
+        "clamped": clamped(model),
         "gradient_norm_ratio": gradient_norm_ratio(loss, loaded.params),
         "sharpness": {target: _sharpness(model, loss, config.rho, target, loaded.params) for target in targets},
         "spectrum": found.to_dict(),
@@ -321,6 +322,15 @@ def _analysed(
     return entry
 
 
+def clamped(model: nn.Module) -> float:
+    """Return the share of quantized weights that the gradient does not pass: their rows of the Hessian are zero."""
+    passed = [
+        torch.autograd.grad(layer.quantized_weight().sum(), layer.weight)[0]
+        for layer in quantized_modules(model).values()
+    ]
+    return sum(int((g == 0).sum()) for g in passed) / max(sum(g.numel() for g in passed), 1)
+
+
 def _sharpness(model: nn.Module, loss: Callable[[], Tensor], rho: float, target: str, params: list[Tensor]) -> float:
     return sharpness(model, loss, rho, target=target, params=None if target == "quantized" else params).value
 
@@ -329,7 +339,7 @@ def show(report: dict[str, Any], out: str) -> None:
     """Print the report, and where its files are."""
     console = Console(highlight=False)
     # Cut off at the 80 columns of a pipe it would lose its numbers.
-    console.width = max(console.width, 130)
+    console.width = max(console.width, 140)
     console.print(pictures.table(report))
     console.print(f"{out}/report.json, {out}/spectra.png", soft_wrap=True)
 

@@ -1,5 +1,6 @@
 """Lanczos, quadrature, eigenpairs and traces against full eigendecompositions."""
 
+import itertools
 import json
 import math
 import warnings
@@ -91,6 +92,57 @@ def test_masses_and_error_bars():
         assert abs(estimate.value - exact) < 4 * estimate.error
         assert 0 < estimate.error < 0.2 * abs(estimate.value)
     assert math.isnan(spectrum(matrix(values), probes=1, steps=5).near_zero_mass.error)
+
+
+@pytest.mark.parametrize("edges", [(-1e-3, 1e-3), (-math.inf, -0.05), (0.4, 1.7), (-3.0, 7.0), (5.0, math.inf)])
+def test_bounds_hold_what_is_there(values, edges):
+    """Every probe's measure lies between the bounds, which close in on it."""
+    op = matrix(values)
+    exact, vectors = torch.linalg.eigh(op.matrix)
+    v = probe(op, 0, 0)
+    measure = (vectors.T @ (v / v.norm())).square()
+    low, high = edges
+    inside = measure[(exact >= low) & (exact < high)].sum().item()
+    widths = []
+    for steps in (1, 2, 3, 7, 20, 60, 200):
+        found = spectrum(op, probes=1, steps=steps)
+        least, most = found.bounds(low, high)
+        assert least - 1e-9 <= inside <= most + 1e-9
+        assert least - 1e-9 <= found.mass(low, high).value <= most + 1e-9
+        widths.append(most - least)
+    assert all(b <= a + 1e-9 for a, b in itertools.pairwise(widths))
+    assert widths[-1] < 1e-6
+
+
+def test_bounds_are_the_sharpest():
+    """They differ by the Christoffel number at the edge, one over the sum of squared orthonormal polynomials there."""
+    torch.manual_seed(0)
+    values = torch.randn(500).double()
+    op = matrix(values)
+    for steps in (1, 5, 12):
+        found = spectrum(op, probes=1, steps=steps)
+        (process,) = lanczos(op, [probe(op, 0, 0)], steps, [Basis(steps, op)])
+        for x in (-0.7, 0.01, 1.3):
+            before, now, total, below = 0.0, 1.0, 1.0, 0.0
+            for k in range(steps):
+                after = process.beta[k].item() if k + 1 < steps else process.residual
+                following = ((x - process.alpha[k].item()) * now - below * before) / after
+                before, now, below = now, following, after
+                total += now**2
+            least, most = found.bounds(-math.inf, x)
+            assert most - least == pytest.approx(1 / total, rel=1e-6)
+
+
+def test_a_threshold_that_the_steps_do_not_resolve():
+    """The node of a narrow bulk falls inside the threshold or outside, and only the bounds know."""
+    torch.manual_seed(0)
+    op = matrix(torch.cat([torch.randn(1500).abs() * 0.05, torch.rand(100) * 10]))
+    found = spectrum(op, probes=5, steps=40, near_zero=1.5e-3)
+    least, most = found.near_zero_bounds
+    assert least == 0
+    assert most > 0.05
+    least, most = spectrum(op, probes=5, steps=40, near_zero=0.5).near_zero_bounds
+    assert most - least < 0.05
 
 
 def test_residuals_bound_the_distance_to_an_eigenvalue(values):

@@ -47,6 +47,11 @@ def test_report_and_picture(run, tmp_path, capsys):
         assert found["n"] == 16 * 48 + 16 * 16 + 16 * 128 + 64 * 16
         assert found["lambda_min"] < found["lambda_max"]
         assert sum(found["bins"]["mass"]) == pytest.approx(1, abs=0.02)
+        for row in found["masses"]:
+            for mass in (row["near_zero"], row["negative"]):
+                assert 0 <= mass["least"] <= mass["value"] <= mass["most"] <= 1
+        assert found["masses"][0]["near_zero"]["most"] == pytest.approx(found["near_zero_bounds"][1])
+        assert 0 <= entry["clamped"] < (0.5 if entry["bits"] else 1e-9)
         assert 0 < entry["bits_per_byte"] < 10
         assert entry["gradient_norm_ratio"] > 0
         assert set(entry["sharpness"]) == ({"latent"} if entry["bits"] is None else {"latent", "quantized"})
