@@ -1,5 +1,6 @@
 """Lanczos, quadrature, eigenpairs and traces against full eigendecompositions."""
 
+import gc
 import itertools
 import json
 import math
@@ -193,6 +194,34 @@ def test_a_smaller_basis(options):
     assert small.near_zero_mass.value == pytest.approx(full.near_zero_mass.value, abs=1e-3)
     size = 2 if "basis_dtype" in options else 4
     assert small.settings["basis_bytes"] == 60 * 2000 * size
+
+
+@pytest.mark.parametrize("basis_dtype", [None, torch.bfloat16])
+def test_nothing_else_grows_with_parameters_times_steps(basis_dtype):
+    """What lives during the last step: the basis, and a few vectors whatever the number of steps."""
+    n = 5003
+
+    class Diagonal:
+        def __init__(self):
+            self.n, self.dtype, self.device = n, torch.float32, torch.device("cpu")
+            self.values = torch.linspace(-1, 2, n)
+
+        def products(self, vectors):
+            return [self.values * v for v in vectors]
+
+    def alive(_):
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.numel() >= n]
+        held.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
+
+    extra = []
+    for steps in (5, 25):
+        held: list[int] = []
+        alive(None)
+        found = spectrum(Diagonal(), 2, steps, basis_dtype=basis_dtype, advance=alive)
+        extra.append(max(held) - held[0] - found.settings["basis_bytes"])
+        assert found.settings["basis_bytes"] == steps * n * (2 if basis_dtype else 4)
+    assert extra[0] == extra[1] <= 6 * 4 * n
 
 
 def test_json_round_trip():
