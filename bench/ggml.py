@@ -18,6 +18,10 @@ class _Parameters(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
+class _Plan(ctypes.Structure):
+    _fields_ = (("work_size", ctypes.c_size_t), ("work_data", ctypes.c_void_p), ("rest", ctypes.c_uint8 * 240))
+
+
 def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None:
@@ -36,7 +40,8 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
         (base, "ggml_get_data", pointer, (pointer,)),
         (base, "ggml_row_size", size, (ctypes.c_int, integer)),
         (base, "ggml_quantize_chunk", size, (ctypes.c_int, pointer, pointer, integer, integer, integer, pointer)),
-        (cpu, "ggml_graph_compute_with_ctx", ctypes.c_int, (pointer, pointer, ctypes.c_int)),
+        (cpu, "ggml_graph_plan", _Plan, (pointer, ctypes.c_int, pointer)),
+        (cpu, "ggml_graph_compute", ctypes.c_int, (pointer, ctypes.POINTER(_Plan))),
         (cpu, "ggml_cpu_init", None, ()),
     ):
         function = getattr(library, name)
@@ -59,7 +64,7 @@ def linear(weight: Tensor, tokens: int, kind: str) -> Callable[[Tensor], Tensor]
     base, cpu = _libraries()
     (rows, cols), number = weight.shape, TYPES[kind]
     packed = rows * base.ggml_row_size(number, cols)
-    context = base.ggml_init(_Parameters(packed + 8 * tokens * (rows + 8 * cols) + (64 << 20), None, False))
+    context = base.ggml_init(_Parameters(packed + 4 * tokens * (rows + cols) + (1 << 20), None, False))
     w = base.ggml_new_tensor_2d(context, number, cols, rows)
     x = base.ggml_new_tensor_2d(context, 0, cols, tokens)
     weight = weight.float().contiguous()
@@ -67,13 +72,16 @@ def linear(weight: Tensor, tokens: int, kind: str) -> Callable[[Tensor], Tensor]
     y = base.ggml_mul_mat(context, w, x)
     graph = base.ggml_new_graph(context)
     base.ggml_build_forward_expand(graph, y)
+    plan = cpu.ggml_graph_plan(graph, torch.get_num_threads(), None)
+    work = torch.empty(plan.work_size + 64, dtype=torch.uint8)
+    plan.work_data = work.data_ptr()
     result = torch.empty(tokens, rows)
     target, source = base.ggml_get_data(x), base.ggml_get_data(y)
 
     def run(activations: Tensor) -> Tensor:
-        # The buffer of the work space comes out of the context at each call: computing again would exhaust it.
+        assert work.data_ptr() == plan.work_data  # and lives: the plan has the address alone
         ctypes.memmove(target, activations.data_ptr(), activations.nbytes)
-        if status := cpu.ggml_graph_compute_with_ctx(context, graph, torch.get_num_threads()):
+        if status := cpu.ggml_graph_compute(graph, ctypes.byref(plan)):
             raise RuntimeError(f"ggml gave status {status}")
         ctypes.memmove(result.data_ptr(), source, result.nbytes)
         return result

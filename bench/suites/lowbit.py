@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -58,7 +59,31 @@ def problems(settings: Settings) -> Iterator[Problem]:
 
 def cases(settings: Settings) -> Iterator[Case]:
     """Yield the suite's cases."""
-    return (build(problem, settings) for problem in problems(settings))
+    for problem in problems(settings):
+        yield build(problem, settings)
+    if torch.bfloat16 in settings.dtypes:
+        yield by_width(64 if settings.quick else 16384, settings)
+
+
+def by_width(features: int, settings: Settings) -> Case:
+    """Return a race of widths, one token each."""
+    w = weights((features, features), torch.float32, settings.device)
+    x = torch.randn(1, features, generator=torch.Generator().manual_seed(3)).to(settings.device, torch.bfloat16)
+    calls = []
+    for bits in (4, 2, 1):
+        packed = PackedWeight.from_float(w, paretoq(bits).init_scale(w), paretoq(bits))
+        kind: Literal["ours", "baseline"] = "baseline" if bits == 4 else "ours"
+        note = f"{packed.nbytes / 1e6:.1f} MB"
+        calls += [
+            Call(f"{bits} bits", lambda p=packed: lowbit_linear(x, p), kind,  # type: ignore[misc]
+                 expected=lambda p=packed: (_product(x, p.dequantize()),), note=note),  # type: ignore[misc]
+            Call(f"{bits} bits, A8", lambda p=packed: lowbit_linear(x, p, act_bits=8), kind,  # type: ignore[misc]
+                 unchecked="activations of 8 bits", note=note),
+        ]  # fmt: skip
+    return Case(
+        "widths in turn", (features, features), x.dtype, calls, (None,), (TOLERANCE[x.dtype],), features**2 // 2,
+        flops=2 * features**2, product_dtype=x.dtype, grid="paretoq", granularity="per row", variant="1 tokens",
+    )  # fmt: skip
 
 
 def build(p: Problem, settings: Settings) -> Case:

@@ -70,23 +70,29 @@ struct Pairs {
   template <int Bits>
   struct Operands {
     static constexpr int count = word_codes(Bits) / 2;
-    __m512i levels;  // 32 of them, repeating
+    // A lookup takes five bits of an element. One table for each code that is whole within them spares most shifts.
+    static constexpr int step = Bits == 3 || Bits == 5 ? 8 : Bits, tables = step < 5 ? 5 / step : 1;
+    __m512i levels[tables];
     __m512 low;
 
     explicit Operands(const LowbitLinear& call) : low(_mm512_set1_ps(static_cast<float>(call.code_min + call.offset))) {
-      alignas(64) uint16_t table[32];
-      for (int i = 0; i < 32; ++i) {
-        const float level = static_cast<float>(i % (1 << std::min(Bits, 5)) + call.code_min + call.offset);
-        uint32_t bits;
-        std::memcpy(&bits, &level, 4);
-        table[i] = static_cast<uint16_t>(bits >> 16);  // at most eight significant bits: exact
+      for (int t = 0; t < tables; ++t) {
+        alignas(64) uint16_t table[32];
+        for (int i = 0; i < 32; ++i) {
+          const int code = (i >> (step * t)) % (1 << std::min(Bits, 5));
+          const float level = static_cast<float>(code + call.code_min + call.offset);
+          uint32_t bits;
+          std::memcpy(&bits, &level, 4);
+          table[i] = static_cast<uint16_t>(bits >> 16);  // at most eight significant bits: exact
+        }
+        levels[t] = _mm512_load_si512(table);
       }
-      levels = _mm512_load_si512(table);
     }
     QK_HD __m512i get(__m512i word, int j) const {
       if constexpr (Bits <= 5) {
-        constexpr int step = Bits == 3 || Bits == 5 ? 8 : Bits;
-        return _mm512_permutexvar_epi16(j ? _mm512_srli_epi16(word, static_cast<unsigned>(step * j)) : word, levels);
+        const int first = j - j % tables;
+        const __m512i codes = first ? _mm512_srli_epi16(word, static_cast<unsigned>(step * first)) : word;
+        return _mm512_permutexvar_epi16(codes, levels[j % tables]);
       } else {
         const __m512i codes = j ? _mm512_srli_epi16(word, 8) : _mm512_and_si512(word, _mm512_set1_epi32(0x00FF00FF));
         const __m512 even = _mm512_add_ps(_mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(0xFFFF))), low);
@@ -178,12 +184,17 @@ void gather_factors(const Block& b, int64_t row, float* scale, float* rest) {
   }
 }
 
+// Rows follow each other in memory, so this far on are bytes of later rows. Prefetchers of the hardware follow one row
+// and start anew at each: asking for the bytes here made 16384 x 16384 codes of 1 bit 1.3 times as fast, of 4 bits 1.15
+// times.
+constexpr int64_t kAhead = 1 << 17;
+
 // A few lines: row by row, codes go from the packed bytes through registers into the products, sixteen words at a time.
 // Lane i of an operand is a pair or four of word i, so this takes its activations chunk by chunk, operand by operand.
 template <int Bits, class Kind, int Lines>
 void multiply_rows(const Block& b, float* sums, float* scratch) {
   using Operands = typename Kind::template Operands<Bits>;
-  constexpr int kRows = Lines <= 2 ? 4 : 2;  // at once: independent sums, and activations loaded once
+  constexpr int kRows = Lines > 2 ? 2 : Lines == 2 ? 4 : 8;  // at once: independent sums, and activations loaded once
   constexpr int64_t codes = chunk_codes(Bits), bytes = codes * Bits / 8;
   const LowbitLinear& call = b.call;
   const Operands operands(call);
@@ -211,7 +222,7 @@ void multiply_rows(const Block& b, float* sums, float* scratch) {
       for (int t = 0; t < Lines; ++t) total[i][t] = _mm512_setzero_ps();
     for (int64_t c = 0; c < chunks;) {
       typename Kind::Sum acc[kRows][Lines];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
         for (int t = 0; t < Lines; ++t) acc[i][t] = Kind::zero();
@@ -219,9 +230,10 @@ void multiply_rows(const Block& b, float* sums, float* scratch) {
       for (const int64_t last = std::min(chunks, c + group_chunks); c < last; ++c) {
         const __mmask64 valid = first_bytes(std::min(bytes, stride - c * bytes));
         __m512i words[kRows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
           words[i] = _mm512_maskz_loadu_epi8(valid, row[i] + c * bytes);
+          _mm_prefetch(reinterpret_cast<const char*>(row[i] + c * bytes + kAhead), _MM_HINT_T1);
           if constexpr (Bits == 3 || Bits == 5 || Bits == 6 || Bits == 7) words[i] = expand<Bits>(words[i]);
         }
 #pragma GCC unroll 16
@@ -229,7 +241,7 @@ void multiply_rows(const Block& b, float* sums, float* scratch) {
           __m512i v[Lines];
 #pragma GCC unroll 4
           for (int t = 0; t < Lines; ++t) v[t] = _mm512_load_si512(x[t] + 64 * (c * Operands::count + j));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int i = 0; i < kRows; ++i) {
             const __m512i operand = operands.get(words[i], j);
 #pragma GCC unroll 4
@@ -237,7 +249,7 @@ void multiply_rows(const Block& b, float* sums, float* scratch) {
           }
         }
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         const __m512 s = chunk_groups == 1
                              ? _mm512_set1_ps(scale[i][first_group])
@@ -248,13 +260,18 @@ void multiply_rows(const Block& b, float* sums, float* scratch) {
     }
     for (int i = 0; i < kRows && r + i < b.rows; ++i)
       for (int t = 0; t < Lines; ++t) {
-        float sum = _mm512_reduce_add_ps(total[i][t]);
         if (rest) {
           const float* const x_sums = b.activations.sums + (b.first_line + t) * groups;
           const float* const z = call.zero_point ? call.zero_point + (b.first_row + r + i) * groups : nullptr;
-          for (int64_t g = 0; g < groups; ++g) sum += scale[i][g] * (Kind::rest(call, z ? z[g] : 0.0f) * x_sums[g]);
+          for (int64_t g = 0; g < groups; g += 16) {
+            const __mmask16 valid = first_lanes(groups - g);
+            const __m512 zero = z ? _mm512_maskz_loadu_ps(valid, z + g) : _mm512_setzero_ps();
+            const __m512 of_group = _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(Kind::rest(call, 0.0f)), zero),
+                                                  _mm512_maskz_loadu_ps(valid, x_sums + g));
+            total[i][t] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(valid, scale[i] + g), of_group, total[i][t]);
+          }
         }
-        sums[t * kPanel + r + i] = sum;
+        sums[t * kPanel + r + i] = _mm512_reduce_add_ps(total[i][t]);
       }
   }
 }
@@ -350,15 +367,24 @@ void multiply(const Block& b, float* sums, void* scratch) {
   float* const aside = static_cast<float*>(scratch);
   with_bits(b.call.bits, [&](auto bits) {
     if (!b.activations.by_chunk) return multiply_many<bits, Kind>(b, sums, aside);
-    switch (b.lines) {
-      case 1:
-        return multiply_rows<bits, Kind, 1>(b, sums, aside);
-      case 2:
-        return multiply_rows<bits, Kind, 2>(b, sums, aside);
-      case 3:
-        return multiply_rows<bits, Kind, 3>(b, sums, aside);
-      default:
-        return multiply_rows<bits, Kind, 4>(b, sums, aside);
+    for (int64_t line = 0; line < b.lines; line += 4) {  // the codes come from the cache but for the first time
+      Block some = b;
+      some.first_line += line;
+      some.lines = std::min<int64_t>(4, b.lines - line);
+      float* const to = sums + line * kPanel;
+      switch (some.lines) {
+        case 1:
+          multiply_rows<bits, Kind, 1>(some, to, aside);
+          break;
+        case 2:
+          multiply_rows<bits, Kind, 2>(some, to, aside);
+          break;
+        case 3:
+          multiply_rows<bits, Kind, 3>(some, to, aside);
+          break;
+        default:
+          multiply_rows<bits, Kind, 4>(some, to, aside);
+      }
     }
   });
 }

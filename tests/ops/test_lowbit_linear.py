@@ -119,7 +119,9 @@ def test_any_leading_dimensions_strides_and_nothing(grid, act_bits):
     for rows, cols in ((0, 40), (5, 0), (0, 0)):
         empty = scaled_weight(grid, (rows, cols))
         for bias in (None, torch.ones(rows)):
-            check(Case(f"{rows}x{cols}", empty, base[:, :cols], bias, None, act_bits))
+            for tokens in (1, 6, 30):
+                x = base[:1, :cols].expand(tokens, cols)
+                check(Case(f"{tokens} times {rows}x{cols}", empty, x, bias, None, act_bits))
 
 
 @pytest.mark.parametrize("act_bits", [None, 8])
