@@ -87,12 +87,7 @@ def _spectrum(problem: tools.Problem, settings: Settings) -> Case:
     def ours(target: Any, **options: Any) -> Callable[[], Tensor]:
         return lambda: torch.tensor([spectrum(target, probes, steps, **options).lambda_max])
 
-    def slope() -> Tensor:
-        problem.gradient()
-        return torch.zeros(1)
-
     calls: list[Call | Missing] = [
-        Call("gradient", slope, "baseline", unchecked="one gradient", graph=False),
         Call("spectrum", ours(op), graph=False),
         Call("spectrum, bfloat16 basis", ours(small, basis_dtype=torch.bfloat16), graph=False),
         Call("its vector work", ours(free), expected=lambda: (torch.tensor([alone.lambda_max]).double(),), graph=False,

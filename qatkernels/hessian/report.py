@@ -1,12 +1,13 @@
 """Spectra of several checkpoints as a table, as JSON and as a picture.
 
-An *entry* is a dictionary with ``name``, ``phase``, ``step``, ``bits``, ``bits_per_byte``, ``gradient_norm_ratio``,
-``sharpness`` and ``spectrum`` (:meth:`Spectrum.to_dict`).
+An *entry* is a dictionary with ``name``, ``phase``, ``step``, ``bits``, ``bits_per_byte``, ``clamped``,
+``gradient_norm_ratio``, ``sharpness`` and ``spectrum`` (:meth:`Spectrum.to_dict`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,20 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
 _INK = "#222222"
 #: Bins of the density on a logarithmic axis: four per decade, of either sign, and what is closer to zero.
 _FINEST, _COARSEST, _PER_DECADE = -6, 4, 4
+
+
+#: Thresholds of the near-zero mass in a report, from WinQ's to one that few steps resolve.
+THRESHOLDS = (1.5e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+
+
+def masses(found: Spectrum) -> list[dict[str, Any]]:
+    """Return near-zero and negative mass at several thresholds: value, standard error, and what the steps allow."""
+
+    def mass(low: float, high: float) -> dict[str, float | None]:
+        least, most = found.bounds(low, high)
+        return found.mass(low, high).to_dict() | {"least": least, "most": most}
+
+    return [{"below": t, "near_zero": mass(-t, t), "negative": mass(-math.inf, -t)} for t in THRESHOLDS]
 
 
 def bins(found: Spectrum) -> dict[str, list[float]]:
@@ -47,7 +62,8 @@ def summary(entry: dict[str, Any]) -> dict[str, Any]:
     found = entry["spectrum"]
     short = {k: v for k, v in found.items() if k not in ("ritz", "weights", "residuals")}
     rest = {k: v for k, v in entry.items() if k not in ("identity", "spectrum")}
-    return rest | {"spectrum": short | {"bins": bins(Spectrum.from_dict(found))}}
+    spectrum = Spectrum.from_dict(found)
+    return rest | {"spectrum": short | {"masses": masses(spectrum), "bins": bins(spectrum)}}
 
 
 def write(report: dict[str, Any]) -> bytes:
@@ -61,13 +77,19 @@ def line(entry: dict[str, Any]) -> str:
     found = entry["spectrum"]
     return (
         f"eigenvalues {found['lambda_min']:.4g} ... {found['lambda_max']:.4g}, near zero "
-        f"{_percent(found['near_zero_mass'])}, negative {_percent(found['negative_mass'])}"
+        f"{_percent(found['near_zero_mass'])} (steps allow {_range(found['near_zero_bounds'])}), "
+        f"negative {_percent(found['negative_mass'])}"
     )
 
 
-def _percent(estimate: dict[str, float | None]) -> str:
+def _range(bounds: list[float]) -> str:
+    least, most = (100 * x for x in bounds)
+    return f"{least:.1f}-{most:.1f}"
+
+
+def _percent(estimate: dict[str, float | None], unit: str = "%") -> str:
     error = estimate["error"]
-    return f"{100 * (estimate['value'] or 0):.2f}%" + ("" if error is None else f" ± {100 * error:.2f}")
+    return f"{100 * (estimate['value'] or 0):.2f}{unit}" + ("" if error is None else f" ± {100 * error:.2f}")
 
 
 def table(report: dict[str, Any]) -> Table:
@@ -75,9 +97,13 @@ def table(report: dict[str, Any]) -> Table:
     near = report["settings"]["near_zero"]
     result = Table(
         box=SIMPLE_HEAD, title_justify="left",
-        title=f"Hessian of the loss in nats at the quantized weights; near zero: below {near:g}; ± standard error",
+        title=f"Hessian of the loss in nats at the quantized weights; near zero: below {near:g}; ± standard error;\n"
+        "allowed: what the Lanczos steps leave open",
     )  # fmt: skip
-    names = ("checkpoint", "step", "smallest", "largest", "near zero", "negative", "trace", "sharpness", "gradient")
+    names = (
+        "checkpoint", "step", "smallest", "largest", "near zero %", "allowed", "negative %", "allowed", "trace",
+        "sharpness", "gradient",
+    )  # fmt: skip
     for name in names:
         result.add_column(name, justify="left" if name == "checkpoint" else "right", no_wrap=True)
     for entry in report["checkpoints"]:
@@ -85,7 +111,8 @@ def table(report: dict[str, Any]) -> Table:
         trace, sharp = found["trace"], entry["sharpness"]
         result.add_row(
             entry["name"], str(entry["step"]), f"{found['lambda_min']:.4g}", f"{found['lambda_max']:.4g}",
-            _percent(found["near_zero_mass"]), _percent(found["negative_mass"]),
+            _percent(found["near_zero_mass"], ""), _range(found["near_zero_bounds"]),
+            _percent(found["negative_mass"], ""), _range(found["negative_bounds"]),
             f"{trace['value']:.4g}" + ("" if trace["error"] is None else f" ± {trace['error']:.2g}"),
             f"{sharp.get('quantized', sharp['latent']):.3g}", f"{entry['gradient_norm_ratio']:.3g}",
         )  # fmt: skip
@@ -158,11 +185,16 @@ def _draw_training(mass: Axes, extremes: Axes, groups: dict[str, list[dict[str, 
         colour = _COLOURS[index % len(_COLOURS)]
         steps = [entry["step"] for entry in group]
         errors = [100 * (f["near_zero_mass"]["error"] or 0) for f in found]
-        mass.errorbar(steps, values, errors, color=colour, marker="o", markersize=4, capsize=2, label=name)
+        allowed = [[100 * bound for bound in f["near_zero_bounds"]] for f in found]
+        shifted = [step + (index - 0.5 * len(groups)) * 0.004 * max(steps) for step in steps]
+        mass.vlines(shifted, *zip(*allowed, strict=True), color=colour, linewidth=4, alpha=0.25)
+        mass.errorbar(shifted, values, errors, color=colour, marker="o", markersize=4, capsize=2, label=name)
         extremes.plot(steps, largest, color=colour, marker="o", markersize=4, label=name)
         extremes.plot(steps, smallest, color=colour, marker="v", markersize=4, linestyle=":")
     near = next(iter(groups.values()))[0]["spectrum"]["near_zero"]
-    mass.set_title(f"near-zero mass (below {near:g}), % of eigenvalues", loc="left", fontweight="bold")
+    mass.set_title(
+        f"near-zero mass (below {near:g}), % of eigenvalues; bars: what the steps allow", loc="left", fontweight="bold"
+    )
     extremes.set_title("largest eigenvalue; dotted: minus the smallest", loc="left", fontweight="bold")
     extremes.set_yscale("log")
     for axes in (mass, extremes):

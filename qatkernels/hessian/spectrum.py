@@ -85,6 +85,30 @@ class Spectrum:
         """Return the fraction of eigenvalues in ``[low, high)``."""
         return Estimate.of(torch.stack([w[(t >= low) & (t < high)].sum() for t, w in self._probes()]))
 
+    def bounds(self, low: float, high: float) -> tuple[float, float]:
+        """Return the least and the most that the steps allow in ``[low, high]``, as fractions of all eigenvalues.
+
+        The mean over the probes of Chebyshev's and Markov's bounds: no measure with the moments that the steps have
+        seen has less or more there. A mass is resolved where the two are close; :meth:`mass` lies between.
+        """
+        pairs = [
+            (_cumulative(*parts, low), _cumulative(*parts, high))
+            for parts in zip(self.ritz, self.weights, self.residuals, strict=True)
+        ]
+        least = sum(max(above[0] - below[1], 0.0) for below, above in pairs) / len(pairs)
+        most = sum(min(above[1] - below[0], 1.0) for below, above in pairs) / len(pairs)
+        return least, most
+
+    @property
+    def near_zero_bounds(self) -> tuple[float, float]:
+        """What the steps allow the near-zero mass to be (:meth:`bounds`)."""
+        return self.bounds(-self.near_zero, self.near_zero)
+
+    @property
+    def negative_bounds(self) -> tuple[float, float]:
+        """What the steps allow the negative mass to be (:meth:`bounds`)."""
+        return self.bounds(-math.inf, -self.near_zero)
+
     @property
     def near_zero_mass(self) -> Estimate:
         """Fraction of eigenvalues closer to 0 than ``near_zero``."""
@@ -139,7 +163,9 @@ class Spectrum:
             "lambda_max": self.lambda_max,
             "near_zero": self.near_zero,
             "near_zero_mass": self.near_zero_mass.to_dict(),
+            "near_zero_bounds": list(self.near_zero_bounds),
             "negative_mass": self.negative_mass.to_dict(),
+            "negative_bounds": list(self.negative_bounds),
             "trace": self.trace.to_dict(),
             "settings": self.settings,
             "ritz": [t.tolist() for t in self.ritz],
@@ -155,6 +181,33 @@ class Spectrum:
             for name in ("ritz", "weights", "residuals")
         )
         return cls(values["n"], ritz, weights, residuals, values["near_zero"], values["settings"])
+
+
+def _cumulative(ritz: Tensor, weights: Tensor, residuals: Tensor, x: float) -> tuple[float, float]:
+    """Return bounds of one probe's mass below x, and up to and with x.
+
+    Of all measures with the same moments the one that has a node at x has the least below it and the most with it. Its
+    matrix is the Lanczos process one step further, with the last entry such that x is an eigenvalue (Gauss-Radau).
+    """
+    if math.isinf(x):
+        return (0.0, 0.0) if x < 0 else (1.0, 1.0)
+    away = ritz - x
+    live = residuals > 0
+    node = away.abs().argmin()
+    if not bool(live.any()) or bool(away[node] == 0):  # the process has ended, or x is a node already
+        return float(weights[ritz < x].sum()), float(weights[ritz <= x].sum())
+    m = len(ritz)
+    # Last components of the tridiagonal matrix's eigenvectors alternate in sign where the first are positive.
+    arrow = residuals * (1 - 2 * ((m - 1 - torch.arange(m, dtype=torch.float64)) % 2))
+    matrix = torch.zeros(m + 1, m + 1, dtype=torch.float64)
+    matrix.diagonal()[:m] = ritz
+    matrix[:m, m] = matrix[m, :m] = arrow
+    matrix[m, m] = x + float((residuals[live].square() / away[live]).sum())
+    nodes, vectors = torch.linalg.eigh(matrix)
+    masses = (weights.sqrt() @ vectors[:m]).square()
+    at = int((nodes - x).abs().argmin())
+    below = float(masses[:at].sum())
+    return below, below + float(masses[at])
 
 
 def probe(op: SymmetricMap, seed: int, index: int) -> Tensor:

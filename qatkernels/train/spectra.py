@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..hessian import HessianOperator, gradient_norm_ratio, sharpness, spectrum
 from ..hessian import report as pictures
-from ..nn import QuantConfig, quantize_model, quantized_weights
+from ..hessian.lanczos import basis_bytes
+from ..nn import QuantConfig, quantize_model, quantized_modules, quantized_weights
 from ..ops import cross_entropy
 from . import checkpoint, data
 from .checkpoint import CheckpointError
@@ -46,6 +47,7 @@ class SpectrumConfig:
     rho: float = 0.05
     dtype: str = "float32"
     basis_dtype: str | None = None
+    basis_device: str | None = None
     engine: str = "reverse"
     checkpointing: bool = False
     device: str = "auto"
@@ -60,6 +62,12 @@ class SpectrumConfig:
         for name in ("near_zero", "rho"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, must be positive and finite")
+        if self.basis_device is not None:
+            try:
+                torch.empty(0, device=self.basis_device)
+            except (RuntimeError, AssertionError) as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(f"--basis-device is {self.basis_device}, cannot be used here ({reason})") from error
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device is cuda, but PyTorch sees no CUDA device; must be cpu or auto here")
         if self.checkpointing and self.engine != "reverse":
@@ -108,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     option("rho", "radius of the sharpness", metavar="X")
     option("dtype", "dtype of the products", choices=("float32", "float64"))
     option("basis_dtype", "dtype that the Krylov basis is kept in; --dtype if not given", choices=tuple(_DTYPES))
+    option("basis_device", "where the Krylov basis is kept, cpu say; --device if not given", metavar="DEVICE")
     option("engine", "how products are computed", choices=("reverse", "forward"))
     option("checkpointing", "recompute the blocks' activations instead of keeping them")
     option("device", "cpu, cuda, or auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
@@ -185,6 +194,7 @@ def run(config: SpectrumConfig, say: Callable[[str], None] | None = None) -> dic
         batches = [corpus.batch(config.windows, context).to(device) for _ in range(config.batches)]
     out = Path(config.out)
     with checkpoint.exclusive(out), Display(len(models) * config.probes * config.steps, say) as display:
+        display.say(_memory(config, max(sum(p.numel() for p in m.params) for m in models), device))
         found = [_analysed(m, config, batches, device, corpus.sha256, display, i) for i, m in enumerate(models)]
         report = {
             "settings": {k: v for k, v in asdict(config).items() if k not in ("checkpoints", "out", "restart")},
@@ -224,6 +234,10 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._say(text)
+
     def skip(self, name: str, products: int) -> None:
         """Pass over a checkpoint that was done before."""
         self._done += products
@@ -245,6 +259,16 @@ class Display:
         """Announce the result of a checkpoint; an invariant subspace may have taken fewer products than announced."""
         self._done = self._until
         self._say(text)
+
+
+def _memory(config: SpectrumConfig, n: int, device: torch.device) -> str:
+    """Return what is known before the first product: the memory that grows with parameters times steps."""
+    dtype = config.basis_dtype or config.dtype
+    size = basis_bytes(n, min(config.steps, n), _DTYPES[dtype], min(config.block, config.probes))
+    return (
+        f"Krylov basis: {config.steps} vectors of {n:,} in {dtype} on {config.basis_device or device}, "
+        f"{size * 1e-6:,.0f} MB" + (f" for {config.block} probes at once" if config.block > 1 else "")
+    )
 
 
 def _trained_on(model: Loaded) -> str | None:
@@ -273,7 +297,9 @@ def _analysed(
     """Return everything about one checkpoint, from an earlier call's file where it is the same."""
     identity = {
         "settings": {
-            k: v for k, v in asdict(config).items() if k not in ("checkpoints", "out", "restart", "data", "device")
+            k: v
+            for k, v in asdict(config).items()
+            if k not in ("checkpoints", "out", "restart", "data", "device", "basis_device")
         },
         "text": text,
         "weights": checkpoint.digest(loaded.model.state_dict()),
@@ -298,7 +324,8 @@ def _analysed(
 
     found = spectrum(
         op, config.probes, config.steps, seed=config.seed, near_zero=config.near_zero, block=config.block,
-        basis_dtype=_DTYPES[config.basis_dtype] if config.basis_dtype else None, advance=display.advance,
+        basis_dtype=_DTYPES[config.basis_dtype] if config.basis_dtype else None, basis_device=config.basis_device,
+        advance=display.advance,
     )  # fmt: skip
     with torch.no_grad():
         nats = float(loss())
@@ -311,6 +338,7 @@ def _analysed(
         "bits": result.get("bits"),
         "step": result["steps"],
         "bits_per_byte": nats / math.log(2),
+        "clamped": clamped(model),
         "gradient_norm_ratio": gradient_norm_ratio(loss, loaded.params),
         "sharpness": {target: _sharpness(model, loss, config.rho, target, loaded.params) for target in targets},
         "spectrum": found.to_dict(),
@@ -321,6 +349,15 @@ def _analysed(
     return entry
 
 
+def clamped(model: nn.Module) -> float:
+    """Return the share of quantized weights that the gradient does not pass: their rows of the Hessian are zero."""
+    passed = [
+        torch.autograd.grad(layer.quantized_weight().sum(), layer.weight)[0]
+        for layer in quantized_modules(model).values()
+    ]
+    return sum(int((g == 0).sum()) for g in passed) / max(sum(g.numel() for g in passed), 1)
+
+
 def _sharpness(model: nn.Module, loss: Callable[[], Tensor], rho: float, target: str, params: list[Tensor]) -> float:
     return sharpness(model, loss, rho, target=target, params=None if target == "quantized" else params).value
 
@@ -329,7 +366,7 @@ def show(report: dict[str, Any], out: str) -> None:
     """Print the report, and where its files are."""
     console = Console(highlight=False)
     # Cut off at the 80 columns of a pipe it would lose its numbers.
-    console.width = max(console.width, 130)
+    console.width = max(console.width, 140)
     console.print(pictures.table(report))
     console.print(f"{out}/report.json, {out}/spectra.png", soft_wrap=True)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qatkernels.hessian import HessianOperator, hvp
+from qatkernels.hessian import HessianOperator, eigs, hvp, spectrum, trace
 from qatkernels.hessian.checkpoint import blocks, checkpointed
 from qatkernels.nn import QuantConfig, quantize_model, quantized_weights
 from qatkernels.ops import cross_entropy
@@ -208,6 +208,30 @@ def test_numpy_and_scipy():
     largest = scipy.sparse.linalg.eigsh(linear, 1, which="LA", return_eigenvectors=False)[0]
     assert largest == pytest.approx(torch.linalg.eigvalsh(dense)[-1].item(), rel=1e-8)
     assert HessianOperator(model.float(), loss_fn, [(x.float(), y) for x, y in data]).to_scipy().dtype == np.float32
+
+
+@pytest.mark.parametrize("options", [{}, {"engine": "forward"}, {"checkpoint": True}], ids=str)
+def test_spectrum_eigenpairs_and_trace_of_a_model(options):
+    """All of it on the Hessian itself: its eigenvalues, the zeros of clamped weights among them."""
+    model, data = make()
+    with torch.no_grad():
+        model[0].weight.mul_(2)  # beyond the clamp
+    op = HessianOperator(model, loss_fn, data, **options)
+    dense = op.matmat(torch.eye(op.n, dtype=torch.float64))
+    exact = torch.linalg.eigvalsh(0.5 * (dense + dense.T))
+    zeros = (dense == 0).all(1).sum().item()
+    assert 0 < zeros < op.n
+    found = spectrum(op, 3, op.n, near_zero=1e-9)
+    size = exact.abs().max().item()
+    assert exact[0] < -1e-3 * size
+    assert found.lambda_min == pytest.approx(exact[0].item(), abs=1e-6 * size)
+    assert found.lambda_max == pytest.approx(exact[-1].item(), abs=1e-6 * size)
+    assert abs(found.trace.value - exact.sum().item()) < 4 * found.trace.error
+    assert abs(found.near_zero_mass.value - (exact.abs() < 1e-9).sum().item() / op.n) < 4 * found.near_zero_mass.error
+    top = eigs(op, 2)
+    torch.testing.assert_close(top.values, exact[[0, 1, -2, -1]], rtol=0, atol=1e-8 * size)
+    estimate = trace(op, 40, "hutch++")
+    assert abs(estimate.value - exact.sum().item()) <= 3 * estimate.error
 
 
 def test_random_losses_warn():

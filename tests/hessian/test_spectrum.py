@@ -1,5 +1,7 @@
 """Lanczos, quadrature, eigenpairs and traces against full eigendecompositions."""
 
+import gc
+import itertools
 import json
 import math
 import warnings
@@ -93,6 +95,57 @@ def test_masses_and_error_bars():
     assert math.isnan(spectrum(matrix(values), probes=1, steps=5).near_zero_mass.error)
 
 
+@pytest.mark.parametrize("edges", [(-1e-3, 1e-3), (-math.inf, -0.05), (0.4, 1.7), (-3.0, 7.0), (5.0, math.inf)])
+def test_bounds_hold_what_is_there(values, edges):
+    """Every probe's measure lies between the bounds, which close in on it."""
+    op = matrix(values)
+    exact, vectors = torch.linalg.eigh(op.matrix)
+    v = probe(op, 0, 0)
+    measure = (vectors.T @ (v / v.norm())).square()
+    low, high = edges
+    inside = measure[(exact >= low) & (exact < high)].sum().item()
+    widths = []
+    for steps in (1, 2, 3, 7, 20, 60, 200):
+        found = spectrum(op, probes=1, steps=steps)
+        least, most = found.bounds(low, high)
+        assert least - 1e-9 <= inside <= most + 1e-9
+        assert least - 1e-9 <= found.mass(low, high).value <= most + 1e-9
+        widths.append(most - least)
+    assert all(b <= a + 1e-9 for a, b in itertools.pairwise(widths))
+    assert widths[-1] < 1e-6
+
+
+def test_bounds_are_the_sharpest():
+    """They differ by the Christoffel number at the edge, one over the sum of squared orthonormal polynomials there."""
+    torch.manual_seed(0)
+    values = torch.randn(500).double()
+    op = matrix(values)
+    for steps in (1, 5, 12):
+        found = spectrum(op, probes=1, steps=steps)
+        (process,) = lanczos(op, [probe(op, 0, 0)], steps, [Basis(steps, op)])
+        for x in (-0.7, 0.01, 1.3):
+            before, now, total, below = 0.0, 1.0, 1.0, 0.0
+            for k in range(steps):
+                after = process.beta[k].item() if k + 1 < steps else process.residual
+                following = ((x - process.alpha[k].item()) * now - below * before) / after
+                before, now, below = now, following, after
+                total += now**2
+            least, most = found.bounds(-math.inf, x)
+            assert most - least == pytest.approx(1 / total, rel=1e-6)
+
+
+def test_a_threshold_that_the_steps_do_not_resolve():
+    """The node of a narrow bulk falls inside the threshold or outside, and only the bounds know."""
+    torch.manual_seed(0)
+    op = matrix(torch.cat([torch.randn(1500).abs() * 0.05, torch.rand(100) * 10]))
+    found = spectrum(op, probes=5, steps=40, near_zero=1.5e-3)
+    least, most = found.near_zero_bounds
+    assert least == 0
+    assert most > 0.05
+    least, most = spectrum(op, probes=5, steps=40, near_zero=0.5).near_zero_bounds
+    assert most - least < 0.05
+
+
 def test_residuals_bound_the_distance_to_an_eigenvalue(values):
     op = matrix(values)
     found = spectrum(op, probes=2, steps=12)
@@ -141,6 +194,34 @@ def test_a_smaller_basis(options):
     assert small.near_zero_mass.value == pytest.approx(full.near_zero_mass.value, abs=1e-3)
     size = 2 if "basis_dtype" in options else 4
     assert small.settings["basis_bytes"] == 60 * 2000 * size
+
+
+@pytest.mark.parametrize("basis_dtype", [None, torch.bfloat16])
+def test_nothing_else_grows_with_parameters_times_steps(basis_dtype):
+    """What lives during the last step: the basis, and a few vectors whatever the number of steps."""
+    n = 5003
+
+    class Diagonal:
+        def __init__(self):
+            self.n, self.dtype, self.device = n, torch.float32, torch.device("cpu")
+            self.values = torch.linspace(-1, 2, n)
+
+        def products(self, vectors):
+            return [self.values * v for v in vectors]
+
+    def alive(_):
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.numel() >= n]
+        held.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
+
+    extra = []
+    for steps in (5, 25):
+        held: list[int] = []
+        alive(None)
+        found = spectrum(Diagonal(), 2, steps, basis_dtype=basis_dtype, advance=alive)
+        extra.append(max(held) - held[0] - found.settings["basis_bytes"])
+        assert found.settings["basis_bytes"] == steps * n * (2 if basis_dtype else 4)
+    assert extra[0] == extra[1] <= 6 * 4 * n
 
 
 def test_json_round_trip():

@@ -33,6 +33,7 @@ def test_report_and_picture(run, tmp_path, capsys):
     arguments = ["spectrum", str(run / "fp"), str(run / "w4"), str(run / "w2" / "model.safetensors")]
     assert main([*arguments, *OPTIONS, "--out", str(out)]) == 0
     printed = capsys.readouterr()
+    assert printed.err.startswith("Krylov basis: 8 vectors of 4,096 in float32 on cpu, 0 MB\n")
     assert "w4" in printed.out
     assert "negative" in printed.out
     assert (out / "spectra.png").read_bytes().startswith(b"\x89PNG")
@@ -47,6 +48,11 @@ def test_report_and_picture(run, tmp_path, capsys):
         assert found["n"] == 16 * 48 + 16 * 16 + 16 * 128 + 64 * 16
         assert found["lambda_min"] < found["lambda_max"]
         assert sum(found["bins"]["mass"]) == pytest.approx(1, abs=0.02)
+        for row in found["masses"]:
+            for mass in (row["near_zero"], row["negative"]):
+                assert 0 <= mass["least"] <= mass["value"] <= mass["most"] <= 1
+        assert found["masses"][0]["near_zero"]["most"] == pytest.approx(found["near_zero_bounds"][1])
+        assert 0 <= entry["clamped"] < (0.5 if entry["bits"] else 1e-9)
         assert 0 < entry["bits_per_byte"] < 10
         assert entry["gradient_norm_ratio"] > 0
         assert set(entry["sharpness"]) == ({"latent"} if entry["bits"] is None else {"latent", "quantized"})
@@ -87,7 +93,7 @@ def test_options_reach_the_operator(run, tmp_path):
     """Engines, kept graphs, checkpointing and small bases agree."""
     variants = (
         [], ["--engine", "forward"], ["--checkpointing"], ["--basis-dtype", "bfloat16"], ["--dtype", "float64"],
-        ["--block", "2"],
+        ["--block", "2"], ["--basis-device", "cpu"],
     )  # fmt: skip
     found = []
     for i, extra in enumerate(variants):
@@ -111,6 +117,7 @@ def test_options_reach_the_operator(run, tmp_path):
         (["{run}/w4", "--rho", "nan"], "--rho is nan"),
         (["{run}/w4", "--engine", "forward", "--checkpointing"], "--checkpointing is for --engine reverse"),
         (["{run}/w4", "--data", "nowhere"], "--data nowhere does not exist"),
+        (["{run}/w4", "--basis-device", "attic"], "--basis-device is attic, cannot be used here"),
         (["{run}/w4", "--device", "cuda"], "PyTorch sees no CUDA device"),
     ],
 )
