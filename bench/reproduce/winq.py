@@ -76,10 +76,10 @@ _CANDIDATES = tuple(Resets(period, weight) for period in (0.5, 0.25) for weight 
 _VARIANTS = ("base", "noise", "reset", "both")
 # fmt: off
 PRESETS = {
-    # 0.8 million parameters, 1024 bytes a step.
+    # 0.33 million quantized parameters, 1024 bytes a step.
     "cpu": Preset(
         TrainConfig(
-            device="cpu", precision="bfloat16", width=128, depth=4, heads=4, context=128, batch=8, steps=2500,
+            device="cpu", precision="bfloat16", width=96, depth=3, heads=3, context=128, batch=8, steps=2500,
             qat_steps=1200, lr=2e-3, qat_lr=5e-4, eval_every=100, eval_windows=256, log_every=100, save_every=500,
             schedule="cosine",
         ),
