@@ -106,7 +106,7 @@ PRESETS = {
             device="cpu", precision="float32", width=16, depth=1, heads=1, context=16, batch=4, steps=8, qat_steps=8,
             eval_every=2, eval_windows=8, log_every=2, save_every=4, schedule="cosine",
         ),
-        _CANDIDATES[:2], (8, (1,)), (Part((1, 2), (1, 2), (None, 8), ("base", "both", "early"), 8),),
+        _CANDIDATES[:2], (8, (1,)), (Part((1, 2), (1,), (None, 8), ("base", "both", "early"), 8),),
     ),
 }
 # fmt: on
