@@ -4,6 +4,7 @@ from . import backends
 from .grid import Grid, affine, binary, lsq, make_grid, paretoq, seq, ternary
 from .nn import (
     GroupedPackedLinear,
+    GroupedQuantLinear,
     PackedLinear,
     QuantConfig,
     QuantLinear,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Grid",
     "GroupedPackedLinear",
+    "GroupedQuantLinear",
     "PackedLinear",
     "PackedWeight",
     "QuantConfig",

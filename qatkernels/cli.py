@@ -141,8 +141,12 @@ def _train_parser(config: Any) -> argparse.ArgumentParser:
         kind: Callable[[str], Any] = entry.metadata["parse"] or (
             bit_width if several else str if default is None else type(default)
         )
-        groups[entry.metadata["group"]].add_argument(
-            f"--{entry.name.replace('_', '-')}", type=kind, nargs="+" if several else None,
+        option, group = f"--{entry.name.replace('_', '-')}", groups[entry.metadata["group"]]
+        if isinstance(default, bool):
+            group.add_argument(option, action=argparse.BooleanOptionalAction, help=entry.metadata["help"])
+            continue
+        group.add_argument(
+            option, type=kind, nargs="+" if several else None,
             metavar={int: "N", float: "X", bit_width: "BITS"}.get(kind, entry.name.upper()),
             help=entry.metadata["help"] + shown,
         )  # fmt: skip

@@ -19,14 +19,6 @@ void check_bits(int64_t code_min, int64_t bits) {
   TORCH_CHECK(code_min == 0 || (-128 <= code_min && code_min <= std::min<int64_t>(0, 128 - (1 << bits))),
               "code_min is ", code_min, ", must be 0, or at least -128 with ", bits, " bits that end at 127 at most");
 }
-// As Python shows a tuple.
-template <class T>
-std::string shown(at::ArrayRef<T> values) {
-  std::string text = "(";
-  for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : "") + std::to_string(values[i]);
-  return text + (values.size() == 1 ? ",)" : ")");
-}
-std::string shown(const Tensor& t) { return shown(t.sizes()); }
 void check_cpu(const char* name, const Tensor& t) {
   TORCH_CHECK(t.device().is_cpu(), name, " is on ", t.device(), ", must be on a CPU");
 }
@@ -145,20 +137,11 @@ struct Weight {
       return;
     }
     offsets = offsets_->contiguous();
-    TORCH_CHECK(offsets.scalar_type() == at::kInt && offsets.dim() == 1 && offsets.size(0) == call.experts,
-                "offsets is ", name_of(offsets.scalar_type()), " of shape ", shown(offsets),
-                ", must be torch.int32 with one element for each of ", call.experts, " experts");
+    check_offsets(offsets, call.experts);
     TORCH_CHECK(x.dim() == 2, name, " has shape ", shown(x), ", must have two dimensions with offsets");
     check_device("offsets", offsets, x.device());
     call.offsets = offsets.const_data_ptr<int32_t>();
-    if (!x.is_cpu()) return;  // looking would wait for the device
-    const int32_t* const ends = offsets.const_data_ptr<int32_t>();
-    for (int64_t e = 0, start = 0; e < call.experts; start = ends[e++]) {
-      TORCH_CHECK_VALUE(start <= ends[e] && ends[e] <= call.tokens, "offsets is ",
-                        shown(at::ArrayRef<int32_t>(ends, call.experts)), ", must ascend from 0 to at most the ",
-                        call.tokens, " rows of ", name);
-      if (start < ends[e]) experts.push_back({e, start, ends[e]});
-    }
+    if (x.is_cpu()) experts = experts_of(offsets, call.tokens, name);  // elsewhere looking would wait for the device
   }
 
   // Rows of a result that no expert writes.

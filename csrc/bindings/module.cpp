@@ -17,6 +17,7 @@ const Ops& ops() {
     Ops made;
     add_cross_entropy(made);
     add_fake_quantize(made);
+    add_grouped(made);
     add_lowbit(made);
     add_krylov(made);
     add_quant_linear(made);

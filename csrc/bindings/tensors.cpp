@@ -30,6 +30,13 @@ std::string name_of(at::ScalarType type) {
   }
 }
 
+std::string shown(at::IntArrayRef values) {
+  std::string text = "(";
+  for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : "") + std::to_string(values[i]);
+  return text + (values.size() == 1 ? ",)" : ")");
+}
+std::string shown(const Tensor& t) { return shown(t.sizes()); }
+
 DType dtype_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat:
@@ -64,6 +71,25 @@ Grid<double> grid_of(Constants c) {
 
 void check_device(const char* name, const Tensor& t, at::Device device) {
   TORCH_CHECK(t.device() == device, name, " is on ", t.device(), ", must be on ", device, " like the others");
+}
+
+void check_offsets(const Tensor& offsets, int64_t experts) {
+  TORCH_CHECK(offsets.scalar_type() == at::kInt && offsets.dim() == 1 && offsets.size(0) == experts, "offsets is ",
+              name_of(offsets.scalar_type()), " of shape ", shown(offsets),
+              ", must be torch.int32 with one element for each of ", experts, " experts");
+}
+
+std::vector<Expert> experts_of(const Tensor& offsets, int64_t rows, const char* name) {
+  std::vector<Expert> experts;
+  const Tensor held = offsets.contiguous();
+  const at::ArrayRef<int32_t> ends(held.const_data_ptr<int32_t>(), held.numel());
+  int64_t start = 0;
+  for (size_t e = 0; e < ends.size(); start = ends[e++]) {
+    TORCH_CHECK_VALUE(start <= ends[e] && ends[e] <= rows, "offsets is [", c10::Join(", ", ends),
+                      "], must ascend from 0 to at most the ", rows, " rows of ", name);
+    if (start < ends[e]) experts.push_back({static_cast<int64_t>(e), start, ends[e]});
+  }
+  return experts;
 }
 
 void check_output(const char* name, const Tensor& out, const Tensor& shaped, at::ScalarType type) {

@@ -8,8 +8,10 @@
 
 #include <map>
 #include <string>
+#include <vector>
 
 #include "../common/call.h"
+#include "../cpu/kernels.h"
 
 namespace qk {
 
@@ -19,6 +21,9 @@ using OptionalType = std::optional<at::ScalarType>;
 using Constants = at::ArrayRef<double>;
 
 std::string name_of(at::ScalarType type);
+// As Python shows a tuple.
+std::string shown(at::IntArrayRef values);
+std::string shown(const Tensor& t);
 DType dtype_of(const char* name, const Tensor& t);
 
 // A new contiguous tensor; on a CPU from the pool, so that weight-sized results do not fault in fresh pages at every
@@ -28,6 +33,10 @@ Tensor like(const Tensor& t, OptionalType type = std::nullopt);
 
 void check_device(const char* name, const Tensor& t, at::Device device);
 void check_output(const char* name, const Tensor& out, const Tensor& shaped, at::ScalarType type);
+
+void check_offsets(const Tensor& offsets, int64_t experts);
+// The experts that have tokens, of `rows` tokens in all, from offsets on a CPU.
+std::vector<Expert> experts_of(const Tensor& offsets, int64_t rows, const char* name);
 
 // The constants of qatkernels.Grid.
 Grid<double> grid_of(Constants c);
@@ -53,6 +62,7 @@ using Ops = std::map<std::string, Entry>;
 // One for each file of this folder.
 void add_cross_entropy(Ops& ops);
 void add_fake_quantize(Ops& ops);
+void add_grouped(Ops& ops);
 void add_lowbit(Ops& ops);
 void add_krylov(Ops& ops);
 void add_quant_linear(Ops& ops);

@@ -91,18 +91,22 @@ class GroupedQuantLinear(Quantized):
     def from_linears(cls, linears: Sequence[nn.Linear], *, config: QuantConfig) -> GroupedQuantLinear:
         """Return a layer with the stacked weights of linear layers of equal shapes.
 
+        The stacks are new Parameters, frozen if the originals are; frozen weights get frozen scales. An optimizer wants
+        the new ones, and hooks stay behind.
+
         Raises:
-            ValueError: if there is none, one is more than a plain ``nn.Linear``, or shapes differ.
+            ValueError: if there is none, one is more than a plain ``nn.Linear``, shapes, dtypes or devices differ, or
+                some weights (or biases) are frozen and others are not: a stack is one Parameter.
         """
-        shapes = {(tuple(linear.weight.shape), linear.bias is None) for linear in linears}
-        if len(shapes) != 1:
-            raise ValueError(f"linears have {len(shapes)} different shapes, must have one")
         for i, linear in enumerate(linears):
             if problem := why_not(linear):
                 raise ValueError(f"linears[{i}] {problem}")
-        weight = torch.stack([linear.weight.detach() for linear in linears])
-        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-        return cls.from_stacked(weight, torch.stack(biases) if biases else None, config=config)
+        shapes = {(tuple(linear.weight.shape), linear.bias is None) for linear in linears}
+        if len(shapes) != 1:
+            raise ValueError(f"linears have {len(shapes)} different shapes, must have one")
+        weight = _stacked([linear.weight for linear in linears], "weight")
+        bias = None if linears[0].bias is None else _stacked([linear.bias for linear in linears], "bias")
+        return cls.from_stacked(weight, bias, config=config).train(linears[0].training)
 
     def _finish(self, config: QuantConfig) -> None:
         self.num_experts, self.out_features, self.in_features = self.weight.shape
@@ -141,6 +145,15 @@ class GroupedQuantLinear(Quantized):
         """Describe the layer and its quantization."""
         sizes = f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}, {self.described}"
+
+
+def _stacked(parameters: Sequence[Tensor], name: str) -> nn.Parameter:
+    for what in ("dtype", "device", "requires_grad"):
+        first, *others = (getattr(p, what) for p in parameters)
+        for i, other in enumerate(others, 1):
+            if other != first:
+                raise ValueError(f"linears[{i}].{name} has {what} {other}, must be {first} like linears[0].{name}")
+    return nn.Parameter(torch.stack([p.detach() for p in parameters]), requires_grad=parameters[0].requires_grad)
 
 
 def bias_of_tokens(bias: Tensor, offsets: Tensor, tokens: int) -> Tensor:

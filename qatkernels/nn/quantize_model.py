@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -37,7 +37,9 @@ def quantize_model(
     weight go on sharing it, and with equal configurations share the scales; an embedding tied to a layer is not
     touched. Layers that are quantized already stay as they are. A warning names what matched but stays in full
     precision: subclasses of ``nn.Linear``, ``nn.MultiheadAttention`` (which never calls its projections), and stacked
-    weights of experts. ``nn.TransformerEncoder`` loses its fused inference path, which would bypass quantization.
+    weights of experts ``[E, N, K]``, for which a pattern may match the parameter or its module
+    (:class:`GroupedQuantLinear` takes them, where the module's forward can call it). ``nn.TransformerEncoder`` loses
+    its fused inference path, which would bypass quantization.
 
     Args:
         model: the model; changed in place.
@@ -58,14 +60,16 @@ def quantize_model(
     rules = _rules(config)
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
     names = _linear_names(model)
-    chosen: dict[nn.Linear, QuantConfig] = {}
-    for linear, aliases in names.items():
+
+    def wanted(aliases: list[str]) -> QuantConfig | None:
         if _matches(aliases, excluded) or not (include is None or _matches(aliases, included)):
-            continue
-        wanted = next((c for pattern, c in rules.items() if _matches(aliases, (pattern,))), None)
-        if wanted is not None:
-            chosen[linear] = wanted
-    _check_patterns(names, (*included, *(p for p, c in rules.items() if c is not None)), excluded, bool(chosen))
+            return None
+        return next((c for pattern, c in rules.items() if _matches(aliases, (pattern,))), None)
+
+    chosen = {linear: found for linear, aliases in names.items() if (found := wanted(aliases)) is not None}
+    stacked = _stacked(model, wanted)
+    patterns = (*included, *(p for p, c in rules.items() if c is not None))
+    _check_patterns(names, patterns, excluded, bool(chosen), stacked)
 
     kept = {linear: _full_precision(linear) for linear in chosen}
     replacements = {
@@ -80,7 +84,7 @@ def quantize_model(
     _leave_fast_path(model)
     for linear, new in replacements.items():
         logger.info("quantized %s: %s", names[linear][0] or "the model", new.config)
-    if notes := [*_reasons(names, kept), *([] if include else _stacked(model, excluded))]:
+    if notes := [*_reasons(names, kept), *stacked]:
         warnings.warn("left in full precision: " + "; ".join(notes), stacklevel=2)
     return replacements.get(model, model)  # type: ignore[call-overload]
 
@@ -128,17 +132,19 @@ def _linear_names(model: nn.Module) -> dict[nn.Linear, list[str]]:
 
 
 def _check_patterns(
-    names: dict[nn.Linear, list[str]], wanted: tuple[str, ...], excluded: tuple[str, ...], found: bool
-) -> None:
+    names: dict[nn.Linear, list[str]], wanted: tuple[str, ...], excluded: tuple[str, ...], found: bool,
+    stacked: list[str],
+) -> None:  # fmt: skip
     """Raise ValueError if nothing is to be quantized, or a wanted pattern matches no layer."""
     every = [name for aliases in names.values() for name in aliases]
+    also = "".join(f"; {note}" for note in stacked)
     if not every:
-        raise ValueError("the model has no nn.Linear")
+        raise ValueError(f"the model has no nn.Linear{also}")
     idle = [pattern for pattern in wanted if not _matches(every, (pattern,))]
     if found and not idle:
         return
     what = f"{idle}" if idle else f"{list(wanted)} and is not in {list(excluded)}"
-    raise ValueError(f"no nn.Linear matches {what}; the model has {_listed(every, 20)}")
+    raise ValueError(f"no nn.Linear matches {what}; the model has {_listed(every, 20)}{also}")
 
 
 def _listed(names: list[str], limit: int) -> str:
@@ -170,14 +176,14 @@ def _reasons(names: dict[nn.Linear, list[str]], kept: dict[nn.Linear, str | None
     return [f"{_listed(every, 5)} {reason}" for reason, every in layers.items()]
 
 
-def _stacked(model: nn.Module, excluded: tuple[str, ...]) -> list[str]:
-    """Describe parameters outside torch.nn that look like the stacked weights of experts."""
+def _stacked(model: nn.Module, wanted: Callable[[list[str]], QuantConfig | None]) -> list[str]:
+    """Describe parameters outside torch.nn that look like the stacked weights of experts and should be quantized."""
     return [
-        f"{name} has shape {tuple(parameter.shape)} and no nn.Linear"
+        f"{name} has shape {tuple(parameter.shape)} and no nn.Linear (experts? see GroupedQuantLinear.from_stacked)"
         for prefix, module in model.named_modules()
         if not type(module).__module__.startswith("torch.nn.") and not isinstance(module, Quantized)
         for name, parameter in module.named_parameters(prefix, recurse=False)
-        if parameter.ndim == 3 and parameter.shape[0] > 1 and not _matches([name], excluded)
+        if parameter.ndim == 3 and parameter.shape[0] > 1 and wanted([prefix, name]) is not None
     ]
 
 

@@ -8,7 +8,8 @@ expert e, which are ``offsets[e - 1] ... offsets[e] - 1``,
     grouped_outer              W_e = g_e^T x_e     g [T, N], x [T, K]    -> w [E, N, K]
 
 An expert may have no rows; rows at or past the last offset belong to nobody and give 0. Any strides will do. On a CPU
-each expert's product is the library's (a loop over the experts that have tokens), on a GPU all are one launch.
+each expert's product is the library's, for one expert that has tokens after another; on a GPU all are one launch, which
+reads the offsets there.
 """
 
 from __future__ import annotations
@@ -195,7 +196,8 @@ def grouped_linear(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
             it, the result is then undefined.
 
     Returns:
-        ``[T, N]``, summed in float32; tokens past the last offset give 0. Differentiable in x and w.
+        ``[T, N]``, summed in float32 (float64 for float64); tokens past the last offset give 0. Differentiable in x and
+        w, any order, both modes.
 
     Raises:
         ValueError: if offsets descend or exceed T.

@@ -13,11 +13,14 @@ import torch
 from ..grid import paretoq
 from ..plan.units import count
 from . import checkpoint
+from .methods import METHODS, MethodConfig
 from .model import ModelConfig
 from .schedules import DECAYS
 
 #: Schedules by name: what happens to the learning rate, and where QAT starts (`phases.py`).
-SCHEDULES = ("cosine", "classic", "fused")
+SCHEDULES = ("cosine", "wsd", "classic", "fused")
+#: Those in which each phase warms up and decays on its own.
+OWN_DECAY = ("cosine", "wsd")
 
 
 class ConfigError(ValueError):
@@ -49,6 +52,13 @@ class TrainConfig:
         None, "text file or folder; this Python's standard library sources if not given", "run", True
     )
     bits: tuple[float, ...] = _option((4, 2, 1.58, 1), "bit widths to train; more may be added later", "run", True)
+    act_bits: int | None = _option(
+        None,
+        "bit width of the activations, 2 to 8, a scale for each token; not quantized if not given",
+        "run",
+        parse=int,
+    )
+    method: str = _option("qat", "how quantized weights are trained: qat, winq or squat", "run")
     seed: int = _option(0, "seed of the initial weights and of the batches", "run")
     device: str = _option("auto", "cpu, cuda, or auto: cuda where there is one", "run")
     precision: str = _option(
@@ -61,6 +71,7 @@ class TrainConfig:
     context: int = _option(128, "bytes that a window predicts", "model")
 
     batch: int = _option(16, "windows in a step", "training")
+    accumulate: int = _option(1, "parts of a batch that go through the model one after another", "training")
     steps: int = _option(900, "steps in full precision", "training")
     qat_steps: int = _option(200, "steps of quantization-aware training at each bit width", "training")
     tokens: int | None = _option(
@@ -70,12 +81,17 @@ class TrainConfig:
         "auto", "share of --tokens to train quantized; auto: the planner's, for each width", "training", parse=fraction
     )
     schedule: str = _option(
-        "auto", "cosine: each phase has a warmup and a cosine decay of its own; classic: warmup, constant, cooldown, "
+        "auto", "cosine: each phase has a warmup and a cosine decay of its own; wsd: a warmup, a constant part and a "
+        "decay; classic: warmup, constant, cooldown, "
         "then QAT with re-warmup and decay; fused: no cooldown, QAT starts from the constant rate and decays; "
         "auto: classic with --tokens, else cosine", "training",
     )  # fmt: skip
-    cooldown: float = _option(0.2, "share of the full-precision steps that the classic cooldown takes", "training")
-    decay: str = _option("sqrt", "shape of the decays of classic and fused: linear, sqrt or cosine", "training")
+    cooldown: float = _option(
+        0.2,
+        "share of the full-precision steps that the classic cooldown takes, of each phase's the decay of wsd",
+        "training",
+    )
+    decay: str = _option("sqrt", "shape of the decays of wsd, classic and fused: linear, sqrt or cosine", "training")
     lr: float = _option(2e-3, "peak learning rate in full precision", "training")
     qat_lr: float = _option(1e-3, "peak learning rate of quantization-aware training", "training")
     scale_lr: float = _option(1e-4, "peak learning rate of the quantizers' scales", "training")
@@ -85,9 +101,30 @@ class TrainConfig:
     warmup: float = _option(0.05, "share of a phase's steps over which the learning rate rises", "training")
     clip: float = _option(1.0, "largest norm of the gradient", "training")
 
+    reset_every: int | None = _option(
+        None, "steps of QAT between resets, 0 for none; a quarter of them if not given", "winq", parse=int
+    )
+    reset_weight: float = _option(0.4, "weight of a reset on the quantized value, in [0, 1]", "winq")
+    reset_until: float = _option(1.0, "share of QAT after which there are no more resets", "winq")
+    noise_std: float = _option(1e-3, "standard deviation of the noise on weights", "winq")
+    scale_noise_std: float | None = _option(
+        None, "standard deviation of the noise on scales; that on weights if not given", "winq", parse=float
+    )
+    two_sided: bool = _option(False, "average the gradient over the noise and its mirror image", "winq")
+    samples: int = _option(1, "draws of the noise that a step averages over", "winq")
+
+    rho: float = _option(0.05, "radius of the perturbation", "squat")
+    target: str = _option("quantized", "what is perturbed: quantized (after rounding) or latent (before)", "squat")
+    norm: str = _option("l2", "norm of the perturbation: l2 or asam", "squat")
+    scale_every: int = _option(1, "sharpness steps between steps of the scales", "squat")
+    minibatch: str = _option("same", "batch of the step of the scales: same or next", "squat")
+
     eval_every: int = _option(50, "steps between evaluations on held-out text", "evaluation")
     eval_windows: int = _option(256, "held-out windows in an evaluation", "evaluation")
     log_every: int = _option(10, "steps between training losses in the log", "evaluation")
+    stats_every: int | None = _option(
+        None, "steps of QAT between counts of flipped codes in the log; none if not given", "evaluation", True, int
+    )
     save_every: int = _option(100, "steps between checkpoints", "evaluation", resumable=True)
     keep_every: int | None = _option(
         None, "steps between models that are kept in each phase's folder; none if not given", "evaluation", True, int
@@ -105,16 +142,23 @@ class TrainConfig:
             raise ConfigError(str(error)) from error
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"--precision is {self.precision!r}, must be auto, float32 or bfloat16")
-        for name, allowed in (("schedule", ("auto", *SCHEDULES)), ("decay", tuple(DECAYS))):
+        for name, allowed in (
+            ("schedule", ("auto", *SCHEDULES)), ("decay", tuple(DECAYS)), ("method", METHODS),
+            ("target", ("quantized", "latent")), ("norm", ("l2", "asam")), ("minibatch", ("same", "next")),
+        ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"--{name} is {getattr(self, name)!r}, must be one of {', '.join(allowed)}")
+        if self.act_bits is not None and not 2 <= self.act_bits <= 8:
+            raise ConfigError(f"--act-bits is {self.act_bits}, must be in [2, 8]")
+        if self.accumulate > self.batch:
+            raise ConfigError(f"--accumulate is {self.accumulate}, must be at most --batch, {self.batch}")
         share = self.qat_fraction
         if share != "auto" and not (isinstance(share, float) and 0 < share < 1):
             raise ConfigError(f"--qat-fraction is {share}, must be auto or in (0, 1)")
         if share != "auto" and self.tokens is None:
             raise ConfigError(f"--qat-fraction is {share}, a share of --tokens: give --tokens too, or use --qat-steps")
-        if self.tokens is not None and self.schedule == "cosine":
-            raise ConfigError("--schedule is cosine, must be classic or fused with --tokens")
+        if self.tokens is not None and self.schedule in OWN_DECAY:
+            raise ConfigError(f"--schedule is {self.schedule}, must be classic or fused with --tokens")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"--device is {self.device!r}, must be auto, cpu or cuda")
 
@@ -122,6 +166,12 @@ class TrainConfig:
     def model(self) -> ModelConfig:
         """Shape of the model."""
         return ModelConfig(self.width, self.depth, self.heads, self.context)
+
+    @property
+    def method_config(self) -> MethodConfig:
+        """How quantized weights are trained."""
+        given = {entry.name: getattr(self, entry.name) for entry in fields(MethodConfig) if entry.name != "name"}
+        return MethodConfig(self.method, **given)
 
     def resolved(self) -> TrainConfig:
         """Return the configuration with ``auto`` replaced by what this machine has.
@@ -141,13 +191,16 @@ class TrainConfig:
         return replace(self, device=device, precision=precision, schedule=schedule)
 
 
+_SHARES = ("beta1", "beta2", "warmup", "cooldown", "reset_weight", "reset_until")
+
+
 def _check_ranges(config: TrainConfig) -> None:
     for entry in fields(config):
         value = getattr(config, entry.name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        at_least = 1 if isinstance(entry.default, int) or entry.name in ("tokens", "keep_every") else 0.0
-        at_most = 1.0 if entry.name in ("beta1", "beta2", "warmup", "cooldown") else math.inf
+        at_least = 1 if isinstance(entry.default, int) or entry.name in ("tokens", "keep_every", "stats_every") else 0.0
+        at_most = 1.0 if entry.name in _SHARES else math.inf
         if entry.name != "seed" and not (at_least <= value <= at_most and math.isfinite(value)):
             limits = f"at least {at_least}" if at_most == math.inf else f"in [{at_least}, {at_most}]"
             raise ConfigError(f"--{entry.name.replace('_', '-')} is {value}, must be {limits}")

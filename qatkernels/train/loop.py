@@ -21,7 +21,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,6 +34,7 @@ from ..nn import quantize_model, quantized_modules
 from . import checkpoint, data, report
 from .checkpoint import CheckpointError
 from .config import ConfigError, TrainConfig
+from .methods import QAT
 from .model import Transformer
 from .phases import EXCLUDED, Phase, phases
 
@@ -163,10 +164,12 @@ def run_phase(run: _Run, phase: Phase) -> dict[str, Any]:
     config, state_file = run.config, run.folder(phase.name) / "state.safetensors"
     model = build_model(run, phase)
     optimizer = build_optimizer(model, config, phase)
+    method = phase.method.start(model, optimizer, phase.steps) if phase.bits is not None else QAT(model, False)
     progress = _Progress(phase.first)
     # With other bit widths than before a part at the constant rate may start elsewhere: its checkpoint is no use then.
     if state_file.exists() and checkpoint.load(state_file)[1].get("first", phase.first) == phase.first:
         progress = _restore(state_file, model, optimizer)
+        method.load_state_dict(progress.method)
     elif phase.goes_on:
         _restore(run.folder(str(phase.start)) / "state.safetensors", model, optimizer)
     run.log.trim(phase.name, progress.step)
@@ -184,11 +187,11 @@ def run_phase(run: _Run, phase: Phase) -> dict[str, Any]:
             group["lr"] = group["peak"] * phase.rate(progress.step)
         draw = ("fp", phase.first + progress.step) if phase.bits is None else ("qat", progress.step)
         torch.manual_seed(_seed(config.seed, *draw))
-        loss = mean_loss(model, run.corpus.batch(config.batch, config.context), config)
-        loss.backward()
+        windows_of_step = run.corpus.batch(config.batch, config.context)
+        loss = method.gradient(lambda: accumulated(model, windows_of_step, optimizer, config))  # noqa: B023
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
-        optimizer.zero_grad()
+        method.after_step()
 
         progress.step += 1
         last = progress.step == phase.steps
@@ -197,6 +200,8 @@ def run_phase(run: _Run, phase: Phase) -> dict[str, Any]:
             entry |= {"train": _finite(loss.item() / math.log(2), entry), "lr": optimizer.param_groups[0]["lr"]}
         progress.seconds += time.perf_counter() - began
 
+        if phase.bits is not None and config.stats_every and progress.step % config.stats_every == 0:
+            entry |= method.log()
         if progress.step % config.eval_every == 0 or last:
             progress.held_out = _finite(evaluate(model, windows, config), entry)
             entry |= {"held_out": progress.held_out}
@@ -207,10 +212,22 @@ def run_phase(run: _Run, phase: Phase) -> dict[str, Any]:
             break
         _keep(run, phase, model, progress.step)
         if run.stop.number or progress.step % config.save_every == 0:
+            progress.method = method.state_dict()
             checkpoint.save(state_file, _snapshot(model, optimizer), asdict(progress))
         if run.stop.number:
             raise Interrupted(run.stop.number)
     return _finish(run, phase, model, optimizer, progress)
+
+
+def accumulated(model: nn.Module, windows: Tensor, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Tensor:
+    """Leave the gradient of the mean loss of the windows in ``.grad``, part by part, and return the loss."""
+    optimizer.zero_grad()
+    total = torch.zeros((), device=config.device)
+    for part in windows.chunk(config.accumulate):
+        loss = mean_loss(model, part, config) * (len(part) / len(windows))
+        loss.backward()
+        total += loss.detach()
+    return total
 
 
 def mean_loss(model: nn.Module, windows: Tensor, config: TrainConfig) -> Tensor:
@@ -272,6 +289,7 @@ class _Progress:
     seconds: float = 0.0
     start: float = math.nan
     held_out: float = math.nan
+    method: dict[str, Any] = field(default_factory=dict)
 
 
 def _seed(seed: int, purpose: str, step: int) -> int:
@@ -306,6 +324,7 @@ def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         moments = {
             i: {key: tensors[f"optimizer.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             for i, name in enumerate(order)
+            if f"optimizer.{name}.step" in tensors  # a parameter that has not moved yet has none
         }
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         return _Progress(**header)

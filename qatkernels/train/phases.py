@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from ..nn import QuantConfig
 from ..plan.formula import optimal_qat_fraction
-from .config import ConfigError, TrainConfig
+from .config import OWN_DECAY, ConfigError, TrainConfig
+from .methods import MethodConfig
 from .model import Transformer
-from .schedules import classic, cosine, fused, split
+from .schedules import classic, cosine, fused, split, wsd
 
 #: Layers that stay in full precision, as in the papers (embeddings and norms are no nn.Linear to begin with).
 EXCLUDED = ("lm_head",)
@@ -34,6 +35,8 @@ class Phase:
         goes_on: whether it also takes over that phase's optimizer, as if the two were one.
         kept: whether another phase may go on from its end.
         first: steps that its weights have seen before.
+        act_bits: bit width of the activations; None leaves them alone.
+        method: how it trains quantized weights.
     """
 
     name: str
@@ -46,17 +49,19 @@ class Phase:
     goes_on: bool = False
     kept: bool = False
     first: int = 0
+    act_bits: int | None = None
+    method: MethodConfig = field(default_factory=MethodConfig)
 
     @property
     def quantization(self) -> QuantConfig | None:
         """What the linear layers are quantized to."""
-        return None if self.bits is None else QuantConfig(bits=self.bits)
+        return None if self.bits is None else QuantConfig(bits=self.bits, act_bits=self.act_bits)
 
 
 def phases(config: TrainConfig) -> list[Phase]:
     """Return what is trained, in order.
 
-    With the ``cosine`` schedule that is one phase in full precision, from whose end every bit width starts. With
+    With ``cosine`` and ``wsd`` that is one phase in full precision, from whose end every bit width starts. With
     ``classic`` and ``fused`` the widths may leave full precision at different steps. The constant learning rate up
     to there is trained once, in parts that go on from each other (``fp<steps>``); ``fused`` quantizes from their
     ends, ``classic`` from a cooldown that branches off (``cooled<steps>``).
@@ -64,10 +69,10 @@ def phases(config: TrainConfig) -> list[Phase]:
     Raises:
         ConfigError: if the parts of the schedule do not fit into the steps, or no fraction is known for a width.
     """
-    if config.schedule == "cosine":
-        first = Phase("fp", None, config.steps, config.lr, config.weight_decay, _cosine(config, config.steps))
+    if config.schedule in OWN_DECAY:
+        first = Phase("fp", None, config.steps, config.lr, config.weight_decay, own_decay(config, config.steps))
         quantized = (quantized_from(config, bits, config.qat_steps, first) for bits in config.bits)
-        return [first, *(replace(phase, rate=_cosine(config, config.qat_steps)) for phase in quantized)]
+        return [first, *(replace(phase, rate=own_decay(config, config.qat_steps)) for phase in quantized)]
     splits = {bits: steps_of(config, bits) for bits in config.bits}
     cooldowns = {full: _cooldown(config, full) for full, _ in splits.values()}
     trunk = trunk_parts(config, sorted({full - cooldown for full, cooldown in cooldowns.items()}))
@@ -101,8 +106,12 @@ def quantized_parameters(config: TrainConfig) -> int:
     return sum(m.weight.numel() for name, m in modules if isinstance(m, nn.Linear) and name not in EXCLUDED)
 
 
-def _cosine(config: TrainConfig, steps: int) -> Callable[[int], float]:
-    return lambda step: cosine(step, steps, int(config.warmup * steps))
+def own_decay(config: TrainConfig, steps: int) -> Callable[[int], float]:
+    """Return the schedule of a phase that warms up and decays on its own."""
+    warmup = int(config.warmup * steps)
+    if config.schedule == "cosine":
+        return lambda step: cosine(step, steps, warmup)
+    return lambda step: wsd(step, steps, warmup, int(config.cooldown * steps), shape=config.decay)
 
 
 def _cooldown(config: TrainConfig, full: int) -> int:
@@ -156,7 +165,10 @@ def quantized_from(config: TrainConfig, bits: float, steps: int, start: Phase) -
     """Return QAT at one width from the end of another phase: re-warmup, then the decay."""
     rewarmup = int(config.warmup * steps)
     rate = functools.partial(fused, steps=steps, qat_steps=steps, rewarmup=rewarmup, shape=config.decay)
-    return Phase(f"w{bits:g}", bits, steps, config.qat_lr, 0.0, rate, start.name, first=start.first + start.steps)
+    return Phase(
+        f"w{bits:g}", bits, steps, config.qat_lr, 0.0, rate, start.name, first=start.first + start.steps,
+        act_bits=config.act_bits, method=config.method_config,
+    )  # fmt: skip
 
 
 def _shifted(step: int, *, by: int, rate: Callable[[int], float]) -> float:

@@ -46,6 +46,8 @@ class WinQ:
         scale_noise_std: the same for scales; ``noise_std`` if None, as in the released scripts.
         two_sided: whether :meth:`gradient` averages over U and -U (NSO, the parent method; WinQ is one-sided).
         samples: draws of U that :meth:`gradient` averages over (NSO; WinQ takes one).
+        last_reset: the last step after which a reset may come, None for no limit. Ours: weights that were pulled to the
+            grid late, when the learning rate has decayed, do not cross any more.
         rotation: for layers whose quantizer sees a rotated weight (``Q(H W)``): the symmetric orthonormal map H along
             the inputs, such as :func:`hadamard`, given and returning a tensor of the weight's shape. The reset is then
             ``W <- H((1 - a) H W + a Q(H W))``, and codes stay but for the rounding of H.
@@ -69,6 +71,7 @@ class WinQ:
         scale_noise_std: float | None = None,
         two_sided: bool = False,
         samples: int = 1,
+        last_reset: int | None = None,
         rotation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         scale_noise_std = noise_std if scale_noise_std is None else scale_noise_std
@@ -81,7 +84,9 @@ class WinQ:
                 raise ValueError(f"{name} is {value}, must be finite and >= 0")
         if samples < 1:
             raise ValueError(f"samples is {samples}, must be at least 1")
-        self.model, self.rotation = model, rotation
+        if last_reset is not None and last_reset < 0:
+            raise ValueError(f"last_reset is {last_reset}, must be at least 0, or None for no limit")
+        self.model, self.rotation, self.last_reset = model, rotation, last_reset
         self.reset_every, self.reset_weight = reset_every, reset_weight
         self.noise_std, self.scale_noise_std = noise_std, scale_noise_std
         self.two_sided, self.samples = two_sided, samples
@@ -103,6 +108,7 @@ class WinQ:
         """Count an optimizer step, reset if it is time, and return whether it was. Call after ``optimizer.step()``."""
         self.steps += 1
         due = self.reset_every is not None and self.steps % self.reset_every == 0
+        due = due and (self.last_reset is None or self.steps <= self.last_reset)
         if due:
             self.reset()
         return due

@@ -1,7 +1,8 @@
 """How a product with a packed weight is cut into tiles: the configurations as data, and the choice among them.
 
-The choice depends on shapes and the generation of the GPU alone, so that sums are added in one order. None of these
-numbers was measured: they are the sizes that products of this kind use elsewhere, and what compiles without spills.
+The choice depends on shapes and the generation of the GPU alone, so that sums are added in one order; how many tokens
+each expert has is known on the device only, so a stack of experts is cut for their average. None of these numbers was
+measured on a GPU: they are the sizes that products of this kind use elsewhere, and what compiles without spills.
 """
 
 from __future__ import annotations

@@ -1,11 +1,18 @@
 """Products of tokens with their experts' weights in Triton: one launch, whatever the division of the tokens.
 
-Where experts end is read on the device. The grid has as many programs as any division of the tokens could need; each
-walks the ends to find its expert and tile, and the few that are left over have nothing to do. Sums are float32, in an
-order that depends on shapes alone. Any strides.
+Where experts end is read on the device, in every dtype: no launch waits for it. The grid has as many programs as any
+division of the tokens could need; each walks the ends to find its expert and tile, and those left over, at most one for
+each expert and column of tiles, have nothing to do. Sums are float32 (float64 for float64), in an order that depends on
+shapes and offsets alone. Any strides.
 
-The floor of a product over T tokens is 2 T N K operations at the rate of the tensor cores, or the bytes of the weights
-of the experts that have tokens, whichever takes longer. Nothing here has run on a GPU yet.
+The floor of each of the three over the n tokens that have an expert is 2 n N K operations at the rate of the tensor
+cores, or the bytes that must move, whichever takes longer: tokens in and out, and the weights of the experts that have
+tokens (for `grouped_outer` the weights of all, because those without are written as zeros). An expert whose last tile
+is partial pays for all of it: with t tokens and tiles of R rows the rate is at best t / (R ceil(t / R)) of that.
+For float32 that rate is of ordinary multiply-adds, because tensor cores would round it; float64 has tensor cores on
+Ampere and Hopper.
+
+Compiled ahead of time and interpreted; neither run nor measured on a GPU, and neither are the tilings.
 """
 
 from __future__ import annotations
@@ -18,7 +25,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops._op import OPS
 from ._element import INTERPRETED, to_element
 
 
@@ -41,23 +47,29 @@ CONFIGS: tuple[tuple[float, Config], ...] = (
 )
 
 
-#: For float32, whose products are made of several.
-WIDE = Config(64, 64, 32, 4, 3)
+#: For the wide dtypes, whatever the number of tokens.
+WIDE = {torch.float32: Config(64, 64, 32, 4, 3), torch.float64: Config(32, 32, 16, 4, 2)}
 
 
 def choose(tokens: int, experts: int, dtype: torch.dtype) -> Config:
     """Return the tiling for so many tokens."""
-    if dtype == torch.float32:
-        return WIDE
+    if dtype in WIDE:
+        return WIDE[dtype]
     return next(config for limit, config in CONFIGS if tokens <= limit * max(experts, 1))
 
 
 @triton.jit
 def multiply(a, b, acc):
-    """Acc + a @ b with float32 sums; the interpreter cannot multiply bfloat16."""
+    """Acc + a @ b, summed in the dtype of acc; the interpreter cannot multiply bfloat16."""
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision="ieee")
+        a, b = a.to(acc.dtype), b.to(acc.dtype)
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def no_sum(y_ptr, R: tl.constexpr, C: tl.constexpr):
+    """A tile of zeros in the dtype that products for an output are summed in."""
+    return tl.zeros((R, C), tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32)
 
 
 @triton.jit
@@ -69,7 +81,7 @@ def grouped_rows_kernel(
     tile = tl.program_id(0)
     start, first, last, expert = 0, 0, 0, -1
     for e in range(experts):
-        end = tl.load(ends_ptr + e)
+        end = tl.maximum(tl.minimum(tl.load(ends_ptr + e), tokens), start)  # bad offsets must not leave the tensors
         tiles = tl.cdiv(end - start, R)
         mine = (expert < 0) & (tile < tiles)
         first = tl.where(mine, start + tile * R, first)
@@ -81,7 +93,7 @@ def grouped_rows_kernel(
     last = tl.where(expert < 0, tokens, last)
     row = tl.cast(first, tl.int64) + tl.arange(0, R)
     column = tl.program_id(1).to(tl.int64) * C + tl.arange(0, C)
-    acc = tl.zeros((R, C), tl.float32)
+    acc = no_sum(y_ptr, R, C)
     if expert >= 0:
         k = tl.arange(0, D)
         x = x_ptr + row[:, None] * x_row + k[None, :].to(tl.int64) * x_column
@@ -104,18 +116,18 @@ def grouped_rows_kernel(
 
 @triton.jit
 def grouped_outer_kernel(
-    g_ptr, x_ptr, ends_ptr, w_ptr, rows, columns, g_row, g_column, x_row, x_column,
+    g_ptr, x_ptr, ends_ptr, w_ptr, tokens, rows, columns, g_row, g_column, x_row, x_column,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(0)
-    start = tl.load(ends_ptr + expert - 1, expert > 0, other=0)
-    end = tl.load(ends_ptr + expert)
+    start = tl.maximum(tl.load(ends_ptr + expert - 1, expert > 0, other=0), 0)
+    end = tl.minimum(tl.load(ends_ptr + expert), tokens)
     row = tl.program_id(1).to(tl.int64) * R + tl.arange(0, R)
     column = tl.program_id(2).to(tl.int64) * C + tl.arange(0, C)
     token = start.to(tl.int64) + tl.arange(0, D)
     g = g_ptr + row[:, None] * g_column + token[None, :] * g_row
     x = x_ptr + token[:, None] * x_row + column[None, :] * x_column
-    acc = tl.zeros((R, C), tl.float32)
+    acc = no_sum(w_ptr, R, C)
     for done in range(start, end, D):
         inside = tl.arange(0, D) < end - done
         a = tl.load(g, (row < rows)[:, None] & inside[None, :], other=0.0)
@@ -142,39 +154,27 @@ def _rows(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor, output: int, depth
     )  # fmt: skip
 
 
-def _reference(op: str, *args: Tensor) -> None:
-    """Float64 has no tensor cores here; what it is for needs no speed."""
-    args[-1].copy_(OPS[op].reference(*args[:-1]))  # type: ignore[arg-type]
-
-
 def grouped_linear_out(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor) -> None:
     """Write y. Arguments as the op's."""
-    if x.dtype == torch.float64:
-        return _reference("grouped_linear", x, w, offsets, out)
-    return _rows(x, w, offsets, out, 1, 2)
+    _rows(x, w, offsets, out, 1, 2)
 
 
 def grouped_linear_transposed_out(g: Tensor, w: Tensor, offsets: Tensor, out: Tensor) -> None:
     """Write x. Arguments as the op's."""
-    if g.dtype == torch.float64:
-        return _reference("grouped_linear_transposed", g, w, offsets, out)
-    return _rows(g, w, offsets, out, 2, 1)
+    _rows(g, w, offsets, out, 2, 1)
 
 
 def grouped_outer_out(g: Tensor, x: Tensor, offsets: Tensor, out: Tensor) -> None:
     """Write w. Arguments as the op's."""
-    if g.dtype == torch.float64:
-        return _reference("grouped_outer", g, x, offsets, out)
     experts, rows, columns = out.shape
     if out.numel() == 0:
-        return None
-    config = WIDE if g.dtype == torch.float32 else CONFIGS[-1][1]
+        return
+    config = WIDE.get(g.dtype, CONFIGS[-1][1])
     grid = (experts, triton.cdiv(rows, config.rows), triton.cdiv(columns, config.columns))
     grouped_outer_kernel[grid](
-        g, x, offsets.contiguous(), out, rows, columns, *g.stride(), *x.stride(),
+        g, x, offsets.contiguous(), out, g.shape[0], rows, columns, *g.stride(), *x.stride(),
         R=config.rows, C=config.columns, D=config.depth, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    return None
 
 
 OUT_IMPLS: dict[str, Callable[..., None]] = {

@@ -15,7 +15,12 @@ The transposed product has scales along its sum: codes are dequantized and multi
 
 Experts are found on the device: a program sees every offset, counts tiles and takes every n-th; rows of nobody are the
 tiles of one expert more. Sums of few tokens are shared by several programs, whose parts a second kernel adds in order:
-no atomics, the same bits every time.
+no atomics, the same bits every time. In float64 a weight is dequantized as a whole and multiplied by the library, or by
+the kernel of `grouped_linear.py` where there are experts, which reads the offsets on the device too.
+
+The floor of T tokens: 2 T N K operations at the rate of the operands (8 or 16 bits on tensor cores, multiply-adds for
+float32 and the transposed product), or the bytes of x, y, and the codes and scales of the experts that have tokens over
+the bandwidth, whichever takes longer. Compiled ahead of time and interpreted; neither run nor measured on a GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops._op import as_tuple
-from ..ops.lowbit_linear import FORWARD, TRANSPOSED
+from ..ops.lowbit_linear import FORWARD, TRANSPOSED, unpacked
 from ..ops.packing import PackedWeight, row_bytes
 from ._element import (
     INTERPRETED,
@@ -47,6 +52,7 @@ from ._element import (
 from ._products import CONFIGS, MAX_INTEGERS, MIN_BLOCK, ZERO_COLUMNS, Config, choose, common_block, distinct, fitted
 from ._rows import tiling
 from .dynamic import token_scale
+from .grouped_linear import grouped_linear_out, grouped_linear_transposed_out
 from .packing import load_codes
 
 BY_ROW, BY_TILE, BY_ELEMENT = 0, 1, 2  # where scales enter
@@ -396,6 +402,11 @@ def lowbit_linear_out(
 ) -> None:  # fmt: skip
     """Write y. Arguments as the op's."""
     if x.dtype == torch.float64 or 0 in (x.numel(), packed.numel()):  # no tile, or no product that tiles are good at
+        if offsets is not None:
+            numbers = x if act_bits is None else torch.ops.qatkernels.fake_quantize_dynamic(x, act_bits)
+            values = unpacked(packed, scale, zero_point, grid, code_min, bits, x.shape[-1]).to(x.dtype)
+            grouped_linear_out(numbers, values, offsets, out)
+            return
         args = (x, packed, scale, zero_point, bias, offsets, grid, code_min, bits, act_bits)
         out.copy_(as_tuple(FORWARD.reference(*args))[0])
         return
@@ -427,6 +438,10 @@ def lowbit_linear_transposed_out(
 ) -> None:  # fmt: skip
     """Write x. Arguments as the op's."""
     if g.dtype == torch.float64 or 0 in (g.numel(), packed.numel()):
+        if offsets is not None:
+            values = unpacked(packed, scale, zero_point, grid, code_min, bits, cols).to(g.dtype)
+            grouped_linear_transposed_out(g, values, offsets, out)
+            return
         args = (g, packed, scale, zero_point, offsets, grid, code_min, bits, cols)
         out.copy_(as_tuple(TRANSPOSED.reference(*args))[0])
         return

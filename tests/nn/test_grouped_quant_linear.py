@@ -38,9 +38,9 @@ def tokens(count=11, features=16):
     return torch.randn(count, features, generator=torch.Generator().manual_seed(1))
 
 
-def one_by_one(experts, x):
-    parts = [expert(x[s:e]) for expert, s, e in zip(experts, (0, *ENDS), ENDS, strict=False)]
-    return torch.cat([*parts, x.new_zeros(len(x) - ENDS[-1], experts[0].out_features)])
+def one_by_one(experts, x, ends=ENDS):
+    parts = [expert(x[s:e]) for expert, s, e in zip(experts, (0, *ends), ends, strict=False)]
+    return torch.cat([*parts, x.new_zeros(len(x) - ends[-1], experts[0].out_features)])
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.scheme}{c.bits}-{c.group_size or c.per_tensor}")
@@ -66,13 +66,76 @@ def test_equals_the_experts_one_by_one(config):
 
 
 def test_gradients_of_a_sum_and_of_strided_tokens():
-    """An expanded upstream gradient has strides 0."""
+    """An expanded upstream gradient has strides 0; an expert without tokens has a gradient, and it is 0."""
     grouped, experts = pair(QuantConfig(bits=2))
     x = tokens(16, 11).T
     grouped(x, OFFSETS).sum().backward()
     one_by_one(experts, x).sum().backward()
-    for e, expert in enumerate(experts):
-        torch.testing.assert_close(grouped.weight.grad[e], expert.weight.grad if ENDS[e] else grouped.weight.grad[e])
+    assert ENDS[0] == ENDS[1]
+    for name in ("weight", "scale", "bias"):
+        grads = getattr(grouped, name).grad
+        assert_same_bits(grads[1], torch.zeros_like(grads[1]))
+        for e, expert in enumerate(experts):
+            torch.testing.assert_close(grads[e], getattr(expert, name).grad, msg=f"{name} {e}")
+            assert e == 1 or grads[e].abs().sum() > 0
+
+
+@pytest.mark.parametrize("ends", [(0, 0, 0, 0), (0, 0, 11, 11), (11,), (4,)], ids=str)
+@pytest.mark.parametrize("count", [11, 0])
+def test_one_expert_all_tokens_to_one_and_none(ends, count):
+    ends = tuple(min(end, count) for end in ends)
+    torch.manual_seed(0)
+    linears = [nn.Linear(16, 6) for _ in ends]
+    grouped = GroupedQuantLinear.from_linears(linears, config=QuantConfig(bits=4, group_size=8))
+    experts = [QuantLinear.from_linear(linear, grouped.config) for linear in linears]
+    ours, theirs = tokens()[:count].requires_grad_(), tokens()[:count].requires_grad_()
+    y, expected = grouped(ours, torch.tensor(ends, dtype=torch.int32)), one_by_one(experts, theirs, ends)
+    torch.testing.assert_close(y, expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    for name in ("weight", "scale", "bias"):
+        for e, expert in enumerate(experts):
+            torch.testing.assert_close(getattr(grouped, name).grad[e], getattr(expert, name).grad, msg=f"{name} {e}")
+
+
+def test_compiles_without_a_break():
+    grouped, _ = pair(QuantConfig(bits=2, act_bits=8))
+    x, leaves = tokens().requires_grad_(), list(grouped.parameters())
+    eager = torch.autograd.grad(grouped(x, OFFSETS).square().sum(), [x, *leaves])
+    y = torch.compile(grouped, fullgraph=True, backend="aot_eager")(x, OFFSETS)
+    torch.testing.assert_close(y, grouped(x, OFFSETS))
+    for compiled, expected in zip(torch.autograd.grad(y.square().sum(), [x, *leaves]), eager, strict=True):
+        torch.testing.assert_close(compiled, expected)
+
+
+def test_forward_mode():
+    """The transpose of the backward, and the tangents of the experts one by one."""
+    grouped, experts = pair(QuantConfig(bits=3, group_size=8))
+    values = {name: p.detach() for name, p in grouped.named_parameters()}
+    generator = torch.Generator().manual_seed(4)
+    x, along_x = tokens(), torch.randn(11, 16, generator=generator)
+    along = {name: torch.randn(p.shape, generator=generator) for name, p in values.items()}
+
+    def call(x, values):
+        return torch.func.functional_call(grouped, values, (x, OFFSETS))
+
+    y, pushed = torch.func.jvp(call, (x, values), (along_x, along))
+    torch.testing.assert_close(y, grouped(x, OFFSETS))
+    parts = []
+    for e, (start, end) in enumerate(zip((0, *ENDS), ENDS, strict=False)):
+        own, moves = ({name: t[e] for name, t in these.items()} for these in (values, along))
+        parts.append(
+            torch.func.jvp(
+                lambda x, v, e=e: torch.func.functional_call(experts[e], v, (x,)),
+                (x[start:end], own), (along_x[start:end], moves),
+            )[1]
+        )  # fmt: skip
+    torch.testing.assert_close(pushed, torch.cat([*parts, torch.zeros(2, 6)]))
+    upstream = torch.randn(y.shape, generator=generator)
+    dx, dv = torch.func.vjp(call, x, values)[1](upstream)
+    pulled = (dx * along_x).sum() + sum((dv[name] * along[name]).sum() for name in values)
+    torch.testing.assert_close((pushed * upstream).sum(), pulled, rtol=1e-4, atol=1e-4)
 
 
 def test_double_backward():
@@ -152,6 +215,49 @@ def test_stacked_parameters_stay_the_same_objects():
     assert not grouped.scale.requires_grad
 
 
+@pytest.mark.parametrize("frozen", ["weight", "bias", "both", "none"])
+def test_frozen_experts_stay_frozen(frozen):
+    linears = [nn.Linear(4, 4) for _ in range(3)]
+    for linear in linears:
+        linear.weight.requires_grad_(frozen not in ("weight", "both"))
+        linear.bias.requires_grad_(frozen not in ("bias", "both"))
+        linear.eval()
+    grouped = GroupedQuantLinear.from_linears(linears, config=QuantConfig(bits=2))
+    assert grouped.weight.requires_grad == grouped.scale.requires_grad == linears[0].weight.requires_grad
+    assert grouped.bias.requires_grad == linears[0].bias.requires_grad
+    assert not grouped.training
+
+
+def test_experts_that_no_stack_holds():
+    for changed, message in (
+        (
+            lambda linear: linear.weight.requires_grad_(False),
+            r"linears\[1\].weight has requires_grad False, must be True",
+        ),
+        (lambda linear: linear.bias.requires_grad_(False), r"linears\[1\].bias has requires_grad False, must be True"),
+        (lambda linear: linear.double(), r"linears\[1\].weight has dtype torch.float64, must be torch.float32"),
+        (lambda linear: linear.to("meta"), r"linears\[1\].weight has device meta, must be cpu"),
+    ):
+        linears = [nn.Linear(4, 4), nn.Linear(4, 4)]
+        changed(linears[1])
+        with pytest.raises(ValueError, match=message):
+            GroupedQuantLinear.from_linears(linears, config=QuantConfig(bits=2))
+
+
+def test_bad_offsets():
+    layer = GroupedQuantLinear(2, 4, 4, config=QuantConfig(bits=2))
+    packed = pack_model(copy.deepcopy(layer))
+    for error, message, offsets in (
+        (ValueError, "offsets is .3, 2., must ascend from 0", torch.tensor([3, 2], dtype=torch.int32)),
+        (ValueError, "at most the 3 rows of x", torch.tensor([1, 4], dtype=torch.int32)),
+        (RuntimeError, "offsets is torch.int64 of shape .2,., must be torch.int32", torch.tensor([1, 3])),
+        (RuntimeError, "one element for each of 2 experts", torch.tensor([1, 2, 3], dtype=torch.int32)),
+    ):
+        for module in (layer, packed):
+            with pytest.raises(error, match=message):
+                module(torch.zeros(3, 4), offsets)
+
+
 def test_bad_calls():
     config = QuantConfig(bits=2)
     for message, call in {
@@ -168,9 +274,6 @@ def test_bad_calls():
         ),
         "group_size is 3": lambda: GroupedQuantLinear(2, 4, 4, config=QuantConfig(bits=2, group_size=3)),
         "config is None": lambda: GroupedQuantLinear(2, 4, 4, config=None),
-        "offsets is .3, 2.": lambda: GroupedQuantLinear(2, 4, 4, config=config)(
-            torch.zeros(3, 4), torch.tensor([3, 2], dtype=torch.int32)
-        ),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()

@@ -1,6 +1,7 @@
 import copy
 import logging
 import re
+import warnings
 
 import pytest
 import torch
@@ -243,6 +244,39 @@ class TestRefusals:
 
         with pytest.warns(UserWarning, match=r"moe.up has shape \(4, 8, 8\) and no nn.Linear"):
             quantize_model(nn.ModuleDict({"moe": Experts()}), QuantConfig(2))
+        model = nn.ModuleDict({"moe": Experts(), "head": nn.Linear(8, 8)})
+        with pytest.warns(UserWarning, match=r"moe.up has shape .* see GroupedQuantLinear.from_stacked"):
+            quantize_model(model, QuantConfig(2), include="moe*")
+        assert list(quantized_modules(model)) == ["moe.router"]
+        for pattern in ("moe", "*.up"):  # of which only the experts are one
+            with pytest.raises(ValueError, match=r"no nn.Linear matches .*; moe.up has shape \(4, 8, 8\)"):
+                quantize_model(model, QuantConfig(2), include=["head", pattern])
+        alone = Experts()
+        del alone.router
+        with pytest.raises(ValueError, match=r"the model has no nn.Linear; up has shape"):
+            quantize_model(alone, QuantConfig(2))
+
+    @pytest.mark.parametrize(
+        ("config", "options"),
+        [
+            (QuantConfig(2), {"include": "head"}),
+            (QuantConfig(2), {"exclude": "moe.up"}),
+            (QuantConfig(2), {"exclude": "moe"}),
+            ({"moe.up": None, "*": QuantConfig(2)}, {}),
+            ({"head": QuantConfig(2)}, {}),
+        ],
+    )
+    def test_stacked_experts_left_on_purpose_are_not(self, config, options):
+        class Experts(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.up = nn.Parameter(torch.zeros(4, 8, 8))
+
+        model = nn.ModuleDict({"moe": Experts(), "head": nn.Linear(8, 8)})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            quantize_model(model, config, **options)
+        assert list(quantized_modules(model)) == ["head"]
 
 
 class TestTransformer:

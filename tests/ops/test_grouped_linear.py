@@ -11,12 +11,13 @@ from torch.library import opcheck
 from qatkernels.backends import IMPLS
 from qatkernels.ops.fake_quantize import FLOATS
 from qatkernels.ops.grouped_linear import GroupedLinear, GroupedLinearTransposed, GroupedOuter, grouped_linear
-from tests.compare import assert_within, run_out
+from tests.compare import assert_same_bits, assert_within, run_out
 
 OPS = ("grouped_linear", "grouped_linear_transposed", "grouped_outer")
 FUNCTIONS = (GroupedLinear, GroupedLinearTransposed, GroupedOuter)
-#: Where experts end, of 11 tokens: ragged, empty at either end and in the middle, one takes all, nobody any, no expert.
-ENDS = ((2, 2, 7, 11), (0, 0, 11), (11, 11), (0, 3, 3), (0,), (4, 9), ())
+#: Where experts end, of 11 tokens: ragged, empty at either end and in the middle, one of several takes all, nobody any,
+#: one expert alone with tokens and without, no expert.
+ENDS = ((2, 2, 7, 11), (0, 0, 11), (11, 11), (0, 3, 3), (0,), (11,), (4, 9), (0, 11, 11, 11), ())
 EPS = {torch.float64: 2**-52, torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -58,10 +59,24 @@ def test_every_division_of_tokens(op, dtype):
             * meaning(op, a.double().abs(), b.double().abs(), ends)
             + EPS[dtype] * expected.abs()
         )
-        for backend in ("cpp", "reference"):
-            impl = IMPLS[f"{op}_out"].get(backend) or getattr(torch.ops.qatkernels, f"{op}_out")
-            (actual,) = run_out(op, impl, (a, b, offsets_of(ends)))
+        for actual, backend in results(op, a, b, offsets_of(ends)):
             assert_within(actual, expected, bound, f"{op} {ends} {backend}")
+
+
+def results(op, *args):
+    """What each implementation gives, and which it is: the reference, and the extension into given memory."""
+    yield IMPLS[op]["reference"](*args), "reference"
+    if "cpp" in IMPLS[op]:
+        yield IMPLS[op]["cpp"](*args), "cpp"
+        yield run_out(op, IMPLS[f"{op}_out"]["cpp"], args)[0], "cpp, out"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_tokens_no_features_no_experts(op):
+    for tokens, n, k, ends in ((0, 5, 7, (0, 0)), (11, 0, 7, (2, 11)), (11, 5, 0, (2, 11)), (0, 5, 7, ())):
+        a, b = operands(op, len(ends), n, k, tokens)
+        for actual, backend in results(op, a, b, offsets_of(ends)):
+            assert_same_bits(actual, meaning(op, a, b, ends), f"{tokens} {n} {k} {ends} {backend}")
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -139,7 +154,30 @@ def test_bad_calls():
         (RuntimeError, "one element for each of 2 experts", (x, w, offsets_of((1, 2, 3)))),
         (RuntimeError, "w is on meta", (x, w.to("meta"), good)),
         (ValueError, r"offsets is \[3, 2\], must ascend", (x, w, offsets_of((3, 2)))),
-        (ValueError, r"offsets is \[3, 12\], must ascend from 0 to at most the 11", (x, w, offsets_of((3, 12)))),
+        (
+            ValueError,
+            r"offsets is \[3, 12\], must ascend from 0 to at most the 11 rows of x",
+            (x, w, offsets_of((3, 12))),
+        ),
+        (ValueError, r"offsets is \[-1, 3\], must ascend", (x, w, offsets_of((-1, 3)))),
+        (RuntimeError, r"offsets is torch.int32 of shape \(1, 2\)", (x, w, good[None])),
     ):
-        with pytest.raises(error, match=message):
-            grouped_linear(*args)
+        for call in (grouped_linear, IMPLS["grouped_linear"].get("cpp")):
+            if call is grouped_linear or (call is not None and "meta" not in message):  # torch's own error
+                with pytest.raises(error, match=message):
+                    call(*args)
+    g, outer = operands("grouped_outer", 2)
+    for op, message, args in (
+        ("grouped_linear_transposed", "g has 4 columns, must be 5 like w's rows", (g[:, :4], w, good)),
+        ("grouped_outer", "g has 9 rows, must be 11 like x", (g[:9], outer, good)),
+        ("grouped_outer", "x is torch.float32, must be torch.float64 like g", (g, outer.float(), good)),
+        ("grouped_outer", "offsets is torch.float32", (g, outer, good.float())),
+    ):
+        for call in (getattr(torch.ops.qatkernels, op), IMPLS[op].get("cpp")):
+            if call is not None:
+                with pytest.raises(RuntimeError, match=message):
+                    call(*args)
+    if "cpp" in IMPLS["grouped_linear"]:
+        for out in (torch.empty(11, 6).double(), torch.empty(11, 5), torch.empty(5, 11).double().T):
+            with pytest.raises(ValueError, match=r"out is .* must be contiguous torch.float64 of shape \(11, 5\)"):
+                IMPLS["grouped_linear_out"]["cpp"](x, w, good, out)

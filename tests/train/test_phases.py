@@ -174,7 +174,7 @@ def test_by_tokens_on_the_command_line(tiny: dict[str, Any], capsys: pytest.Capt
         ({"tokens": None}, "--qat-fraction is 0.3, a share of --tokens"),
         ({"tokens": 0}, "--tokens is 0, must be at least 1"),
         ({"schedule": "cosine"}, "must be classic or fused with --tokens"),
-        ({"schedule": "fast"}, "--schedule is 'fast', must be one of auto, cosine, classic, fused"),
+        ({"schedule": "fast"}, "--schedule is 'fast', must be one of auto, cosine, wsd, classic, fused"),
         ({"decay": "square"}, "--decay is 'square'"),
         ({"qat_fraction": 1.0}, r"--qat-fraction is 1.0, must be auto or in \(0, 1\)"),
         ({"qat_fraction": "all"}, "--qat-fraction is all"),

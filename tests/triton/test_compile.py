@@ -110,17 +110,12 @@ CASES = {
     "gram-schmidt-fp64": (
         "gram_schmidt", (torch.zeros(60, 4096).double(), torch.zeros(4096).double(), torch.zeros(60).double())
     ),
-    "grouped-few-bf16": grouped("grouped_linear", 64),
-    "grouped-many-bf16": grouped("grouped_linear", 4096),
-    "grouped-transposed-fp16": grouped("grouped_linear_transposed", 1024, torch.float16),
-    "grouped-outer-bf16": grouped("grouped_outer", 1024),
-    "grouped-many-fp32": grouped("grouped_linear", 1024, torch.float32),
     "normal": ("normal", (torch.tensor(3), 65536, 0)),
     "pack": ("pack", (torch.zeros(64, 4096, dtype=torch.int8), -4, 3)),
     "unpack": ("unpack", (torch.zeros(64, 2048, dtype=torch.uint8), -8, 4, 4096)),
 }  # fmt: skip
 #: Exponentials, logarithms and products are held to a bound, not to bits.
-APPROXIMATE = {case for case in CASES if case.startswith(("cross-entropy", "linear-dual", "grouped"))}
+APPROXIMATE = {case for case in CASES if case.startswith(("cross-entropy", "linear-dual"))}
 #: Cases whose rows are aligned: how many weight-sized tensors they read and write, all of it 16 bytes at a time.
 WIDE = {
     "forward-fp32-row": (1, 1),
@@ -222,6 +217,13 @@ PRODUCTS = {
 }
 
 
+def check_instruction(ptx, instruction):
+    """Hold a kernel to one matrix instruction, or to none."""
+    assert "tf32" not in ptx, "a product of rounded float32"
+    for other in WIDE_MMA.values():
+        assert (other in ptx) == (other == instruction), other
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("case", PRODUCTS)
 def test_products(case, architecture, monkeypatch):
@@ -237,8 +239,34 @@ def test_products(case, architecture, monkeypatch):
             f"{case} {name} sm_{architecture}: {registers} registers, {stack} + {local} bytes of stack and local memory"
         )
         assert (stack, local) == (0, 0), f"{name} spills registers"
-        ptx = kernel.asm["ptx"]
-        assert "tf32" not in ptx, "a product of rounded float32"
         if name.startswith("lowbit"):
-            for other in WIDE_MMA.values():
-                assert (other in ptx) == (other == (instruction or {}).get(architecture)), other
+            check_instruction(kernel.asm["ptx"], (instruction or {}).get(architecture))
+
+
+#: Products by expert, as above. float64 has an instruction of its own before Blackwell.
+DOUBLE_MMA = {80: "mma.sync", 90: "mma.sync"}
+EXPERTS = {
+    "few": (grouped("grouped_linear", 64), SMALL_MMA),
+    "some": (grouped("grouped_linear", 1024), WIDE_MMA),
+    "many": (grouped("grouped_linear", 4096), WIDE_MMA),
+    "transposed-few": (grouped("grouped_linear_transposed", 64), SMALL_MMA),
+    "transposed-fp16": (grouped("grouped_linear_transposed", 4096, torch.float16), WIDE_MMA),
+    "outer": (grouped("grouped_outer", 1024), WIDE_MMA),
+    "outer-fp16": (grouped("grouped_outer", 64, torch.float16), WIDE_MMA),
+} | {
+    f"{op}-{str(dtype)[6:]}": (grouped(op, 1024, dtype), instruction)
+    for op in ("grouped_linear", "grouped_linear_transposed", "grouped_outer")
+    for dtype, instruction in ((torch.float32, None), (torch.float64, DOUBLE_MMA))
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts(case, architecture, monkeypatch):
+    call, instruction = EXPERTS[case]
+    (launch,) = recorded_launches(*call, monkeypatch)
+    kernel = compiled(*launch, architecture)
+    registers, stack, local = resources(kernel.asm["cubin"])
+    print(f"{case} sm_{architecture}: {registers} registers, {stack} + {local} bytes of stack and local memory")
+    assert (stack, local) == (0, 0), "registers are spilled"
+    check_instruction(kernel.asm["ptx"], (instruction or {}).get(architecture))

@@ -104,6 +104,21 @@ def test_grouped(grid):
         assert_same_bits(nobody, torch.zeros_like(nobody), f"{case.name}: tokens of nobody")
 
 
+def test_float64_and_empty_stacks_do_not_look_at_offsets(monkeypatch):
+    """Looking would wait for the device."""
+    ends = torch.tensor([3, 3, 9], dtype=torch.int32)
+    calls = []
+    for name, rows, cols, tokens in (("float64", 24, 40, 11), ("no token", 24, 40, 0), ("no input", 24, 0, 11)):
+        weight = scaled_weight(qk.lsq(4), (3, rows, cols), None)
+        last = torch.tensor([0, 0, 0], dtype=torch.int32) if not tokens else ends
+        for act_bits in (None, 8) if cols else (None,):
+            calls.append(Case(name, weight, activations((tokens, cols), torch.float64), None, last, act_bits))
+    prepared = [(case, op, case.call(op)) for case in calls for op in OPERATIONS[: 1 if case.act_bits else 2]]
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("the offsets were read"))
+    for case, op, (args, expected, bound) in prepared:
+        assert_within(run(op, args), expected, bound, f"{case.name} {op}")
+
+
 def test_more_tiles_than_programs(monkeypatch):
     monkeypatch.setattr(lowbit_linear, "processors", lambda device: 2)
     weight, ends = scaled_weight(qk.lsq(4), (3, 40, 32)), torch.tensor([17, 17, 40], dtype=torch.int32)

@@ -1,0 +1,291 @@
+"""WinQ against plain QAT on a language model trained from scratch: ``python -m bench.reproduce.winq``.
+
+For every seed one training in full precision, and from its end QAT at each width, with and without 8-bit activations:
+plain (``base``), with ``noise`` only, with ``reset`` only, with ``both``, and with resets that end early (``early``,
+ours). Every variant of a seed sees the same batches. The period and the weight of the resets are chosen on seed 0,
+which is not reported. Finished phases are never run again: run the same command again to go on.
+
+    <out>/seed<n>/           a folder of `qatkernels.train`, a phase for each training
+    <out>/runs.csv           one line for each finished training, rewritten after each
+    <out>/curves.json        held-out loss by step of each
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from qatkernels.train import Interrupted, TrainConfig, checkpoint, data, loop
+from qatkernels.train.methods import MethodConfig
+from qatkernels.train.phases import Phase, own_decay, phases, quantized_from
+from qatkernels.train.report import Log
+
+from ..machine import cpu_model, git_state, versions
+
+COLUMNS = ("seed", "bits", "act_bits", "steps", "variant", "reset_every", "reset_weight", "loss", "seconds")
+
+
+class Resets(NamedTuple):
+    """When and how far: the period as a share of the phase."""
+
+    period: float
+    weight: float
+
+
+class Part(NamedTuple):
+    """Some of the trainings: every seed with every width, activation and variant."""
+
+    seeds: tuple[int, ...]
+    bits: tuple[float, ...]
+    act_bits: tuple[int | None, ...]
+    variants: tuple[str, ...]
+    steps: int
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A study.
+
+    Attributes:
+        config: model and training.
+        candidates: resets to choose from.
+        choice: steps and widths of the trainings that they are chosen by, on seed 0.
+        parts: what is reported, in the order in which it is run.
+        noise_std: of ``noise`` and ``both``.
+    """
+
+    config: TrainConfig
+    candidates: tuple[Resets, ...]
+    choice: tuple[int, tuple[float, ...]]
+    parts: tuple[Part, ...]
+    noise_std: float = 1e-3
+
+
+_CANDIDATES = tuple(Resets(period, weight) for period in (0.5, 0.25) for weight in (0.2, 0.4))
+_VARIANTS = ("base", "noise", "reset", "both")
+# fmt: off
+PRESETS = {
+    # 0.33 million quantized parameters, 1024 bytes a step.
+    "cpu": Preset(
+        TrainConfig(
+            device="cpu", precision="bfloat16", width=96, depth=3, heads=3, context=128, batch=8, steps=2500,
+            qat_steps=1200, lr=2e-3, qat_lr=5e-4, eval_every=100, eval_windows=256, log_every=100, save_every=500,
+            schedule="cosine",
+        ),
+        _CANDIDATES, (1200, (1, 2)),
+        (
+            Part((1, 2, 3), (1, 2), (None,), _VARIANTS, 1200),
+            Part((1, 2, 3), (1.58, 3), (None,), _VARIANTS, 1200),
+            Part((1, 2, 3), (1, 1.58, 2, 3), (8,), _VARIANTS, 1200),
+            Part((1, 2, 3), (1,), (None,), ("base", "both", "early"), 6000),
+        ),
+    ),
+    # 57 million parameters, 65,536 bytes a step: give it --data of some billion bytes. Not run yet.
+    "gpu": Preset(
+        TrainConfig(
+            device="cuda", precision="bfloat16", width=768, depth=8, heads=12, context=512, batch=128, steps=8000,
+            qat_steps=8000, lr=1e-3, qat_lr=2e-4, eval_every=200, eval_windows=1024, log_every=100, save_every=500,
+            schedule="cosine",
+        ),
+        _CANDIDATES, (8000, (1, 2)),
+        (Part((1, 2, 3), (1, 1.58, 2, 3), (None, 8), (*_VARIANTS, "early"), 8000),),
+    ),
+    "test": Preset(
+        TrainConfig(
+            device="cpu", precision="float32", width=16, depth=1, heads=1, context=16, batch=4, steps=8, qat_steps=8,
+            eval_every=2, eval_windows=8, log_every=2, save_every=4, schedule="cosine",
+        ),
+        _CANDIDATES[:2], (8, (1,)), (Part((1, 2), (1, 2), (None, 8), ("base", "both", "early"), 8),),
+    ),
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Training:
+    """One line of the table."""
+
+    seed: int
+    bits: float
+    act_bits: int | None
+    variant: str
+    resets: Resets
+    phase: Phase
+
+    @property
+    def tuned(self) -> bool:
+        """Whether it has resets."""
+        return self.variant in ("reset", "both", "early")
+
+
+def configured(preset: Preset, seed: int, out: Path, text: str | None) -> TrainConfig:
+    """Return the configuration of a seed's folder."""
+    return replace(preset.config, seed=seed, out=str(out / f"seed{seed}"), data=text).resolved()
+
+
+def training(
+    preset: Preset, seed: int, bits: float, act_bits: int | None, variant: str, resets: Resets, steps: int, out: Path
+) -> Training:
+    """Return one training; its phase starts from the end of the seed's phase in full precision."""
+    config = replace(configured(preset, seed, out, None), qat_steps=steps)
+    every = max(round(resets.period * steps), 1) if variant in ("reset", "both", "early") else 0
+    method = MethodConfig(
+        "qat" if variant == "base" else "winq", reset_every=every, reset_weight=resets.weight,
+        reset_until=0.6 if variant == "early" else 1.0, noise_std=0.0 if variant == "reset" else preset.noise_std,
+    )  # fmt: skip
+    name = f"w{bits:g}{'' if act_bits is None else f'a{act_bits}'}-{steps}-{variant}"
+    if every:
+        name += f"-{every}-{resets.weight:g}"
+    phase = quantized_from(config, bits, steps, phases(config)[0])
+    phase = replace(phase, name=name, rate=own_decay(config, steps), act_bits=act_bits, method=method)
+    return Training(seed, bits, act_bits, variant, resets, phase)
+
+
+def result(t: Training, out: Path) -> dict[str, Any] | None:
+    """Return the line of a training, None if it is not finished."""
+    path = out / f"seed{t.seed}" / t.phase.name / "config.json"
+    if not path.exists():
+        return None
+    found = checkpoint.read_json(path)["result"]
+    return {
+        "seed": t.seed, "bits": t.bits, "act_bits": t.act_bits or "", "steps": t.phase.steps, "variant": t.variant,
+        "reset_every": t.phase.method.reset_every or "", "reset_weight": t.resets.weight if t.tuned else "",
+        "loss": round(found["bits_per_byte"], 6), "seconds": round(found["seconds"], 1),
+    }  # fmt: skip
+
+
+def tried(preset: Preset, bits: float, out: Path) -> list[Training]:
+    """Return the trainings on seed 0 that decide the resets at a width."""
+    steps = preset.choice[0]
+    return [training(preset, 0, bits, None, "both", resets, steps, out) for resets in preset.candidates]
+
+
+def chosen(preset: Preset, bits: float, out: Path) -> Resets | None:
+    """Return the resets with the lowest loss on seed 0 at the nearest width tried, None if that is not finished."""
+    nearest = min(preset.choice[1], key=lambda tried_bits: abs(tried_bits - bits))
+    lines = [(result(t, out), t.resets) for t in tried(preset, nearest, out)]
+    losses = [(line["loss"], resets) for line, resets in lines if line is not None]
+    return min(losses)[1] if len(losses) == len(lines) else None
+
+
+def trainings(preset: Preset, out: Path) -> Iterator[Training]:
+    """Yield what is to be run, in order; what depends on a choice comes after its choice is finished."""
+    steps, widths = preset.choice
+    for bits in widths:
+        yield training(preset, 0, bits, None, "base", preset.candidates[0], steps, out)
+        yield from tried(preset, bits, out)
+    for part in preset.parts:
+        for seed in part.seeds:
+            for act_bits in part.act_bits:
+                for bits in part.bits:
+                    resets = chosen(preset, bits, out)
+                    if resets is None:
+                        raise RuntimeError("the resets are not chosen yet")
+                    for variant in part.variants:
+                        yield training(preset, seed, bits, act_bits, variant, resets, part.steps, out)
+
+
+def study(preset: Preset, out: Path, text: str | None, deadline: float) -> bool:
+    """Run what is not finished until the deadline (of `time.monotonic`), and return whether all is."""
+    for t in trainings(preset, out):
+        if result(t, out) is None:
+            if time.monotonic() > deadline:
+                return False
+            config = configured(preset, t.seed, out, text)
+            corpus = data.load(config.data, config.context)
+            loop.run_phases(config, corpus, [phases(config)[0], t.phase], lambda line: None)
+            write_tables(preset, out)
+            print(f"seed {t.seed}, {t.phase.name}: {result(t, out)['loss']:.4f}", flush=True)  # type: ignore[index]
+    return True
+
+
+def finished(preset: Preset, out: Path) -> list[tuple[Training, dict[str, Any]]]:
+    """Return the trainings that are finished, with their lines."""
+    found = []
+    try:
+        for t in trainings(preset, out):
+            if (line := result(t, out)) is not None:
+                found.append((t, line))
+    except RuntimeError:
+        pass  # the rest waits for a choice
+    return found
+
+
+def write_tables(preset: Preset, out: Path) -> None:
+    """Replace ``runs.csv`` and ``curves.json`` by what is finished now."""
+    lines = finished(preset, out)
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(line for _, line in lines)
+    checkpoint.write(out / "runs.csv", text.getvalue().encode())
+    curves: dict[str, dict[str, list[list[float]]]] = {}
+    for seed in sorted({t.seed for t, _ in lines}):
+        entries = Log(out / f"seed{seed}" / "log.jsonl").entries()
+        names = {t.phase.name for t, _ in lines if t.seed == seed}
+        curves[str(seed)] = {
+            name: [[e["step"], round(e["held_out"], 5)] for e in entries if e["phase"] == name and "held_out" in e]
+            for name in sorted(names)
+        }
+    checkpoint.write_json(out / "curves.json", curves)
+
+
+def describe(name: str, preset: Preset, out: Path, text: str | None, whole: bool) -> dict[str, Any]:
+    """Return what the numbers were measured on, and with which settings."""
+    corpus = data.load(text, preset.config.context)
+    cuda = preset.config.device == "cuda"
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "device": torch.cuda.get_device_name() if cuda else cpu_model(),
+        "threads": torch.get_num_threads(),
+        "load": [round(x, 2) for x in os.getloadavg()],
+        "versions": versions(),
+        "git": git_state(),
+        "preset": name,
+        "finished": whole,
+        "resets": {f"{bits:g}": chosen(preset, bits, out) for bits in preset.choice[1]},
+        "noise_std": preset.noise_std,
+        "text": {"sha256": corpus.sha256, "train_bytes": len(corpus.train), "held_out_bytes": len(corpus.held_out)},
+        "config": {
+            k: v for k, v in asdict(preset.config).items() if k not in ("out", "data", "seed", "bits", "method")
+        },
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run or go on with the study; exit code 3 if something is left."""
+    parser = argparse.ArgumentParser(prog="python -m bench.reproduce.winq", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--out", type=Path, default=None, help="working folder (default: runs/winq-<preset>)")
+    parser.add_argument("--data", help="text to train on; this Python's standard library if not given")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after so many minutes")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (results depend on it in the last bits)")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    preset, out = PRESETS[options.preset], options.out or Path("runs") / f"winq-{options.preset}"
+    try:
+        with checkpoint.exclusive(out):
+            whole = study(preset, out, options.data, time.monotonic() + 60 * options.minutes)
+            write_tables(preset, out)
+            checkpoint.write_json(out / "study.json", describe(options.preset, preset, out, options.data, whole))
+    except Interrupted as stop:
+        print(f"{stop}; the same command goes on from here", file=sys.stderr)
+        return 128 + stop.number
+    print(f"{out}/runs.csv; {'finished' if whole else 'the same command goes on from here'}")
+    return 0 if whole else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
