@@ -132,19 +132,19 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
     panels = list(several.values()) or [alone]
     axes = upper.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     spectra = {id(e): Spectrum.from_dict(e["spectrum"]) for e in entries}
-    spread = max(s.lambda_max for s in spectra.values()) - min(s.lambda_min for s in spectra.values())
     for panel, group in zip(axes, panels, strict=True):
         shown = [*alone, *group] if several else group
+        sigma, low, high, outside = _window([spectra[id(entry)] for entry in shown])
         for index, entry in enumerate(shown):
             colour: Any = _INK
             if not several:
                 colour = _COLOURS[index % len(_COLOURS)]
             elif index >= len(alone):
                 colour = colormaps["viridis"](0.9 * (index - len(alone)) / max(len(group) - 1, 1))
-            _draw_density(panel, spectra[id(entry)], 0.005 * spread, colour, _label(entry))
+            _draw_density(panel, spectra[id(entry)], torch.linspace(low, high, 2000).double(), sigma, colour, entry)
         panel.set_title(group[0]["phase"] if several else "densities", loc="left", fontweight="bold")
         panel.legend(frameon=False, fontsize=8)
-        panel.set_xlabel("eigenvalue")
+        panel.set_xlabel("eigenvalue" + (f" (from {outside[0]:.3g} to {outside[1]:.3g})" if outside else ""))
     axes[0].set_ylabel("density (log scale)")
     mass, extremes = lower.subplots(1, 2)
     _draw_training(mass, extremes, groups)
@@ -155,13 +155,26 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
+def _window(found: list[Spectrum]) -> tuple[float, float, float, tuple[float, float] | None]:
+    """Return width of the Gaussians and limits that suit most spectra, and the extremes if they lie outside."""
+    spreads = sorted(s.lambda_max - s.lambda_min for s in found)
+    most = max(3 * spreads[(len(spreads) - 1) // 2], 1e-6)
+    shown = [s for s in found if s.lambda_max - s.lambda_min <= most]
+    low, high = min(s.lambda_min for s in shown), max(s.lambda_max for s in shown)
+    extremes = min(s.lambda_min for s in found), max(s.lambda_max for s in found)
+    sigma = max(0.01 * (high - low), 1e-6)
+    return sigma, low - 5 * sigma, high + 5 * sigma, extremes if len(shown) < len(found) else None
+
+
 def _label(entry: dict[str, Any]) -> str:
     return f"{entry['phase']}, step {entry['step']}"
 
 
-def _draw_density(axes: Axes, found: Spectrum, sigma: float, colour: Any, label: str) -> None:
-    points, density, error = found.density(sigma=sigma or None)
-    axes.plot(points, density, color=colour, linewidth=1.4, label=label)
+def _draw_density(
+    axes: Axes, found: Spectrum, grid: torch.Tensor, sigma: float, colour: Any, entry: dict[str, Any]
+) -> None:
+    points, density, error = found.density(grid, sigma)
+    axes.plot(points, density, color=colour, linewidth=1.4, label=_label(entry))
     if len(found.ritz) > 1:
         axes.fill_between(
             points, (density - error).clamp_min(1e-12), density + error, color=colour, alpha=0.2, linewidth=0
@@ -192,9 +205,7 @@ def _draw_training(mass: Axes, extremes: Axes, groups: dict[str, list[dict[str, 
         extremes.plot(steps, largest, color=colour, marker="o", markersize=4, label=name)
         extremes.plot(steps, smallest, color=colour, marker="v", markersize=4, linestyle=":")
     near = next(iter(groups.values()))[0]["spectrum"]["near_zero"]
-    mass.set_title(
-        f"near-zero mass (below {near:g}), % of eigenvalues; bars: what the steps allow", loc="left", fontweight="bold"
-    )
+    mass.set_title(f"% of eigenvalues below {near:g}; bars: what the steps allow", loc="left", fontweight="bold")
     extremes.set_title("largest eigenvalue; dotted: minus the smallest", loc="left", fontweight="bold")
     extremes.set_yscale("log")
     for axes in (mass, extremes):

@@ -210,7 +210,7 @@ def test_numpy_and_scipy():
     assert HessianOperator(model.float(), loss_fn, [(x.float(), y) for x, y in data]).to_scipy().dtype == np.float32
 
 
-@pytest.mark.parametrize("options", [{}, {"engine": "forward"}, {"checkpoint": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"engine": "forward"}], ids=str)
 def test_spectrum_eigenpairs_and_trace_of_a_model(options):
     """All of it on the Hessian itself: its eigenvalues, the zeros of clamped weights among them."""
     model, data = make()

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from bench.reproduce import spectra as study
 from qatkernels.cli import main
 from qatkernels.hessian import HessianOperator, Spectrum, spectrum
 from qatkernels.nn import quantized_weights
@@ -105,6 +106,27 @@ def test_options_reach_the_operator(run, tmp_path):
     config = spectra.configured([str(run / "w4"), *OPTIONS, "--batches", "3", "--out", str(tmp_path / "several")])
     several = spectra.run(config, say=lambda _: None)["checkpoints"][0]["spectrum"]
     assert several["lambda_max"] != pytest.approx(found[0]["lambda_max"], rel=1e-3)
+
+
+def test_the_study_is_one_command(run, tmp_path, monkeypatch):
+    """Models along QAT, in the order of training, into a report; a second call computes nothing."""
+    text = str(run.parent / "text.txt")
+    tiny = {
+        "data": text, "width": 16, "depth": 1, "heads": 2, "context": 16, "batch": 2, "steps": 4, "qat_steps": 4,
+        "eval_windows": 4, "precision": "float32", "device": "cpu",
+    }  # fmt: skip
+    monkeypatch.setattr(study, "SMALL", tiny)
+    given = ["--small", "--bits", "4", "1", "--at", "0", "2", "--probes", "2", "--lanczos", "6", "--windows", "2"]
+    monkeypatch.setattr("sys.argv", ["spectra", *given, "--out", str(tmp_path / "run"), "--results", str(tmp_path)])
+    study.main()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [(c["phase"], c["step"]) for c in report["checkpoints"]] == [
+        ("fp", 4), ("w4", 0), ("w4", 2), ("w4", 4), ("w1", 0), ("w1", 2), ("w1", 4)
+    ]  # fmt: skip
+    assert len({c["name"] for c in report["checkpoints"]}) == 7
+    assert (tmp_path / "spectra.png").exists()
+    monkeypatch.setattr(spectra, "spectrum", None)
+    study.main()
 
 
 @pytest.mark.parametrize(
