@@ -235,7 +235,7 @@ def write_tables(preset: Preset, out: Path) -> None:
         entries = Log(out / f"seed{seed}" / "log.jsonl").entries()
         names = {t.phase.name for t, _ in lines if t.seed == seed}
         curves[str(seed)] = {
-            name: [[e["step"], round(e["held_out"], 5)] for e in entries if e["phase"] == name and "held_out" in e]
+            name: [[e["step"], round(e["held_out"], 6)] for e in entries if e["phase"] == name and "held_out" in e]
             for name in sorted(names)
         }
     checkpoint.write_json(out / "curves.json", curves)

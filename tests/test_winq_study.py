@@ -1,0 +1,81 @@
+"""The study of WinQ, tiny: what is chosen where, that it goes on exactly, and what its report says."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.reproduce import winq, winq_report
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished study that was stopped once."""
+    folder = tmp_path_factory.mktemp("study")
+    text = folder / "text"
+    text.mkdir()
+    for i in range(20):
+        (text / f"{i}.txt").write_text("".join(f"{n} and {n + 1} are {2 * n + 1}\n" for n in range(i, i + 60)))
+    command = ["--preset", "test", "--out", str(folder / "out"), "--data", str(text)]
+    assert winq.main([*command, "--minutes", "0"]) == 3
+    assert winq.main(command) == 0
+    return folder / "out"
+
+
+def lines(out: Path) -> list[dict[str, str]]:
+    with open(out / "runs.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_training_is_there(out: Path) -> None:
+    found = lines(out)
+    assert len(found) == 3 + 2 * 2 * 3
+    reported = {(x["seed"], x["act_bits"], x["variant"]) for x in found if x["seed"] != "0"}
+    assert len(reported) == 12
+    assert json.loads((out / "study.json").read_text())["finished"] is True
+
+
+def test_resets_are_chosen_on_a_seed_of_their_own(out: Path) -> None:
+    tried = {x["reset_weight"]: float(x["loss"]) for x in lines(out) if x["seed"] == "0" and x["variant"] == "both"}
+    assert set(tried) == {"0.2", "0.4"}
+    best = min(tried, key=lambda weight: tried[weight])
+    assert {x["reset_weight"] for x in lines(out) if x["seed"] != "0" and x["variant"] != "base"} == {best}
+    assert winq.chosen(winq.PRESETS["test"], 1, out) == winq.Resets(0.5, float(best))
+
+
+def test_variants_differ_and_share_their_start(out: Path) -> None:
+    curves = json.loads((out / "curves.json").read_text())["1"]
+    for act in ("", "a8"):
+        own = [curve for name, curve in curves.items() if name.startswith(f"w1{act}-")]
+        assert len(own) == 3
+        assert len({curve[0][1] for curve in own}) == 1, "round-to-nearest is that of the seed"
+        assert len({curve[-1][1] for curve in own}) > 1
+    phase = winq.training(winq.PRESETS["test"], 1, 1, None, "early", winq.Resets(0.25, 0.4), 8, out).phase
+    assert (phase.method.reset_every, phase.method.reset_until) == (2, 0.6)
+
+
+def test_report(out: Path, tmp_path: Path, capsys: Any) -> None:
+    assert winq_report.main(["--study", str(out), "--out", str(tmp_path)]) == 0
+    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+    assert [(cell["bits"], cell["act_bits"], cell["both"]["seeds"]) for cell in cells] == [
+        (1, None, [1, 2]),
+        (1, 8, [1, 2]),
+    ]
+    for cell in cells:
+        assert cell["both"]["difference"] == pytest.approx(cell["both"]["loss"] - cell["base"]["loss"])
+        assert cell["base"]["steps_to_base"] == [8, 8]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("\n") >= 4
+
+
+def test_steps_to_a_loss() -> None:
+    curve = [[0, 3.0], [10, 2.0], [20, 2.2], [30, 1.0]]
+    assert winq_report.reached(curve, 2.5) == 5
+    assert winq_report.reached(curve, 2.0) == 10
+    assert winq_report.reached(curve, 1.6) == 25
+    assert winq_report.reached(curve, 3.5) == 0
+    assert winq_report.reached(curve, 0.5) is None
