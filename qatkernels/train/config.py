@@ -15,6 +15,7 @@ from ..plan.units import count
 from . import checkpoint
 from .methods import METHODS, MethodConfig
 from .model import ModelConfig
+from .parallel import MODES
 from .schedules import DECAYS
 
 #: Schedules by name: what happens to the learning rate, and where QAT starts (`phases.py`).
@@ -61,6 +62,9 @@ class TrainConfig:
     method: str = _option("qat", "how quantized weights are trained: qat, winq or squat", "run")
     seed: int = _option(0, "seed of the initial weights and of the batches", "run")
     device: str = _option("auto", "cpu, cuda, or auto: cuda where there is one", "run")
+    parallel: str = _option(
+        "none", "several processes, started by torchrun: ddp, or fsdp (FSDP2, sharded checkpoints)", "run", True
+    )
     precision: str = _option(
         "auto", "float32, or bfloat16 autocast; auto: bfloat16 where the hardware multiplies it", "run"
     )
@@ -126,6 +130,7 @@ class TrainConfig:
         None, "steps of QAT between counts of flipped codes in the log; none if not given", "evaluation", True, int
     )
     save_every: int = _option(100, "steps between checkpoints", "evaluation", resumable=True)
+    keep_last: int = _option(2, "checkpoints that are kept while a phase trains", "evaluation", resumable=True)
     keep_every: int | None = _option(
         None, "steps between models that are kept in each phase's folder; none if not given", "evaluation", True, int
     )
@@ -145,6 +150,7 @@ class TrainConfig:
         for name, allowed in (
             ("schedule", ("auto", *SCHEDULES)), ("decay", tuple(DECAYS)), ("method", METHODS),
             ("target", ("quantized", "latent")), ("norm", ("l2", "asam")), ("minibatch", ("same", "next")),
+            ("parallel", MODES),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"--{name} is {getattr(self, name)!r}, must be one of {', '.join(allowed)}")
@@ -152,6 +158,8 @@ class TrainConfig:
             raise ConfigError(f"--act-bits is {self.act_bits}, must be in [2, 8]")
         if self.accumulate > self.batch:
             raise ConfigError(f"--accumulate is {self.accumulate}, must be at most --batch, {self.batch}")
+        if self.parallel == "fsdp" and self.method == "squat" and self.target == "quantized":
+            raise ConfigError("--target is quantized, must be latent with --parallel fsdp: gradients are sharded there")
         share = self.qat_fraction
         if share != "auto" and not (isinstance(share, float) and 0 < share < 1):
             raise ConfigError(f"--qat-fraction is {share}, must be auto or in (0, 1)")

@@ -21,13 +21,20 @@ from .plot import plot
 
 
 class Log:
-    """``log.jsonl``: one JSON object a line with the phase, the step, and whatever was measured there."""
+    """``log.jsonl``: one JSON object a line with the phase, the step, and whatever was measured there.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the file.
+        writes: whether this process is the one that writes it.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     def add(self, **entry: Any) -> None:
-        """Append one line."""
+        """Append one line; what is worth a sentence is a ``note``."""
+        if not self.writes:
+            return
         with checkpoint.explained("written", self.path), open(self.path, "a") as file:
             file.write(json.dumps(entry) + "\n")
 
@@ -46,8 +53,10 @@ class Log:
         return found
 
     def trim(self, phase: str, step: int) -> None:
-        """Forget what a phase logged after the step of the checkpoint that it goes on from."""
-        kept = [e for e in self.entries() if e["phase"] != phase or (step > 0 and e["step"] <= step)]
+        """Forget what a phase logged after the step of the checkpoint that it goes on from, but for notes."""
+        if not self.writes:
+            return
+        kept = [e for e in self.entries() if e["phase"] != phase or "note" in e or (step > 0 and e["step"] <= step)]
         checkpoint.write(self.path, "".join(json.dumps(e) + "\n" for e in kept).encode())
 
 
@@ -85,6 +94,10 @@ class Display:
         if step:
             self._say(f"{phase:<6} {step} steps were done before")
         self._bar.update(self._task, completed=self._done, description=phase)
+
+    def note(self, line: str) -> None:
+        """Say something that happens rarely."""
+        self._say(line)
 
     def step(self, phase: str, entry: dict[str, Any], rate: float) -> None:
         """Show one step: the log's entry and the tokens per second of the phase."""

@@ -164,7 +164,7 @@ def test_models_are_kept_along_the_way(tiny: dict[str, Any], monkeypatch: pytest
 
     def stopping(path: Path, tensors: Any, header: Any = None) -> None:
         save(path, tensors, header)
-        if path.name == "state.safetensors":
+        if path.name.startswith("state-"):
             signal.raise_signal(signal.SIGTERM)
 
     train_config = TrainConfig(**{**tiny, "keep_every": 6})
@@ -195,19 +195,6 @@ def test_other_text_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
         run(tiny, data=str(text))
 
 
-def damage(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def test_damaged_checkpoint(tiny: dict[str, Any]) -> None:
-    run(tiny)
-    damage(Path(tiny["out"]) / "fp" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"fp/model\.safetensors is damaged"):
-        run(tiny, bits=(2, 1))
-
-
 def test_checkpoint_of_another_model(tiny: dict[str, Any]) -> None:
     state = Path(tiny["out"]) / "fp" / "state.safetensors"
     checkpoint.save(state, {"model.weight": torch.zeros(2)}, {"step": 3})
@@ -216,7 +203,7 @@ def test_checkpoint_of_another_model(tiny: dict[str, Any]) -> None:
 
 
 def test_divergence_is_named(tiny: dict[str, Any]) -> None:
-    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step \d+ of fp; lower --lr"):
+    with pytest.raises(DivergedError, match=r"the loss is .*(nan|inf) at step \d+ of fp; .*; lower --lr"):
         run(tiny, lr=1e30, clip=1e30)
 
 
