@@ -28,15 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import quantize_model, quantized_modules
-from . import checkpoint, data, report, states
+from . import checkpoint, data, report, sources, states
+from .build import build_model, build_optimizer, described, sizes
 from .checkpoint import CheckpointError, DamagedError
 from .config import ConfigError, TrainConfig
 from .guard import DivergedError, Guard, origin
 from .methods import QAT, Method
-from .model import Transformer
 from .parallel import Processes, joined
-from .phases import EXCLUDED, Phase, phases
+from .phases import Phase, phases
 from .shards import whole
 from .signals import Interrupted, Stop
 
@@ -84,7 +83,7 @@ def train(config: TrainConfig, *, restart: bool = False, say: Callable[[str], No
     """
     config = config.resolved()
     with joined(config.parallel, config.device) as group:
-        corpus = data.load(config.data, config.context)
+        corpus = data.load(config.data, config.context, sources.tokenizer(config.model))
         out, plan = Path(config.out), phases(config)
         with checkpoint.exclusive(out) if group.first else contextlib.nullcontext():
             if restart and group.first:
@@ -118,12 +117,13 @@ def run_phases(
     if group.first:
         _open_run(out, config, corpus)
     group.wait()
-    log = report.Log(out / "log.jsonl", group.first)
+    log = report.Log(out / "log.jsonl", group.first, out / "tensorboard" if config.tensorboard else None)
     if not group.first:
         say = _nothing
     with Stop() as stop, report.Display(sum(phase.steps for phase in plan), say) as display:
         run = Run(config, corpus, log, display, stop, group)
         results = [_finished(run, phase) or run_phase(run, phase) for phase in plan]
+        log.close()
         run.stop_if_asked()  # in the very last step: whoever called is asked to stop too
         return results, log
 
@@ -139,8 +139,9 @@ def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:
     if path.exists():
         before = checkpoint.read_json(path)
         free = {entry.name for entry in fields(config) if entry.metadata["resumable"]}
+        defaults = {entry.name: entry.default for entry in fields(config)}  # of what an earlier version did not know
         for name in now.keys() - free:
-            if before.get(name) != now[name]:
+            if before.get(name, defaults.get(name)) != now[name]:
                 option = "the text of --data" if name == "data_sha256" else f"--{name.replace('_', '-')}"
                 raise ConfigError(
                     f"{option} is {now[name]}, but the run in {out} was started with {before.get(name)}; "
@@ -153,7 +154,7 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
     """Train one phase to its end, from its last state if it has one, and return its result."""
     run.stop_if_asked()
     config = run.config
-    model = build_model(run, phase)
+    model = build_model(config, phase, _seed(config.seed, "weights", 0))
     wrapped = run.group.wrap(model)
     optimizer = build_optimizer(model, config, phase)
     method = phase.method.start(model, optimizer, phase.steps) if phase.bits is not None else QAT(model, False)
@@ -191,7 +192,10 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
         if (logged or evaluated or saved or kept or last or stop) and guard.found():  # waits for the device
             raise _diverged(training)
         if logged or last:  # waits too, so it belongs to the measured time
-            entry |= {"train": loss.item() / math.log(2), "lr": optimizer.param_groups[0]["lr"]}
+            entry |= {
+                "train": loss.item() / math.log(2) / run.corpus.bytes_per_token,
+                "lr": optimizer.param_groups[0]["lr"],
+            }
         progress.seconds += time.perf_counter() - began
 
         if phase.bits is not None and config.stats_every and progress.step % config.stats_every == 0:
@@ -257,16 +261,17 @@ def accumulated(
 
 
 def mean_loss(model: nn.Module, windows: Tensor, config: TrainConfig) -> Tensor:
-    """Return the mean cross-entropy in nats of predicting each byte of the windows from those before it."""
+    """Return the mean cross-entropy in nats of predicting each token of the windows from those before it."""
     windows = windows.to(config.device)
     with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bfloat16"):
         logits = model(windows[:, :-1])
+    logits = getattr(logits, "logits", logits)  # transformers' models have more to say
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, windows: Tensor, config: TrainConfig, group: Processes = _ALONE) -> float:
-    """Return bits per byte on ``windows`` ``[count, context + 1]``; each window starts without context."""
+    """Return bits per token on ``windows`` ``[count, context + 1]``; each window starts without context."""
     model.eval()
     own = group.share(windows)
     total = sum(mean_loss(model, part, config).item() * len(part) for part in own.split(64) if len(part))
@@ -280,7 +285,7 @@ def evaluate(model: nn.Module, windows: Tensor, config: TrainConfig, group: Proc
 
 def _held_out(training: _Training, windows: Tensor, step: int) -> float:
     run = training.run
-    value = evaluate(training.wrapped, windows, run.config, run.group)
+    value = evaluate(training.wrapped, windows, run.config, run.group) / run.corpus.bytes_per_token
     if not math.isfinite(value):
         raise DivergedError(
             f"the held-out loss is {value} at step {step} of {training.phase.name}, though that of training is finite; "
@@ -310,39 +315,6 @@ _ADVICE = "lower --lr (or --qat-lr and --scale-lr)"
 def _last_good(training: _Training) -> str:
     saved = states.newest_first(training.run.folder(training.phase.name))
     return f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint of this phase yet"
-
-
-def build_model(run: Run, phase: Phase) -> nn.Module:
-    """Return a new model for the first phase, and for the others that of the phase they start from, quantized."""
-    torch.manual_seed(_seed(run.config.seed, "weights", 0))
-    model: nn.Module = Transformer(run.config.model)
-    if phase.start is not None:
-        trained, _ = checkpoint.load(run.folder(phase.start) / "model.safetensors")
-        model.load_state_dict(trained)
-    if phase.quantization is not None:
-        model = quantize_model(model, phase.quantization, exclude=EXCLUDED)
-    return model.to(run.config.device)
-
-
-def build_optimizer(model: nn.Module, config: TrainConfig, phase: Phase) -> torch.optim.Optimizer:
-    """Return AdamW with a group for weight matrices, one for scales and zero points, and one for the rest.
-
-    Only the first decays. Scales have a learning rate of their own: Adam moves every parameter by about the learning
-    rate, and a scale is a hundred times smaller than a row of weights is long.
-    """
-    weights: list[Tensor] = []
-    scales: list[Tensor] = []
-    rest: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        is_scale = name.endswith((".scale", ".zero_point"))
-        is_matrix = parameter.ndim >= 2 and not name.startswith("embedding")
-        (scales if is_scale else weights if is_matrix else rest).append(parameter)
-    groups = [
-        {"params": weights, "peak": phase.lr, "weight_decay": phase.weight_decay},
-        {"params": scales, "peak": config.scale_lr, "weight_decay": 0.0},
-        {"params": rest, "peak": phase.lr, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(config.beta1, config.beta2), fused=True)
 
 
 @dataclass
@@ -442,12 +414,14 @@ def _finish(training: _Training, progress: _Progress) -> dict[str, Any]:
         "tokens_per_second": run.config.batch * run.config.context * phase.steps / seconds if seconds else 0.0,
         **sizes(model),
     }
-    described = _described(run, phase, result)
-    _write_model(training, folder / "model.safetensors", described)
+    about = described(run.config, phase, model, result)
+    _write_model(training, folder / "model.safetensors", about)
     if phase.kept:
         _save(training, progress, keep=1)
     if run.group.first:
-        checkpoint.write_json(folder / "config.json", described)
+        if tokenizer := sources.tokenizer(run.config.model):
+            checkpoint.write(folder / tokenizer.name, tokenizer.read_bytes())
+        checkpoint.write_json(folder / "config.json", about)
     if not phase.kept:
         _delete(run, *states.newest_first(folder))
     run.group.wait()
@@ -455,10 +429,10 @@ def _finish(training: _Training, progress: _Progress) -> dict[str, Any]:
     return result
 
 
-def _write_model(training: _Training, path: Path, described: dict[str, Any]) -> None:
+def _write_model(training: _Training, path: Path, about: dict[str, Any]) -> None:
     tensors = {name: whole(tensor) for name, tensor in training.model.state_dict().items()}
     if training.run.group.first:
-        checkpoint.save(path, tensors, described)
+        checkpoint.save(path, tensors, about)
 
 
 def _keep(training: _Training, step: int) -> None:
@@ -466,30 +440,4 @@ def _keep(training: _Training, step: int) -> None:
     run, phase = training.run, training.phase
     result = {"phase": phase.name, "bits": phase.bits, "first": phase.first, "steps": step}
     path = run.folder(phase.name) / f"step-{step:06d}.safetensors"
-    _write_model(training, path, _described(run, phase, result))
-
-
-def _described(run: Run, phase: Phase, result: dict[str, Any]) -> dict[str, Any]:
-    """Return what is written beside a model."""
-    return {
-        "phase": phase.name,
-        "model": asdict(run.config.model),
-        "quantization": phase.quantization and phase.quantization.to_dict(),
-        "exclude": list(EXCLUDED),
-        "result": result,
-    }
-
-
-def sizes(model: nn.Module) -> dict[str, int]:
-    """Count parameters, and bytes once packed: codes at the grid's storage width, everything else in float32."""
-    layers = quantized_modules(model).values()
-    weights = sum(layer.weight.numel() for layer in layers)
-    scales = sum(layer.scale.numel() for layer in layers)
-    packed = 4 * scales + sum(-(-layer.weight.numel() * layer.grid.storage_bits // 8) for layer in layers)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return {
-        "parameters": total - scales,
-        "quantized_parameters": weights,
-        "quantized_bytes": packed,
-        "model_bytes": packed + 4 * (total - weights - scales),
-    }
+    _write_model(training, path, described(run.config, phase, training.model, result))

@@ -22,6 +22,7 @@ from qatkernels.train import (
     train,
 )
 from qatkernels.train.model import ModelConfig, Transformer
+from qatkernels.train.sources import EXCLUDED
 
 from .conftest import outcome
 
@@ -248,7 +249,7 @@ def test_optimizer_groups(tiny: dict[str, Any]) -> None:
     from qatkernels.nn import QuantConfig, quantize_model
 
     config = TrainConfig(**tiny)
-    model = quantize_model(Transformer(config.model), QuantConfig(bits=2), exclude=loop.EXCLUDED)
+    model = quantize_model(Transformer(config.shape), QuantConfig(bits=2), exclude=EXCLUDED)
     phase = replace(loop.phases(config)[0], lr=0.25, weight_decay=0.5)
     weights, scales, rest = loop.build_optimizer(model, config, phase).param_groups
     names = {id(p): n for n, p in model.named_parameters()}

@@ -13,6 +13,7 @@ import torch
 from qatkernels import QuantConfig, quantize_model
 from qatkernels.train import ConfigError, Interrupted, TrainConfig, loop, train
 from qatkernels.train.methods import MethodConfig
+from qatkernels.train.model import Transformer
 
 from .conftest import outcome
 
@@ -96,7 +97,7 @@ def test_squat_and_plain_training_say_what_they_see(tiny: dict[str, Any]) -> Non
 def test_parts_of_a_batch_add_up(tiny: dict[str, Any]) -> None:
     config = TrainConfig(**tiny, accumulate=3).resolved()
     torch.manual_seed(0)
-    model = loop.Transformer(config.model)
+    model = Transformer(config.shape)
     windows = torch.randint(256, (8, config.context + 1))
     optimizer = torch.optim.SGD(model.parameters())
     loop.mean_loss(model, windows, config).backward()

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,34 +132,55 @@ def test_a_full_disk(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.M
     assert outcome(tiny["out"]) == outcome(str(tmp_path / "whole"))
 
 
-#: Runs the command line with files limited to a number of bytes.
-_LIMITED = """
-import resource, sys
-from qatkernels import cli
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-sys.exit(cli.main(sys.argv[2:]))
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_FSIZE")
 def test_a_file_that_finds_no_room(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The operating system itself refuses: a state is larger than the limit, which run.json and the log are not."""
-    stop_at(monkeypatch, 5)
-    with pytest.raises(Interrupted):
-        run(tiny)
+    import resource
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(Interrupted):
+            run(tiny)
     (state,) = (Path(tiny["out"]) / "fp").iterdir()
-    before = state.read_bytes()
-    done = subprocess.run(
-        [sys.executable, "-c", _LIMITED, str(len(before) // 2), "train", *options({**tiny, "save_every": 1})],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert re.search(
-        rf"^qatkernels: {state.with_name('state-00000006.safetensors')} cannot be written: File too large; "
-        rf"{state} is whole; the same command goes on from there", done.stderr, re.MULTILINE,
-    ), done.stderr  # fmt: skip
+    before, limits = state.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            run(tiny, save_every=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value) == (
+        f"{state.with_name('state-00000006.safetensors')} cannot be written: File too large; {state} is whole; "
+        "the same command goes on from there when that is mended"
+    )
     assert [p.name for p in state.parent.iterdir()] == [state.name]
     assert state.read_bytes() == before
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 700 kB: enough for two states of the tiny model and not for three."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(folder)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full(tiny: dict[str, Any], tmp_path: Path, disk: Path) -> None:
+    run(tiny, out=str(tmp_path / "whole"))
+    settings = {**tiny, "out": str(disk / "run"), "keep_last": 9}
+    with pytest.raises(CheckpointError, match=r"cannot be written: No space left on device; .* is whole"):
+        run(settings)
+    states = sorted((disk / "run" / "fp").iterdir())
+    assert len(states) >= 2
+    for path in states:
+        checkpoint.load(path)
+    subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+    run(settings)
+    assert outcome(settings["out"]) == outcome(str(tmp_path / "whole"))
 
 
 #: Imports once, then forks children that train, and kills all but the last: the first ones themselves at a call of a
