@@ -75,9 +75,7 @@ def load(path: Path) -> nn.Module:
     """
     model = load_trained(path)[0] if path.is_dir() else load_packed(path, lambda c: sources.build(c["model"]))
     if not isinstance(model, Transformer):
-        raise CheckpointError(
-            f"{path} holds a {type(model).__name__}, must be a model of `qatkernels train --model demo`"
-        )
+        raise CheckpointError(f"{path} holds a {type(model).__name__}, must be a model of --model demo")
     return model.eval()
 
 

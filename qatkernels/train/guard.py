@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .shards import plain
+
 
 class DivergedError(RuntimeError):
     """The loss or its gradient is no longer a number."""
@@ -105,4 +107,4 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all()) if tensor.is_floating_point() else True
+    return bool(torch.isfinite(plain(tensor)).all()) if tensor.is_floating_point() else True

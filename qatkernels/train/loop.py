@@ -114,6 +114,11 @@ def run_phases(
         Interrupted: on SIGINT or SIGTERM, after a checkpoint.
     """
     out = Path(config.out)
+    if config.batch % group.size or config.batch // group.size < config.accumulate:
+        raise ConfigError(
+            f"--batch is {config.batch}, must be a multiple of the {group.size} processes, and at least --accumulate "
+            f"({config.accumulate}) times as many"
+        )
     if group.first:
         _open_run(out, config, corpus)
     group.wait()

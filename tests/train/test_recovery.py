@@ -159,10 +159,10 @@ def test_a_file_that_finds_no_room(tiny: dict[str, Any], monkeypatch: pytest.Mon
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 700 kB: enough for two states of the tiny model and not for three."""
+    """A file system of 900 kB: enough for two states of the tiny model and not for three."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(folder)]
     if sys.platform != "linux" or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount")
     yield folder
