@@ -38,40 +38,41 @@ WAYS: dict[str, dict[str, Any]] = {
 #: Ways that are also taken up again, and the passes over a batch in a step of their QAT.
 AGAIN = {"ddp-winq": 1, "fsdp-winq": 2, "fsdp-squat": 2}
 
-#: Forks two processes that train one configuration after another; prints how each ended.
-_PAIR = """
+#: What torchrun starts twice: trains one configuration after another and prints how each ended.
+_RANK = """
 import json, os, signal, sys, torch
-from qatkernels.train import Interrupted, TrainConfig, loop, states, train
+from qatkernels import cli
+from qatkernels.train import Interrupted, TrainConfig, loop, train
 import torch.distributed as dist
-todo = json.load(open(sys.argv[1]))
-rank = 0
-if os.fork() == 0:
-    rank = 1
-os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2])
+rank = int(os.environ["RANK"])
+for name, way in json.load(open(sys.argv[1])):
+    if name == "command line":  # it joins the processes and leaves them
+        os.write(1, f"end {json.dumps([name, rank, cli.main(way)])}\\n".encode())
 dist.init_process_group("gloo")
 learn = loop.accumulated
-for name, settings, stop, gone in todo:
+for name, way in json.load(open(sys.argv[1])):
+    if name == "command line":
+        continue
     taken = 0
     def failing(*arguments):
         global taken
         taken += 1
-        if taken == stop and rank == 1:
+        if taken == way.get("stop") and rank == 1:
             signal.raise_signal(signal.SIGTERM)
-        if taken == gone:
+        if taken == way.get("gone"):
             raise RuntimeError("the machine is gone")
         return learn(*arguments)
     loop.accumulated = failing
+    if "damage" in way and rank == 0:
+        open(way["damage"], "w").write("{}")
+    dist.barrier()
     try:
-        train(TrainConfig(**settings), say=lambda line: os.write(1, f"{name} {line}\\n".encode()))
+        train(TrainConfig(**way["config"]), say=lambda line: os.write(1, f"{name} {line}\\n".encode()))
         end = "done"
     except (Interrupted, RuntimeError) as error:
         end = str(error)
     os.write(1, f"end {json.dumps([name, rank, end])}\\n".encode())
 dist.destroy_process_group()
-if rank == 0:
-    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
-os._exit(0)
 """
 
 
@@ -81,24 +82,23 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def pair(folder: Path, todo: list[tuple[str, dict[str, Any], int, int]]) -> tuple[dict[str, list[str]], str]:
+def torchrun(folder: Path, todo: list[tuple[str, Any]]) -> tuple[dict[str, list[Any]], str, str]:
     """Train with two processes; return how each configuration ended in each, and what was said."""
     (folder / "todo.json").write_text(json.dumps(todo))
+    (folder / "rank.py").write_text(_RANK)
     done = subprocess.run(
-        [sys.executable, "-c", _PAIR, str(folder / "todo.json"), str(free_port())],
-        env=environment(), capture_output=True, text=True, timeout=240, check=False,
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
+         str(folder / "rank.py"), str(folder / "todo.json")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    ends: dict[str, list[str]] = {}
+    ends: dict[str, list[Any]] = {}
     for line in done.stdout.splitlines():
         if line.startswith("end "):
             name, _, end = json.loads(line[4:])
             ends.setdefault(name, []).append(end)
-    return ends, done.stdout
+    return ends, done.stdout, done.stderr
 
 
 def losses(out: Path) -> list[tuple[str, int, str, float]]:
@@ -107,29 +107,34 @@ def losses(out: Path) -> list[tuple[str, int, str, float]]:
     return [(e["phase"], e["step"], n, e[n]) for e in log for n in names if n in e]
 
 
+Results = tuple[Path, dict[str, list[Any]], str, str]
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, text: Path) -> tuple[Path, dict[str, list[str]], str]:
+def results(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Results:
     """Runs of two processes: each way whole, and some of them stopped, broken off and damaged in between."""
     folder = tmp_path_factory.mktemp("pair")
-    tiny = {**TINY, "bits": [2], "data": str(text), "log_every": 1, "eval_windows": 7}
-    todo: list[tuple[str, dict[str, Any], int, int]] = [
-        (name, {**tiny, **way, "out": str(folder / name)}, 0, 0) for name, way in WAYS.items()
-    ]
+    tiny = {**TINY, "data": str(text), "log_every": 1, "eval_windows": 7}
+
+    def config(name: str, out: str) -> dict[str, Any]:
+        return {**tiny, **WAYS[name], "out": str(folder / out)}
+
+    todo: list[tuple[str, Any]] = [(name, {"config": config(name, name)}) for name in WAYS]
     for name, calls in AGAIN.items():
-        again = {**tiny, **WAYS[name], "out": str(folder / f"{name}-again")}
-        ways = (("stopped", 8, 0), ("gone", 0, 16 + 3 * calls), ("again", 0, 0))
-        todo += [(f"{name}-{way}", again, stop, gone) for way, stop, gone in ways]
-    for name in ("half", "damaged"):
-        todo.append((name, {**tiny, **WAYS["fsdp"], "out": str(folder / name)}, 18, 0))
-    ends, said = pair(folder, todo)
-    (states.newest_first(folder / "damaged" / "fp42")[0] / "state.json").write_text("{}")
-    more, later = pair(folder, [("damaged-again", dict(todo[-1][1]), 0, 0)])
-    return folder, {**ends, **more}, said + later
+        again = config(name, f"{name}-again")
+        for way, change in (("stopped", {"stop": 8}), ("gone", {"gone": 16 + 3 * calls}), ("again", {})):
+            todo.append((f"{name}-{way}", {"config": again, **change}))
+    todo += [(name, {"config": config("fsdp", name), "stop": 18}) for name in ("half", "damaged")]
+    path = folder / "damaged" / "fp42" / "state-00000018" / "state.json"
+    todo.append(("damaged-again", {"config": config("fsdp", "damaged"), "damage": str(path)}))
+    command = options({**tiny, "out": str(folder / "command"), "parallel": "fsdp", "steps": 6, "qat_steps": 6})
+    todo.append(("command line", ["train", *command]))
+    return folder, *torchrun(folder, todo)
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_two_processes_are_one(results: tuple[Path, dict[str, list[str]], str], text: Path, name: str) -> None:
-    folder, ends, _ = results
+def test_two_processes_are_one(results: Results, text: Path, name: str) -> None:
+    folder, ends, *_ = results
     assert ends[name] == ["done", "done"]
     alone = {**TINY, **WAYS[name], "parallel": "none", "data": str(text), "log_every": 1, "eval_windows": 7}
     # Parts of a batch draw noise of their own: what two processes see in two parts, one sees in two parts.
@@ -144,9 +149,9 @@ def test_two_processes_are_one(results: tuple[Path, dict[str, list[str]], str], 
 
 
 @pytest.mark.parametrize("name", AGAIN)
-def test_taken_up_again(results: tuple[Path, dict[str, list[str]], str], name: str) -> None:
+def test_taken_up_again(results: Results, name: str) -> None:
     """A signal to one process and the loss of the machine in QAT: weights and log are the same, bit for bit."""
-    folder, ends, said = results
+    folder, ends, said, _ = results
     assert ends[f"{name}-stopped"] == ["stopped by SIGTERM"] * 2
     assert ends[f"{name}-gone"] == ["the machine is gone"] * 2
     assert ends[f"{name}-again"] == ["done"] * 2
@@ -155,9 +160,9 @@ def test_taken_up_again(results: tuple[Path, dict[str, list[str]], str], name: s
     assert outcome(str(folder / f"{name}-again")) == outcome(str(folder / name))
 
 
-def test_a_sharded_state(results: tuple[Path, dict[str, list[str]], str], text: Path) -> None:
+def test_a_sharded_state(results: Results, text: Path) -> None:
     """It is safetensors, the last two are kept, and one process can go on from it."""
-    folder, ends, _ = results
+    folder, ends, *_ = results
     assert ends["half"] == ["stopped by SIGTERM"] * 2
     kept = states.newest_first(folder / "half" / "fp42")
     assert [path.name for path in kept] == ["state-00000018", "state-00000015"]
@@ -174,8 +179,8 @@ def test_a_sharded_state(results: tuple[Path, dict[str, list[str]], str], text: 
     assert [entry[3] for entry in found] == pytest.approx([entry[3] for entry in wanted], rel=1e-3)
 
 
-def test_a_damaged_sharded_state(results: tuple[Path, dict[str, list[str]], str]) -> None:
-    folder, ends, said = results
+def test_a_damaged_sharded_state(results: Results) -> None:
+    folder, ends, said, _ = results
     assert ends["damaged-again"] == ["done"] * 2
     path = folder / "damaged" / "fp42" / "state-00000018"
     assert f"damaged-again {path} is damaged (its digests do not match): going on from the checkpoint before" in said
@@ -192,21 +197,12 @@ def outcome_of(out: Path) -> dict[str, Any]:
     return found
 
 
-def test_torchrun_on_the_command_line(tiny: dict[str, Any]) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
-    command += ["-m", "qatkernels", "train", *options({**tiny, "parallel": "fsdp", "steps": 6, "qat_steps": 6})]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Bits per byte on held-out text") == 1
-    assert done.stderr.count("w2     done") == 1
+def test_the_command_line(results: Results) -> None:
+    """Both processes end well, and one of them talks."""
+    _, ends, said, errors = results
+    assert ends["command line"] == [0, 0]
+    assert said.count("Bits per byte on held-out text") == 1
+    assert errors.count("w2     done") == 1
 
 
 def test_what_is_refused(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
