@@ -14,6 +14,7 @@ from .nn import (
     quantized_modules,
     quantized_weights,
     save_packed,
+    warm_up,
 )
 from .ops import (
     PackedWeight,
@@ -58,6 +59,7 @@ __all__ = [
     "seq",
     "ternary",
     "unpack",
+    "warm_up",
 ]
 
 backends.install()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -59,31 +58,7 @@ def problems(settings: Settings) -> Iterator[Problem]:
 
 def cases(settings: Settings) -> Iterator[Case]:
     """Yield the suite's cases."""
-    for problem in problems(settings):
-        yield build(problem, settings)
-    if torch.bfloat16 in settings.dtypes:
-        yield by_width(64 if settings.quick else 16384, settings)
-
-
-def by_width(features: int, settings: Settings) -> Case:
-    """Return a race of widths, one token each."""
-    w = weights((features, features), torch.float32, settings.device)
-    x = torch.randn(1, features, generator=torch.Generator().manual_seed(3)).to(settings.device, torch.bfloat16)
-    calls = []
-    for bits in (4, 2, 1):
-        packed = PackedWeight.from_float(w, paretoq(bits).init_scale(w), paretoq(bits))
-        kind: Literal["ours", "baseline"] = "baseline" if bits == 4 else "ours"
-        note = f"{packed.nbytes / 1e6:.1f} MB"
-        calls += [
-            Call(f"{bits} bits", lambda p=packed: lowbit_linear(x, p), kind,  # type: ignore[misc]
-                 expected=lambda p=packed: (_product(x, p.dequantize()),), note=note),  # type: ignore[misc]
-            Call(f"{bits} bits, A8", lambda p=packed: lowbit_linear(x, p, act_bits=8), kind,  # type: ignore[misc]
-                 unchecked="activations of 8 bits", note=note),
-        ]  # fmt: skip
-    return Case(
-        "widths in turn", (features, features), x.dtype, calls, (None,), (TOLERANCE[x.dtype],), features**2 // 2,
-        flops=2 * features**2, product_dtype=x.dtype, grid="paretoq", granularity="per row", variant="1 tokens",
-    )  # fmt: skip
+    return (build(problem, settings) for problem in problems(settings))
 
 
 def build(p: Problem, settings: Settings) -> Case:
@@ -93,7 +68,7 @@ def build(p: Problem, settings: Settings) -> Case:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(p.tokens, p.features, generator=generator).to(settings.device, p.dtype)
     values = packed.dequantize()
-    right = _product(x, values)
+    right = product(x, values)
     plain = values.to(p.dtype)
     calls: list[Call | Missing] = [
         Call(f"nn.Linear {str(p.dtype)[6:]}", lambda: torch.nn.functional.linear(x, plain), "baseline"),
@@ -110,7 +85,8 @@ def build(p: Problem, settings: Settings) -> Case:
     )  # fmt: skip
 
 
-def _product(x: Tensor, w: Tensor) -> Tensor:
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """Return x Wᵀ in float64, without a float64 copy of the weight."""
     return torch.cat([x.double() @ part.double().T for part in w.split(1024)], -1)
 
 

@@ -3,7 +3,7 @@
 from .activation import DynamicActivation, LearnedActivation, calibrate
 from .config import QuantConfig
 from .grouped_quant_linear import GroupedQuantLinear
-from .pack_model import PACKERS, model_bytes, pack_model, packed_modules
+from .pack_model import PACKERS, model_bytes, pack_model, packed_modules, warm_up
 from .packed_file import load_packed, save_packed
 from .packed_linear import GroupedPackedLinear, PackedBuffers, PackedLinear
 from .quant_linear import QuantLinear
@@ -28,4 +28,5 @@ __all__ = [
     "quantized_modules",
     "quantized_weights",
     "save_packed",
+    "warm_up",
 ]

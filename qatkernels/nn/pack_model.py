@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..backends import IMPLS
 from .grouped_quant_linear import GroupedQuantLinear
 from .packed_linear import GroupedPackedLinear, Packed, PackedBuffers, PackedLinear
 from .quant_linear import QuantLinear
@@ -71,3 +72,33 @@ def model_bytes(model: nn.Module) -> int:
 
 def _packer(module: nn.Module) -> Callable[..., nn.Module] | None:
     return next((PACKERS[base] for base in type(module).__mro__ if base in PACKERS), None)
+
+
+def warm_up(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Compile the kernels that a packed model will launch on its GPU, so that no request waits for a compiler.
+
+    Each layer's configurations are launched once, for any number of tokens; layers of equal shape cost one compilation.
+    Nothing is tuned: configurations are data in the package. Layers on the CPU have nothing to compile.
+
+    Args:
+        model: a packed model, on the device that it will run on.
+        dtype: dtype of the activations that layers will meet.
+
+    Returns:
+        How many layers were warmed up.
+
+    Raises:
+        ValueError: if the model has no packed layer.
+    """
+    layers = packed_modules(model)
+    if not layers:
+        raise ValueError("the model has no packed layer, pack_model makes them")
+    if "triton" not in IMPLS["lowbit_linear"]:
+        return 0
+    from ..triton.lowbit_linear import warm_up as compile_kernels
+
+    on_gpu = [layer for layer in layers.values() if layer.weight.packed.is_cuda]
+    for layer in on_gpu:
+        bias = layer.bias if isinstance(layer, PackedLinear) else None
+        compile_kernels(layer.weight.value, dtype, bias=bias, act_bits=layer.act_bits)
+    return len(on_gpu)

@@ -5,6 +5,8 @@ import json
 import pickle
 import random
 import struct
+import sys
+import types
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from qatkernels import files
 from qatkernels.files import CheckpointError
 from qatkernels.nn import PACKERS, QuantConfig, QuantLinear, calibrate, model_bytes, packed_modules
 from tests.compare import assert_same_bits
+
+pack_model_module = sys.modules["qatkernels.nn.pack_model"]  # the name is the function in its package
 
 
 class Model(nn.Module):
@@ -368,3 +372,20 @@ def test_a_failed_write_leaves_the_old_file(saved, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="cannot be written: No space left"):
         qk.save_packed(packed, path)
     assert path.read_bytes() == saved[1]
+
+
+def test_warm_up_compiles_what_is_on_a_gpu(monkeypatch):
+    model = qk.pack_model(qk.quantize_model(Model(), QuantConfig(bits=4), exclude=["lm_head"]))
+    assert qk.warm_up(model) == 0, "nothing to compile on a CPU"
+    with pytest.raises(ValueError, match="no packed layer, pack_model makes them"):
+        qk.warm_up(nn.Linear(2, 2))
+    calls = []
+    kernels = types.SimpleNamespace(warm_up=lambda *args, **kwargs: calls.append((*args, kwargs)))
+    monkeypatch.setitem(sys.modules, "qatkernels.triton.lowbit_linear", kernels)
+    monkeypatch.setitem(pack_model_module.IMPLS["lowbit_linear"], "triton", None)
+    layer = types.SimpleNamespace(
+        weight=types.SimpleNamespace(packed=types.SimpleNamespace(is_cuda=True), value="w"), bias="b", act_bits=8
+    )
+    monkeypatch.setattr(pack_model_module, "packed_modules", lambda _: {"a": layer})
+    assert qk.warm_up(model, torch.float16) == 1
+    assert calls == [("w", torch.float16, {"bias": None, "act_bits": 8})]
