@@ -155,19 +155,43 @@ def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:
     checkpoint.write_json(path, now)
 
 
+@dataclass(frozen=True)
+class Training:
+    """What the steps of a phase work on.
+
+    Attributes:
+        run: what the phases share.
+        phase: the one.
+        model: bare, for whoever looks at its parameters.
+        wrapped: what is called in place of the model.
+        optimizer: its AdamW.
+        method: what makes gradients of passes.
+        guard: what notices the first bad step.
+    """
+
+    run: Run
+    phase: Phase
+    model: nn.Module
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    method: Method
+    guard: Guard
+
+
+def begin(run: Run, phase: Phase) -> Training:
+    """Build what a phase starts with, before any of its steps."""
+    model = build_model(run.config, phase, _seed(run.config.seed, "weights", 0))
+    wrapped = run.group.wrap(model)  # under FSDP2 parameters are others from here on
+    optimizer = build_optimizer(model, run.config, phase)
+    method = phase.method.start(model, optimizer, phase.steps) if phase.bits is not None else QAT(model, False)
+    return Training(run, phase, model.train(), wrapped, optimizer, method, Guard(optimizer, run.config.device))
+
+
 def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
     """Train one phase to its end, from its last state if it has one, and return its result."""
     run.stop_if_asked()
-    config = run.config
-    model = build_model(config, phase, _seed(config.seed, "weights", 0))
-    wrapped = run.group.wrap(model)
-    optimizer = build_optimizer(model, config, phase)
-    method = phase.method.start(model, optimizer, phase.steps) if phase.bits is not None else QAT(model, False)
-    guard = Guard(optimizer, config.device)
-    training = _Training(run, phase, model, wrapped, optimizer, method, guard)
+    config, training = run.config, begin(run, phase)
     progress = _resumed(training)
-    if progress.step:
-        method.load_state_dict(progress.method)
     run.display.begin(phase.name, progress.step)
     windows = run.corpus.evaluation(config.eval_windows, config.context)
     if progress.step == 0:  # of a quantized phase this is round-to-nearest: nothing has been trained at this width
@@ -176,17 +200,9 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
         if config.keep_every is not None:
             _keep(training, 0)
 
-    model.train()
     while progress.step < phase.steps:
         began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * phase.rate(progress.step)
-        loss = gradient(training, progress.step)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        guard.see(progress.step + 1, loss, whole(norm))
-        optimizer.step()
-        method.after_step()
-
+        loss = take_step(training, progress.step)
         progress.step += 1
         last, stop = progress.step == phase.steps, run.group.any(run.stop.number or 0)
         logged, evaluated, saved, kept = (
@@ -194,17 +210,15 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
             for every in (config.log_every, config.eval_every, config.save_every, config.keep_every)
         )
         entry = {"phase": phase.name, "step": progress.step}
-        if (logged or evaluated or saved or kept or last or stop) and guard.found():  # waits for the device
+        if (logged or evaluated or saved or kept or last or stop) and training.guard.found():  # waits for the device
             raise _diverged(training)
         if logged or last:  # waits too, so it belongs to the measured time
-            entry |= {
-                "train": loss.item() / math.log(2) / run.corpus.bytes_per_token,
-                "lr": optimizer.param_groups[0]["lr"],
-            }
+            bits = loss.item() / math.log(2) / run.corpus.bytes_per_token
+            entry |= {"train": bits, "lr": training.optimizer.param_groups[0]["lr"]}
         progress.seconds += time.perf_counter() - began
 
         if phase.bits is not None and config.stats_every and progress.step % config.stats_every == 0:
-            entry |= run.group.means(method.log())
+            entry |= run.group.means(training.method.log())
         if evaluated or last:
             progress.held_out = _held_out(training, windows, progress.step)
             entry |= {"held_out": progress.held_out}
@@ -216,26 +230,24 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
         if kept:
             _keep(training, progress.step)
         if stop or saved:
-            progress.method = method.state_dict()
             _save(training, progress, config.keep_last)
             run.stop_if_asked()
     return _finish(training, progress)
 
 
-@dataclass(frozen=True)
-class _Training:
-    """What the steps of a phase work on; ``wrapped`` is what is called in place of the model."""
+def take_step(training: Training, step: int) -> Tensor:
+    """Take a step, counted from 0, and return the loss at the weights before it, in nats."""
+    for group in training.optimizer.param_groups:
+        group["lr"] = group["peak"] * training.phase.rate(step)
+    loss = gradient(training, step)
+    norm = nn.utils.clip_grad_norm_(training.model.parameters(), training.run.config.clip)
+    training.guard.see(step + 1, loss, whole(norm))
+    training.optimizer.step()
+    training.method.after_step()
+    return loss
 
-    run: Run
-    phase: Phase
-    model: nn.Module
-    wrapped: nn.Module
-    optimizer: torch.optim.Optimizer
-    method: Method
-    guard: Guard
 
-
-def gradient(training: _Training, step: int) -> Tensor:
+def gradient(training: Training, step: int) -> Tensor:
     """Leave the gradient of a step in ``.grad``, and return the loss over the whole batch, in nats."""
     run, phase, config = training.run, training.phase, training.run.config
     torch.manual_seed(_seed(config.seed, *(("fp", phase.first + step) if phase.bits is None else ("qat", step))))
@@ -288,7 +300,7 @@ def evaluate(model: nn.Module, windows: Tensor, config: TrainConfig, group: Proc
     return group.sums(total)[0] / len(windows) / math.log(2)
 
 
-def _held_out(training: _Training, windows: Tensor, step: int) -> float:
+def _held_out(training: Training, windows: Tensor, step: int) -> float:
     run = training.run
     value = evaluate(training.wrapped, windows, run.config, run.group) / run.corpus.bytes_per_token
     if not math.isfinite(value):
@@ -299,7 +311,7 @@ def _held_out(training: _Training, windows: Tensor, step: int) -> float:
     return value
 
 
-def _diverged(training: _Training) -> DivergedError:
+def _diverged(training: Training) -> DivergedError:
     """Return the error of a step that was not finite, after running it again to find where that began."""
     run, found = training.run, training.guard.found()
     step, loss, norm = found or (0, math.nan, math.nan)
@@ -317,7 +329,7 @@ def _diverged(training: _Training) -> DivergedError:
 _ADVICE = "lower --lr (or --qat-lr and --scale-lr)"
 
 
-def _last_good(training: _Training) -> str:
+def _last_good(training: Training) -> str:
     saved = states.newest_first(training.run.folder(training.phase.name))
     return f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint of this phase yet"
 
@@ -339,7 +351,7 @@ def _seed(seed: int, purpose: str, step: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {purpose} {step}".encode()).digest()[:8], "little", signed=True)
 
 
-def _resumed(training: _Training) -> _Progress:
+def _resumed(training: Training) -> _Progress:
     """Load the newest state that is whole, if there is one; one that is damaged is deleted, to be made again."""
     run, phase, notes = training.run, training.phase, []
     model, optimizer, group = training.model, training.optimizer, run.group
@@ -366,6 +378,8 @@ def _resumed(training: _Training) -> _Progress:
     run.log.trim(phase.name, progress.step)
     for note in notes:
         run.log.add(phase=phase.name, step=progress.step, note=note)
+    if progress.step:
+        training.method.load_state_dict(progress.method)
     return progress
 
 
@@ -378,8 +392,9 @@ def _delete(run: Run, *paths: Path) -> None:
     run.group.wait()
 
 
-def _save(training: _Training, progress: _Progress, keep: int) -> None:
+def _save(training: Training, progress: _Progress, keep: int) -> None:
     folder, group = training.run.folder(training.phase.name), training.run.group
+    progress.method = training.method.state_dict()
     states.save(folder, progress.step, training.model, training.optimizer, asdict(progress), keep, group)
 
 
@@ -403,7 +418,7 @@ def _finished(run: Run, phase: Phase) -> dict[str, Any] | None:
     return result
 
 
-def _finish(training: _Training, progress: _Progress) -> dict[str, Any]:
+def _finish(training: Training, progress: _Progress) -> dict[str, Any]:
     """Write the trained model, then config.json, whose presence says that the phase is finished."""
     run, phase, model = training.run, training.phase, training.model
     folder, seconds = run.folder(phase.name), progress.seconds
@@ -434,13 +449,13 @@ def _finish(training: _Training, progress: _Progress) -> dict[str, Any]:
     return result
 
 
-def _write_model(training: _Training, path: Path, about: dict[str, Any]) -> None:
+def _write_model(training: Training, path: Path, about: dict[str, Any]) -> None:
     tensors = {name: whole(tensor) for name, tensor in training.model.state_dict().items()}
     if training.run.group.first:
         checkpoint.save(path, tensors, about)
 
 
-def _keep(training: _Training, step: int) -> None:
+def _keep(training: Training, step: int) -> None:
     """Write the model at this step as a file that is like that of a finished phase."""
     run, phase = training.run, training.phase
     result = {"phase": phase.name, "bits": phase.bits, "first": phase.first, "steps": step}
