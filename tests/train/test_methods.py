@@ -118,20 +118,22 @@ def test_between_steps_nothing_weight_sized_is_held(tiny: dict[str, Any], way: d
     config = TrainConfig(**{**tiny, **way}).resolved()
     phase = phases(config)[1]
     corpus = data.load(config.data, config.context)
+    before = {id(t) for t in tensors()}
     training = loop.begin(loop.Run(config, corpus, None, None, None, Processes()), phase)  # type: ignore[arg-type]
     for step in range(3):
         loop.take_step(training, step)
     known = [p.data for p in training.model.parameters()] + [p.grad for p in training.model.parameters()]
     known += [value for state in training.optimizer.state.values() for value in state.values()]
-    known += [corpus.train, corpus.held_out, *training.model.buffers()]
-    gc.collect()
     storages = {t.untyped_storage().data_ptr() for t in known if t is not None}
-    held = {
-        id(t): tuple(t.shape) for t in gc.get_objects()
-        if isinstance(t, torch.Tensor) and t.numel() >= 1024 and t.untyped_storage().data_ptr() not in storages
-    }  # fmt: skip
-    shapes = {tuple(module.weight.shape) for module in quantized_modules(training.model).values()}
-    assert not [shape for shape in held.values() if shape in shapes]
+    others = [t for t in tensors() if id(t) not in before and t.untyped_storage().data_ptr() not in storages]
+    shapes = {module.weight.shape for module in quantized_modules(training.model).values()}
+    assert not [t.shape for t in others if t.shape in shapes]
+    assert [t for t in others if t.shape == training.model.cos.shape], "the search finds nothing at all"
+
+
+def tensors() -> list[torch.Tensor]:
+    gc.collect()
+    return [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
 
 
 def test_resets_by_default() -> None:
