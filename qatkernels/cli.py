@@ -95,20 +95,24 @@ def _fail(message: object) -> int:
 def train(argv: Sequence[str]) -> int:
     """Train in full precision and at low bit widths, and compare."""
     from . import train as job  # matplotlib takes half a second to import
+    from .train import toml
+    from .train.parallel import ParallelError
 
     given = vars(_train_parser(job.TrainConfig).parse_args(argv))
-    resume, restart = given.pop("resume"), given.pop("restart")
+    resume, restart, file = given.pop("resume"), given.pop("restart"), given.pop("config", None)
     if "bits" in given:
         given["bits"] = tuple(given["bits"])
     try:
+        given = {**(toml.read(file) if file else {}), **given}
         config = job.resumed(given) if resume else job.TrainConfig(**given)
         report = job.train(config, restart=restart)
     except job.Interrupted as stop:
         print(f"{stop}; `qatkernels train --resume --out {shlex.quote(config.out)}` goes on from here", file=sys.stderr)
         return 128 + stop.number
-    except (job.ConfigError, job.DataError, job.CheckpointError, job.DivergedError) as error:
+    except (job.ConfigError, job.DataError, job.CheckpointError, job.DivergedError, ParallelError) as error:
         return _fail(error)
-    job.show(report, config.out)
+    if os.environ.get("RANK", "0") == "0":
+        job.show(report, config.out)
     return 0
 
 
@@ -150,6 +154,9 @@ def _train_parser(config: Any) -> argparse.ArgumentParser:
             metavar={int: "N", float: "X", bit_width: "BITS"}.get(kind, entry.name.upper()),
             help=entry.metadata["help"] + shown,
         )  # fmt: skip
+    groups["run"].add_argument(
+        "--config", metavar="TOML", help="file with any of these options; what is given here goes before it"
+    )
     again = parser.add_argument_group("going on").add_mutually_exclusive_group()
     for name, text in (("resume", "go on with the run in --out, with its options"),
                        ("restart", "delete the run in --out and start over")):  # fmt: skip

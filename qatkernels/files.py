@@ -25,6 +25,14 @@ class CheckpointError(RuntimeError):
     """A file or folder cannot be read, written or used; the message says which and what to do."""
 
 
+class DamagedError(CheckpointError):
+    """The content of a file is not what was written."""
+
+    def __init__(self, path: Path, why: object) -> None:
+        self.what = f"{path} is damaged ({why})"
+        super().__init__(f"{self.what}; delete it and make it again")
+
+
 def write(path: Path, content: bytes) -> None:
     """Replace a file's content atomically and durably, creating its folder.
 
@@ -34,10 +42,24 @@ def write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     with explained("written", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            temporary.unlink(missing_ok=True)  # on a full disk it is what takes the room
+            raise
+    rename(temporary, path)
+
+
+def rename(temporary: Path, path: Path) -> None:
+    """Give a file or folder that is on the disk its name, durably.
+
+    Raises:
+        CheckpointError: if that is not possible.
+    """
+    with explained("written", path):
         os.replace(temporary, path)
         if os.name == "posix":
             folder = os.open(path.parent, os.O_RDONLY)
@@ -63,9 +85,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise damaged(path, error) from error
+        raise DamagedError(path, error) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, must be a JSON object")
+        raise DamagedError(path, f"it holds {type(value).__name__}, must be a JSON object")
     return value
 
 
@@ -102,21 +124,33 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             # Cloned: a mapped file may be replaced or truncated under its tensors.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise damaged(path, error) from error
+        raise DamagedError(path, error) from error
     if metadata["sha256"] != digest(tensors, metadata["header"]):
-        raise damaged(path, "its digest does not match")
+        raise DamagedError(path, "its digest does not match")
+    return tensors, _parsed(path, metadata["header"])
+
+
+def header(path: Path) -> dict[str, Any]:
+    """Read the header that :func:`save` wrote, without the tensors and hence without their digest.
+
+    Raises:
+        CheckpointError: if the file is missing, unreadable, cut short, or not from here.
+    """
     try:
-        header = json.loads(metadata["header"])
+        with explained("read", path), safe_open(path, framework="pt") as file:
+            return _parsed(path, (file.metadata() or {}).get("header", "null"))
+    except SafetensorError as error:
+        raise DamagedError(path, error) from error
+
+
+def _parsed(path: Path, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise damaged(path, error) from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} has a header that is {type(header).__name__}, must be a JSON object")
-    return tensors, header
-
-
-def damaged(path: Path, why: object) -> CheckpointError:
-    """Return the error of a file whose content is not what was written."""
-    return CheckpointError(f"{path} is damaged ({why}); delete it and make it again")
+        raise DamagedError(path, error) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} has a header that is {type(value).__name__}, must be a JSON object")
+    return value
 
 
 def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:

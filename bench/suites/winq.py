@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qatkernels.grid import paretoq
-from qatkernels.nn import QuantConfig, QuantLinear, quantize_model
+from qatkernels.nn import QuantConfig, QuantLinear, quantize_model, quantized_modules
 from qatkernels.ops import perturb_swap_, perturbation_norms, reset_
 from qatkernels.ops.samples import Sample, weights
-from qatkernels.train import SQuAT, WinQ
-from qatkernels.train.model import ModelConfig, Transformer
+from qatkernels.train import SQuAT, TrainConfig, WinQ, loop
+from qatkernels.train.data import Corpus
+from qatkernels.train.parallel import Processes
+from qatkernels.train.phases import Phase
 
 from ..case import Call, Case, Settings, bytes_of
 from ..exact import expected, settle
@@ -29,7 +30,7 @@ TESTED = "tests/train compares it"
 
 @dataclass(frozen=True)
 class Problem:
-    """A model and its batch; with ``autocast`` the parameters are float32 and the products in bfloat16."""
+    """A layer and its batch; with ``autocast`` the parameters are float32 and the products in bfloat16."""
 
     name: str
     shape: tuple[int, int]
@@ -45,39 +46,75 @@ def cases(settings: Settings) -> Iterator[Case]:
     for dtype in settings.dtypes:
         for autocast in (False, True) if dtype == torch.float32 else (False,):
             if dtype == torch.float32:
-                yield _step(Problem("demo model", (192, 192), 2048, dtype, autocast, settings.device), settings)
+                yield from _loop(settings, "bfloat16" if autocast else "float32")
             for width in widths:
-                yield _step(Problem("layer", (width, width), tokens, dtype, autocast, settings.device), settings)
+                yield _step(Problem("layer", (width, width), tokens, dtype, autocast, settings.device))
         for width in widths:
             yield from _passes(width, dtype, settings.device)
 
 
-def _model(p: Problem, settings: Settings) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
-    """Return a new model and its loss."""
+def _loop(settings: Settings, precision: str) -> Iterator[Case]:
+    """Yield races of the training loop's own steps on the demo's model, and of what comes between them."""
+    small: dict[str, Any] = {"width": 32, "depth": 1, "heads": 2, "context": 16, "batch": 2} if settings.quick else {}
+
+    def training(**kwargs: Any) -> loop.Training:
+        device = settings.device.type
+        config = TrainConfig(device=device, precision=precision, bits=(2,), qat_lr=0.0, scale_lr=0.0, **small, **kwargs)
+        text = torch.randint(256, (2**20,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+        corpus = Corpus("random bytes", text, text, (), (), "", len(text), len(text))
+        # Rates of zero: no call's weights wander off while it is timed.
+        phase = Phase("w2", 2, 1000, 0.0, 0.0, lambda step: 0.0, method=config.method_config)
+        return loop.begin(loop.Run(config, corpus, None, None, None, Processes()), phase)  # type: ignore[arg-type]
+
+    def call(name: str, kind: Any, **kwargs: Any) -> Call:
+        made = training(**kwargs)
+        return Call(name, lambda: loop.take_step(made, 0), kind, unchecked=TESTED, graph=False)
+
+    calls = [
+        call("plain QAT", "baseline"),
+        call("WinQ", "ours", method="winq", reset_every=0),
+        call("SQuAT", "ours", method="squat"),
+        call("SQuAT, latent", "ours", method="squat", target="latent"),
+        call("SQuAT, ASAM", "ours", method="squat", norm="asam"),
+    ]
+    winq = training(method="winq", reset_every=0)
+    loop.take_step(winq, 0)
+    config, parameters = winq.run.config, list(winq.model.parameters())
+    tokens, features = config.batch * config.context, sum(w.numel() for w in parameters if w.ndim == 2)
+    common: dict[str, Any] = {"grid": "seq2", "granularity": "per row"}
+    shape, product = (config.width, config.width), torch.bfloat16 if precision == "bfloat16" else torch.float32
+    yield Case(
+        "step of the training loop", shape, torch.float32, calls, (), (), 4 * bytes_of(*parameters),
+        flops=6 * tokens * features, product_dtype=product, variant=f"demo model, {tokens} tokens, {precision}",
+        **common,
+    )  # fmt: skip
+    if precision == "float32":
+        assert isinstance(winq.method, WinQ)
+        resets = [
+            Call("WinQ.reset", winq.method.reset, unchecked=TESTED, graph=False),
+            Call("AdamW, fused", winq.optimizer.step, "baseline", unchecked="an optimizer step", graph=False),
+        ]
+        weights = bytes_of(*(m.weight for m in quantized_modules(winq.model).values()))
+        yield Case(
+            "reset of a model", shape, torch.float32, resets, (), (), 2 * weights, variant="demo model", **common
+        )
+
+
+def _model(p: Problem) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """Return a new layer and a loss whose gradient is random: the products are those of a layer within a model."""
     torch.manual_seed(0)
-    if p.name == "layer":
-        layer = nn.Linear(*p.shape, bias=False, device=p.device, dtype=p.dtype)
-        layer.weight.data.copy_(weights(p.shape, p.dtype, p.device))
-        x = torch.randn(p.tokens, p.shape[1]).to(p.device, torch.bfloat16 if p.autocast else p.dtype).requires_grad_()
-        g = torch.randn(p.tokens, p.shape[0]).to(p.device, x.dtype)
-        # A loss whose gradient is g: the products are those of a layer within a model.
-        return quantize_model(layer, QuantConfig(bits=2)), lambda model: (model(x) * g).sum()
-    shape = ModelConfig(32, 1, 2) if settings.quick else ModelConfig()
-    model: nn.Module = Transformer(shape).to(p.device)
-    context = 16 if settings.quick else 128
-    batch = torch.randint(256, (p.tokens // context, context + 1), device=p.device)
-
-    def loss(model: nn.Module) -> Tensor:
-        return F.cross_entropy(model(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten())
-
-    return quantize_model(model, QuantConfig(bits=2), exclude="lm_head"), loss
+    layer = nn.Linear(*p.shape, bias=False, device=p.device, dtype=p.dtype)
+    layer.weight.data.copy_(weights(p.shape, p.dtype, p.device))
+    x = torch.randn(p.tokens, p.shape[1]).to(p.device, torch.bfloat16 if p.autocast else p.dtype).requires_grad_()
+    g = torch.randn(p.tokens, p.shape[0]).to(p.device, x.dtype)
+    return quantize_model(layer, QuantConfig(bits=2)), lambda model: (model(x) * g).sum()
 
 
-def _step(p: Problem, settings: Settings) -> Case:
+def _step(p: Problem) -> Case:
     """Return a race of whole steps: forward, backward, AdamW."""
 
     def call(name: str, kind: Any, build: Callable[[nn.Module, Any], Callable[[Callable[[], Tensor]], object]]) -> Call:
-        model, loss = _model(p, settings)
+        model, loss = _model(p)
         model.train()
         # A learning rate of zero: no call's weights wander off while it is timed.
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
@@ -109,7 +146,7 @@ def _step(p: Problem, settings: Settings) -> Case:
         call("SQuAT, latent", "ours", squat(target="latent")),
         call("SQuAT, ASAM", "ours", squat(norm="asam")),
     ]
-    model, _ = _model(p, settings)
+    model, _ = _model(p)
     parameters = list(model.parameters())
     features = sum(w.numel() for w in parameters if w.ndim == 2)
     return Case(

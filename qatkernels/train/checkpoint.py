@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..files import CheckpointError, damaged, digest, explained, load, read_json, save, write, write_json
+from ..files import (
+    CheckpointError,
+    DamagedError,
+    digest,
+    explained,
+    header,
+    load,
+    read_json,
+    rename,
+    save,
+    write,
+    write_json,
+)
 
 try:
     import fcntl
@@ -15,13 +28,15 @@ except ModuleNotFoundError:  # Windows
 
 __all__ = [
     "CheckpointError",
-    "damaged",
+    "DamagedError",
     "digest",
     "exclusive",
     "explained",
+    "header",
     "load",
     "read_json",
     "remove_run",
+    "rename",
     "save",
     "write",
     "write_json",
@@ -58,9 +73,9 @@ def remove_run(out: Path) -> None:
     if not (out / "run.json").exists():
         return
     with explained("deleted", out):
-        for name in ("config.json", "model.safetensors", "state.safetensors", "step-*.safetensors"):
+        for name in ("config.json", "model.safetensors", "state*", "step-*.safetensors"):
             for path in (*out.glob(f"fp*/{name}"), *out.glob(f"cooled*/{name}"), *out.glob(f"w*/{name}")):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         (out / "log.jsonl").unlink(missing_ok=True)
         # Last: without it the phases would be taken for finished ones of whatever run comes next.
         (out / "run.json").unlink()

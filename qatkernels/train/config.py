@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -12,9 +14,10 @@ import torch
 
 from ..grid import paretoq
 from ..plan.units import count
-from . import checkpoint
+from . import checkpoint, sources
 from .methods import METHODS, MethodConfig
 from .model import ModelConfig
+from .parallel import MODES
 from .schedules import DECAYS
 
 #: Schedules by name: what happens to the learning rate, and where QAT starts (`phases.py`).
@@ -52,6 +55,10 @@ class TrainConfig:
         None, "text file or folder; this Python's standard library sources if not given", "run", True
     )
     bits: tuple[float, ...] = _option((4, 2, 1.58, 1), "bit widths to train; more may be added later", "run", True)
+    model: str = _option(
+        sources.DEMO, "demo; a folder or file that `qatkernels train` left; or a folder with the config.json of a "
+        "causal language model of transformers, its weights and tokenizer.json if they are there (extra hf)", "run",
+    )  # fmt: skip
     act_bits: int | None = _option(
         None,
         "bit width of the activations, 2 to 8, a scale for each token; not quantized if not given",
@@ -61,6 +68,9 @@ class TrainConfig:
     method: str = _option("qat", "how quantized weights are trained: qat, winq or squat", "run")
     seed: int = _option(0, "seed of the initial weights and of the batches", "run")
     device: str = _option("auto", "cpu, cuda, or auto: cuda where there is one", "run")
+    parallel: str = _option(
+        "none", "several processes, started by torchrun: ddp, or fsdp (FSDP2, sharded checkpoints)", "run", True
+    )
     precision: str = _option(
         "auto", "float32, or bfloat16 autocast; auto: bfloat16 where the hardware multiplies it", "run"
     )
@@ -121,11 +131,15 @@ class TrainConfig:
 
     eval_every: int = _option(50, "steps between evaluations on held-out text", "evaluation")
     eval_windows: int = _option(256, "held-out windows in an evaluation", "evaluation")
+    tensorboard: bool = _option(
+        False, "also write the log for TensorBoard, to tensorboard/ (extra tensorboard)", "evaluation", True
+    )
     log_every: int = _option(10, "steps between training losses in the log", "evaluation")
     stats_every: int | None = _option(
         None, "steps of QAT between counts of flipped codes in the log; none if not given", "evaluation", True, int
     )
     save_every: int = _option(100, "steps between checkpoints", "evaluation", resumable=True)
+    keep_last: int = _option(2, "checkpoints that are kept while a phase trains", "evaluation", resumable=True)
     keep_every: int | None = _option(
         None, "steps between models that are kept in each phase's folder; none if not given", "evaluation", True, int
     )
@@ -137,7 +151,7 @@ class TrainConfig:
         try:
             for bits in self.bits:
                 paretoq(bits)
-            _ = self.model
+            _ = self.shape
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if self.precision not in ("auto", "float32", "bfloat16"):
@@ -145,6 +159,7 @@ class TrainConfig:
         for name, allowed in (
             ("schedule", ("auto", *SCHEDULES)), ("decay", tuple(DECAYS)), ("method", METHODS),
             ("target", ("quantized", "latent")), ("norm", ("l2", "asam")), ("minibatch", ("same", "next")),
+            ("parallel", MODES),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"--{name} is {getattr(self, name)!r}, must be one of {', '.join(allowed)}")
@@ -152,6 +167,8 @@ class TrainConfig:
             raise ConfigError(f"--act-bits is {self.act_bits}, must be in [2, 8]")
         if self.accumulate > self.batch:
             raise ConfigError(f"--accumulate is {self.accumulate}, must be at most --batch, {self.batch}")
+        if self.parallel == "fsdp" and self.method == "squat" and self.target == "quantized":
+            raise ConfigError("--target is quantized, must be latent with --parallel fsdp: gradients are sharded there")
         share = self.qat_fraction
         if share != "auto" and not (isinstance(share, float) and 0 < share < 1):
             raise ConfigError(f"--qat-fraction is {share}, must be auto or in (0, 1)")
@@ -163,9 +180,14 @@ class TrainConfig:
             raise ConfigError(f"--device is {self.device!r}, must be auto, cpu or cuda")
 
     @property
-    def model(self) -> ModelConfig:
-        """Shape of the model."""
+    def shape(self) -> ModelConfig:
+        """Shape of the demo's model."""
         return ModelConfig(self.width, self.depth, self.heads, self.context)
+
+    @functools.cached_property
+    def described(self) -> dict[str, Any]:
+        """What the model is built from."""
+        return sources.describe(self.model, self.shape)
 
     @property
     def method_config(self) -> MethodConfig:
@@ -177,8 +199,20 @@ class TrainConfig:
         """Return the configuration with ``auto`` replaced by what this machine has.
 
         Raises:
-            ConfigError: if CUDA is asked for and missing.
+            ConfigError: if CUDA is asked for and missing, or the model is.
         """
+        try:
+            vocab, longest = sources.limits(self.described)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if vocab < 256 and sources.tokenizer(self.model) is None:
+            raise ConfigError(
+                f"--model is {self.model}, whose {vocab} tokens are too few for bytes: give it a tokenizer.json"
+            )
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError("--tensorboard needs it: pip install qatkernels[tensorboard]")
+        if longest is not None and self.context > longest:
+            raise ConfigError(f"--context is {self.context}, must be at most {longest} for --model {self.model}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device is cuda, but PyTorch sees no CUDA device; must be cpu or auto here")
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -200,6 +234,8 @@ def _check_ranges(config: TrainConfig) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         at_least = 1 if isinstance(entry.default, int) or entry.name in ("tokens", "keep_every", "stats_every") else 0.0
+        if entry.name == "steps" and config.model != sources.DEMO:
+            at_least = 0  # it has been trained before
         at_most = 1.0 if entry.name in _SHARES else math.inf
         if entry.name != "seed" and not (at_least <= value <= at_most and math.isfinite(value)):
             limits = f"at least {at_least}" if at_most == math.inf else f"in [{at_least}, {at_most}]"

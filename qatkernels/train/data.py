@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +29,13 @@ class Corpus:
 
     Attributes:
         source: where the text comes from, for people.
-        train: uint8 ``[bytes]``.
-        held_out: uint8 ``[bytes]``; no file is in both parts, nor are two files of equal content.
+        train: uint8 ``[bytes]``, or int32 tokens where there is a tokenizer.
+        held_out: the same; no file is in both parts, nor are two files of equal content.
         train_files: files in ``train``.
         held_out_files: files in ``held_out``.
         sha256: digest of both parts, by which a resumed run knows its text again.
+        train_bytes: size of the text to train on.
+        held_out_bytes: size of the text to evaluate on.
     """
 
     source: str
@@ -41,6 +44,13 @@ class Corpus:
     train_files: tuple[str, ...]
     held_out_files: tuple[str, ...]
     sha256: str
+    train_bytes: int
+    held_out_bytes: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of held-out text that a token stands for, by which losses per token become losses per byte."""
+        return self.held_out_bytes / len(self.held_out)
 
     def batch(self, size: int, context: int) -> Tensor:
         """Return random windows of the training bytes, drawn from torch's default generator.
@@ -73,7 +83,7 @@ def _windows(text: Tensor, starts: Tensor, context: int) -> Tensor:
     return text[starts[:, None] + torch.arange(context + 1)].long()
 
 
-def load(path: str | Path | None, context: int) -> Corpus:
+def load(path: str | Path | None, context: int, tokenizer: Path | None = None) -> Corpus:
     """Read text and hold part of it out, whole files at a time.
 
     Files are ordered by the SHA-256 of their content; the first ones are held out until they make ``HELD_OUT`` of the
@@ -84,6 +94,7 @@ def load(path: str | Path | None, context: int) -> Corpus:
         path: a file, a folder (every file below it that is not hidden and not binary), or None for the sources of the
             standard library of the running Python.
         context: bytes that a window predicts; each part must hold at least two windows.
+        tokenizer: a ``tokenizer.json``, whose tokens are then read in place of bytes.
 
     Raises:
         DataError: if the text is missing, unreadable, empty, too large, or too short for ``context``.
@@ -98,18 +109,37 @@ def load(path: str | Path | None, context: int) -> Corpus:
         train, held_out = {name: text[:cut]}, {name: text[cut:]}
     else:
         train, held_out = _split(contents)
-    digest = hashlib.sha256()
-    parts = []
+    digest = hashlib.sha256(tokenizer.read_bytes() if tokenizer else b"")
+    encode = _encoder(tokenizer)
+    parts, sizes = [], []
     for name, part in (("training", train), ("held-out", held_out)):
         text = b"".join(part.values())
-        if len(text) < 2 * (context + 1):
+        tokens = encode(text)
+        if len(tokens) < 2 * (context + 1):
+            unit = "tokens" if tokenizer else "bytes"
             raise DataError(
-                f"--data {source} leaves {len(text)} {name} bytes, must leave at least {2 * (context + 1)} "
+                f"--data {source} leaves {len(tokens)} {name} {unit}, must leave at least {2 * (context + 1)} "
                 f"(two windows of --context {context})"
             )
         digest.update(hashlib.sha256(text).digest())
-        parts.append(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    return Corpus(source, parts[0], parts[1], tuple(train), tuple(held_out), digest.hexdigest())
+        parts.append(tokens)
+        sizes.append(len(text))
+    return Corpus(source, parts[0], parts[1], tuple(train), tuple(held_out), digest.hexdigest(), sizes[0], sizes[1])
+
+
+def _encoder(tokenizer: Path | None) -> Callable[[bytes], Tensor]:
+    """Return what makes tokens of text: its bytes, or those of a file's tokenizer."""
+    if tokenizer is None:
+        return lambda text: torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0)
+    from tokenizers import Tokenizer
+
+    made = Tokenizer.from_file(str(tokenizer))
+
+    def encode(text: bytes) -> Tensor:
+        tokens = made.encode(text.decode(errors="replace"), add_special_tokens=False).ids
+        return torch.tensor(tokens, dtype=torch.int32)
+
+    return encode
 
 
 def _standard_library(root: Path) -> list[Path]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import QuantConfig, load_packed, model_bytes, pack_model, quantize_model, save_packed
-from . import checkpoint
+from . import checkpoint, sources
 from .checkpoint import CheckpointError
 from .model import Cache, ModelConfig, Transformer
 
@@ -68,14 +68,15 @@ def generate(
 
 
 def load(path: Path) -> nn.Module:
-    """Return a model in eval mode: a packed one from a file, a trained one from its folder.
+    """Return a byte-level model in eval mode: a packed one from a file, a trained one from its folder.
 
     Raises:
         CheckpointError: if it is missing, damaged, or of another kind.
     """
-    if path.is_dir():
-        return load_trained(path)[0].eval()
-    return load_packed(path, lambda config: Transformer(ModelConfig(**config["model"])))
+    model = load_trained(path)[0] if path.is_dir() else load_packed(path, lambda c: sources.build(c["model"]))
+    if not isinstance(model, Transformer):
+        raise CheckpointError(f"{path} holds a {type(model).__name__}, must be a model of --model demo")
+    return model.eval()
 
 
 def load_trained(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -87,7 +88,7 @@ def load_trained(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     described = checkpoint.read_json(folder / "config.json")
     tensors, _ = checkpoint.load(folder / "model.safetensors")
     try:
-        model: nn.Module = Transformer(ModelConfig(**described["model"]))
+        model = sources.build(described["model"])
         if described["quantization"] is not None:
             quantization = QuantConfig.from_dict(described["quantization"])
             model = quantize_model(model, quantization, exclude=described["exclude"])

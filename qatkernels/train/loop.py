@@ -7,7 +7,7 @@ not.
 
     out/run.json          the configuration; another one is refused here
     out/log.jsonl         one line for each logged step
-    out/<phase>/          fp, then w4, w2, w1.58, w1 (phases.py): state.safetensors while it trains,
+    out/<phase>/          fp, then w4, w2, w1.58, w1 (phases.py): the last states while it trains (states.py),
                           then model.safetensors and, last of all, config.json;
                           step-<n>.safetensors, its model at every keep_every-th step before
     out/report.json       the table and the curves, also as curves.png
@@ -15,54 +15,52 @@ not.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import quantize_model, quantized_modules
-from . import checkpoint, data, report
-from .checkpoint import CheckpointError
+from . import checkpoint, data, report, sources, states
+from .build import build_model, build_optimizer, described, sizes
+from .checkpoint import CheckpointError, DamagedError
 from .config import ConfigError, TrainConfig
-from .methods import QAT
-from .model import Transformer
-from .phases import EXCLUDED, Phase, phases
+from .guard import DivergedError, Guard, origin
+from .methods import QAT, Method
+from .parallel import Processes, joined
+from .phases import Phase, phases
+from .shards import whole
+from .signals import Interrupted, Stop
 
-
-class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
-
-
-class Interrupted(Exception):
-    """A signal stopped the run after a checkpoint was written."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
+_ALONE = Processes()
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """What every phase shares."""
 
     config: TrainConfig
     corpus: data.Corpus
     log: report.Log
     display: report.Display
-    stop: _Stop
+    stop: Stop
+    group: Processes
 
     def folder(self, name: str) -> Path:
+        """Return the folder of a phase."""
         return Path(self.config.out) / name
+
+    def stop_if_asked(self) -> None:
+        """Raise Interrupted if a process was sent a signal; all must call."""
+        if number := self.group.any(self.stop.number or 0):
+            raise Interrupted(number)
 
 
 def train(config: TrainConfig, *, restart: bool = False, say: Callable[[str], None] | None = None) -> dict[str, Any]:
@@ -84,18 +82,22 @@ def train(config: TrainConfig, *, restart: bool = False, say: Callable[[str], No
         Interrupted: on SIGINT or SIGTERM, after a checkpoint.
     """
     config = config.resolved()
-    corpus = data.load(config.data, config.context)
-    out, plan = Path(config.out), phases(config)
-    with checkpoint.exclusive(out):
-        if restart:
-            checkpoint.remove_run(out)
-        results, log = run_phases(config, corpus, plan, say)
-        return report.write(out, asdict(config), corpus, results, log)
+    with joined(config.parallel, config.device) as group:
+        corpus = data.load(config.data, config.context, sources.tokenizer(config.model))
+        out, plan = Path(config.out), phases(config)
+        with checkpoint.exclusive(out) if group.first else contextlib.nullcontext():
+            if restart and group.first:
+                checkpoint.remove_run(out)
+            results, log = run_phases(config, corpus, plan, say, group)
+            made = report.write(out, asdict(config), corpus, results, log) if group.first else {}
+            found: dict[str, Any] = group.gathered(made)[0]
+            return found
 
 
 def run_phases(
-    config: TrainConfig, corpus: data.Corpus, plan: list[Phase], say: Callable[[str], None] | None = None
-) -> tuple[list[dict[str, Any]], report.Log]:
+    config: TrainConfig, corpus: data.Corpus, plan: list[Phase], say: Callable[[str], None] | None = None,
+    group: Processes = _ALONE,
+) -> tuple[list[dict[str, Any]], report.Log]:  # fmt: skip
     """Run phases in order, which may be others than those of the configuration; one that is finished is not run again.
 
     Args:
@@ -103,6 +105,7 @@ def run_phases(
         corpus: the text.
         plan: each phase after the one that it starts from, unless that is finished.
         say: receives lines of text about the progress.
+        group: the processes that train together; this one alone if None.
 
     Returns:
         The result of each phase, and the log.
@@ -111,14 +114,27 @@ def run_phases(
         Interrupted: on SIGINT or SIGTERM, after a checkpoint.
     """
     out = Path(config.out)
-    _open_run(out, config, corpus)
-    log = report.Log(out / "log.jsonl")
-    with _Stop() as stop, report.Display(sum(phase.steps for phase in plan), say) as display:
-        run = _Run(config, corpus, log, display, stop)
+    if config.batch % group.size or config.batch // group.size < config.accumulate:
+        raise ConfigError(
+            f"--batch is {config.batch}, must be a multiple of the {group.size} processes, and at least --accumulate "
+            f"({config.accumulate}) times as many"
+        )
+    if group.first:
+        _open_run(out, config, corpus)
+    group.wait()
+    log = report.Log(out / "log.jsonl", group.first, out / "tensorboard" if config.tensorboard else None)
+    if not group.first:
+        say = _nothing
+    with Stop() as stop, report.Display(sum(phase.steps for phase in plan), say) as display:
+        run = Run(config, corpus, log, display, stop, group)
         results = [_finished(run, phase) or run_phase(run, phase) for phase in plan]
-        if stop.number:  # in the very last step: whoever called is asked to stop too
-            raise Interrupted(stop.number)
+        log.close()
+        run.stop_if_asked()  # in the very last step: whoever called is asked to stop too
         return results, log
+
+
+def _nothing(line: str) -> None:
+    """Say nothing."""
 
 
 def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:
@@ -128,8 +144,9 @@ def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:
     if path.exists():
         before = checkpoint.read_json(path)
         free = {entry.name for entry in fields(config) if entry.metadata["resumable"]}
+        defaults = {entry.name: entry.default for entry in fields(config)}  # of what an earlier version did not know
         for name in now.keys() - free:
-            if before.get(name) != now[name]:
+            if before.get(name, defaults.get(name)) != now[name]:
                 option = "the text of --data" if name == "data_sha256" else f"--{name.replace('_', '-')}"
                 raise ConfigError(
                     f"{option} is {now[name]}, but the run in {out} was started with {before.get(name)}; "
@@ -138,146 +155,183 @@ def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:
     checkpoint.write_json(path, now)
 
 
-class _Stop:
-    """SIGINT and SIGTERM as a flag that is read between steps; a second signal acts at once."""
+@dataclass(frozen=True)
+class Training:
+    """What the steps of a phase work on.
 
-    def __enter__(self) -> _Stop:
-        self.number: int | None = None
-        self._before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
+    Attributes:
+        run: what the phases share.
+        phase: the one.
+        model: bare, for whoever looks at its parameters.
+        wrapped: what is called in place of the model.
+        optimizer: its AdamW.
+        method: what makes gradients of passes.
+        guard: what notices the first bad step.
+    """
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        signal.signal(number, self._before[number])
+    run: Run
+    phase: Phase
+    model: nn.Module
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    method: Method
+    guard: Guard
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
-
-def run_phase(run: _Run, phase: Phase) -> dict[str, Any]:
-    """Train one phase to its end, from its last checkpoint if it has one, and return its result."""
-    if run.stop.number:
-        raise Interrupted(run.stop.number)
-    config, state_file = run.config, run.folder(phase.name) / "state.safetensors"
-    model = build_model(run, phase)
-    optimizer = build_optimizer(model, config, phase)
+def begin(run: Run, phase: Phase) -> Training:
+    """Build what a phase starts with, before any of its steps."""
+    model = build_model(run.config, phase, _seed(run.config.seed, "weights", 0))
+    wrapped = run.group.wrap(model)  # under FSDP2 parameters are others from here on
+    optimizer = build_optimizer(model, run.config, phase)
     method = phase.method.start(model, optimizer, phase.steps) if phase.bits is not None else QAT(model, False)
-    progress = _Progress(phase.first)
-    # With other bit widths than before a part at the constant rate may start elsewhere: its checkpoint is no use then.
-    if state_file.exists() and checkpoint.load(state_file)[1].get("first", phase.first) == phase.first:
-        progress = _restore(state_file, model, optimizer)
-        method.load_state_dict(progress.method)
-    elif phase.goes_on:
-        _restore(run.folder(str(phase.start)) / "state.safetensors", model, optimizer)
-    run.log.trim(phase.name, progress.step)
+    return Training(run, phase, model.train(), wrapped, optimizer, method, Guard(optimizer, run.config.device))
+
+
+def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
+    """Train one phase to its end, from its last state if it has one, and return its result."""
+    run.stop_if_asked()
+    config, training = run.config, begin(run, phase)
+    progress = _resumed(training)
     run.display.begin(phase.name, progress.step)
     windows = run.corpus.evaluation(config.eval_windows, config.context)
     if progress.step == 0:  # of a quantized phase this is round-to-nearest: nothing has been trained at this width
-        progress.start = _finite(evaluate(model, windows, config), {"phase": phase.name, "step": 0})
+        progress.start = progress.held_out = _held_out(training, windows, 0)
         run.log.add(phase=phase.name, step=0, held_out=progress.start)
-        _keep(run, phase, model, 0)
+        if config.keep_every is not None:
+            _keep(training, 0)
 
-    model.train()
     while progress.step < phase.steps:
         began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * phase.rate(progress.step)
-        draw = ("fp", phase.first + progress.step) if phase.bits is None else ("qat", progress.step)
-        torch.manual_seed(_seed(config.seed, *draw))
-        windows_of_step = run.corpus.batch(config.batch, config.context)
-        loss = method.gradient(lambda: accumulated(model, windows_of_step, optimizer, config))  # noqa: B023
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
-        method.after_step()
-
+        loss = take_step(training, progress.step)
         progress.step += 1
-        last = progress.step == phase.steps
+        last, stop = progress.step == phase.steps, run.group.any(run.stop.number or 0)
+        logged, evaluated, saved, kept = (
+            every is not None and progress.step % every == 0
+            for every in (config.log_every, config.eval_every, config.save_every, config.keep_every)
+        )
         entry = {"phase": phase.name, "step": progress.step}
-        if progress.step % config.log_every == 0 or last:  # waits for the device, so it belongs to the measured time
-            entry |= {"train": _finite(loss.item() / math.log(2), entry), "lr": optimizer.param_groups[0]["lr"]}
+        if (logged or evaluated or saved or kept or last or stop) and training.guard.found():  # waits for the device
+            raise _diverged(training)
+        if logged or last:  # waits too, so it belongs to the measured time
+            bits = loss.item() / math.log(2) / run.corpus.bytes_per_token
+            entry |= {"train": bits, "lr": training.optimizer.param_groups[0]["lr"]}
         progress.seconds += time.perf_counter() - began
 
         if phase.bits is not None and config.stats_every and progress.step % config.stats_every == 0:
-            entry |= method.log()
-        if progress.step % config.eval_every == 0 or last:
-            progress.held_out = _finite(evaluate(model, windows, config), entry)
+            entry |= run.group.means(training.method.log())
+        if evaluated or last:
+            progress.held_out = _held_out(training, windows, progress.step)
             entry |= {"held_out": progress.held_out}
         if len(entry) > 2:
             run.log.add(**entry)
         run.display.step(phase.name, entry, config.batch * config.context * progress.step / progress.seconds)
         if last:
             break
-        _keep(run, phase, model, progress.step)
-        if run.stop.number or progress.step % config.save_every == 0:
-            progress.method = method.state_dict()
-            checkpoint.save(state_file, _snapshot(model, optimizer), asdict(progress))
-        if run.stop.number:
-            raise Interrupted(run.stop.number)
-    return _finish(run, phase, model, optimizer, progress)
+        if kept:
+            _keep(training, progress.step)
+        if stop or saved:
+            _save(training, progress, config.keep_last)
+            run.stop_if_asked()
+    return _finish(training, progress)
 
 
-def accumulated(model: nn.Module, windows: Tensor, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Tensor:
+def take_step(training: Training, step: int) -> Tensor:
+    """Take a step, counted from 0, and return the loss at the weights before it, in nats."""
+    for group in training.optimizer.param_groups:
+        group["lr"] = group["peak"] * training.phase.rate(step)
+    loss = gradient(training, step)
+    norm = nn.utils.clip_grad_norm_(training.model.parameters(), training.run.config.clip)
+    training.guard.see(step + 1, loss, whole(norm))
+    training.optimizer.step()
+    training.method.after_step()
+    return loss
+
+
+def gradient(training: Training, step: int) -> Tensor:
+    """Leave the gradient of a step in ``.grad``, and return the loss over the whole batch, in nats."""
+    run, phase, config = training.run, training.phase, training.run.config
+    torch.manual_seed(_seed(config.seed, *(("fp", phase.first + step) if phase.bits is None else ("qat", step))))
+    windows = run.group.share(run.corpus.batch(config.batch, config.context))
+    loss: Tensor = training.method.gradient(
+        lambda: accumulated(training.wrapped, windows, training.optimizer, config, run.group)
+    )
+    return run.group.mean(loss)
+
+
+def accumulated(
+    model: nn.Module,
+    windows: Tensor,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    group: Processes = _ALONE,
+) -> Tensor:
     """Leave the gradient of the mean loss of the windows in ``.grad``, part by part, and return the loss."""
     optimizer.zero_grad()
     total = torch.zeros((), device=config.device)
-    for part in windows.chunk(config.accumulate):
-        loss = mean_loss(model, part, config) * (len(part) / len(windows))
-        loss.backward()
+    parts = windows.chunk(config.accumulate)
+    for i, part in enumerate(parts):
+        with group.synchronized(model, last=i == len(parts) - 1):
+            loss = mean_loss(model, part, config) * (len(part) / len(windows))
+            loss.backward()
         total += loss.detach()
     return total
 
 
 def mean_loss(model: nn.Module, windows: Tensor, config: TrainConfig) -> Tensor:
-    """Return the mean cross-entropy in nats of predicting each byte of the windows from those before it."""
+    """Return the mean cross-entropy in nats of predicting each token of the windows from those before it."""
     windows = windows.to(config.device)
     with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bfloat16"):
         logits = model(windows[:, :-1])
+    logits = getattr(logits, "logits", logits)  # transformers' models have more to say
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, windows: Tensor, config: TrainConfig) -> float:
-    """Return bits per byte on ``windows`` ``[count, context + 1]``; each window starts without context."""
+def evaluate(model: nn.Module, windows: Tensor, config: TrainConfig, group: Processes = _ALONE) -> float:
+    """Return bits per token on ``windows`` ``[count, context + 1]``; each window starts without context."""
     model.eval()
-    total = sum(mean_loss(model, part, config).item() * len(part) for part in windows.split(64))
+    own = group.share(windows)
+    total = sum(mean_loss(model, part, config).item() * len(part) for part in own.split(64) if len(part))
+    # FSDP2 gathers weights in every forward: whoever has fewer of them joins for nothing.
+    most = -(-len(windows) // group.size)
+    for _ in range(-(-most // 64) - -(-len(own) // 64)):
+        mean_loss(model, windows[:1], config)
     model.train()
-    return total / len(windows) / math.log(2)
+    return group.sums(total)[0] / len(windows) / math.log(2)
 
 
-def build_model(run: _Run, phase: Phase) -> nn.Module:
-    """Return a new model for the first phase, and for the others that of the phase they start from, quantized."""
-    torch.manual_seed(_seed(run.config.seed, "weights", 0))
-    model: nn.Module = Transformer(run.config.model)
-    if phase.start is not None:
-        trained, _ = checkpoint.load(run.folder(phase.start) / "model.safetensors")
-        model.load_state_dict(trained)
-    if phase.quantization is not None:
-        model = quantize_model(model, phase.quantization, exclude=EXCLUDED)
-    return model.to(run.config.device)
+def _held_out(training: Training, windows: Tensor, step: int) -> float:
+    run = training.run
+    value = evaluate(training.wrapped, windows, run.config, run.group) / run.corpus.bytes_per_token
+    if not math.isfinite(value):
+        raise DivergedError(
+            f"the held-out loss is {value} at step {step} of {training.phase.name}, though that of training is finite; "
+            f"{_ADVICE}; {_last_good(training)}"
+        )
+    return value
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig, phase: Phase) -> torch.optim.Optimizer:
-    """Return AdamW with a group for weight matrices, one for scales and zero points, and one for the rest.
+def _diverged(training: Training) -> DivergedError:
+    """Return the error of a step that was not finite, after running it again to find where that began."""
+    run, found = training.run, training.guard.found()
+    step, loss, norm = found or (0, math.nan, math.nan)
+    begins = run.group.gathered(origin(training.model, lambda: gradient(training, step - 1)))
+    where = next((name for name in begins if name is not None), None)
+    message = (
+        f"the loss is {loss:.4g} and the norm of its gradient {norm:.4g} at step {step} of {training.phase.name}; "
+        + (f"not finite first: {where}" if where else "run again it is finite")
+        + f"; {_ADVICE}; {_last_good(training)}"
+    )
+    run.log.add(phase=training.phase.name, step=step, note=message)
+    return DivergedError(message)
 
-    Only the first decays. Scales have a learning rate of their own: Adam moves every parameter by about the learning
-    rate, and a scale is a hundred times smaller than a row of weights is long.
-    """
-    weights: list[Tensor] = []
-    scales: list[Tensor] = []
-    rest: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        is_scale = name.endswith((".scale", ".zero_point"))
-        is_matrix = parameter.ndim >= 2 and not name.startswith("embedding")
-        (scales if is_scale else weights if is_matrix else rest).append(parameter)
-    groups = [
-        {"params": weights, "peak": phase.lr, "weight_decay": phase.weight_decay},
-        {"params": scales, "peak": config.scale_lr, "weight_decay": 0.0},
-        {"params": rest, "peak": phase.lr, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(config.beta1, config.beta2), fused=True)
+
+_ADVICE = "lower --lr (or --qat-lr and --scale-lr)"
+
+
+def _last_good(training: Training) -> str:
+    saved = states.newest_first(training.run.folder(training.phase.name))
+    return f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint of this phase yet"
 
 
 @dataclass
@@ -297,58 +351,77 @@ def _seed(seed: int, purpose: str, step: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {purpose} {step}".encode()).digest()[:8], "little", signed=True)
 
 
-def _finite(value: float, entry: dict[str, Any]) -> float:
-    if not math.isfinite(value):
-        raise DivergedError(
-            f"the loss is {value} at step {entry['step']} of {entry['phase']}; lower --lr (or --qat-lr and --scale-lr)"
-        )
-    return value
+def _resumed(training: Training) -> _Progress:
+    """Load the newest state that is whole, if there is one; one that is damaged is deleted, to be made again."""
+    run, phase, notes = training.run, training.phase, []
+    model, optimizer, group = training.model, training.optimizer, run.group
+    progress: _Progress | None = None
+    for path in states.newest_first(run.folder(phase.name)):
+        try:
+            # With other bit widths than before a part at the constant rate may start elsewhere: of no use then.
+            if states.header(path).get("first", phase.first) == phase.first:
+                progress = _Progress(**states.restore(path, model, optimizer, group))
+                break
+        except DamagedError as error:
+            notes.append(f"{error.what}: going on from the checkpoint before, or the start of {phase.name}")
+            run.display.note(notes[-1])
+        except TypeError as error:
+            raise CheckpointError(f"{path} is not a checkpoint that this version knows ({error})") from error
+        _delete(run, path)
+    if progress is None:
+        progress = _Progress(phase.first)
+        if phase.goes_on:
+            before = states.newest_first(run.folder(str(phase.start)))
+            if not before:
+                raise CheckpointError(f"{run.folder(str(phase.start))} holds no state that {phase.name} can go on from")
+            states.restore(before[0], model, optimizer, group)
+    run.log.trim(phase.name, progress.step)
+    for note in notes:
+        run.log.add(phase=phase.name, step=progress.step, note=note)
+    if progress.step:
+        training.method.load_state_dict(progress.method)
+    return progress
 
 
-def _snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return model and optimizer as one flat dictionary of tensors."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{name}.{key}"] = value
-    return tensors
+def _delete(run: Run, *paths: Path) -> None:
+    """Delete files that no process needs any more."""
+    run.group.wait()
+    if run.group.first:
+        for path in paths:
+            states.remove(path)
+    run.group.wait()
 
 
-def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> _Progress:
-    """Load what :func:`_snapshot` gave into a model and an optimizer that were just built."""
-    tensors, header = checkpoint.load(path)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    try:
-        model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
-        moments = {
-            i: {key: tensors[f"optimizer.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            for i, name in enumerate(order)
-            if f"optimizer.{name}.step" in tensors  # a parameter that has not moved yet has none
-        }
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        return _Progress(**header)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} does not fit this model ({error}); delete it to start that phase again"
-        ) from error
+def _save(training: Training, progress: _Progress, keep: int) -> None:
+    folder, group = training.run.folder(training.phase.name), training.run.group
+    progress.method = training.method.state_dict()
+    states.save(folder, progress.step, training.model, training.optimizer, asdict(progress), keep, group)
 
 
-def _finished(run: _Run, phase: Phase) -> dict[str, Any] | None:
-    """Return the result of a phase that an earlier call finished."""
-    path = run.folder(phase.name) / "config.json"
-    if not path.exists():
+def _finished(run: Run, phase: Phase) -> dict[str, Any] | None:
+    """Return the result of a phase that an earlier call finished, None if there is none or its files are damaged."""
+    folder = run.folder(phase.name)
+    marker, trained = folder / "config.json", folder / "model.safetensors"
+    if not marker.exists():
         return None
-    result: dict[str, Any] = checkpoint.read_json(path)["result"]
+    try:
+        result: dict[str, Any] = checkpoint.read_json(marker)["result"]
+        for path in (*([trained] if trained.exists() else ()), *states.newest_first(folder)):
+            states.verify(path, run.group)
+    except (DamagedError, KeyError) as error:
+        what = error.what if isinstance(error, DamagedError) else f"{marker} has no result"
+        run.display.note(f"{what}: training {phase.name} again")
+        run.log.add(phase=phase.name, step=0, note=f"{what}: training {phase.name} again")
+        _delete(run, marker)  # the model stays until it is replaced, and damaged states are found there again
+        return None
     run.display.begin(phase.name, phase.steps)
     return result
 
 
-def _finish(
-    run: _Run, phase: Phase, model: nn.Module, optimizer: torch.optim.Optimizer, progress: _Progress
-) -> dict[str, Any]:
+def _finish(training: Training, progress: _Progress) -> dict[str, Any]:
     """Write the trained model, then config.json, whose presence says that the phase is finished."""
-    folder = run.folder(phase.name)
+    run, phase, model = training.run, training.phase, training.model
+    folder, seconds = run.folder(phase.name), progress.seconds
     result = {
         "phase": phase.name,
         "bits": phase.bits,
@@ -357,51 +430,34 @@ def _finish(
         "steps": phase.steps,
         "start_bits_per_byte": progress.start,
         "bits_per_byte": progress.held_out,
-        "seconds": progress.seconds,
-        "tokens_per_second": run.config.batch * run.config.context * phase.steps / progress.seconds,
+        "seconds": seconds,
+        "tokens_per_second": run.config.batch * run.config.context * phase.steps / seconds if seconds else 0.0,
         **sizes(model),
     }
-    described = _described(run, phase, result)
-    checkpoint.save(folder / "model.safetensors", model.state_dict(), described)
+    about = described(run.config, phase, model, result)
+    _write_model(training, folder / "model.safetensors", about)
     if phase.kept:
-        checkpoint.save(folder / "state.safetensors", _snapshot(model, optimizer), asdict(progress))
-    checkpoint.write_json(folder / "config.json", described)
+        _save(training, progress, keep=1)
+    if run.group.first:
+        if tokenizer := sources.tokenizer(run.config.model):
+            checkpoint.write(folder / tokenizer.name, tokenizer.read_bytes())
+        checkpoint.write_json(folder / "config.json", about)
     if not phase.kept:
-        (folder / "state.safetensors").unlink(missing_ok=True)
+        _delete(run, *states.newest_first(folder))
+    run.group.wait()
     run.display.end(result)
     return result
 
 
-def _keep(run: _Run, phase: Phase, model: nn.Module, step: int) -> None:
-    """Write the model at this step, if it is one to keep, as a file that is like that of a finished phase."""
-    if run.config.keep_every is not None and step % run.config.keep_every == 0:
-        described = _described(
-            run, phase, {"phase": phase.name, "bits": phase.bits, "first": phase.first, "steps": step}
-        )
-        checkpoint.save(run.folder(phase.name) / f"step-{step:06d}.safetensors", model.state_dict(), described)
+def _write_model(training: Training, path: Path, about: dict[str, Any]) -> None:
+    tensors = {name: whole(tensor) for name, tensor in training.model.state_dict().items()}
+    if training.run.group.first:
+        checkpoint.save(path, tensors, about)
 
 
-def _described(run: _Run, phase: Phase, result: dict[str, Any]) -> dict[str, Any]:
-    """Return what is written beside a model."""
-    return {
-        "phase": phase.name,
-        "model": asdict(run.config.model),
-        "quantization": phase.quantization and phase.quantization.to_dict(),
-        "exclude": list(EXCLUDED),
-        "result": result,
-    }
-
-
-def sizes(model: nn.Module) -> dict[str, int]:
-    """Count parameters, and bytes once packed: codes at the grid's storage width, everything else in float32."""
-    layers = quantized_modules(model).values()
-    weights = sum(layer.weight.numel() for layer in layers)
-    scales = sum(layer.scale.numel() for layer in layers)
-    packed = 4 * scales + sum(-(-layer.weight.numel() * layer.grid.storage_bits // 8) for layer in layers)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return {
-        "parameters": total - scales,
-        "quantized_parameters": weights,
-        "quantized_bytes": packed,
-        "model_bytes": packed + 4 * (total - weights - scales),
-    }
+def _keep(training: Training, step: int) -> None:
+    """Write the model at this step as a file that is like that of a finished phase."""
+    run, phase = training.run, training.phase
+    result = {"phase": phase.name, "bits": phase.bits, "first": phase.first, "steps": step}
+    path = run.folder(phase.name) / f"step-{step:06d}.safetensors"
+    _write_model(training, path, described(run.config, phase, training.model, result))

@@ -11,13 +11,10 @@ from torch import nn
 
 from ..nn import QuantConfig
 from ..plan.formula import optimal_qat_fraction
+from . import sources
 from .config import OWN_DECAY, ConfigError, TrainConfig
 from .methods import MethodConfig
-from .model import Transformer
 from .schedules import classic, cosine, fused, split, wsd
-
-#: Layers that stay in full precision, as in the papers (embeddings and norms are no nn.Linear to begin with).
-EXCLUDED = ("lm_head",)
 
 
 @dataclass(frozen=True)
@@ -102,8 +99,9 @@ def steps_of(config: TrainConfig, bits: float) -> tuple[int, int]:
 def quantized_parameters(config: TrainConfig) -> int:
     """Return how many weights `quantize_model` will quantize, the N that the formula for the fraction is about."""
     with torch.device("meta"):
-        modules = Transformer(config.model).named_modules()
-    return sum(m.weight.numel() for name, m in modules if isinstance(m, nn.Linear) and name not in EXCLUDED)
+        model = sources.build(config.described)
+    kept = sources.excluded(model)
+    return sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in kept)
 
 
 def own_decay(config: TrainConfig, steps: int) -> Callable[[int], float]:

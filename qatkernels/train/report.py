@@ -21,15 +21,30 @@ from .plot import plot
 
 
 class Log:
-    """``log.jsonl``: one JSON object a line with the phase, the step, and whatever was measured there."""
+    """``log.jsonl``: one JSON object a line with the phase, the step, and whatever was measured there.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the file.
+        writes: whether this process is the one that writes it.
+        board: folder for the same in the files of TensorBoard, a run for each phase; None for none.
+    """
+
+    def __init__(self, path: Path, writes: bool = True, board: Path | None = None) -> None:
+        self.path, self.writes = path, writes
+        self._board = board
+        self._writer: Any = None
 
     def add(self, **entry: Any) -> None:
-        """Append one line."""
+        """Append one line; what is worth a sentence is a ``note``."""
+        if not self.writes:
+            return
         with checkpoint.explained("written", self.path), open(self.path, "a") as file:
             file.write(json.dumps(entry) + "\n")
+        if self._writer is not None:
+            for name, value in entry.items():
+                if isinstance(value, float):
+                    self._writer.add_scalar(name, value, entry["step"])
+            self._writer.flush()
 
     def entries(self) -> list[dict[str, Any]]:
         """Return every line; one that a kill cut short is left out."""
@@ -46,9 +61,22 @@ class Log:
         return found
 
     def trim(self, phase: str, step: int) -> None:
-        """Forget what a phase logged after the step of the checkpoint that it goes on from."""
-        kept = [e for e in self.entries() if e["phase"] != phase or (step > 0 and e["step"] <= step)]
+        """Forget what a phase logged after the step of the checkpoint that it goes on from, but for notes."""
+        if not self.writes:
+            return
+        kept = [e for e in self.entries() if e["phase"] != phase or "note" in e or (step > 0 and e["step"] <= step)]
         checkpoint.write(self.path, "".join(json.dumps(e) + "\n" for e in kept).encode())
+        if self._board is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.close()
+            with checkpoint.explained("written", self._board):
+                self._writer = SummaryWriter(str(self._board / phase), purge_step=step + 1 if step else 0)
+
+    def close(self) -> None:
+        """Finish TensorBoard's file."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 class Display:
@@ -86,11 +114,15 @@ class Display:
             self._say(f"{phase:<6} {step} steps were done before")
         self._bar.update(self._task, completed=self._done, description=phase)
 
+    def note(self, line: str) -> None:
+        """Say something that happens rarely."""
+        self._say(line)
+
     def step(self, phase: str, entry: dict[str, Any], rate: float) -> None:
         """Show one step: the log's entry and the tokens per second of the phase."""
         self._done, self._here = self._done + 1, self._here + 1
         left = (time.perf_counter() - self._began) / self._here * (self._total - self._done)
-        rest = f"{rate / 1000:.1f}k bytes/s, {_clock(left)} left"
+        rest = f"{rate / 1000:.1f}k tokens/s, {_clock(left)} left"
         if "held_out" in entry:
             self._held_out = f"{entry['held_out']:.3f} bits/byte held out, "
             if self._bar.disable:
@@ -103,7 +135,7 @@ class Display:
         before = "" if result["bits"] is None else f" (round-to-nearest {result['start_bits_per_byte']:.3f})"
         self._say(
             f"{result['phase']:<6} done: {result['bits_per_byte']:.3f} bits/byte held out{before}, "
-            f"{result['tokens_per_second'] / 1000:.1f}k bytes/s"
+            f"{result['tokens_per_second'] / 1000:.1f}k tokens/s"
         )
 
 
@@ -132,8 +164,8 @@ def write(out: Path, config: dict[str, Any], corpus: Corpus, results: list[dict[
         "text": {
             "source": corpus.source,
             "sha256": corpus.sha256,
-            "train_bytes": len(corpus.train),
-            "held_out_bytes": len(corpus.held_out),
+            "train_bytes": corpus.train_bytes,
+            "held_out_bytes": corpus.held_out_bytes,
             "train_files": len(corpus.train_files),
             "held_out_files": len(corpus.held_out_files),
         },

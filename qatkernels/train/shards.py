@@ -49,13 +49,13 @@ def local(name: str, module: Quantized) -> Part:
     if not isinstance(weight, DTensor):
         return Part(weight, plain(scale), None if zero_point is None else plain(zero_point))
     if scale.numel() == 1:
-        return Part(plain(weight), _gathered(scale), None if zero_point is None else _gathered(zero_point))
+        return Part(plain(weight), whole(scale), None if zero_point is None else whole(zero_point))
     sharded = {p.dim for p in weight.placements if isinstance(p, Shard)}
     same = isinstance(scale, DTensor) and scale.placements == weight.placements
     simple = all(isinstance(p, Replicate) or type(p) is Shard for p in weight.placements)
     # Equal chunks of columns are whole groups if the groups divide evenly.
-    whole = sharded <= {0} or (module.group_size is not None and scale.shape[1] % weight.device_mesh.size() == 0)
-    if not (same and simple and whole):
+    unbroken = sharded <= {0} or (module.group_size is not None and scale.shape[1] % weight.device_mesh.size() == 0)
+    if not (same and simple and unbroken):
         raise ValueError(
             f"{name} has a weight sharded as {weight.placements} and a scale as {getattr(scale, 'placements', None)}; "
             "rows (or groups) must be whole in each process: shard both along dimension 0, as fully_shard does"
@@ -74,7 +74,8 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _gathered(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
+    """Return a DTensor without its shards, and any other tensor as it is; all processes must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -17,13 +17,13 @@ from qatkernels.train.hf import SQuATTrainer, WinQCallback  # noqa: E402
 STEPS = 6
 
 
-def make_model():
+def make_model(bits=2):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=16, tie_word_embeddings=False,
     )  # fmt: skip
-    return quantize_model(transformers.LlamaForCausalLM(config), QuantConfig(bits=2), exclude="lm_head")
+    return quantize_model(transformers.LlamaForCausalLM(config), QuantConfig(bits=bits), exclude="lm_head")
 
 
 def dataset(size=8):
@@ -149,8 +149,9 @@ def test_accumulation_and_clipping(tmp_path):
             assert torch.equal(before[name], value) != (is_scale == (step % 2 == 1)), (step, name)
 
 
-def test_both_at_once(tmp_path):
-    callback, model = WinQCallback(reset_every=2, reset_weight=0.5, noise_std=1e-3), make_model()
+@pytest.mark.parametrize("bits", [2, 4], ids=["SEQ", "LSQ"])
+def test_both_at_once(tmp_path, bits):
+    callback, model = WinQCallback(reset_every=2, reset_weight=0.5, noise_std=1e-3), make_model(bits)
     trainer = train(SQuATTrainer, model, tmp_path, [callback], {"squat": {"target": "latent"}}, bf16=True)
     last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     assert {"winq/resets", "winq/flips", "squat/sharpness", "squat/distance"} <= set(last)

@@ -22,6 +22,7 @@ from qatkernels.train import (
     train,
 )
 from qatkernels.train.model import ModelConfig, Transformer
+from qatkernels.train.sources import EXCLUDED
 
 from .conftest import outcome
 
@@ -164,7 +165,7 @@ def test_models_are_kept_along_the_way(tiny: dict[str, Any], monkeypatch: pytest
 
     def stopping(path: Path, tensors: Any, header: Any = None) -> None:
         save(path, tensors, header)
-        if path.name == "state.safetensors":
+        if path.name.startswith("state-"):
             signal.raise_signal(signal.SIGTERM)
 
     train_config = TrainConfig(**{**tiny, "keep_every": 6})
@@ -195,19 +196,6 @@ def test_other_text_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
         run(tiny, data=str(text))
 
 
-def damage(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def test_damaged_checkpoint(tiny: dict[str, Any]) -> None:
-    run(tiny)
-    damage(Path(tiny["out"]) / "fp" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"fp/model\.safetensors is damaged"):
-        run(tiny, bits=(2, 1))
-
-
 def test_checkpoint_of_another_model(tiny: dict[str, Any]) -> None:
     state = Path(tiny["out"]) / "fp" / "state.safetensors"
     checkpoint.save(state, {"model.weight": torch.zeros(2)}, {"step": 3})
@@ -216,7 +204,7 @@ def test_checkpoint_of_another_model(tiny: dict[str, Any]) -> None:
 
 
 def test_divergence_is_named(tiny: dict[str, Any]) -> None:
-    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step \d+ of fp; lower --lr"):
+    with pytest.raises(DivergedError, match=r"the loss is .*(nan|inf) at step \d+ of fp; .*; lower --lr"):
         run(tiny, lr=1e30, clip=1e30)
 
 
@@ -261,7 +249,7 @@ def test_optimizer_groups(tiny: dict[str, Any]) -> None:
     from qatkernels.nn import QuantConfig, quantize_model
 
     config = TrainConfig(**tiny)
-    model = quantize_model(Transformer(config.model), QuantConfig(bits=2), exclude=loop.EXCLUDED)
+    model = quantize_model(Transformer(config.shape), QuantConfig(bits=2), exclude=EXCLUDED)
     phase = replace(loop.phases(config)[0], lr=0.25, weight_decay=0.5)
     weights, scales, rest = loop.build_optimizer(model, config, phase).param_groups
     names = {id(p): n for n, p in model.named_parameters()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from qatkernels import QuantConfig, quantize_model
-from qatkernels.train import ConfigError, Interrupted, TrainConfig, loop, train
+from qatkernels import QuantConfig, quantize_model, quantized_modules
+from qatkernels.train import ConfigError, Interrupted, TrainConfig, data, loop, train
 from qatkernels.train.methods import MethodConfig
+from qatkernels.train.model import Transformer
+from qatkernels.train.parallel import Processes
+from qatkernels.train.phases import phases
 
 from .conftest import outcome
 
@@ -96,7 +100,7 @@ def test_squat_and_plain_training_say_what_they_see(tiny: dict[str, Any]) -> Non
 def test_parts_of_a_batch_add_up(tiny: dict[str, Any]) -> None:
     config = TrainConfig(**tiny, accumulate=3).resolved()
     torch.manual_seed(0)
-    model = loop.Transformer(config.model)
+    model = Transformer(config.shape)
     windows = torch.randint(256, (8, config.context + 1))
     optimizer = torch.optim.SGD(model.parameters())
     loop.mean_loss(model, windows, config).backward()
@@ -105,6 +109,31 @@ def test_parts_of_a_batch_add_up(tiny: dict[str, Any]) -> None:
     torch.testing.assert_close(loss, loop.mean_loss(model, windows, config).detach())
     for a, p in zip(whole, (p for p in model.parameters() if p.grad is not None), strict=True):
         torch.testing.assert_close(p.grad, a, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", [{}, *WAYS.values()], ids=["qat", *WAYS])
+def test_between_steps_nothing_weight_sized_is_held(tiny: dict[str, Any], way: dict[str, Any]) -> None:
+    """Weights, two moments of each and gradients are all there is, whatever the method."""
+    run({**tiny, "qat_steps": 1})
+    config = TrainConfig(**{**tiny, **way}).resolved()
+    phase = phases(config)[1]
+    corpus = data.load(config.data, config.context)
+    before = {id(t) for t in tensors()}
+    training = loop.begin(loop.Run(config, corpus, None, None, None, Processes()), phase)  # type: ignore[arg-type]
+    for step in range(3):
+        loop.take_step(training, step)
+    known = [p.data for p in training.model.parameters()] + [p.grad for p in training.model.parameters()]
+    known += [value for state in training.optimizer.state.values() for value in state.values()]
+    storages = {t.untyped_storage().data_ptr() for t in known if t is not None}
+    others = [t for t in tensors() if id(t) not in before and t.untyped_storage().data_ptr() not in storages]
+    shapes = {module.weight.shape for module in quantized_modules(training.model).values()}
+    assert not [t.shape for t in others if t.shape in shapes]
+    assert [t for t in others if t.shape == training.model.cos.shape], "the search finds nothing at all"
+
+
+def tensors() -> list[torch.Tensor]:
+    gc.collect()
+    return [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
 
 
 def test_resets_by_default() -> None:

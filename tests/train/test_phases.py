@@ -14,6 +14,7 @@ from qatkernels.plan import ExtrapolationWarning, optimal_qat_fraction
 from qatkernels.train import ConfigError, Interrupted, TrainConfig, checkpoint, loop, train
 from qatkernels.train import phases as phases_module
 from qatkernels.train.phases import phases, quantized_parameters, steps_of
+from qatkernels.train.sources import EXCLUDED
 
 from .conftest import options
 
@@ -90,9 +91,9 @@ def test_each_phase_starts_from_the_right_checkpoint(tiny: dict[str, Any], sched
     windows = data.load(config.data, config.context).evaluation(config.eval_windows, config.context)
     rounded = {}
     for name in ("fp42",) if schedule == "fused" else ("fp34", "cooled42"):
-        model = Transformer(config.model)
+        model = Transformer(config.shape)
         model.load_state_dict(checkpoint.load(Path(config.out) / name / "model.safetensors")[0])
-        rounded[name] = loop.evaluate(quantize_model(model, QuantConfig(2), exclude=loop.EXCLUDED), windows, config)
+        rounded[name] = loop.evaluate(quantize_model(model, QuantConfig(2), exclude=EXCLUDED), windows, config)
     start = "fp42" if schedule == "fused" else "cooled42"
     assert report["rows"][0]["round_to_nearest"] == rounded.pop(start)
     assert report["rows"][0]["round_to_nearest"] not in rounded.values()

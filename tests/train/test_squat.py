@@ -268,8 +268,10 @@ class TestLoops:
                     for name, grad in grads_of(model).items():
                         torch.testing.assert_close(actual[name], grad, msg=f"{step} {target} {name}")
 
-    def test_together_with_winq(self):
-        model, x = make_model(), torch.randn(8, 16)
+    @pytest.mark.parametrize("config", [{}, {"bits": 2}, {"bits": 1}, {"bits": 3, "act_bits": 8}])
+    def test_together_with_winq(self, config):
+        """On LSQ's grid, SEQ's and signs, with activations quantized too."""
+        model, x = make_model(**config), torch.randn(8, 16)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         winq = WinQ(model, reset_every=2, reset_weight=0.4, noise_std=1e-3, two_sided=True)
         squat = SQuAT(model)

@@ -1,0 +1,80 @@
+"""What a phase trains: its model, its optimizer, and what is written about them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import quantize_model, quantized_modules
+from . import checkpoint, sources
+from .config import TrainConfig
+from .phases import Phase
+
+
+def build_model(config: TrainConfig, phase: Phase, seed: int) -> nn.Module:
+    """Return the initial model for the first phase, and for the others that of the phase they start from, quantized.
+
+    Raises:
+        CheckpointError: if the weights that it starts from cannot be read, or are of another model.
+    """
+    torch.manual_seed(seed)
+    model = sources.build(config.described)
+    if phase.start is not None:
+        start = Path(config.out) / phase.start / "model.safetensors"
+        sources.fill(model, checkpoint.load(start)[0], str(start))
+    elif (weights := sources.initial_weights(config.model)) is not None:
+        sources.fill(model, weights, config.model)
+    if phase.quantization is not None:
+        model = quantize_model(model, phase.quantization, exclude=sources.excluded(model))
+    return model.to(config.device)
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig, phase: Phase) -> torch.optim.Optimizer:
+    """Return AdamW with a group for weight matrices, one for scales and zero points, and one for the rest.
+
+    Only the first decays. Scales have a learning rate of their own: Adam moves every parameter by about the learning
+    rate, and a scale is a hundred times smaller than a row of weights is long.
+    """
+    weights: list[Tensor] = []
+    scales: list[Tensor] = []
+    rest: list[Tensor] = []
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    for name, parameter in model.named_parameters():
+        is_scale = name.endswith((".scale", ".zero_point"))
+        is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+        (scales if is_scale else weights if is_matrix else rest).append(parameter)
+    groups = [
+        {"params": weights, "peak": phase.lr, "weight_decay": phase.weight_decay},
+        {"params": scales, "peak": config.scale_lr, "weight_decay": 0.0},
+        {"params": rest, "peak": phase.lr, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(config.beta1, config.beta2), fused=True)
+
+
+def described(config: TrainConfig, phase: Phase, model: nn.Module, result: dict[str, Any]) -> dict[str, Any]:
+    """Return what is written beside a model."""
+    return {
+        "phase": phase.name,
+        "model": config.described,
+        "quantization": phase.quantization and phase.quantization.to_dict(),
+        "exclude": list(sources.excluded(model)),
+        "result": result,
+    }
+
+
+def sizes(model: nn.Module) -> dict[str, int]:
+    """Count parameters, and bytes once packed: codes at the grid's storage width, everything else in float32."""
+    layers = quantized_modules(model).values()
+    weights = sum(layer.weight.numel() for layer in layers)
+    scales = sum(layer.scale.numel() for layer in layers)
+    packed = 4 * scales + sum(-(-layer.weight.numel() * layer.grid.storage_bits // 8) for layer in layers)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "parameters": total - scales,
+        "quantized_parameters": weights,
+        "quantized_bytes": packed,
+        "model_bytes": packed + 4 * (total - weights - scales),
+    }

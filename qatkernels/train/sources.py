@@ -1,0 +1,151 @@
+"""Which model a run trains: the demo's, one that an earlier run left, or one of transformers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..files import CheckpointError, header, load, read_json
+from .model import ModelConfig, Transformer
+
+#: The model that ``--model`` names unless it is a path.
+DEMO = "demo"
+#: Layers of the demo's model that stay in full precision, as in the papers.
+EXCLUDED = ("lm_head",)
+
+
+def describe(model: str, shape: ModelConfig) -> dict[str, Any]:
+    """Return the values that a model is built from, as they are written beside its weights.
+
+    Args:
+        model: ``--model``: ``demo``; a folder or file that `qatkernels train` left; a folder with the ``config.json``
+            of a causal language model of transformers, and perhaps its weights, or that file alone.
+        shape: of the demo's model.
+
+    Returns:
+        The fields of :class:`ModelConfig`, or ``transformers`` with the fields of a configuration of transformers.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    if model == DEMO:
+        return asdict(shape)
+    path = Path(model)
+    try:
+        if path.suffix == ".safetensors":
+            found = header(path)
+        else:
+            found = read_json(path / "config.json" if path.is_dir() else path)
+    except CheckpointError as error:
+        raise ValueError(f"--model is {model}, must be {DEMO}, or hold a model: {error}") from error
+    if "model_type" in found:
+        return {"transformers": found}
+    ours = found.get("model")
+    if not isinstance(ours, dict):
+        raise ValueError(
+            f"--model is {model}, which holds neither a model of `qatkernels train` nor one of transformers"
+        )
+    if "transformers" in ours:
+        return ours
+    return {**ours, "context": shape.context}  # rotary positions: nothing in the weights depends on it
+
+
+def build(described: dict[str, Any]) -> nn.Module:
+    """Return a new model of the kind that :func:`describe` told, its weights drawn from torch's generator.
+
+    Raises:
+        ValueError: if it is none that can be built here.
+    """
+    if "transformers" not in described:
+        return Transformer(ModelConfig(**described))
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise ValueError(f"a model of transformers needs `pip install qatkernels[hf]` ({error})") from error
+    settings = {key: value for key, value in described["transformers"].items() if key != "dtype"}
+    config = AutoConfig.for_model(**settings)
+    config.use_cache = False
+    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
+
+
+def initial_weights(model: str) -> dict[str, Tensor] | None:
+    """Return the weights that training starts from, None if they are to be drawn.
+
+    A model that was quantized gives its full-precision master weights, without the scales.
+
+    Raises:
+        CheckpointError: if they cannot be read.
+    """
+    path = Path(model)
+    if model == DEMO or (path.is_file() and path.suffix != ".safetensors"):
+        return None
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if path.is_dir() and "phase" in read_json(path / "config.json"):
+        files = [path / "model.safetensors"]
+    if not files:
+        return None
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= load(file)[0] if "header" in _metadata(file) else _foreign(file)
+    scales = (".scale", ".zero_point")
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items() if not name.endswith(scales)}
+
+
+def fill(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """Load weights by name; those that are tied to another may be missing.
+
+    Raises:
+        CheckpointError: if they are not this model's.
+    """
+    tied = {id(p): name for name, p in model.named_parameters()}
+    own = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    twins = {name for name, p in own.items() if tied[id(p)] != name}
+    try:
+        found = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{where} does not fit the model: {' '.join(str(error).split())}") from error
+    missing = set(found.missing_keys) - twins
+    if missing or found.unexpected_keys:
+        name = sorted(missing or found.unexpected_keys)[0]
+        raise CheckpointError(f"{where} does not fit the model: {'it has no' if missing else 'it has a'} {name}")
+
+
+def excluded(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the linear layers that stay in full precision: the one that makes the logits."""
+    if isinstance(model, Transformer):
+        return EXCLUDED
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return tuple(name for name, module in model.named_modules() if module is head)
+
+
+def limits(described: dict[str, Any]) -> tuple[int, int | None]:
+    """Return the size of a model's vocabulary, and the longest sequence if there is one."""
+    if "transformers" not in described:
+        return int(described["vocab"]), int(described["context"])
+    settings = described["transformers"]
+    return int(settings.get("vocab_size", 0)), settings.get("max_position_embeddings") or settings.get("n_positions")
+
+
+def tokenizer(model: str) -> Path | None:
+    """Return the file of the tokenizer that lies beside a model of transformers; without one tokens are bytes."""
+    file = Path(model) / "tokenizer.json"
+    return file if model != DEMO and file.is_file() else None
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    with open(file, "rb") as content:
+        size = int.from_bytes(content.read(8), "little")
+        found: dict[str, Any] = json.loads(content.read(size)).get("__metadata__", {})
+    return found
+
+
+def _foreign(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
