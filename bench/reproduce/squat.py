@@ -1,0 +1,294 @@
+"""SQuAT against LSQ on a BERT that tells good reviews from bad ones: ``python -m bench.reproduce.squat``.
+
+MiniLM-L6 is fine-tuned in full precision, and from there by QAT at each width with 8-bit activations: with LSQ, with
+SQuAT for as many steps, and with LSQ for twice as many, which costs what SQuAT does. Learning rate and rho are chosen
+on seed 0 by the validation sentences; accuracy is reported of the test sentences, on the other seeds. Beforehand, once:
+``python -m bench.reproduce.fetch``. Finished trainings are never run again: run the same command again to go on.
+
+    <out>/seed<n>/<training>.json    what was measured
+    <out>/seed<n>/fp.safetensors     what QAT starts from
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, logging
+
+from qatkernels import QuantConfig, quantize_model
+from qatkernels.hessian import HessianOperator, sharpness, spectrum
+from qatkernels.train import SQuAT, checkpoint
+from qatkernels.train.schedules import cosine
+
+from ..machine import cpu_model, git_state, versions
+
+
+class Sentences(NamedTuple):
+    """Tokens of each sentence, and whether its rating is positive."""
+
+    tokens: list[list[int]]
+    labels: list[int]
+
+
+class Split(NamedTuple):
+    """Sentences by the last digit of their number: 0 and 1 test, 2 validation, the rest training."""
+
+    train: Sentences
+    validation: Sentences
+    test: Sentences
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A study.
+
+    Attributes:
+        epochs: of fine-tuning, and of QAT.
+        fp_lr: peak learning rate of fine-tuning.
+        lrs: learning rates of QAT to choose from.
+        rhos: radii to choose from.
+        choice: the width that both are chosen at.
+        longest: tokens that a sentence is cut to.
+        flatness: training sentences that sharpness and the largest eigenvalue are measured on.
+        lanczos: Lanczos steps.
+    """
+
+    epochs: tuple[int, int] = (3, 2)
+    fp_lr: float = 5e-5
+    lrs: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
+    rhos: tuple[float, ...] = (0.05, 0.15, 0.5)
+    bits: tuple[int, ...] = (2, 3, 4)
+    choice: int = 2
+    seeds: tuple[int, ...] = (1, 2, 3)
+    batch: int = 32
+    longest: int = 48
+    flatness: int = 64
+    lanczos: int = 20
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    precision: str = "bfloat16"
+
+
+PRESETS = {"cpu": Preset(), "test": Preset((1, 1), lrs=(1e-3,), rhos=(0.05, 0.1), bits=(2,), seeds=(1,), batch=4,
+                                           longest=12, flatness=8, lanczos=3, precision="float32")}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training; ``bits`` None is the fine-tuning, ``rho`` None is LSQ."""
+
+    seed: int
+    bits: int | None
+    epochs: int
+    lr: float
+    rho: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of its file."""
+        if self.bits is None:
+            return "fp"
+        return f"w{self.bits}-{self.epochs}-{self.lr:g}" + ("" if self.rho is None else f"-squat-{self.rho:g}")
+
+
+def read(folder: Path, longest: int) -> Split:
+    """Return the sentences, without those that are rated 0."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    parts: tuple[list[tuple[str, int]], ...] = ([], [], [])
+    for line in (folder / "reviews.tsv").read_text(encoding="utf-8").splitlines():
+        number, rating, text = line.split("\t")
+        if float(rating):
+            parts[{"0": 2, "1": 2, "2": 1}.get(number[-1], 0)].append((text, int(float(rating) > 0)))
+    return Split(*(
+        Sentences(tokenizer([x for x, _ in part], truncation=True, max_length=longest)["input_ids"],
+                  [y for _, y in part]) for part in parts
+    ))  # fmt: skip
+
+
+def padded(sentences: Sentences, picked: Sequence[int]) -> dict[str, Tensor]:
+    """Return a batch as a BERT takes it."""
+    rows = [torch.tensor(sentences.tokens[i]) for i in picked]
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return {"input_ids": tokens, "attention_mask": mask, "labels": torch.tensor([sentences.labels[i] for i in picked])}
+
+
+def batches(sentences: Sentences, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Yield an epoch in random order; sentences of similar length meet, within sixteen batches."""
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for chunk in torch.randperm(len(sentences.labels), generator=draw).split(16 * size):
+        order = sorted(chunk.tolist(), key=lambda i: len(sentences.tokens[i]))
+        found += [order[i : i + size] for i in range(0, len(order), size)]
+    for i in torch.randperm(len(found), generator=draw).tolist():
+        yield padded(sentences, found[i])
+
+
+def in_order(sentences: Sentences, size: int) -> Iterator[dict[str, Tensor]]:
+    """Yield all sentences by length."""
+    order = sorted(range(len(sentences.labels)), key=lambda i: len(sentences.tokens[i]))
+    for i in range(0, len(order), size):
+        yield padded(sentences, order[i : i + size])
+
+
+def build(folder: Path, seed: int, t: Training, start: Path) -> nn.Module:
+    """Return the model that a training starts with; embeddings are frozen, and stay in full precision."""
+    torch.manual_seed(seed)
+    config = BertConfig.from_pretrained(folder / "model", num_labels=2, attn_implementation="eager")
+    logging.set_verbosity_error()  # that the classifier is new
+    model: nn.Module = BertForSequenceClassification.from_pretrained(folder / "model", config=config)
+    model.bert.embeddings.requires_grad_(False)  # type: ignore[union-attr]
+    if t.bits is not None:
+        tensors, _ = checkpoint.load(start)
+        model.load_state_dict(tensors)
+        quantize_model(model, QuantConfig(t.bits, "lsq", per_tensor=True, act_bits=8), exclude="classifier")
+    return model
+
+
+def fit(model: nn.Module, t: Training, p: Preset, train: Sentences) -> tuple[float, float]:
+    """Train, and return the seconds and the last epoch's mean loss."""
+    groups: dict[float, list[Tensor]] = {p.weight_decay: [], 0.0: []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[p.weight_decay if parameter.ndim == 2 else 0.0].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": params, "weight_decay": decay} for decay, params in groups.items()], lr=t.lr, fused=True
+    )
+    squat = None if t.rho is None else SQuAT(model, optimizer, rho=t.rho)
+    steps = t.epochs * -(-len(train.labels) // p.batch)
+    warmup = round(p.warmup * steps)
+    began, step, total = time.perf_counter(), 0, 0.0
+    for epoch in range(t.epochs):
+        total = 0.0
+        for batch in batches(train, p.batch, 1000 * t.seed + epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = t.lr * cosine(step, steps, warmup)
+
+            def closure(batch: dict[str, Tensor] = batch) -> Tensor:
+                optimizer.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16, enabled=p.precision == "bfloat16"):
+                    logits = model(batch["input_ids"], batch["attention_mask"]).logits
+                loss = nn.functional.cross_entropy(logits.float(), batch["labels"])
+                loss.backward()  # type: ignore[no-untyped-call]
+                return loss
+
+            loss = closure() if squat is None else squat.gradient(closure)
+            nn.utils.clip_grad_norm_(model.parameters(), p.clip)
+            optimizer.step()
+            total, step = total + loss.item(), step + 1
+    return time.perf_counter() - began, total * t.epochs / steps
+
+
+@torch.no_grad()
+def scored(model: nn.Module, sentences: Sentences) -> dict[str, float]:
+    """Return accuracy and mean loss."""
+    right = loss = 0.0
+    for batch in in_order(sentences, 64):
+        logits = model(batch["input_ids"], batch["attention_mask"]).logits
+        right += (logits.argmax(1) == batch["labels"]).sum().item()
+        loss += nn.functional.cross_entropy(logits, batch["labels"], reduction="sum").item()
+    return {"accuracy": right / len(sentences.labels), "loss": loss / len(sentences.labels)}
+
+
+def flat(model: nn.Module, p: Preset, train: Sentences) -> dict[str, float]:
+    """Return sharpness and the largest eigenvalue at the quantized weights, on the first training sentences.
+
+    The eigenvalue is the largest Ritz value of a Lanczos process: from below, and close, since it is an outlier.
+    """
+    batch = padded(train, range(p.flatness))
+
+    def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits = model(batch["input_ids"], batch["attention_mask"]).logits
+        return nn.functional.cross_entropy(logits, batch["labels"])
+
+    def rise(rho: float) -> float:
+        return sharpness(model, lambda: loss_of(model, batch), rho, target="quantized").value
+
+    found = spectrum(HessianOperator(model, loss_of, [batch]), probes=1, steps=p.lanczos)
+    return {"sharpness": rise(0.05), "sharpness at 0.5": rise(0.5), "lambda_max": found.lambda_max}
+
+
+def run(t: Training, p: Preset, folder: Path, out: Path, data: Split) -> dict[str, Any]:
+    """Return what a training led to; trained now if it is not there."""
+    path = out / f"seed{t.seed}" / f"{t.name}.json"
+    if path.exists():
+        found: dict[str, Any] = checkpoint.read_json(path)
+        return found
+    start = path.with_name("fp.safetensors")
+    model = build(folder, t.seed, t, start).train()
+    seconds, loss = fit(model, t, p, data.train)
+    model.eval()
+    result = {
+        **asdict(t), "seconds": round(seconds, 1), "train_loss": loss, "validation": scored(model, data.validation),
+        "test": scored(model, data.test),
+    }  # fmt: skip
+    if t.bits is None:
+        checkpoint.save(start, model.state_dict(), {"seed": t.seed})
+    elif t.seed:
+        result |= flat(model, p, data.train)
+    checkpoint.write_json(path, result)
+    print(f"seed {t.seed}, {t.name}: {result['test']['accuracy']:.4f} ({seconds:.0f} s)", flush=True)
+    return result
+
+
+def best(tried: Sequence[Training], trained: Callable[[Training], dict[str, Any]]) -> Training:
+    """Return the training that is right about most validation sentences; of two the one with the lower loss."""
+
+    def merit(t: Training) -> tuple[float, float]:
+        found = trained(t)["validation"]
+        return found["accuracy"], -found["loss"]
+
+    return max(tried, key=merit)
+
+
+def study(p: Preset, trained: Callable[[Training], dict[str, Any]]) -> dict[str, Any]:
+    """Run everything, and return what was chosen."""
+    fp = Training(0, None, p.epochs[0], p.fp_lr)
+    trained(fp)
+    plain = best([Training(0, p.choice, p.epochs[1], lr) for lr in p.lrs], trained)
+    squat = best([replace(plain, rho=rho) for rho in p.rhos], trained)
+    for seed in p.seeds:
+        trained(replace(fp, seed=seed))
+    for bits in p.bits:
+        for seed in p.seeds:
+            base = replace(plain, seed=seed, bits=bits)
+            for t in (base, replace(base, rho=squat.rho), replace(base, epochs=2 * base.epochs)):
+                trained(t)
+    return {"lr": plain.lr, "rho": squat.rho}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run or go on with the study."""
+    parser = argparse.ArgumentParser(prog="python -m bench.reproduce.squat", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--data", type=Path, default=Path("runs/minilm"), help="folder of bench.reproduce.fetch")
+    parser.add_argument("--out", type=Path, help="working folder (default: runs/squat-<preset>)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (results depend on it in the last bits)")
+    options = parser.parse_args(argv)
+    if not (options.data / "reviews.tsv").exists():
+        parser.error(f"--data {options.data} has no reviews.tsv: python -m bench.reproduce.fetch --out {options.data}")
+    torch.set_num_threads(options.threads)
+    p, out = PRESETS[options.preset], options.out or Path("runs") / f"squat-{options.preset}"
+    with checkpoint.exclusive(out):
+        data = read(options.data, p.longest)
+        chosen = study(p, lambda t: run(t, p, options.data, out, data))
+        checkpoint.write_json(out / "study.json", {
+            "device": cpu_model(), "threads": options.threads, "versions": versions(), "git": git_state(),
+            "preset": asdict(p), "chosen": chosen, "sentences": {k: len(v.labels) for k, v in data._asdict().items()},
+        })  # fmt: skip
+    print(f"{out}; now python -m bench.reproduce.squat_report --study {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
