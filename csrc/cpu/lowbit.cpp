@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -246,10 +247,11 @@ void lowbit_multiply(const LowbitLinear& call, void* memory, const Expert* exper
   constexpr decltype(&multiply_fours) paths[] = {multiply_float, multiply_pairs, multiply_fours};
   const auto multiply = paths[static_cast<int>(activations.path)];
   const int64_t panels = (call.rows + kPanel - 1) / kPanel;
-  std::vector<float> sums(kLines * kPanel + 16);
-  std::vector<char> scratch(activations.path == Path::kFloat ? 0 : scratch_bytes(call) + 64);
-  float* const at = reinterpret_cast<float*>(aligned(reinterpret_cast<int64_t>(sums.data())));
-  void* const aside = reinterpret_cast<void*>(aligned(reinterpret_cast<int64_t>(scratch.data())));
+  const int64_t lines = std::min(kLines, call.tokens * activations.digits);
+  const std::unique_ptr<float[]> sums(new float[lines * kPanel + 16]);  // filled by multiply
+  const std::unique_ptr<char[]> scratch(new char[activations.path == Path::kFloat ? 0 : scratch_bytes(call) + 64]);
+  float* const at = reinterpret_cast<float*>(aligned(reinterpret_cast<int64_t>(sums.get())));
+  void* const aside = reinterpret_cast<void*>(aligned(reinterpret_cast<int64_t>(scratch.get())));
   for (int64_t unit = begin; unit < end; ++unit) {
     const Expert& expert = experts[unit / panels];
     const int64_t feature = unit % panels * kPanel, rows = std::min(kPanel, call.rows - feature);

@@ -227,6 +227,7 @@ void multiply_rows(const Block& b, float* sums, float* scratch) {
 #pragma GCC unroll 4
         for (int t = 0; t < Lines; ++t) acc[i][t] = Kind::zero();
       const int64_t first_group = c * codes / size;
+      const auto in_row = static_cast<__mmask16>(in_chunk & first_lanes(groups - first_group));
       for (const int64_t last = std::min(chunks, c + group_chunks); c < last; ++c) {
         const __mmask64 valid = first_bytes(std::min(bytes, stride - c * bytes));
         __m512i words[kRows];
@@ -253,7 +254,7 @@ void multiply_rows(const Block& b, float* sums, float* scratch) {
       for (int i = 0; i < kRows; ++i) {
         const __m512 s = chunk_groups == 1
                              ? _mm512_set1_ps(scale[i][first_group])
-                             : _mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(in_chunk, scale[i] + first_group));
+                             : _mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(in_row, scale[i] + first_group));
 #pragma GCC unroll 4
         for (int t = 0; t < Lines; ++t) total[i][t] = _mm512_fmadd_ps(s, Kind::number(acc[i][t]), total[i][t]);
       }

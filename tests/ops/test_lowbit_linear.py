@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -140,6 +141,25 @@ def test_what_is_not_finite_stays_in_its_token(grid, act_bits, bad):
             assert act_bits is None or y[0].isnan().all(), backend
             assert_within(y[1:], expected[1:], bound[1:], backend)
             assert (y[1] == 0).all(), backend
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("grid", [qk.binary(), qk.ternary(), qk.seq(2), qk.lsq(3), qk.lsq(4)], ids=lambda g: g.scheme)
+def test_a_scale_that_is_not_finite_stays_in_its_row(grid, act_bits):
+    """Also where a row ends within the columns that are multiplied at once."""
+    others = torch.arange(9) != 4
+    for dtype, (cols, size) in product((torch.float32, torch.bfloat16), ((64, 32), (96, 32), (192, 64))):
+        weight = scaled_weight(grid, (9, cols), size)
+        scale = weight.scale.clone()
+        scale[4] = torch.nan
+        for tokens in (1, 3, 40):
+            x = activations((tokens, cols), dtype)
+            args, *_ = Case("", replace(weight, scale=scale), x, act_bits=act_bits).call("lowbit_linear")
+            expected, bound = expected_linear(x, weight, act_bits=act_bits)
+            for backend, impl, device in implementations("lowbit_linear"):
+                y = run_out("lowbit_linear", impl, _to(args, device))[0].cpu()
+                assert y[:, 4].isnan().all(), backend
+                assert_within(y[:, others], expected[:, others], bound[:, others], f"{backend} {cols} {tokens}")
 
 
 def test_large_activations_do_not_overflow_between():
