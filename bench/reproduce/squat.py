@@ -61,10 +61,10 @@ class Preset:
         lanczos: Lanczos steps.
     """
 
-    epochs: tuple[int, int] = (3, 2)
+    epochs: tuple[int, int] = (3, 1)
     fp_lr: float = 5e-5
-    lrs: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
-    rhos: tuple[float, ...] = (0.05, 0.15, 0.5)
+    lrs: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
+    rhos: tuple[float, ...] = (0.05, 0.2, 0.8)
     bits: tuple[int, ...] = (2, 3, 4)
     choice: int = 2
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -150,7 +150,7 @@ def build(folder: Path, seed: int, t: Training, start: Path) -> nn.Module:
     if t.bits is not None:
         tensors, _ = checkpoint.load(start)
         model.load_state_dict(tensors)
-        quantize_model(model, QuantConfig(t.bits, "lsq", per_tensor=True, act_bits=8), exclude="classifier")
+        quantize_model(model, QuantConfig(t.bits, "lsq", act_bits=8), exclude="classifier")
     return model
 
 
