@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.reproduce import winq, winq_report
+from bench.reproduce import winq, winq_report, winq_why
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +79,33 @@ def test_steps_to_a_loss() -> None:
     assert winq_report.reached(curve, 1.6) == 25
     assert winq_report.reached(curve, 3.5) == 0
     assert winq_report.reached(curve, 0.5) is None
+
+
+@pytest.fixture(scope="module")
+def why(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished study of what decides, of three questions."""
+    folder = tmp_path_factory.mktemp("why")
+    (folder / "text.txt").write_text("".join(f"{n} and {n + 1} are {2 * n + 1}\n" for n in range(900)))
+    asked = [t for t in winq_why.TRIALS if t.question in ("plain", "schedule") or t == winq_why.Trial("when", 0.5)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winq_why, "TRIALS", tuple(asked))
+        command = ["--preset", "test", "--out", str(folder / "out"), "--data", str(folder / "text.txt")]
+        assert winq_why.main([*command, "--minutes", "0"]) == 3
+        assert winq_why.main(command) == 0
+    return folder / "out"
+
+
+def test_a_reset_changes_no_loss_where_it_is_and_what_comes_after(why: Path) -> None:
+    trials = {x["name"]: x for x in json.loads((why / "why.json").read_text())["trials"]}
+    plain, reset = (dict(trials[name]["curves"]["held_out"]) for name in ("cosine-plain", "cosine-reset50-0.4"))
+    assert all(plain[step] == reset[step] for step in (0, 2, 4))
+    assert plain[8] != reset[8]
+    assert trials["wsd-plain"]["curves"]["held_out"] != trials["cosine-plain"]["curves"]["held_out"]
+    away = {name: dict(x["curves"]["distance"]) for name, x in trials.items()}
+    assert away["cosine-reset50-0.4"][4] == pytest.approx(0.6 * away["cosine-plain"][4], rel=1e-4)
+
+
+def test_a_reset_changes_no_eigenvalue(why: Path) -> None:
+    before, after, *_ = json.loads((why / "spectra" / "report.json").read_text())["checkpoints"]
+    for name in ("lambda_min", "lambda_max"):
+        assert before["spectrum"][name] == pytest.approx(after["spectrum"][name], rel=1e-4)
