@@ -85,8 +85,8 @@ def _loop(settings: Settings, precision: str) -> Iterator[Case]:
     shape, product = (config.width, config.width), torch.bfloat16 if precision == "bfloat16" else torch.float32
     yield Case(
         "step of the training loop", shape, torch.float32, calls, (), (), 4 * bytes_of(*parameters),
-        flops=6 * tokens * features, product_dtype=product, variant=f"demo model, {tokens} tokens, {precision}",
-        **common,
+        flops=6 * tokens * features, product_dtype=product, memory=True,
+        variant=f"demo model, {tokens} tokens, {precision}", **common,
     )  # fmt: skip
     if precision == "float32":
         assert isinstance(winq.method, WinQ)
@@ -152,7 +152,8 @@ def _step(p: Problem) -> Case:
     return Case(
         f"step of the {p.name}", p.shape, p.dtype, calls, (), (), 4 * bytes_of(*parameters),
         flops=6 * p.tokens * features, product_dtype=torch.bfloat16 if p.autocast else p.dtype, grid="seq2",
-        granularity="per row", variant=f"{p.tokens} tokens" + (", autocast to bfloat16" if p.autocast else ""),
+        granularity="per row", memory=True,
+        variant=f"{p.tokens} tokens" + (", autocast to bfloat16" if p.autocast else ""),
     )  # fmt: skip
 
 
