@@ -88,7 +88,7 @@ PRESETS = {
             Part((1, 2, 3), (1, 2), (None,), _VARIANTS, 1200),
             Part((1, 2, 3), (1.58, 3), (None,), _VARIANTS, 1200),
             Part((1, 2, 3), (1, 1.58, 2, 3), (8,), _VARIANTS, 1200),
-            Part((1, 2, 3), (1,), (None,), ("base", "both", "early"), 6000),
+            Part((1, 2, 3), (1,), (None,), ("base", "both", "early"), 4000),
         ),
     ),
     # 57 million parameters, 65,536 bytes a step: give it --data of some billion bytes. Not run yet.
