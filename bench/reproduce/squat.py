@@ -64,7 +64,7 @@ class Preset:
     epochs: tuple[int, int] = (3, 1)
     fp_lr: float = 5e-5
     lrs: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
-    rhos: tuple[float, ...] = (0.05, 0.2, 0.8)
+    rhos: tuple[float, ...] = (0.002, 0.01, 0.05)
     bits: tuple[int, ...] = (2, 3, 4)
     choice: int = 2
     seeds: tuple[int, ...] = (1, 2, 3)

@@ -146,10 +146,10 @@ def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:
         free = {entry.name for entry in fields(config) if entry.metadata["resumable"]}
         defaults = {entry.name: entry.default for entry in fields(config)}  # of what an earlier version did not know
         for name in now.keys() - free:
-            if before.get(name, defaults.get(name)) != now[name]:
+            if (was := before.get(name, defaults.get(name))) != now[name]:
                 option = "the text of --data" if name == "data_sha256" else f"--{name.replace('_', '-')}"
                 raise ConfigError(
-                    f"{option} is {now[name]}, but the run in {out} was started with {before.get(name)}; "
+                    f"{option} is {now[name]}, but the run in {out} was started with {was}; "
                     "give the same, another --out, or --restart to start over"
                 )
     checkpoint.write_json(path, now)

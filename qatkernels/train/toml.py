@@ -26,7 +26,7 @@ def read(path: str | Path) -> dict[str, Any]:
         ConfigError: if the file cannot be read, a name is not known, or a value is of the wrong type.
     """
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
         found = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error

@@ -185,6 +185,13 @@ def test_weights_of_another_shape_are_named(tiny_hf: dict[str, Any], llama: Path
         run(tiny_hf, model=str(llama))
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff" * 300, b"\xff\xff\xff\xff\xff\xff\xff\x7f{}"])
+def test_damaged_weights_are_named(tiny_hf: dict[str, Any], llama: Path, content: bytes) -> None:
+    (llama / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        run(tiny_hf, model=str(llama))
+
+
 def test_runs_of_earlier_versions_go_on(tiny: dict[str, Any]) -> None:
     """Options that a stored configuration does not know have their defaults."""
     before = run(tiny)
@@ -195,7 +202,7 @@ def test_runs_of_earlier_versions_go_on(tiny: dict[str, Any]) -> None:
     checkpoint.write_json(path, stored)
     assert run(tiny)["rows"] == before["rows"]
     checkpoint.write_json(path, stored)
-    with pytest.raises(ConfigError, match=r"--method is winq, but the run in .* was started with None"):
+    with pytest.raises(ConfigError, match=r"--method is winq, but the run in .* was started with qat"):
         run(tiny, method="winq")
 
 
