@@ -153,7 +153,7 @@ class TrainConfig:
                 paretoq(bits)
             _ = self.shape
         except ValueError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(f"--{error}") from error  # they name what is wrong first
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"--precision is {self.precision!r}, must be auto, float32 or bfloat16")
         for name, allowed in (
@@ -225,21 +225,28 @@ class TrainConfig:
         return replace(self, device=device, precision=precision, schedule=schedule)
 
 
-_SHARES = ("beta1", "beta2", "warmup", "cooldown", "reset_weight", "reset_until")
+_SHARES = ("warmup", "cooldown", "reset_weight", "reset_until")
 
 
 def _check_ranges(config: TrainConfig) -> None:
     for entry in fields(config):
-        value = getattr(config, entry.name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        name, value = entry.name, getattr(config, entry.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or name == "seed":
             continue
-        at_least = 1 if isinstance(entry.default, int) or entry.name in ("tokens", "keep_every", "stats_every") else 0.0
-        if entry.name == "steps" and config.model != sources.DEMO:
-            at_least = 0  # it has been trained before
-        at_most = 1.0 if entry.name in _SHARES else math.inf
-        if entry.name != "seed" and not (at_least <= value <= at_most and math.isfinite(value)):
-            limits = f"at least {at_least}" if at_most == math.inf else f"in [{at_least}, {at_most}]"
-            raise ConfigError(f"--{entry.name.replace('_', '-')} is {value}, must be {limits}")
+        counts = isinstance(entry.default, int) or name in ("tokens", "keep_every", "stats_every")
+        least = 1 if counts else 0
+        if name == "steps" and config.model != sources.DEMO:
+            least = 0  # it has been trained before
+        if name in _SHARES:
+            right, limits = 0 <= value <= 1, "in [0, 1]"
+        elif name in ("beta1", "beta2"):
+            right, limits = 0 <= value < 1, "in [0, 1)"
+        elif name == "clip":
+            right, limits = 0 < value < math.inf, "positive and finite"
+        else:
+            right, limits = least <= value < math.inf, f"at least {least}" + ("" if counts else " and finite")
+        if not right:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}, must be {limits}")
 
 
 def _multiplies_bfloat16() -> bool:
