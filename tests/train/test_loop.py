@@ -237,7 +237,7 @@ def test_log_forgets_what_is_done_again(tmp_path: Path) -> None:
         ({"beta2": 1.0}, r"--beta2 is 1.0, must be in \[0, 1\)"),
         ({"clip": 0.0}, "--clip is 0.0, must be positive and finite"),
         ({"lr": float("nan")}, "--lr is nan"),
-        ({"warmup": 1.5}, r"--warmup is 1.5, must be in \[0.0, 1.0\]"),
+        ({"warmup": 1.5}, r"--warmup is 1.5, must be in \[0, 1\]"),
         ({"heads": 5}, "heads is 5"),
         ({"precision": "int8"}, "--precision is 'int8'"),
         ({"device": "tpu"}, "--device is 'tpu'"),
