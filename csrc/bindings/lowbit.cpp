@@ -236,8 +236,14 @@ void lowbit_linear_out(const Tensor& x_, const Tensor& packed, const Tensor& sca
   parallel(
       call.tokens, [&](int64_t begin, int64_t end) { kernels().lowbit_prepare(call, at, begin, end); },
       std::max<int64_t>(1, kUnitElements / std::max<int64_t>(cols, 1)));
-  parallel(static_cast<int64_t>(w.experts.size()) * ((call.rows + kPanel - 1) / kPanel),
-           [&](int64_t begin, int64_t end) { kernels().lowbit_multiply(call, at, w.experts.data(), begin, end); });
+  const auto multiply = [&](int64_t begin, int64_t end) {
+    kernels().lowbit_multiply(call, at, w.experts.data(), begin, end);
+  };
+  const int64_t panels = static_cast<int64_t>(w.experts.size()) * ((call.rows + kPanel - 1) / kPanel);
+  if (offsets)
+    parallel_in_turn(panels, multiply);
+  else
+    parallel(panels, multiply);
 }
 Tensor lowbit_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const OptionalTensor& zero_point,
                      const OptionalTensor& bias, const OptionalTensor& offsets, Constants grid, int64_t code_min,

@@ -6,6 +6,8 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <atomic>
 #include <map>
 #include <string>
 #include <vector>
@@ -48,6 +50,18 @@ void fake_quantize_dynamic_out(const Tensor& x, int64_t bits, Tensor out);
 template <class F>
 void parallel(int64_t units, F f, int64_t grain = 1) {
   at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { f(begin, end); });
+}
+
+// The same for units that take unequal time: whoever is done with a few takes the next few.
+template <class F>
+void parallel_in_turn(int64_t units, F f) {
+  const int64_t threads = std::min<int64_t>(units, at::get_num_threads());
+  const int64_t few = std::max<int64_t>(1, units / (16 * std::max<int64_t>(1, threads)));
+  std::atomic<int64_t> next{0};
+  parallel(threads, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin)
+      for (int64_t unit; (unit = next.fetch_add(few)) < units;) f(unit, std::min(units, unit + few));
+  });
 }
 
 // An op of the extension: how to make its function, and whether CUDA serves it too.
