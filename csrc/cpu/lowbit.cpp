@@ -86,31 +86,6 @@ void take_digit(float* x, float* digit, int64_t n) {
   }
 }
 
-// Where each element of a line comes from, for a block of them. Operand after operand has to meet it: within a word, an
-// operand's elements are apart; by chunk, the operands of sixteen words follow each other instead of those of one.
-std::vector<int32_t> order_of(const Activations& a, int64_t word) {
-  const int64_t width = a.path == Path::kPairs ? 2 : 4, operands = word / width, words = a.by_chunk ? 16 : 1;
-  std::vector<int32_t> order(words * word);
-  for (int64_t w = 0; w < words; ++w)
-    for (int64_t j = 0; j < operands; ++j)
-      for (int64_t k = 0; k < width; ++k)
-        order[(j * words + w) * width + k] = static_cast<int32_t>(w * word + j + k * operands);
-  return order;
-}
-
-void put_element(float v, int8_t* to) { *to = static_cast<int8_t>(v); }
-void put_element(float v, bfloat16* to) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  to->bits = static_cast<uint16_t>(bits >> 16);
-}
-template <class T>
-void write_line(const float* from, int64_t n, const std::vector<int32_t>& order, T* to) {
-  const auto block = static_cast<int64_t>(order.size());
-  for (int64_t i = 0; i < n; i += block)
-    for (int64_t p = 0; p < block; ++p) put_element(from[i + order[p]], to + i + p);
-}
-
 }  // namespace
 
 // Up to here taking the codes apart again for every four lines is faster than transposing them once, at 4096 x 4096.
@@ -143,7 +118,6 @@ int64_t lowbit_memory(const LowbitLinear& call) { return Activations(call, nullp
 void lowbit_prepare(const LowbitLinear& call, void* memory, int64_t begin, int64_t end) {
   const Activations a(call, memory);
   const int64_t size = call.cols / call.groups;
-  const std::vector<int32_t> order = order_of(a, word_codes(call.bits));
   std::vector<float> numbers(a.padded + kLanes), digit(a.digits > 1 ? a.padded : 0);
   const auto add_up = [&](const float* x, int64_t line) {
     if (!a.sums) return;
@@ -169,7 +143,7 @@ void lowbit_prepare(const LowbitLinear& call, void* memory, int64_t begin, int64
         break;
       case Path::kPairs:
         add_up(x, t);
-        write_line(x, a.padded, order, reinterpret_cast<bfloat16*>(to));
+        write_pairs(x, a, call.bits, to);
         break;
       case Path::kFours:
         for (int64_t d = 0; d < a.digits; ++d) {
@@ -179,7 +153,7 @@ void lowbit_prepare(const LowbitLinear& call, void* memory, int64_t begin, int64
             line = digit.data();
           }
           add_up(line, t * a.digits + d);
-          write_line(line, a.padded, order, reinterpret_cast<int8_t*>(to + d * a.stride()));
+          write_fours(line, a, call.bits, to + d * a.stride());
         }
     }
   }

@@ -53,6 +53,9 @@ struct Block {
   int64_t first_feature;    // of the output
 };
 
+// Write a line from the padded columns of a token, which are bfloat16 or int8 in value.
+void write_pairs(const float* x, const Activations& to, int bits, char* line);
+void write_fours(const float* x, const Activations& to, int bits, char* line);
 // Write sums[line * kPanel + row] of the block, without bias and the scales of tokens.
 void multiply_pairs(const Block& block, float* sums, void* scratch);
 void multiply_fours(const Block& block, float* sums, void* scratch);

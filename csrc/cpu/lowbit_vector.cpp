@@ -52,6 +52,48 @@ QK_HD void load_words(const uint8_t* rows, int64_t stride, int64_t count, int64_
   transpose(t);
 }
 
+// A line of activations as operands of elements of type T. Operand after operand has to meet it: the elements of one
+// are apart in a word, and by chunk the operands of sixteen words follow each other instead of those of one.
+template <class T>
+struct Writer {
+  static constexpr int64_t width = 4 / sizeof(T), step = 64 / sizeof(T);
+
+  // `step` numbers as elements.
+  static QK_HD __m512i elements(const float* x) {
+    const auto at = [x](int i) { return _mm512_loadu_ps(x + 16 * i); };
+    if constexpr (width == 2) {
+      const auto half = [&](int i) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(at(i)), 16)); };
+      return _mm512_inserti64x4(_mm512_castsi256_si512(half(0)), half(1), 1);
+    } else {
+      const auto quarter = [&](int i) { return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(at(i))); };
+      return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(quarter(1), quarter(0))),
+                                _mm256_set_m128i(quarter(3), quarter(2)), 1);
+    }
+  }
+  static QK_HD __m512i permute(__m512i order, __m512i v) {
+    return width == 2 ? _mm512_permutexvar_epi16(order, v) : _mm512_permutexvar_epi8(order, v);
+  }
+
+  template <int Bits>
+  static void write(const float* x, const Activations& a, int32_t* to) {
+    constexpr int64_t word = word_codes(Bits), codes = chunk_codes(Bits), operands = word / width;
+    alignas(64) T from[step];
+    for (int64_t i = 0; i < step; ++i)
+      from[i] = static_cast<T>(i / word * word + i % word / width + i % width * operands);
+    const __m512i order = _mm512_load_si512(from);
+    alignas(64) int32_t words[16 * operands];
+    for (int64_t c = 0; c < a.padded; c += codes, to += 16 * operands) {
+      int32_t* const in_order = a.by_chunk ? words : to;
+      for (int64_t i = 0; i < codes; i += step)
+        _mm512_store_si512(in_order + i / width, permute(order, elements(x + c + i)));
+      if (a.by_chunk)
+        for (int64_t j = 0; j < operands; ++j)
+#pragma GCC unroll 16
+          for (int64_t w = 0; w < 16; ++w) to[j * 16 + w] = words[w * operands + j];
+    }
+  }
+};
+
 // How a path multiplies 32-bit operands, and how it makes them: `count` come out of each word.
 #if defined(__AVX512BF16__)
 struct Pairs {
@@ -394,9 +436,17 @@ void multiply(const Block& b, float* sums, void* scratch) {
 
 int64_t scratch_bytes(const LowbitLinear& call) { return 4 * (16 * kDecoded + 64 * call.groups); }
 
+void write_fours(const float* x, const Activations& to, int bits, char* line) {
+  with_bits(bits, [&](auto b) { Writer<uint8_t>::write<b>(x, to, reinterpret_cast<int32_t*>(line)); });
+}
+void write_pairs(const float* x, const Activations& to, int bits, char* line) {
+  with_bits(bits, [&](auto b) { Writer<uint16_t>::write<b>(x, to, reinterpret_cast<int32_t*>(line)); });
+}
 void multiply_fours(const Block& block, float* sums, void* scratch) { multiply<Fours>(block, sums, scratch); }
 #else
 int64_t scratch_bytes(const LowbitLinear&) { return 0; }
+void write_pairs(const float*, const Activations&, int, char*) {}
+void write_fours(const float*, const Activations&, int, char*) {}
 void multiply_fours(const Block&, float*, void*) {}
 #endif
 
