@@ -149,7 +149,7 @@ def test_resets_by_default() -> None:
         ({"method": "sam"}, "--method is 'sam', must be one of qat, winq, squat"),
         ({"act_bits": 1}, r"--act-bits is 1, must be in \[2, 8\]"),
         ({"accumulate": 9}, "--accumulate is 9, must be at most --batch, 8"),
-        ({"reset_weight": 1.5}, r"--reset-weight is 1.5, must be in \[0.0, 1.0\]"),
+        ({"reset_weight": 1.5}, r"--reset-weight is 1.5, must be in \[0, 1\]"),
         ({"reset_every": -1}, "--reset-every is -1, must be at least 0"),
         ({"noise_std": -0.1}, "--noise-std is -0.1"),
         ({"target": "both"}, "--target is 'both', must be one of quantized, latent"),

@@ -179,7 +179,7 @@ def test_by_tokens_on_the_command_line(tiny: dict[str, Any], capsys: pytest.Capt
         ({"decay": "square"}, "--decay is 'square'"),
         ({"qat_fraction": 1.0}, r"--qat-fraction is 1.0, must be auto or in \(0, 1\)"),
         ({"qat_fraction": "all"}, "--qat-fraction is all"),
-        ({"cooldown": 2.0}, r"--cooldown is 2.0, must be in \[0.0, 1.0\]"),
+        ({"cooldown": 2.0}, r"--cooldown is 2.0, must be in \[0, 1\]"),
     ],
 )
 def test_bad_settings(tiny: dict[str, Any], changes: dict[str, Any], message: str) -> None:
