@@ -16,10 +16,27 @@ constexpr int64_t kLines = 504;  // whose sums for a panel are kept at once; a m
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+// What tables may take, for all tokens: they stream through the second cache level for every few rows.
+constexpr int64_t kTableBytes = 4 << 20;
+
+int64_t table_bytes(const LowbitLinear& call) {
+  return (call.cols + chunk_codes(call.bits) - 1) / chunk_codes(call.bits) * 16 * kWordTables;
+}
+
+// Whether sums are looked up. Their error is measured by the lowest code's magnitude, which must be the largest one. At
+// 2 bits an entry serves two activations only, and products of bfloat16 are as fast.
+[[maybe_unused]] bool has_tables(const LowbitLinear& call) {
+  const double low = call.code_min + call.offset;
+  return !call.act_bits && !call.zero_point && low < 0 && -2 * low >= (1 << call.bits) - 2 &&
+         (call.bits == 1 || (call.bits == 2 && call.x_type != DType::bf16)) &&
+         call.tokens * table_bytes(call) <= kTableBytes;
+}
+
 Path path_of(const LowbitLinear& call) {
   [[maybe_unused]] const bool whole_words = call.groups == 1 || call.cols / call.groups % word_codes(call.bits) == 0;
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
   if (whole_words) {
+    if (has_tables(call)) return Path::kTables;
 #if defined(__AVX512BF16__)
     if (!call.act_bits && call.x_type == DType::bf16) return Path::kPairs;
 #endif
@@ -29,15 +46,17 @@ Path path_of(const LowbitLinear& call) {
   return Path::kFloat;
 }
 
-template <class F>
-void with_float(DType type, const void* p, F f) {
+// A call of f with a pointer to numbers of the type in place of one to void.
+template <class Void, class F>
+void with_float(DType type, Void* p, F f) {
+  const auto as = [p]<class T>(T) { return static_cast<std::conditional_t<std::is_const_v<Void>, const T, T>*>(p); };
   switch (type) {
     case DType::bf16:
-      return f(static_cast<const bfloat16*>(p));
+      return f(as(bfloat16()));
     case DType::f16:
-      return f(static_cast<const float16*>(p));
+      return f(as(float16()));
     default:
-      return f(static_cast<const float*>(p));
+      return f(as(float()));
   }
 }
 
@@ -71,9 +90,7 @@ float quantize_token(float* x, int64_t n, float most) {
   return scale;
 }
 
-// Whole numbers of up to kLargest in three digits to the base 256, each from -128 to 127, the lowest first.
-constexpr float kLargest = 8355711;  // 127 + 127 * 256 + 127 * 65536
-constexpr int64_t kDigits = 3;
+// What a digit is worth.
 constexpr float kPlaces[kDigits] = {1, 256, 65536};
 
 // Takes the lowest digit off each number.
@@ -95,6 +112,8 @@ Activations::Activations(const LowbitLinear& call, void* memory) : path(path_of(
   const int64_t chunk = path == Path::kFloat ? kLanes : chunk_codes(call.bits);
   padded = (call.cols + chunk - 1) / chunk * chunk;
   digits = path == Path::kFours && !call.act_bits ? kDigits : 1;
+  constexpr int64_t column_bytes[] = {4, 2, 1};
+  line_bytes = path == Path::kTables ? table_bytes(call) : padded * column_bytes[static_cast<int>(path)];
   const int64_t lines = call.tokens * digits, size = call.cols / call.groups;
   // Groups must divide chunks or the other way round, and sums of int8 products stay below 2^31.
   by_chunk =
@@ -110,6 +129,7 @@ Activations::Activations(const LowbitLinear& call, void* memory) : path(path_of(
   x = take(lines * stride());
   sums = with_sums ? reinterpret_cast<float*>(take(lines * call.groups * 4)) : nullptr;
   scales = with_scales ? reinterpret_cast<float*>(take(call.tokens * 4)) : nullptr;
+  units = path == Path::kTables ? reinterpret_cast<float*>(take(lines * call.groups * 4)) : nullptr;
   bytes = at - static_cast<char*>(memory);
 }
 
@@ -144,6 +164,9 @@ void lowbit_prepare(const LowbitLinear& call, void* memory, int64_t begin, int64
       case Path::kPairs:
         add_up(x, t);
         write_pairs(x, a, call.bits, to);
+        break;
+      case Path::kTables:
+        write_tables(call, x, a, to, a.units + t * call.groups);
         break;
       case Path::kFours:
         for (int64_t d = 0; d < a.digits; ++d) {
@@ -218,31 +241,28 @@ void finish(const Block& b, const float* sums, Y* y) {
 
 void lowbit_multiply(const LowbitLinear& call, void* memory, const Expert* experts, int64_t begin, int64_t end) {
   const Activations activations(call, memory);
-  constexpr decltype(&multiply_fours) paths[] = {multiply_float, multiply_pairs, multiply_fours};
+  constexpr decltype(&multiply_fours) paths[] = {multiply_float, multiply_pairs, multiply_fours, multiply_tables};
   const auto multiply = paths[static_cast<int>(activations.path)];
   const int64_t panels = (call.rows + kPanel - 1) / kPanel;
   const int64_t lines = std::min(kLines, call.tokens * activations.digits);
-  const std::unique_ptr<float[]> sums(new float[lines * kPanel + 16]);  // filled by multiply
+  const int64_t most = activations.path == Path::kTables ? kTablePanels : 1;   // panels at once
+  const std::unique_ptr<float[]> sums(new float[most * lines * kPanel + 16]);  // filled by multiply
   const std::unique_ptr<char[]> scratch(new char[activations.path == Path::kFloat ? 0 : scratch_bytes(call) + 64]);
   float* const at = reinterpret_cast<float*>(aligned(reinterpret_cast<int64_t>(sums.get())));
   void* const aside = reinterpret_cast<void*>(aligned(reinterpret_cast<int64_t>(scratch.get())));
-  for (int64_t unit = begin; unit < end; ++unit) {
+  for (int64_t unit = begin, taken; unit < end; unit += taken) {
     const Expert& expert = experts[unit / panels];
-    const int64_t feature = unit % panels * kPanel, rows = std::min(kPanel, call.rows - feature);
+    taken = std::min({most, end - unit, panels - unit % panels});
+    const int64_t feature = unit % panels * kPanel, rows = std::min(taken * kPanel, call.rows - feature);
     const int64_t last = expert.last * activations.digits;
     for (int64_t line = expert.first * activations.digits; line < last; line += kLines) {
-      const Block block{call, activations, line, std::min(kLines, last - line), expert.index * call.rows + feature,
-                        rows, feature};
+      Block block{call, activations, line, std::min(kLines, last - line), expert.index * call.rows + feature,
+                  rows, feature};
       multiply(block, at, aside);
-      switch (call.x_type) {
-        case DType::bf16:
-          finish(block, at, static_cast<bfloat16*>(call.y));
-          break;
-        case DType::f16:
-          finish(block, at, static_cast<float16*>(call.y));
-          break;
-        default:
-          finish(block, at, static_cast<float*>(call.y));
+      for (const float* from = at; block.first_feature < feature + rows; from += block.lines * kPanel) {
+        block.rows = std::min(kPanel, feature + rows - block.first_feature);
+        with_float(call.x_type, call.y, [&](auto* y) { finish(block, from, y); });
+        block.first_feature += kPanel;
       }
     }
   }

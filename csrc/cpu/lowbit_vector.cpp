@@ -1,56 +1,11 @@
 // Products with packed weights on AVX-512: pairs of bfloat16, fours of int8.
-#include "lowbit.h"
+#include "lowbit_words.h"
 
 namespace qk {
 namespace QK_ISA {
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 namespace {
-
-// sixteen times sixteen 32-bit elements, in place
-QK_HD void transpose(__m512i t[16]) {
-  __m512i a[16];
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32(t[i], t[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32(t[i], t[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    t[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    t[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    t[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    t[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    a[i] = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88);
-    a[i + 4] = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xDD);
-    a[i + 8] = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
-    a[i + 12] = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xDD);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
-    t[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xDD);
-    t[i + 4] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xDD);
-  }
-}
-
-QK_HD __mmask64 first_bytes(int64_t n) { return n >= 64 ? ~__mmask64{0} : n <= 0 ? 0 : (__mmask64{1} << n) - 1; }
-
-// Words number 16 * chunk and on of sixteen rows (fewer give zeros): word w of row r in lane r of t[w]. Sixteen rows
-// are more streams than a prefetcher follows, so the bytes `Ahead` chunks further on are asked for here.
-template <int Bits, int Ahead>
-QK_HD void load_words(const uint8_t* rows, int64_t stride, int64_t count, int64_t chunk, __m512i t[16]) {
-  constexpr int64_t bytes = chunk_codes(Bits) * Bits / 8;
-  const uint8_t* const from = rows + chunk * bytes;
-  const __mmask64 valid = first_bytes(std::min(bytes, stride - chunk * bytes));
-  for (int64_t r = 0; r < 16; ++r) {
-    if constexpr (Ahead > 0)
-      _mm_prefetch(reinterpret_cast<const char*>(from + r * stride + Ahead * bytes), _MM_HINT_T0);
-    t[r] = r < count ? _mm512_maskz_loadu_epi8(valid, from + r * stride) : _mm512_setzero_si512();
-    if constexpr (Bits == 3 || Bits == 5 || Bits == 6 || Bits == 7) t[r] = expand<Bits>(t[r]);
-  }
-  transpose(t);
-}
 
 // A line of activations as operands of elements of type T. Operand after operand has to meet it: the elements of one
 // are apart in a word, and by chunk the operands of sixteen words follow each other instead of those of one.
@@ -106,8 +61,8 @@ struct Pairs {
   }
   static QK_HD Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
   static QK_HD __m512 number(Sum acc) { return acc; }
-  // What the sum of activations is to be multiplied with.
-  static float rest(const LowbitLinear&, float zero_point) { return -zero_point; }
+  // What the sum of activations is to be multiplied with, but for the zero point.
+  static float rest(const LowbitLinear&) { return 0.0f; }
 
   template <int Bits>
   struct Operands {
@@ -156,9 +111,7 @@ struct Fours {
   }
   static QK_HD Sum add(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
   static QK_HD __m512 number(Sum acc) { return _mm512_cvtepi32_ps(acc); }
-  static float rest(const LowbitLinear& call, float zero_point) {
-    return static_cast<float>(call.offset) - zero_point + static_cast<float>(call.code_min);
-  }
+  static float rest(const LowbitLinear& call) { return static_cast<float>(call.offset + call.code_min); }
 
   template <int Bits>
   struct Operands {
@@ -180,50 +133,11 @@ QK_HD __m512i broadcast(const char* x, int64_t i) {
   return _mm512_set1_epi32(v);
 }
 
-// Sixteen scales, as many as `valid` says, divided by the steps.
-QK_HD __m512 scales_at(const LowbitLinear& call, int64_t at, __mmask16 valid) {
-  __m512 v;
-  switch (call.scale_type) {
-    case DType::bf16:
-      v = _mm512_castsi512_ps(_mm512_slli_epi32(
-          _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, static_cast<const uint16_t*>(call.scale) + at)), 16));
-      break;
-    case DType::f16:
-      v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, static_cast<const uint16_t*>(call.scale) + at));
-      break;
-    default:
-      v = _mm512_maskz_loadu_ps(valid, static_cast<const float*>(call.scale) + at);
-  }
-  return _mm512_div_ps(v, _mm512_set1_ps(static_cast<float>(call.steps)));
-}
-QK_HD __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xFFFF : (1u << n) - 1); }
-
 // The factors of `rows` rows, [rows, groups], and up to fifteen floats more.
 void write_scales(const LowbitLinear& call, int64_t first_row, int64_t rows, float* to) {
   const int64_t n = rows * call.groups;
   for (int64_t i = 0; i < n; i += 16)
     _mm512_storeu_ps(to + i, scales_at(call, first_row * call.groups + i, first_lanes(n - i)));
-}
-
-// The factors of each group for the sixteen rows from `row` on: [groups, 16].
-template <class Kind>
-void gather_factors(const Block& b, int64_t row, float* scale, float* rest) {
-  const LowbitLinear& call = b.call;
-  const int64_t rows = std::min<int64_t>(16, b.first_row + b.rows - row);
-  for (int64_t g = 0; g < call.groups; g += 16) {
-    const int64_t n = std::min<int64_t>(16, call.groups - g);
-    __m512i t[16];
-    for (int64_t r = 0; r < 16; ++r)
-      t[r] = r < rows ? _mm512_castps_si512(scales_at(call, (row + r) * call.groups + g, first_lanes(n)))
-                      : _mm512_setzero_si512();
-    transpose(t);
-    for (int64_t i = 0; i < n; ++i) _mm512_store_si512(scale + (g + i) * 16, t[i]);
-    if (!rest) continue;
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t r = 0; r < 16; ++r)
-        rest[(g + i) * 16 + r] =
-            Kind::rest(call, call.zero_point && r < rows ? call.zero_point[(row + r) * call.groups + g + i] : 0.0f);
-  }
 }
 
 // Rows follow each other in memory, so this far on are bytes of later rows. Prefetchers of the hardware follow one row
@@ -309,7 +223,7 @@ void multiply_rows(const Block& b, float* sums, float* scratch) {
           for (int64_t g = 0; g < groups; g += 16) {
             const __mmask16 valid = first_lanes(groups - g);
             const __m512 zero = z ? _mm512_maskz_loadu_ps(valid, z + g) : _mm512_setzero_ps();
-            const __m512 of_group = _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(Kind::rest(call, 0.0f)), zero),
+            const __m512 of_group = _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(Kind::rest(call)), zero),
                                                   _mm512_maskz_loadu_ps(valid, x_sums + g));
             total[i][t] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(valid, scale[i] + g), of_group, total[i][t]);
           }
@@ -377,7 +291,8 @@ void multiply_many(const Block& b, float* sums, float* scratch) {
   float* const scale = scratch + 16 * kDecoded;
   float* const rest = b.activations.sums ? scale + 32 * groups : nullptr;
   for (int h = 0; h < 2; ++h)
-    gather_factors<Kind>(b, b.first_row + 16 * h, scale + 16 * groups * h, rest ? rest + 16 * groups * h : nullptr);
+    gather_factors(b, b.first_row + 16 * h, scale + 16 * groups * h, rest ? rest + 16 * groups * h : nullptr,
+                   Kind::rest(call));
   std::memset(sums, 0, static_cast<size_t>(b.lines * kPanel * 4));
   const char* const x = b.activations.line(b.first_line);
   const int64_t x_stride = b.activations.stride();
