@@ -33,9 +33,9 @@ def lines(out: Path) -> list[dict[str, str]]:
 
 def test_every_training_is_there(out: Path) -> None:
     found = lines(out)
-    assert len(found) == 3 + 2 * 2 * 3
+    assert len(found) == 4 + 2 * 2 * 4
     reported = {(x["seed"], x["act_bits"], x["variant"]) for x in found if x["seed"] != "0"}
-    assert len(reported) == 12
+    assert len(reported) == 16
     assert json.loads((out / "study.json").read_text())["finished"] is True
 
 
@@ -43,19 +43,21 @@ def test_resets_are_chosen_on_a_seed_of_their_own(out: Path) -> None:
     tried = {x["reset_weight"]: float(x["loss"]) for x in lines(out) if x["seed"] == "0" and x["variant"] == "both"}
     assert set(tried) == {"0.2", "0.4"}
     best = min(tried, key=lambda weight: tried[weight])
-    assert {x["reset_weight"] for x in lines(out) if x["seed"] != "0" and x["variant"] != "base"} == {best}
-    assert winq.chosen(winq.PRESETS["test"], 1, out) == winq.Resets(0.5, float(best))
+    assert {x["reset_weight"] for x in lines(out) if x["seed"] != "0" and x["variant"] == "both"} == {best}
+    preset = winq.PRESETS["test"]
+    assert winq.chosen(preset, preset.choices[0], 1, out) == winq.Resets(0.5, float(best))
 
 
 def test_variants_differ_and_share_their_start(out: Path) -> None:
     curves = json.loads((out / "curves.json").read_text())["1"]
     for act in ("", "a8"):
         own = [curve for name, curve in curves.items() if name.startswith(f"w1{act}-")]
-        assert len(own) == 3
+        assert len(own) == 4
         assert len({curve[0][1] for curve in own}) == 1, "round-to-nearest is that of the seed"
         assert len({curve[-1][1] for curve in own}) > 1
-    phase = winq.training(winq.PRESETS["test"], 1, 1, None, "early", winq.Resets(0.25, 0.4), 8, out).phase
-    assert (phase.method.reset_every, phase.method.reset_until) == (2, 0.6)
+    phase = winq.training(winq.PRESETS["test"], 1, 1, None, "plateau", winq.Resets(0.5, 0.4), 20, out).phase
+    assert (phase.method.reset_every, phase.method.noise_std) == (10, 0)
+    assert phase.rate(15) == 1 > phase.rate(19), "the rate falls over the last fifth"
 
 
 def test_report(out: Path, tmp_path: Path, capsys: Any) -> None:
@@ -67,7 +69,7 @@ def test_report(out: Path, tmp_path: Path, capsys: Any) -> None:
     ]
     for cell in cells:
         assert cell["both"]["difference"] == pytest.approx(cell["both"]["loss"] - cell["base"]["loss"])
-        assert cell["base"]["steps_to_base"] == [8, 8]
+        assert cell["base"]["steps_to_plain"] == [8, 8]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("\n") >= 4
 

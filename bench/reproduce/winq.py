@@ -1,9 +1,10 @@
 """WinQ against plain QAT on a language model trained from scratch: ``python -m bench.reproduce.winq``.
 
 For every seed one training in full precision, and from its end QAT at each width, with and without 8-bit activations:
-plain (``base``), with ``noise`` only, with ``reset`` only, with ``both``, and with resets that end early (``early``,
-ours). Every variant of a seed sees the same batches. The period and the weight of the resets are chosen on seed 0,
-which is not reported. Finished phases are never run again: run the same command again to go on.
+plain (``base``), with ``noise`` only, with ``reset`` only, with ``both``; and, ours, under a rate that stays at its
+peak for four fifths of the steps, plain (``wsd``) and with a reset half way (``plateau``). Every variant of a seed sees
+the same batches. The period and the weight of the resets are chosen on seed 0, which is not reported. Finished phases
+are never run again: run the same command again to go on.
 
     <out>/seed<n>/           a folder of `qatkernels.train`, a phase for each training
     <out>/runs.csv           one line for each finished training, rewritten after each
@@ -43,6 +44,33 @@ class Resets(NamedTuple):
     weight: float
 
 
+class Variant(NamedTuple):
+    """What is done on top of plain QAT."""
+
+    noise: bool = False
+    resets: bool = False
+    schedule: str = "cosine"
+
+
+VARIANTS = {
+    "base": Variant(),
+    "noise": Variant(noise=True),
+    "reset": Variant(resets=True),
+    "both": Variant(noise=True, resets=True),
+    "wsd": Variant(schedule="wsd"),
+    "plateau": Variant(resets=True, schedule="wsd"),
+}
+
+
+class Choice(NamedTuple):
+    """How resets are chosen, for all variants with resets under the same schedule: on seed 0, by these trainings."""
+
+    variant: str
+    bits: tuple[float, ...]
+    steps: int
+    candidates: tuple[Resets, ...]
+
+
 class Part(NamedTuple):
     """Some of the trainings: every seed with every width, activation and variant."""
 
@@ -59,21 +87,20 @@ class Preset:
 
     Attributes:
         config: model and training.
-        candidates: resets to choose from.
-        choice: steps and widths of the trainings that they are chosen by, on seed 0.
+        choices: of the resets, one for each schedule that has them.
         parts: what is reported, in the order in which it is run.
         noise_std: of ``noise`` and ``both``.
     """
 
     config: TrainConfig
-    candidates: tuple[Resets, ...]
-    choice: tuple[int, tuple[float, ...]]
+    choices: tuple[Choice, ...]
     parts: tuple[Part, ...]
     noise_std: float = 1e-3
 
 
 _CANDIDATES = tuple(Resets(period, weight) for period in (0.5, 0.25) for weight in (0.2, 0.4))
-_VARIANTS = ("base", "noise", "reset", "both")
+_HALF_WAY = (Resets(0.5, 0.2), Resets(0.5, 0.4))
+_PAPER, _OURS = ("base", "noise", "reset", "both"), ("wsd", "plateau")
 # fmt: off
 PRESETS = {
     # 0.33 million quantized parameters, 1024 bytes a step.
@@ -83,12 +110,12 @@ PRESETS = {
             qat_steps=1200, lr=2e-3, qat_lr=5e-4, eval_every=100, eval_windows=256, log_every=100, save_every=500,
             schedule="cosine",
         ),
-        _CANDIDATES, (1200, (1, 2)),
+        (Choice("both", (1, 2), 1200, _CANDIDATES), Choice("plateau", (1, 2), 2400, _HALF_WAY)),
         (
-            Part((1, 2, 3), (1, 2), (None,), _VARIANTS, 1200),
-            Part((1, 2, 3), (1.58, 3), (None,), _VARIANTS, 1200),
-            Part((1, 2, 3), (1, 1.58, 2, 3), (8,), _VARIANTS, 1200),
-            Part((1, 2, 3), (1,), (None,), ("base", "both", "early"), 4000),
+            Part((1, 2, 3), (1, 2), (None,), _PAPER, 1200),
+            Part((1, 2, 3), (1.58, 3), (None,), _PAPER, 1200),
+            Part((1, 2, 3), (1, 2), (None,), _OURS, 2400),
+            Part((1, 2, 3), (1, 1.58, 2, 3), (8,), _PAPER, 1200),
         ),
     ),
     # 57 million parameters, 65,536 bytes a step: give it --data of some billion bytes. Not run yet.
@@ -98,15 +125,16 @@ PRESETS = {
             qat_steps=8000, lr=1e-3, qat_lr=2e-4, eval_every=200, eval_windows=1024, log_every=100, save_every=500,
             schedule="cosine",
         ),
-        _CANDIDATES, (8000, (1, 2)),
-        (Part((1, 2, 3), (1, 1.58, 2, 3), (None, 8), (*_VARIANTS, "early"), 8000),),
+        (Choice("both", (1, 2), 8000, _CANDIDATES), Choice("plateau", (1, 2), 8000, _HALF_WAY)),
+        (Part((1, 2, 3), (1, 1.58, 2, 3), (None, 8), (*_PAPER, *_OURS), 8000),),
     ),
     "test": Preset(
         TrainConfig(
             device="cpu", precision="float32", width=16, depth=1, heads=1, context=16, batch=4, steps=8, qat_steps=8,
             eval_every=2, eval_windows=8, log_every=2, save_every=4, schedule="cosine",
         ),
-        _CANDIDATES[:2], (8, (1,)), (Part((1, 2), (1,), (None, 8), ("base", "both", "early"), 8),),
+        (Choice("both", (1,), 8, _CANDIDATES[:2]), Choice("plateau", (1,), 8, _HALF_WAY)),
+        (Part((1, 2), (1,), (None, 8), ("base", "both", *_OURS), 8),),
     ),
 }
 # fmt: on
@@ -123,11 +151,6 @@ class Training:
     resets: Resets
     phase: Phase
 
-    @property
-    def tuned(self) -> bool:
-        """Whether it has resets."""
-        return self.variant in ("reset", "both", "early")
-
 
 def configured(preset: Preset, seed: int, out: Path, text: str | None) -> TrainConfig:
     """Return the configuration of a seed's folder."""
@@ -138,17 +161,18 @@ def training(
     preset: Preset, seed: int, bits: float, act_bits: int | None, variant: str, resets: Resets, steps: int, out: Path
 ) -> Training:
     """Return one training; its phase starts from the end of the seed's phase in full precision."""
-    config = replace(configured(preset, seed, out, None), qat_steps=steps)
-    every = max(round(resets.period * steps), 1) if variant in ("reset", "both", "early") else 0
+    config, kind = replace(configured(preset, seed, out, None), qat_steps=steps), VARIANTS[variant]
+    every = max(round(resets.period * steps), 1) if kind.resets else 0
     method = MethodConfig(
-        "qat" if variant == "base" else "winq", reset_every=every, reset_weight=resets.weight,
-        reset_until=0.6 if variant == "early" else 1.0, noise_std=0.0 if variant == "reset" else preset.noise_std,
+        "winq" if kind.noise or kind.resets else "qat", reset_every=every, reset_weight=resets.weight,
+        noise_std=preset.noise_std if kind.noise else 0.0,
     )  # fmt: skip
+    rate = own_decay(replace(config, schedule=kind.schedule, cooldown=0.2), steps)
     name = f"w{bits:g}{'' if act_bits is None else f'a{act_bits}'}-{steps}-{variant}"
     if every:
         name += f"-{every}-{resets.weight:g}"
     phase = quantized_from(config, bits, steps, phases(config)[0])
-    phase = replace(phase, name=name, rate=own_decay(config, steps), act_bits=act_bits, method=method)
+    phase = replace(phase, name=name, rate=rate, act_bits=act_bits, method=method)
     return Training(seed, bits, act_bits, variant, resets, phase)
 
 
@@ -157,42 +181,41 @@ def result(t: Training, out: Path) -> dict[str, Any] | None:
     path = out / f"seed{t.seed}" / t.phase.name / "config.json"
     if not path.exists():
         return None
-    found = checkpoint.read_json(path)["result"]
+    found, resets = checkpoint.read_json(path)["result"], VARIANTS[t.variant].resets
     return {
         "seed": t.seed, "bits": t.bits, "act_bits": t.act_bits or "", "steps": t.phase.steps, "variant": t.variant,
-        "reset_every": t.phase.method.reset_every or "", "reset_weight": t.resets.weight if t.tuned else "",
+        "reset_every": t.phase.method.reset_every or "", "reset_weight": t.resets.weight if resets else "",
         "loss": round(found["bits_per_byte"], 6), "seconds": round(found["seconds"], 1),
     }  # fmt: skip
 
 
-def tried(preset: Preset, bits: float, out: Path) -> list[Training]:
+def tried(preset: Preset, choice: Choice, bits: float, out: Path) -> list[Training]:
     """Return the trainings on seed 0 that decide the resets at a width."""
-    steps = preset.choice[0]
-    return [training(preset, 0, bits, None, "both", resets, steps, out) for resets in preset.candidates]
+    return [training(preset, 0, bits, None, choice.variant, r, choice.steps, out) for r in choice.candidates]
 
 
-def chosen(preset: Preset, bits: float, out: Path) -> Resets | None:
+def chosen(preset: Preset, choice: Choice, bits: float, out: Path) -> Resets | None:
     """Return the resets with the lowest loss on seed 0 at the nearest width tried, None if that is not finished."""
-    nearest = min(preset.choice[1], key=lambda tried_bits: abs(tried_bits - bits))
-    lines = [(result(t, out), t.resets) for t in tried(preset, nearest, out)]
+    nearest = min(choice.bits, key=lambda tried_bits: abs(tried_bits - bits))
+    lines = [(result(t, out), t.resets) for t in tried(preset, choice, nearest, out)]
     losses = [(line["loss"], resets) for line, resets in lines if line is not None]
     return min(losses)[1] if len(losses) == len(lines) else None
 
 
 def trainings(preset: Preset, out: Path) -> Iterator[Training]:
     """Yield what is to be run, in order; what depends on a choice comes after its choice is finished."""
-    steps, widths = preset.choice
-    for bits in widths:
-        yield training(preset, 0, bits, None, "base", preset.candidates[0], steps, out)
-        yield from tried(preset, bits, out)
+    for choice in preset.choices:
+        for bits in choice.bits:
+            yield from tried(preset, choice, bits, out)
+    choices = {VARIANTS[choice.variant].schedule: choice for choice in preset.choices}
     for part in preset.parts:
         for seed in part.seeds:
             for act_bits in part.act_bits:
                 for bits in part.bits:
-                    resets = chosen(preset, bits, out)
-                    if resets is None:
-                        raise RuntimeError("the resets are not chosen yet")
                     for variant in part.variants:
+                        resets = chosen(preset, choices[VARIANTS[variant].schedule], bits, out)
+                        if resets is None:
+                            raise RuntimeError("the resets are not chosen yet")
                         yield training(preset, seed, bits, act_bits, variant, resets, part.steps, out)
 
 
@@ -254,7 +277,7 @@ def describe(name: str, preset: Preset, out: Path, text: str | None, whole: bool
         "git": git_state(),
         "preset": name,
         "finished": whole,
-        "resets": {f"{bits:g}": chosen(preset, bits, out) for bits in preset.choice[1]},
+        "resets": {c.variant: {f"{bits:g}": chosen(preset, c, bits, out) for bits in c.bits} for c in preset.choices},
         "noise_std": preset.noise_std,
         "text": {"sha256": corpus.sha256, "train_bytes": len(corpus.train), "held_out_bytes": len(corpus.held_out)},
         "config": {

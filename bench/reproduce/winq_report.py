@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from qatkernels.plan.plot import COLOURS, tidy
 from qatkernels.train import checkpoint
 
-VARIANTS = ("base", "noise", "reset", "both", "early")
+#: Each with what it is held against.
+VARIANTS = {"base": "base", "noise": "base", "reset": "base", "both": "base", "wsd": "wsd", "plateau": "wsd"}
 Cell = tuple[float, str, int]  # bits, act_bits (empty for none), steps
 
 
@@ -68,13 +69,13 @@ def reached(curve: list[list[float]], loss: float) -> float | None:
 
 
 def compared(cell: Cell, runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
-    """Return mean and deviation of each variant's final loss, its paired difference to base, and when it was there."""
+    """Return mean and deviation of each variant's final loss, its paired difference to plain QAT, when it was there."""
     bits, act_bits, steps = cell
     result: dict[str, Any] = {"bits": bits, "act_bits": int(act_bits) if act_bits else None, "steps": steps}
-    for variant in VARIANTS:
+    for variant, plain in VARIANTS.items():
         if not (own := runs.get(variant)):
             continue
-        pairs = [(own[seed], runs["base"][seed]) for seed in own if seed in runs.get("base", {})]
+        pairs = [(own[seed], runs[plain][seed]) for seed in own if seed in runs.get(plain, {})]
         losses = [run["loss"] for run in own.values()]
         differences = [run["loss"] - base["loss"] for run, base in pairs]
         at = [reached(run["curve"], base["loss"]) for run, base in pairs]
@@ -85,7 +86,7 @@ def compared(cell: Cell, runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str
             "deviation": _deviation(losses),
             "difference": statistics.mean(differences) if differences else None,
             "difference_deviation": _deviation(differences),
-            "steps_to_base": [None if step is None else round(step) for step in at],
+            "steps_to_plain": [None if step is None else round(step) for step in at],
         }
     return result
 
@@ -95,23 +96,30 @@ def _deviation(values: list[float]) -> float | None:
 
 
 def markdown(found: dict[Cell, dict[str, dict[int, dict[str, Any]]]]) -> str:
-    """Return the results as a table: final loss of base, and for the others the difference and the steps to it."""
+    """Return the results as tables: final loss of plain QAT, the differences to it, and the steps to its end."""
+    return "\n\n".join(
+        _table(found, plain, [v for v, against in VARIANTS.items() if against == plain and v != plain])
+        for plain in ("base", "wsd")
+    )
+
+
+def _table(found: dict[Cell, dict[str, dict[int, dict[str, Any]]]], plain: str, variants: list[str]) -> str:
     lines = [
-        "| bits, steps | base | noise | reset | both | early | steps until base's end: both |",
-        "|---|---|---|---|---|---|---|",
+        f"| bits, steps | {plain} | {' | '.join(variants)} | steps of {variants[-1]} to the end of {plain} |",
+        "|---|---|" + "---|" * len(variants) + "---|",
     ]
     for cell, runs in sorted(found.items(), key=lambda item: (item[0][2], item[0][1], item[0][0])):
         result = compared(cell, runs)
-        shown = [f"{cell[0]:g}{', A' + cell[1] if cell[1] else ''}, {cell[2]}"]
-        for variant in VARIANTS:
-            v = result.get(variant)
-            if v is None or (variant != "base" and v["difference"] is None):
-                shown.append("-")
-            elif variant == "base":
-                shown.append(f"{v['loss']:.4f} ± {v['deviation'] or 0:.4f}")
-            else:
-                shown.append(f"{v['difference']:+.4f} ± {v['difference_deviation'] or 0:.4f}")
-        steps = (result.get("both") or {}).get("steps_to_base", [])
+        if plain not in result:
+            continue
+        shown = [
+            f"{cell[0]:g}{', A' + cell[1] if cell[1] else ''}, {cell[2]}",
+            f"{result[plain]['loss']:.4f} ± {result[plain]['deviation'] or 0:.4f}",
+        ]
+        for v in (result.get(variant) or {"difference": None} for variant in variants):
+            missing = v["difference"] is None
+            shown.append("-" if missing else f"{v['difference']:+.4f} ± {v['difference_deviation'] or 0:.4f}")
+        steps = (result.get(variants[-1]) or {}).get("steps_to_plain", [])
         shown.append(", ".join("never" if step is None else str(step) for step in steps) or "-")
         lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines)
