@@ -22,6 +22,7 @@ from tests.lowbit import (
     GRID_IDS,
     GRIDS,
     LARGE,
+    SINGLE,
     Case,
     activations,
     cases,
@@ -160,6 +161,32 @@ def test_a_scale_that_is_not_finite_stays_in_its_row(grid, act_bits):
                 y = run_out("lowbit_linear", impl, _to(args, device))[0].cpu()
                 assert y[:, 4].isnan().all(), backend
                 assert_within(y[:, others], expected[:, others], bound[:, others], f"{backend} {cols} {tokens}")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("outlier", [1e2, 1e4])
+def test_an_outlier_on_a_small_weight(dtype, outlier):
+    """Kernels that sum integers keep activations to 24 bits below the largest, whatever its weight is."""
+    for grid, group in ((qk.affine(4), None), (qk.lsq(4), 32), (qk.seq(2), 32), (qk.binary(), 32)):
+        weight = scaled_weight(grid, (9, 64), group)
+        if group is None:  # nothing at all meets the outlier
+            codes = weight.codes().clone()
+            codes[:, 0] = 0
+            weight = replace(weight, packed=qk.pack(codes, grid))
+        else:
+            scale = weight.scale.clone()
+            scale[:, 0] /= 50
+            weight = replace(weight, scale=scale)
+        for tokens in (1, 3, 20):
+            x = activations((tokens, 64), dtype)
+            x[:, 0] = outlier
+            args, expected, bound = Case("", weight, x).call("lowbit_linear")
+            digits = x.double().abs().amax(-1, keepdim=True) * weight.dequantize().double().abs().sum(-1) * SINGLE
+            for backend, impl, device in implementations("lowbit_linear"):
+                (y,) = run_out("lowbit_linear", impl, _to(args, device))
+                integers = dtype in (torch.float32, torch.float16) and backend in ("cpp", "cuda") and grid.bits > 1
+                allowed = bound + digits if integers else bound
+                assert_within(y.cpu(), expected, allowed, f"{backend} {grid.scheme} {tokens}")
 
 
 def test_large_activations_do_not_overflow_between():
