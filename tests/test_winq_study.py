@@ -33,7 +33,7 @@ def lines(out: Path) -> list[dict[str, str]]:
 
 def test_every_training_is_there(out: Path) -> None:
     found = lines(out)
-    assert len(found) == 4 + 2 * 2 * 4
+    assert len(found) == 5 + 2 * 2 * 4
     reported = {(x["seed"], x["act_bits"], x["variant"]) for x in found if x["seed"] != "0"}
     assert len(reported) == 16
     assert json.loads((out / "study.json").read_text())["finished"] is True

@@ -99,7 +99,7 @@ class Preset:
 
 
 _CANDIDATES = tuple(Resets(period, weight) for period in (0.5, 0.25) for weight in (0.2, 0.4))
-_HALF_WAY = (Resets(0.5, 0.2), Resets(0.5, 0.4))
+_HALF_WAY = tuple(Resets(0.5, weight) for weight in (0.1, 0.2, 0.4))
 _PAPER, _OURS = ("base", "noise", "reset", "both"), ("wsd", "plateau")
 # fmt: off
 PRESETS = {
