@@ -60,8 +60,8 @@ def test_variants_differ_and_share_their_start(out: Path) -> None:
     assert phase.rate(15) == 1 > phase.rate(19), "the rate falls over the last fifth"
 
 
-def test_report(out: Path, tmp_path: Path, capsys: Any) -> None:
-    assert winq_report.main(["--study", str(out), "--out", str(tmp_path)]) == 0
+def test_report(out: Path, why: Path, tmp_path: Path, capsys: Any) -> None:
+    assert winq_report.main(["--study", str(out), "--out", str(tmp_path), "--why", str(why)]) == 0
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]
     assert [(cell["bits"], cell["act_bits"], cell["both"]["seeds"]) for cell in cells] == [
         (1, None, [1, 2]),
@@ -70,7 +70,10 @@ def test_report(out: Path, tmp_path: Path, capsys: Any) -> None:
     for cell in cells:
         assert cell["both"]["difference"] == pytest.approx(cell["both"]["loss"] - cell["base"]["loss"])
         assert cell["base"]["steps_to_plain"] == [8, 8]
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "why.json").read_text())["trials"]
+    assert json.loads((tmp_path / "spectra.json").read_text())["checkpoints"]
+    for name in ("curves", "why", "spectra"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("\n") >= 4
 
 

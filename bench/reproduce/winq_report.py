@@ -1,4 +1,4 @@
-"""From a study's tables to its results: ``python -m bench.reproduce.winq_report``. Compares with plain QAT, draws."""
+"""From the studies to their results: ``python -m bench.reproduce.winq_report``. Compares with plain QAT, draws."""
 
 from __future__ import annotations
 
@@ -19,18 +19,30 @@ from matplotlib.figure import Figure
 from qatkernels.plan.plot import COLOURS, tidy
 from qatkernels.train import checkpoint
 
+from . import winq_why
+
 #: Each with what it is held against.
 VARIANTS = {"base": "base", "noise": "base", "reset": "base", "both": "base", "wsd": "wsd", "plateau": "wsd"}
 Cell = tuple[float, str, int]  # bits, act_bits (empty for none), steps
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write results.json and curves.png beside a copy of the tables, and print the table."""
+    """Write results.json and pictures beside a copy of what was measured, and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m bench.reproduce.winq_report", description=__doc__)
     parser.add_argument("--study", type=Path, default=Path("runs/winq-cpu"), help="folder of bench.reproduce.winq")
     parser.add_argument("--out", type=Path, default=Path("docs/results/winq-amd-epyc"))
+    parser.add_argument(
+        "--why", type=Path, default=Path("runs/winq-why-cpu"), help="folder of bench.reproduce.winq_why"
+    )
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
+    if (options.why / "why.json").exists():
+        for source, name in (("why.json",) * 2, ("spectra/report.json", "spectra.json"), ("spectra/spectra.png",) * 2):
+            if (options.why / source).exists():
+                shutil.copyfile(options.why / source, options.out / Path(name).name)
+        trials = json.loads((options.out / "why.json").read_text())["trials"]
+        winq_why.draw(options.out / "why.png", trials)
+        print(winq_why.table(trials), end="\n\n")
     for name in ("runs.csv", "curves.json", "study.json"):
         if (options.study / name).exists():
             shutil.copyfile(options.study / name, options.out / name)

@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 
 from qatkernels.nn import quantized_modules
+from qatkernels.plan.plot import COLOURS, tidy
 from qatkernels.train import Interrupted, TrainConfig, checkpoint, data, loop, spectra
 from qatkernels.train.methods import MethodConfig
 from qatkernels.train.phases import Phase, own_decay, phases, quantized_from
 from qatkernels.train.report import Log
 
+from ..machine import cpu_model, git_state, versions
 from .winq import PRESETS
 
 
@@ -138,6 +141,28 @@ def models(preset: str, out: Path, text: str | None) -> list[Path]:
     return [*found, folder / plain.name, folder / reset.name]
 
 
+def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Draw the losses and flips of plain QAT and of a reset half way, under both schedules."""
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    for column, schedule in enumerate(("cosine", "wsd")):
+        own = [x for x in lines if x["name"] in (f"{schedule}-plain", f"{schedule}-reset50-0.4") and x["start"] == 1]
+        for row, (key, label, factor) in enumerate(
+            (("held_out", "held-out bits per byte", 1), ("flips", "codes flipped since the last point, %", 100))
+        ):
+            axes = figure.add_subplot(2, 2, 2 * row + column + 1)
+            for colour, x in zip(COLOURS, own, strict=False):
+                name = "plain" if x["at"] is None else "reset half way"
+                steps, values = zip(*x["curves"][key][1:], strict=True)
+                axes.plot(steps, [factor * value for value in values], color=colour, label=name, linewidth=1.2)
+            axes.set_title(f"{schedule}, 1 bit", fontsize=9)
+            tidy(axes)
+            if column == 0:
+                axes.set_ylabel(label)
+            if row == column == 0:
+                axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Return the results as Markdown; the difference is to the plain run of the same question, else to the first."""
     rows = ["| question | reset at | weight | crossings | held-out loss | against plain |", "|---|---|---|---|---|---|"]
@@ -175,7 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if lines is None:
                 print("the same command goes on from here")
                 return 3
-            checkpoint.write(out / "why.json", (json.dumps({"bits": BITS, "trials": lines}) + "\n").encode())
+            made = {"device": cpu_model(), "threads": options.threads, "versions": versions(), "git": git_state()}
+            whole = {**made, "preset": options.preset, "bits": BITS, "steps": STEPS[options.preset], "trials": lines}
+            checkpoint.write(out / "why.json", (json.dumps(whole) + "\n").encode())
     except Interrupted as stop:
         print(f"{stop}; the same command goes on from here", file=sys.stderr)
         return 128 + stop.number
