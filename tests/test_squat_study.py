@@ -110,6 +110,19 @@ def test_report(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "| 2 | SQuAT |" in capsys.readouterr().out
 
 
+def test_goes_on_with_results_made_elsewhere(data: Path, out: Path, tmp_path: Path) -> None:
+    assert squat_report.main(["--study", str(out), "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "results.json").read_text())
+    one = next(x for x in report["trainings"] if x["seed"] == 1 and x["rho"] is not None)
+    report["trainings"].remove(one)
+    (tmp_path / "results.json").write_text(json.dumps(report))
+    command = ["--preset", "test", "--data", str(data), "--out", str(tmp_path / "all")]
+    assert squat.main([*command, "--earlier", str(tmp_path / "results.json")]) == 0
+    assert not (tmp_path / "all" / "seed0" / "fp.safetensors").exists(), "nothing of this seed is left to train"
+    again = json.loads(next((tmp_path / "all" / "seed1").glob("*squat*.json")).read_text())
+    assert again["test"] == one["test"]
+
+
 def test_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         squat.main(["--data", str(tmp_path)])

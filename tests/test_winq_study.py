@@ -39,6 +39,18 @@ def test_every_training_is_there(out: Path) -> None:
     assert json.loads((out / "study.json").read_text())["finished"] is True
 
 
+def test_goes_on_with_tables_made_elsewhere(out: Path, tmp_path: Path) -> None:
+    command = ["--preset", "test", "--data", str(out.parent / "text"), "--minutes", "0"]
+    assert winq.main([*command, "--out", str(tmp_path / "all"), "--earlier", str(out)]) == 0, "nothing is left"
+    for name in ("runs.csv", "curves.json"):
+        assert (tmp_path / "all" / name).read_bytes() == (out / name).read_bytes()
+    missing = sorted((tmp_path / "all").glob("seed1/*.json"))[0]
+    expected = missing.read_text()
+    missing.unlink()
+    assert winq.main([*command[:-2], "--out", str(tmp_path / "all")]) == 0
+    assert json.loads(missing.read_text())["curve"] == json.loads(expected)["curve"]
+
+
 def test_resets_are_chosen_on_a_seed_of_their_own(out: Path) -> None:
     tried = {x["reset_weight"]: float(x["loss"]) for x in lines(out) if x["seed"] == "0" and x["variant"] == "both"}
     assert set(tried) == {"0.2", "0.4"}

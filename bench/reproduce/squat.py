@@ -16,7 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -225,6 +225,9 @@ def run(t: Training, p: Preset, folder: Path, out: Path, data: Split) -> dict[st
         found: dict[str, Any] = checkpoint.read_json(path)
         return found
     start = path.with_name("fp.safetensors")
+    if t.bits is not None and not start.exists():  # its result may have been made elsewhere
+        path.with_name("fp.json").unlink(missing_ok=True)
+        run(Training(t.seed, None, p.epochs[0], p.fp_lr), p, folder, out, data)
     model = build(folder, t.seed, t, start).train()
     seconds, loss = fit(model, t, p, data.train)
     model.eval()
@@ -239,6 +242,17 @@ def run(t: Training, p: Preset, folder: Path, out: Path, data: Split) -> dict[st
     checkpoint.write_json(path, result)
     print(f"seed {t.seed}, {t.name}: {result['test']['accuracy']:.4f} ({seconds:.0f} s)", flush=True)
     return result
+
+
+def take_over(report: Path, out: Path) -> None:
+    """Write the results in a report that was made elsewhere, where there are none yet."""
+    names = {field.name for field in fields(Training)}
+    for result in checkpoint.read_json(report)["trainings"]:
+        t = Training(**{name: value for name, value in result.items() if name in names})
+        path = out / f"seed{t.seed}" / f"{t.name}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(path, result)
 
 
 def best(tried: Sequence[Training], trained: Callable[[Training], dict[str, Any]]) -> Training:
@@ -275,6 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--data", type=Path, default=Path("runs/minilm"), help="folder of bench.reproduce.fetch")
     parser.add_argument("--out", type=Path, help="working folder (default: runs/squat-<preset>)")
+    parser.add_argument("--earlier", type=Path, help="results.json of a study to go on with; none is run again")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (results depend on it in the last bits)")
     options = parser.parse_args(argv)
     if not (options.data / "reviews.tsv").exists():
@@ -282,12 +297,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     p, out = PRESETS[options.preset], options.out or Path("runs") / f"squat-{options.preset}"
     with checkpoint.exclusive(out):
+        if options.earlier:
+            take_over(options.earlier, out)
         data = read(options.data, p.longest)
-        chosen = study(p, lambda t: run(t, p, options.data, out, data))
-        checkpoint.write_json(out / "study.json", {
+        made = {
             "device": cpu_model(), "threads": options.threads, "versions": versions(), "git": git_state(),
-            "preset": asdict(p), "chosen": chosen, "sentences": {k: len(v.labels) for k, v in data._asdict().items()},
-        })  # fmt: skip
+            "preset": asdict(p), "sentences": {k: len(v.labels) for k, v in data._asdict().items()},
+        }  # fmt: skip
+        checkpoint.write_json(out / "study.json", {**made, "chosen": None})
+        chosen = study(p, lambda t: run(t, p, options.data, out, data))
+        checkpoint.write_json(out / "study.json", {**made, "chosen": chosen})
     print(f"{out}; now python -m bench.reproduce.squat_report --study {out}")
     return 0
 

@@ -6,7 +6,7 @@ peak for four fifths of the steps, plain (``wsd``) and with a reset half way (``
 the same batches. The period and the weight of the resets are chosen on seed 0, which is not reported. Finished phases
 are never run again: run the same command again to go on.
 
-    <out>/seed<n>/           a folder of `qatkernels.train`, a phase for each training
+    <out>/seed<n>/           a folder of `qatkernels.train`, a phase for each training, and a result <phase>.json
     <out>/runs.csv           one line for each finished training, rewritten after each
     <out>/curves.json        held-out loss by step of each
 """
@@ -34,6 +34,7 @@ from qatkernels.train.report import Log
 
 from ..machine import cpu_model, git_state, versions
 
+#: Of the table; a result also has its curve.
 COLUMNS = ("seed", "bits", "act_bits", "steps", "variant", "reset_every", "reset_weight", "loss", "seconds")
 
 
@@ -176,17 +177,46 @@ def training(
     return Training(seed, bits, act_bits, variant, resets, phase)
 
 
+def named(line: dict[str, Any]) -> str:
+    """Return the name of the phase of a line of the table."""
+    act, every = line["act_bits"], line["reset_every"]
+    name = f"w{float(line['bits']):g}{f'a{act}' if act else ''}-{line['steps']}-{line['variant']}"
+    return name + f"-{every}-{float(line['reset_weight']):g}" if every else name
+
+
 def result(t: Training, out: Path) -> dict[str, Any] | None:
-    """Return the line of a training, None if it is not finished."""
-    path = out / f"seed{t.seed}" / t.phase.name / "config.json"
-    if not path.exists():
-        return None
-    found, resets = checkpoint.read_json(path)["result"], VARIANTS[t.variant].resets
-    return {
+    """Return the result of a training, None if it is not finished."""
+    path = out / f"seed{t.seed}" / f"{t.phase.name}.json"
+    return checkpoint.read_json(path) if path.exists() else None
+
+
+def run(t: Training, config: TrainConfig) -> dict[str, Any]:
+    """Train, and return the result."""
+    corpus = data.load(config.data, config.context)
+    loop.run_phases(config, corpus, [phases(config)[0], t.phase], lambda line: None)
+    folder = Path(config.out)
+    found, resets = checkpoint.read_json(folder / t.phase.name / "config.json")["result"], VARIANTS[t.variant].resets
+    entries = [e for e in Log(folder / "log.jsonl").entries() if e["phase"] == t.phase.name and "held_out" in e]
+    line = {
         "seed": t.seed, "bits": t.bits, "act_bits": t.act_bits or "", "steps": t.phase.steps, "variant": t.variant,
         "reset_every": t.phase.method.reset_every or "", "reset_weight": t.resets.weight if resets else "",
         "loss": round(found["bits_per_byte"], 6), "seconds": round(found["seconds"], 1),
+        "curve": [[e["step"], round(e["held_out"], 6)] for e in entries],
     }  # fmt: skip
+    checkpoint.write_json(folder / f"{t.phase.name}.json", line)
+    return line
+
+
+def take_over(tables: Path, out: Path) -> None:
+    """Write the results of tables that were made elsewhere, where there are none yet."""
+    curves = checkpoint.read_json(tables / "curves.json")
+    with open(tables / "runs.csv", newline="") as file:
+        for line in csv.DictReader(file):
+            path = out / f"seed{line['seed']}" / f"{named(line)}.json"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                number = {"seed": int(line["seed"]), "loss": float(line["loss"])}
+                checkpoint.write_json(path, {**line, **number, "curve": curves[line["seed"]][named(line)]})
 
 
 def tried(preset: Preset, choice: Choice, bits: float, out: Path) -> list[Training]:
@@ -225,21 +255,19 @@ def study(preset: Preset, out: Path, text: str | None, deadline: float) -> bool:
         if result(t, out) is None:
             if time.monotonic() > deadline:
                 return False
-            config = configured(preset, t.seed, out, text)
-            corpus = data.load(config.data, config.context)
-            loop.run_phases(config, corpus, [phases(config)[0], t.phase], lambda line: None)
+            line = run(t, configured(preset, t.seed, out, text))
             write_tables(preset, out)
-            print(f"seed {t.seed}, {t.phase.name}: {result(t, out)['loss']:.4f}", flush=True)  # type: ignore[index]
+            print(f"seed {t.seed}, {t.phase.name}: {line['loss']:.4f}", flush=True)
     return True
 
 
-def finished(preset: Preset, out: Path) -> list[tuple[Training, dict[str, Any]]]:
-    """Return the trainings that are finished, with their lines."""
+def finished(preset: Preset, out: Path) -> list[dict[str, Any]]:
+    """Return the results that there are."""
     found = []
     try:
         for t in trainings(preset, out):
             if (line := result(t, out)) is not None:
-                found.append((t, line))
+                found.append(line)
     except RuntimeError:
         pass  # the rest waits for a choice
     return found
@@ -247,20 +275,14 @@ def finished(preset: Preset, out: Path) -> list[tuple[Training, dict[str, Any]]]
 
 def write_tables(preset: Preset, out: Path) -> None:
     """Replace ``runs.csv`` and ``curves.json`` by what is finished now."""
-    lines = finished(preset, out)
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    lines, text = finished(preset, out), io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
     table.writeheader()
-    table.writerows(line for _, line in lines)
+    table.writerows(lines)
     checkpoint.write(out / "runs.csv", text.getvalue().encode())
-    curves: dict[str, dict[str, list[list[float]]]] = {}
-    for seed in sorted({t.seed for t, _ in lines}):
-        entries = Log(out / f"seed{seed}" / "log.jsonl").entries()
-        names = {t.phase.name for t, _ in lines if t.seed == seed}
-        curves[str(seed)] = {
-            name: [[e["step"], round(e["held_out"], 6)] for e in entries if e["phase"] == name and "held_out" in e]
-            for name in sorted(names)
-        }
+    curves: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        curves.setdefault(str(line["seed"]), {})[named(line)] = line["curve"]
     checkpoint.write_json(out / "curves.json", curves)
 
 
@@ -293,6 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--out", type=Path, default=None, help="working folder (default: runs/winq-<preset>)")
     parser.add_argument("--data", help="text to train on; this Python's standard library if not given")
+    parser.add_argument("--earlier", type=Path, help="folder with tables of a study to go on with; none is run again")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after so many minutes")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (results depend on it in the last bits)")
     options = parser.parse_args(argv)
@@ -300,6 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     preset, out = PRESETS[options.preset], options.out or Path("runs") / f"winq-{options.preset}"
     try:
         with checkpoint.exclusive(out):
+            if options.earlier:
+                take_over(options.earlier, out)
             whole = study(preset, out, options.data, time.monotonic() + 60 * options.minutes)
             write_tables(preset, out)
             checkpoint.write_json(out / "study.json", describe(options.preset, preset, out, options.data, whole))

@@ -20,6 +20,7 @@ from qatkernels.plan.plot import COLOURS, tidy
 from qatkernels.train import checkpoint
 
 from . import winq_why
+from .winq import named
 
 #: Each with what it is held against.
 VARIANTS = {"base": "base", "noise": "base", "reset": "base", "both": "base", "wsd": "wsd", "plateau": "wsd"}
@@ -64,10 +65,7 @@ def cells(folder: Path) -> dict[Cell, dict[str, dict[int, dict[str, Any]]]]:
             if line["seed"] == "0":
                 continue
             bits, steps = float(line["bits"]), int(line["steps"])
-            name = f"w{bits:g}{'a' + line['act_bits'] if line['act_bits'] else ''}-{steps}-{line['variant']}"
-            if line["reset_every"]:
-                name += f"-{line['reset_every']}-{float(line['reset_weight']):g}"
-            run = {**line, "loss": float(line["loss"]), "curve": curves[line["seed"]][name]}
+            run = {**line, "loss": float(line["loss"]), "curve": curves[line["seed"]][named(line)]}
             found[bits, line["act_bits"], steps][line["variant"]][int(line["seed"])] = run
     return found
 

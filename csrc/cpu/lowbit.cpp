@@ -12,7 +12,7 @@ namespace qk {
 namespace QK_ISA {
 namespace {
 
-constexpr int64_t kLines = 504;  // whose sums for a panel are kept at once; a multiple of the tile and of the digits
+constexpr int64_t kLines = 528;  // whose sums for a panel are kept at once, at most; a multiple of the digits
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -255,8 +255,10 @@ void lowbit_multiply(const LowbitLinear& call, void* memory, const Expert* exper
     taken = std::min({most, end - unit, panels - unit % panels});
     const int64_t feature = unit % panels * kPanel, rows = std::min(taken * kPanel, call.rows - feature);
     const int64_t last = expert.last * activations.digits;
-    for (int64_t line = expert.first * activations.digits; line < last; line += kLines) {
-      Block block{call, activations, line, std::min(kLines, last - line), expert.index * call.rows + feature,
+    const int64_t tokens = expert.last - expert.first, times = (tokens * activations.digits + kLines - 1) / kLines;
+    const int64_t step = (tokens + times - 1) / times * activations.digits;
+    for (int64_t line = expert.first * activations.digits; line < last; line += step) {
+      Block block{call, activations, line, std::min(step, last - line), expert.index * call.rows + feature,
                   rows, feature};
       multiply(block, at, aside);
       for (const float* from = at; block.first_feature < feature + rows; from += block.lines * kPanel) {

@@ -171,7 +171,7 @@ void read_chunk(const Block& b, int64_t chunk, __m512i* to) {
       continue;
     }
     __m512i t[16];
-    load_words<Bits, 0>(from, stride, rows, chunk, t);
+    load_words<Bits>(from, stride, rows, chunk, t);
     for (int w = 0; w < 16; ++w) _mm512_store_si512(to + w * kVectors, t[w]);
   }
 }

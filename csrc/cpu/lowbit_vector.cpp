@@ -1,4 +1,6 @@
 // Products with packed weights on AVX-512: pairs of bfloat16, fours of int8.
+#include <utility>
+
 #include "lowbit_words.h"
 
 namespace qk {
@@ -233,48 +235,74 @@ void multiply_rows(const Block& b, float* sums, float* scratch) {
   }
 }
 
-constexpr int64_t kDecoded = 1024;  // columns of a panel that are decoded at once
-constexpr int kTile = 12;           // lines whose sums stay in registers
+constexpr int64_t kDecoded = 512;  // columns of a panel that are decoded at once
+constexpr int kTile = 12;          // lines whose sums stay in registers
 
-// sums[t] += scale * (operands . x[t] + rest * x_sums[t]) for `Lines` lines.
-template <class Kind, int Lines>
-__attribute__((noinline)) void multiply_tile(const __m512i* operands, int64_t count, const char* x, int64_t stride,
-                                             const float* scale, const float* rest, const float* x_sums, int64_t groups,
-                                             float* sums) {
-  typename Kind::Sum acc[Lines][2];
-#pragma GCC unroll 12
-  for (int t = 0; t < Lines; ++t) acc[t][0] = acc[t][1] = Kind::zero();
-  for (int64_t i = 0; i < count; ++i) {
-    const __m512i w0 = _mm512_load_si512(operands + 2 * i), w1 = _mm512_load_si512(operands + 2 * i + 1);
-#pragma GCC unroll 12
-    for (int t = 0; t < Lines; ++t) {
-      const __m512i v = broadcast(x + t * stride, i);
-      Kind::dot_in_place(acc[t][0], w0, v);
-      Kind::dot_in_place(acc[t][1], w1, v);
-    }
+// Decoded columns of a panel, the groups that they are of, and the packed bytes that come next.
+struct Piece {
+  const __m512i* operands;  // [count, 2]
+  int64_t count;
+  int64_t group, first;       // of the first operand: its group, and its place in there
+  int64_t groups, length;     // of a row, and of a group in operands
+  const float *scale, *rest;  // [2, groups, 16]; rest may be null
+  const uint8_t* next;        // [kPanel, next_bytes], a row every next_stride
+  int64_t next_stride, next_bytes;
+
+  // Ask for some rows of what comes next. All at once would be more than the cache waits for.
+  void prefetch(int64_t row, int64_t until) const {
+    for (; row < until; ++row)
+      for (int64_t i = 0; i < next_bytes; i += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(next + row * next_stride + i), _MM_HINT_T0);
   }
+};
+
+// sums[t] += scale * (operands . x[t] + rest * x_sums[t]) for `Lines` lines, group by group.
+template <class Kind, int Lines>
+void multiply_tile(const Piece& p, const char* x, int64_t stride, const float* x_sums, float* sums) {
+  for (int t = 0; t < Lines * kPanel; t += 16) _mm_prefetch(reinterpret_cast<const char*>(sums + t), _MM_HINT_T0);
+  int64_t group = p.group, first = p.first;
+  for (int64_t i = 0; i < p.count; ++group, first = 0) {
+    typename Kind::Sum acc[Lines][2];
 #pragma GCC unroll 12
-  for (int t = 0; t < Lines; ++t)
+    for (int t = 0; t < Lines; ++t) acc[t][0] = acc[t][1] = Kind::zero();
+    asm volatile("" ::: "memory");  // or compilers load all of `sums` ahead, into registers that are taken
+    for (const int64_t end = std::min(p.count, i + p.length - first); i < end; ++i) {
+      const __m512i w0 = _mm512_load_si512(p.operands + 2 * i), w1 = _mm512_load_si512(p.operands + 2 * i + 1);
+#pragma GCC unroll 12
+      for (int t = 0; t < Lines; ++t) {
+        const __m512i v = broadcast(x + t * stride, i);
+        Kind::dot_in_place(acc[t][0], w0, v);
+        Kind::dot_in_place(acc[t][1], w1, v);
+      }
+    }
+    const bool with_rest = p.rest && first == 0;  // once for each group
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
-      float* const to = sums + t * kPanel + 16 * h;
-      __m512 v = Kind::number(acc[t][h]);
-      if (rest) v = _mm512_fmadd_ps(_mm512_load_ps(rest + 16 * groups * h), _mm512_set1_ps(x_sums[t * groups]), v);
-      _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(scale + 16 * groups * h), v, _mm512_load_ps(to)));
+      const int64_t at = 16 * (p.groups * h + group);
+      const __m512 scale = _mm512_load_ps(p.scale + at);
+      const __m512 rest = with_rest ? _mm512_load_ps(p.rest + at) : _mm512_setzero_ps();
+#pragma GCC unroll 12
+      for (int t = 0; t < Lines; ++t) {
+        float* const to = sums + t * kPanel + 16 * h;
+        __m512 v = Kind::number(acc[t][h]);
+        if (with_rest) v = _mm512_fmadd_ps(rest, _mm512_set1_ps(x_sums[t * p.groups + group]), v);
+        _mm512_store_ps(to, _mm512_fmadd_ps(scale, v, _mm512_load_ps(to)));
+      }
     }
+  }
 }
 
-template <class Kind, int Lines = kTile>
-void multiply_tiles(int64_t lines, const __m512i* operands, int64_t count, const char* x, int64_t stride,
-                    const float* scale, const float* rest, const float* x_sums, int64_t groups, float* sums) {
-  for (; lines >= Lines; lines -= Lines) {
-    multiply_tile<Kind, Lines>(operands, count, x, stride, scale, rest, x_sums, groups, sums);
-    x += Lines * stride;
-    x_sums += x_sums ? Lines * groups : 0;
-    sums += Lines * kPanel;
+// All lines, tile by tile. The last two share what would leave little for one: its products would wait for each other.
+template <class Kind, int... Less>
+void multiply_tiles(std::integer_sequence<int, Less...>, const Piece& p, int64_t lines, const char* x, int64_t stride,
+                    const float* x_sums, float* sums) {
+  constexpr decltype(&multiply_tile<Kind, 1>) of_size[] = {multiply_tile<Kind, Less + 1>...};
+  for (int64_t line = 0, n; line < lines; line += n) {
+    const int64_t left = lines - line;
+    n = left > kTile && left < kTile + kTile / 2 ? (left + 1) / 2 : std::min<int64_t>(kTile, left);
+    p.prefetch(kPanel * line / lines, kPanel * (line + n) / lines);
+    of_size[n - 1](p, x + line * stride, stride, x_sums ? x_sums + line * p.groups : nullptr, sums + line * kPanel);
   }
-  if constexpr (Lines > 1)
-    if (lines) multiply_tiles<Kind, Lines - 1>(lines, operands, count, x, stride, scale, rest, x_sums, groups, sums);
 }
 
 // Many lines: a piece of the panel is decoded once and stays in the cache while all lines meet it.
@@ -286,6 +314,8 @@ void multiply_many(const Block& b, float* sums, float* scratch) {
   const int64_t stride = row_bytes(call.cols, Bits), chunks = b.activations.padded / chunk_codes(Bits);
   const int64_t groups = call.groups;
   const int64_t group_words = groups == 1 ? chunks * 16 : call.cols / groups / word_codes(Bits);
+  const uint8_t* const rows = call.packed + b.first_row * stride;
+  constexpr int64_t bytes = chunk_codes(Bits) * Bits / 8;
   constexpr int64_t piece = kDecoded / chunk_codes(Bits) > 0 ? kDecoded / chunk_codes(Bits) : 1;
   __m512i* const decoded = reinterpret_cast<__m512i*>(scratch);
   float* const scale = scratch + 16 * kDecoded;
@@ -302,21 +332,29 @@ void multiply_many(const Block& b, float* sums, float* scratch) {
     for (int64_t d = c; d < last; ++d)
       for (int h = 0; h < 2; ++h) {
         __m512i words[16];
-        load_words<Bits, piece>(call.packed + (b.first_row + 16 * h) * stride, stride, b.rows - 16 * h, d, words);
+        load_words<Bits>(rows + 16 * h * stride, stride, b.rows - 16 * h, d, words);
         for (int w = 0; w < 16; ++w)
 #pragma GCC unroll 16
           for (int j = 0; j < Operands::count; ++j)
             _mm512_store_si512(decoded + (((d - c) * 16 + w) * Operands::count + j) * 2 + h, operands.get(words[w], j));
       }
     const int64_t end = std::min(last * 16, groups * group_words);
-    for (int64_t w = c * 16; w < end;) {
-      const int64_t group = w / group_words, until = std::min(end, (group + 1) * group_words);
-      multiply_tiles<Kind>(b.lines, decoded + (w - c * 16) * Operands::count * 2, (until - w) * Operands::count,
-                           x + w * Operands::count * 4, x_stride, scale + 16 * group,
-                           rest && w == group * group_words ? rest + 16 * group : nullptr,  // once for each group
-                           x_sums ? x_sums + group : nullptr, groups, sums);
-      w = until;
-    }
+    const int64_t group = c * 16 / group_words;
+    const Piece part{
+        .operands = decoded,
+        .count = (end - c * 16) * Operands::count,
+        .group = group,
+        .first = (c * 16 - group * group_words) * Operands::count,
+        .groups = groups,
+        .length = group_words * Operands::count,
+        .scale = scale,
+        .rest = rest,
+        .next = last < chunks ? rows + last * bytes : rows + kPanel * stride,
+        .next_stride = stride,
+        .next_bytes = piece * bytes,
+    };
+    multiply_tiles<Kind>(std::make_integer_sequence<int, kTile>(), part, b.lines, x + c * 16 * Operands::count * 4,
+                         x_stride, x_sums, sums);
   }
 }
 

@@ -36,16 +36,13 @@ QK_HD void transpose(__m512i t[16]) {
 
 QK_HD __mmask64 first_bytes(int64_t n) { return n >= 64 ? ~__mmask64{0} : n <= 0 ? 0 : (__mmask64{1} << n) - 1; }
 
-// Words number 16 * chunk and on of sixteen rows (fewer give zeros): word w of row r in lane r of t[w]. Sixteen rows
-// are more streams than a prefetcher follows, so the bytes `Ahead` chunks further on are asked for here.
-template <int Bits, int Ahead>
+// Words number 16 * chunk and on of sixteen rows (fewer give zeros): word w of row r in lane r of t[w].
+template <int Bits>
 QK_HD void load_words(const uint8_t* rows, int64_t stride, int64_t count, int64_t chunk, __m512i t[16]) {
   constexpr int64_t bytes = chunk_codes(Bits) * Bits / 8;
   const uint8_t* const from = rows + chunk * bytes;
   const __mmask64 valid = first_bytes(std::min(bytes, stride - chunk * bytes));
   for (int64_t r = 0; r < 16; ++r) {
-    if constexpr (Ahead > 0)
-      _mm_prefetch(reinterpret_cast<const char*>(from + r * stride + Ahead * bytes), _MM_HINT_T0);
     t[r] = r < count ? _mm512_maskz_loadu_epi8(valid, from + r * stride) : _mm512_setzero_si512();
     if constexpr (Bits == 3 || Bits == 5 || Bits == 6 || Bits == 7) t[r] = expand<Bits>(t[r]);
   }
