@@ -73,7 +73,7 @@ class PackedBuffers(Float32Scales):
     def product(self, x: Tensor, bias: Tensor | None, offsets: Tensor | None, act_bits: int | None) -> Tensor:
         """Return ``lowbit_linear``, or ``grouped_lowbit_linear`` where there are offsets."""
         args = (self.packed, self.scale, self.zero_point, bias, offsets)
-        return product(x, *args, self.constants, self.grid.code_min, self.grid.storage_bits, act_bits)
+        return product(x, *args, self.constants, self.grid.code_min, self.grid.storage_bits, act_bits, self.cols)
 
     def extra_repr(self) -> str:
         """Describe the weight."""

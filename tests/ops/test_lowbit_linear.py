@@ -408,8 +408,8 @@ def _bad_calls():
     return {
         "x is torch.int64": lambda: linear(x.long(), w),
         "x has no dimension": lambda: linear(torch.tensor(1.0), w),
-        "packed is torch.uint8 of shape .6, 8.*the last 5 for 9 columns": lambda: linear(x[:, :9], w),
-        "scale has shape .6, 2., must be .6,. and a divisor of 15": lambda: linear(x[:, :15], w),
+        "x has shape .3, 9., its last dimension must be 16 like the weight's": lambda: linear(x[:, :9], w),
+        "x has shape .3, 15., its last dimension must be 16": lambda: grouped(x[:, :15], stack, ends),
         "act_bits is 9": lambda: linear(x, w, act_bits=9),
         "act_bits is 1": lambda: linear(x, w, act_bits=1),
         "bias is torch.float32 of shape .5,": lambda: linear(x, w, torch.zeros(5)),
@@ -432,6 +432,39 @@ def _bad_calls():
 def test_bad_calls(message):
     with pytest.raises((RuntimeError, ValueError), match=message):
         _bad_calls()[message]()
+
+
+def test_a_weight_of_another_kind():
+    weight, ends = torch.randn(6, 16), torch.tensor([3], dtype=torch.int32)
+    layer = qk.PackedLinear(scaled_weight(qk.lsq(4), (6, 16)))
+    for given, name in ((weight, "Tensor"), (layer.weight, "PackedBuffers"), (None, "NoneType")):
+        for call in (qk.lowbit_linear, lambda x, w: qk.grouped_lowbit_linear(x, w, ends)):
+            with pytest.raises(TypeError, match=f"weight is {name}, must be a PackedWeight"):
+                call(torch.randn(3, 16), given)
+
+
+@pytest.mark.parametrize("cols", [64, 63])
+@pytest.mark.parametrize("grid", WIDTHS, ids=lambda g: f"{g.scheme}{g.bits}")
+def test_an_input_a_few_columns_off(grid, cols):
+    """Also where a row takes as many bytes with so many columns."""
+    dense, stack = scaled_weight(grid, (4, cols)), scaled_weight(grid, (2, 4, cols))
+    ends = torch.tensor([1, 3], dtype=torch.int32)
+    layer, grouped = qk.PackedLinear(dense), qk.GroupedPackedLinear(stack)
+    calls = {
+        "dense": lambda x: qk.lowbit_linear(x, dense),
+        "integers": lambda x: qk.lowbit_linear(x, dense, act_bits=8),
+        "grouped": lambda x: qk.grouped_lowbit_linear(x, stack, ends),
+        "layer": layer,
+        "grouped layer": lambda x: grouped(x, ends),
+    }
+    for width in (*range(cols - 7, cols), cols + 1):
+        message = rf"x has shape \(3, {width}\), its last dimension must be {cols}"
+        for name, call in calls.items():
+            for x in (torch.randn(3, width), torch.randn(3, width, requires_grad=True)):
+                with pytest.raises(RuntimeError, match=message):
+                    raise AssertionError(f"{name} gives {call(x)}")
+            with pytest.raises(RuntimeError, match=message):
+                jvp(call, (torch.randn(3, width),), (torch.randn(3, width),))
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
