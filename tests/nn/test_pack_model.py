@@ -113,6 +113,17 @@ def test_a_layer_that_cannot_be_packed_is_named_and_nothing_changes():
     assert all(a is b for a, b in zip(model, before, strict=True))
 
 
+@pytest.mark.parametrize("bits", [1, 1.58, 2, 4])
+def test_weights_of_a_training_that_diverged(bits):
+    model = qk.quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), QuantConfig(bits))
+    with torch.no_grad():
+        model[1].weight[0, 0] = torch.nan
+    before = list(model)
+    with pytest.raises(ValueError, match="1 cannot be packed: w has NaN in 1 of 64 elements"):
+        qk.pack_model(model)
+    assert all(a is b for a, b in zip(model, before, strict=True))
+
+
 def test_another_kind_of_layer_is_an_entry(monkeypatch):
     class Other(nn.Module):
         def __init__(self):
@@ -297,7 +308,7 @@ def _changed(header, *keys, to):
         (("layers", 0, "bits", "2"), "bits is '2'"),
         (("layers", 0, "cols", 12), "packed is torch.uint8"),
         (("layers", 0, "cols", 10**18), "packed is torch.uint8"),
-        (("layers", 0, "cols", -3), "packed is torch.uint8"),
+        (("layers", 0, "cols", -3), "cols is -3, must be at least 0"),
         (("layers", 0, "cols", "16"), "does not fit"),
         (("layers", 0, "kind", "conv"), "there is no 'conv'"),
         (("layers", 0, "kind", "grouped_linear"), "must have 3 dimensions"),
