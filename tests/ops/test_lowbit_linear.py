@@ -27,6 +27,7 @@ from tests.lowbit import (
     cases,
     expected_linear,
     expected_transposed,
+    floored_cases,
     grouped_cases,
     scaled_weight,
 )
@@ -162,6 +163,13 @@ def test_a_scale_that_is_not_finite_stays_in_its_row(grid, act_bits):
                 assert_within(y[:, others], expected[:, others], bound[:, others], f"{backend} {cols} {tokens}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("grid", WIDTHS, ids=lambda g: f"{g.scheme}{g.bits}")
+def test_a_scale_below_the_floor_acts_as_the_floor(grid, dtype):
+    for case in floored_cases(grid, dtype):
+        check(case)
+
+
 def test_large_activations_do_not_overflow_between():
     """Integer sums at their extremes: every product is the largest of its sign."""
     cols = 8192
@@ -213,6 +221,7 @@ def isa_calls(tmp_path_factory):
     every = [c for grid in WIDTHS for dtype in dtypes for c in cases(grid, dtype)]
     every += [c for grid in WIDTHS for c in grouped_cases(grid, torch.float16)]
     every += [c for dtype in dtypes for c in cases(qk.lsq(4), dtype, LARGE)]
+    every += [c for grid in WIDTHS for c in floored_cases(grid, torch.float32)]
     calls = [(op, case.name, *case.call(op)) for case in every for op in served]
     path = tmp_path_factory.mktemp("isa") / "calls.pt"
     torch.save([(op, args) for op, _, args, *_ in calls], path)
