@@ -41,7 +41,10 @@ def save_packed(model: nn.Module, path: str | Path, config: Mapping[str, Any] | 
     first: dict[int, str] = {}  # canonical name by tensor
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
+    said = _layouts(model)  # by the header
     for name, value in model.state_dict(keep_vars=True).items():
+        if name in said:
+            continue
         if not isinstance(value, Tensor):
             raise ValueError(f"the state dict holds {type(value).__name__} as {name}, must hold tensors only")
         if (known := first.setdefault(id(value), name)) == name:
@@ -62,6 +65,15 @@ def save_packed(model: nn.Module, path: str | Path, config: Mapping[str, Any] | 
         files.save(Path(path), tensors, header)
     except TypeError as error:
         raise ValueError(f"config is {config!r}, must be JSON-able: {error}") from error
+
+
+def _layouts(model: nn.Module) -> dict[str, Tensor]:
+    """Return the entries of the state dict that say what packed codes are."""
+    return {
+        f"{name}._extra_state": module.get_extra_state()
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, PackedBuffers)
+    }
 
 
 def _described(module: Packed, prefix: str) -> dict[str, Any]:
@@ -166,4 +178,4 @@ def _fill(model: nn.Module, state: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} is on the meta device, build the model on a real one")
         if name in state and tensor.dtype != state[name].dtype:
             tensor.data = tensor.data.to(state[name].dtype)
-    model.load_state_dict(state)
+    model.load_state_dict(_layouts(model) | state)
