@@ -23,7 +23,7 @@ class PackedBuffers(Float32Scales):
     Layers that share a weight share this module, which is how they go on sharing it when the model moves to another
     device: torch moves the buffers of two modules one by one, and would leave two of them.
 
-    Bytes alone do not say what they stand for, so a state dict also has the layout of the codes, as torch's extra state,
+    Bytes alone do not say what they stand for: a state dict also has the layout of the codes, as torch's extra state,
     and a module loads nothing that has another one, or other dtypes.
 
     Args:
