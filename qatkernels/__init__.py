@@ -1,6 +1,7 @@
 """qatkernels: train and run neural networks at 1 to 8 bits."""
 
 from . import backends
+from .files import CheckpointError
 from .grid import Grid, affine, binary, lsq, make_grid, paretoq, seq, ternary
 from .nn import (
     GroupedPackedLinear,
@@ -30,6 +31,7 @@ from .ops import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "CheckpointError",
     "Grid",
     "GroupedPackedLinear",
     "GroupedQuantLinear",

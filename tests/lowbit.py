@@ -4,7 +4,7 @@ A kernel may add in any order, may take the codes as unsigned numbers and correc
 and may let scales and zero points enter where it likes, per weight or per sum. It may not round the weight to 16 bits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import cycle
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import qatkernels as qk
+from qatkernels.grid import MIN_SCALE
 from qatkernels.ops.fake_quantize import FLOATS
 from qatkernels.ops.packing import SCALES
 
@@ -58,7 +59,7 @@ def activations(shape, dtype, seed=1):
 def wide_weight(weight):
     """Return the weight in float64, and what its magnitude is when codes are unsigned and the offset is apart."""
     grid, codes = weight.grid, weight.codes().double()
-    scale = weight.scale.double() / grid.steps
+    scale = weight.scale.float().clamp_min(MIN_SCALE).double() / grid.steps
     shift = grid.offset + grid.code_min + torch.zeros_like(scale)
     if weight.zero_point is not None:
         shift = shift - weight.zero_point.double()
@@ -177,6 +178,21 @@ def cases(grid, dtype, sizes=None):
                 bias = activations((rows,), next(cycle(FLOATS)), seed=3) if next(odd) else None
                 name = f"{tokens}x{rows}x{cols} group {group} {scale_dtype} zero {zero} act {act_bits}"
                 yield Case(name, weight, activations((tokens, cols), dtype), bias, None, act_bits)
+
+
+def floored_cases(grid, dtype):
+    """Scales below the smallest one, which they act as: tiny, zero and negative ones, among others."""
+    dtypes = cycle(SCALES)
+    for rows, cols, group in ((33, 64, None), (17, 96, 32), (5, 60, 20)):
+        for tokens, act_bits in ((1, None), (3, 8), (40, None), (2, None)):
+            scale_dtype = next(dtypes)
+            weight = scaled_weight(grid, (rows, cols), group, scale_dtype, "any" if grid.has_zero_point else None)
+            scale, some = weight.scale.clone(), torch.tensor([0.0, -3.0, 1e-6, -1e-6, 9e-6, 0.01])
+            every_other = scale.view(-1)[::2]
+            every_other.copy_(some.repeat(len(every_other))[: len(every_other)])
+            name = f"{tokens}x{rows}x{cols} group {group} {scale_dtype} act {act_bits} scales below the floor"
+            x = activations((tokens, cols), dtype) * 1e3
+            yield Case(name, replace(weight, scale=scale), x, None, None, act_bits)
 
 
 #: Where each expert's tokens end, for 11 tokens: ragged, empty at either end and between, tokens of nobody.

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../common/call.h"
+#include "../common/grid.h"
 #include "../common/packing.h"
 #include "simd.h"
 
@@ -112,7 +113,9 @@ inline float scalar(const void* p, DType type, int64_t i) {
 }
 
 inline float scale_of(const LowbitLinear& call, int64_t row, int64_t group) {
-  return scalar(call.scale, call.scale_type, row * call.groups + group) / static_cast<float>(call.steps);
+  constexpr float least = static_cast<float>(kMinScale);
+  const float scale = scalar(call.scale, call.scale_type, row * call.groups + group);
+  return (scale < least ? least : scale) / static_cast<float>(call.steps);  // NaN stays
 }
 
 constexpr int64_t kSpan = 512;  // codes that are turned into numbers at once, a multiple of 64

@@ -67,7 +67,9 @@ def packed_modules(model: nn.Module) -> dict[str, Packed]:
 
 def model_bytes(model: nn.Module) -> int:
     """Return the bytes that parameters and persistent buffers take, each once however many layers share it."""
-    return sum(tensor.nbytes for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
+    state = model.state_dict(keep_vars=True)
+    held = {id(t): t for name, t in state.items() if not name.endswith("_extra_state")}
+    return sum(tensor.nbytes for tensor in held.values())
 
 
 def _packer(module: nn.Module) -> Callable[..., nn.Module] | None:

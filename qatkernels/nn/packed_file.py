@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import files
 from ..files import CheckpointError
 from ..grid import make_grid
+from ..ops.fake_quantize import FLOATS
 from ..ops.packing import PackedWeight
 from .activation import LearnedActivation
 from .pack_model import packed_modules
@@ -41,7 +42,10 @@ def save_packed(model: nn.Module, path: str | Path, config: Mapping[str, Any] | 
     first: dict[int, str] = {}  # canonical name by tensor
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
+    said = _layouts(model)  # by the header
     for name, value in model.state_dict(keep_vars=True).items():
+        if name in said:
+            continue
         if not isinstance(value, Tensor):
             raise ValueError(f"the state dict holds {type(value).__name__} as {name}, must hold tensors only")
         if (known := first.setdefault(id(value), name)) == name:
@@ -64,12 +68,26 @@ def save_packed(model: nn.Module, path: str | Path, config: Mapping[str, Any] | 
         raise ValueError(f"config is {config!r}, must be JSON-able: {error}") from error
 
 
+def _layouts(model: nn.Module) -> dict[str, Tensor]:
+    """Return the entries of the state dict that say what packed codes are."""
+    return {
+        f"{name}._extra_state": module.get_extra_state()
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, PackedBuffers)
+    }
+
+
 def _described(module: Packed, prefix: str) -> dict[str, Any]:
     """Return what a file says of a layer besides its tensors."""
     act = module.act
     if act is not None and type(act) is not LearnedActivation:
         raise ValueError(f"{prefix}act is a {type(act).__qualname__}, must be a LearnedActivation to be saved")
     grid = module.grid
+    present: dict[str, Any] = {}
+    if module.bias is not None:
+        present["bias"] = "trains" if module.bias.requires_grad else "frozen"
+    if module.weight.zero_point is not None:
+        present["zero_point"] = True
     return {
         "kind": module.kind,
         "scheme": grid.scheme,
@@ -79,7 +97,64 @@ def _described(module: Packed, prefix: str) -> dict[str, Any]:
         "act": None if act is None else {
             "scheme": act.grid.scheme, "bits": act.grid.bits, "offset": act.zero_point is not None,
         },
+        **present,
     }  # fmt: skip
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or isinstance(value, float)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
+
+
+_Fields = dict[str, tuple[Callable[[Any], bool], str]]
+#: What each field of a header must be: a test and words. Of those of a layer, `_OPTIONAL` may be absent.
+_HEADER: _Fields = {
+    "config": (lambda v: isinstance(v, dict), "an object"),
+    "layers": (lambda v: isinstance(v, list) and all(isinstance(e, dict) for e in v), "a list of objects"),
+    "aliases": (lambda v: isinstance(v, dict) and all(isinstance(e, str) for e in v.values()), "an object of names"),
+}
+_LAYER: _Fields = {
+    "names": (_is_names, "a list of names"),
+    "kind": (lambda v: isinstance(v, str) and v in KINDS, f"one of {sorted(KINDS)}"),
+    "weight": (lambda v: isinstance(v, str), "a text"),
+    "scheme": (lambda v: isinstance(v, str), "a text"),
+    "bits": (_is_number, "a number"),
+    "cols": (lambda v: _is_whole(v) and v >= 0, "a whole number of at least 0"),
+    "act_bits": (lambda v: v is None or (_is_whole(v) and 2 <= v <= 8), "null or 2 to 8"),
+    "act": (lambda v: v is None or isinstance(v, dict), "null or an object"),
+}
+_OPTIONAL: _Fields = {
+    "bias": (lambda v: v in ("trains", "frozen"), "'trains' or 'frozen'"),
+    "zero_point": (lambda v: v is True, "true"),
+}
+_ACT: _Fields = {
+    "scheme": (lambda v: isinstance(v, str), "a text"),
+    "bits": (_is_number, "a number"),
+    "offset": (lambda v: isinstance(v, bool), "true or false"),
+}
+
+
+def _check(header: dict[str, Any]) -> None:
+    """Raise ValueError or KeyError unless every field of a header is there and of its kind."""
+
+    def expect(where: str, found: dict[str, Any], fields: _Fields) -> None:
+        for name, (allowed, wanted) in fields.items():
+            if not allowed(found[name]):
+                raise ValueError(f"{where}{name} is {found[name]!r:.80}, must be {wanted}")
+
+    expect("", header, _HEADER)
+    for i, layer in enumerate(header["layers"]):
+        expect(f"layers[{i}].", layer, _LAYER)
+        expect(f"layers[{i}].", layer, {name: field for name, field in _OPTIONAL.items() if name in layer})
+        if layer["act"] is not None:
+            expect(f"layers[{i}].act.", layer["act"], _ACT)
 
 
 def load_packed(
@@ -104,10 +179,10 @@ def load_packed(
     tensors, header = files.load(path)
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a packed model: its format is {header.get('format')!r}, not {FORMAT!r}")
-    if header.get("version") != VERSION:
-        found = header.get("version")
+    if not _is_whole(found := header.get("version")) or found != VERSION:
         raise CheckpointError(f"{path} is version {found!r} of the format, this qatkernels reads {VERSION}")
     try:
+        _check(header)
         state = tensors | {alias: tensors[name] for alias, name in header["aliases"].items()}
         model = _with_packed_layers(build(header["config"]), header["layers"], state)
         _fill(model, state)
@@ -125,13 +200,10 @@ def _with_packed_layers(model: nn.Module, layers: list[dict[str, Any]], state: d
         prefix = entry["weight"]
         if prefix not in weights:
             weights[prefix] = PackedBuffers(_packed_weight(entry, prefix, state))
-        layer = bias = None
+        layer = None
         for name in entry["names"]:
             old = model.get_submodule(name)
-            if layer is None:
-                if (stored := state.get(f"{name}.bias".lstrip("."))) is not None:
-                    bias = biases.setdefault(id(stored), nn.Parameter(torch.empty_like(stored)))
-                layer = _layer(entry, weights[prefix], old, bias)
+            layer = layer or _layer(entry, weights[prefix], old, state, biases)
             if not name:
                 return layer
             parent, _, child = name.rpartition(".")
@@ -139,19 +211,41 @@ def _with_packed_layers(model: nn.Module, layers: list[dict[str, Any]], state: d
     return model
 
 
+def _part(state: dict[str, Tensor], name: str, there: bool) -> Tensor | None:
+    """Return a tensor that may be absent, unless the header says that it is there; earlier files do not say so."""
+    return state[name] if there else state.get(name)
+
+
 def _packed_weight(entry: dict[str, Any], prefix: str, state: dict[str, Tensor]) -> PackedWeight:
-    parts = (state[f"{prefix}packed"], state[f"{prefix}scale"], state.get(f"{prefix}zero_point"))
-    if not all(t is None or t.isfinite().all() for t in parts):
+    zero_point = _part(state, f"{prefix}zero_point", "zero_point" in entry)
+    grid = make_grid(entry["scheme"], entry["bits"])
+    weight = PackedWeight(state[f"{prefix}packed"], state[f"{prefix}scale"], zero_point, grid, entry["cols"])
+    if not all(t is None or t.isfinite().all() for t in (weight.scale, zero_point)):
         raise ValueError(f"{prefix}scale or its zero point is not finite")
-    return PackedWeight(*parts, make_grid(entry["scheme"], entry["bits"]), entry["cols"])
+    if grid.levels < 1 << grid.storage_bits and weight.packed.numel():
+        most = int(weight.codes().amax())
+        if most > grid.code_max:
+            raise ValueError(f"{prefix}packed has a code {most}, must be {grid.code_min} to {grid.code_max}")
+    return weight
 
 
-def _layer(entry: dict[str, Any], weight: PackedBuffers, old: nn.Module, bias: nn.Parameter | None) -> Packed:
+def _layer(
+    entry: dict[str, Any], weight: PackedBuffers, old: nn.Module, state: dict[str, Tensor],
+    biases: dict[int, nn.Parameter],
+) -> Packed:  # fmt: skip
     """Return a packed layer in place of the one that was built, whose weight, where it has one, says the shape."""
     name, kind = entry["names"][0], KINDS[entry["kind"]]
     built = getattr(old, "weight", None)
     if isinstance(built, Tensor) and built.shape != weight.shape:
         raise ValueError(f"{name} has shape {tuple(weight.shape)} in the file and {tuple(built.shape)} in the model")
+    bias, stored = None, _part(state, f"{name}.bias".lstrip("."), "bias" in entry)
+    if isinstance(built, Tensor) and hasattr(old, "bias") and (old.bias is None) != (stored is None):
+        raise ValueError(f"{name or 'the layer'} has a bias in the {'model' if stored is None else 'file'} only")
+    if stored is not None:
+        if stored.dtype not in FLOATS:
+            raise ValueError(f"the bias of {name or 'the layer'} is {stored.dtype}, must be one of {FLOATS}")
+        trains = entry.get("bias") != "frozen"
+        bias = biases.setdefault(id(stored), nn.Parameter(torch.empty_like(stored), requires_grad=trains))
     act = None
     if (described := entry["act"]) is not None:
         grid = make_grid(described["scheme"], described["bits"])
@@ -164,6 +258,9 @@ def _fill(model: nn.Module, state: dict[str, Tensor]) -> None:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device, build the model on a real one")
-        if name in state and tensor.dtype != state[name].dtype:
-            tensor.data = tensor.data.to(state[name].dtype)
-    model.load_state_dict(state)
+        if name in state and tensor.dtype != (dtype := state[name].dtype):
+            if not {tensor.dtype, dtype} <= set(FLOATS):
+                wanted = f"one of {FLOATS}" if tensor.dtype in FLOATS else tensor.dtype
+                raise ValueError(f"{name} is {dtype}, must be {wanted}")
+            tensor.data = tensor.data.to(dtype)
+    model.load_state_dict(_layouts(model) | state)

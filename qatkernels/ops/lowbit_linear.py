@@ -256,8 +256,14 @@ def product(
     code_min: int,
     bits: int,
     act_bits: int | None,
+    cols: int,
 ) -> Tensor:
-    """Both products, differentiable, from the parts of a packed weight: what a module calls with its buffers."""
+    """Both products, differentiable, from the parts of a packed weight: what a module calls with its buffers.
+
+    The op takes the width of x for that of the weight; rows of bytes alone cannot tell K from less within a byte.
+    """
+    if x.ndim and x.shape[-1] != cols:
+        raise RuntimeError(f"x has shape {tuple(x.shape)}, its last dimension must be {cols} like the weight's")
     args = (x, packed, scale, zero_point, bias, offsets, grid, code_min, bits, act_bits)
     op = torch.ops.qatkernels.lowbit_linear.default
     if torch.compiler.is_compiling():
@@ -266,8 +272,10 @@ def product(
 
 
 def _call(x: Tensor, w: PackedWeight, bias: Tensor | None, offsets: Tensor | None, act_bits: int | None) -> Tensor:
+    if not isinstance(w, PackedWeight):
+        raise TypeError(f"weight is {type(w).__name__}, must be a PackedWeight, which PackedWeight.from_float makes")
     grid = (w.constants, w.grid.code_min, w.bits)
-    return product(x, w.packed, w.scale, w.zero_point, bias, offsets, *grid, act_bits)
+    return product(x, w.packed, w.scale, w.zero_point, bias, offsets, *grid, act_bits, w.cols)
 
 
 def lowbit_linear(
@@ -286,6 +294,7 @@ def lowbit_linear(
         ``[..., N]`` in the dtype of x, summed in float32. Differentiable in x and bias, any order, both modes.
 
     Raises:
+        TypeError: if ``weight`` is no PackedWeight.
         RuntimeError: if a shape, dtype or device does not fit, naming the argument.
     """
     return _call(x, weight, bias, None, act_bits)
@@ -306,6 +315,7 @@ def grouped_lowbit_linear(x: Tensor, weight: PackedWeight, offsets: Tensor, *, a
         ``[T, N]`` in the dtype of x; tokens past the last offset give 0. Differentiable in x.
 
     Raises:
+        TypeError: if ``weight`` is no PackedWeight.
         ValueError: if offsets descend or exceed T.
         RuntimeError: if a shape, dtype or device does not fit, naming the argument.
     """

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from ..grid import MIN_SCALE, Grid, check_group_size
 from ._op import define
@@ -68,6 +69,11 @@ def check_bits(code_min: int, bits: int) -> None:
     )
 
 
+def readable(t: Tensor) -> bool:
+    """Whether a tensor has values that can be looked at: not on the meta device, and while nothing is traced."""
+    return not (t.is_meta or torch.compiler.is_compiling() or is_fake(t))
+
+
 def _fake_pack(codes: Tensor, code_min: int, bits: int) -> Tensor:
     check_bits(code_min, bits)
     torch._check(
@@ -108,7 +114,7 @@ def pack(codes: Tensor, grid: Grid) -> Tensor:
         ValueError: if a code does not belong to the grid.
         RuntimeError: if the dtype does not fit.
     """
-    if codes.numel() and not codes.is_meta and codes.dtype in (torch.int8, torch.uint8):
+    if codes.numel() and readable(codes) and codes.dtype in (torch.int8, torch.uint8):
         low, high = codes.amin().item(), codes.amax().item()
         if not grid.code_min <= low <= high <= grid.code_max:
             raise ValueError(f"codes are {low} to {high}, must be {grid.code_min} to {grid.code_max} for this grid")
@@ -154,6 +160,8 @@ class PackedWeight:
     constants: list[float] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.cols < 0:
+            raise ValueError(f"cols is {self.cols}, must be at least 0")
         # Read at every call: attributes, as properties cost as much as a small product.
         object.__setattr__(self, "bits", self.grid.storage_bits)
         object.__setattr__(self, "constants", list(self.grid.constants))
@@ -198,14 +206,26 @@ class PackedWeight:
             scale_dtype: dtype that scales are stored in. Codes are those of the scale as it was given.
 
         Raises:
-            ValueError: if shapes do not fit, a scale is not finite, or ``scale_dtype`` cannot hold it.
+            TypeError: if ``w``, ``scale`` or ``zero_point`` is no tensor, or ``grid`` no Grid.
+            ValueError: if shapes do not fit, ``w`` has NaN, a scale or zero point is not finite, or ``scale_dtype``
+                cannot hold it.
             RuntimeError: if a dtype or device does not fit.
         """
+        for name, value in (("w", w), ("scale", scale), ("zero_point", zero_point)):
+            if not (isinstance(value, Tensor) or (name == "zero_point" and value is None)):
+                raise TypeError(f"{name} is {value!r}, must be a tensor")
+        if not isinstance(grid, Grid):
+            raise TypeError(f"grid is {grid!r}, must be a Grid such as qatkernels.lsq(4)")
         if w.ndim < 2:
             raise ValueError(f"w has shape {tuple(w.shape)}, must have at least two dimensions")
         check_layout(w, scale, grid, group_size, zero_point)
         if group_size is not None:
             check_group_size(group_size, w.shape[-1])
+        if readable(w) and w.isnan().any():
+            raise ValueError(f"w has NaN in {int(w.isnan().sum())} of {w.numel()} elements, no code stands for it")
+        if zero_point is not None and readable(zero_point) and not zero_point.isfinite().all():
+            odd = zero_point[~zero_point.isfinite()][0].item()
+            raise ValueError(f"zero_point has an element {odd}, must be finite")
         codes = quantize(w, scale, grid, group_size=group_size, zero_point=zero_point)
 
         def by_row(t: Tensor) -> Tensor:
@@ -263,6 +283,6 @@ def store_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype not in SCALES:
         raise ValueError(f"scale_dtype is {dtype}, must be one of {SCALES}")
     stored = scale.clamp_min(MIN_SCALE).to(dtype)  # 1e-5 rounds upwards in both 16-bit floats
-    if not stored.is_meta and not stored.isfinite().all():
+    if readable(stored) and not stored.isfinite().all():
         raise ValueError(f"scale is up to {scale.abs().max().item()}, must be finite in {dtype}")
     return stored

@@ -61,7 +61,8 @@ REDUCE = 1024  # elements that a program of the second kernel adds
 SWIZZLE = tl.constexpr(8)  # rows of tiles that programs walk together, for the cache
 
 
-@triton.jit
+# How many tokens there are is not compiled in: no variant for 1 or for multiples of 16, and 1 is not made a constant.
+@triton.jit(do_not_specialize=["rows"])
 def quantize_tokens_kernel(
     x_ptr, codes_ptr, scale_ptr, rows, cols, QMAX: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):
@@ -80,7 +81,7 @@ def quantize_tokens_kernel(
     tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")), exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def reduce_kernel(parts_ptr, bias_ptr, y_ptr, numel, cols, SPLIT: tl.constexpr, BIAS: tl.constexpr, C: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
     mask = index < numel

@@ -3,6 +3,7 @@
 import torch
 
 import qatkernels as qk
+from qatkernels.grid import MIN_SCALE
 from qatkernels.ops._op import OPS
 from qatkernels.ops.packing import PackedWeight
 
@@ -45,7 +46,7 @@ def reference(args):
     steps, offset = grid[1], grid[2]
     codes = OPS["unpack"].reference(packed, code_min, bits, cols).double()
     group = cols // scale.shape[-1]
-    step = (scale.float() / steps).double().repeat_interleave(group, -1)
+    step = (scale.float().clamp_min(MIN_SCALE) / steps).double().repeat_interleave(group, -1)
     shift = torch.full_like(step, offset)
     if zero is not None:
         shift = shift - zero.double().repeat_interleave(group, -1)

@@ -185,6 +185,15 @@ def test_nan_and_infinities(grid):
     assert y.isnan().sum() == 4
 
 
+@pytest.mark.parametrize("grid", SOME, ids=name)
+def test_a_scale_below_the_floor_acts_as_the_floor(grid):
+    for group_size, scale_dtype in ((None, torch.float32), (32, torch.bfloat16), (20, torch.float16)):
+        args = make(grid, 2, 18, 640, group_size, dtype=torch.float32, scale_dtype=scale_dtype)
+        scale = args[2].clone()
+        scale[::4], scale[1::4], scale[2::4] = 0.0, -3.0, 1e-6
+        check(replaced(args, scale=scale))
+
+
 def at_the_end_of_memory(t):
     """Return a copy that ends where memory does: reading on ends the process."""
     size = (t.nbytes + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE

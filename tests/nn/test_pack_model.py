@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 import qatkernels as qk
-from qatkernels import files
-from qatkernels.files import CheckpointError
+from qatkernels import CheckpointError, files
 from qatkernels.nn import PACKERS, QuantConfig, QuantLinear, calibrate, model_bytes, packed_modules
 from tests.compare import assert_same_bits
 
@@ -110,6 +109,17 @@ def test_a_layer_that_cannot_be_packed_is_named_and_nothing_changes():
     before = list(model)
     with pytest.raises(ValueError, match=r"1 cannot be packed: scale is up to 1000000.0, must be finite in .*float16"):
         qk.pack_model(model, scale_dtype=torch.float16)
+    assert all(a is b for a, b in zip(model, before, strict=True))
+
+
+@pytest.mark.parametrize("bits", [1, 1.58, 2, 4])
+def test_weights_of_a_training_that_diverged(bits):
+    model = qk.quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), QuantConfig(bits))
+    with torch.no_grad():
+        model[1].weight[0, 0] = torch.nan
+    before = list(model)
+    with pytest.raises(ValueError, match="1 cannot be packed: w has NaN in 1 of 64 elements"):
+        qk.pack_model(model)
     assert all(a is b for a, b in zip(model, before, strict=True))
 
 
@@ -290,18 +300,31 @@ def _changed(header, *keys, to):
         (("version", None), "is version None"),
         (("format", "gguf"), "its format is 'gguf'"),
         (("layers", None), "there is no 'layers'"),
-        (("layers", 7), "not iterable"),
+        (("version", True), "is version True"),
+        (("version", 1.0), "is version 1.0"),
+        (("layers", 7), "layers is 7, must be a list of objects"),
+        (("layers", [3]), "layers is .3., must be a list of objects"),
         (("layers", []), "does not fit this model: .*first.weight"),
         (("layers", 0, "scheme", "magic"), "scheme is 'magic'"),
         (("layers", 0, "bits", 4), "packed is torch.uint8"),
         (("layers", 0, "bits", "2"), "bits is '2'"),
         (("layers", 0, "cols", 12), "packed is torch.uint8"),
         (("layers", 0, "cols", 10**18), "packed is torch.uint8"),
-        (("layers", 0, "cols", -3), "packed is torch.uint8"),
-        (("layers", 0, "cols", "16"), "does not fit"),
-        (("layers", 0, "kind", "conv"), "there is no 'conv'"),
+        (("layers", 0, "cols", -3), "cols is -3, must be a whole number of at least 0"),
+        (("layers", 0, "cols", "16"), r"layers\[0\].cols is '16', must be a whole number"),
+        (("layers", 0, "cols", 16.0), "cols is 16.0, must be a whole number"),
+        (("layers", 0, "cols", None), "there is no 'cols'"),
+        (("layers", 0, "bits", True), "bits is True, must be a number"),
+        (("layers", 0, "scheme", 2), "scheme is 2, must be a text"),
+        (("layers", 0, "kind", "conv"), "kind is 'conv', must be one of"),
+        (("layers", 0, "kind", ["linear"]), "kind is .'linear'., must be one of"),
         (("layers", 0, "kind", "grouped_linear"), "must have 3 dimensions"),
         (("layers", 0, "act_bits", 99), "act_bits is 99"),
+        (("layers", 0, "act_bits", 8.0), "act_bits is 8.0, must be null or 2 to 8"),
+        (("layers", 0, "act_bits", True), "act_bits is True, must be null or 2 to 8"),
+        (("layers", 0, "bias", "no"), "bias is 'no', must be 'trains' or 'frozen'"),
+        (("layers", 0, "zero_point", True), "there is no 'first.weight.zero_point'"),
+        (("layers", 0, "zero_point", False), "zero_point is False, must be true"),
         (("layers", 0, "weight", "nowhere."), "there is no 'nowhere.packed'"),
         (("layers", 0, "names", ["nowhere"]), "has no attribute `nowhere`"),
         (("layers", 0, "names", ["norm.weight"]), "is not an nn.Module"),
@@ -309,9 +332,11 @@ def _changed(header, *keys, to):
         (("layers", 0, "names", []), "does not fit"),
         (("layers", 0, "act", {"scheme": "lsq", "bits": 8, "offset": True}), "offset is True"),
         (("layers", 0, "act", {}), "there is no 'scheme'"),
+        (("layers", 0, "act", {"scheme": "lsq", "bits": 8, "offset": 0}), "offset is 0, must be true or false"),
         (("aliases", {"second.bias": "gone"}), "there is no 'gone'"),
         (("aliases", {}), "Missing key"),
-        (("aliases", []), "does not fit"),
+        (("aliases", []), "aliases is .., must be an object of names"),
+        (("config", 3), "config is 3, must be an object"),
         (("config", None), "there is no 'config'"),
     ],
     ids=str,
@@ -335,9 +360,13 @@ def test_a_header_that_does_not_fit(saved, tmp_path, change, message):
         ("first.weight.scale", lambda t: t[:, :0], "scale has 0 columns"),
         ("first.weight.zero_point", lambda t: torch.zeros(16, 1), "zero_point is given, but scheme"),
         ("first.bias", lambda t: t[:3], "bias has shape"),
-        ("first.bias", lambda t: t.to(torch.uint8), "does not fit"),
+        ("first.bias", lambda t: t.to(torch.uint8), "the bias of first is torch.uint8, must be one of"),
+        ("first.bias", lambda t: t.to(torch.complex64), "the bias of first is torch.complex64, must be one of"),
+        ("first.bias", lambda t: t.to(torch.float8_e4m3fn), "the bias of first is torch.float8_e4m3fn, must be one of"),
+        ("first.bias", lambda t: None, "there is no 'first.bias'"),
         ("norm.weight", lambda t: t[:3], "size mismatch for norm.weight"),
-        ("norm.weight", lambda t: t.to(torch.uint8), "does not fit"),
+        ("norm.weight", lambda t: t.to(torch.uint8), "norm.weight is torch.uint8, must be one of"),
+        ("norm.weight", lambda t: t.to(torch.complex64), "norm.weight is torch.complex64, must be one of"),
         ("stranger", lambda t: torch.zeros(3), "Unexpected key"),
         ("embedding.weight", lambda t: None, "there is no 'embedding.weight'"),
         ("norm.bias", lambda t: None, "Missing key"),
@@ -350,6 +379,60 @@ def test_tensors_that_do_not_fit(saved, tmp_path, name, change, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         qk.load_packed(tmp_path / "x", build)
     assert str(tmp_path / "x") in str(caught.value)
+
+
+def rewritten(path, **changes):
+    """Write a file anew with a digest that matches, with fields of the first layer changed, or deleted where None."""
+    tensors, header = files.load(path)
+    for key, value in changes.items():
+        header = _changed(header, "layers", 0, key, to=value)
+    files.save(path, tensors, header)
+
+
+def test_what_a_frozen_bias_is(tmp_path):
+    packed = qk.pack_model(qk.quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), QuantConfig(4)))
+    packed[0].bias.requires_grad_(False)
+    qk.save_packed(packed, tmp_path / "x")
+    loaded = qk.load_packed(tmp_path / "x", lambda _: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    assert [layer.bias.requires_grad for layer in loaded] == [False, True]
+
+
+def test_a_bias_that_the_file_or_the_model_has_alone(saved, tmp_path):
+    path = tmp_path / "x"
+    tensors, header = files.load(saved[0])
+    del tensors["first.bias"]
+    del header["layers"][0]["bias"], header["aliases"]["again.bias"]
+    files.save(path, tensors, header)
+    with pytest.raises(CheckpointError, match="first has a bias in the model only"):
+        qk.load_packed(path, build)
+    packed = qk.pack_model(QuantLinear(8, 4, config=QuantConfig(2)))
+    qk.save_packed(packed, path)
+    with pytest.raises(CheckpointError, match="the layer has a bias in the file only"):
+        qk.load_packed(path, lambda _: nn.Linear(8, 4, bias=False))
+
+
+def test_files_of_before_do_not_name_bias_and_zero_point(tmp_path):
+    packed, path = qk.pack_model(QuantLinear(8, 4, config=QuantConfig(4, "affine"))), tmp_path / "x"
+    qk.save_packed(packed, path)
+    rewritten(path, bias=None, zero_point=None)
+    x = torch.randn(2, 8)
+    assert_same_bits(qk.load_packed(path, lambda _: nn.Linear(8, 4))(x), packed(x))
+
+
+def test_codes_and_zero_points_that_a_grid_does_not_have(tmp_path):
+    path = tmp_path / "x"
+    qk.save_packed(qk.pack_model(QuantLinear(8, 4, config=QuantConfig(1.58))), path)
+    tensors, header = files.load(path)
+    tensors["weight.packed"][1, 0] = 0b11
+    files.save(path, tensors, header)
+    with pytest.raises(CheckpointError, match=r"weight\.packed has a code 2, must be -1 to 1"):
+        qk.load_packed(path, lambda _: nn.Linear(8, 4))
+    qk.save_packed(qk.pack_model(QuantLinear(8, 4, config=QuantConfig(4, "affine"))), path)
+    tensors, header = files.load(path)
+    del tensors["weight.zero_point"]
+    files.save(path, tensors, header)
+    with pytest.raises(CheckpointError, match=r"there is no 'weight\.zero_point'"):
+        qk.load_packed(path, lambda _: nn.Linear(8, 4))
 
 
 def test_another_model_and_a_header_that_is_no_object(saved, tmp_path):

@@ -147,14 +147,14 @@ def test_no_cast_touches_codes_and_scales(packed, cast):
 
 def test_it_moves_to_another_device(packed):
     moved = packed.to("meta")
-    assert all(t.device.type == "meta" for t in moved.state_dict().values())
+    assert all(t.device.type == "meta" for t in (*moved.parameters(), *moved.buffers()))
     assert moved.weight.packed.dtype == torch.uint8
     assert moved(torch.empty(3, 16, device="meta")).shape == (3, 12)
 
 
 def test_what_trains_and_what_is_saved(packed):
     assert [name for name, _ in packed.named_parameters()] == ["bias"]
-    names = ["bias", "weight.packed", "weight.scale"]
+    names = ["bias", "weight._extra_state", "weight.packed", "weight.scale"]
     assert sorted(packed.state_dict()) == sorted(
         [*names, *(["weight.zero_point"] if packed.weight.zero_point is not None else [])]
     )
@@ -164,6 +164,49 @@ def test_what_trains_and_what_is_saved(packed):
     other.load_state_dict(packed.state_dict())
     x = torch.randn(2, 16)
     assert_same_bits(other(x), packed(x))
+
+
+def layer_of(grid, cols=64, **kwargs):
+    w = torch.randn(8, cols)
+    return qk.PackedLinear(qk.PackedWeight.from_float(w, grid.init_scale(w), grid, **kwargs))
+
+
+def test_a_state_of_another_layout_is_not_loaded():
+    """Its tensors may have the same shapes and would be other numbers."""
+    for mine, other, message in (
+        (layer_of(qk.seq(2)), layer_of(qk.seq(2), 63), "seq, 2 bits, 63 columns, must be seq, 2 bits, 64 columns"),
+        (layer_of(qk.ternary()), layer_of(qk.seq(2)), "seq, 2 bits, 64 columns, must be ternary, 1.58 bits"),
+        (layer_of(qk.seq(4)), layer_of(qk.lsq(4)), "lsq, 4 bits, 64 columns, must be seq, 4 bits"),
+        (layer_of(qk.lsq(4), scale_dtype=torch.bfloat16), layer_of(qk.lsq(4)),
+         r"weight\.scale is torch.float32, must be torch.bfloat16"),
+    ):  # fmt: skip
+        before = copy.deepcopy(mine.state_dict())
+        for assign in (False, True):
+            with pytest.raises(RuntimeError, match=message):
+                nn.Sequential(mine).load_state_dict(nn.Sequential(other).state_dict(), assign=assign)
+        for name, tensor in mine.state_dict().items():
+            assert_same_bits(tensor, before[name])
+
+
+def test_a_state_that_is_no_packed_weight():
+    layer = layer_of(qk.lsq(4))
+    for name, value, message in (
+        ("weight.packed", layer.weight.packed + 0.5, r"weight\.packed is torch.float32, must be torch.uint8"),
+        ("weight.packed", layer.weight.packed.to(torch.int8), r"weight\.packed is torch.int8, must be torch.uint8"),
+        ("weight.packed", layer.weight.packed[:, :-1], r"size mismatch for weight\.packed"),
+        ("weight._extra_state", None, r"Missing key.*weight\._extra_state"),
+        ("weight._extra_state", {"cols": 64}, "the codes of weight.packed are unknown .*, must be lsq, 4 bits"),
+        ("weight._extra_state", torch.zeros(3), "the codes of weight.packed are unknown .*, must be lsq, 4 bits"),
+    ):
+        state = layer.state_dict()
+        state[name] = value
+        if value is None:
+            del state[name]
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(state)
+    state = layer.state_dict()
+    del state["weight._extra_state"]
+    assert layer.load_state_dict(state, strict=False).missing_keys == ["weight._extra_state"]
 
 
 def test_bias_hooks_and_mode_come_along():

@@ -28,6 +28,7 @@ from tests.lowbit import (
     cases,
     expected_linear,
     expected_transposed,
+    floored_cases,
     grouped_cases,
     scaled_weight,
 )
@@ -189,6 +190,13 @@ def test_an_outlier_on_a_small_weight(dtype, outlier):
                 assert_within(y.cpu(), expected, allowed, f"{backend} {grid.scheme} {tokens}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("grid", WIDTHS, ids=lambda g: f"{g.scheme}{g.bits}")
+def test_a_scale_below_the_floor_acts_as_the_floor(grid, dtype):
+    for case in floored_cases(grid, dtype):
+        check(case)
+
+
 def test_large_activations_do_not_overflow_between():
     """Integer sums at their extremes: every product is the largest of its sign."""
     cols = 8192
@@ -240,6 +248,7 @@ def isa_calls(tmp_path_factory):
     every = [c for grid in WIDTHS for dtype in dtypes for c in cases(grid, dtype)]
     every += [c for grid in WIDTHS for c in grouped_cases(grid, torch.float16)]
     every += [c for dtype in dtypes for c in cases(qk.lsq(4), dtype, LARGE)]
+    every += [c for grid in WIDTHS for c in floored_cases(grid, torch.float32)]
     calls = [(op, case.name, *case.call(op)) for case in every for op in served]
     path = tmp_path_factory.mktemp("isa") / "calls.pt"
     torch.save([(op, args) for op, _, args, *_ in calls], path)
@@ -435,8 +444,8 @@ def _bad_calls():
     return {
         "x is torch.int64": lambda: linear(x.long(), w),
         "x has no dimension": lambda: linear(torch.tensor(1.0), w),
-        "packed is torch.uint8 of shape .6, 8.*the last 5 for 9 columns": lambda: linear(x[:, :9], w),
-        "scale has shape .6, 2., must be .6,. and a divisor of 15": lambda: linear(x[:, :15], w),
+        "x has shape .3, 9., its last dimension must be 16 like the weight's": lambda: linear(x[:, :9], w),
+        "x has shape .3, 15., its last dimension must be 16": lambda: grouped(x[:, :15], stack, ends),
         "act_bits is 9": lambda: linear(x, w, act_bits=9),
         "act_bits is 1": lambda: linear(x, w, act_bits=1),
         "bias is torch.float32 of shape .5,": lambda: linear(x, w, torch.zeros(5)),
@@ -459,6 +468,39 @@ def _bad_calls():
 def test_bad_calls(message):
     with pytest.raises((RuntimeError, ValueError), match=message):
         _bad_calls()[message]()
+
+
+def test_a_weight_of_another_kind():
+    weight, ends = torch.randn(6, 16), torch.tensor([3], dtype=torch.int32)
+    layer = qk.PackedLinear(scaled_weight(qk.lsq(4), (6, 16)))
+    for given, name in ((weight, "Tensor"), (layer.weight, "PackedBuffers"), (None, "NoneType")):
+        for call in (qk.lowbit_linear, lambda x, w: qk.grouped_lowbit_linear(x, w, ends)):
+            with pytest.raises(TypeError, match=f"weight is {name}, must be a PackedWeight"):
+                call(torch.randn(3, 16), given)
+
+
+@pytest.mark.parametrize("cols", [64, 63])
+@pytest.mark.parametrize("grid", WIDTHS, ids=lambda g: f"{g.scheme}{g.bits}")
+def test_an_input_a_few_columns_off(grid, cols):
+    """Also where a row takes as many bytes with so many columns."""
+    dense, stack = scaled_weight(grid, (4, cols)), scaled_weight(grid, (2, 4, cols))
+    ends = torch.tensor([1, 3], dtype=torch.int32)
+    layer, grouped = qk.PackedLinear(dense), qk.GroupedPackedLinear(stack)
+    calls = {
+        "dense": lambda x: qk.lowbit_linear(x, dense),
+        "integers": lambda x: qk.lowbit_linear(x, dense, act_bits=8),
+        "grouped": lambda x: qk.grouped_lowbit_linear(x, stack, ends),
+        "layer": layer,
+        "grouped layer": lambda x: grouped(x, ends),
+    }
+    for width in (*range(cols - 7, cols), cols + 1):
+        message = rf"x has shape \(3, {width}\), its last dimension must be {cols}"
+        for name, call in calls.items():
+            for x in (torch.randn(3, width), torch.randn(3, width, requires_grad=True)):
+                with pytest.raises(RuntimeError, match=message):
+                    raise AssertionError(f"{name} gives {call(x)}")
+            with pytest.raises(RuntimeError, match=message):
+                jvp(call, (torch.randn(3, width),), (torch.randn(3, width),))
 
 
 @pytest.mark.parametrize("op", OPERATIONS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import qatkernels as qk
@@ -217,9 +218,59 @@ def test_bad_weights():
         "zero_point is torch.float64": lambda: qk.PackedWeight(
             good.packed, good.scale, good.scale.double(), qk.affine(4), 16
         ),
+        "cols is -1, must be at least 0": lambda: qk.PackedWeight(good.packed[:, :0], good.scale, None, grid, -1),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_arguments_of_another_kind():
+    w, scale, grid = torch.randn(4, 16), torch.ones(4), qk.lsq(4)
+    make = qk.PackedWeight.from_float
+    for message, call in {
+        "w is 3, must be a tensor": lambda: make(3, scale, grid),
+        "scale is 0.3, must be a tensor": lambda: make(w, 0.3, grid),
+        "zero_point is 8, must be a tensor": lambda: make(w, scale, qk.affine(4), zero_point=8),
+        "grid is 4, must be a Grid": lambda: make(w, scale, 4),
+    }.items():
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+def test_what_has_no_code_is_an_error(grid, dtype):
+    """NaN would become code 0, whatever that stands for. Infinite weights saturate, as in fake_quantize."""
+    w, scale = torch.randn(4, 16).to(dtype), torch.ones(4)
+    bad = w.clone()
+    bad[1, 3] = bad[2, 0] = torch.nan
+    with pytest.raises(ValueError, match="w has NaN in 2 of 64 elements"):
+        qk.PackedWeight.from_float(bad, scale, grid)
+    infinite = w.clone()
+    infinite[0, 0], infinite[1, 0] = torch.inf, -torch.inf
+    wanted = qk.fake_quantize(infinite.float(), scale, grid)
+    assert_same_bits(qk.PackedWeight.from_float(infinite, scale, grid).dequantize(), wanted)
+    for value in (torch.nan, torch.inf, -torch.inf) if grid.has_zero_point else ():
+        zero = torch.zeros(4)
+        zero[2] = value
+        with pytest.raises(ValueError, match=f"zero_point has an element {value}, must be finite"):
+            qk.PackedWeight.from_float(w, scale, grid, zero_point=zero)
+
+
+def test_values_that_cannot_be_looked_at():
+    """On the meta device and while tracing, shapes are all there is."""
+    grid = qk.affine(4)
+
+    def make(w, scale, zero):
+        return qk.PackedWeight.from_float(w, scale, grid, zero_point=zero)
+
+    args = (torch.randn(4, 16), torch.ones(4), torch.full((4,), 7.0))
+    assert make(*(t.to("meta") for t in args)).shape == (4, 16)
+    with FakeTensorMode() as mode:
+        assert make(*(mode.from_tensor(t) for t in args)).shape == (4, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: make(*args).packed, fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(*args), make(*args).packed)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0), (2, 0, 8)], ids=str)

@@ -131,9 +131,15 @@ ITERATIONS = {"backward-bf16-long": CHUNK_COLUMNS // TILE_ELEMENTS}
 
 def recorded_launches(op, args, monkeypatch):
     """Return (kernel, arguments by name, options) of each launch that an op leads to."""
+    implementation = IMPLS[f"{op}_out" if OPS[op].outputs else op]["triton"]
+    return recorded(lambda: implementation(*args, *as_tuple(OPS[op].fake(*args))), monkeypatch)
+
+
+def recorded(call, monkeypatch):
+    """Return (kernel, arguments by name, options) of each launch that a call leads to."""
     launches = []
     monkeypatch.setattr(triton.JITFunction, "run", lambda self, *a, grid, warmup, **k: launches.append((self, a, k)))
-    IMPLS[f"{op}_out" if OPS[op].outputs else op]["triton"](*args, *as_tuple(OPS[op].fake(*args)))
+    call()
     found = []
     for kernel, positional, keywords in launches:
         named = dict(zip(kernel.arg_names, positional, strict=False))
@@ -142,23 +148,28 @@ def recorded_launches(op, args, monkeypatch):
     return found
 
 
-def compiled(kernel, arguments, options, architecture):
-    """Compile a kernel for the arguments of a launch, specialized as a launch would be."""
-    constexprs = {kernel.arg_names[i] for i in kernel.constexprs}
+def specialized(kernel, arguments):
+    """Return the signature, constants and attributes that a launch with these arguments compiles a kernel for."""
     signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        value = arguments[name]
-        if name in constexprs or (isinstance(value, int) and value == 1):
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, arguments[parameter.name]
+        free = parameter.do_not_specialize
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not free):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not free:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    source = ASTSource(kernel, signature, constants, attributes)
+    return signature, constants, attributes
+
+
+def compiled(kernel, arguments, options, architecture):
+    """Compile a kernel for the arguments of a launch, specialized as a launch would be."""
+    source = ASTSource(kernel, *specialized(kernel, arguments))
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
@@ -214,6 +225,10 @@ PRODUCTS = {
     "grouped": (product("lowbit_linear", qk.binary(), 701, 32, shape=(2, 256, 512), offsets=[300, 600]), WIDE_MMA),
     "many-fp32": (product("lowbit_linear", qk.lsq(4), 1001, 128, torch.float32), None),
     "transposed": (product("lowbit_linear_transposed", qk.lsq(4), 1001, 128), None),
+    # One element of output, whose sum programs share.
+    "one": (product("lowbit_linear", qk.lsq(4), 1, None, shape=(1, 1024)), SMALL_MMA),
+    "one-grouped": (product("lowbit_linear", qk.lsq(4), 1, None, shape=(1, 1, 1024), offsets=[1]), SMALL_MMA),
+    "one-transposed": (product("lowbit_linear_transposed", qk.lsq(4), 1, None, shape=(1024, 1)), None),
 }
 
 
@@ -241,6 +256,30 @@ def test_products(case, architecture, monkeypatch):
         assert (stack, local) == (0, 0), f"{name} spills registers"
         if name.startswith("lowbit"):
             check_instruction(kernel.asm["ptx"], (instruction or {}).get(architecture))
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("experts", [None, 1, 4])
+def test_the_number_of_tokens_is_not_compiled(experts, act_bits, monkeypatch):
+    """What `warm_up` compiles is all that any number of tokens needs."""
+    from qatkernels.triton.lowbit_linear import warm_up
+
+    def keys(launches):
+        return {
+            (kernel.__name__, repr(specialized(kernel, arguments)), repr(sorted(options.items())))
+            for kernel, arguments, options in launches
+        }
+
+    for rows, cols in ((1, 1024), (256, 1024), (1024, 1)):
+        weight = scaled_weight(qk.lsq(4), (rows, cols) if experts is None else (experts, rows, cols))
+        warm = keys(recorded(lambda w=weight: warm_up(w, act_bits=act_bits), monkeypatch))
+        for tokens in (1, 2, 15, 16, 17, 512):
+            ends = None if experts is None else torch.full((experts,), tokens, dtype=torch.int32)
+            x = torch.zeros(tokens, cols, dtype=torch.bfloat16)
+            for op in ("lowbit_linear", "lowbit_linear_transposed"):
+                call = Case("", weight, x, None, ends, act_bits).call(op)[0]
+                missing = keys(recorded_launches(op, call, monkeypatch)) - warm
+                assert not missing, f"{op} of {tokens} tokens with {rows}x{cols}: {missing}"
 
 
 #: Products by expert, as above. float64 has an instruction of its own before Blackwell.

@@ -22,6 +22,7 @@ from tests.lowbit import (
     activations,
     cases,
     expected_linear,
+    floored_cases,
     grouped_cases,
     scaled_weight,
 )
@@ -137,6 +138,12 @@ def test_what_is_not_finite_stays_in_its_token(act_bits, bad):
     assert act_bits is None or y[0].isnan().all()
     assert_within(y[1:], expected[1:], bound[1:])
     assert (y[1] == 0).all()
+
+
+@pytest.mark.parametrize("grid", [qk.seq(2), qk.affine(4)], ids=lambda g: g.scheme)
+def test_a_scale_below_the_floor_acts_as_the_floor(grid):
+    for case in turns(floored_cases(grid, torch.bfloat16), grid, 3):
+        check(case)
 
 
 @pytest.mark.parametrize("grid", [qk.lsq(8), qk.affine(8), qk.binary()], ids=lambda g: g.scheme)
