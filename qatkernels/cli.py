@@ -204,20 +204,29 @@ def generate(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.tokens < 1 or not 0 <= args.temperature < float("inf") or not args.prompt:
         return _fail("--tokens must be at least 1, --temperature finite and at least 0, --prompt not empty")
+    if not -(2**63) <= args.seed < 2**64:
+        return _fail(f"--seed is {args.seed}, must be -2**63 to 2**64 - 1")
     try:
         model = job.load(args.model)
     except CheckpointError as error:
         return _fail(error)
-    prompt, decoder = args.prompt.encode(), codecs.getincrementaldecoder("utf-8")("replace")
-    print(args.prompt, end="", flush=True)
+    # The bytes that were given, which need not be text, as the model's need not be.
+    prompt, decoder = os.fsencode(args.prompt), codecs.getincrementaldecoder("utf-8")("replace")
+    _show(decoder.decode(prompt))
     draws = torch.Generator().manual_seed(args.seed)
     began = time.perf_counter()
     for token, _ in job.generate(model, prompt, args.tokens, temperature=args.temperature, generator=draws):
-        print(decoder.decode(bytes([token])), end="", flush=True)
+        _show(decoder.decode(bytes([token])))
     seconds = time.perf_counter() - began
-    print(decoder.decode(b"", final=True), flush=True)
+    _show(decoder.decode(b"", final=True) + "\n")
     print(f"{args.tokens} tokens, {args.tokens / seconds:.0f} tokens/s", file=sys.stderr)
     return 0
+
+
+def _show(text: str) -> None:
+    """Print text at once, with a replacement for what the terminal's encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
 
 
 def bit_width(text: str) -> float:

@@ -11,6 +11,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,18 +41,35 @@ def write(path: Path, content: bytes) -> None:
     Raises:
         CheckpointError: if the folder cannot be written to or the disk is full.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    # A name that nobody has: what a user calls OUT.tmp is the user's.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     with explained("written", path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(temporary, "xb")  # noqa: SIM115
         try:
-            with open(temporary, "wb") as file:
+            with file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:
+            rename(temporary, path)
+        except BaseException:
             temporary.unlink(missing_ok=True)  # on a full disk it is what takes the room
             raise
-    rename(temporary, path)
+
+
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
+
+
+def sweep(folder: Path) -> None:
+    """Delete what kills left of :func:`write` in a folder and the folders in it; nobody may be writing there.
+
+    Raises:
+        CheckpointError: if a file cannot be deleted.
+    """
+    with explained("deleted", folder):
+        for path in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
+            if _TEMPORARY.fullmatch(path.name) and path.is_file():
+                path.unlink()
 
 
 def rename(temporary: Path, path: Path) -> None:

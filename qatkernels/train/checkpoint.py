@@ -17,6 +17,7 @@ from ..files import (
     read_json,
     rename,
     save,
+    sweep,
     write,
     write_json,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "remove_run",
     "rename",
     "save",
+    "sweep",
     "write",
     "write_json",
 ]
@@ -46,6 +48,8 @@ __all__ = [
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Create a folder and keep other processes that ask the same out of it; a kill frees it.
+
+    What a kill left half written goes: it takes room and is of no use.
 
     Raises:
         CheckpointError: if it is in use or cannot be created.
@@ -61,6 +65,7 @@ def exclusive(folder: Path) -> Iterator[None]:
                 raise CheckpointError(
                     f"{folder} is in use by another run; wait for it or give another --out"
                 ) from error
+            sweep(folder)
         yield
 
 

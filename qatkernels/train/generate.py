@@ -60,7 +60,9 @@ def generate(
             cache = Cache(config)
         logits = model(torch.tensor([new], device=device), cache)[0, -1].float().cpu()
         if temperature:
-            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+            # In float64 and from the largest logit down, so that no temperature makes two infinite, or 0 / 0.
+            scaled = (logits - logits.max()).double() / temperature
+            token = int(torch.multinomial(scaled.softmax(-1).float(), 1, generator=generator))
         else:
             token = int(logits.argmax())
         tokens.append(token)
@@ -111,8 +113,12 @@ def pack(folder: Path, out: Path, scale_dtype: torch.dtype = torch.float32) -> d
         ``parameters`` of the model without its scales, and the bytes of the packed one on ``disk`` and in ``memory``.
 
     Raises:
-        CheckpointError: if the model cannot be read, was trained in full precision, or ``out`` cannot be written.
+        CheckpointError: if the model cannot be read, was trained in full precision, or ``out`` cannot be written or is
+            one of the files that are packed.
     """
+    for source in ("model.safetensors", "config.json"):
+        if out.exists() and (folder / source).exists() and out.samefile(folder / source):
+            raise CheckpointError(f"{out} is a file of the model in {folder}, give another one to write")
     model, described = load_trained(folder)
     if described["quantization"] is None:
         raise CheckpointError(f"{folder} was trained in full precision, there is nothing to pack")

@@ -455,6 +455,11 @@ def test_a_failed_write_leaves_the_old_file(saved, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="cannot be written: No space left"):
         qk.save_packed(packed, path)
     assert path.read_bytes() == saved[1]
+    monkeypatch.undo()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CheckpointError, match="folder cannot be written: Is a directory"):
+        qk.save_packed(packed, tmp_path / "folder")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "model"]
 
 
 def test_warm_up_compiles_what_is_on_a_gpu(monkeypatch):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,47 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(CheckpointError, match=r"x\.json cannot be written: No space left"):
         checkpoint.write_json(path, {"n": 2})
     assert checkpoint.read_json(path) == {"n": 1}
+
+
+def test_a_write_leaves_nothing_but_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails, and whatever the user has there."""
+    path, mine = tmp_path / "x.json", tmp_path / "x.json.tmp"
+    mine.write_text("mine")
+    checkpoint.write_json(path, {"n": 1})
+    (tmp_path / "y").touch()
+    assert path.stat().st_mode == (tmp_path / "y").stat().st_mode, "as any new file"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot be written: Is a directory"):
+        checkpoint.write(tmp_path / "folder", b"x")
+
+    def stopped(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoint.write_json(path, {"n": 2})
+    assert checkpoint.read_json(path) == {"n": 1}
+    assert mine.read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "x.json", "x.json.tmp", "y"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_what_a_kill_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [tmp_path / "x.json.tmp", tmp_path / "notes.tmp", tmp_path / "w2" / "x.12345678.bak"]
+    kept[-1].parent.mkdir()
+    for path in kept:
+        path.write_text("mine")
+    for folder in (tmp_path, tmp_path / "w2"):
+        if (pid := os.fork()) == 0:
+            monkeypatch.setattr(os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            checkpoint.write_json(folder / "x.json", {"n": 1})
+            os._exit(1)
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    assert len(list(tmp_path.rglob("*.tmp"))) == 4
+    with checkpoint.exclusive(tmp_path):
+        assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == sorted([*kept, tmp_path / ".lock"])
 
 
 @pytest.mark.parametrize(

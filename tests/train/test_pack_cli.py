@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
+import shutil
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +132,48 @@ def test_bytes_that_are_no_text(run: Path, capsys: pytest.CaptureFixture[str]) -
     assert "\ufffd" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("prompt", [b"\xff", b"\xc3", "\u00fc \u2192 ".encode(), b"red is"], ids=repr)
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1"])
+def test_any_prompt_on_any_terminal(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], prompt: bytes, encoding: str
+) -> None:
+    """A prompt is bytes, as the shell gives them; the text goes on from them, and shows what the terminal can."""
+    given = os.fsdecode(prompt)
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", shown)
+        assert cli.main(["generate", str(run / "fp"), "--tokens", "9", "--prompt", given]) == 0
+    assert capsys.readouterr().err.startswith("9 tokens, ")
+    text = prompt + bytes(token for token, _ in generate(load(run / "fp"), prompt, 9))
+    wanted = (text.decode(errors="replace") + "\n").encode(encoding, "replace")
+    assert shown.buffer.getvalue() == wanted  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("seed", ["0", "-1", str(-(2**63)), str(2**64 - 1)])
+def test_seeds_up_to_the_ends(run: Path, seed: str) -> None:
+    assert cli.main(["generate", str(run / "fp"), "--tokens", "3", "--temperature", "1", "--seed", seed]) == 0
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300, 5e-324])
+def test_the_coldest_draw_is_the_likeliest_byte(temperature: float) -> None:
+    model = peaked()
+    cold, greedy = (list(generate(model, b"abc", 30, temperature=t)) for t in (temperature, 0))
+    assert [token for token, _ in cold] == [token for token, _ in greedy]
+
+
+def test_a_model_is_not_packed_onto_itself(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "w2"
+    shutil.copytree(run / "w2", folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    (tmp_path / "link").symlink_to(folder / "model.safetensors")
+    for out in (folder / "model.safetensors", folder / "config.json", folder / ".." / "w2" / "model.safetensors",
+                tmp_path / "link"):  # fmt: skip
+        assert cli.main(["pack", str(folder), str(out)]) == 2
+        assert f"{out} is a file of the model in {folder}" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert cli.main(["pack", str(folder), str(folder / "packed.safetensors")]) == 0
+
+
 def peaked() -> Transformer:
     """A random model with logits of the size that a trained one has."""
     torch.manual_seed(0)
@@ -196,6 +242,8 @@ def test_errors_are_one_line_and_exit_code_2(
         (["generate", str(run / "w2"), "--tokens", "0"], "--tokens must be at least 1"),
         (["generate", str(run / "w2"), "--temperature", "-1"], "--temperature finite and at least 0"),
         (["generate", str(run / "w2"), "--prompt", ""], "--prompt not empty"),
+        (["generate", str(run / "w2"), "--seed", "9" * 23], f"--seed is {'9' * 23}, must be -2**63 to 2**64 - 1"),
+        (["generate", str(run / "w2"), "--seed", str(-(2**63) - 1)], "must be -2**63 to 2**64 - 1"),
     ):
         assert cli.main(command) == 2, command
         out, err = capsys.readouterr()
