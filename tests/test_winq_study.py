@@ -81,7 +81,7 @@ def test_report(out: Path, why: Path, tmp_path: Path, capsys: Any) -> None:
     ]
     for cell in cells:
         assert cell["both"]["difference"] == pytest.approx(cell["both"]["loss"] - cell["base"]["loss"])
-        assert cell["base"]["steps_to_plain"] == [8, 8]
+        assert cell["base"]["steps_to_base"] == [8, 8]
     assert json.loads((tmp_path / "why.json").read_text())["trials"]
     assert json.loads((tmp_path / "spectra.json").read_text())["checkpoints"]
     for name in ("curves", "why", "spectra"):
@@ -96,6 +96,10 @@ def test_steps_to_a_loss() -> None:
     assert winq_report.reached(curve, 1.6) == 25
     assert winq_report.reached(curve, 3.5) == 0
     assert winq_report.reached(curve, 0.5) is None
+
+
+def test_the_largest_lead() -> None:
+    assert winq_report.lead([[0, 3.0], [10, 1.5], [20, 1.4]], [[0, 3.0], [10, 2.0], [20, 1.0]]) == [0.5, 10]
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ class Preset:
 
 _CANDIDATES = tuple(Resets(period, weight) for period in (0.5, 0.25) for weight in (0.2, 0.4))
 _HALF_WAY = tuple(Resets(0.5, weight) for weight in (0.1, 0.2, 0.4))
-_PAPER, _OURS = ("base", "noise", "reset", "both"), ("wsd", "plateau")
+_PAPER, _OURS = ("base", "noise", "reset", "both"), ("base", "wsd", "plateau")
 # fmt: off
 PRESETS = {
     # 0.33 million quantized parameters, 1024 bytes a step.
@@ -127,7 +127,7 @@ PRESETS = {
             schedule="cosine",
         ),
         (Choice("both", (1, 2), 8000, _CANDIDATES), Choice("plateau", (1, 2), 8000, _HALF_WAY)),
-        (Part((1, 2, 3), (1, 1.58, 2, 3), (None, 8), (*_PAPER, *_OURS), 8000),),
+        (Part((1, 2, 3), (1, 1.58, 2, 3), (None, 8), (*_PAPER, *_OURS[1:]), 8000),),
     ),
     "test": Preset(
         TrainConfig(
@@ -135,7 +135,7 @@ PRESETS = {
             eval_every=2, eval_windows=8, log_every=2, save_every=4, schedule="cosine",
         ),
         (Choice("both", (1,), 8, _CANDIDATES[:2]), Choice("plateau", (1,), 8, _HALF_WAY)),
-        (Part((1, 2), (1,), (None, 8), ("base", "both", *_OURS), 8),),
+        (Part((1, 2), (1,), (None, 8), ("both", *_OURS), 8),),
     ),
 }
 # fmt: on
