@@ -71,8 +71,8 @@ class Preset:
     seeds: tuple[int, ...] = (1, 2, 3)
     batch: int = 32
     longest: int = 48
-    flatness: int = 64
-    lanczos: int = 20
+    flatness: int = 32
+    lanczos: int = 10
     warmup: float = 0.1
     weight_decay: float = 0.01
     clip: float = 1.0
