@@ -17,13 +17,13 @@ METHODS = ("qat", "winq", "squat")
 
 
 class Method(Protocol):
-    """What the loop asks of a method; WinQ is one as it stands."""
+    """What the loop asks of a method; WinQ and SQuAT are, as they stand."""
 
     def gradient(self, closure: Closure) -> Any:
         """Leave the gradient to step with in ``.grad``, and return the loss at the quantized weights."""
 
     def after_step(self) -> Any:
-        """Do what comes after the optimizer's step."""
+        """Count the optimizer's step, and do what comes after it."""
 
     def log(self) -> dict[str, float]:
         """Return what to log, and begin to count anew."""
@@ -58,11 +58,6 @@ class QAT:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Do nothing."""
-
-
-class _SQuAT(SQuAT):
-    def after_step(self) -> None:
-        """Nothing: a step of SQuAT's is all gradient."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ class MethodConfig:
                 last_reset=int(self.reset_until * steps),
             )  # fmt: skip
         if self.name == "squat":
-            return _SQuAT(
+            return SQuAT(
                 model, optimizer, rho=self.rho, target=self.target, norm=self.norm, scale_every=self.scale_every,
                 minibatch=self.minibatch,
             )  # fmt: skip

@@ -26,7 +26,7 @@ from ..nn import quantized_modules
 from ..nn.activation import Float32Scales
 from ..nn.quantized import Quantized
 from ..ops import perturb_swap_, perturbation_norms
-from .grads import add_, own, take
+from .grads import apart, own, take
 from .shards import layers_by_weight, plain, total
 from .stats import GridStats
 
@@ -59,11 +59,14 @@ class SQuAT:
             in which nothing but the scales moves.
 
     Attributes:
-        steps: steps so far, of either kind.
+        steps: optimizer steps so far, of either kind: calls of :meth:`after_step`.
+        due: whether the next :meth:`after_step` moves weights: never, it only counts.
 
     Raises:
         ValueError: if a value is out of range, or the model has no quantized layer.
     """
+
+    due = False
 
     def __init__(
         self,
@@ -98,7 +101,7 @@ class SQuAT:
         self._seen: dict[str, Tensor | float] = {}
 
     def step(self, closure: Closure, *, scaler: Any = None) -> Any:
-        """Compute the gradients and step the optimizer.
+        """Compute the gradients, step the optimizer and count the step.
 
         Args:
             closure: as for ``torch.optim.Optimizer.step``: computes a loss, calls ``backward`` and returns the loss; of
@@ -120,31 +123,33 @@ class SQuAT:
             self.optimizer.step()
         else:
             scaler.step(self.optimizer)
+        self.after_step()
         return loss
 
     def gradient(self, closure: Closure, *, accumulate: bool = False) -> Any:
         """Leave in ``.grad`` the gradients to step with, None where a parameter is frozen in this step.
 
-        For what comes between gradient and step, such as clipping; :meth:`step` is this and the optimizer's step.
+        For what comes between gradient and step, such as clipping; :meth:`step` is this, the optimizer's step and
+        :meth:`after_step`. All calls between two optimizer steps serve the same objective.
 
         Args:
             closure: as for :meth:`step`.
             accumulate: whether gradients that are there already are added to, for loops that accumulate them over
-                calls; each call then perturbs along the gradient of its own micro-batch.
+                calls; each call then perturbs along the gradient of its own micro-batch. Under DDP and FSDP2, which
+                the model must be wrapped in when SQuAT is made, gradients are reduced in every pass, also within
+                ``no_sync``. After an error in the closure they are as before the call.
 
         Returns:
             What ``closure`` returned at the quantized weights.
         """
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        before = take(parameters)
         alone = self.minibatch == "next" and self.steps % (self.scale_every + 1) == self.scale_every
-        loss = (self._step_size if alone else self._sharpness)(closure, parameters)
+        with apart(self.model, parameters, accumulate):
+            return (self._step_size if alone else self._sharpness)(closure, parameters)
+
+    def after_step(self) -> None:
+        """Count an optimizer step. Call after ``optimizer.step()``, unless :meth:`step` took it."""
         self.steps += 1
-        if accumulate:
-            after = add_(before, take(parameters))
-            for parameter, grad in zip(parameters, after, strict=True):
-                parameter.grad = grad
-        return loss
 
     def _scales(self) -> set[int]:
         """Return the ids of the scales and zero points of weights and activations."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..nn import quantized_modules
 from ..ops import reset_
-from .grads import Grads, RandomState, add_, take
+from .grads import Grads, RandomState, add_, apart, put, take
 from .shards import layers_by_weight, locals_of
 from .stats import GridStats
 
@@ -140,31 +140,32 @@ class WinQ:
             closure: as for ``torch.optim.Optimizer.step``: zeroes gradients (or not), computes a loss, calls
                 ``backward`` and returns the loss; of the same batch every time.
             accumulate: whether gradients that were there before the call are added to, for loops that accumulate them
-                over calls; they are dropped if not.
+                over calls; they are dropped if not. Under DDP and FSDP2, which the model must be wrapped in when WinQ
+                is made, gradients are then reduced in every pass, also within ``no_sync``. After an error in the
+                closure they are as before the call.
 
         Returns:
             The mean of what ``closure`` returned; None if it returned None.
         """
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        before = take(parameters)
-        sum_of: Grads = before if accumulate else [None] * len(parameters)
+        sum_of: Grads = [None] * len(parameters)
         signs = (1, -1) if self.two_sided else (1,)
         draws = self.samples * len(signs)
         losses: list[Any] = []
-        try:
-            for _ in range(self.samples):
-                random = RandomState(parameters) if self.two_sided else None
-                for sign in signs:
-                    if sign < 0 and random is not None:
-                        random.restore()
-                    self._set_noise(sign)
-                    loss = closure()
-                    losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
-                    sum_of = add_(sum_of, take(parameters), 1 / draws)
-        finally:
-            self._set_noise(1)
-        for parameter, grad in zip(parameters, sum_of, strict=True):
-            parameter.grad = grad
+        with apart(self.model, parameters, accumulate):
+            try:
+                for _ in range(self.samples):
+                    random = RandomState(parameters) if self.two_sided else None
+                    for sign in signs:
+                        if sign < 0 and random is not None:
+                            random.restore()
+                        self._set_noise(sign)
+                        loss = closure()
+                        losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+                        sum_of = add_(sum_of, take(parameters), 1 / draws)
+            finally:
+                self._set_noise(1)
+            put(parameters, sum_of)
         return None if any(loss is None for loss in losses) else sum(losses) / draws
 
     def log(self) -> dict[str, float]:
