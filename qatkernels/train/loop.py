@@ -243,7 +243,9 @@ def take_step(training: Training, step: int) -> Tensor:
     norm = nn.utils.clip_grad_norm_(training.model.parameters(), training.run.config.clip)
     training.guard.see(step + 1, loss, whole(norm))
     training.optimizer.step()
-    training.method.after_step()
+    # The optimizer stands still from a bad step on, and so do resets; only one that is due waits for the device.
+    if not (training.method.due and training.guard.found()):
+        training.method.after_step()
     return loss
 
 
@@ -315,6 +317,7 @@ def _diverged(training: Training) -> DivergedError:
     """Return the error of a step that was not finite, after running it again to find where that began."""
     run, found = training.run, training.guard.found()
     step, loss, norm = found or (0, math.nan, math.nan)
+    training.method.steps = step - 1  # more were taken before the guard was asked
     begins = run.group.gathered(origin(training.model, lambda: gradient(training, step - 1)))
     where = next((name for name in begins if name is not None), None)
     message = (

@@ -17,7 +17,18 @@ METHODS = ("qat", "winq", "squat")
 
 
 class Method(Protocol):
-    """What the loop asks of a method; WinQ and SQuAT are, as they stand."""
+    """What the loop asks of a method; WinQ and SQuAT are, as they stand.
+
+    Attributes:
+        steps: optimizer steps so far.
+        due: whether the next :meth:`after_step` moves weights.
+    """
+
+    steps: int
+
+    @property
+    def due(self) -> bool:
+        """See above."""
 
     def gradient(self, closure: Closure) -> Any:
         """Leave the gradient to step with in ``.grad``, and return the loss at the quantized weights."""
@@ -38,7 +49,10 @@ class Method(Protocol):
 class QAT:
     """The plain gradient; without a quantized layer in the model nothing is logged."""
 
+    due = False
+
     def __init__(self, model: nn.Module, quantized: bool = True) -> None:
+        self.steps = 0
         self.stats = GridStats(model) if quantized else None
 
     def gradient(self, closure: Closure) -> Any:
@@ -46,7 +60,8 @@ class QAT:
         return closure()
 
     def after_step(self) -> None:
-        """Nothing."""
+        """Count."""
+        self.steps += 1
 
     def log(self) -> dict[str, float]:
         """Return flips since the last call, and the distance to the grid in spacings."""

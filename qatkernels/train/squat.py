@@ -13,7 +13,6 @@ Gradients reach W straight through, so weights beyond the clamp of the grid have
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -23,12 +22,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..nn import quantized_modules
-from ..nn.activation import Float32Scales
+from ..nn.activation import scales_of
 from ..nn.quantized import Quantized
 from ..ops import perturb_swap_, perturbation_norms
 from .grads import apart, own, take
 from .shards import layers_by_weight, plain, total
 from .stats import GridStats
+from .values import check_count, check_size
 
 Closure = Callable[[], Any]
 
@@ -87,11 +87,11 @@ class SQuAT:
         ):
             if given not in allowed:
                 raise ValueError(f"{name} is {given!r}, must be one of {allowed}")
-        for name, number in (("rho", rho), ("eta", eta)):
-            if not 0 <= number < math.inf:
-                raise ValueError(f"{name} is {number}, must be finite and >= 0")
-        if scale_every < 1:
-            raise ValueError(f"scale_every is {scale_every}, must be at least 1")
+        check_size("rho", rho)
+        check_size("eta", eta)
+        check_count("scale_every", scale_every, 1)
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("optimizer is LBFGS, must be one that steps once along the gradients that are there")
         self.model, self.optimizer = model, optimizer
         self.rho, self.target, self.norm, self.eta = rho, target, norm, eta
         self.scale_every, self.minibatch = scale_every, minibatch
@@ -153,8 +153,7 @@ class SQuAT:
 
     def _scales(self) -> set[int]:
         """Return the ids of the scales and zero points of weights and activations."""
-        modules = [m for m in self.model.modules() if isinstance(m, Float32Scales)]
-        return {id(m._parameters.get(name)) for m in modules for name in ("scale", "zero_point")}
+        return set(map(id, scales_of(self.model)))
 
     def _step_size(self, closure: Closure, parameters: list[nn.Parameter]) -> Any:
         loss = closure()
@@ -184,6 +183,10 @@ class SQuAT:
     @contextmanager
     def _perturbed(self, grads: dict[int, Tensor]) -> Iterator[None]:
         """Perturb along gradients, by the id of their weights; restore at the end."""
+        if not any(module.weight.requires_grad for module in self._layers.values()):
+            raise ValueError(
+                "every quantized weight of the model is frozen (requires_grad is False), one must be trained"
+            )
         if not grads:
             raise RuntimeError("the closure left no gradient in any quantized weight: does it call backward()?")
         factor = self._factor(grads)
@@ -259,7 +262,8 @@ class SQuAT:
         """
         if set(state) != {"steps"}:
             raise ValueError(f"state has {sorted(state)}, must have 'steps'")
-        self.steps = int(state["steps"])
+        check_count("steps", state["steps"], 0)
+        self.steps = state["steps"]
 
 
 def _value(loss: Any) -> Any:

@@ -259,6 +259,8 @@ def test_optimizer_groups(tiny: dict[str, Any]) -> None:
     assert {names[id(p)] for p in scales["params"]} == {n for n in names.values() if n.endswith("scale")}
     assert {names[id(p)] for p in rest["params"]} == {n for n in names.values() if "norm" in n or "embedding" in n}
     assert sum(len(g["params"]) for g in (weights, scales, rest)) == len(names)
+    model.norm.register_parameter("scale", torch.nn.Parameter(torch.ones(32)))  # of no quantizer
+    assert loop.build_optimizer(model, config, phase).param_groups[1]["params"] == scales["params"]
     assert [(g["peak"], g["weight_decay"]) for g in (weights, scales, rest)] == [(0.25, 0.5), (1e-4, 0), (0.25, 0)]
 
 

@@ -318,6 +318,39 @@ def test_where_it_diverged(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     assert log[-1] == {"phase": "fp", "step": step, "note": message}
 
 
+@pytest.mark.parametrize("method", [{"method": "winq", "reset_every": 3}, {"method": "squat", "minibatch": "next"}])
+def test_a_method_stands_still_after_a_bad_step(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
+) -> None:
+    """No reset comes until the bad step is noticed, and what is run again has the objective of that step."""
+    take, learn, loss_of = loop.take_step, loop.gradient, loop.mean_loss
+    ran: list[tuple[int, int]] = []
+    weights: list[Tensor] = []
+
+    def gradient(training: Any, step: int) -> Tensor:
+        if training.phase.bits:
+            ran.append((step, training.method.steps))
+        return learn(training, step)
+
+    def take_step(training: Any, step: int) -> Tensor:
+        loss = take(training, step)
+        if training.phase.bits:
+            weights.append(training.model.blocks[0].mlp.down.weight.detach().clone())
+        return loss
+
+    def mean_loss(model: nn.Module, *arguments: Any) -> Tensor:
+        loss = loss_of(model, *arguments)
+        return loss * float("nan") if model.training and ran and ran[-1][0] >= 4 else loss
+
+    for name, function in (("gradient", gradient), ("take_step", take_step), ("mean_loss", mean_loss)):
+        monkeypatch.setattr(loop, name, function)
+    with pytest.raises(DivergedError, match="at step 5 of w2"):
+        run(tiny, log_every=12, save_every=12, eval_every=12, **method)
+    assert len(weights) == 12
+    assert all(torch.equal(later, weights[3]) for later in weights[4:])
+    assert ran[-1] == (4, 4)
+
+
 def test_the_guard_keeps_the_weights_of_before() -> None:
     model = nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)

@@ -366,6 +366,9 @@ class TestErrors:
             ({"norm": "l1"}, "norm is 'l1'"),
             ({"minibatch": "other"}, "minibatch is 'other'"),
             ({"scale_every": 0}, "scale_every is 0"),
+            ({"scale_every": 1.5}, "scale_every is 1.5, must be a whole number"),
+            ({"rho": True}, "rho is True"),
+            ({"optimizer": torch.optim.LBFGS([nn.Parameter(torch.ones(1))])}, "optimizer is LBFGS, must be one that"),
         ],
     )
     def test_values(self, change, words):
@@ -380,6 +383,12 @@ class TestErrors:
             SQuAT(model).step(lambda: None)
         with pytest.raises(RuntimeError, match="no gradient in any quantized weight"):
             SQuAT(model).gradient(lambda: torch.zeros(()))
+        for layer in quantized_modules(model).values():
+            layer.weight.requires_grad_(False)
+        with pytest.raises(ValueError, match="every quantized weight of the model is frozen"):
+            SQuAT(model).gradient(closure_of(model, torch.randn(2, 16)))
+        with pytest.raises(ValueError, match="steps is -1"):
+            SQuAT(model).load_state_dict({"steps": -1})
         with pytest.raises(ValueError, match="must have 'steps'"):
             SQuAT(model).load_state_dict({})
 
