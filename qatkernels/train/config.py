@@ -207,12 +207,15 @@ class TrainConfig:
         """
         try:
             vocab, longest = sources.limits(self.described)
+            drawn = not sources.weight_files(self.model)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if vocab < 256 and sources.tokenizer(self.model) is None:
             raise ConfigError(
                 f"--model is {self.model}, whose {vocab} tokens are too few for bytes: give it a tokenizer.json"
             )
+        if drawn and self.steps == 0 and self.tokens is None:
+            raise ConfigError(f"--steps is 0, must be at least 1 with --model {self.model}, which has no weights")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ConfigError("--tensorboard needs it: pip install qatkernels[tensorboard]")
         if longest is not None and self.context > longest:

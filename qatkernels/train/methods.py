@@ -21,10 +21,15 @@ class Method(Protocol):
 
     Attributes:
         steps: optimizer steps so far.
+        stats: what counts flips; None if nothing is quantized.
         due: whether the next :meth:`after_step` moves weights.
     """
 
     steps: int
+
+    @property
+    def stats(self) -> GridStats | None:
+        """See above."""
 
     @property
     def due(self) -> bool:

@@ -251,8 +251,8 @@ class SQuAT:
         return {**seen, "squat/flips": self.stats.flips(), "squat/distance": self.stats.distance()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs."""
-        return {"steps": self.steps}
+        """Return what a checkpoint needs; waits for the device."""
+        return {"steps": self.steps, "seen": {name: float(value) for name, value in self._seen.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was called.
@@ -260,10 +260,10 @@ class SQuAT:
         Raises:
             ValueError: if the state is not SQuAT's.
         """
-        if set(state) != {"steps"}:
-            raise ValueError(f"state has {sorted(state)}, must have 'steps'")
+        if not {"steps"} <= set(state) <= {"steps", "seen"}:
+            raise ValueError(f"state has {sorted(state)}, must have 'steps', and may have 'seen'")
         check_count("steps", state["steps"], 0)
-        self.steps = state["steps"]
+        self.steps, self._seen = state["steps"], dict(state.get("seen", {}))
 
 
 def _value(loss: Any) -> Any:

@@ -65,6 +65,20 @@ def test_the_last_states_are_kept(tiny: dict[str, Any], monkeypatch: pytest.Monk
     assert found == [f"state-{step:08d}.safetensors" for step in (5, 10, 15, 18)[-keep:]]
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_kill_left_half_written_goes(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    stop_at(monkeypatch, 8)
+    with pytest.raises(Interrupted):
+        run(tiny)
+    left = Path(tiny["out"]) / "fp" / "state-00000007.safetensors.tmp"
+    if kind == "file":
+        left.write_bytes(b"half")
+    else:
+        left.with_name("state-00000007.tmp").mkdir()
+    run(tiny)
+    assert outcome(tiny["out"]).keys() == {"fp", "w2", "log"}
+
+
 @pytest.mark.parametrize("damaged", [1, 2])
 def test_a_damaged_state_costs_steps_only(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: int
@@ -245,7 +259,15 @@ while True:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork and SIGKILL")
 def test_kills_at_random_moments(tiny: dict[str, Any], tmp_path: Path) -> None:
     """Whatever moment a kill takes, what is left leads to the same weights and the same log, bit for bit."""
-    settings = {**tiny, "steps": 60, "qat_steps": 30, "save_every": 1, "method": "winq", "reset_every": 7}
+    settings = {
+        **tiny,
+        "steps": 60,
+        "qat_steps": 30,
+        "save_every": 1,
+        "method": "winq",
+        "reset_every": 7,
+        "stats_every": 3,
+    }
     run(settings, out=str(tmp_path / "whole"))
     seed = random.randrange(2**32)
     done = subprocess.run(
