@@ -35,6 +35,13 @@ class Float32Scales(nn.Module):
         return super()._apply(move_only, recurse)
 
 
+def scales_of(model: nn.Module) -> list[nn.Parameter]:
+    """Return the scales and zero points of a model, of weights and of activations."""
+    modules = [m for m in model.modules() if isinstance(m, Float32Scales)]
+    found = [m._parameters.get(name) for m in modules for name in ("scale", "zero_point")]
+    return [parameter for parameter in found if parameter is not None]
+
+
 def compute_dtype(tensor: Tensor) -> torch.dtype | None:
     """Return the 16-bit dtype that autocast computes in, or None where it leaves ``tensor`` as it is."""
     device = tensor.device.type

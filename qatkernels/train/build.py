@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import quantize_model, quantized_modules
+from ..nn.activation import scales_of
 from . import checkpoint, sources
 from .config import TrainConfig
 from .phases import Phase
@@ -42,8 +43,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig, phase: Phase) -> torc
     scales: list[Tensor] = []
     rest: list[Tensor] = []
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    for name, parameter in model.named_parameters():
-        is_scale = name.endswith((".scale", ".zero_point"))
+    learned = set(map(id, scales_of(model)))
+    for parameter in model.parameters():
+        is_scale = id(parameter) in learned
         is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
         (scales if is_scale else weights if is_matrix else rest).append(parameter)
     groups = [

@@ -145,6 +145,10 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.bits, list):
+            object.__setattr__(self, "bits", tuple(self.bits))
+        for entry in fields(self):
+            check_type(entry.name, str(entry.type), getattr(self, entry.name))
         _check_ranges(self)
         if not self.bits or len(set(self.bits)) != len(self.bits):
             raise ConfigError(f"--bits is {self.bits}, must be one or more different bit widths")
@@ -203,12 +207,15 @@ class TrainConfig:
         """
         try:
             vocab, longest = sources.limits(self.described)
+            drawn = not sources.weight_files(self.model)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if vocab < 256 and sources.tokenizer(self.model) is None:
             raise ConfigError(
                 f"--model is {self.model}, whose {vocab} tokens are too few for bytes: give it a tokenizer.json"
             )
+        if drawn and self.steps == 0 and self.tokens is None:
+            raise ConfigError(f"--steps is 0, must be at least 1 with --model {self.model}, which has no weights")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ConfigError("--tensorboard needs it: pip install qatkernels[tensorboard]")
         if longest is not None and self.context > longest:
@@ -225,14 +232,50 @@ class TrainConfig:
         return replace(self, device=device, precision=precision, schedule=schedule)
 
 
+def check_type(name: str, type_of: str, value: Any) -> None:
+    """Raise ConfigError if a field of the type that it is annotated with may not hold a value. True is no number.
+
+    Args:
+        name: the field's.
+        type_of: ``Field.type``.
+        value: what it is given.
+    """
+    if value is None and type_of.endswith(" | None"):
+        return
+    kind, right = _TYPES[type_of.removesuffix(" | None")]
+    if not right(value):
+        raise ConfigError(f"--{name.replace('_', '-')} is {value!r}, must be {kind}")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+#: What a field may hold by its annotation. Settings are written as JSON: numbers are Python's own.
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "str": ("a string", lambda value: isinstance(value, str)),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "int": ("a whole number", _whole),
+    "float": ("a number", _number),
+    "float | str": ("auto or a number", lambda value: value == "auto" or _number(value)),
+    "tuple[float, ...]": ("numbers", lambda value: isinstance(value, tuple) and all(map(_number, value))),
+}
 _SHARES = ("warmup", "cooldown", "reset_weight", "reset_until")
 
 
 def _check_ranges(config: TrainConfig) -> None:
     for entry in fields(config):
         name, value = entry.name, getattr(config, entry.name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or name == "seed":
+        if not _number(value) or name == "seed":
             continue
+        try:
+            size = float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            size = math.inf
         counts = isinstance(entry.default, int) or name in ("tokens", "keep_every", "stats_every")
         least = 1 if counts else 0
         if name == "steps" and config.model != sources.DEMO:
@@ -242,9 +285,10 @@ def _check_ranges(config: TrainConfig) -> None:
         elif name in ("beta1", "beta2"):
             right, limits = 0 <= value < 1, "in [0, 1)"
         elif name == "clip":
-            right, limits = 0 < value < math.inf, "positive and finite"
+            right, limits = 0 < size < math.inf, "positive and finite"
         else:
-            right, limits = least <= value < math.inf, f"at least {least}" + ("" if counts else " and finite")
+            right = least <= size < math.inf
+            limits = f"at least {least}" + ("" if counts and size < math.inf else " and finite")
         if not right:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}, must be {limits}")
 

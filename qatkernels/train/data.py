@@ -175,7 +175,7 @@ def _read(files: list[Path], root: Path) -> dict[str, bytes]:
     except OSError as error:
         raise DataError(f"--data {error.filename or root} cannot be read: {error.strerror}") from error
     # A zero byte among the first thousands is how git tells pictures, archives and the like from text.
-    alone = len(files) == 1
+    alone = files == [root]  # what is named itself is meant
     ordered = (named for _, named in sorted(distinct.items()))
     contents = {name: text for name, text in ordered if text and (alone or b"\0" not in text[:8000])}
     if not contents:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 Grads = list[Tensor | None]
 
@@ -26,6 +29,12 @@ def take(parameters: Sequence[nn.Parameter]) -> Grads:
     return grads
 
 
+def put(parameters: Sequence[nn.Parameter], grads: Grads) -> None:
+    """Set the gradients."""
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+
+
 @torch.no_grad()
 def add_(total: Grads, grads: Grads, factor: float = 1.0) -> Grads:
     """Return ``total + factor * grads``, computed in memory of one of them; None counts as zero."""
@@ -38,6 +47,49 @@ def add_(total: Grads, grads: Grads, factor: float = 1.0) -> Grads:
         else:
             result.append(t.add_(g, alpha=factor))
     return result
+
+
+@contextmanager
+def apart(model: nn.Module, parameters: Sequence[nn.Parameter], accumulate: bool) -> Iterator[None]:
+    """Let passes find no gradients; afterwards add theirs to those that were there, or drop these.
+
+    An error of the passes leaves the gradients that were to be added to as they were.
+
+    Args:
+        model: as the passes call it, DDP or FSDP2 included: where gradients are added they are reduced in each pass,
+            also within ``no_sync``. What is taken away here the last pass of a step would not reduce.
+        parameters: those that are trained.
+        accumulate: whether to add.
+    """
+    if not accumulate:
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+        return
+    before = take(parameters)
+    try:
+        with _reduced(model):
+            yield
+    except BaseException:
+        put(parameters, before)
+        raise
+    put(parameters, add_(before, take(parameters)))
+
+
+@contextmanager
+def _reduced(model: nn.Module) -> Iterator[None]:
+    replicas = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    asked = [replica.require_backward_grad_sync for replica in replicas]
+    for replica in replicas:
+        replica.require_backward_grad_sync = True
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(True, recurse=False)  # has no getter; loops set it for each micro-batch
+    try:
+        yield
+    finally:
+        for replica, before in zip(replicas, asked, strict=True):
+            replica.require_backward_grad_sync = before
 
 
 class RandomState:

@@ -4,12 +4,14 @@
     winq = WinQCallback(reset_every=60_000, reset_weight=0.4, noise_std=1e-3)
     SQuATTrainer(model, args, train_dataset=data, callbacks=[winq], squat={"rho": 0.05}).train()
 
-Either works without the other. Both count by the Trainer's global step, so that a resumed run goes on without a state
-of theirs, and both add what they know to the Trainer's logs.
+Either works without the other. Both begin at the Trainer's global step, so that a resumed run goes on without a state
+of theirs, and both add what they know to the Trainer's logs. A callback works in any Trainer, but cannot reach
+reporters that come before it, nor learn that training failed: WinQ without SQuAT is best off in a :class:`QATTrainer`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,25 +28,39 @@ from .winq import WinQ
 class WinQCallback(TrainerCallback):
     """WinQ as a callback of any Trainer: noise while it trains, resets after optimizer steps.
 
+    In a Trainer that is no :class:`QATTrainer`, reporters such as TensorBoard's do not get its numbers (the log history
+    does), and the noise stays on if ``train()`` raises an error, until ``callback.winq.remove()``.
+
     Args:
         reset_every: as :class:`~qatkernels.train.WinQ`'s, in optimizer steps.
         reset_weight: the weight on the **quantized** value. The callback released with the paper takes the weight on
             the full-precision value instead: its 0.2 is 0.8 here.
         noise_std: as WinQ's.
         scale_noise_std: as WinQ's.
+        last_reset: as WinQ's, in optimizer steps.
+        rotation: as WinQ's.
 
     Attributes:
         winq: the :class:`~qatkernels.train.WinQ` of the present run, None before the first.
     """
 
     def __init__(
-        self, *, reset_every: int | None, reset_weight: float, noise_std: float, scale_noise_std: float | None = None
+        self,
+        *,
+        reset_every: int | None,
+        reset_weight: float,
+        noise_std: float,
+        scale_noise_std: float | None = None,
+        last_reset: int | None = None,
+        rotation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.settings: dict[str, Any] = {
             "reset_every": reset_every,
             "reset_weight": reset_weight,
             "noise_std": noise_std,
             "scale_noise_std": scale_noise_std,
+            "last_reset": last_reset,
+            "rotation": rotation,
         }
         self.winq: WinQ | None = None
 
@@ -53,8 +69,9 @@ class WinQCallback(TrainerCallback):
     ) -> None:
         """Turn the noise on; raises ValueError where WinQ does."""
         self.winq = WinQ(model, **self.settings)
-        self.winq.steps = state.global_step
-        self.winq.resets = state.global_step // self.winq.reset_every if self.winq.reset_every else 0
+        steps, every, last = state.global_step, self.winq.reset_every, self.winq.last_reset
+        resets = min(steps, steps if last is None else last) // every if every else 0
+        self.winq.load_state_dict({"steps": steps, "resets": resets})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Reset if it is time, before a checkpoint of this step is written."""
@@ -65,22 +82,63 @@ class WinQCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         """Add flips, distance to the grid and resets to a training log."""
-        if self.winq is not None and logs is not None and "loss" in logs:
-            found = self.winq.log()
-            logs.update(found)
-            state.log_history[-1].update(found)
+        if logs is not None:
+            state.log_history[-1].update(self.add_to(logs))
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         """Turn the noise off."""
         if self.winq is not None:
             self.winq.remove()
 
+    def add_to(self, logs: dict[str, float]) -> dict[str, float]:
+        """Add what WinQ sees to a training log that does not have it, and return that."""
+        if self.winq is None or "loss" not in logs or "winq/flips" in logs:
+            return {}
+        found = self.winq.log()
+        logs.update(found)
+        return found
 
-class SQuATTrainer(Trainer):
+
+class QATTrainer(Trainer):
+    """A Trainer for a :class:`WinQCallback`: its numbers reach every reporter, and an error turns the noise off."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as any Trainer does."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self._winq():
+                callback.on_train_end()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add WinQ's log to a training log, before the callbacks get it in their order."""
+        for callback in self._winq():
+            callback.add_to(logs)
+        super().log(logs, *args, **kwargs)
+
+    def _winq(self) -> list[WinQCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, WinQCallback)]
+
+
+class _AfterStep(TrainerCallback):
+    """Begins SQuAT anew with each training, and counts its steps."""
+
+    def __init__(self, trainer: SQuATTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer.squat = None
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if self.trainer.squat is not None:
+            self.trainer.squat.after_step()
+
+
+class SQuATTrainer(QATTrainer):
     """A Trainer whose every training step is SQuAT's: two passes, one at perturbed weights.
 
     With ``gradient_accumulation_steps`` each micro-batch is perturbed along its own gradient, and all micro-batches of
-    a step serve the same objective.
+    a step serve the same objective; several processes average the gradients of each.
 
     Args:
         *args: the Trainer's.
@@ -95,12 +153,13 @@ class SQuATTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._settings = dict(squat or {})
         self.squat: SQuAT | None = None
+        self.add_callback(_AfterStep(self))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss at the quantized weights, gradients left for the Trainer's optimizer."""
-        if self.squat is None or self.squat.model is not model:
+        if self.squat is None:
             self.squat = SQuAT(model, **self._settings)
-        self.squat.steps = self.state.global_step
+            self.squat.load_state_dict({"steps": self.state.global_step})
 
         def closure() -> Tensor:
             return super(SQuATTrainer, self).training_step(model, dict(inputs), *args, **kwargs)

@@ -75,7 +75,7 @@ def train(config: TrainConfig, *, restart: bool = False, say: Callable[[str], No
         The report, as it is written to ``report.json``.
 
     Raises:
-        ConfigError: if a setting cannot be used here, or differs from the run that is being resumed.
+        ConfigError: if a setting or model cannot be used here, or differs from the run that is being resumed.
         DataError: if the text cannot be used.
         CheckpointError: if ``out`` cannot be written to, is in use, or holds a damaged checkpoint.
         DivergedError: if the loss is not finite.
@@ -118,6 +118,13 @@ def run_phases(
         raise ConfigError(
             f"--batch is {config.batch}, must be a multiple of the {group.size} processes, and at least --accumulate "
             f"({config.accumulate}) times as many"
+        )
+    vocab, _ = sources.limits(config.described)
+    largest = max(int(corpus.train.max()), int(corpus.held_out.max()))
+    if 0 < vocab <= largest:
+        raise ConfigError(
+            f"--model is {config.model}, whose tokenizer.json makes token {largest} of --data, must be below {vocab}, "
+            "the vocab_size of its config.json"
         )
     if group.first:
         _open_run(out, config, corpus)
@@ -243,7 +250,9 @@ def take_step(training: Training, step: int) -> Tensor:
     norm = nn.utils.clip_grad_norm_(training.model.parameters(), training.run.config.clip)
     training.guard.see(step + 1, loss, whole(norm))
     training.optimizer.step()
-    training.method.after_step()
+    # The optimizer stands still from a bad step on, and so do resets; only one that is due waits for the device.
+    if not (training.method.due and training.guard.found()):
+        training.method.after_step()
     return loss
 
 
@@ -315,6 +324,7 @@ def _diverged(training: Training) -> DivergedError:
     """Return the error of a step that was not finite, after running it again to find where that began."""
     run, found = training.run, training.guard.found()
     step, loss, norm = found or (0, math.nan, math.nan)
+    training.method.steps = step - 1  # more were taken before the guard was asked
     begins = run.group.gathered(origin(training.model, lambda: gradient(training, step - 1)))
     where = next((name for name in begins if name is not None), None)
     message = (
@@ -356,11 +366,12 @@ def _resumed(training: Training) -> _Progress:
     run, phase, notes = training.run, training.phase, []
     model, optimizer, group = training.model, training.optimizer, run.group
     progress: _Progress | None = None
+    _delete(run, *states.unfinished(run.folder(phase.name)))
     for path in states.newest_first(run.folder(phase.name)):
         try:
             # With other bit widths than before a part at the constant rate may start elsewhere: of no use then.
             if states.header(path).get("first", phase.first) == phase.first:
-                progress = _Progress(**states.restore(path, model, optimizer, group))
+                progress = _Progress(**states.restore(path, model, optimizer, group, training.method.stats))
                 break
         except DamagedError as error:
             notes.append(f"{error.what}: going on from the checkpoint before, or the start of {phase.name}")
@@ -394,8 +405,10 @@ def _delete(run: Run, *paths: Path) -> None:
 
 def _save(training: Training, progress: _Progress, keep: int) -> None:
     folder, group = training.run.folder(training.phase.name), training.run.group
-    progress.method = training.method.state_dict()
-    states.save(folder, progress.step, training.model, training.optimizer, asdict(progress), keep, group)
+    progress.method, stats = training.method.state_dict(), training.method.stats
+    if "seen" in progress.method:  # of this process's part of the batch
+        progress.method["seen"] = group.means(progress.method["seen"])
+    states.save(folder, progress.step, training.model, training.optimizer, asdict(progress), keep, group, stats)
 
 
 def _finished(run: Run, phase: Phase) -> dict[str, Any] | None:

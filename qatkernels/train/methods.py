@@ -17,13 +17,29 @@ METHODS = ("qat", "winq", "squat")
 
 
 class Method(Protocol):
-    """What the loop asks of a method; WinQ is one as it stands."""
+    """What the loop asks of a method; WinQ and SQuAT are, as they stand.
+
+    Attributes:
+        steps: optimizer steps so far.
+        stats: what counts flips; None if nothing is quantized.
+        due: whether the next :meth:`after_step` moves weights.
+    """
+
+    steps: int
+
+    @property
+    def stats(self) -> GridStats | None:
+        """See above."""
+
+    @property
+    def due(self) -> bool:
+        """See above."""
 
     def gradient(self, closure: Closure) -> Any:
         """Leave the gradient to step with in ``.grad``, and return the loss at the quantized weights."""
 
     def after_step(self) -> Any:
-        """Do what comes after the optimizer's step."""
+        """Count the optimizer's step, and do what comes after it."""
 
     def log(self) -> dict[str, float]:
         """Return what to log, and begin to count anew."""
@@ -38,7 +54,10 @@ class Method(Protocol):
 class QAT:
     """The plain gradient; without a quantized layer in the model nothing is logged."""
 
+    due = False
+
     def __init__(self, model: nn.Module, quantized: bool = True) -> None:
+        self.steps = 0
         self.stats = GridStats(model) if quantized else None
 
     def gradient(self, closure: Closure) -> Any:
@@ -46,7 +65,8 @@ class QAT:
         return closure()
 
     def after_step(self) -> None:
-        """Nothing."""
+        """Count."""
+        self.steps += 1
 
     def log(self) -> dict[str, float]:
         """Return flips since the last call, and the distance to the grid in spacings."""
@@ -58,11 +78,6 @@ class QAT:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Do nothing."""
-
-
-class _SQuAT(SQuAT):
-    def after_step(self) -> None:
-        """Nothing: a step of SQuAT's is all gradient."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +119,7 @@ class MethodConfig:
                 last_reset=int(self.reset_until * steps),
             )  # fmt: skip
         if self.name == "squat":
-            return _SQuAT(
+            return SQuAT(
                 model, optimizer, rho=self.rho, target=self.target, norm=self.norm, scale_every=self.scale_every,
                 minibatch=self.minibatch,
             )  # fmt: skip

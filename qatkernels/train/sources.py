@@ -74,6 +74,28 @@ def build(described: dict[str, Any]) -> nn.Module:
     return model
 
 
+def weight_files(model: str) -> list[Path]:
+    """Return the files of the weights that training starts from, none if they are to be drawn.
+
+    Raises:
+        ValueError: if there are weights that cannot be read.
+    """
+    path = Path(model)
+    if model == DEMO or (path.is_file() and path.suffix != ".safetensors"):
+        return []
+    if path.is_file():
+        return [path]
+    if "phase" in read_json(path / "config.json"):
+        return [path / "model.safetensors"]
+    files = sorted(path.glob("*.safetensors"))
+    if not files and (pickled := sorted(path.glob("*.bin"))):
+        raise ValueError(
+            f"--model is {model}, whose weights are in {pickled[0].name}, must be in *.safetensors: a pickle "
+            "is not opened here; for new weights give the config.json alone"
+        )
+    return files
+
+
 def initial_weights(model: str) -> dict[str, Tensor] | None:
     """Return the weights that training starts from, None if they are to be drawn.
 
@@ -81,13 +103,9 @@ def initial_weights(model: str) -> dict[str, Tensor] | None:
 
     Raises:
         CheckpointError: if they cannot be read.
+        ValueError: if they are there in a form that is not read.
     """
-    path = Path(model)
-    if model == DEMO or (path.is_file() and path.suffix != ".safetensors"):
-        return None
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if path.is_dir() and "phase" in read_json(path / "config.json"):
-        files = [path / "model.safetensors"]
+    files = weight_files(model)
     if not files:
         return None
     tensors: dict[str, Tensor] = {}

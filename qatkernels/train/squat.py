@@ -13,7 +13,6 @@ Gradients reach W straight through, so weights beyond the clamp of the grid have
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -23,12 +22,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..nn import quantized_modules
-from ..nn.activation import Float32Scales
+from ..nn.activation import scales_of
 from ..nn.quantized import Quantized
 from ..ops import perturb_swap_, perturbation_norms
-from .grads import add_, own, take
+from .grads import apart, own, take
 from .shards import layers_by_weight, plain, total
 from .stats import GridStats
+from .values import check_count, check_size
 
 Closure = Callable[[], Any]
 
@@ -59,11 +59,14 @@ class SQuAT:
             in which nothing but the scales moves.
 
     Attributes:
-        steps: steps so far, of either kind.
+        steps: optimizer steps so far, of either kind: calls of :meth:`after_step`.
+        due: whether the next :meth:`after_step` moves weights: never, it only counts.
 
     Raises:
         ValueError: if a value is out of range, or the model has no quantized layer.
     """
+
+    due = False
 
     def __init__(
         self,
@@ -84,11 +87,11 @@ class SQuAT:
         ):
             if given not in allowed:
                 raise ValueError(f"{name} is {given!r}, must be one of {allowed}")
-        for name, number in (("rho", rho), ("eta", eta)):
-            if not 0 <= number < math.inf:
-                raise ValueError(f"{name} is {number}, must be finite and >= 0")
-        if scale_every < 1:
-            raise ValueError(f"scale_every is {scale_every}, must be at least 1")
+        check_size("rho", rho)
+        check_size("eta", eta)
+        check_count("scale_every", scale_every, 1)
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("optimizer is LBFGS, must be one that steps once along the gradients that are there")
         self.model, self.optimizer = model, optimizer
         self.rho, self.target, self.norm, self.eta = rho, target, norm, eta
         self.scale_every, self.minibatch = scale_every, minibatch
@@ -98,7 +101,7 @@ class SQuAT:
         self._seen: dict[str, Tensor | float] = {}
 
     def step(self, closure: Closure, *, scaler: Any = None) -> Any:
-        """Compute the gradients and step the optimizer.
+        """Compute the gradients, step the optimizer and count the step.
 
         Args:
             closure: as for ``torch.optim.Optimizer.step``: computes a loss, calls ``backward`` and returns the loss; of
@@ -120,36 +123,37 @@ class SQuAT:
             self.optimizer.step()
         else:
             scaler.step(self.optimizer)
+        self.after_step()
         return loss
 
     def gradient(self, closure: Closure, *, accumulate: bool = False) -> Any:
         """Leave in ``.grad`` the gradients to step with, None where a parameter is frozen in this step.
 
-        For what comes between gradient and step, such as clipping; :meth:`step` is this and the optimizer's step.
+        For what comes between gradient and step, such as clipping; :meth:`step` is this, the optimizer's step and
+        :meth:`after_step`. All calls between two optimizer steps serve the same objective.
 
         Args:
             closure: as for :meth:`step`.
             accumulate: whether gradients that are there already are added to, for loops that accumulate them over
-                calls; each call then perturbs along the gradient of its own micro-batch.
+                calls; each call then perturbs along the gradient of its own micro-batch. Under DDP and FSDP2, which
+                the model must be wrapped in when SQuAT is made, gradients are reduced in every pass, also within
+                ``no_sync``. After an error in the closure they are as before the call.
 
         Returns:
             What ``closure`` returned at the quantized weights.
         """
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        before = take(parameters)
         alone = self.minibatch == "next" and self.steps % (self.scale_every + 1) == self.scale_every
-        loss = (self._step_size if alone else self._sharpness)(closure, parameters)
+        with apart(self.model, parameters, accumulate):
+            return (self._step_size if alone else self._sharpness)(closure, parameters)
+
+    def after_step(self) -> None:
+        """Count an optimizer step. Call after ``optimizer.step()``, unless :meth:`step` took it."""
         self.steps += 1
-        if accumulate:
-            after = add_(before, take(parameters))
-            for parameter, grad in zip(parameters, after, strict=True):
-                parameter.grad = grad
-        return loss
 
     def _scales(self) -> set[int]:
         """Return the ids of the scales and zero points of weights and activations."""
-        modules = [m for m in self.model.modules() if isinstance(m, Float32Scales)]
-        return {id(m._parameters.get(name)) for m in modules for name in ("scale", "zero_point")}
+        return set(map(id, scales_of(self.model)))
 
     def _step_size(self, closure: Closure, parameters: list[nn.Parameter]) -> Any:
         loss = closure()
@@ -179,6 +183,10 @@ class SQuAT:
     @contextmanager
     def _perturbed(self, grads: dict[int, Tensor]) -> Iterator[None]:
         """Perturb along gradients, by the id of their weights; restore at the end."""
+        if not any(module.weight.requires_grad for module in self._layers.values()):
+            raise ValueError(
+                "every quantized weight of the model is frozen (requires_grad is False), one must be trained"
+            )
         if not grads:
             raise RuntimeError("the closure left no gradient in any quantized weight: does it call backward()?")
         factor = self._factor(grads)
@@ -243,8 +251,8 @@ class SQuAT:
         return {**seen, "squat/flips": self.stats.flips(), "squat/distance": self.stats.distance()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs."""
-        return {"steps": self.steps}
+        """Return what a checkpoint needs; waits for the device."""
+        return {"steps": self.steps, "seen": {name: float(value) for name, value in self._seen.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was called.
@@ -252,9 +260,10 @@ class SQuAT:
         Raises:
             ValueError: if the state is not SQuAT's.
         """
-        if set(state) != {"steps"}:
-            raise ValueError(f"state has {sorted(state)}, must have 'steps'")
-        self.steps = int(state["steps"])
+        if not {"steps"} <= set(state) <= {"steps", "seen"}:
+            raise ValueError(f"state has {sorted(state)}, must have 'steps', and may have 'seen'")
+        check_count("steps", state["steps"], 0)
+        self.steps, self._seen = state["steps"], dict(state.get("seen", {}))
 
 
 def _value(loss: Any) -> Any:

@@ -25,12 +25,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from . import checkpoint
 from .checkpoint import CheckpointError, DamagedError
 from .parallel import Processes
+from .stats import GridStats
 
 
 def newest_first(folder: Path) -> list[Path]:
     """Return the states in a phase's folder."""
     # An earlier version kept one state, without a number; by name it comes last, and it was the only one.
     return sorted((p for p in folder.glob("state*") if p.suffix in ("", ".safetensors")), reverse=True)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Return what kills left of files that were being written in a phase's folder."""
+    return sorted(folder.glob("*.tmp"))
 
 
 def remove(path: Path) -> None:
@@ -44,7 +50,7 @@ def remove(path: Path) -> None:
 
 def save(
     folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, header: Mapping[str, Any],
-    keep: int, group: Processes,
+    keep: int, group: Processes, stats: GridStats | None = None,
 ) -> None:  # fmt: skip
     """Write the state at a step, then delete all but the last ones.
 
@@ -56,11 +62,14 @@ def save(
         header: JSON-able values that belong to it.
         keep: how many states are left.
         group: the processes; all must call.
+        stats: whose next count of flips must not depend on whether training was taken up again.
 
     Raises:
         CheckpointError: if it cannot be written; earlier states are as they were.
     """
     tensors, path = snapshot(model, optimizer), folder / f"state-{step:08d}"
+    if stats is not None:
+        tensors |= {f"codes.{name}": codes for name, codes in stats.state_dict().items()}
     before = newest_first(folder)
     try:
         if group.sharded:
@@ -77,8 +86,10 @@ def save(
     group.wait()
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: Processes) -> dict[str, Any]:
-    """Load a state into a model and an optimizer that were just built, and return its header.
+def restore(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: Processes, stats: GridStats | None = None
+) -> dict[str, Any]:
+    """Load a state into a model, an optimizer and statistics that were just built, and return its header.
 
     Raises:
         DamagedError: if it is not what was written.
@@ -101,6 +112,10 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, grou
                 moments[i] = {"step": torch.zeros(())}
                 moments[i] |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
                 live |= {f"{prefix}.{key}": value for key, value in moments[i].items()}
+        codes: dict[str, Tensor] = {}
+        if stats is not None and any(name.startswith("codes.") for name in present):
+            codes = stats.codes()  # of the shape, type and place of those that were saved
+            live |= {f"codes.{name}": value for name, value in codes.items()}
         if live.keys() != present:
             odd = sorted(live.keys() ^ present)
             raise KeyError(f"it has no {odd[0]}" if odd[0] in live else f"{odd[0]} is not in the model")
@@ -110,6 +125,8 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, grou
             with torch.no_grad():
                 for name, value in live.items():
                     _fill(value, tensors[name])
+        if stats is not None:
+            stats.load_state_dict(codes)
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, CheckpointError):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..grid import MIN_SCALE
 from ..ops import fake_quantize, quantize
-from .shards import layers_by_weight, locals_of, total
+from .shards import layers_by_weight, locals_of, plain, total
 
 
 class GridStats:
@@ -22,21 +23,40 @@ class GridStats:
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = layers_by_weight(model)
-        self._codes: list[Tensor] | None = None
+        self._codes: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def codes(self) -> dict[str, Tensor]:
+        """Return the present codes by layer; DTensors where weights are."""
+        codes = {}
+        for name, (module, part) in zip(self._layers, locals_of(self._layers), strict=True):
+            group, w = module.group_size, module.weight
+            now = quantize(part.weight, part.scale, module.grid, group_size=group, zero_point=part.zero_point)
+            if isinstance(w, DTensor):
+                mesh, placements = w.device_mesh, w.placements
+                now = DTensor.from_local(now, mesh, placements, run_check=False, shape=w.shape, stride=w.stride())
+            codes[name] = now
+        return codes
 
     @torch.no_grad()
     def flips(self) -> float:
         """Return the fraction of weights whose code is another one than at the previous call; 0 at the first."""
-        codes, counts = [], []
-        for index, (module, part) in enumerate(locals_of(self._layers)):
-            group, zero_point = module.group_size, part.zero_point
-            now = quantize(part.weight, part.scale, module.grid, group_size=group, zero_point=zero_point)
-            flipped = torch.zeros((), device=now.device) if self._codes is None else (now != self._codes[index]).sum()
-            codes.append(now)
-            counts.append((module.weight, torch.stack([flipped.double(), flipped.new_full((), now.numel()).double()])))
+        codes, counts = self.codes(), []
+        for name, module in self._layers.items():
+            now, before = plain(codes[name]), plain(self._codes.get(name, codes[name]))
+            flipped = (now != before).sum().double()
+            counts.append((module.weight, torch.stack([flipped, flipped.new_full((), now.numel())])))
         self._codes = codes
         flipped, size = total(counts).tolist()
         return float(flipped / size)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the codes of the last :meth:`flips` by layer, none if there was no call."""
+        return dict(self._codes)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Count flips from the codes that :meth:`state_dict` returned."""
+        self._codes = dict(state)
 
     @torch.no_grad()
     def distance(self) -> float:

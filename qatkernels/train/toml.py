@@ -8,7 +8,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, TrainConfig
+from .config import ConfigError, TrainConfig, check_type
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -59,26 +59,18 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def _value(path: str | Path, entry: Field[Any], value: Any) -> Any:
     """Return a value in the type of its field; numbers may also be written as on the command line, such as "10M"."""
-    default, parse = entry.default, entry.metadata["parse"]
-    if isinstance(default, tuple):
-        listed = value if isinstance(value, list) else [value]
-        right = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in listed)
-        kind, value = "numbers", tuple(listed)
-    elif isinstance(default, bool):
-        kind, right = "true or false", isinstance(value, bool)
-    elif parse is not None:
-        try:
-            kind, right = "a number", not isinstance(value, bool)
-            value = parse(str(value)) if right else value
-        except ValueError:
-            right = False
-    elif isinstance(default, float):
-        kind, right = "a number", isinstance(value, (int, float)) and not isinstance(value, bool)
-        value = float(value) if right else value
-    elif isinstance(default, int):
-        kind, right = "a whole number", isinstance(value, int) and not isinstance(value, bool)
-    else:
-        kind, right = "a string", isinstance(value, str)
-    if not right:
-        raise ConfigError(f"--config {path}: {entry.name.replace('_', '-')} is {value!r}, must be {kind}")
+    parse = entry.metadata["parse"]
+    try:
+        if isinstance(entry.default, tuple):
+            value = tuple(value) if isinstance(value, list) else (value,)
+        elif parse is not None and not isinstance(value, bool):
+            value = parse(str(value))
+        elif isinstance(entry.default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+    except (ValueError, OverflowError):
+        pass  # not what it is annotated with, or without a float: its type and its range say so
+    try:
+        check_type(entry.name, str(entry.type), value)
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {str(error).removeprefix('--')}") from error
     return value

@@ -7,7 +7,6 @@ which changes no quantized value. Optimizer state, scales and learning rate are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 
 from ..nn import quantized_modules
 from ..ops import reset_
-from .grads import Grads, RandomState, add_, take
+from .grads import Grads, RandomState, add_, apart, put, take
 from .shards import layers_by_weight, locals_of
 from .stats import GridStats
+from .values import check_count, check_size, is_number
 
 Closure = Callable[[], Any]
 
@@ -75,17 +75,17 @@ class WinQ:
         rotation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         scale_noise_std = noise_std if scale_noise_std is None else scale_noise_std
-        if reset_every is not None and reset_every < 1:
-            raise ValueError(f"reset_every is {reset_every}, must be at least 1, or None for no resets")
-        if not 0 <= reset_weight <= 1:
-            raise ValueError(f"reset_weight is {reset_weight}, must be in [0, 1]: the weight on the quantized value")
-        for name, value in (("noise_std", noise_std), ("scale_noise_std", scale_noise_std)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}, must be finite and >= 0")
-        if samples < 1:
-            raise ValueError(f"samples is {samples}, must be at least 1")
-        if last_reset is not None and last_reset < 0:
-            raise ValueError(f"last_reset is {last_reset}, must be at least 0, or None for no limit")
+        if reset_every is not None:
+            check_count("reset_every", reset_every, 1, ", or None for no resets")
+        if not is_number(reset_weight) or not 0 <= reset_weight <= 1:
+            raise ValueError(f"reset_weight is {reset_weight!r}, must be in [0, 1]: the weight on the quantized value")
+        check_size("noise_std", noise_std)
+        check_size("scale_noise_std", scale_noise_std)
+        if not isinstance(two_sided, bool):
+            raise ValueError(f"two_sided is {two_sided!r}, must be True or False")
+        check_count("samples", samples, 1)
+        if last_reset is not None:
+            check_count("last_reset", last_reset, 0, ", or None for no limit")
         self.model, self.rotation, self.last_reset = model, rotation, last_reset
         self.reset_every, self.reset_weight = reset_every, reset_weight
         self.noise_std, self.scale_noise_std = noise_std, scale_noise_std
@@ -104,11 +104,17 @@ class WinQ:
         self.noise_std = self.scale_noise_std = 0.0
         self._set_noise(1)
 
+    @property
+    def due(self) -> bool:
+        """Whether the next :meth:`after_step` resets."""
+        step = self.steps + 1
+        on_time = self.reset_every is not None and step % self.reset_every == 0
+        return on_time and (self.last_reset is None or step <= self.last_reset)
+
     def after_step(self) -> bool:
         """Count an optimizer step, reset if it is time, and return whether it was. Call after ``optimizer.step()``."""
+        due = self.due
         self.steps += 1
-        due = self.reset_every is not None and self.steps % self.reset_every == 0
-        due = due and (self.last_reset is None or self.steps <= self.last_reset)
         if due:
             self.reset()
         return due
@@ -117,10 +123,13 @@ class WinQ:
     def reset(self) -> None:
         """Move every quantized weight towards the grid now, one fused pass each; a tied weight moves once.
 
+        A weight that is frozen (``requires_grad`` is False) stays.
+
         Raises:
             ValueError: if a weight is sharded so that rows (or groups) are not whole in each process.
         """
-        for module, part in locals_of(self._layers):
+        trained = {name: module for name, module in self._layers.items() if module.weight.requires_grad}
+        for module, part in locals_of(trained):
             weight = part.weight if self.rotation is None else self.rotation(part.weight).contiguous()
             group, zero_point = module.group_size, part.zero_point
             reset_(weight, part.scale, module.grid, self.reset_weight, group_size=group, zero_point=zero_point)
@@ -140,31 +149,32 @@ class WinQ:
             closure: as for ``torch.optim.Optimizer.step``: zeroes gradients (or not), computes a loss, calls
                 ``backward`` and returns the loss; of the same batch every time.
             accumulate: whether gradients that were there before the call are added to, for loops that accumulate them
-                over calls; they are dropped if not.
+                over calls; they are dropped if not. Under DDP and FSDP2, which the model must be wrapped in when WinQ
+                is made, gradients are then reduced in every pass, also within ``no_sync``. After an error in the
+                closure they are as before the call.
 
         Returns:
             The mean of what ``closure`` returned; None if it returned None.
         """
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        before = take(parameters)
-        sum_of: Grads = before if accumulate else [None] * len(parameters)
+        sum_of: Grads = [None] * len(parameters)
         signs = (1, -1) if self.two_sided else (1,)
         draws = self.samples * len(signs)
         losses: list[Any] = []
-        try:
-            for _ in range(self.samples):
-                random = RandomState(parameters) if self.two_sided else None
-                for sign in signs:
-                    if sign < 0 and random is not None:
-                        random.restore()
-                    self._set_noise(sign)
-                    loss = closure()
-                    losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
-                    sum_of = add_(sum_of, take(parameters), 1 / draws)
-        finally:
-            self._set_noise(1)
-        for parameter, grad in zip(parameters, sum_of, strict=True):
-            parameter.grad = grad
+        with apart(self.model, parameters, accumulate):
+            try:
+                for _ in range(self.samples):
+                    random = RandomState(parameters) if self.two_sided else None
+                    for sign in signs:
+                        if sign < 0 and random is not None:
+                            random.restore()
+                        self._set_noise(sign)
+                        loss = closure()
+                        losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+                        sum_of = add_(sum_of, take(parameters), 1 / draws)
+            finally:
+                self._set_noise(1)
+            put(parameters, sum_of)
         return None if any(loss is None for loss in losses) else sum(losses) / draws
 
     def log(self) -> dict[str, float]:
@@ -187,7 +197,9 @@ class WinQ:
         """
         if set(state) != {"steps", "resets"}:
             raise ValueError(f"state has {sorted(state)}, must have 'resets' and 'steps'")
-        self.steps, self.resets = int(state["steps"]), int(state["resets"])
+        for name, value in state.items():
+            check_count(name, value, 0)
+        self.steps, self.resets = state["steps"], state["resets"]
 
 
 def hadamard(w: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ def test_a_window_may_be_all_there_is(tmp_path: Path) -> None:
         (lambda p: p.mkdir(), "holds no file"),
         (lambda p: p.write_bytes(b""), "is empty,"),
         (lambda p: [p.mkdir(), (p / "a").write_bytes(b"\0"), (p / "b").write_bytes(b"")], "is empty or binary,"),
+        (lambda p: [p.mkdir(), (p / "a").write_bytes(b"\0" * 999)], "is empty or binary,"),
         (lambda p: p.write_bytes(b"too short"), r"leaves \d+ training bytes, must leave at least 34"),
     ],
 )

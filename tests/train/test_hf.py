@@ -1,7 +1,11 @@
 """Real Trainers on a tiny model."""
 
 import copy
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ pytest.importorskip("accelerate")
 
 from qatkernels import QuantConfig, quantize_model, quantized_modules  # noqa: E402
 from qatkernels.train import SQuAT, WinQ  # noqa: E402
-from qatkernels.train.hf import SQuATTrainer, WinQCallback  # noqa: E402
+from qatkernels.train.hf import QATTrainer, SQuATTrainer, WinQCallback  # noqa: E402
 
 STEPS = 6
 
@@ -95,6 +99,52 @@ def test_winq_callback(tmp_path):
     assert logs[-1]["winq/resets"] == 3
 
 
+class Reporter(transformers.TrainerCallback):
+    """What an integration such as TensorBoard's is to a Trainer: a callback that comes before others."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))
+
+
+@pytest.mark.parametrize("trainer_class", [QATTrainer, SQuATTrainer])
+def test_reporters_get_the_numbers_of_winq(tmp_path, trainer_class):
+    reporter = Reporter()
+    callback = WinQCallback(reset_every=2, reset_weight=0.5, noise_std=1e-3)
+    trainer = train(trainer_class, make_model(), tmp_path, [reporter, callback])
+    seen = [logs for logs in reporter.seen if "loss" in logs]
+    assert len(seen) == STEPS
+    assert all({"winq/flips", "winq/distance", "winq/resets"} <= set(logs) for logs in seen)
+    assert any(logs["winq/flips"] > 0 for logs in seen)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["winq/flips"] for entry in history] == [logs["winq/flips"] for logs in seen]
+
+
+def test_an_error_turns_the_noise_off(tmp_path):
+    class Breaks(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("planned")
+
+    model, callback = make_model(), WinQCallback(reset_every=None, reset_weight=0.0, noise_std=1e-3)
+    with pytest.raises(RuntimeError, match="planned"):
+        train(QATTrainer, model, tmp_path, [callback, Breaks()])
+    assert all(layer.noise_std == layer.scale_noise_std == 0 for layer in quantized_modules(model).values())
+
+
+def test_last_reset_and_rotation(tmp_path):
+    """No reset after the last one, also in a run that is taken up again; the rotation is WinQ's."""
+    turned = []
+    settings = {"reset_every": 2, "reset_weight": 0.5, "noise_std": 0.0, "last_reset": 2}
+    callback = WinQCallback(**settings, rotation=lambda w: turned.append(1) or w.flip(-1))
+    train(QATTrainer, make_model(), tmp_path, [callback], save_strategy="steps", save_steps=4)
+    assert (callback.winq.resets, len(turned)) == (1, 2 * len(quantized_modules(make_model())))
+    again = WinQCallback(**settings)
+    train(QATTrainer, make_model(), tmp_path, [again], resume=str(tmp_path / "checkpoint-4"))
+    assert (again.winq.steps, again.winq.resets) == (STEPS, 1)
+
+
 def test_noise_is_on_in_training_and_off_after(tmp_path):
     seen = []
     model = make_model()
@@ -147,6 +197,32 @@ def test_accumulation_and_clipping(tmp_path):
         for name, value in after.items():
             is_scale = name.endswith(".scale")
             assert torch.equal(before[name], value) != (is_scale == (step % 2 == 1)), (step, name)
+
+
+#: What torchrun starts twice: the Trainer accumulates within DDP's no_sync.
+_RANK = """
+import sys, torch, torch.distributed as dist
+from train.test_hf import SQuATTrainer, make_model, train
+model = make_model()
+train(SQuATTrainer, model, sys.argv[1], per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2)
+own = torch.cat([p.detach().flatten() for p in model.parameters()])
+every = [torch.empty_like(own) for _ in range(2)]
+dist.all_gather(every, own)
+assert torch.equal(*every), (every[0] - every[1]).abs().max()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_replicas_of_two_processes_stay_the_same(tmp_path):
+    (tmp_path / "rank.py").write_text(_RANK)
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(tmp_path / "rank.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("bits", [2, 4], ids=["SEQ", "LSQ"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +239,18 @@ def test_log_forgets_what_is_done_again(tmp_path: Path) -> None:
         ({"lr": float("nan")}, "--lr is nan"),
         ({"warmup": 1.5}, r"--warmup is 1.5, must be in \[0, 1\]"),
         ({"heads": 5}, "heads is 5"),
+        ({"qat_steps": 5.5}, "--qat-steps is 5.5, must be a whole number"),
+        ({"steps": "4"}, "--steps is '4', must be a whole number"),
+        ({"reset_every": 2.5}, "--reset-every is 2.5, must be a whole number"),
+        ({"batch": True}, "--batch is True, must be a whole number"),
+        ({"seed": 1.5}, "--seed is 1.5, must be a whole number"),
+        ({"clip": True}, "--clip is True, must be a number"),
+        ({"lr": "1e-3"}, "--lr is '1e-3', must be a number"),
+        ({"bits": 2}, "--bits is 2, must be numbers"),
+        ({"bits": (True,)}, r"--bits is \(True,\), must be numbers"),
+        ({"two_sided": "no"}, "--two-sided is 'no', must be true or false"),
+        ({"out": Path("runs")}, r"--out is PosixPath\('runs'\), must be a string"),
+        ({"qat_fraction": "half"}, "--qat-fraction is 'half', must be auto or a number"),
         ({"precision": "int8"}, "--precision is 'int8'"),
         ({"device": "tpu"}, "--device is 'tpu'"),
     ],
@@ -246,6 +258,14 @@ def test_log_forgets_what_is_done_again(tmp_path: Path) -> None:
 def test_bad_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**changes)
+
+
+def test_every_field_has_a_type_that_is_checked() -> None:
+    """Nothing has the type of what is neither a number nor a string; a list of widths is as good as a tuple."""
+    for entry in fields(TrainConfig):
+        with pytest.raises(ConfigError, match=f"--{entry.name.replace('_', '-')} is b'', must be"):
+            TrainConfig(**{entry.name: b""})
+    assert TrainConfig(bits=[4, 2]) == TrainConfig(bits=(4, 2))  # type: ignore[arg-type]
 
 
 def test_optimizer_groups(tiny: dict[str, Any]) -> None:
@@ -259,6 +279,8 @@ def test_optimizer_groups(tiny: dict[str, Any]) -> None:
     assert {names[id(p)] for p in scales["params"]} == {n for n in names.values() if n.endswith("scale")}
     assert {names[id(p)] for p in rest["params"]} == {n for n in names.values() if "norm" in n or "embedding" in n}
     assert sum(len(g["params"]) for g in (weights, scales, rest)) == len(names)
+    model.norm.register_parameter("scale", torch.nn.Parameter(torch.ones(32)))  # of no quantizer
+    assert loop.build_optimizer(model, config, phase).param_groups[1]["params"] == scales["params"]
     assert [(g["peak"], g["weight_decay"]) for g in (weights, scales, rest)] == [(0.25, 0.5), (1e-4, 0), (0.25, 0)]
 
 

@@ -21,12 +21,14 @@ from qatkernels.train.phases import phases
 from .conftest import outcome
 
 WAYS = {
-    "winq": {"method": "winq", "reset_every": 5},
+    "winq": {"method": "winq", "reset_every": 5, "stats_every": 3},
     "winq two-sided": {"method": "winq", "two_sided": True, "samples": 2, "reset_until": 0.5},
     "squat": {"method": "squat", "scale_every": 2},
-    "squat next": {"method": "squat", "target": "latent", "norm": "asam", "minibatch": "next"},
-    "A8": {"act_bits": 8, "accumulate": 2, "schedule": "wsd"},
-}
+    "squat next": {
+        "method": "squat", "target": "latent", "norm": "asam", "minibatch": "next", "stats_every": 2, "qat_lr": 1e-2
+    },
+    "A8": {"act_bits": 8, "accumulate": 2, "schedule": "wsd", "stats_every": 3, "qat_lr": 1e-2},
+}  # fmt: skip
 
 
 def run(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "ddp-squat": {"parallel": "ddp", "method": "squat", "accumulate": 2, "act_bits": 8},
     "fsdp": {"parallel": "fsdp", "tokens": 60 * 4 * 32, "qat_fraction": 0.3, "schedule": "fused", "accumulate": 2},
     "fsdp-winq": {"parallel": "fsdp", "method": "winq", "reset_every": 4, "stats_every": 3, "two_sided": True},
-    "fsdp-squat": {"parallel": "fsdp", "method": "squat", "target": "latent", "minibatch": "next"},
+    "fsdp-squat": {"parallel": "fsdp", "method": "squat", "target": "latent", "minibatch": "next", "stats_every": 2},
 }
 
 #: Ways that are also taken up again, and the passes over a batch in a step of their QAT.

@@ -65,6 +65,20 @@ def test_the_last_states_are_kept(tiny: dict[str, Any], monkeypatch: pytest.Monk
     assert found == [f"state-{step:08d}.safetensors" for step in (5, 10, 15, 18)[-keep:]]
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_kill_left_half_written_goes(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    stop_at(monkeypatch, 8)
+    with pytest.raises(Interrupted):
+        run(tiny)
+    left = Path(tiny["out"]) / "fp" / "state-00000007.safetensors.tmp"
+    if kind == "file":
+        left.write_bytes(b"half")
+    else:
+        left.with_name("state-00000007.tmp").mkdir()
+    run(tiny)
+    assert outcome(tiny["out"]).keys() == {"fp", "w2", "log"}
+
+
 @pytest.mark.parametrize("damaged", [1, 2])
 def test_a_damaged_state_costs_steps_only(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: int
@@ -245,7 +259,15 @@ while True:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork and SIGKILL")
 def test_kills_at_random_moments(tiny: dict[str, Any], tmp_path: Path) -> None:
     """Whatever moment a kill takes, what is left leads to the same weights and the same log, bit for bit."""
-    settings = {**tiny, "steps": 60, "qat_steps": 30, "save_every": 1, "method": "winq", "reset_every": 7}
+    settings = {
+        **tiny,
+        "steps": 60,
+        "qat_steps": 30,
+        "save_every": 1,
+        "method": "winq",
+        "reset_every": 7,
+        "stats_every": 3,
+    }
     run(settings, out=str(tmp_path / "whole"))
     seed = random.randrange(2**32)
     done = subprocess.run(
@@ -316,6 +338,39 @@ def test_where_it_diverged(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     log = [json.loads(line) for line in (Path(tiny["out"]) / "log.jsonl").read_text().splitlines()]
     assert log[-1] == {"phase": "fp", "step": step, "note": message}
+
+
+@pytest.mark.parametrize("method", [{"method": "winq", "reset_every": 3}, {"method": "squat", "minibatch": "next"}])
+def test_a_method_stands_still_after_a_bad_step(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
+) -> None:
+    """No reset comes until the bad step is noticed, and what is run again has the objective of that step."""
+    take, learn, loss_of = loop.take_step, loop.gradient, loop.mean_loss
+    ran: list[tuple[int, int]] = []
+    weights: list[Tensor] = []
+
+    def gradient(training: Any, step: int) -> Tensor:
+        if training.phase.bits:
+            ran.append((step, training.method.steps))
+        return learn(training, step)
+
+    def take_step(training: Any, step: int) -> Tensor:
+        loss = take(training, step)
+        if training.phase.bits:
+            weights.append(training.model.blocks[0].mlp.down.weight.detach().clone())
+        return loss
+
+    def mean_loss(model: nn.Module, *arguments: Any) -> Tensor:
+        loss = loss_of(model, *arguments)
+        return loss * float("nan") if model.training and ran and ran[-1][0] >= 4 else loss
+
+    for name, function in (("gradient", gradient), ("take_step", take_step), ("mean_loss", mean_loss)):
+        monkeypatch.setattr(loop, name, function)
+    with pytest.raises(DivergedError, match="at step 5 of w2"):
+        run(tiny, log_every=12, save_every=12, eval_every=12, **method)
+    assert len(weights) == 12
+    assert all(torch.equal(later, weights[3]) for later in weights[4:])
+    assert ran[-1] == (4, 4)
 
 
 def test_the_guard_keeps_the_weights_of_before() -> None:

@@ -1,5 +1,6 @@
-"""Two processes and FSDP2: resets, statistics and SQuAT's latent target give what one process gives."""
+"""Two processes, FSDP2 and DDP: resets, statistics, SQuAT and accumulation give what one process gives."""
 
+import contextlib
 import os
 import socket
 import sys
@@ -80,6 +81,65 @@ def test_two_processes(tmp_path):
         assert sharded_numbers == pytest.approx(numbers, rel=1e-4, abs=1e-6), name
         for key, value in model.named_parameters():
             torch.testing.assert_close(parameters[key], value.detach(), rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
+
+
+WAYS = {
+    "squat": lambda model: SQuAT(model, rho=0.5, target="latent"),
+    "winq": lambda model: WinQ(model, reset_every=None, reset_weight=0.0, noise_std=0.0, samples=2),
+}
+
+
+def accumulated(model, way, x, not_yet):
+    """Return the gradients over micro-batches ``x`` ``[count, rows, features]``; ``not_yet`` is around all but one."""
+    method = WAYS[way](model)
+    for i, part in enumerate(x):
+
+        def closure(part=part):
+            loss = model(part).square().mean() / len(x)
+            loss.backward()
+            return loss
+
+        with contextlib.nullcontext() if i == len(x) - 1 else not_yet():
+            method.gradient(closure, accumulate=True)
+    return [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+
+
+def accumulate(rank, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    from torch.distributed.fsdp import fully_shard
+
+    x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(5))[:, rank::2]
+    results = {}
+    for way in WAYS:
+        model = nn.parallel.DistributedDataParallel(make_model(CONFIGS["row"]))
+        results["ddp", way] = accumulated(model, way, x, model.no_sync)
+        model = make_model(CONFIGS["row"])
+        fully_shard(model)
+
+        @contextlib.contextmanager
+        def unreduced(model=model):
+            model.set_requires_gradient_sync(False)
+            yield
+            model.set_requires_gradient_sync(True)
+
+        results["fsdp", way] = accumulated(model, way, x, unreduced)
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_micro_batches_within_no_sync(tmp_path):
+    """As transformers' Trainer accumulates: the gradients of every process are those of the whole batch in one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(accumulate, (port, tmp_path), nprocs=2)
+    x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(5))
+    for rank in range(2):
+        for (mode, way), grads in torch.load(tmp_path / f"{rank}.pt").items():
+            wanted = accumulated(make_model(CONFIGS["row"]), way, x, contextlib.nullcontext)
+            for grad, other in zip(grads, wanted, strict=True):
+                torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-6, msg=f"{mode} {way} {rank}")
 
 
 def test_rows_in_pieces_are_refused():

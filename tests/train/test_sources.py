@@ -185,6 +185,26 @@ def test_weights_of_another_shape_are_named(tiny_hf: dict[str, Any], llama: Path
         run(tiny_hf, model=str(llama))
 
 
+def test_pickled_weights_are_not_replaced_by_new_ones(tiny_hf: dict[str, Any], llama: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--steps is 0, must be at least 1 with --model .*, which has no weights"):
+        run(tiny_hf, model=str(llama), steps=0)
+    (llama / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(ConfigError, match=r"whose weights are in pytorch_model\.bin, must be in \*\.safetensors"):
+        run(tiny_hf, model=str(llama))
+    assert TrainConfig(**tiny_hf, model=str(llama / "config.json")).resolved().steps == tiny_hf["steps"]
+
+
+def test_a_tokenizer_of_another_model(tiny_hf: dict[str, Any], llama: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    words = {"?": 0, "number": 300}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pytest.importorskip("tokenizers").pre_tokenizers.Whitespace()
+    tokenizer.save(str(llama / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"makes token 300 of --data, must be below 256, the vocab_size"):
+        run(tiny_hf, model=str(llama))
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff" * 300, b"\xff\xff\xff\xff\xff\xff\xff\x7f{}"])
 def test_damaged_weights_are_named(tiny_hf: dict[str, Any], llama: Path, content: bytes) -> None:
     (llama / "model.safetensors").write_bytes(content)

@@ -136,9 +136,10 @@ class TestAlternation:
         assert self.moved(6, minibatch="next", scale_every=2) == expected * 2
 
     def test_is_resumed(self):
-        squat = SQuAT(make_model(), minibatch="next")
+        model = make_model()
+        squat = SQuAT(model, torch.optim.SGD(model.parameters()), minibatch="next")
         other = SQuAT(make_model(), minibatch="next")
-        squat.gradient(closure_of(squat.model, torch.randn(4, 16)))
+        squat.step(closure_of(squat.model, torch.randn(4, 16), squat.optimizer))
         other.load_state_dict(squat.state_dict())
         other.gradient(closure_of(other.model, torch.randn(4, 16)))
         assert other.model[0].weight.grad is None
@@ -150,6 +151,7 @@ class TestAlternation:
         squat = SQuAT(model, minibatch="next")
         for scales_move in (False, True):
             squat.gradient(closure_of(model, x))
+            squat.after_step()
             assert (model[0].act.scale.grad is not None) == scales_move
             assert (model[0].scale.grad is not None) == scales_move
 
@@ -182,6 +184,42 @@ class TestLoops:
             squat.gradient(closure_of(model, part), accumulate=True)
         for name, grad in grads_of(model).items():
             torch.testing.assert_close(grad, expected[name], msg=name)
+
+    @pytest.mark.parametrize("settings", [{"minibatch": "next"}, {"scale_every": 2}])
+    def test_micro_batches_of_a_step_serve_one_objective(self, settings):
+        """Two calls for each step move what two micro-batches in one closure move."""
+        model, x = make_model(), torch.randn(8, 16)
+        squat, whole = SQuAT(model, **settings), SQuAT(copy.deepcopy(model), **settings)
+        for _ in range(4):
+            model.zero_grad()
+            for part in x.split(4):
+                squat.gradient(closure_of(model, part), accumulate=True)
+            squat.after_step()
+            whole.gradient(closure_of(whole.model, x))
+            whole.after_step()
+            present = [{name: g is not None for name, g in grads_of(m).items()} for m in (model, whole.model)]
+            assert present[0] == present[1]
+            assert not all(present[0].values()) or squat.steps % 2 == 0
+        assert squat.steps == 4
+
+    def test_an_error_keeps_what_was_accumulated(self):
+        model, x = make_model(), torch.randn(8, 16)
+        squat = SQuAT(model)
+        winq = WinQ(model, reset_every=None, reset_weight=0.0, noise_std=0.0, samples=2)
+        for method in (squat, winq):
+            model.zero_grad()
+            method.gradient(closure_of(model, x), accumulate=True)
+            before, inner, calls = {n: g.clone() for n, g in grads_of(model).items()}, closure_of(model, x), []
+
+            def closure(inner=inner, calls=calls):
+                calls.append(inner())
+                if len(calls) == 2:
+                    raise KeyError("planned")
+
+            with pytest.raises(KeyError):
+                method.gradient(closure, accumulate=True)
+            for name, grad in grads_of(model).items():
+                assert_same_bits(grad, before[name], name)
 
     @pytest.mark.parametrize("target", ["quantized", "latent"])
     def test_grad_scaler(self, target):
@@ -274,14 +312,16 @@ class TestLoops:
         model, x = make_model(**config), torch.randn(8, 16)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         winq = WinQ(model, reset_every=2, reset_weight=0.4, noise_std=1e-3, two_sided=True)
-        squat = SQuAT(model)
-        for _ in range(4):
+        squat = SQuAT(model, scale_every=2)
+        for step in range(4):
             winq.gradient(lambda: squat.gradient(closure_of(model, x, optimizer)))
-            assert all(p.grad.isfinite().all() for p in model.parameters())
+            assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+            assert (model[0].scale.grad is not None) == (step % 2 == 1)
             optimizer.step()
             winq.after_step()
+            squat.after_step()
         assert winq.resets == 2
-        assert squat.steps == 8
+        assert squat.steps == 4
         log = {**winq.log(), **squat.log()}
         assert all(isinstance(value, float) for value in log.values())
         assert len(log) == 7
@@ -326,6 +366,9 @@ class TestErrors:
             ({"norm": "l1"}, "norm is 'l1'"),
             ({"minibatch": "other"}, "minibatch is 'other'"),
             ({"scale_every": 0}, "scale_every is 0"),
+            ({"scale_every": 1.5}, "scale_every is 1.5, must be a whole number"),
+            ({"rho": True}, "rho is True"),
+            ({"optimizer": torch.optim.LBFGS([nn.Parameter(torch.ones(1))])}, "optimizer is LBFGS, must be one that"),
         ],
     )
     def test_values(self, change, words):
@@ -340,6 +383,12 @@ class TestErrors:
             SQuAT(model).step(lambda: None)
         with pytest.raises(RuntimeError, match="no gradient in any quantized weight"):
             SQuAT(model).gradient(lambda: torch.zeros(()))
+        for layer in quantized_modules(model).values():
+            layer.weight.requires_grad_(False)
+        with pytest.raises(ValueError, match="every quantized weight of the model is frozen"):
+            SQuAT(model).gradient(closure_of(model, torch.randn(2, 16)))
+        with pytest.raises(ValueError, match="steps is -1"):
+            SQuAT(model).load_state_dict({"steps": -1})
         with pytest.raises(ValueError, match="must have 'steps'"):
             SQuAT(model).load_state_dict({})
 

@@ -65,13 +65,21 @@ def test_every_kind_of_value(tmp_path: Path) -> None:
         ("two-sided = 1", "two-sided is 1, must be true or false"),
         ("method = 1", "method is 1, must be a string"),
         ('bits = ["two"]', r"bits is \('two',\), must be numbers"),
-        ('tokens = "many"', "tokens is 'many', must be a number"),
+        ('tokens = "many"', "tokens is 'many', must be a whole number"),
+        ("reset-every = 2.5", "reset-every is 2.5, must be a whole number"),
+        ("act-bits = [8]", r"act-bits is \[8\], must be a whole number"),
         ("lr = ", "is not TOML"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         toml.read(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("name", ["lr", "steps", "qat-fraction", "noise-std", "scale-noise-std"])
+def test_integers_that_no_float_holds(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{name} is (10{{400}}|inf), must be"):
+        TrainConfig(**toml.read(written(tmp_path, f"tokens = 1000000\n{name} = 1{'0' * 400}")))
 
 
 def test_the_command_line_goes_first(tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,14 @@ class TestResets:
         for m in quantized_modules(model).values():
             assert_same_bits(m.weight.detach(), m.quantized_weight().detach())
 
+    def test_leave_frozen_weights_alone(self):
+        model = make_model()
+        model[0].weight.requires_grad_(False)
+        before = copy.deepcopy(model)
+        WinQ(model, **RESETS).reset()
+        assert_same_bits(model[0].weight, before[0].weight)
+        assert not torch.equal(model[2].weight, before[2].weight)
+
     def test_leave_the_optimizer_alone(self):
         model = make_model()
         optimizer = torch.optim.AdamW(model.parameters())
@@ -277,6 +285,13 @@ class TestStats:
         ({"noise_std": -1e-3}, r"noise_std is -0\.001"),
         ({"scale_noise_std": float("inf")}, "scale_noise_std is inf"),
         ({"samples": 0}, "samples is 0"),
+        ({"reset_every": 2.5}, "reset_every is 2.5, must be a whole number and at least 1, or None"),
+        ({"reset_every": True}, "reset_every is True"),
+        ({"reset_weight": None}, "reset_weight is None"),
+        ({"noise_std": "a"}, "noise_std is 'a', must be finite"),
+        ({"samples": 1.5}, "samples is 1.5, must be a whole number"),
+        ({"last_reset": 3.0}, "last_reset is 3.0"),
+        ({"two_sided": "no"}, "two_sided is 'no', must be True or False"),
     ],
 )
 def test_errors(change, words):
@@ -289,6 +304,9 @@ def test_a_model_without_quantized_layers_is_refused():
         WinQ(nn.Linear(4, 4), **RESETS)
     with pytest.raises(ValueError, match="must have 'resets'"):
         WinQ(make_model(), **RESETS).load_state_dict({"step": 1})
+    for state, words in (({"steps": -3, "resets": 0}, "steps is -3"), ({"steps": 2, "resets": 2.7}, "resets is 2.7")):
+        with pytest.raises(ValueError, match=words):
+            WinQ(make_model(), **RESETS).load_state_dict(state)
 
 
 def test_hadamard():

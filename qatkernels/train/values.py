@@ -1,0 +1,29 @@
+"""What a number given by hand may be: True is none, and half a step is no step."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is an integer."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: Any, least: int, otherwise: str = "") -> None:
+    """Raise ValueError if a value is no integer of at least ``least``; ``otherwise`` says what else is allowed."""
+    if not is_whole(value) or value < least:
+        raise ValueError(f"{name} is {value!r}, must be a whole number and at least {least}{otherwise}")
+
+
+def check_size(name: str, value: Any) -> None:
+    """Raise ValueError if a value is no finite number of at least 0."""
+    if not is_number(value) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value!r}, must be finite and >= 0")
