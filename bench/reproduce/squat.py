@@ -185,6 +185,8 @@ def fit(model: nn.Module, t: Training, p: Preset, train: Sentences) -> tuple[flo
             loss = closure() if squat is None else squat.gradient(closure)
             nn.utils.clip_grad_norm_(model.parameters(), p.clip)
             optimizer.step()
+            if squat is not None:
+                squat.after_step()
             total, step = total + loss.item(), step + 1
     return time.perf_counter() - began, total * t.epochs / steps
 

@@ -178,7 +178,7 @@ def test_by_tokens_on_the_command_line(tiny: dict[str, Any], capsys: pytest.Capt
         ({"schedule": "fast"}, "--schedule is 'fast', must be one of auto, cosine, wsd, classic, fused"),
         ({"decay": "square"}, "--decay is 'square'"),
         ({"qat_fraction": 1.0}, r"--qat-fraction is 1.0, must be auto or in \(0, 1\)"),
-        ({"qat_fraction": "all"}, "--qat-fraction is all"),
+        ({"qat_fraction": "all"}, "--qat-fraction is 'all', must be auto or a number"),
         ({"cooldown": 2.0}, r"--cooldown is 2.0, must be in \[0, 1\]"),
     ],
 )
