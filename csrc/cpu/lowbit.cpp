@@ -23,8 +23,9 @@ int64_t table_bytes(const LowbitLinear& call) {
   return (call.cols + chunk_codes(call.bits) - 1) / chunk_codes(call.bits) * 16 * kWordTables;
 }
 
-// Whether sums are looked up. Their error is measured by the lowest code's magnitude, which must be the largest one. At
-// 2 bits an entry serves two activations only, and products of bfloat16 are as fast.
+// Whether sums are looked up. Their error is measured by the lowest code's magnitude, which must be the largest one of
+// the grid (ternary has no code 3). At 2 bits an entry serves two activations only, and products of bfloat16 are as
+// fast.
 [[maybe_unused]] bool has_tables(const LowbitLinear& call) {
   const double low = call.code_min + call.offset;
   return !call.act_bits && !call.zero_point && low < 0 && -2 * low >= (1 << call.bits) - 2 &&

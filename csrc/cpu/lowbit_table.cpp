@@ -45,7 +45,7 @@ float unit_of(double most) {
 
 // The tables of one word of all rows: [low and high nibbles][digits][bytes of the word][16].
 template <int Bits>
-QK_HD void write_word(const float* x, const __m512 level[4 / Bits], __m512 inverse, char* to) {
+QK_HD void write_word(const float* x, const __m512 level[4 / Bits], char* to) {
   constexpr int count = 4 / Bits;
   const __m512i flip = _mm512_set1_epi32(0x8080);
   alignas(64) static constexpr auto order = [] {  // four-byte elements to their first bytes, their second bytes, ...
@@ -63,7 +63,7 @@ QK_HD void write_word(const float* x, const __m512 level[4 / Bits], __m512 inver
       __m512 sum = _mm512_mul_ps(level[0], _mm512_set1_ps(from[0]));
 #pragma GCC unroll 4
       for (int i = 1; i < count; ++i) sum = _mm512_fmadd_ps(level[i], _mm512_set1_ps(from[i]), sum);
-      const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(sum, inverse));
+      const __m512i v = _mm512_cvtps_epi32(sum);
       // The digits from -128 to 127: 128 more make them carry right, and the bytes are then 128 too large.
       t[j] = _mm512_permutexvar_epi8(_mm512_load_si512(order.at), _mm512_xor_si512(_mm512_add_epi32(v, flip), flip));
     }
@@ -96,9 +96,10 @@ void write(const LowbitLinear& call, const float* x, const Activations& a, char*
       continue;
     }
     units[g] = unit_of(-low * most);
-    const __m512 inverse = _mm512_set1_ps(1 / units[g]);
+    __m512 in_units[count];  // an exact change of the exponent, and sums of the largest activations are then finite
+    for (int i = 0; i < count; ++i) in_units[i] = _mm512_mul_ps(level[i], _mm512_set1_ps(1 / units[g]));
     for (int64_t w = 0; w < size / word_codes(Bits); ++w)
-      write_word<Bits>(from + w * word_codes(Bits), level, inverse, to + w * kWordTables);
+      write_word<Bits>(from + w * word_codes(Bits), in_units, to + w * kWordTables);
   }
 }
 
@@ -144,9 +145,10 @@ __attribute__((noinline)) void look_up(const __m512i* words, int64_t count, cons
   for (int v = 0; v < Vectors; ++v) {
     __m512 number = _mm512_cvtepi32_ps(acc[v][2]);
     number = _mm512_fmadd_ps(number, base, _mm512_cvtepi32_ps(acc[v][1]));
-    number = _mm512_mul_ps(_mm512_fmadd_ps(number, base, _mm512_cvtepi32_ps(acc[v][0])), _mm512_set1_ps(unit));
+    number = _mm512_fmadd_ps(number, base, _mm512_cvtepi32_ps(acc[v][0]));
     float* const to = sums + v * 16 / kPanel * apart + v * 16 % kPanel;
-    _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(scale + 16 * groups * v), number, _mm512_load_ps(to)));
+    number = _mm512_mul_ps(number, _mm512_load_ps(scale + 16 * groups * v));
+    _mm512_store_ps(to, _mm512_fmadd_ps(number, _mm512_set1_ps(unit), _mm512_load_ps(to)));
   }
 }
 

@@ -61,7 +61,6 @@ struct Pairs {
   static QK_HD void dot_in_place(Sum& acc, __m512i w, __m512i x) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
   }
-  static QK_HD Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
   static QK_HD __m512 number(Sum acc) { return acc; }
   // What the sum of activations is to be multiplied with, but for the zero point.
   static float rest(const LowbitLinear&) { return 0.0f; }
@@ -111,7 +110,6 @@ struct Fours {
   static QK_HD void dot_in_place(Sum& acc, __m512i w, __m512i x) {
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
   }
-  static QK_HD Sum add(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
   static QK_HD __m512 number(Sum acc) { return _mm512_cvtepi32_ps(acc); }
   static float rest(const LowbitLinear& call) { return static_cast<float>(call.offset + call.code_min); }
 

@@ -66,7 +66,7 @@ QK_HD __m512 scales_at(const LowbitLinear& call, int64_t at, __mmask16 valid) {
   v = _mm512_maskz_max_ps(valid, _mm512_set1_ps(static_cast<float>(kMinScale)), v);  // the second operand if it is NaN
   return _mm512_div_ps(v, _mm512_set1_ps(static_cast<float>(call.steps)));
 }
-QK_HD __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xFFFF : (1u << n) - 1); }
+QK_HD __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1u << n) - 1); }
 
 // The factors of each group for the sixteen rows from `row` on, [groups, 16]: scales, and `base` less the zero points
 // unless `rest` is null.

@@ -147,6 +147,10 @@ def joined(mode: str, device: str) -> Iterator[Processes]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
         yield Processes(mode)
+        if ours:
+            # Threads of gloo drop the tensors of the last collective with the interpreter's lock, which waiting here
+            # gives them. One that still asks for it while the interpreter shuts down aborts the process.
+            dist.barrier()
     finally:
         if ours:
             dist.destroy_process_group()

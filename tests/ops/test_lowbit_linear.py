@@ -197,6 +197,27 @@ def test_a_scale_below_the_floor_acts_as_the_floor(grid, dtype):
         check(case)
 
 
+def test_the_largest_activations_are_summed():
+    """Activations whose partial sums no float32 holds, where the result fits."""
+    for grid in (qk.binary(), qk.ternary(), qk.seq(2), qk.lsq(2)):
+        codes = torch.full((3, 4), grid.code_min, dtype=torch.int8)
+        codes[:, 2:] = grid.code_max
+        packed = qk.pack(codes, grid)
+        weight = qk.PackedWeight(packed, torch.full((3, 1), 0.01), None, grid, 4)
+        x = torch.tensor([[3e38, 3e38, 3e38, 2.9e38]]) * torch.linspace(0.5, 1, 4)
+        args, expected, bound = Case("", weight, x).call("lowbit_linear")
+        for backend, impl, device in implementations("lowbit_linear"):
+            (y,) = run_out("lowbit_linear", impl, _to(args, device))
+            assert_within(y.cpu(), expected, bound, f"{backend} {grid.scheme}")
+
+
+def test_a_panel_of_few_rows_reads_its_own_scales():
+    """Many tokens, and rows that end within the first sixteen of a panel: scales end with their rows."""
+    for rows in (1, 5, 37):
+        for grid in (qk.lsq(4), qk.seq(2)):
+            check(Case(f"{rows} rows", scaled_weight(grid, (rows, 64)), activations((13, 64), torch.bfloat16)))
+
+
 def test_large_activations_do_not_overflow_between():
     """Integer sums at their extremes: every product is the largest of its sign."""
     cols = 8192

@@ -71,6 +71,7 @@ for name, way in todo:
     except (Interrupted, RuntimeError) as error:
         end = str(error)
     os.write(1, f"end {json.dumps([name, rank, end])}\\n".encode())
+dist.barrier()  # as qatkernels.train.parallel.joined does, and why
 dist.destroy_process_group()
 """
 
