@@ -108,6 +108,10 @@ def compared(cell: Cell, runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str
     return result
 
 
+def _shown(mean: float, deviation: float | None, form: str) -> str:
+    return f"{mean:{form}}" + ("" if deviation is None else f" ± {deviation:.4f}")
+
+
 def _deviation(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
@@ -129,11 +133,11 @@ def _table(found: dict[Cell, dict[str, dict[int, dict[str, Any]]]], variants: Se
             continue
         shown = [
             f"{cell[0]:g}{', A' + cell[1] if cell[1] else ''}, {cell[2]}",
-            f"{result['base']['loss']:.4f} ± {result['base']['deviation'] or 0:.4f}",
+            _shown(result["base"]["loss"], result["base"]["deviation"], ".4f"),
         ]
         for v in (result.get(variant) or {"difference": None} for variant in variants):
             missing = v["difference"] is None
-            shown.append("-" if missing else f"{v['difference']:+.4f} ± {v['difference_deviation'] or 0:.4f}")
+            shown.append("-" if missing else _shown(v["difference"], v["difference_deviation"], "+.4f"))
         last = result.get(variants[-1]) or {}
         shown.append(", ".join(f"{value:.3f} at {step:g}" for value, step in last.get("lead", [])) or "-")
         steps = last.get("steps_to_base", [])
