@@ -84,6 +84,7 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build_dir, *options], check=True)
         subprocess.run(["cmake", "--build", build_dir], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # a process that runs the old one keeps it
         shutil.copyfile(next(build_dir.glob("_C*.so")), target)
 
 

@@ -10,20 +10,30 @@ namespace qk {
 namespace cpu {
 namespace {
 
-struct Block {
-  void* p;
-  int64_t bytes;
-};
-
 struct Pool {
   std::mutex mutex;
   std::vector<Block> kept;  // oldest first
-  int64_t in_use = 0, cached = 0, peak = 0;
+  int64_t wanted = 0;       // bytes of the tensors that are alive
+  int64_t peak = 0;         // most that was wanted at once
+  int64_t held = 0;         // bytes of all blocks
+  int64_t cached = 0;       // of those, bytes kept
 
   void drop(size_t i) {
-    std::free(kept[i].p);
+    std::free(kept[i].memory);
+    held -= kept[i].bytes;
     cached -= kept[i].bytes;
     kept.erase(kept.begin() + i);
+  }
+
+  // The smallest kept block that holds `bytes` without wasting more than half of it; of equals the newest, which is
+  // the likeliest to be in a cache. kept.size() if there is none.
+  size_t best_fit(int64_t bytes) const {
+    size_t best = kept.size();
+    for (size_t i = 0; i < kept.size(); ++i)
+      if (kept[i].bytes >= bytes && kept[i].bytes <= 2 * bytes &&
+          (best == kept.size() || kept[i].bytes <= kept[best].bytes))
+        best = i;
+    return best;
   }
 };
 
@@ -35,32 +45,33 @@ Pool& pool() {
 
 }  // namespace
 
-void* pool_take(int64_t bytes) {
+Block pool_take(int64_t bytes) {
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
-  void* block = nullptr;
-  // The newest of the right size is the likeliest to be in a cache.
-  const auto found = std::find_if(p.kept.rbegin(), p.kept.rend(), [&](const Block& b) { return b.bytes == bytes; });
-  if (found != p.kept.rend()) {
-    block = found->p;
-    p.cached -= bytes;
-    p.kept.erase(std::next(found).base());
-  } else {
-    while (!p.kept.empty() && p.in_use + p.cached + bytes > p.peak) p.drop(0);
-    block = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-    if (!block) throw std::bad_alloc();
+  const size_t fit = p.best_fit(bytes);
+  if (fit < p.kept.size() && (p.kept[fit].bytes == bytes || p.held + bytes > p.peak)) {
+    const Block block = p.kept[fit];
+    p.kept.erase(p.kept.begin() + fit);
+    p.cached -= block.bytes;
+    p.wanted += bytes;
+    p.peak = std::max(p.peak, p.wanted);
+    return block;
   }
-  p.in_use += bytes;
-  p.peak = std::max(p.peak, p.in_use);
-  return block;
+  while (!p.kept.empty() && p.held + bytes > p.peak) p.drop(0);
+  void* const memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+  if (!memory) throw std::bad_alloc();
+  p.held += bytes;
+  p.wanted += bytes;
+  p.peak = std::max(p.peak, p.wanted);
+  return {memory, bytes};
 }
 
-void pool_give(void* block, int64_t bytes) noexcept {
+void pool_give(const Block& block, int64_t bytes) noexcept {
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
-  p.in_use -= bytes;
-  p.cached += bytes;
-  p.kept.push_back({block, bytes});
+  p.wanted -= bytes;
+  p.cached += block.bytes;
+  p.kept.push_back(block);
 }
 
 int64_t pool_cached_bytes() {
@@ -73,7 +84,7 @@ void pool_clear() {
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
   while (!p.kept.empty()) p.drop(p.kept.size() - 1);
-  p.peak = p.in_use;
+  p.peak = p.wanted;
 }
 
 }  // namespace cpu

@@ -11,11 +11,19 @@ namespace cpu {
 
 constexpr int64_t kPooledBytes = 1 << 20;  // smaller blocks are left to malloc
 
-// A block of exactly this size, aligned to 64 bytes. Throws std::bad_alloc.
-void* pool_take(int64_t bytes);
-void pool_give(void* p, int64_t bytes) noexcept;
+struct Block {
+  void* memory;  // aligned to 64 bytes
+  int64_t bytes;
+};
 
-// Blocks in use and kept never exceed the most that was in use at once, so the pool does not raise the peak.
+// A block of at least this size. Throws std::bad_alloc.
+//
+// A kept block of up to twice the size serves where a new one would raise the peak: a bfloat16 weight then lies where
+// the float32 gradient will, instead of the two driving each other out in every step.
+Block pool_take(int64_t bytes);
+void pool_give(const Block& block, int64_t bytes) noexcept;
+
+// Blocks are kept only while all of them together are no more than the tensors that were alive at once.
 int64_t pool_cached_bytes();
 void pool_clear();
 

@@ -66,6 +66,17 @@ def test_a_training_loop_settles():
     assert len(set(seen[1:])) <= 2
 
 
+@pytest.mark.parametrize("rows, kept", [(512, 4 * MIB), (511, 511 * 4096)])
+def test_a_block_of_up_to_twice_the_size_is_used_before_it_is_dropped(rows, kept):
+    """Under autocast a bfloat16 weight and its float32 gradient would else drive each other out in every step."""
+    large = quantized(torch.randn(1024, 1024))
+    del large
+    small = quantized(torch.randn(rows, 1024))
+    assert C.cached_bytes() == 0
+    del small
+    assert C.cached_bytes() == kept
+
+
 def test_kept_memory_never_exceeds_the_peak_in_use():
     sizes = [(256, 1024), (512, 1024), (1024, 1024), (300, 1024), (700, 1024)]
     peak = 0
