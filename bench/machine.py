@@ -119,6 +119,14 @@ def versions() -> dict[str, str | None]:
     return known
 
 
+def machines(device: str, *earlier: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a study's trainings ran on: this machine, and those of the studies that it goes on with."""
+    found = [{"device": device, "threads": torch.get_num_threads(), "versions": versions()}]
+    for study in earlier:
+        found += [machine for machine in study["machines"] if machine not in found]
+    return found
+
+
 def build_info() -> dict[str, Any] | None:
     """Return what the compiled extension says of itself, or None without one."""
     compiled = backends.extension()

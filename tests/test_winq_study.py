@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bench.machine import machines
 from bench.reproduce import winq, winq_report, winq_why
 
 
@@ -44,11 +45,23 @@ def test_goes_on_with_tables_made_elsewhere(out: Path, tmp_path: Path) -> None:
     assert winq.main([*command, "--out", str(tmp_path / "all"), "--earlier", str(out)]) == 0, "nothing is left"
     for name in ("runs.csv", "curves.json"):
         assert (tmp_path / "all" / name).read_bytes() == (out / name).read_bytes()
+    studies = [json.loads((folder / "study.json").read_text()) for folder in (out, tmp_path / "all")]
+    assert studies[0]["machines"] == studies[1]["machines"]
     missing = sorted((tmp_path / "all").glob("seed1/*.json"))[0]
     expected = missing.read_text()
     missing.unlink()
+    others = [*command[:-2], "--out", str(tmp_path / "all"), "--seeds", "0", "2"]
+    assert winq.main(others) == 3, "seed 1 is left to another process"
+    assert not missing.exists()
     assert winq.main([*command[:-2], "--out", str(tmp_path / "all")]) == 0
     assert json.loads(missing.read_text())["curve"] == json.loads(expected)["curve"]
+
+
+def test_machines_of_earlier_studies_are_named() -> None:
+    elsewhere = {"device": "another", "threads": 3, "versions": {"torch": "1"}}
+    here, *others = machines("this", {"machines": [elsewhere]}, {"machines": [elsewhere]})
+    assert here["device"] == "this"
+    assert others == [elsewhere]
 
 
 def test_resets_are_chosen_on_a_seed_of_their_own(out: Path) -> None:

@@ -29,7 +29,7 @@ from qatkernels.hessian import HessianOperator, sharpness, spectrum
 from qatkernels.train import SQuAT, checkpoint
 from qatkernels.train.schedules import cosine
 
-from ..machine import cpu_model, git_state, versions
+from ..machine import cpu_model, git_state, machines
 
 
 class Sentences(NamedTuple):
@@ -299,11 +299,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     p, out = PRESETS[options.preset], options.out or Path("runs") / f"squat-{options.preset}"
     with checkpoint.exclusive(out):
+        before = [checkpoint.read_json(out / "study.json")] if (out / "study.json").exists() else []
         if options.earlier:
             take_over(options.earlier, out)
+            before.append(checkpoint.read_json(options.earlier)["study"])
         data = read(options.data, p.longest)
         made = {
-            "device": cpu_model(), "threads": options.threads, "versions": versions(), "git": git_state(),
+            "machines": machines(cpu_model(), *before), "git": git_state(),
             "preset": asdict(p), "sentences": {k: len(v.labels) for k, v in data._asdict().items()},
         }  # fmt: skip
         checkpoint.write_json(out / "study.json", {**made, "chosen": None})

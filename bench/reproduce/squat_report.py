@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -90,9 +91,15 @@ def markdown(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         shown = [f"{row['accuracy'][0]:.2f} ± {row['accuracy'][1]:.2f}"]
         shown.append("" if row["method"] == "lsq" or not row["gain"] else "{:+.2f} ± {:.2f}".format(*row["gain"]))
-        shown += [f"{row[n][0]:.3g} ± {row[n][1]:.1g}" for n in list(MEASURES)[2:6]]
+        shown += [rounded(*row[n]) for n in list(MEASURES)[2:6]]
         lines.append(f"| {row['bits']} | {METHODS[row['method']]} | {' | '.join(shown)} | {row['seconds'][0]:.0f} |")
     return "\n".join(lines)
+
+
+def rounded(mean: float, deviation: float) -> str:
+    """Return both to the second digit of the deviation."""
+    places = max(1 - math.floor(math.log10(deviation)), 0) if deviation > 0 else 3
+    return f"{mean:.{places}f} ± {deviation:.{places}f}"
 
 
 def draw(path: Path, runs: Runs, full: Sequence[dict[str, Any]]) -> None:

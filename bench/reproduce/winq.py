@@ -32,7 +32,7 @@ from qatkernels.train.methods import MethodConfig
 from qatkernels.train.phases import Phase, own_decay, phases, quantized_from
 from qatkernels.train.report import Log
 
-from ..machine import cpu_model, git_state, versions
+from ..machine import cpu_model, git_state, machines
 
 #: Of the table; a result also has its curve.
 COLUMNS = ("seed", "bits", "act_bits", "steps", "variant", "reset_every", "reset_weight", "loss", "seconds")
@@ -117,6 +117,7 @@ PRESETS = {
             Part((1, 2, 3), (1.58, 3), (None,), _PAPER, 1200),
             Part((1, 2, 3), (1, 2), (None,), _OURS, 2400),
             Part((1, 2, 3), (1, 1.58, 2, 3), (8,), _PAPER, 1200),
+            Part((1, 2, 3), (1, 2), (None,), ("both", *_OURS), 9600),
         ),
     ),
     # 57 million parameters, 65,536 bytes a step: give it --data of some billion bytes. Not run yet.
@@ -249,16 +250,20 @@ def trainings(preset: Preset, out: Path) -> Iterator[Training]:
                         yield training(preset, seed, bits, act_bits, variant, resets, part.steps, out)
 
 
-def study(preset: Preset, out: Path, text: str | None, deadline: float) -> bool:
+def study(preset: Preset, out: Path, text: str | None, deadline: float, seeds: Sequence[int] | None) -> bool:
     """Run what is not finished until the deadline (of `time.monotonic`), and return whether all is."""
+    whole = True
     for t in trainings(preset, out):
         if result(t, out) is None:
+            if seeds is not None and t.seed not in seeds:
+                whole = False
+                continue
             if time.monotonic() > deadline:
                 return False
             line = run(t, configured(preset, t.seed, out, text))
             write_tables(preset, out)
             print(f"seed {t.seed}, {t.phase.name}: {line['loss']:.4f}", flush=True)
-    return True
+    return whole
 
 
 def finished(preset: Preset, out: Path) -> list[dict[str, Any]]:
@@ -286,16 +291,17 @@ def write_tables(preset: Preset, out: Path) -> None:
     checkpoint.write_json(out / "curves.json", curves)
 
 
-def describe(name: str, preset: Preset, out: Path, text: str | None, whole: bool) -> dict[str, Any]:
+def describe(
+    name: str, preset: Preset, out: Path, text: str | None, whole: bool, earlier: Path | None
+) -> dict[str, Any]:
     """Return what the numbers were measured on, and with which settings."""
     corpus = data.load(text, preset.config.context)
-    cuda = preset.config.device == "cuda"
+    device = torch.cuda.get_device_name() if preset.config.device == "cuda" else cpu_model()
+    before = [folder / "study.json" for folder in (out, earlier) if folder is not None]
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "device": torch.cuda.get_device_name() if cuda else cpu_model(),
-        "threads": torch.get_num_threads(),
+        "machines": machines(device, *(checkpoint.read_json(path) for path in before if path.exists())),
         "load": [round(x, 2) for x in os.getloadavg()],
-        "versions": versions(),
         "git": git_state(),
         "preset": name,
         "finished": whole,
@@ -316,6 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=None, help="working folder (default: runs/winq-<preset>)")
     parser.add_argument("--data", help="text to train on; this Python's standard library if not given")
     parser.add_argument("--earlier", type=Path, help="folder with tables of a study to go on with; none is run again")
+    parser.add_argument("--seeds", type=int, nargs="+", help="run these only; another process the others")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after so many minutes")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (results depend on it in the last bits)")
     options = parser.parse_args(argv)
@@ -325,9 +332,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with checkpoint.exclusive(out):
             if options.earlier:
                 take_over(options.earlier, out)
-            whole = study(preset, out, options.data, time.monotonic() + 60 * options.minutes)
+            whole = study(preset, out, options.data, time.monotonic() + 60 * options.minutes, options.seeds)
             write_tables(preset, out)
-            checkpoint.write_json(out / "study.json", describe(options.preset, preset, out, options.data, whole))
+            made = describe(options.preset, preset, out, options.data, whole, options.earlier)
+            checkpoint.write_json(out / "study.json", made)
     except Interrupted as stop:
         print(f"{stop}; the same command goes on from here", file=sys.stderr)
         return 128 + stop.number

@@ -66,7 +66,7 @@ def test_a_training_loop_settles():
     assert len(set(seen[1:])) <= 2
 
 
-@pytest.mark.parametrize("rows, kept", [(512, 4 * MIB), (511, 511 * 4096)])
+@pytest.mark.parametrize(("rows", "kept"), [(512, 4 * MIB), (511, 511 * 4096)])
 def test_a_block_of_up_to_twice_the_size_is_used_before_it_is_dropped(rows, kept):
     """Under autocast a bfloat16 weight and its float32 gradient would else drive each other out in every step."""
     large = quantized(torch.randn(1024, 1024))
