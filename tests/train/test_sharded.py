@@ -47,9 +47,22 @@ def use(model):
     return numbers
 
 
-def work(rank, port, folder):
+def _joined(rank, run, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
+    run(rank, folder)
+    dist.destroy_process_group()
+
+
+def run_two(run, folder):
+    """Call ``run(rank, folder)`` in two processes of a group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_joined, (run, port, folder), nprocs=2)
+
+
+def work(rank, folder):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -65,14 +78,10 @@ def work(rank, port, folder):
         quantized.gradient(lambda: model(torch.randn(2, 8)).sum().backward())
     if rank == 0:
         torch.save(results, folder / "results.pt")
-    dist.destroy_process_group()
 
 
 def test_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, tmp_path), nprocs=2)
+    run_two(work, tmp_path)
     results = torch.load(tmp_path / "results.pt")
     for name, config in CONFIGS.items():
         model = make_model(config)
@@ -104,9 +113,7 @@ def accumulated(model, way, x, not_yet):
     return [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
 
 
-def accumulate(rank, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def accumulate(rank, folder):
     from torch.distributed.fsdp import fully_shard
 
     x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(5))[:, rank::2]
@@ -125,15 +132,11 @@ def accumulate(rank, port, folder):
 
         results["fsdp", way] = accumulated(model, way, x, unreduced)
     torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_micro_batches_within_no_sync(tmp_path):
     """As transformers' Trainer accumulates: the gradients of every process are those of the whole batch in one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(accumulate, (port, tmp_path), nprocs=2)
+    run_two(accumulate, tmp_path)
     x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(5))
     for rank in range(2):
         for (mode, way), grads in torch.load(tmp_path / f"{rank}.pt").items():
