@@ -191,6 +191,7 @@ def generate(argv: Sequence[str]) -> int:
     """Write text with a trained model, packed or not."""
     from .train import generate as job
     from .train.checkpoint import CheckpointError
+    from .train.values import check_seed
 
     parser = argparse.ArgumentParser(prog="qatkernels generate", description=generate.__doc__)
     parser.add_argument("model", metavar="MODEL", type=Path, help="file of `pack`, or a folder such as runs/demo/w2")
@@ -204,8 +205,10 @@ def generate(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.tokens < 1 or not 0 <= args.temperature < float("inf") or not args.prompt:
         return _fail("--tokens must be at least 1, --temperature finite and at least 0, --prompt not empty")
-    if not -(2**63) <= args.seed < 2**64:
-        return _fail(f"--seed is {args.seed}, must be -2**63 to 2**64 - 1")
+    try:
+        check_seed("--seed", args.seed)
+    except ValueError as error:
+        return _fail(error)
     try:
         model = job.load(args.model)
     except CheckpointError as error:

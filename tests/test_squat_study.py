@@ -83,7 +83,7 @@ def test_choices_are_made_on_seed_0(out: Path) -> None:
     assert tried == {"w2-1-0.001", "w2-1-0.001-squat-0.05", "w2-1-0.001-squat-0.1"}
     found = {rho: json.loads((out / "seed0" / f"w2-1-0.001-squat-{rho}.json").read_text()) for rho in (0.05, 0.1)}
     merit = {rho: (x["validation"]["accuracy"], -x["validation"]["loss"]) for rho, x in found.items()}
-    assert study["chosen"] == {"lr": 1e-3, "rho": max(merit, key=lambda rho: merit[rho])}
+    assert study["chosen"] == {"2": {"lr": 1e-3, "rho": max(merit, key=lambda rho: merit[rho])}}
 
 
 def test_it_goes_on_without_training_again(data: Path, out: Path) -> None:

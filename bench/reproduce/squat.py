@@ -1,8 +1,9 @@
 """SQuAT against LSQ on a BERT that tells good reviews from bad ones: ``python -m bench.reproduce.squat``.
 
 MiniLM-L6 is fine-tuned in full precision, and from there by QAT at each width with 8-bit activations: with LSQ, with
-SQuAT for as many steps, and at 2 bits with LSQ for twice as many, which costs what SQuAT does. Learning rate and rho
-are chosen on seed 0 by the validation sentences; accuracy is reported of the test sentences, on the other seeds.
+SQuAT for as many steps, and with LSQ for twice as many, which costs what SQuAT does. Learning rate and then rho are
+chosen for each width, on seed 0 by the validation sentences; accuracy is reported of the test sentences, on the other
+seeds.
 Beforehand, once: ``python -m bench.reproduce.fetch``. Finished trainings are never run again: run the same command
 again to go on.
 
@@ -56,7 +57,6 @@ class Preset:
         fp_lr: peak learning rate of fine-tuning.
         lrs: learning rates of QAT to choose from.
         rhos: radii to choose from.
-        choice: the width that both are chosen at.
         longest: tokens that a sentence is cut to.
         flatness: training sentences that sharpness and the largest eigenvalue are measured on.
         lanczos: Lanczos steps.
@@ -67,7 +67,6 @@ class Preset:
     lrs: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
     rhos: tuple[float, ...] = (0.002, 0.01, 0.05)
     bits: tuple[int, ...] = (2, 3, 4)
-    choice: int = 2
     seeds: tuple[int, ...] = (1, 2, 3)
     batch: int = 32
     longest: int = 48
@@ -267,21 +266,21 @@ def best(tried: Sequence[Training], trained: Callable[[Training], dict[str, Any]
     return max(tried, key=merit)
 
 
-def study(p: Preset, trained: Callable[[Training], dict[str, Any]]) -> dict[str, Any]:
-    """Run everything, and return what was chosen."""
-    fp = Training(0, None, p.epochs[0], p.fp_lr)
-    trained(fp)
-    plain = best([Training(0, p.choice, p.epochs[1], lr) for lr in p.lrs], trained)
-    squat = best([replace(plain, rho=rho) for rho in p.rhos], trained)
-    for seed in p.seeds:
-        trained(replace(fp, seed=seed))
+def choose(p: Preset, trained: Callable[[Training], dict[str, Any]]) -> dict[int, Training]:
+    """Return what is chosen for each width, as a training of SQuAT's."""
+    found = {}
     for bits in p.bits:
-        for seed in p.seeds:
-            base = replace(plain, seed=seed, bits=bits)
-            longer = (replace(base, epochs=2 * base.epochs),) if bits == p.choice else ()
-            for t in (base, replace(base, rho=squat.rho), *longer):
-                trained(t)
-    return {"lr": plain.lr, "rho": squat.rho}
+        plain = best([Training(0, bits, p.epochs[1], lr) for lr in p.lrs], trained)
+        found[bits] = best([replace(plain, rho=rho) for rho in p.rhos], trained)
+    return found
+
+
+def reported(p: Preset, chosen: dict[int, Training]) -> list[Training]:
+    """Return what is reported, with LSQ for twice the steps last."""
+    squat = [replace(chosen[bits], seed=seed) for bits in p.bits for seed in p.seeds]
+    lsq = [replace(t, rho=None) for t in squat]
+    once = [t for pair in zip(lsq, squat, strict=True) for t in pair]
+    return [*once, *(replace(t, epochs=2 * t.epochs) for t in lsq)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -308,9 +307,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             "machines": machines(cpu_model(), *before), "git": git_state(),
             "preset": asdict(p), "sentences": {k: len(v.labels) for k, v in data._asdict().items()},
         }  # fmt: skip
-        checkpoint.write_json(out / "study.json", {**made, "chosen": None})
-        chosen = study(p, lambda t: run(t, p, options.data, out, data))
-        checkpoint.write_json(out / "study.json", {**made, "chosen": chosen})
+
+        def trained(t: Training) -> dict[str, Any]:
+            return run(t, p, options.data, out, data)
+
+        for seed in (0, *p.seeds):
+            trained(Training(seed, None, p.epochs[0], p.fp_lr))
+        chosen = choose(p, trained)
+        made["chosen"] = {str(bits): {"lr": t.lr, "rho": t.rho} for bits, t in chosen.items()}
+        checkpoint.write_json(out / "study.json", made)
+        for t in reported(p, chosen):
+            trained(t)
     print(f"{out}; now python -m bench.reproduce.squat_report --study {out}")
     return 0
 

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     study = checkpoint.read_json(options.study / "study.json")
     trainings = [checkpoint.read_json(path) for path in sorted(options.study.glob("seed*/*.json"))]
-    runs, full = grouped(trainings, study["preset"]["epochs"][1])
+    runs, full = grouped(trainings, study["preset"]["epochs"][1], study["chosen"])
     table = [compared(bits, method, own, runs[bits, "lsq"]) for (bits, method), own in sorted(runs.items())]
     report = {"study": study, "full precision": estimate(full, MEASURES["accuracy"]), "rows": table}
     options.out.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def grouped(trainings: Sequence[dict[str, Any]], epochs: int) -> tuple[Runs, list[dict[str, Any]]]:
+def grouped(
+    trainings: Sequence[dict[str, Any]], epochs: int, chosen: dict[str, dict[str, float]]
+) -> tuple[Runs, list[dict[str, Any]]]:
     """Return the reported trainings, and those in full precision; seed 0 made the choices."""
     runs: Runs = {}
     full = []
@@ -57,6 +59,9 @@ def grouped(trainings: Sequence[dict[str, Any]], epochs: int) -> tuple[Runs, lis
         if x["bits"] is None:
             full.append(x)
             continue
+        right = chosen[str(x["bits"])]
+        if x["lr"] != right["lr"] or x["rho"] not in (None, right["rho"]):
+            continue  # of an earlier choice
         method = "squat" if x["rho"] is not None else "lsq" if x["epochs"] == epochs else "lsq-twice"
         runs.setdefault((x["bits"], method), {})[x["seed"]] = x
     return runs, full

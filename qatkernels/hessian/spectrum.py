@@ -212,7 +212,7 @@ def _cumulative(ritz: Tensor, weights: Tensor, residuals: Tensor, x: float) -> t
 
 def probe(op: SymmetricMap, seed: int, index: int) -> Tensor:
     """Return a standard normal vector ``[n]``, the same on every device, in every process and dtype."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**64)
     return torch.randn(op.n, generator=generator).to(op.device, op.dtype)
 
 

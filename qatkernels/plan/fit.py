@@ -153,10 +153,10 @@ def fit_loss_law(
             coefficients or do not vary in what the law depends on.
         ValueError: if an option is out of range.
     """
-    if not (delta > 0 and starts >= 1 and resamples >= 0 and 0 < confidence < 1):
+    if not (delta > 0 and starts >= 1 and resamples >= 0 and 0 < confidence < 1 and seed >= 0):
         raise ValueError(
-            f"delta is {delta}, starts {starts}, resamples {resamples}, confidence {confidence}; "
-            "must be positive, at least 1, at least 0 and in (0, 1)"
+            f"delta is {delta}, starts {starts}, resamples {resamples}, confidence {confidence}, seed {seed}; "
+            "must be positive, at least 1, at least 0, in (0, 1) and at least 0"
         )
     table = _columns(runs)
     problem = _Problem(table, delta)

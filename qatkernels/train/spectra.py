@@ -26,6 +26,7 @@ from .checkpoint import CheckpointError
 from .config import ConfigError
 from .model import ModelConfig, Transformer
 from .report import _clock, _machine
+from .values import check_seed
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -59,6 +60,10 @@ class SpectrumConfig:
         for name in ("windows", "batches", "probes", "steps", "block"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}, must be at least 1")
+        try:
+            check_seed("--seed", self.seed)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         for name in ("near_zero", "rho"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, must be positive and finite")

@@ -17,6 +17,12 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def check_seed(name: str, value: int) -> None:
+    """Raise ValueError if torch's generators do not take a seed."""
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"{name} is {value}, must be -2**63 to 2**64 - 1")
+
+
 def check_count(name: str, value: Any, least: int, otherwise: str = "") -> None:
     """Raise ValueError if a value is no integer of at least ``least``; ``otherwise`` says what else is allowed."""
     if not is_whole(value) or value < least:

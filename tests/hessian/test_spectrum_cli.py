@@ -169,6 +169,8 @@ def test_models_of_others_are_refused(run, tmp_path, capsys):
     assert "holds NaN or infinity" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="give a checkpoint"):
         spectra.SpectrumConfig(checkpoints=())
+    with pytest.raises(ConfigError, match=r"--seed is 18446744073709551616, must be -2\*\*63 to 2\*\*64 - 1"):
+        spectra.SpectrumConfig(checkpoints=("w4",), seed=2**64)
     with pytest.raises(SystemExit):
         main(["spectrum"])
     assert "CKPT" in capsys.readouterr().err

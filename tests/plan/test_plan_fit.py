@@ -163,9 +163,9 @@ def test_too_few_rows() -> None:
         fit_loss_law({name: values[:16] for name, values in table("small", 0.0, 0).items()})
 
 
-@pytest.mark.parametrize("option", [{"delta": 0}, {"starts": 0}, {"resamples": -1}, {"confidence": 1.0}])
+@pytest.mark.parametrize("option", [{"delta": 0}, {"starts": 0}, {"resamples": -1}, {"confidence": 1.0}, {"seed": -1}])
 def test_bad_options(option: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must be positive, at least 1, at least 0 and in"):
+    with pytest.raises(ValueError, match="must be positive, at least 1, at least 0, in"):
         fit_loss_law(table("small", 0.0, 0), **option)
 
 
