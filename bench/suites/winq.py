@@ -42,13 +42,13 @@ class Problem:
 
 def cases(settings: Settings) -> Iterator[Case]:
     """Yield steps of the demo's model and of single layers, then the passes by themselves."""
-    widths, tokens = ((32,), 8) if settings.quick else ((1024, 2048, 4096), 1024)
+    widths, tokens = ((32,), (8, 16)) if settings.quick else ((1024, 2048, 4096), (1024, 4096))
     for dtype in settings.dtypes:
         for autocast in (False, True) if dtype == torch.float32 else (False,):
             if dtype == torch.float32:
                 yield from _loop(settings, "bfloat16" if autocast else "float32")
-            for width in widths:
-                yield _step(Problem("layer", (width, width), tokens, dtype, autocast, settings.device))
+            for width, count in (*((width, tokens[0]) for width in widths), (widths[len(widths) // 2], tokens[1])):
+                yield _step(Problem("layer", (width, width), count, dtype, autocast, settings.device))
         for width in widths:
             yield from _passes(width, dtype, settings.device)
 
