@@ -72,6 +72,7 @@ void pool_give(const Block& block, int64_t bytes) noexcept {
   p.wanted -= bytes;
   p.cached += block.bytes;
   p.kept.push_back(block);
+  while (!p.kept.empty() && p.held > p.peak) p.drop(0);  // blocks larger than their tensors are in use
 }
 
 int64_t pool_cached_bytes() {

@@ -427,7 +427,7 @@ def fake_quantize(
     The straight-through rule is ParetoQ's (Liu et al., 2025), the noise WinQ's; see docs/algorithms.md.
     """
     check_layout(w, scale, grid, group_size, zero_point)
-    if not (math.isfinite(noise_std) and math.isfinite(scale_noise_std)):
+    if not (abs(noise_std) < math.inf and abs(scale_noise_std) < math.inf):  # torch.compile knows no math.isfinite
         raise ValueError(f"noise_std is {noise_std} and scale_noise_std is {scale_noise_std}, must be finite")
     seed = noise.make_seed(seed, w.device) if noise_std or scale_noise_std else None
     grad_scale = grid.grad_scale(w.numel()) if grad_scale is None else float(grad_scale)

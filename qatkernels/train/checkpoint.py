@@ -69,6 +69,12 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
+def of_run(out: Path) -> list[Path]:
+    """Return what the phases of a run left in its folder."""
+    names = ("config.json", "model.safetensors", "state*", "step-*.safetensors")
+    return [path for kind in ("fp*", "cooled*", "w[0-9]*") for name in names for path in out.glob(f"{kind}/{name}")]
+
+
 def remove_run(out: Path) -> None:
     """Delete the checkpoints and the log of the run in a folder, and nothing else.
 
@@ -78,9 +84,8 @@ def remove_run(out: Path) -> None:
     if not (out / "run.json").exists():
         return
     with explained("deleted", out):
-        for name in ("config.json", "model.safetensors", "state*", "step-*.safetensors"):
-            for path in (*out.glob(f"fp*/{name}"), *out.glob(f"cooled*/{name}"), *out.glob(f"w*/{name}")):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in of_run(out):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         (out / "log.jsonl").unlink(missing_ok=True)
         # Last: without it the phases would be taken for finished ones of whatever run comes next.
         (out / "run.json").unlink()

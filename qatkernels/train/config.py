@@ -126,6 +126,7 @@ class TrainConfig:
     rho: float = _option(0.05, "radius of the perturbation", "squat")
     target: str = _option("quantized", "what is perturbed: quantized (after rounding) or latent (before)", "squat")
     norm: str = _option("l2", "norm of the perturbation: l2 or asam", "squat")
+    eta: float = _option(0.01, "added to every weight's size under asam", "squat")
     scale_every: int = _option(1, "sharpness steps between steps of the scales", "squat")
     minibatch: str = _option("same", "batch of the step of the scales: same or next", "squat")
 
@@ -167,6 +168,10 @@ class TrainConfig:
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"--{name} is {getattr(self, name)!r}, must be one of {', '.join(allowed)}")
+        if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
+            raise ConfigError(
+                f"--warmup is {self.warmup} and --cooldown {self.cooldown}, must be at most 1 together under wsd"
+            )
         if self.act_bits is not None and not 2 <= self.act_bits <= 8:
             raise ConfigError(f"--act-bits is {self.act_bits}, must be in [2, 8]")
         if self.accumulate > self.batch:

@@ -18,7 +18,8 @@ def own(g: Tensor) -> Tensor:
     """Return a gradient in memory of its own: in a bucket of DDP's, the next pass would write over it."""
     if isinstance(g, DTensor) or g.layout != torch.strided:
         return g
-    return g.clone() if g.untyped_storage().nbytes() > g.numel() * g.element_size() else g
+    shared = g._is_view() or g.untyped_storage().nbytes() > g.numel() * g.element_size()
+    return g.clone() if shared else g
 
 
 def take(parameters: Sequence[nn.Parameter]) -> Grads:

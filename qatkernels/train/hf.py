@@ -21,6 +21,7 @@ try:
 except ImportError as error:
     raise ImportError(f"qatkernels.train.hf needs transformers: pip install qatkernels[hf] ({error})") from error
 
+from ..nn.activation import scales_of
 from .squat import SQuAT
 from .winq import WinQ
 
@@ -37,6 +38,8 @@ class WinQCallback(TrainerCallback):
             the full-precision value instead: its 0.2 is 0.8 here.
         noise_std: as WinQ's.
         scale_noise_std: as WinQ's.
+        two_sided: as WinQ's; needs a :class:`QATTrainer`, which takes the passes.
+        samples: as WinQ's; more than one need a :class:`QATTrainer`.
         last_reset: as WinQ's, in optimizer steps.
         rotation: as WinQ's.
 
@@ -51,6 +54,8 @@ class WinQCallback(TrainerCallback):
         reset_weight: float,
         noise_std: float,
         scale_noise_std: float | None = None,
+        two_sided: bool = False,
+        samples: int = 1,
         last_reset: int | None = None,
         rotation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -59,16 +64,26 @@ class WinQCallback(TrainerCallback):
             "reset_weight": reset_weight,
             "noise_std": noise_std,
             "scale_noise_std": scale_noise_std,
+            "two_sided": two_sided,
+            "samples": samples,
             "last_reset": last_reset,
             "rotation": rotation,
         }
         self.winq: WinQ | None = None
+        self.passes_taken = False  # by a QATTrainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Turn the noise on; raises ValueError where WinQ does."""
-        self.winq = WinQ(model, **self.settings)
+        winq = WinQ(model, **self.settings)
+        if winq.passes > 1 and not self.passes_taken:
+            winq.remove()
+            raise ValueError(
+                f"two_sided is {winq.two_sided} and samples {winq.samples}, must be False and 1 unless the Trainer is "
+                "a QATTrainer"
+            )
+        self.winq = winq
         steps, every, last = state.global_step, self.winq.reset_every, self.winq.last_reset
         resets = min(steps, steps if last is None else last) // every if every else 0
         self.winq.load_state_dict({"steps": steps, "resets": resets})
@@ -100,10 +115,33 @@ class WinQCallback(TrainerCallback):
 
 
 class QATTrainer(Trainer):
-    """A Trainer for a :class:`WinQCallback`: its numbers reach every reporter, and an error turns the noise off."""
+    """A Trainer for quantized models: scales are not decayed.
+
+    With a :class:`WinQCallback`, its numbers reach every reporter, an error turns the noise off, and a step averages
+    over as many passes as it asks for.
+    """
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the Trainer's choice without scales and zero points of weights and activations."""
+        scales = set(map(id, scales_of(model)))
+        kept = {name for name, p in model.named_parameters() if id(p) in scales}
+        return [name for name in super().get_decay_parameter_names(model) if name not in kept]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss, the mean of those of WinQ's passes."""
+
+        def closure() -> Tensor:
+            loss: Tensor = super(QATTrainer, self).training_step(model, dict(inputs), *args, **kwargs)
+            return loss
+
+        several = next((c.winq for c in self._winq() if c.winq is not None and c.winq.passes > 1), None)
+        loss: Tensor = closure() if several is None else several.gradient(closure, accumulate=True)
+        return loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as any Trainer does."""
+        for callback in self._winq():
+            callback.passes_taken = True
         try:
             return super().train(*args, **kwargs)
         finally:

@@ -36,7 +36,7 @@ from .guard import DivergedError, Guard, origin
 from .methods import QAT, Method
 from .parallel import Processes, joined
 from .phases import Phase, phases
-from .shards import whole
+from .shards import plain, whole
 from .signals import Interrupted, Stop
 
 _ALONE = Processes()
@@ -148,8 +148,16 @@ def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:
     """Write run.json, or compare with the one that is there."""
     now = {**asdict(config), "bits": list(config.bits), "data_sha256": corpus.sha256}
     path = out / "run.json"
+    if not path.exists() and (left := checkpoint.of_run(out)):
+        raise ConfigError(
+            f"{out} holds {left[0].relative_to(out)} but no run.json, so that nobody knows what it was trained with; "
+            f"delete it and what lies beside it, or give another --out"
+        )
     if path.exists():
-        before = checkpoint.read_json(path)
+        try:
+            before = checkpoint.read_json(path)
+        except DamagedError as error:
+            raise CheckpointError(f"{error.what}; give another --out, or --restart to start over") from error
         free = {entry.name for entry in fields(config) if entry.metadata["resumable"]}
         defaults = {entry.name: entry.default for entry in fields(config)}  # of what an earlier version did not know
         for name in now.keys() - free:
@@ -405,6 +413,12 @@ def _delete(run: Run, *paths: Path) -> None:
 
 def _save(training: Training, progress: _Progress, keep: int) -> None:
     folder, group = training.run.folder(training.phase.name), training.run.group
+    broken = (name for name, p in training.model.named_parameters() if not plain(p.detach()).isfinite().all())
+    if where := next(filter(None, group.gathered(next(broken, None))), None):
+        raise DivergedError(
+            f"{where} is not finite after step {progress.step} of {training.phase.name}, though loss and gradient "
+            f"were; {_ADVICE}; {_last_good(training)}"
+        )
     progress.method, stats = training.method.state_dict(), training.method.stats
     if "seen" in progress.method:  # of this process's part of the batch
         progress.method["seen"] = group.means(progress.method["seen"])

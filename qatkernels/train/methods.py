@@ -102,6 +102,7 @@ class MethodConfig:
     rho: float = 0.05
     target: Literal["quantized", "latent"] = "quantized"
     norm: Literal["l2", "asam"] = "l2"
+    eta: float = 0.01
     scale_every: int = 1
     minibatch: Literal["same", "next"] = "same"
 
@@ -120,7 +121,7 @@ class MethodConfig:
             )  # fmt: skip
         if self.name == "squat":
             return SQuAT(
-                model, optimizer, rho=self.rho, target=self.target, norm=self.norm, scale_every=self.scale_every,
-                minibatch=self.minibatch,
+                model, optimizer, rho=self.rho, target=self.target, norm=self.norm, eta=self.eta,
+                scale_every=self.scale_every, minibatch=self.minibatch,
             )  # fmt: skip
         return QAT(model)

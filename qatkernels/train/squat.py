@@ -25,7 +25,7 @@ from ..nn import quantized_modules
 from ..nn.activation import scales_of
 from ..nn.quantized import Quantized
 from ..ops import perturb_swap_, perturbation_norms
-from .grads import apart, own, take
+from .grads import RandomState, apart, own, take
 from .shards import layers_by_weight, plain, total
 from .stats import GridStats
 from .values import check_count, check_size
@@ -40,9 +40,11 @@ class SQuAT:
         ...
         loss = squat.step(closure)      # closure: zero_grad, forward, backward, return the loss
 
-    Memory: one more set of gradients of the quantized weights, the first pass's, while the second runs. No copy of the
-    weights: a quantized weight is perturbed where each forward makes it, a master weight changes places with its old
-    gradient and comes back bit for bit.
+    The second pass replays torch's random numbers, so that it is of the same dropout and noise.
+
+    Memory: one more set of gradients of the quantized weights, the first pass's, while the second runs; with
+    ``accumulate`` also the one that is added to. No copy of the weights: a quantized weight is perturbed where each
+    forward makes it, a master weight changes places with its old gradient and comes back bit for bit.
 
     Args:
         model: a quantized model; may be wrapped (DDP, FSDP2, torch.compile).
@@ -99,6 +101,7 @@ class SQuAT:
         self.stats = GridStats(model)
         self._layers = layers_by_weight(model)
         self._seen: dict[str, Tensor | float] = {}
+        self._rise: Tensor | float = 0.0  # of the step's calls so far
 
     def step(self, closure: Closure, *, scaler: Any = None) -> Any:
         """Compute the gradients, step the optimizer and count the step.
@@ -145,11 +148,17 @@ class SQuAT:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         alone = self.minibatch == "next" and self.steps % (self.scale_every + 1) == self.scale_every
         with apart(self.model, parameters, accumulate):
-            return (self._step_size if alone else self._sharpness)(closure, parameters)
+            if alone:
+                return self._step_size(closure, parameters)
+            return self._sharpness(closure, parameters, self._rise if accumulate else 0.0)
 
     def after_step(self) -> None:
-        """Count an optimizer step. Call after ``optimizer.step()``, unless :meth:`step` took it."""
+        """Count an optimizer step. Call after ``optimizer.step()``, unless :meth:`step` took it.
+
+        A step that a ``GradScaler`` skipped counts too.
+        """
         self.steps += 1
+        self._rise = 0.0
 
     def _scales(self) -> set[int]:
         """Return the ids of the scales and zero points of weights and activations."""
@@ -163,17 +172,19 @@ class SQuAT:
                 parameter.grad = None
         return loss
 
-    def _sharpness(self, closure: Closure, parameters: list[nn.Parameter]) -> Any:
+    def _sharpness(self, closure: Closure, parameters: list[nn.Parameter], before: Tensor | float) -> Any:
+        random = RandomState(parameters)
         loss, scales = closure(), self._scales()
         weights = {id(module.weight) for module in self._layers.values()}
         first = dict(zip(map(id, parameters), take(parameters), strict=True))
         of_scales = {key: grad for key, grad in first.items() if key in scales}
         along = {key: grad for key, grad in first.items() if key in weights and grad is not None}
         del first  # the others' memory is the second pass's
+        random.restore()  # the same dropout and noise: the gradient at the point that was perturbed
         with self._perturbed(along):
             perturbed = closure()
         if loss is not None and perturbed is not None:
-            self._seen["sharpness"] = _value(perturbed) - _value(loss)
+            self._seen["sharpness"] = self._rise = before + _value(perturbed) - _value(loss)
         moves = self.minibatch == "same" and (self.steps + 1) % self.scale_every == 0
         for parameter in parameters:
             if id(parameter) in scales:
@@ -213,8 +224,11 @@ class SQuAT:
         try:
             for module in self._layers.values():
                 if (g := grads.get(id(module.weight))) is not None:
-                    old = own(plain(g)).contiguous()
-                    perturb_swap_(plain(module.weight.detach()), old, factor.to(old.device), eta)
+                    old, w = own(plain(g)).contiguous(), plain(module.weight.detach())
+                    moved = w.contiguous()
+                    perturb_swap_(moved, old, factor.to(old.device), eta)
+                    if not w.is_contiguous():
+                        w.copy_(moved)
                     torch.autograd.graph.increment_version(module.weight)
                     swapped.append((module, old))
             yield
@@ -234,6 +248,7 @@ class SQuAT:
                 at = None
                 if self.norm == "asam":
                     at = plain(module.weight.detach() if self.target == "latent" else module.quantized_weight())
+                    at = at.contiguous()
                 sums.append((module.weight, perturbation_norms(g, at, self.eta)))
         once, twice = total(sums).sqrt().unbind()
         factor = self.rho / (once + 1e-12)
@@ -244,7 +259,8 @@ class SQuAT:
         """Return what to log; waits for the device. Flips need a byte for each weight from the first call on.
 
         ``sharpness`` is the last sharpness step's loss at the perturbed weights less the one at the quantized weights,
-        of one batch and to first order the largest within ``rho``; ``perturbation_norm`` the norm of its perturbation;
+        of one batch, with the same dropout and noise, and to first order the largest within ``rho``; over calls that
+        accumulate gradients it is added up like these; ``perturbation_norm`` is the norm of the last perturbation;
         ``flips`` the fraction of codes that changed since the last call; ``distance`` to the grid is in spacings.
         """
         seen = {f"squat/{name}": float(value) for name, value in self._seen.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -16,13 +18,14 @@ class GridStats:
 
     Args:
         model: a quantized model. Nothing is kept until the first :meth:`flips`, from then on a byte for each weight.
+        rotation: of weights that their quantizers see rotated, as :class:`~qatkernels.train.WinQ`'s.
 
     Raises:
         ValueError: if the model has no quantized layer.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._layers = layers_by_weight(model)
+    def __init__(self, model: nn.Module, rotation: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._layers, self._rotated = layers_by_weight(model), rotation or (lambda w: w)
         self._codes: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -31,7 +34,8 @@ class GridStats:
         codes = {}
         for name, (module, part) in zip(self._layers, locals_of(self._layers), strict=True):
             group, w = module.group_size, module.weight
-            now = quantize(part.weight, part.scale, module.grid, group_size=group, zero_point=part.zero_point)
+            seen = self._rotated(part.weight)
+            now = quantize(seen, part.scale, module.grid, group_size=group, zero_point=part.zero_point)
             if isinstance(w, DTensor):
                 mesh, placements = w.device_mesh, w.placements
                 now = DTensor.from_local(now, mesh, placements, run_check=False, shape=w.shape, stride=w.stride())
@@ -66,7 +70,7 @@ class GridStats:
         """
         sums = []
         for module, part in locals_of(self._layers):
-            w, group = part.weight, module.group_size
+            w, group = self._rotated(part.weight), module.group_size
             wide = torch.promote_types(w.dtype, torch.float32)
             values = fake_quantize(w, part.scale, module.grid, group_size=group, zero_point=part.zero_point)
             spacing = part.scale.clamp_min(MIN_SCALE).view(-1, 1) / module.grid.steps

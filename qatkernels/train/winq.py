@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import quantized_modules
+from ..nn.quantized import Quantized
 from ..ops import reset_
 from .grads import Grads, RandomState, add_, apart, put, take
 from .shards import layers_by_weight, locals_of
@@ -91,13 +92,20 @@ class WinQ:
         self.noise_std, self.scale_noise_std = noise_std, scale_noise_std
         self.two_sided, self.samples = two_sided, samples
         self.steps = self.resets = 0
-        self.stats = GridStats(model)
+        self.stats = GridStats(model, rotation)
         self._layers = layers_by_weight(model)
+        if rotation is not None:
+            _check_rotation(rotation, self._layers)
         self._set_noise(1)
 
     def _set_noise(self, sign: float) -> None:
         for module in quantized_modules(self.model).values():
             module.noise_std, module.scale_noise_std = sign * self.noise_std, sign * self.scale_noise_std
+
+    @property
+    def passes(self) -> int:
+        """How many passes :meth:`gradient` takes."""
+        return self.samples * (2 if self.two_sided else 1)
 
     def remove(self) -> None:
         """Turn the noise off for good."""
@@ -143,7 +151,7 @@ class WinQ:
         """Leave in ``.grad`` the mean gradient of the draws: ``samples`` of them, each also mirrored if two-sided.
 
         Mirrored passes replay torch's random numbers, so that they draw -U (and the same dropout). With more than one
-        pass a second set of gradients is held while they are added.
+        pass a second set of gradients is held while they are added, with ``accumulate`` also the one that is added to.
 
         Args:
             closure: as for ``torch.optim.Optimizer.step``: zeroes gradients (or not), computes a loss, calls
@@ -158,8 +166,7 @@ class WinQ:
         """
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         sum_of: Grads = [None] * len(parameters)
-        signs = (1, -1) if self.two_sided else (1,)
-        draws = self.samples * len(signs)
+        signs, draws = (1, -1) if self.two_sided else (1,), self.passes
         losses: list[Any] = []
         with apart(self.model, parameters, accumulate):
             try:
@@ -200,6 +207,20 @@ class WinQ:
         for name, value in state.items():
             check_count(name, value, 0)
         self.steps, self.resets = state["steps"], state["resets"]
+
+
+@torch.no_grad()
+def _check_rotation(rotation: Callable[[Tensor], Tensor], layers: dict[str, Quantized]) -> None:
+    for name, module in layers.items():
+        row = torch.linspace(-1, 1, module.in_features, device=module.weight.device)[None]
+        try:
+            back = rotation(rotation(row))
+        except ValueError as error:
+            raise ValueError(
+                f"rotation cannot be used for {name}, whose rows have {row.numel()} weights: {error}"
+            ) from error
+        if back.shape != row.shape or not torch.allclose(back, row, atol=1e-4):
+            raise ValueError(f"rotation is not its own inverse for {name}, whose rows have {row.numel()} weights")
 
 
 def hadamard(w: Tensor) -> Tensor:

@@ -89,6 +89,17 @@ def test_kept_memory_never_exceeds_the_peak_in_use():
     assert C.cached_bytes() == 0
 
 
+def test_kept_memory_never_exceeds_the_peak_where_blocks_are_larger_than_their_tensors():
+    large = [quantized(torch.randn(1024, 1024)) for _ in range(4)]
+    peak = 4 * large[0].nbytes
+    del large
+    small = [quantized(torch.randn(512, 1024)) for _ in range(4)]  # each in a block of twice its size
+    small += [quantized(torch.randn(256, 1024)) for _ in range(8)]
+    assert sum(y.nbytes for y in small) == peak
+    del small
+    assert 0 < C.cached_bytes() <= peak
+
+
 def test_results_can_be_shared_resized_and_saved(tmp_path):
     y = quantized(torch.randn(512, 1024))
     expected = y.clone()

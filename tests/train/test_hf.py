@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from qatkernels import QuantConfig, quantize_model, quantized_modules  # noqa: E402
-from qatkernels.train import SQuAT, WinQ  # noqa: E402
+from qatkernels.train import SQuAT, WinQ, hadamard  # noqa: E402
 from qatkernels.train.hf import QATTrainer, SQuATTrainer, WinQCallback  # noqa: E402
 
 STEPS = 6
@@ -99,6 +99,42 @@ def test_winq_callback(tmp_path):
     assert logs[-1]["winq/resets"] == 3
 
 
+@pytest.mark.parametrize("several", [{"two_sided": True}, {"samples": 2}])
+def test_several_passes(tmp_path, several):
+    """QATTrainer takes WinQ's passes; another Trainer would take one."""
+    settings = {"reset_every": None, "reset_weight": 0.0, "noise_std": 0.0, **several}
+    callback, model = WinQCallback(**settings), make_model()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    train(QATTrainer, model, tmp_path, [callback])
+    assert len(calls) == 2 * STEPS
+    assert_close(model, own_loop(lambda model, optimizer: lambda closure: (closure(), optimizer.step())))
+    with pytest.raises(ValueError, match="must be False and 1 unless the Trainer is a QATTrainer"):
+        train(transformers.Trainer, make_model(), tmp_path, [WinQCallback(**settings)])
+
+
+def test_scales_are_not_decayed(tmp_path):
+    model = make_model()
+    trainer = QATTrainer(model=model, args=arguments(tmp_path, weight_decay=0.1), train_dataset=dataset())
+    trainer.create_optimizer()
+    decayed = {id(p) for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    assert "model.layers.0.self_attn.q_proj.weight" in names
+    assert not any(name.endswith("scale") for name in names)
+
+
+def test_sharpness_does_not_depend_on_accumulation(tmp_path):
+    found = []
+    for parts in (1, 4):
+        args = arguments(
+            tmp_path, per_device_train_batch_size=8 // parts, gradient_accumulation_steps=parts, max_steps=1
+        )
+        trainer = SQuATTrainer(model=make_model(), args=args, train_dataset=dataset(1) * 8)
+        trainer.train()
+        found += [entry["squat/sharpness"] for entry in trainer.state.log_history if "squat/sharpness" in entry]
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
 class Reporter(transformers.TrainerCallback):
     """What an integration such as TensorBoard's is to a Trainer: a callback that comes before others."""
 
@@ -135,11 +171,10 @@ def test_an_error_turns_the_noise_off(tmp_path):
 
 def test_last_reset_and_rotation(tmp_path):
     """No reset after the last one, also in a run that is taken up again; the rotation is WinQ's."""
-    turned = []
     settings = {"reset_every": 2, "reset_weight": 0.5, "noise_std": 0.0, "last_reset": 2}
-    callback = WinQCallback(**settings, rotation=lambda w: turned.append(1) or w.flip(-1))
+    callback = WinQCallback(**settings, rotation=hadamard)
     train(QATTrainer, make_model(), tmp_path, [callback], save_strategy="steps", save_steps=4)
-    assert (callback.winq.resets, len(turned)) == (1, 2 * len(quantized_modules(make_model())))
+    assert (callback.winq.resets, callback.winq.rotation) == (1, hadamard)
     again = WinQCallback(**settings)
     train(QATTrainer, make_model(), tmp_path, [again], resume=str(tmp_path / "checkpoint-4"))
     assert (again.winq.steps, again.winq.resets) == (STEPS, 1)

@@ -171,6 +171,21 @@ class TestLoops:
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.grad, expected[name], msg=name)
 
+    def test_the_sharpness_of_micro_batches_is_that_of_the_step(self):
+        model, x = make_model(), torch.randn(8, 16)
+        squat = SQuAT(model, rho=0.2)
+        for step in range(2):
+            expected = 0.0
+            for part in x.split(4):
+                one = SQuAT(model, rho=0.2)
+                one.gradient(closure_of(model, part))
+                expected += one.log()["squat/sharpness"]
+            model.zero_grad()
+            for part in x.split(4):
+                squat.gradient(closure_of(model, part), accumulate=True)
+            squat.after_step()
+            assert squat.log()["squat/sharpness"] == pytest.approx(expected, rel=1e-5), step
+
     def test_accumulates_over_calls(self):
         model, x = make_model(), torch.randn(8, 16)
         expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -306,6 +321,31 @@ class TestLoops:
                     for name, grad in grads_of(model).items():
                         torch.testing.assert_close(actual[name], grad, msg=f"{step} {target} {name}")
 
+    def test_both_passes_see_the_same_dropout_and_noise(self):
+        model, x = make_model(), torch.randn(8, 16)
+        model = nn.Sequential(nn.Dropout(0.5), model).train()
+        WinQ(model, reset_every=None, reset_weight=0.0, noise_std=0.1)
+        squat = SQuAT(model, rho=0.0)
+        squat.gradient(closure_of(model, x))
+        once = grads_of(model)
+        assert squat.log()["squat/sharpness"] == 0
+        squat.gradient(closure_of(model, x))
+        assert not torch.equal(once["1.0.weight"], model[1][0].weight.grad), "other dropout in the next step"
+
+    def test_a_weight_that_is_not_contiguous(self):
+        def gradient(weight):
+            model = copy.deepcopy(whole)
+            model[0].weight.data = weight(model[0].weight.data)
+            before = model[0].weight.detach().clone()
+            SQuAT(model, rho=0.3, target="latent", norm="asam").gradient(closure_of(model, x))
+            assert_same_bits(model[0].weight.detach(), before)
+            return grads_of(model)
+
+        whole, x = make_model(), torch.randn(8, 16)
+        expected = gradient(lambda w: w)
+        for name, grad in gradient(lambda w: w.t().contiguous().t()).items():
+            torch.testing.assert_close(grad, expected[name], msg=name)
+
     @pytest.mark.parametrize("config", [{}, {"bits": 2}, {"bits": 1}, {"bits": 3, "act_bits": 8}])
     def test_together_with_winq(self, config):
         """On LSQ's grid, SEQ's and signs, with activations quantized too."""
@@ -326,10 +366,14 @@ class TestLoops:
         assert all(isinstance(value, float) for value in log.values())
         assert len(log) == 7
 
-    def test_gradients_in_shared_memory(self):
-        """A gradient that is a view, as in a bucket of DDP's, is not kept as one: the second pass writes over it."""
+    @pytest.mark.parametrize("room", [0, 100])
+    def test_gradients_in_shared_memory(self, room):
+        """A gradient that is a view, as in a bucket of DDP's, is not kept as one: the second pass writes over it.
+
+        Also if it is alone in its bucket.
+        """
         model, x = make_model(), torch.randn(8, 16)
-        bucket = torch.zeros(1000)
+        bucket, small = torch.zeros(model[0].weight.numel() + room), torch.zeros(24 + room)
         inner = closure_of(model, x)
 
         def closure():
@@ -337,7 +381,7 @@ class TestLoops:
             view = bucket[: model[0].weight.numel()].view_as(model[0].weight)
             view.copy_(model[0].weight.grad)
             model[0].weight.grad = view
-            scale = bucket[900:924].copy_(model[0].scale.grad)
+            scale = small[:24].copy_(model[0].scale.grad)
             model[0].scale.grad = scale
             scales.append(scale.clone())
             return loss

@@ -101,7 +101,10 @@ class TestResets:
         with torch.no_grad():
             layer.scale.copy_(layer.grid.init_scale(hadamard(layer.weight)))
         before = layer.weight.detach().clone()
-        WinQ(model, **RESETS, rotation=hadamard).reset()
+        winq = WinQ(model, **RESETS, rotation=hadamard)
+        away = winq.log()["winq/distance"]
+        winq.reset()
+        assert winq.log() == {"winq/flips": 0, "winq/distance": pytest.approx(0.6 * away, rel=1e-4), "winq/resets": 1}
         rotated = hadamard(before)
         values = fake_quantize(rotated, layer.scale.detach(), layer.grid)
         torch.testing.assert_close(layer.weight.detach(), hadamard(0.6 * rotated + 0.4 * values))
@@ -198,9 +201,13 @@ class TestGradient:
         for g, p in zip(grads, model.parameters(), strict=True):
             torch.testing.assert_close(g, p.grad)
 
-    def test_gradients_in_shared_memory(self):
-        """A gradient that is a view, as in a bucket of DDP's, is not kept as one: the next pass writes over it."""
-        model, bucket, values = make_model(), torch.zeros(1000), iter((1.0, 3.0, 5.0))
+    @pytest.mark.parametrize("room", [0, 100])
+    def test_gradients_in_shared_memory(self, room):
+        """A gradient that is a view, as in a bucket of DDP's, is not kept as one: the next pass writes over it.
+
+        Also if it is alone in its bucket.
+        """
+        model, bucket, values = make_model(), torch.zeros(384 + room), iter((1.0, 3.0, 5.0))
         model[0].weight.grad = bucket[:384].view(24, 16).fill_(7.0)
 
         def closure():
@@ -307,6 +314,37 @@ def test_a_model_without_quantized_layers_is_refused():
     for state, words in (({"steps": -3, "resets": 0}, "steps is -3"), ({"steps": 2, "resets": 2.7}, "resets is 2.7")):
         with pytest.raises(ValueError, match=words):
             WinQ(make_model(), **RESETS).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("rotation", "words"),
+    [
+        (hadamard, "rotation cannot be used for 2, whose rows have 24 weights: .* a power of two"),
+        (lambda w: w.roll(1, -1), "rotation is not its own inverse for 0, whose rows have 16 weights"),
+        (lambda w: w[:, :4], "rotation is not its own inverse for 0"),
+    ],
+)
+def test_a_rotation_that_does_not_fit_is_refused(rotation, words):
+    with pytest.raises(ValueError, match=words):
+        WinQ(make_model(), **RESETS, rotation=rotation)
+
+
+def test_compiled():
+    """Noise may change its size and sign, and WinQ come, after the model is compiled as one graph."""
+    model, x = make_model(), torch.randn(5, 16)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    clean = compiled(x)
+    winq = WinQ(model, **NOISE, two_sided=True)
+    grads = []
+    for called in (model, compiled):
+        torch.manual_seed(3)
+        winq.gradient(closure_of(called, x))
+        grads.append([p.grad for p in model.parameters()])
+    for g, e in zip(*grads, strict=True):
+        torch.testing.assert_close(g, e)
+    assert not torch.equal(compiled(x), compiled(x))
+    winq.remove()
+    torch.testing.assert_close(compiled(x), clean)
 
 
 def test_hadamard():
