@@ -123,6 +123,19 @@ def test_goes_on_with_results_made_elsewhere(data: Path, out: Path, tmp_path: Pa
     assert again["test"] == one["test"]
 
 
+def test_another_start_is_not_mixed_in(data: Path, out: Path, tmp_path: Path) -> None:
+    """Full precision that gives something else here, as with another version of torch."""
+    assert squat_report.main(["--study", str(out), "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "results.json").read_text())
+    full = next(x for x in report["trainings"] if x["seed"] == 1 and x["bits"] is None)
+    full["test"]["loss"] += 0.01
+    report["trainings"].remove(next(x for x in report["trainings"] if x["seed"] == 1 and x["rho"] is not None))
+    (tmp_path / "results.json").write_text(json.dumps(report))
+    command = ["--preset", "test", "--data", str(data), "--out", str(tmp_path / "all")]
+    with pytest.raises(SystemExit, match="begin without --earlier"):
+        squat.main([*command, "--earlier", str(tmp_path / "results.json")])
+
+
 def test_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         squat.main(["--data", str(tmp_path)])

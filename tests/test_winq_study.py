@@ -57,6 +57,18 @@ def test_goes_on_with_tables_made_elsewhere(out: Path, tmp_path: Path) -> None:
     assert json.loads(missing.read_text())["curve"] == json.loads(expected)["curve"]
 
 
+def test_studies_that_cannot_be_joined(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("".join(f"{n} and {n + 1} are {2 * n + 1}\n" for n in range(900)))
+    command = ["--preset", "test", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "text.txt")]
+    for more, words in (
+        (["--earlier", str(out)], "is of a text with SHA-256"),
+        (["--seeds", "1"], "the resets are not chosen yet: seed 0 does that"),
+    ):
+        with pytest.raises(SystemExit):
+            winq.main([*command, *more])
+        assert words in capsys.readouterr().err
+
+
 def test_machines_of_earlier_studies_are_named() -> None:
     elsewhere = {"device": "another", "threads": 3, "versions": {"torch": "1"}}
     here, *others = machines("this", {"machines": [elsewhere]}, {"machines": [elsewhere]})

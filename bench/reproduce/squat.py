@@ -227,8 +227,15 @@ def run(t: Training, p: Preset, folder: Path, out: Path, data: Split) -> dict[st
         return found
     start = path.with_name("fp.safetensors")
     if t.bits is not None and not start.exists():  # its result may have been made elsewhere
-        path.with_name("fp.json").unlink(missing_ok=True)
-        run(Training(t.seed, None, p.epochs[0], p.fp_lr), p, folder, out, data)
+        elsewhere = path.with_name("fp.json")
+        before = checkpoint.read_json(elsewhere)["test"] if elsewhere.exists() else None
+        elsewhere.unlink(missing_ok=True)
+        now = run(Training(t.seed, None, p.epochs[0], p.fp_lr), p, folder, out, data)["test"]
+        if before not in (None, now):
+            raise SystemExit(
+                f"seed {t.seed} in full precision gives {now} here and gave {before} in the earlier study: what starts "
+                "from one cannot be held against what starts from the other; begin without --earlier"
+            )
     model = build(folder, t.seed, t, start).train()
     seconds, loss = fit(model, t, p, data.train)
     model.eval()

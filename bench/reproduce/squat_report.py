@@ -59,8 +59,8 @@ def grouped(
         if x["bits"] is None:
             full.append(x)
             continue
-        right = chosen[str(x["bits"])]
-        if x["lr"] != right["lr"] or x["rho"] not in (None, right["rho"]):
+        right = chosen.get(str(x["bits"]))
+        if right is None or x["lr"] != right["lr"] or x["rho"] not in (None, right["rho"]):
             continue  # of an earlier choice
         method = "squat" if x["rho"] is not None else "lsq" if x["epochs"] == epochs else "lsq-twice"
         runs.setdefault((x["bits"], method), {})[x["seed"]] = x

@@ -38,6 +38,14 @@ from ..machine import cpu_model, git_state, machines
 COLUMNS = ("seed", "bits", "act_bits", "steps", "variant", "reset_every", "reset_weight", "loss", "seconds")
 
 
+class StudyError(Exception):
+    """A study cannot go on like this; the message says why."""
+
+
+class NotChosenError(StudyError):
+    """Seed 0 has not been trained far enough."""
+
+
 class Resets(NamedTuple):
     """When and how far: the period as a share of the phase."""
 
@@ -209,8 +217,15 @@ def run(t: Training, config: TrainConfig) -> dict[str, Any]:
     return line
 
 
-def take_over(tables: Path, out: Path) -> None:
-    """Write the results of tables that were made elsewhere, where there are none yet."""
+def take_over(tables: Path, out: Path, sha256: str) -> None:
+    """Write the results of tables that were made elsewhere, where there are none yet.
+
+    Raises:
+        StudyError: if they are of another text.
+    """
+    other = checkpoint.read_json(tables / "study.json")["text"]["sha256"]
+    if other != sha256:
+        raise StudyError(f"--earlier {tables} is of a text with SHA-256 {other}, must be that of --data, {sha256}")
     curves = checkpoint.read_json(tables / "curves.json")
     with open(tables / "runs.csv", newline="") as file:
         for line in csv.DictReader(file):
@@ -247,7 +262,7 @@ def trainings(preset: Preset, out: Path) -> Iterator[Training]:
                     for variant in part.variants:
                         resets = chosen(preset, choices[VARIANTS[variant].schedule], bits, out)
                         if resets is None:
-                            raise RuntimeError("the resets are not chosen yet")
+                            raise NotChosenError("the resets are not chosen yet: seed 0 does that")
                         yield training(preset, seed, bits, act_bits, variant, resets, part.steps, out)
 
 
@@ -274,7 +289,7 @@ def finished(preset: Preset, out: Path) -> list[dict[str, Any]]:
         for t in trainings(preset, out):
             if (line := result(t, out)) is not None:
                 found.append(line)
-    except RuntimeError:
+    except NotChosenError:
         pass  # the rest waits for a choice
     return found
 
@@ -292,11 +307,8 @@ def write_tables(preset: Preset, out: Path) -> None:
     checkpoint.write_json(out / "curves.json", curves)
 
 
-def describe(
-    name: str, preset: Preset, out: Path, text: str | None, whole: bool, earlier: Path | None
-) -> dict[str, Any]:
-    """Return what the numbers were measured on, and with which settings."""
-    corpus = data.load(text, preset.config.context)
+def describe(name: str, preset: Preset, out: Path, corpus: data.Corpus, earlier: Path | None) -> dict[str, Any]:
+    """Return what the numbers are measured on, and with which settings."""
     device = torch.cuda.get_device_name() if preset.config.device == "cuda" else cpu_model()
     before = [folder / "study.json" for folder in (out, earlier) if folder is not None]
     return {
@@ -305,8 +317,6 @@ def describe(
         "load": [round(x, 2) for x in os.getloadavg()],
         "git": git_state(),
         "preset": name,
-        "finished": whole,
-        "resets": {c.variant: {f"{bits:g}": chosen(preset, c, bits, out) for bits in c.bits} for c in preset.choices},
         "noise_std": preset.noise_std,
         "text": {"sha256": corpus.sha256, "train_bytes": len(corpus.train), "held_out_bytes": len(corpus.held_out)},
         "config": {
@@ -323,20 +333,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=None, help="working folder (default: runs/winq-<preset>)")
     parser.add_argument("--data", help="text to train on; this Python's standard library if not given")
     parser.add_argument("--earlier", type=Path, help="folder with tables of a study to go on with; none is run again")
-    parser.add_argument("--seeds", type=int, nargs="+", help="run these only; another process the others")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="run these only: a process for each core, with an --out of its own, then "
+        "joined by --earlier; 0 chooses the resets for all",
+    )  # fmt: skip
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after so many minutes")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (results depend on it in the last bits)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     preset, out = PRESETS[options.preset], options.out or Path("runs") / f"winq-{options.preset}"
+    corpus = data.load(options.data, preset.config.context)
     try:
         with checkpoint.exclusive(out):
+            made = describe(options.preset, preset, out, corpus, options.earlier)
             if options.earlier:
-                take_over(options.earlier, out)
+                take_over(options.earlier, out, corpus.sha256)
+
+            def note(finished: bool) -> None:
+                resets = {c.variant: {f"{b:g}": chosen(preset, c, b, out) for b in c.bits} for c in preset.choices}
+                checkpoint.write_json(out / "study.json", {**made, "finished": finished, "resets": resets})
+
+            note(False)
             whole = study(preset, out, options.data, time.monotonic() + 60 * options.minutes, options.seeds)
             write_tables(preset, out)
-            made = describe(options.preset, preset, out, options.data, whole, options.earlier)
-            checkpoint.write_json(out / "study.json", made)
+            note(whole)
+    except StudyError as error:
+        parser.error(str(error))
     except Interrupted as stop:
         print(f"{stop}; the same command goes on from here", file=sys.stderr)
         return 128 + stop.number

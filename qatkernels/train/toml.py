@@ -37,6 +37,8 @@ def read(path: str | Path) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for name, value in found.items():
         is_group = isinstance(value, dict) and name in groups
+        if name in groups and isinstance(value, list) and any(isinstance(part, dict) for part in value):
+            raise ConfigError(f"--config {path} has [[{name}]], must be one table, [{name}]")
         for key, setting in value.items() if is_group else [(name, value)]:
             field = key.replace("-", "_")
             if field not in known:

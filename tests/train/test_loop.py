@@ -187,6 +187,28 @@ def test_restart(tiny: dict[str, Any]) -> None:
     assert outcome(tiny["out"])["fp"] != before["fp"]
 
 
+def test_results_of_nobody_knows_what_are_refused(tiny: dict[str, Any]) -> None:
+    """Without run.json what is there might be of any model and settings; --restart deletes nothing then."""
+    run(tiny)
+    path = Path(tiny["out"]) / "run.json"
+    path.write_text("{")
+    with pytest.raises(CheckpointError, match=r"run.json is damaged .*; give another --out, or --restart"):
+        run(tiny)
+    path.unlink()
+    before = outcome(tiny["out"])
+    for settings, restart in (({}, False), ({"width": 16}, False), ({"seed": 5}, True)):
+        with pytest.raises(ConfigError, match=r"holds .*fp/config.json but no run.json"):
+            train(TrainConfig(**{**tiny, **settings}), restart=restart, say=lambda line: None)
+    assert outcome(tiny["out"]) == before
+
+
+def test_no_checkpoint_of_weights_that_are_no_numbers(tiny: dict[str, Any]) -> None:
+    """The optimizer made them of a finite gradient."""
+    with pytest.raises(DivergedError, match=r"weight is not finite after step 1 of fp.*there is no checkpoint"):
+        run(tiny, weight_decay=1e300, save_every=1)
+    assert not list(Path(tiny["out"]).glob("fp/state*"))
+
+
 def test_other_text_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a line of text\n" * 200)
@@ -197,6 +219,8 @@ def test_other_text_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_checkpoint_of_another_model(tiny: dict[str, Any]) -> None:
+    run(tiny)
+    (Path(tiny["out"]) / "fp" / "config.json").unlink()
     state = Path(tiny["out"]) / "fp" / "state.safetensors"
     checkpoint.save(state, {"model.weight": torch.zeros(2)}, {"step": 3})
     with pytest.raises(CheckpointError, match="does not fit this model"):
@@ -237,6 +261,7 @@ def test_log_forgets_what_is_done_again(tmp_path: Path) -> None:
         ({"beta2": 1.0}, r"--beta2 is 1.0, must be in \[0, 1\)"),
         ({"clip": 0.0}, "--clip is 0.0, must be positive and finite"),
         ({"lr": float("nan")}, "--lr is nan"),
+        ({"schedule": "wsd", "warmup": 0.5, "cooldown": 0.6}, "--warmup is 0.5 and --cooldown 0.6, must be at most 1"),
         ({"warmup": 1.5}, r"--warmup is 1.5, must be in \[0, 1\]"),
         ({"heads": 5}, "heads is 5"),
         ({"qat_steps": 5.5}, "--qat-steps is 5.5, must be a whole number"),
