@@ -125,8 +125,7 @@ PRESETS = {
             Part((1, 2, 3), (1.58, 3), (None,), _PAPER, 1200),
             Part((1, 2, 3), (1, 2), (None,), _OURS, 2400),
             Part((1, 2, 3), (1, 1.58, 2, 3), (8,), _PAPER, 1200),
-            Part((1, 2, 3), (1,), (None,), ("both", *_OURS), 9600),
-            Part((1, 2, 3), (2,), (None,), ("both", *_OURS), 9600),
+            Part((1, 2, 3), (1,), (None,), (*_OURS, "reset", "both"), 9600),
         ),
     ),
     # 57 million parameters, 65,536 bytes a step: give it --data of some billion bytes. Not run yet.

@@ -34,17 +34,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--study", type=Path, default=Path("runs/winq-cpu"), help="folder of bench.reproduce.winq")
     parser.add_argument("--out", type=Path, default=Path("docs/results/winq-amd-epyc"))
     parser.add_argument(
-        "--why", type=Path, default=Path("runs/winq-why-cpu"), help="folder of bench.reproduce.winq_why"
+        "--why", type=Path, default=Path("runs/winq-why-cpu"), help="folder of bench.reproduce.winq_why, and with -long"
     )
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    if (options.why / "why.json").exists():
-        for source, name in (("why.json",) * 2, ("spectra/report.json", "spectra.json"), ("spectra/spectra.png",) * 2):
-            if (options.why / source).exists():
-                shutil.copyfile(options.why / source, options.out / Path(name).name)
-        trials = json.loads((options.out / "why.json").read_text())["trials"]
-        winq_why.draw(options.out / "why.png", trials)
-        print(winq_why.table(trials), end="\n\n")
+    long = options.why.with_name(f"{options.why.name}-long")
+    for source, name in (
+        (options.why / "why.json", "why.json"), (options.why / "spectra" / "report.json", "spectra.json"),
+        (options.why / "spectra" / "spectra.png", "spectra.png"), (long / "why.json", "why-long.json"),
+    ):  # fmt: skip
+        if source.exists():
+            shutil.copyfile(source, options.out / name)
+    for name in ("why", "why-long"):
+        if (options.out / f"{name}.json").exists():
+            trials = json.loads((options.out / f"{name}.json").read_text())["trials"]
+            if name == "why":
+                winq_why.draw(options.out / "why.png", trials)
+            print(winq_why.table(trials), end="\n\n")
     for name in ("runs.csv", "curves.json", "study.json"):
         if (options.study / name).exists():
             shutil.copyfile(options.study / name, options.out / name)

@@ -78,12 +78,30 @@ TRIALS = (
     *(Trial("noise", noise=noise) for noise in (1e-4, 1e-3)),
 )  # fmt: skip
 BITS = 1
-STEPS = {"cpu": 2400, "test": 8}
+
+
+class Asked(NamedTuple):
+    """What a preset runs: the training of `bench.reproduce.winq`'s, steps of QAT, trials."""
+
+    config: TrainConfig
+    steps: int
+    trials: tuple[Trial, ...]
+
+
+ASKED = {
+    "cpu": Asked(PRESETS["cpu"].config, 2400, TRIALS),
+    "cpu-long": Asked(PRESETS["cpu"].config, 9600, (
+        Trial("plain"), Trial("when", 0.5), Trial("when", 0.25), Trial("how far", 0.25, 0.1),
+    )),
+    "test": Asked(PRESETS["test"].config, 8, (
+        Trial("plain"), Trial("when", 0.5), *(t for t in TRIALS if t.question == "schedule"),
+    )),
+}  # fmt: skip
 
 
 def configured(preset: str, t: Trial, out: Path, text: str | None) -> TrainConfig:
     """Return the configuration of a trial's folder."""
-    config, steps = PRESETS[preset].config, STEPS[preset]
+    config, steps, _ = ASKED[preset]
     return replace(
         config, seed=1, steps=round(t.start * config.steps), qat_steps=steps, stats_every=max(steps // 48, 1),
         keep_every=steps // 4, out=str(out / f"start{t.start:g}"), data=text,
@@ -112,7 +130,7 @@ def crossings(config: TrainConfig, phase: Phase, t: Trial, folder: Path) -> floa
 def study(preset: str, out: Path, text: str | None, deadline: float) -> list[dict[str, Any]] | None:
     """Run what is not finished, and return a line for each trial; None if the deadline came first."""
     lines = []
-    for t in TRIALS:
+    for t in ASKED[preset].trials:
         config = configured(preset, t, out, text)
         phase, folder = phase_of(config, t), Path(config.out) / t.name
         if not (folder / "config.json").exists():
@@ -134,9 +152,9 @@ def study(preset: str, out: Path, text: str | None, deadline: float) -> list[dic
 
 def models(preset: str, out: Path, text: str | None) -> list[Path]:
     """Return the models just before and after the reset, and both runs' later ones."""
-    plain, reset = TRIALS[0], TRIALS[1]
+    plain, reset, *_ = ASKED[preset].trials
     folder = Path(configured(preset, plain, out, text).out)
-    steps = [STEPS[preset] // 2, STEPS[preset] * 3 // 4]
+    steps = [ASKED[preset].steps // 2, ASKED[preset].steps * 3 // 4]
     found = [folder / t.name / f"step-{step:06d}.safetensors" for step in steps for t in (plain, reset)]
     return [*found, folder / plain.name, folder / reset.name]
 
@@ -186,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run or go on with the study; exit code 3 if something is left."""
     parser = argparse.ArgumentParser(prog="python -m bench.reproduce.winq_why", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--preset", choices=STEPS, default="cpu")
+    parser.add_argument("--preset", choices=ASKED, default="cpu")
     parser.add_argument("--out", type=Path, help="working folder (default: runs/winq-why-<preset>)")
     parser.add_argument("--data", help="text to train on; this Python's standard library if not given")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after so many minutes")
@@ -201,11 +219,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print("the same command goes on from here")
                 return 3
             made = {"device": cpu_model(), "threads": options.threads, "versions": versions(), "git": git_state()}
-            whole = {**made, "preset": options.preset, "bits": BITS, "steps": STEPS[options.preset], "trials": lines}
+            whole = {
+                **made,
+                "preset": options.preset,
+                "bits": BITS,
+                "steps": ASKED[options.preset].steps,
+                "trials": lines,
+            }
             checkpoint.write(out / "why.json", (json.dumps(whole) + "\n").encode())
     except Interrupted as stop:
         print(f"{stop}; the same command goes on from here", file=sys.stderr)
         return 128 + stop.number
+    if options.preset == "cpu-long":  # the spectra of 2,400 steps answer it
+        print(table(lines))
+        return 0
     small = options.preset == "test"
     spectra.run(spectra.SpectrumConfig(
         tuple(map(str, models(options.preset, out, options.data))), str(out / "spectra"), data=options.data,
