@@ -24,7 +24,6 @@ def peak(run: Run, device: torch.device) -> int | None:
     """
     gc.collect()
     qatkernels.empty_cache()
-    _trim()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -32,6 +31,7 @@ def peak(run: Run, device: torch.device) -> int | None:
         run()
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated() - before)
+    _trim()
     try:
         _RESET.write_text("5")
     except OSError:
@@ -43,7 +43,7 @@ def peak(run: Run, device: torch.device) -> int | None:
 
 def _trim() -> None:
     """Give the system what glibc keeps of freed blocks: a call that takes those would seem to need nothing."""
-    with contextlib.suppress(AttributeError):
+    with contextlib.suppress(AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 

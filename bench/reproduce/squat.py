@@ -225,17 +225,14 @@ def run(t: Training, p: Preset, folder: Path, out: Path, data: Split) -> dict[st
     if path.exists():
         found: dict[str, Any] = checkpoint.read_json(path)
         return found
+    return train(t, p, folder, path, data)
+
+
+def train(t: Training, p: Preset, folder: Path, path: Path, data: Split) -> dict[str, Any]:
+    """Train, write the result to a path, and return it."""
     start = path.with_name("fp.safetensors")
-    if t.bits is not None and not start.exists():  # its result may have been made elsewhere
-        elsewhere = path.with_name("fp.json")
-        before = checkpoint.read_json(elsewhere)["test"] if elsewhere.exists() else None
-        elsewhere.unlink(missing_ok=True)
-        now = run(Training(t.seed, None, p.epochs[0], p.fp_lr), p, folder, out, data)["test"]
-        if before not in (None, now):
-            raise SystemExit(
-                f"seed {t.seed} in full precision gives {now} here and gave {before} in the earlier study: what starts "
-                "from one cannot be held against what starts from the other; begin without --earlier"
-            )
+    if t.bits is not None and not start.exists():  # its result was made elsewhere
+        train(Training(t.seed, None, p.epochs[0], p.fp_lr), p, folder, path.with_name("fp.json"), data)
     model = build(folder, t.seed, t, start).train()
     seconds, loss = fit(model, t, p, data.train)
     model.eval()
@@ -244,6 +241,11 @@ def run(t: Training, p: Preset, folder: Path, out: Path, data: Split) -> dict[st
         "test": scored(model, data.test),
     }  # fmt: skip
     if t.bits is None:
+        if path.exists() and (before := checkpoint.read_json(path)["test"]) != result["test"]:
+            raise SystemExit(
+                f"seed {t.seed} in full precision gives {result['test']} here and gave {before} in the earlier study: "
+                "what starts from one cannot be held against the other's; give another --out, no --earlier"
+            )
         checkpoint.save(start, model.state_dict(), {"seed": t.seed})
     elif t.seed:
         result |= flat(model, p, data.train)

@@ -306,10 +306,10 @@ def write_tables(preset: Preset, out: Path) -> None:
     checkpoint.write_json(out / "curves.json", curves)
 
 
-def describe(name: str, preset: Preset, out: Path, corpus: data.Corpus, earlier: Path | None) -> dict[str, Any]:
+def describe(name: str, preset: Preset, out: Path, corpus: data.Corpus, earlier: Sequence[Path]) -> dict[str, Any]:
     """Return what the numbers are measured on, and with which settings."""
     device = torch.cuda.get_device_name() if preset.config.device == "cuda" else cpu_model()
-    before = [folder / "study.json" for folder in (out, earlier) if folder is not None]
+    before = [folder / "study.json" for folder in (out, *earlier)]
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "machines": machines(device, *(checkpoint.read_json(path) for path in before if path.exists())),
@@ -331,22 +331,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--out", type=Path, default=None, help="working folder (default: runs/winq-<preset>)")
     parser.add_argument("--data", help="text to train on; this Python's standard library if not given")
-    parser.add_argument("--earlier", type=Path, help="folder with tables of a study to go on with; none is run again")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", help="run these only: a process for each core, with an --out of its own, then "
-        "joined by --earlier; 0 chooses the resets for all",
+        "--earlier",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="folders with tables of studies to go on with; none is run again",
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="run these only, to share a study among processes: 0 first, which chooses "
+        "the resets, then the others with an --out each and --earlier for seed 0's; --earlier of all joins them",
     )  # fmt: skip
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after so many minutes")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (results depend on it in the last bits)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     preset, out = PRESETS[options.preset], options.out or Path("runs") / f"winq-{options.preset}"
+    known = {0, *(seed for part in preset.parts for seed in part.seeds)}
+    if not set(options.seeds or ()) <= known:
+        parser.error(f"--seeds is {options.seeds}, must be of {sorted(known)}")
     corpus = data.load(options.data, preset.config.context)
     try:
         with checkpoint.exclusive(out):
             made = describe(options.preset, preset, out, corpus, options.earlier)
-            if options.earlier:
-                take_over(options.earlier, out, corpus.sha256)
+            for tables in options.earlier:
+                take_over(tables, out, corpus.sha256)
 
             def note(finished: bool) -> None:
                 resets = {c.variant: {f"{b:g}": chosen(preset, c, b, out) for b in c.bits} for c in preset.choices}
@@ -356,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             whole = study(preset, out, options.data, time.monotonic() + 60 * options.minutes, options.seeds)
             write_tables(preset, out)
             note(whole)
-    except StudyError as error:
+    except (StudyError, checkpoint.CheckpointError) as error:
         parser.error(str(error))
     except Interrupted as stop:
         print(f"{stop}; the same command goes on from here", file=sys.stderr)

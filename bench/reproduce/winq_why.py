@@ -91,7 +91,7 @@ class Asked(NamedTuple):
 ASKED = {
     "cpu": Asked(PRESETS["cpu"].config, 2400, TRIALS),
     "cpu-long": Asked(PRESETS["cpu"].config, 9600, (
-        Trial("plain"), Trial("when", 0.5), Trial("when", 0.25), Trial("how far", 0.25, 0.1),
+        Trial("plain"), Trial("when", 0.5), Trial("when", 0.25), Trial("when and how far", 0.25, 0.1),
     )),
     "test": Asked(PRESETS["test"].config, 8, (
         Trial("plain"), Trial("when", 0.5), *(t for t in TRIALS if t.question == "schedule"),

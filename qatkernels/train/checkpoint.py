@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,10 +70,15 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
+#: Folders of `qatkernels.train.phases`, and of the studies in bench/reproduce.
+_PHASE = re.compile(r"fp\d*|cooled\d+|w\d(\.\d+)?(a\d)?(-.*)?")
+
+
 def of_run(out: Path) -> list[Path]:
     """Return what the phases of a run left in its folder."""
     names = ("config.json", "model.safetensors", "state*", "step-*.safetensors")
-    return [path for kind in ("fp*", "cooled*", "w[0-9]*") for name in names for path in out.glob(f"{kind}/{name}")]
+    folders = [folder for folder in sorted(out.glob("*")) if _PHASE.fullmatch(folder.name)]
+    return [path for folder in folders for name in names for path in folder.glob(name)]
 
 
 def remove_run(out: Path) -> None:

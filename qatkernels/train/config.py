@@ -304,6 +304,19 @@ def _multiplies_bfloat16() -> bool:
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
+def read_run(path: Path) -> dict[str, Any]:
+    """Return what is in a ``run.json``.
+
+    Raises:
+        CheckpointError: if it cannot be read or is damaged.
+    """
+    try:
+        found: dict[str, Any] = checkpoint.read_json(path)
+    except checkpoint.DamagedError as error:
+        raise checkpoint.CheckpointError(f"{error.what}; give another --out, or --restart to start over") from error
+    return found
+
+
 def resumed(given: dict[str, Any]) -> TrainConfig:
     """Return the configuration of the run in ``given["out"]``, changed only by what else is given.
 
@@ -318,7 +331,7 @@ def resumed(given: dict[str, Any]) -> TrainConfig:
     path = Path(out) / "run.json"
     if not path.exists():
         raise ConfigError(f"--out is {out}, which holds no run to resume")
-    stored = checkpoint.read_json(path)
+    stored = read_run(path)
     stored.pop("data_sha256", None)
     try:
         return TrainConfig(**{**stored, "bits": tuple(stored["bits"]), **given, "out": out})

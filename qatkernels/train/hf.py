@@ -11,6 +11,7 @@ reporters that come before it, nor learn that training failed: WinQ without SQuA
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -130,12 +131,15 @@ class QATTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss, the mean of those of WinQ's passes."""
 
-        def closure() -> Tensor:
-            loss: Tensor = super(QATTrainer, self).training_step(model, dict(inputs), *args, **kwargs)
+        def closure() -> Tensor:  # a loss may take its labels out of the batch
+            loss: Tensor = super(QATTrainer, self).training_step(model, copy.copy(inputs), *args, **kwargs)
             return loss
 
         several = next((c.winq for c in self._winq() if c.winq is not None and c.winq.passes > 1), None)
-        loss: Tensor = closure() if several is None else several.gradient(closure, accumulate=True)
+        if several is None:
+            return closure()
+        several.model = model  # wrapped only now
+        loss: Tensor = several.gradient(closure, accumulate=True)
         return loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,6 +151,7 @@ class QATTrainer(Trainer):
         finally:
             for callback in self._winq():
                 callback.on_train_end()
+                callback.passes_taken = False
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add WinQ's log to a training log, before the callbacks get it in their order."""
@@ -200,7 +205,7 @@ class SQuATTrainer(QATTrainer):
             self.squat.load_state_dict({"steps": self.state.global_step})
 
         def closure() -> Tensor:
-            return super(SQuATTrainer, self).training_step(model, dict(inputs), *args, **kwargs)
+            return super(SQuATTrainer, self).training_step(model, inputs, *args, **kwargs)
 
         loss: Tensor = self.squat.gradient(closure, accumulate=True)
         return loss

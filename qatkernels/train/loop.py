@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from . import checkpoint, data, report, sources, states
 from .build import build_model, build_optimizer, described, sizes
 from .checkpoint import CheckpointError, DamagedError
-from .config import ConfigError, TrainConfig
+from .config import ConfigError, TrainConfig, read_run
 from .guard import DivergedError, Guard, origin
 from .methods import QAT, Method
 from .parallel import Processes, joined
@@ -154,10 +154,7 @@ def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:
             f"delete it and what lies beside it, or give another --out"
         )
     if path.exists():
-        try:
-            before = checkpoint.read_json(path)
-        except DamagedError as error:
-            raise CheckpointError(f"{error.what}; give another --out, or --restart to start over") from error
+        before = read_run(path)
         free = {entry.name for entry in fields(config) if entry.metadata["resumable"]}
         defaults = {entry.name: entry.default for entry in fields(config)}  # of what an earlier version did not know
         for name in now.keys() - free:
@@ -227,6 +224,8 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
         entry = {"phase": phase.name, "step": progress.step}
         if (logged or evaluated or saved or kept or last or stop) and training.guard.found():  # waits for the device
             raise _diverged(training)
+        if saved or kept or last or stop:
+            _check_weights(training, progress.step)
         if logged or last:  # waits too, so it belongs to the measured time
             bits = loss.item() / math.log(2) / run.corpus.bytes_per_token
             entry |= {"train": bits, "lr": training.optimizer.param_groups[0]["lr"]}
@@ -411,14 +410,20 @@ def _delete(run: Run, *paths: Path) -> None:
     run.group.wait()
 
 
+def _check_weights(training: Training, step: int) -> None:
+    """Raise DivergedError if weights are not finite, though loss and gradient were: the optimizer made them so."""
+    broken = (name for name, p in training.model.named_parameters() if not plain(p.detach()).isfinite().all())
+    if where := next(filter(None, training.run.group.gathered(next(broken, None))), None):
+        message = (
+            f"{where} is not finite after step {step} of {training.phase.name}, though loss and gradient were; "
+            f"{_ADVICE}; {_last_good(training)}"
+        )
+        training.run.log.add(phase=training.phase.name, step=step, note=message)
+        raise DivergedError(message)
+
+
 def _save(training: Training, progress: _Progress, keep: int) -> None:
     folder, group = training.run.folder(training.phase.name), training.run.group
-    broken = (name for name, p in training.model.named_parameters() if not plain(p.detach()).isfinite().all())
-    if where := next(filter(None, group.gathered(next(broken, None))), None):
-        raise DivergedError(
-            f"{where} is not finite after step {progress.step} of {training.phase.name}, though loss and gradient "
-            f"were; {_ADVICE}; {_last_good(training)}"
-        )
     progress.method, stats = training.method.state_dict(), training.method.stats
     if "seen" in progress.method:  # of this process's part of the batch
         progress.method["seen"] = group.means(progress.method["seen"])

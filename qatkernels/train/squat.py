@@ -40,7 +40,8 @@ class SQuAT:
         ...
         loss = squat.step(closure)      # closure: zero_grad, forward, backward, return the loss
 
-    The second pass replays torch's random numbers, so that it is of the same dropout and noise.
+    The second pass replays torch's random numbers, of the CPU and of the GPUs that hold parameters: both passes are of
+    the same dropout and noise.
 
     Memory: one more set of gradients of the quantized weights, the first pass's, while the second runs; with
     ``accumulate`` also the one that is added to. No copy of the weights: a quantized weight is perturbed where each
@@ -147,10 +148,11 @@ class SQuAT:
         """
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         alone = self.minibatch == "next" and self.steps % (self.scale_every + 1) == self.scale_every
+        added = accumulate and any(p.grad is not None for p in parameters)
         with apart(self.model, parameters, accumulate):
             if alone:
                 return self._step_size(closure, parameters)
-            return self._sharpness(closure, parameters, self._rise if accumulate else 0.0)
+            return self._sharpness(closure, parameters, self._rise if added else 0.0)
 
     def after_step(self) -> None:
         """Count an optimizer step. Call after ``optimizer.step()``, unless :meth:`step` took it.

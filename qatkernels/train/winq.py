@@ -17,7 +17,7 @@ from ..nn import quantized_modules
 from ..nn.quantized import Quantized
 from ..ops import reset_
 from .grads import Grads, RandomState, add_, apart, put, take
-from .shards import layers_by_weight, locals_of
+from .shards import layers_by_weight, locals_of, plain
 from .stats import GridStats
 from .values import check_count, check_size, is_number
 
@@ -58,8 +58,8 @@ class WinQ:
         resets: resets so far.
 
     Raises:
-        ValueError: if a value is out of range, the model has no quantized layer, or layers share a weight but not its
-            scales.
+        ValueError: if a value is out of range, the model has no quantized layer, layers share a weight but not its
+            scales, or the rotation of a weight cannot be computed or is not its own inverse.
     """
 
     def __init__(
@@ -212,15 +212,17 @@ class WinQ:
 @torch.no_grad()
 def _check_rotation(rotation: Callable[[Tensor], Tensor], layers: dict[str, Quantized]) -> None:
     for name, module in layers.items():
-        row = torch.linspace(-1, 1, module.in_features, device=module.weight.device)[None]
+        weight = plain(module.weight)
+        if weight.is_meta or not weight.numel():
+            continue
+        values = (torch.arange(weight.numel(), device=weight.device) % 7 - 3).view(weight.shape).to(weight.dtype)
         try:
-            back = rotation(rotation(row))
-        except ValueError as error:
-            raise ValueError(
-                f"rotation cannot be used for {name}, whose rows have {row.numel()} weights: {error}"
-            ) from error
-        if back.shape != row.shape or not torch.allclose(back, row, atol=1e-4):
-            raise ValueError(f"rotation is not its own inverse for {name}, whose rows have {row.numel()} weights")
+            back = rotation(rotation(values))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"rotation cannot be used for {name} of shape {tuple(weight.shape)}: {error}") from error
+        rounding = max(1e-3, 32 * torch.finfo(weight.dtype).eps)
+        if back.shape != values.shape or not torch.allclose(back.float(), values.float(), rtol=0, atol=rounding):
+            raise ValueError(f"rotation is not its own inverse for {name} of shape {tuple(weight.shape)}")
 
 
 def hadamard(w: Tensor) -> Tensor:

@@ -109,8 +109,9 @@ def test_several_passes(tmp_path, several):
     train(QATTrainer, model, tmp_path, [callback])
     assert len(calls) == 2 * STEPS
     assert_close(model, own_loop(lambda model, optimizer: lambda closure: (closure(), optimizer.step())))
-    with pytest.raises(ValueError, match="must be False and 1 unless the Trainer is a QATTrainer"):
-        train(transformers.Trainer, make_model(), tmp_path, [WinQCallback(**settings)])
+    for one in (WinQCallback(**settings), callback):
+        with pytest.raises(ValueError, match="must be False and 1 unless the Trainer is a QATTrainer"):
+            train(transformers.Trainer, make_model(), tmp_path, [one])
 
 
 def test_scales_are_not_decayed(tmp_path):
@@ -237,9 +238,11 @@ def test_accumulation_and_clipping(tmp_path):
 #: What torchrun starts twice: the Trainer accumulates within DDP's no_sync.
 _RANK = """
 import sys, torch, torch.distributed as dist
-from train.test_hf import SQuATTrainer, make_model, train
+from train.test_hf import QATTrainer, SQuATTrainer, WinQCallback, make_model, train
 model = make_model()
-train(SQuATTrainer, model, sys.argv[1], per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2)
+callbacks = [WinQCallback(reset_every=None, reset_weight=0.0, noise_std=1e-3, two_sided=sys.argv[2] == "QATTrainer")]
+train(globals()[sys.argv[2]], model, sys.argv[1], callbacks, per_device_train_batch_size=2,
+      gradient_accumulation_steps=2, max_steps=2)
 own = torch.cat([p.detach().flatten() for p in model.parameters()])
 every = [torch.empty_like(own) for _ in range(2)]
 dist.all_gather(every, own)
@@ -248,12 +251,13 @@ assert torch.equal(*every), (every[0] - every[1]).abs().max()
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not torch.distributed.is_gloo_available(), reason="needs gloo")
-def test_replicas_of_two_processes_stay_the_same(tmp_path):
+@pytest.mark.parametrize("trainer", ["QATTrainer", "SQuATTrainer"])
+def test_replicas_of_two_processes_stay_the_same(tmp_path, trainer):
     (tmp_path / "rank.py").write_text(_RANK)
     tests = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(tmp_path / "rank.py"), str(tmp_path)],
+         str(tmp_path / "rank.py"), str(tmp_path), trainer],
         env={**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip

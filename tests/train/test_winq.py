@@ -319,14 +319,25 @@ def test_a_model_without_quantized_layers_is_refused():
 @pytest.mark.parametrize(
     ("rotation", "words"),
     [
-        (hadamard, "rotation cannot be used for 2, whose rows have 24 weights: .* a power of two"),
-        (lambda w: w.roll(1, -1), "rotation is not its own inverse for 0, whose rows have 16 weights"),
+        (hadamard, r"rotation cannot be used for 2 of shape \(8, 24\): .* a power of two"),
+        (lambda w: w @ torch.eye(3), r"rotation cannot be used for 0 of shape \(24, 16\): mat1"),
+        (lambda w: w.roll(1, -1), r"rotation is not its own inverse for 0 of shape \(24, 16\)"),
         (lambda w: w[:, :4], "rotation is not its own inverse for 0"),
     ],
 )
 def test_a_rotation_that_does_not_fit_is_refused(rotation, words):
     with pytest.raises(ValueError, match=words):
         WinQ(make_model(), **RESETS, rotation=rotation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_rotation_sees_weights_as_they_are(dtype):
+    h = hadamard(torch.eye(16)).to(dtype)
+    model = quantize_model(nn.Sequential(nn.Linear(16, 8, dtype=dtype)), QuantConfig(bits=2))
+    WinQ(model, **RESETS, rotation=lambda w: (w.view(8, 4, 4).flatten(1) @ h)).reset()
+    with torch.device("meta"):
+        later = quantize_model(nn.Sequential(nn.Linear(16, 8)), QuantConfig(bits=2))
+    WinQ(later, **RESETS, rotation=hadamard)
 
 
 def test_compiled():
