@@ -90,14 +90,14 @@ def markdown(report: dict[str, Any]) -> str:
         f"Full precision: {mean:.2f} ± {deviation:.2f} %",
         "",
         "| bits | method | accuracy, % | against LSQ, points | training loss | sharpness | at 0.5 | "
-        "largest eigenvalue | s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "largest eigenvalue |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         shown = [f"{row['accuracy'][0]:.2f} ± {row['accuracy'][1]:.2f}"]
         shown.append("" if row["method"] == "lsq" or not row["gain"] else "{:+.2f} ± {:.2f}".format(*row["gain"]))
         shown += [rounded(*row[n]) for n in list(MEASURES)[2:6]]
-        lines.append(f"| {row['bits']} | {METHODS[row['method']]} | {' | '.join(shown)} | {row['seconds'][0]:.0f} |")
+        lines.append(f"| {row['bits']} | {METHODS[row['method']]} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
