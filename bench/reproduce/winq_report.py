@@ -48,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("why", "why-long"):
         if (options.out / f"{name}.json").exists():
             trials = json.loads((options.out / f"{name}.json").read_text())["trials"]
-            if name == "why":
-                winq_why.draw(options.out / "why.png", trials)
+            winq_why.draw(options.out / f"{name}.png", trials)
             print(winq_why.table(trials), end="\n\n")
     for name in ("runs.csv", "curves.json", "study.json"):
         if (options.study / name).exists():

@@ -1,9 +1,10 @@
 """What decides whether WinQ's resets help: ``python -m bench.reproduce.winq_why``.
 
 One bit, one seed of the model of :mod:`bench.reproduce.winq`, no noise unless that is the question. Each question
-changes one thing, for plain QAT and for QAT with one reset, half way unless that is the question. Flips and distances
-to the grid are logged on the way; models around the reset are kept, and their spectra computed. Finished trainings are
-never run again: run the same command again to go on.
+changes one thing, for plain QAT and for QAT with one reset, half way unless that is the question; ``--preset cpu-long``
+asks when, in runs four times as long. Flips and distances to the grid are logged on the way; models around the reset
+are kept, and their spectra computed but for the long runs. Finished trainings are never run again: run the same command
+again to go on.
 
     <out>/<start>/<name>/    a phase of `qatkernels.train`
     <out>/why.json           a line for each training, with its curves
@@ -81,18 +82,19 @@ BITS = 1
 
 
 class Asked(NamedTuple):
-    """What a preset runs: the training of `bench.reproduce.winq`'s, steps of QAT, trials."""
+    """What a preset runs: the training of `bench.reproduce.winq`'s, steps of QAT, trials, whether spectra."""
 
     config: TrainConfig
     steps: int
     trials: tuple[Trial, ...]
+    spectra: bool = True
 
 
 ASKED = {
     "cpu": Asked(PRESETS["cpu"].config, 2400, TRIALS),
     "cpu-long": Asked(PRESETS["cpu"].config, 9600, (
         Trial("plain"), Trial("when", 0.5), Trial("when", 0.25), Trial("when and how far", 0.25, 0.1),
-    )),
+    ), spectra=False),
     "test": Asked(PRESETS["test"].config, 8, (
         Trial("plain"), Trial("when", 0.5), *(t for t in TRIALS if t.question == "schedule"),
     )),
@@ -101,7 +103,7 @@ ASKED = {
 
 def configured(preset: str, t: Trial, out: Path, text: str | None) -> TrainConfig:
     """Return the configuration of a trial's folder."""
-    config, steps, _ = ASKED[preset]
+    config, steps, *_ = ASKED[preset]
     return replace(
         config, seed=1, steps=round(t.start * config.steps), qat_steps=steps, stats_every=max(steps // 48, 1),
         keep_every=steps // 4, out=str(out / f"start{t.start:g}"), data=text,
@@ -160,14 +162,15 @@ def models(preset: str, out: Path, text: str | None) -> list[Path]:
 
 
 def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Draw the losses and flips of plain QAT and of a reset half way, under both schedules."""
-    figure = Figure(figsize=(8, 5.2), layout="constrained")
-    for column, schedule in enumerate(("cosine", "wsd")):
+    """Draw the losses and flips of plain QAT and of a reset half way, under each schedule."""
+    schedules = [name for name in ("cosine", "wsd") if any(x["schedule"] == name for x in lines)]
+    figure = Figure(figsize=(4 * len(schedules), 5.2), layout="constrained")
+    for column, schedule in enumerate(schedules):
         own = [x for x in lines if x["name"] in (f"{schedule}-plain", f"{schedule}-reset50-0.4") and x["start"] == 1]
         for row, (key, label, factor) in enumerate(
             (("held_out", "held-out bits per byte", 1), ("flips", "codes flipped since the last point, %", 100))
         ):
-            axes = figure.add_subplot(2, 2, 2 * row + column + 1)
+            axes = figure.add_subplot(2, len(schedules), len(schedules) * row + column + 1)
             for colour, x in zip(COLOURS, own, strict=False):
                 name = "plain" if x["at"] is None else "reset half way"
                 steps, values = zip(*x["curves"][key][1:], strict=True)
@@ -219,25 +222,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print("the same command goes on from here")
                 return 3
             made = {"device": cpu_model(), "threads": options.threads, "versions": versions(), "git": git_state()}
-            whole = {
-                **made,
-                "preset": options.preset,
-                "bits": BITS,
-                "steps": ASKED[options.preset].steps,
-                "trials": lines,
-            }
+            steps = ASKED[options.preset].steps
+            whole = {**made, "preset": options.preset, "bits": BITS, "steps": steps, "trials": lines}
             checkpoint.write(out / "why.json", (json.dumps(whole) + "\n").encode())
     except Interrupted as stop:
         print(f"{stop}; the same command goes on from here", file=sys.stderr)
         return 128 + stop.number
-    if options.preset == "cpu-long":  # the spectra of 2,400 steps answer it
-        print(table(lines))
-        return 0
-    small = options.preset == "test"
-    spectra.run(spectra.SpectrumConfig(
-        tuple(map(str, models(options.preset, out, options.data))), str(out / "spectra"), data=options.data,
-        windows=2 if small else 16, probes=1 if small else 2, steps=4 if small else 80, device="cpu",
-    ), print)  # fmt: skip
+    if ASKED[options.preset].spectra:
+        small = options.preset == "test"
+        spectra.run(spectra.SpectrumConfig(
+            tuple(map(str, models(options.preset, out, options.data))), str(out / "spectra"), data=options.data,
+            windows=2 if small else 16, probes=1 if small else 2, steps=4 if small else 80, device="cpu",
+        ), print)  # fmt: skip
     print(table(lines))
     return 0
 

@@ -224,13 +224,13 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
         entry = {"phase": phase.name, "step": progress.step}
         if (logged or evaluated or saved or kept or last or stop) and training.guard.found():  # waits for the device
             raise _diverged(training)
-        if saved or kept or last or stop:
-            _check_weights(training, progress.step)
         if logged or last:  # waits too, so it belongs to the measured time
             bits = loss.item() / math.log(2) / run.corpus.bytes_per_token
             entry |= {"train": bits, "lr": training.optimizer.param_groups[0]["lr"]}
         progress.seconds += time.perf_counter() - began
 
+        if saved or kept or last or stop:
+            _check_weights(training, progress.step)
         if phase.bits is not None and config.stats_every and progress.step % config.stats_every == 0:
             entry |= run.group.means(training.method.log())
         if evaluated or last:

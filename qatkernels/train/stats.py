@@ -25,8 +25,12 @@ class GridStats:
     """
 
     def __init__(self, model: nn.Module, rotation: Callable[[Tensor], Tensor] | None = None) -> None:
-        self._layers, self._rotated = layers_by_weight(model), rotation or (lambda w: w)
+        self._layers, self._rotation = layers_by_weight(model), rotation
         self._codes: dict[str, Tensor] = {}
+
+    def _seen(self, w: Tensor) -> Tensor:
+        """Return what the quantizer sees of a weight."""
+        return w if self._rotation is None else self._rotation(w)
 
     @torch.no_grad()
     def codes(self) -> dict[str, Tensor]:
@@ -34,7 +38,7 @@ class GridStats:
         codes = {}
         for name, (module, part) in zip(self._layers, locals_of(self._layers), strict=True):
             group, w = module.group_size, module.weight
-            seen = self._rotated(part.weight)
+            seen = self._seen(part.weight)
             now = quantize(seen, part.scale, module.grid, group_size=group, zero_point=part.zero_point)
             if isinstance(w, DTensor):
                 mesh, placements = w.device_mesh, w.placements
@@ -70,7 +74,7 @@ class GridStats:
         """
         sums = []
         for module, part in locals_of(self._layers):
-            w, group = self._rotated(part.weight), module.group_size
+            w, group = self._seen(part.weight), module.group_size
             wide = torch.promote_types(w.dtype, torch.float32)
             values = fake_quantize(w, part.scale, module.grid, group_size=group, zero_point=part.zero_point)
             spacing = part.scale.clamp_min(MIN_SCALE).view(-1, 1) / module.grid.steps
