@@ -87,6 +87,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
 
 
+def run() -> int:
+    """Be the command `qatkernels`: run the command line, and end well as one of torchrun's processes too."""
+    code = main()
+    if "RANK" in os.environ:
+        from .train.parallel import leave
+
+        leave(code)
+    return code
+
+
 def _fail(message: object) -> int:
     print(f"qatkernels: {message}", file=sys.stderr)
     return BAD_USAGE

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -148,9 +149,18 @@ def joined(mode: str, device: str) -> Iterator[Processes]:
     try:
         yield Processes(mode)
         if ours:
-            # Threads of gloo drop the tensors of the last collective with the interpreter's lock, which waiting here
-            # gives them. One that still asks for it while the interpreter shuts down aborts the process.
             dist.barrier()
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End a process that was one of several, without the interpreter's end.
+
+    Threads of gloo need the interpreter's lock to drop a collective's tensors, and one that asks for it while the
+    interpreter ends aborts the process. They do not end with their group: torch's caches keep that alive under FSDP2.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -76,6 +76,16 @@ def test_a_damaged_configuration(tiny: dict[str, Any], capsys: pytest.CaptureFix
     assert f"{path} is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rank", [{}, {"RANK": "0"}])
+def test_the_command_says_everything_before_it_ends(rank: dict[str, str]) -> None:
+    """Also as one of torchrun's processes, which ends without the interpreter's end."""
+    for argument, code in (("doctor", 0), ("generate", 2)):
+        command = [sys.executable, "-m", "qatkernels", argument, *(["none"] if code else [])]
+        done = subprocess.run(command, env={**os.environ, **rank}, capture_output=True, text=True, check=False)
+        assert done.returncode == code
+        assert done.stdout + done.stderr
+
+
 def test_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
     both = ["train", "--resume", "--restart"]
     for arguments in ([], ["dance"], ["train", "--steps", "many"], both, ["doctor", "-x"]):

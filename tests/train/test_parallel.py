@@ -43,12 +43,13 @@ _RANK = """
 import json, os, signal, sys, torch
 from qatkernels import cli
 from qatkernels.train import Interrupted, TrainConfig, loop, train
+from qatkernels.train.parallel import leave
 import torch.distributed as dist
 rank = int(os.environ["RANK"])
 todo = json.load(open(sys.argv[1]))
 if todo[0][0] == "command line":  # it joins the processes and leaves them, for good: the store remembers who was there
     os.write(1, f"end {json.dumps(['command line', rank, cli.main(todo[0][1])])}\\n".encode())
-    sys.exit()
+    leave(0)
 dist.init_process_group("gloo")
 learn = loop.accumulated
 for name, way in todo:
@@ -71,8 +72,8 @@ for name, way in todo:
     except (Interrupted, RuntimeError) as error:
         end = str(error)
     os.write(1, f"end {json.dumps([name, rank, end])}\\n".encode())
-dist.barrier()  # as qatkernels.train.parallel.joined does, and why
-dist.destroy_process_group()
+dist.barrier()
+leave(0)
 """
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from qatkernels import QuantConfig, quantize_model, quantized_modules
 from qatkernels.train import GridStats, SQuAT, WinQ
+from qatkernels.train.parallel import leave
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -51,7 +52,8 @@ def _joined(rank, run, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
     run(rank, folder)
-    dist.destroy_process_group()
+    dist.barrier()
+    leave(0)
 
 
 def run_two(run, folder):
