@@ -1,7 +1,7 @@
 // Counter-based Gaussian noise, the mirror of qatkernels/ops/noise.py: the same bits on every backend.
 //
-// U is uint32_t or a vector of it that provides to_float, square_root and the bit casts as_float / as_uint; F the float
-// of as many lanes. Compile without floating point contraction.
+// U is uint32_t or a vector of it that provides to_float, square_root, fused (a * b + c, rounded once) and the bit casts
+// as_float / as_uint; F the float of as many lanes. Compile without floating point contraction.
 #pragma once
 
 #include <cmath>
@@ -21,6 +21,7 @@ QK_HD void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) 
 }
 QK_HD float to_float(uint32_t x) { return static_cast<float>(x); }
 QK_HD float square_root(float x) { return sqrtf(x); }
+QK_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
 QK_HD uint32_t as_uint(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
@@ -58,31 +59,30 @@ QK_HD Words<uint32_t> philox(uint64_t seed, uint32_t counter_low, uint32_t count
 }
 #endif
 
-// Two independent standard normals from a word.
+// Two independent standard normals from a word: its top bit and bit 10 are their signs, bits 11 to 30 the radius, the rest
+// the angle. With 2^31 u = v the radius is sqrt(-2 ln u), and -log2 u is 158 less the bits of v as a number of 23 binary
+// places, which takes log2 for linear between powers of two, less a polynomial that vanishes there.
 template <class F, class U>
 QK_HD void box_muller(U word, F& normal0, F& normal1) {
-  const U bits = as_uint(to_float((word >> 11) | U(1u)));
-  const F t = as_float((bits & U(0x007FFFFFu)) | U(0x3F800000u)) - F(1.0f);
-  F y = F(-0.025827002f);
-  y = y * t + F(0.12175208f);
-  y = y * t + F(-0.27785026f);
-  y = y * t + F(0.4575183f);
-  y = y * t + F(-0.7181374f);
-  y = y * t + F(1.4425443f);
-  const F radius = square_root(F(148.0f) - to_float(bits >> 23) - y * t);
-  const F x = to_float(word & U(0x3FFu)) * F(1.953125e-3f) + F(-0.9990234375f);
+  const U bits = as_uint(to_float((word & U(0x7FFFF800u)) | U(0x400u)));
+  const F h = as_float((bits & U(0x007FFFFFu)) | U(0x3F800000u)) - F(1.5f);
+  F y = F(216773.6875f);
+  y = fused(y, h, F(-371393.53125f));
+  y = fused(y, h, F(644046.875f));
+  y = fused(y, h, F(-1280924.125f));
+  y = fused(y, h, F(2850889.75f));
+  const F radius = square_root(fused(fused(h, h, F(-0.25f)), y, to_float(U(0x4F000000u) - bits)));
+  const F x = as_float(((word << 13) & U(0x007FE000u)) | U(0x40000000u)) - F(2.9990234375f);
   const F square = x * x;
-  F even = F(-2.6458118e-4f);
-  even = even * square + F(1.3194540e-2f);
-  even = even * square + F(-2.5677956e-1f);
-  even = even * square + F(8.3255461e-1f);
-  F odd = F(2.0202000e-3f);
-  odd = odd * square + F(-6.7198100e-2f);
-  odd = odd * square + F(6.5388336e-1f);
-  odd = odd * x;
-  // The sign bits are bits 11 and 10.
-  normal0 = as_float(as_uint(radius * (even - odd)) ^ ((word << 20) & U(0x80000000u)));
-  normal1 = as_float(as_uint(radius * (even + odd)) ^ ((word << 21) & U(0x80000000u)));
+  F even = F(-9.166328e-8f);
+  even = fused(even, square, F(4.5561155e-6f));
+  even = fused(even, square, F(-8.8657667e-5f));
+  even = fused(even, square, F(2.8745361e-4f));
+  F odd = F(6.976795e-7f);
+  odd = fused(odd, square, F(-2.320153e-5f));
+  odd = fused(odd, square, F(2.2576441e-4f));
+  normal0 = as_float(as_uint(radius * fused(odd, -x, even)) ^ (word & U(0x80000000u)));
+  normal1 = as_float(as_uint(radius * fused(odd, x, even)) ^ ((word << 21) & U(0x80000000u)));
 }
 
 }  // namespace qk

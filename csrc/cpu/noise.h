@@ -33,70 +33,63 @@ QK_HD Wide multiply_low(Wide a, uint32_t b) {
 #endif
 }
 
-// Philox at counters first ... first + 15, which share their high halves.
-//
-// A counter's words stay in 64-bit lanes over all rounds, so that a product needs no shuffle; what is in the high
-// halves of x0 to x3 does not matter. Even and odd counters become one register at the end.
-inline Words<U32> philox(uint64_t seed, uint64_t first, uint32_t stream) {
-  const uint32_t low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
-  Words<U32> words;
-  for (int i = 0; i < U32::kCount; ++i) {
-    Wide parity[2][4];
-    for (int odd = 0; odd < 2; ++odd) {
-      Wide x0, x1 = high - Wide{}, x2 = stream - Wide{}, x3{};
-      for (int j = 0; j < U32::kWidth / 2; ++j) x0[j] = i * U32::kWidth + 2 * j + odd;
-      x0 += low;
-      uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-      for (int round = 0; round < kRounds; ++round) {
-        const Wide product0 = multiply_low(x0, kMultiplier0), product1 = multiply_low(x2, kMultiplier1);
-        x0 = (product1 >> 32) ^ x1 ^ uint64_t(k0);
-        x1 = product1;
-        x2 = (product0 >> 32) ^ x3 ^ uint64_t(k1);
-        x3 = product0;
-        k0 += kIncrement0;
-        k1 += kIncrement1;
-      }
-      parity[odd][0] = x0;
-      parity[odd][1] = x1;
-      parity[odd][2] = x2;
-      parity[odd][3] = x3;
-    }
-    U32* const out[4] = {&words.x0, &words.x1, &words.x2, &words.x3};
-    for (int word = 0; word < 4; ++word)
-      out[word]->part[i] = (U32::Reg)((parity[0][word] & 0xFFFFFFFFu) | (parity[1][word] << 32));
-  }
-  return words;
+constexpr int kWide = kRegisterBytes / sizeof(uint64_t);  // counters in a register
+constexpr int kBlock = 64;                                // normals of as many counters as the widest registers hold
+
+// [a0, b0, a2, b2, ...] and [a1, b1, a3, b3, ...]
+template <size_t... I>
+QK_HD Wide pair_even(Wide a, Wide b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, (I % 2 ? kWide + int(I) - 1 : int(I))...);
+}
+template <size_t... I>
+QK_HD Wide pair_odd(Wide a, Wide b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, (I % 2 ? kWide + int(I) : int(I) + 1)...);
 }
 
-constexpr int kBlock = 8 * kLanes;  // normals drawn at once
+// The words of `Registers` * kWide counters from `first` on, in order.
+//
+// A counter's words stay in a 64-bit lane over all rounds, so that a product needs no shuffle; what is in the high
+// halves of x0 to x3 does not matter. The lanes' order is the one that takes fewest shuffles at the end. One register's
+// rounds are a chain of operations; several at once keep the machine busy.
+template <int Registers>
+QK_HD void philox(uint64_t seed, uint64_t first, uint32_t stream, uint32_t* out) {
+  Wide x0[Registers], x1[Registers], x2[Registers], x3[Registers];
+  for (int i = 0; i < Registers; ++i) {
+    for (int j = 0; j < kWide; ++j) x0[i][j] = i * kWide + j % 2 * (kWide / 2) + j / 2;
+    x0[i] += first;
+    x1[i] = x0[i] >> 32;
+    x2[i] = stream - Wide{};
+    x3[i] = Wide{};
+  }
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kRounds; ++round) {
+    for (int i = 0; i < Registers; ++i) {
+      const Wide product0 = multiply_low(x0[i], kMultiplier0), product1 = multiply_low(x2[i], kMultiplier1);
+      x0[i] = (product1 >> 32) ^ x1[i] ^ uint64_t(k0);
+      x1[i] = product1;
+      x2[i] = (product0 >> 32) ^ x3[i] ^ uint64_t(k1);
+      x3[i] = product0;
+    }
+    k0 += kIncrement0;
+    k1 += kIncrement1;
+  }
+  constexpr std::make_index_sequence<kWide> lanes{};
+  for (int i = 0; i < Registers; ++i) {
+    const Wide low = (x0[i] & 0xFFFFFFFFu) | (x1[i] << 32), high = (x2[i] & 0xFFFFFFFFu) | (x3[i] << 32);
+    const Wide pairs[2] = {pair_even(low, high, lanes), pair_odd(low, high, lanes)};
+    std::memcpy(out + i * 4 * kWide, pairs, sizeof pairs);
+  }
+}
 
-// Elements kBlock * block ... kBlock * block + kBlock - 1 of a stream.
-inline void block_of_normals(uint64_t seed, uint64_t block, uint32_t stream, float* out) {
-  const Words<U32> x = philox(seed, block * kLanes, stream);
-  F32 z[8];
-  box_muller<F32, U32>(x.x0, z[0], z[1]);
-  box_muller<F32, U32>(x.x1, z[2], z[3]);
-  box_muller<F32, U32>(x.x2, z[4], z[5]);
-  box_muller<F32, U32>(x.x3, z[6], z[7]);
-  // Lane i of z[j] is element 8 * i + j: three perfect shuffles.
+// Sixteen words' normals, in order.
+QK_HD void normals_of(const uint32_t* words, float* out) {
+  F32 first, second;
+  box_muller<F32, U32>(load(words), first, second);
   constexpr std::make_index_sequence<F32::kWidth> lanes{};
   for (int i = 0; i < F32::kCount; ++i) {
-    F32::Reg a[8], b[8];
-    for (int j = 0; j < 8; ++j) a[j] = z[j].part[i];
-    for (int j = 0; j < 4; ++j) {
-      b[j] = interleave_low(a[j], a[j + 4], lanes);
-      b[j + 4] = interleave_high(a[j], a[j + 4], lanes);
-    }
-    for (int half = 0; half < 8; half += 4)
-      for (int j = 0; j < 2; ++j) {
-        a[half + j] = interleave_low(b[half + j], b[half + j + 2], lanes);
-        a[half + j + 2] = interleave_high(b[half + j], b[half + j + 2], lanes);
-      }
-    for (int j = 0; j < 8; j += 2) {
-      b[j] = interleave_low(a[j], a[j + 1], lanes);
-      b[j + 1] = interleave_high(a[j], a[j + 1], lanes);
-    }
-    std::memcpy(out + 8 * i * F32::kWidth, b, sizeof b);
+    const F32::Reg pairs[2] = {interleave_low(first.part[i], second.part[i], lanes),
+                               interleave_high(first.part[i], second.part[i], lanes)};
+    std::memcpy(out + i * 2 * F32::kWidth, pairs, sizeof pairs);
   }
 }
 
@@ -104,14 +97,22 @@ inline void block_of_normals(uint64_t seed, uint64_t block, uint32_t stream, flo
 class NoiseSpan {
  public:
   const float* draw(uint64_t seed, int64_t begin, int64_t n, uint32_t stream) {
-    const int64_t first = begin / kBlock, last = (begin + n + kBlock - 1) / kBlock;
-    for (int64_t block = first; block < last; ++block)
-      block_of_normals(seed, block, stream, buffer_ + (block - first) * kBlock);
-    return buffer_ + (begin - first * kBlock);
+    const int64_t first = begin / kBlock * kBlock, words = (begin + n - first + kBlock - 1) / kBlock * kBlock / 2;
+    int64_t word = 0;
+    const auto draw_words = [&](auto registers) {
+      constexpr int kCount = decltype(registers)::value;
+      for (; word + 4 * kWide * kCount <= words; word += 4 * kWide * kCount)
+        philox<kCount>(seed, (first / 2 + word) / 4, stream, words_ + word);
+    };
+    draw_words(std::integral_constant<int, 4>{});
+    draw_words(std::integral_constant<int, 1>{});
+    for (int64_t i = 0; i < words; i += kLanes) normals_of(words_ + i, normals_ + 2 * i);
+    return normals_ + (begin - first);
   }
 
  private:
-  alignas(64) float buffer_[kNoiseSpan + 2 * kBlock];
+  alignas(64) uint32_t words_[kNoiseSpan / 2 + kBlock];
+  alignas(64) float normals_[kNoiseSpan + 2 * kBlock];
 };
 
 }  // namespace QK_ISA

@@ -102,6 +102,11 @@ struct Vec {
   QK_COMPARE(==)
   QK_COMPARE(!=)
 #undef QK_COMPARE
+  QK_HD Vec operator-() const {
+    Vec r;
+    for (int i = 0; i < kCount; ++i) r.part[i] = -part[i];
+    return r;
+  }
   QK_HD Vec operator<<(int n) const {
     Vec r;
     for (int i = 0; i < kCount; ++i) r.part[i] = part[i] << n;
@@ -182,6 +187,28 @@ QK_HD F32 multiply_add(const F32& a, const F32& b, const F32& c) {
   return r;
 }
 
+// a * b + c for numbers that rounding to double and then to float rounds as once: where the ISA can, it rounds once.
+QK_HD F32 fused(const F32& a, const F32& b, const F32& c) {
+#if defined(__AVX2__)
+  return multiply_add(a, b, c);
+#else
+  F32 r;
+  for (int i = 0; i < F32::kCount; ++i) {
+#if defined(__x86_64__)
+    const auto half = [](__m128 x, __m128 y, __m128 z) {
+      return _mm_cvtpd_ps(_mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x), _mm_cvtps_pd(y)), _mm_cvtps_pd(z)));
+    };
+    const auto upper = [](__m128 x) { return _mm_movehl_ps(x, x); };
+    const __m128 x = a.part[i], y = b.part[i], z = c.part[i];
+    r.part[i] = _mm_movelh_ps(half(x, y, z), half(upper(x), upper(y), upper(z)));
+#else
+    for (int j = 0; j < F32::kWidth; ++j) r.part[i][j] = double(a.part[i][j]) * b.part[i][j] + c.part[i][j];
+#endif
+  }
+  return r;
+#endif
+}
+
 QK_HD F32 square_root(const F32& x) {
   F32 r;
   for (int i = 0; i < F32::kCount; ++i) {
@@ -239,15 +266,16 @@ QK_HD T sum(Vec<T> x) {
 
 // ---- loads and stores of any element type as lanes of the computing type
 
+// A register at a time: of a copy of several compilers make narrower ones by way of memory.
 template <class T>
 QK_HD Vec<T> load(const T* p) {
   Vec<T> r;
-  std::memcpy(&r, p, sizeof r);
+  for (int i = 0; i < Vec<T>::kCount; ++i) std::memcpy(&r.part[i], p + i * Vec<T>::kWidth, kRegisterBytes);
   return r;
 }
 template <class T>
 QK_HD void store(T* p, const Vec<T>& x) {
-  std::memcpy(p, &x, sizeof x);
+  for (int i = 0; i < Vec<T>::kCount; ++i) std::memcpy(p + i * Vec<T>::kWidth, &x.part[i], kRegisterBytes);
 }
 
 // Sixteen-bit elements to the lanes of one register and back, the high bits zero or dropped; compilers take detours

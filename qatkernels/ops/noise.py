@@ -4,9 +4,8 @@ Element ``i`` of a stream comes from word ``i % 8 // 2`` of Philox4x32-7 (Salmon
 fewest that their tests do not tell from random, ten their default) at the counter
 ``(low(i // 8), high(i // 8), stream, 0)`` under the key ``(low(seed), high(seed))``. A word makes two normals by
 Box and Muller's transform: twenty bits are the radius, ten the angle within a quadrant, two the signs. Logarithm, sine
-and cosine are polynomials in separately rounded float32 multiplications and additions, and square root is correctly
-rounded, so backends agree bit for bit: a noisy forward and its backward may even run on different ones. Nothing is
-stored.
+and cosine are polynomials in fused multiply-adds of float32, and square root is correctly rounded, so backends agree bit
+for bit: a noisy forward and its backward may even run on different ones. Nothing is stored.
 
 Over all words the distribution function is the normal one to within 1e-6. The uniform under the logarithm is at least
 2**-21, so no sample exceeds 5.4 standard deviations; up to 5 the tails have the weight they should have, to 5%.
@@ -28,12 +27,13 @@ _MASK = 0xFFFFFFFF
 
 ROUNDS = 7
 
-#: log2(1 + t) = t * P(t) to 2.2e-6 for 0 <= t <= 1, exact at both ends; highest power first.
-LOG_POLY = (-0.025827002, 0.12175208, -0.27785026, 0.4575183, -0.7181374, 1.4425443)
-#: P(x^2) = A * cos(pi / 4 * x) and x * P(x^2) = A * sin(pi / 4 * x) for abs(x) <= 1, where A = sqrt(ln 2) makes both
-#: the sine and cosine of their sum's angle and sqrt(-2 * ln(u)) from sqrt(-log2(u)).
-COS_POLY = (-2.6458118e-4, 1.3194540e-2, -2.5677956e-1, 8.3255461e-1)
-SIN_POLY = (2.0202000e-3, -6.7198100e-2, 6.5388336e-1)
+#: 2**23 * (log2(1.5 + h) - 0.5 - h) = (1 / 4 - h * h) * P(h) to 2**23 * 2.2e-6 for abs(h) <= 1 / 2, exact at both ends;
+#: highest power first.
+LOG_POLY = (216773.6875, -371393.53125, 644046.875, -1280924.125, 2850889.75)
+#: P(x^2) = A * cos(pi / 4 * x) and x * P(x^2) = A * sin(pi / 4 * x) for abs(x) <= 1, where A = sqrt(ln 2 / 2**23) makes
+#: both the sine and cosine of their sum's angle and sqrt(-2 * ln(u)) from sqrt(-2**23 * log2(u)).
+COS_POLY = (-9.166328e-8, 4.5561155e-6, -8.8657667e-5, 2.8745361e-4)
+SIN_POLY = (6.976795e-7, -2.320153e-5, 2.2576441e-4)
 
 
 def philox(seed: Tensor, counter: Tensor, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,26 +62,38 @@ def philox(seed: Tensor, counter: Tensor, stream: int) -> tuple[Tensor, Tensor, 
     return x0, x1, x2, x3
 
 
+def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Return a * b + c of float32 tensors, rounded once.
+
+    It goes by way of float64, where the product is exact and the sum is rounded. Rounding that again differs from rounding
+    once only where it lies half way between two float32 numbers, which for `box_muller` is never the case: there are few
+    enough words to try them all.
+    """
+    return (a.double() * b.double() + c.double()).float()
+
+
 def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     result = torch.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
-        result = result * x + coefficient
+        result = fused(result, x, torch.full_like(x, coefficient))
     return result
 
 
 def box_muller(word: Tensor) -> tuple[Tensor, Tensor]:
     """Return two independent float32 standard normals from a 32-bit word."""
-    # 2**21 * u, an odd number
-    bits = ((word >> 11) | 1).float().view(torch.int32)
-    t = ((bits & 0x007FFFFF) | 0x3F800000).view(torch.float32) - 1.0
-    log2 = (148 - (bits >> 23)).float() - _horner(t, LOG_POLY) * t
+    # 2**31 * u, an odd number times 2**10. Its bits as a number of 23 binary places are log2(2**31 * u) + 127, but that
+    # between powers of two the logarithm is taken for linear.
+    bits = ((word & 0x7FFFF800) | 0x400).float().view(torch.int32)
+    h = ((bits & 0x007FFFFF) | 0x3F800000).view(torch.float32) - 1.5
+    q = fused(h, h, torch.full_like(h, -0.25))
+    minus_log2 = fused(q, _horner(h, LOG_POLY), (0x4F000000 - bits).float())
     # By way of float64, because torch's own float32 square root (MKL's) is not correctly rounded.
-    radius = torch.sqrt(log2.double()).float()
+    radius = torch.sqrt(minus_log2.double()).float()
     x = (word & 0x3FF).float() * 2.0**-9 + (2.0**-10 - 1.0)
     square = x * x
-    even, odd = _horner(square, COS_POLY), _horner(square, SIN_POLY) * x
-    cosine, sine = radius * (even - odd), radius * (even + odd)
-    return torch.where((word & 0x800) != 0, -cosine, cosine), torch.where((word & 0x400) != 0, -sine, sine)
+    even, odd = _horner(square, COS_POLY), _horner(square, SIN_POLY)
+    cosine, sine = radius * fused(odd, -x, even), radius * fused(odd, x, even)
+    return torch.where((word & 0x80000000) != 0, -cosine, cosine), torch.where((word & 0x400) != 0, -sine, sine)
 
 
 def _reference(seed: Tensor, numel: int, stream: int) -> Tensor:

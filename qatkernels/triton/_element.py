@@ -1,7 +1,7 @@
 """One element's meaning in Triton: the mirror of ops/fake_quantize.py and ops/noise.py, equal to them bit for bit.
 
-Every operation is rounded on its own: launch with `OPTIONS`, divide by `tl.div_rn`, take roots by `tl.sqrt_rn`.
-``GRID`` is `Grid.constants` as a compile-time tuple, so what a scheme does not need folds away.
+Every operation is rounded on its own, or says `fused`: launch with `OPTIONS`, divide by `tl.div_rn`, take roots by
+`tl.sqrt_rn`. ``GRID`` is `Grid.constants` as a compile-time tuple, so what a scheme does not need folds away.
 """
 
 from __future__ import annotations
@@ -93,26 +93,39 @@ def value_of(code, scale, zero, GRID: tl.constexpr):
 
 
 @triton.jit
+def fused(a, b, c):
+    """a * b + c of float32, rounded once; the interpreter goes by way of float64, as ops/noise.py does."""
+    if INTERPRETED:
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    return tl.fma(a, b, c)
+
+
+@triton.jit
+def step(y, x, COEFFICIENT: tl.constexpr):
+    """One step of Horner's rule in float32."""
+    return fused(y, x, tl.full((), COEFFICIENT, tl.float32))
+
+
+@triton.jit
 def box_muller(word):
     """Two standard normals from a 32-bit word."""
-    bits = ((word >> 11) | 1).to(tl.float32).to(tl.int32, bitcast=True)
-    t = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
-    y = t * -0.025827002 + 0.12175208
-    y = y * t + -0.27785026
-    y = y * t + 0.4575183
-    y = y * t + -0.7181374
-    y = y * t + 1.4425443
-    radius = tl.sqrt_rn((148 - (bits >> 23)).to(tl.float32) - y * t)
-    x = (word & 0x3FF).to(tl.float32) * 1.953125e-3 + -0.9990234375
+    bits = ((word & 0x7FFFF800) | 0x400).to(tl.int32).to(tl.float32).to(tl.int32, bitcast=True)
+    h = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.5
+    y = step(tl.full((), 216773.6875, tl.float32), h, -371393.53125)
+    y = step(y, h, 644046.875)
+    y = step(y, h, -1280924.125)
+    y = step(y, h, 2850889.75)
+    radius = tl.sqrt_rn(fused(step(h, h, -0.25), y, (0x4F000000 - bits).to(tl.float32)))
+    x = (((word << 13) & 0x007FE000) | 0x40000000).to(tl.float32, bitcast=True) - 2.9990234375
     square = x * x
-    even = square * -2.6458118e-4 + 1.3194540e-2
-    even = even * square + -2.5677956e-1
-    even = even * square + 8.3255461e-1
-    odd = square * 2.0202000e-3 + -6.7198100e-2
-    odd = odd * square + 6.5388336e-1
-    odd = odd * x
-    cosine, sine = radius * (even - odd), radius * (even + odd)
-    return tl.where((word & 0x800) != 0, -cosine, cosine), tl.where((word & 0x400) != 0, -sine, sine)
+    even = step(tl.full((), -9.166328e-8, tl.float32), square, 4.5561155e-6)
+    even = step(even, square, -8.8657667e-5)
+    even = step(even, square, 2.8745361e-4)
+    odd = step(tl.full((), 6.976795e-7, tl.float32), square, -2.320153e-5)
+    odd = step(odd, square, 2.2576441e-4)
+    first = (radius * fused(odd, -x, even)).to(tl.uint32, bitcast=True) ^ (word & 0x80000000)
+    second = (radius * fused(odd, x, even)).to(tl.uint32, bitcast=True) ^ ((word << 21) & 0x80000000)
+    return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from qatkernels.ops import noise
 from qatkernels.ops.noise import box_muller, philox
 
-RADII, ANGLES, SIGNS = 1 << 20, 1 << 10, (0x800, 0x400)
+RADII, ANGLES, SIGNS = 1 << 20, 1 << 10, (0x80000000, 0x400)
 
 
 def test_philox_known_answer():
@@ -18,7 +19,7 @@ def test_philox_known_answer():
 
 def every_radius():
     """The first normal of every radius at one angle, divided by that angle's cosine."""
-    normals, _ = box_muller(torch.arange(RADII) << 12)
+    normals, _ = box_muller(torch.arange(RADII) << 11)
     return normals.double() / math.cos(math.pi / 4 / ANGLES)
 
 
@@ -32,12 +33,35 @@ def test_every_radius():
 
 @pytest.mark.parametrize("radius", [1, 777_777])
 def test_every_angle(radius):
-    word = torch.arange(4 * ANGLES) | radius << 12
+    first, second, angle = torch.meshgrid(torch.arange(2), torch.arange(2), torch.arange(ANGLES), indexing="ij")
+    word = first << 31 | radius << 11 | second << 10 | angle
     r = every_radius()[radius]
-    turn = (word % ANGLES + 0.5) * (math.pi / 2 / ANGLES)
+    turn = (angle + 0.5) * (math.pi / 2 / ANGLES)
     for normal, exact, bit in zip(box_muller(word), (turn.cos(), turn.sin()), SIGNS, strict=True):
         sign = 1 - 2 * ((word & bit) != 0).double()
         torch.testing.assert_close(normal.double() / r, exact * sign, rtol=0, atol=2e-6)
+
+
+def test_rounding_twice_is_rounding_once(monkeypatch):
+    """Going by way of float64 is a fused multiply-add, for all words: radius and angle meet in no sum."""
+    fused, sums = noise.fused, []
+
+    def checked(a, b, c):
+        product, c64 = a.double() * b.double(), c.double()
+        total = product + c64
+        # Knuth's two-sum: what the sum's rounding lost
+        part = total - product
+        lost = (product - (total - part)) + (c64 - part)
+        half_way = (total.view(torch.int64) & 0x1FFFFFFF) == 0x10000000
+        assert not (half_way & (lost != 0)).any()
+        assert (total == 0).logical_or(total.abs() >= torch.finfo(torch.float32).tiny).all()
+        sums.append(total)
+        return fused(a, b, c)
+
+    monkeypatch.setattr(noise, "fused", checked)
+    box_muller(torch.arange(RADII) << 11)
+    box_muller(torch.arange(ANGLES))
+    assert len(sums) == 2 * 13
 
 
 def test_the_distribution_over_every_word():

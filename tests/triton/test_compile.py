@@ -186,6 +186,11 @@ def resources(cubin):
     return tuple(map(int, found.groups()))
 
 
+def spelled_out(llir):
+    """Return how many scalar fused multiply-adds the calls in LLVM's representation make."""
+    return sum(int(lanes or 1) for lanes in re.findall(r"call [^@\n]*@llvm\.fma\.(?:v(\d+))?f(?:32|64)", llir))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("case", CASES)
 def test_aot(case, architecture, monkeypatch):
@@ -199,7 +204,9 @@ def test_aot(case, architecture, monkeypatch):
         return
     assert "div.full" not in ptx, "an approximate division"
     assert "sqrt.approx" not in ptx, "an approximate square root"
-    assert not re.search(r"fma\.rn\.f(32|64)", ptx), "a fused multiply-add"
+    fused = sum(int(lanes or 1) for lanes in re.findall(r"fma\.rn\.f(?:32|64)(?:x(\d))?", ptx))
+    assert fused == spelled_out(kernel.asm["llir"]), "a fused multiply-add that no kernel asked for"
+    assert bool(fused) == ("noise" in case or case == "normal")
     if case in WIDE:
         for access, tensors in zip(("ld", "st"), WIDE[case], strict=True):
             found = re.findall(rf"{access}\.global[\w.:]*\.v4\.b32", ptx)
