@@ -1,7 +1,7 @@
 // Counter-based Gaussian noise, the mirror of qatkernels/ops/noise.py: the same bits on every backend.
 //
-// U is uint32_t or a vector of it that provides to_float, square_root, fused (a * b + c, rounded once) and the bit casts
-// as_float / as_uint; F the float of as many lanes. Compile without floating point contraction.
+// U is uint32_t or a vector of it that provides to_float, square_root, fused (a * b + c, rounded once) and the bit
+// casts as_float / as_uint; F the float of as many lanes. Compile without floating point contraction.
 #pragma once
 
 #include <cmath>
@@ -12,6 +12,10 @@
 namespace qk {
 
 constexpr uint32_t kWeightStream = 0, kScaleStream = 1;
+
+constexpr int kRounds = 7;
+constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kIncrement0 = 0x9E3779B9u, kIncrement1 = 0xBB67AE85u;
 
 #if defined(__CUDACC__) || defined(QK_HOST_CUDA)
 QK_HD void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
@@ -32,20 +36,13 @@ QK_HD float as_float(uint32_t bits) {
   memcpy(&x, &bits, sizeof x);
   return x;
 }
-#endif
 
-template <class U>
 struct Words {
-  U x0, x1, x2, x3;
+  uint32_t x0, x1, x2, x3;
 };
 
-constexpr int kRounds = 7;
-constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
-constexpr uint32_t kIncrement0 = 0x9E3779B9u, kIncrement1 = 0xBB67AE85u;
-
-#if defined(__CUDACC__) || defined(QK_HOST_CUDA)
-QK_HD Words<uint32_t> philox(uint64_t seed, uint32_t counter_low, uint32_t counter_high, uint32_t stream) {
-  Words<uint32_t> x{counter_low, counter_high, stream, 0u};
+QK_HD Words philox(uint64_t seed, uint32_t counter_low, uint32_t counter_high, uint32_t stream) {
+  Words x{counter_low, counter_high, stream, 0u};
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kRounds; ++round) {
     uint32_t high0, low0, high1, low1;
@@ -59,9 +56,9 @@ QK_HD Words<uint32_t> philox(uint64_t seed, uint32_t counter_low, uint32_t count
 }
 #endif
 
-// Two independent standard normals from a word: its top bit and bit 10 are their signs, bits 11 to 30 the radius, the rest
-// the angle. With 2^31 u = v the radius is sqrt(-2 ln u), and -log2 u is 158 less the bits of v as a number of 23 binary
-// places, which takes log2 for linear between powers of two, less a polynomial that vanishes there.
+// Two independent standard normals from a word: its top bit and bit 10 are their signs, bits 11 to 30 the radius, the
+// rest the angle. With 2^31 u = v the radius is sqrt(-2 ln u), and -log2 u is 158 less the bits of v as a number of 23
+// binary places, which takes log2 for linear between powers of two, less a polynomial that vanishes there.
 template <class F, class U>
 QK_HD void box_muller(U word, F& normal0, F& normal1) {
   const U bits = as_uint(to_float((word & U(0x7FFFF800u)) | U(0x400u)));

@@ -154,7 +154,7 @@ template <class To, class From>
 QK_HD Vec<To> bit_cast(const Vec<From>& x) {
   static_assert(sizeof(To) == sizeof(From), "lanes must match");
   Vec<To> r;
-  std::memcpy(&r, &x, sizeof r);
+  for (int i = 0; i < Vec<To>::kCount; ++i) r.part[i] = (typename Vec<To>::Reg)x.part[i];
   return r;
 }
 QK_HD U32 as_uint(const F32& x) { return bit_cast<uint32_t>(x); }
@@ -278,8 +278,8 @@ QK_HD void store(T* p, const Vec<T>& x) {
   for (int i = 0; i < Vec<T>::kCount; ++i) std::memcpy(p + i * Vec<T>::kWidth, &x.part[i], kRegisterBytes);
 }
 
-// Sixteen-bit elements to the lanes of one register and back, the high bits zero or dropped; compilers take detours
-// here.
+// Sixteen-bit elements to the lanes of one register, and the high halves of lanes to such elements; compilers take
+// detours here.
 using Half = Register<uint16_t, kRegisterBytes / 2>;
 
 QK_HD U32::Reg widen(Half h) {
@@ -291,11 +291,24 @@ QK_HD U32::Reg widen(Half h) {
   return __builtin_convertvector(h, U32::Reg);
 #endif
 }
-QK_HD Half narrow(U32::Reg x) {
+QK_HD void store_high(bfloat16* p, const U32& x) {
 #if defined(__AVX512F__)
-  return (Half)_mm512_cvtepi32_epi16((__m512i)x);
+  const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)x.part[0], 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+#elif defined(__AVX2__)
+  const auto high = [](U32::Reg part) { return _mm256_srai_epi32((__m256i)part, 16); };
+  const __m256i halves = _mm256_packs_epi32(high(x.part[0]), high(x.part[1]));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(halves, 0xD8));
+#elif defined(__x86_64__)
+  const auto high = [](U32::Reg part) { return _mm_srai_epi32((__m128i)part, 16); };
+  for (int i = 0; i < U32::kCount; i += 2)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i * U32::kWidth),
+                     _mm_packs_epi32(high(x.part[i]), high(x.part[i + 1])));
 #else
-  return __builtin_convertvector(x, Half);
+  for (int i = 0; i < U32::kCount; ++i) {
+    const Half halves = __builtin_convertvector(x.part[i] >> 16, Half);
+    std::memcpy(p + i * U32::kWidth, &halves, sizeof halves);
+  }
 #endif
 }
 
@@ -312,13 +325,12 @@ QK_HD F32 load(const bfloat16* p) {
 
 // Round to nearest even; a NaN stays one.
 QK_HD void store(bfloat16* p, const F32& x) {
+  U32 rounded;
   for (int i = 0; i < F32::kCount; ++i) {
     const U32::Reg bits = (U32::Reg)x.part[i];
-    const U32::Reg rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    const U32::Reg result = x.part[i] == x.part[i] ? rounded : (bits >> 16 | 0x40u);
-    const Half h = narrow(result);
-    std::memcpy(p + i * F32::kWidth, &h, sizeof h);
+    rounded.part[i] = x.part[i] == x.part[i] ? bits + 0x7FFFu + ((bits >> 16) & 1u) : bits | 0x400000u;
   }
+  store_high(p, rounded);
 }
 
 // Of zero, normal numbers and NaN only, which is what dequantized values are: the instruction flushes subnormals.
@@ -331,12 +343,7 @@ QK_HD void store_normal(bfloat16* p, const F32& x) {
 #endif
 }
 // Of values that were loaded from this type.
-QK_HD void store_exact(bfloat16* p, const F32& x) {
-  for (int i = 0; i < F32::kCount; ++i) {
-    const Half h = narrow((U32::Reg)x.part[i] >> 16);
-    std::memcpy(p + i * F32::kWidth, &h, sizeof h);
-  }
-}
+QK_HD void store_exact(bfloat16* p, const F32& x) { store_high(p, as_uint(x)); }
 
 #if !defined(__F16C__)
 inline float half_to_float(uint16_t h) {

@@ -4,8 +4,8 @@ Element ``i`` of a stream comes from word ``i % 8 // 2`` of Philox4x32-7 (Salmon
 fewest that their tests do not tell from random, ten their default) at the counter
 ``(low(i // 8), high(i // 8), stream, 0)`` under the key ``(low(seed), high(seed))``. A word makes two normals by
 Box and Muller's transform: twenty bits are the radius, ten the angle within a quadrant, two the signs. Logarithm, sine
-and cosine are polynomials in fused multiply-adds of float32, and square root is correctly rounded, so backends agree bit
-for bit: a noisy forward and its backward may even run on different ones. Nothing is stored.
+and cosine are polynomials in fused multiply-adds of float32, and square root is correctly rounded, so backends agree
+bit for bit: a noisy forward and its backward may even run on different ones. Nothing is stored.
 
 Over all words the distribution function is the normal one to within 1e-6. The uniform under the logarithm is at least
 2**-21, so no sample exceeds 5.4 standard deviations; up to 5 the tails have the weight they should have, to 5%.
@@ -65,9 +65,9 @@ def philox(seed: Tensor, counter: Tensor, stream: int) -> tuple[Tensor, Tensor, 
 def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Return a * b + c of float32 tensors, rounded once.
 
-    It goes by way of float64, where the product is exact and the sum is rounded. Rounding that again differs from rounding
-    once only where it lies half way between two float32 numbers, which for `box_muller` is never the case: there are few
-    enough words to try them all.
+    It goes by way of float64, where the product is exact and the sum is rounded. To round that again is not the same as
+    to round once only if it lies half way between two float32 numbers. For `box_muller` it never does: a word has so
+    few bits that all can be tried.
     """
     return (a.double() * b.double() + c.double()).float()
 

@@ -94,7 +94,7 @@ def value_of(code, scale, zero, GRID: tl.constexpr):
 
 @triton.jit
 def fused(a, b, c):
-    """a * b + c of float32, rounded once; the interpreter goes by way of float64, as ops/noise.py does."""
+    """Sum a * b + c of float32, rounded once; the interpreter goes by way of float64, as ops/noise.py does."""
     if INTERPRETED:
         return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
     return tl.fma(a, b, c)
