@@ -57,8 +57,9 @@ QK_HD Words philox(uint64_t seed, uint32_t counter_low, uint32_t counter_high, u
 #endif
 
 // Two independent standard normals from a word: its top bit and bit 10 are their signs, bits 11 to 30 the radius, the
-// rest the angle. With 2^31 u = v the radius is sqrt(-2 ln u), and -log2 u is 158 less the bits of v as a number of 23
-// binary places, which takes log2 for linear between powers of two, less a polynomial that vanishes there.
+// rest the angle. The radius is sqrt(-2 ln u) with 2^31 u = v, an odd multiple of 2^10. The bits of v over 2^23 are
+// 127 + log2 v, with log2 interpolated linearly between powers of two; a polynomial in h is what that lacks. Everything
+// is scaled by 2^23.
 template <class F, class U>
 QK_HD void box_muller(U word, F& normal0, F& normal1) {
   const U bits = as_uint(to_float((word & U(0x7FFFF800u)) | U(0x400u)));

@@ -82,7 +82,7 @@ struct Kernels {
   int64_t (*lowbit_tokens)(const LowbitLinear&);  // of an expert, above which a library's product of numbers is faster
 };
 
-constexpr int64_t kNoiseSpan = 1024;  // elements drawn at once, a multiple of 128
+constexpr int64_t kNoiseSpan = 1024;  // elements drawn at once, a multiple of 64
 
 // The kernels for this machine: of the widest ISA that it has and ATEN_CPU_CAPABILITY (default, avx2, avx512) allows;
 // unset, it allows all. QATKERNELS_ISA names one instead; one that is not there throws.

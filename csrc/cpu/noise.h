@@ -111,8 +111,10 @@ class NoiseSpan {
   }
 
  private:
-  alignas(64) uint32_t words_[kNoiseSpan / 2 + kBlock];
-  alignas(64) float normals_[kNoiseSpan + 2 * kBlock];
+  static_assert(kBlock % (8 * kWide) == 0 && kBlock / 2 % kLanes == 0, "blocks are whole registers of words");
+
+  alignas(64) uint32_t words_[(kNoiseSpan + kBlock) / 2];
+  alignas(64) float normals_[kNoiseSpan + kBlock];
 };
 
 }  // namespace QK_ISA

@@ -187,7 +187,8 @@ QK_HD F32 multiply_add(const F32& a, const F32& b, const F32& c) {
   return r;
 }
 
-// a * b + c for numbers that rounding to double and then to float rounds as once: where the ISA can, it rounds once.
+// a * b + c rounded once. Before AVX2 by way of double, which is the same only where no sum lies half way between two
+// floats as a double: tests/ops/test_noise.py tries all of box_muller's.
 QK_HD F32 fused(const F32& a, const F32& b, const F32& c) {
 #if defined(__AVX2__)
   return multiply_add(a, b, c);
@@ -266,7 +267,7 @@ QK_HD T sum(Vec<T> x) {
 
 // ---- loads and stores of any element type as lanes of the computing type
 
-// A register at a time: of a copy of several compilers make narrower ones by way of memory.
+// A register at a time: compilers split one copy of several into narrower ones by way of memory.
 template <class T>
 QK_HD Vec<T> load(const T* p) {
   Vec<T> r;

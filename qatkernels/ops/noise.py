@@ -81,8 +81,8 @@ def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 def box_muller(word: Tensor) -> tuple[Tensor, Tensor]:
     """Return two independent float32 standard normals from a 32-bit word."""
-    # 2**31 * u, an odd number times 2**10. Its bits as a number of 23 binary places are log2(2**31 * u) + 127, but that
-    # between powers of two the logarithm is taken for linear.
+    # 2**31 * u is an odd multiple of 2**10. Its bits over 2**23 are 127 + log2(2**31 * u), with the logarithm
+    # interpolated linearly between powers of two; the polynomial is what that lacks. Everything is scaled by 2**23.
     bits = ((word & 0x7FFFF800) | 0x400).float().view(torch.int32)
     h = ((bits & 0x007FFFFF) | 0x3F800000).view(torch.float32) - 1.5
     q = fused(h, h, torch.full_like(h, -0.25))

@@ -11,7 +11,7 @@ import os
 import triton
 import triton.language as tl
 
-#: Options of every launch: fused multiply-adds would change bits; eight warps leave a thread few enough elements.
+#: Options of every launch: fused multiply-adds of the compiler's own would change bits; eight warps leave a thread few enough elements.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 8}
 
 #: Triton's interpreter truncates where hardware rounds to bfloat16; there the conversion is spelled out.
@@ -101,7 +101,7 @@ def fused(a, b, c):
 
 
 @triton.jit
-def step(y, x, COEFFICIENT: tl.constexpr):
+def horner_step(y, x, COEFFICIENT: tl.constexpr):
     """One step of Horner's rule in float32."""
     return fused(y, x, tl.full((), COEFFICIENT, tl.float32))
 
@@ -111,18 +111,18 @@ def box_muller(word):
     """Two standard normals from a 32-bit word."""
     bits = ((word & 0x7FFFF800) | 0x400).to(tl.int32).to(tl.float32).to(tl.int32, bitcast=True)
     h = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.5
-    y = step(tl.full((), 216773.6875, tl.float32), h, -371393.53125)
-    y = step(y, h, 644046.875)
-    y = step(y, h, -1280924.125)
-    y = step(y, h, 2850889.75)
-    radius = tl.sqrt_rn(fused(step(h, h, -0.25), y, (0x4F000000 - bits).to(tl.float32)))
+    y = horner_step(tl.full((), 216773.6875, tl.float32), h, -371393.53125)
+    y = horner_step(y, h, 644046.875)
+    y = horner_step(y, h, -1280924.125)
+    y = horner_step(y, h, 2850889.75)
+    radius = tl.sqrt_rn(fused(horner_step(h, h, -0.25), y, (0x4F000000 - bits).to(tl.float32)))
     x = (((word << 13) & 0x007FE000) | 0x40000000).to(tl.float32, bitcast=True) - 2.9990234375
     square = x * x
-    even = step(tl.full((), -9.166328e-8, tl.float32), square, 4.5561155e-6)
-    even = step(even, square, -8.8657667e-5)
-    even = step(even, square, 2.8745361e-4)
-    odd = step(tl.full((), 6.976795e-7, tl.float32), square, -2.320153e-5)
-    odd = step(odd, square, 2.2576441e-4)
+    even = horner_step(tl.full((), -9.166328e-8, tl.float32), square, 4.5561155e-6)
+    even = horner_step(even, square, -8.8657667e-5)
+    even = horner_step(even, square, 2.8745361e-4)
+    odd = horner_step(tl.full((), 6.976795e-7, tl.float32), square, -2.320153e-5)
+    odd = horner_step(odd, square, 2.2576441e-4)
     first = (radius * fused(odd, -x, even)).to(tl.uint32, bitcast=True) ^ (word & 0x80000000)
     second = (radius * fused(odd, x, even)).to(tl.uint32, bitcast=True) ^ ((word << 21) & 0x80000000)
     return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
