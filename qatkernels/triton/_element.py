@@ -11,7 +11,8 @@ import os
 import triton
 import triton.language as tl
 
-#: Options of every launch: fused multiply-adds of the compiler's own would change bits; eight warps leave a thread few enough elements.
+#: Options of every launch: fused multiply-adds of the compiler's own would change bits; eight warps leave a thread few
+#: enough elements.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 8}
 
 #: Triton's interpreter truncates where hardware rounds to bfloat16; there the conversion is spelled out.
