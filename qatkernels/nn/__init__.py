@@ -6,6 +6,7 @@ from .grouped_quant_linear import GroupedQuantLinear
 from .pack_model import PACKERS, model_bytes, pack_model, packed_modules, warm_up
 from .packed_file import load_packed, save_packed
 from .packed_linear import GroupedPackedLinear, PackedBuffers, PackedLinear
+from .param_groups import param_groups, scales_at_floor
 from .quant_linear import QuantLinear
 from .quantize_model import quantize_model, quantized_modules, quantized_weights
 
@@ -24,9 +25,11 @@ __all__ = [
     "model_bytes",
     "pack_model",
     "packed_modules",
+    "param_groups",
     "quantize_model",
     "quantized_modules",
     "quantized_weights",
     "save_packed",
+    "scales_at_floor",
     "warm_up",
 ]

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..nn import quantize_model, quantized_modules
 from ..nn.activation import scales_of
+from ..nn.param_groups import grouped
 from . import checkpoint, sources
 from .config import TrainConfig
 from .phases import Phase
@@ -34,26 +35,11 @@ def build_model(config: TrainConfig, phase: Phase, seed: int) -> nn.Module:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, phase: Phase) -> torch.optim.Optimizer:
-    """Return AdamW with a group for weight matrices, one for scales and zero points, and one for the rest.
-
-    Only the first decays. Scales have a learning rate of their own: Adam moves every parameter by about the learning
-    rate, and a scale is a hundred times smaller than a row of weights is long.
-    """
-    weights: list[Tensor] = []
-    scales: list[Tensor] = []
-    rest: list[Tensor] = []
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    learned = set(map(id, scales_of(model)))
-    for parameter in model.parameters():
-        is_scale = id(parameter) in learned
-        is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
-        (scales if is_scale else weights if is_matrix else rest).append(parameter)
-    groups = [
-        {"params": weights, "peak": phase.lr, "weight_decay": phase.weight_decay},
-        {"params": scales, "peak": config.scale_lr, "weight_decay": 0.0},
-        {"params": rest, "peak": phase.lr, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(config.beta1, config.beta2), fused=True)
+    """Return AdamW over the groups of :func:`qatkernels.param_groups`; each keeps its peak learning rate as "peak"."""
+    groups = grouped(model, phase.lr, phase.weight_decay, [(config.scale_lr, scales_of(model))])
+    for group in groups:
+        group["peak"] = group["lr"]
+    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
 
 
 def described(config: TrainConfig, phase: Phase, model: nn.Module, result: dict[str, Any]) -> dict[str, Any]:

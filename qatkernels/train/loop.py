@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..grid import MIN_SCALE
+from ..nn.activation import scales_of
 from . import checkpoint, data, report, sources, states
 from .build import build_model, build_optimizer, described, sizes
 from .checkpoint import CheckpointError, DamagedError
@@ -227,6 +229,8 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
         if logged or last:  # waits too, so it belongs to the measured time
             bits = loss.item() / math.log(2) / run.corpus.bytes_per_token
             entry |= {"train": bits, "lr": training.optimizer.param_groups[0]["lr"]}
+            if training.method.stats is not None:
+                entry["scales_at_floor"] = training.method.stats.at_floor()
         progress.seconds += time.perf_counter() - began
 
         if saved or kept or last or stop:
@@ -238,6 +242,9 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
             entry |= {"held_out": progress.held_out}
         if len(entry) > 2:
             run.log.add(**entry)
+        if entry.get("scales_at_floor") and not progress.warned:
+            progress.warned = True
+            _warn_of_floor(training, entry)
         run.display.step(phase.name, entry, config.batch * config.context * progress.step / progress.seconds)
         if last:
             break
@@ -360,6 +367,7 @@ class _Progress:
     seconds: float = 0.0
     start: float = math.nan
     held_out: float = math.nan
+    warned: bool = False  # that scales are at the floor
     method: dict[str, Any] = field(default_factory=dict)
 
 
@@ -408,6 +416,17 @@ def _delete(run: Run, *paths: Path) -> None:
         for path in paths:
             states.remove(path)
     run.group.wait()
+
+
+def _warn_of_floor(training: Training, entry: dict[str, Any]) -> None:
+    count, total = entry["scales_at_floor"], sum(s.numel() for s in scales_of(training.model))
+    message = (
+        f"{count} of {total} scales have fallen to the smallest value ({MIN_SCALE:g}) by step {entry['step']} of "
+        f"{training.phase.name}; the weights that they scale compute next to nothing: lower --scale-lr "
+        f"({training.run.config.scale_lr:g})"
+    )
+    training.run.display.note(message)
+    training.run.log.add(phase=training.phase.name, step=entry["step"], note=message)
 
 
 def _check_weights(training: Training, step: int) -> None:

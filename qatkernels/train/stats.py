@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..grid import MIN_SCALE
+from ..nn.param_groups import count_at_floor
 from ..ops import fake_quantize, quantize
 from .shards import layers_by_weight, locals_of, plain, total
 
@@ -65,6 +66,12 @@ class GridStats:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Count flips from the codes that :meth:`state_dict` returned."""
         self._codes = dict(state)
+
+    @torch.no_grad()
+    def at_floor(self) -> int:
+        """Return how many scales have fallen to the floor, as :func:`qatkernels.scales_at_floor` counts them."""
+        counts = [(module.weight, count_at_floor(part.weight, part.scale)) for module, part in locals_of(self._layers)]
+        return int(total(counts))
 
     @torch.no_grad()
     def distance(self) -> float:

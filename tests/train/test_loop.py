@@ -326,3 +326,18 @@ def test_model_is_causal_and_sees_positions() -> None:
     assert not torch.allclose(model(swapped)[0, -1], before[0, -1], atol=1e-6)
     with pytest.raises(ValueError, match="17 positions, must have at most 16"):
         model(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_scales_at_the_floor_are_logged_and_warned_of_once(tiny) -> None:
+    config = TrainConfig(**{**tiny, "bits": (8,), "scale_lr": 0.02, "qat_steps": 6, "log_every": 1, "save_every": 2})
+    said: list[str] = []
+    train(config, say=said.append)
+    entries = [json.loads(line) for line in (Path(config.out) / "log.jsonl").read_text().splitlines()]
+    counts = [e["scales_at_floor"] for e in entries if e["phase"] == "w8" and "scales_at_floor" in e]
+    assert len(counts) == 6
+    assert counts[-1] > 0
+    warnings = [line for line in said if "have fallen to the smallest value" in line]
+    assert len(warnings) == 1
+    assert "--scale-lr (0.02)" in warnings[0]
+    assert sum("note" in e for e in entries) == 1
+    assert all("scales_at_floor" not in e for e in entries if e["phase"] == "fp")
