@@ -100,7 +100,9 @@ def scales_at_floor(model: nn.Module) -> dict[str, int]:
         The number of such scales by the layer's name, without layers that have none.
     """
     layers = {name: layer for name, layer in quantized_modules(model).items() if not layer.scale.is_meta}
-    counts = {name: int(count_at_floor(_local(layer.weight), _local(layer.scale))) for name, layer in layers.items()}
+    counts = {
+        name: int(count_at_floor(local_part(layer.weight), local_part(layer.scale))) for name, layer in layers.items()
+    }
     return {name: count for name, count in counts.items() if count}
 
 
@@ -181,6 +183,7 @@ def _mean(scale: Tensor) -> float:
     return float(mean.full_tensor() if isinstance(mean, DTensor) else mean)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor, without its graph."""
     tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.tolocal_part() if isinstance(tensor, DTensor) else tensor
