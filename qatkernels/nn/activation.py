@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from ..grid import Grid
 from ..ops import fake_quantize, fake_quantize_dynamic
@@ -50,6 +51,11 @@ def compute_dtype(tensor: Tensor) -> torch.dtype | None:
     return None
 
 
+#: How often a compiled graph is compiled anew to see whether its batch has initialized a scale. After that the graph
+#: that initializes it stays: that is right too, and a little slower.
+_LOOKS = 2
+
+
 class DynamicActivation(nn.Module):
     """Symmetric integers per token, without parameters.
 
@@ -74,9 +80,15 @@ class LearnedActivation(Float32Scales):
     """One learned scale for a whole activation tensor (LSQ), and with ``offset`` a learned zero point (LSQ+).
 
     The first training batch initializes them: ``2 * mean(abs(x)) / sqrt(qmax)`` (Esser et al., 2020), or the range of
-    the batch with an offset. Whether that has happened is kept twice: in the buffer ``initialized``, which a state dict
-    carries, and as the Python attribute ``ready``, which is what the forward reads. So the forward never waits for the
-    device, and torch.compile sees a constant and compiles once more after the first batch.
+    the batch with an offset. A batch that holds inf or NaN is quantized with scales from its finite elements, and the
+    next batch initializes them again: a loop with a GradScaler skips the step of such a batch and goes on.
+
+    Whether the scale is initialized is in the buffer ``initialized`` and nowhere else, so whatever fills the tensors of
+    a model (a state dict, an average of weights, DDP's broadcast, torch.distributed.checkpoint) gives an initialized
+    layer. Reading a buffer makes the host wait for a GPU. Therefore a True is remembered, and a False is read again at
+    the next forward: writing True into the buffer always counts, by whatever way. Nothing but :meth:`reset_parameters`
+    and ``load_state_dict`` makes an initialized layer forget. A graph of torch.compile reads the buffer once, when it
+    is compiled, and is compiled once more after the first batch.
 
     Several processes would each initialize from their own batch and stay apart: there, call :func:`calibrate` first.
 
@@ -101,7 +113,32 @@ class LearnedActivation(Float32Scales):
         self.scale = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device))
         self.zero_point = nn.Parameter(torch.zeros_like(self.scale)) if offset else None
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
-        self.ready = self.calibrating = False
+        self.calibrating = False
+        self._known_ready = False
+        # What a compiled graph has read of the buffer holds while these two numbers stay the same.
+        self._forgotten, self._looks = 0, _LOOKS
+
+    @property
+    def ready(self) -> bool:
+        """Whether the scale is initialized. Waits for the device unless the answer is known to be yes."""
+        if not self._known_ready:
+            self._known_ready = self._read(self._forgotten, self._looks)
+        return self._known_ready
+
+    @torch.compiler.assume_constant_result
+    def _read(self, *conditions: int) -> bool:
+        """Read the buffer; a buffer without data (meta, torch.export) says False.
+
+        torch.compile calls this while it compiles and keeps the answer for as long as the conditions are the same.
+        """
+        readable = not (self.initialized.is_meta or is_fake(self.initialized))
+        return readable and bool(self.initialized)
+
+    def _forget(self) -> None:
+        """Read the buffer again, since it may hold something else."""
+        self._known_ready = False
+        if not self.ready:
+            self._forgotten, self._looks = self._forgotten + 1, _LOOKS
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -110,18 +147,33 @@ class LearnedActivation(Float32Scales):
         if self.zero_point is not None:
             self.zero_point.zero_()
         self.initialized.fill_(False)
-        self.ready = False
+        self._forget()
+
+    def initialize(self, x: Tensor) -> None:
+        """Set the scale, and the zero point if there is one, from a batch of activations.
+
+        Raises:
+            ValueError: if ``x`` has no elements.
+        """
+        self.reset_parameters()
+        self._initialize(x)
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        """Set the scale, and the zero point if there is one, from a batch of activations."""
-        method = "lsq" if self.zero_point is None else "range"
-        scale = self.grid.init_scale(x, per_tensor=True, method=method)
-        self.scale.copy_(scale)
+    def _initialize(self, x: Tensor) -> None:
+        """Set scale and zero point unless they are initialized, without a wait: a compiled graph may run often."""
+        if x.numel() == 0:
+            raise ValueError(
+                f"x, the input, has shape {tuple(x.shape)} and no elements, from which an activation scale cannot be "
+                "initialized: call calibrate(model, batch) first, with a batch that reaches every layer"
+            )
+        finite = x.isfinite()
+        x = x.where(finite, 0)
+        scale = self.grid.init_scale(x, per_tensor=True, method="lsq" if self.zero_point is None else "range")
         if self.zero_point is not None:
-            self.zero_point.copy_(self.grid.init_zero_point(x, scale))
-        self.initialized.fill_(True)
-        self.ready = True
+            zero_point = self.grid.init_zero_point(x, scale).to(self.zero_point.dtype)
+            self.zero_point.copy_(torch.where(self.initialized, self.zero_point, zero_point))
+        self.scale.copy_(torch.where(self.initialized, self.scale, scale.to(self.scale.dtype)))
+        self.initialized.logical_or_(finite.all() & scale.isfinite())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` fake-quantized, in the dtype that the linear layer computes in.
@@ -129,14 +181,21 @@ class LearnedActivation(Float32Scales):
         Raises:
             RuntimeError: if the scale has not been initialized and this forward may not do it: in eval mode, or when
                 training runs in several processes.
+            ValueError: if it has not been initialized and ``x`` has no elements.
         """
-        if not self.ready:
+        if not self._known_ready:
             self._first_batch(x)
         return fake_quantize(
             x, self.scale, self.grid, zero_point=self.zero_point, grad_scale=self.grad_scale, dtype=compute_dtype(x)
         )
 
     def _first_batch(self, x: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            if self._read(self._forgotten, self._looks):
+                return
+            self._looks = max(self._looks - 1, 0)
+        elif self.ready:
+            return
         if not (self.calibrating or self.training):
             raise RuntimeError(
                 "an activation scale has not been initialized: run a batch in training mode, "
@@ -147,11 +206,22 @@ class LearnedActivation(Float32Scales):
                 "activation scales cannot be initialized from the first training batch in several processes, whose "
                 "batches differ: call calibrate(model, batch) with the same batch in each, before wrapping the model"
             )
-        self.initialize(x)
+        self._initialize(x)
+        if self.calibrating and not torch.compiler.is_compiling() and not self.ready:
+            bad = x.numel() - int(x.isfinite().sum())
+            raise ValueError(
+                f"x, the input, has {bad} of {x.numel()} elements that are inf or NaN (or their mean is), from which an "
+                "activation scale cannot be calibrated: calibrate with another batch"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._forget()
+        return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.ready = not self.initialized.is_meta and bool(self.initialized)
+        self._forget()
 
     def extra_repr(self) -> str:
         """Describe the quantizer."""

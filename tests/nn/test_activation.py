@@ -1,9 +1,16 @@
+import copy
 import re
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
 from compare import assert_same_bits
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from qatkernels.grid import affine, lsq
 from qatkernels.nn import LearnedActivation, QuantConfig, QuantLinear, calibrate, quantize_model
@@ -80,11 +87,178 @@ def test_eval_before_any_batch_is_an_error():
 def test_state_dict_says_whether_the_scale_is_initialized():
     config = QuantConfig(4, act_bits=4, act_scheme="lsq")
     trained, fresh = QuantLinear(16, 12, config=config), QuantLinear(16, 12, config=config)
-    trained.load_state_dict(fresh.state_dict())
+    trained(torch.randn(2, 16))
+    assert trained.act.ready
+    trained.load_state_dict(fresh.state_dict())  # of a layer that has seen nothing
     assert not trained.act.ready
     trained(torch.randn(2, 16))
     fresh.load_state_dict(trained.state_dict())
     assert fresh.eval()(torch.randn(2, 16)).isfinite().all()
+
+
+LEARNED = [QuantConfig(4, act_bits=8, act_scheme=scheme) for scheme in ("lsq", "lsq+")]
+
+
+def averaged(trained, folder):
+    fresh = copy.deepcopy(trained)
+    fresh.act.reset_parameters()
+    average = AveragedModel(fresh, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    average.update_parameters(trained)
+    return average.module
+
+
+def read_in_place(trained, folder):
+    dcp.save(trained.state_dict(), checkpoint_id=folder)
+    fresh = QuantLinear(16, 12, config=trained.config)
+    dcp.load(fresh.state_dict(), checkpoint_id=folder)
+    return fresh
+
+
+def written_in_place(trained, folder):
+    fresh = QuantLinear(16, 12, config=trained.config)
+    for name, tensor in fresh.state_dict().items():
+        tensor.data.copy_(trained.state_dict()[name])  # which no version counter sees
+    return fresh
+
+
+def loaded(trained, folder):
+    fresh = QuantLinear(16, 12, config=trained.config)
+    fresh.load_state_dict(trained.state_dict())
+    return fresh
+
+
+def emptied_and_loaded(trained, folder):
+    fresh = copy.deepcopy(trained).to("meta").to_empty(device="cpu")
+    fresh.load_state_dict(trained.state_dict())
+    return fresh
+
+
+def assigned(trained, folder):
+    fresh = QuantLinear(16, 12, config=trained.config, device="meta")
+    fresh.load_state_dict(trained.state_dict(), assign=True)
+    return fresh
+
+
+#: Ways in which the tensors of a calibrated layer get into another one.
+WAYS = {
+    "ema": averaged,
+    "dcp": read_in_place,
+    "data": written_in_place,
+    "load": loaded,
+    "empty": emptied_and_loaded,
+    "assign": assigned,
+    "deepcopy": lambda trained, folder: copy.deepcopy(trained),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("config", LEARNED, ids=["lsq", "lsq+"])
+def test_however_the_tensors_arrive_the_layer_is_calibrated(config, way, compiled, tmp_path):
+    trained, x = QuantLinear(16, 12, config=config), torch.randn(3, 16)
+    trained(x)
+    other = way(trained, tmp_path)
+    expected = trained.eval()(x)
+    torch._dynamo.reset()
+    run = torch.compile(other, fullgraph=True, backend="aot_eager") if compiled else other
+    assert_same_bits(run.train()(x), expected)
+    assert_same_bits(run.eval()(x), expected)
+    run.train()(100 * x)
+    assert_same_bits(other.act.scale, trained.act.scale)
+
+
+@pytest.mark.parametrize("config", LEARNED, ids=["lsq", "lsq+"])
+def test_a_compiled_layer_that_loads_an_uninitialized_state_initializes_again(config):
+    torch._dynamo.reset()
+    layer, x = QuantLinear(16, 12, config=config), torch.randn(3, 16)
+    fresh = copy.deepcopy(layer.state_dict())
+    layer.act.scale.data.fill_(0.1)
+    layer.act.initialized.fill_(True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(x)
+    assert layer.act.scale.item() == pytest.approx(0.1)
+    for factor in (1, 10):
+        layer.load_state_dict(fresh)
+        twin = copy.deepcopy(layer)
+        assert_same_bits(compiled(factor * x), twin(factor * x))
+        assert_same_bits(layer.act.scale, twin.act.scale)
+        assert layer.act.initialized
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("config", LEARNED, ids=["lsq", "lsq+"])
+def test_a_first_batch_that_is_not_finite_does_not_count(config, bad, compiled):
+    torch._dynamo.reset()
+    layer, twin = (QuantLinear(16, 12, config=config) for _ in range(2))
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    x = torch.randn(5, 16)
+    spoiled = x.clone()
+    spoiled[0, 3] = bad
+    for _ in range(4):
+        assert run(spoiled)[1:].isfinite().all()  # with a scale from the finite elements
+        assert not layer.act.initialized
+    for factor in (1, 10, 100):
+        run(factor * x)
+        twin(factor * x)
+        assert layer.act.initialized
+        assert_same_bits(layer.act.scale, twin.act.scale)
+    run(spoiled)
+    assert_same_bits(layer.act.scale, twin.act.scale)
+    if twin.act.zero_point is not None:
+        assert_same_bits(layer.act.zero_point, twin.act.zero_point)
+
+
+def test_compiles_twice_and_never_again():
+    torch._dynamo.reset()
+    layer = QuantLinear(16, 12, config=LEARNED[0])
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for _ in range(4):
+        compiled(torch.randn(3, 16))
+    assert counter.frame_count == 2
+
+
+def test_an_empty_first_batch_is_an_error_about_the_input():
+    layer = QuantLinear(16, 12, config=LEARNED[0])
+    with pytest.raises(ValueError, match=r"x, the input, has shape \(0, 16\) and no elements"):
+        layer(torch.randn(0, 16))
+    layer(torch.randn(2, 16))
+    assert layer(torch.randn(0, 16)).shape == (0, 12)
+
+
+def test_calibrate_refuses_a_batch_that_is_not_finite():
+    layer, x = QuantLinear(16, 12, config=LEARNED[0]), torch.randn(2, 16)
+    x[0, :3] = torch.nan
+    with pytest.raises(ValueError, match="x, the input, has 3 of 32 elements that are inf or NaN"):
+        calibrate(layer, x)
+    assert not layer.act.ready
+
+
+def test_initialize_sets_the_scale_again():
+    act, x = LearnedActivation(16, lsq(4)), torch.randn(3, 16)
+    act.initialize(10 * x)
+    act.initialize(x)
+    torch.testing.assert_close(act.scale.detach(), (2 * x.abs().mean() / 7**0.5).view(1))
+    assert act.ready
+
+
+def calibrated_on_one(rank, rendezvous):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model, x = QuantLinear(16, 12, config=LEARNED[0]), torch.randn(3, 16)
+    if rank == 0:
+        calibrate(model, x)
+    replicas = DistributedDataParallel(model)
+    assert replicas(x).isfinite().all()
+    scale = 2 * x.abs().mean() / 127**0.5
+    torch.testing.assert_close(model.act.scale.detach(), scale.view(1))
+    dist.destroy_process_group()
+
+
+def test_broadcast_by_ddp_calibrates_every_process(tmp_path):
+    mp.spawn(calibrated_on_one, (tmp_path / "rendezvous",), nprocs=2)
 
 
 def test_calibrate_initializes_once_and_says_what_it_missed(mlp):
