@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qatkernels import backends, cli
+from qatkernels import cli
 
 from .conftest import options
 
@@ -103,32 +102,6 @@ def test_help(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     wanted = {None: list(cli.COMMANDS), "train": ["--data", "--resume", "--qat-lr", "examples:"], "doctor": ["--json"]}
     assert all(word in text for word in wanted[command])
-
-
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["doctor"]) == 0
-    text = capsys.readouterr().out
-    assert cli.main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["ops"].keys() == backends.OPS.keys()
-    for op, served in found["ops"].items():
-        assert op in text
-        assert served["CPU"] == backends.chosen(op, "CPU")
-        assert served["CPU"] in served["present"]
-    assert found["missing"].keys() == backends.MISSING.keys()
-    for name, entry in found["missing"].items():
-        assert f"missing: {name}" in text
-        assert entry["how"]
-
-
-def test_doctor_finds_an_extension_that_does_not_load(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(backends, "extension", lambda: None)
-    monkeypatch.setitem(backends.MISSING, "cpp", "undefined symbol: _ZN2at6detail")
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: object())
-    assert cli.main(["doctor"]) == 1
-    assert "BROKEN: cpp: the extension is there and does not load: undefined symbol" in capsys.readouterr().out
 
 
 def test_bench_says_where_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
