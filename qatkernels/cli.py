@@ -77,12 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> int:
-    """Be the command `qatkernels`: run the command line, and end well as one of torchrun's processes too."""
+    """Be the command `qatkernels`: run the command line, and end well after training with other processes too."""
     code = main()
-    if "RANK" in os.environ:
-        from .train.parallel import leave
-
-        leave(code)
+    parallel = sys.modules.get("qatkernels.train.parallel")  # not imported: nothing has trained
+    if parallel is not None and parallel.joined_any():
+        parallel.leave(code)
     return code
 
 
@@ -188,6 +187,7 @@ def pack(argv: Sequence[str]) -> int:
 
 def generate(argv: Sequence[str]) -> int:
     """Write text with a trained model, packed or not."""
+    from .plan.units import human
     from .train import generate as job
     from .train.checkpoint import CheckpointError
     from .train.values import check_seed
@@ -221,7 +221,7 @@ def generate(argv: Sequence[str]) -> int:
         _show(decoder.decode(bytes([token])))
     seconds = time.perf_counter() - began
     _show(decoder.decode(b"", final=True) + "\n")
-    print(f"{args.tokens} tokens, {args.tokens / seconds:.0f} tokens/s", file=sys.stderr)
+    print(f"{args.tokens} tokens, {human(args.tokens / seconds)} tokens/s", file=sys.stderr)
     return 0
 
 
@@ -239,13 +239,12 @@ def bit_width(text: str) -> float:
 
 def plan(argv: Sequence[str]) -> int:
     """Say how many tokens to train in full precision and how many quantized."""
-    from .plan import command  # scipy takes a while to import
+    from .files import CheckpointError
+    from .plan import PlanError, command  # scipy takes a while to import
 
     try:
         return command.run(argv)
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError) as error:
+    except (PlanError, CheckpointError) as error:
         return _fail(error)
 
 

@@ -171,7 +171,8 @@ def cure(name: str, here: Installation) -> str:
             needs.append(f"a CUDA build of PyTorch (this is {torch.__version__})")
         if shutil.which("nvcc") is None:
             needs.append("nvcc, of the CUDA toolkit")
-    if not any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))):
+    chosen = shlex.split(os.environ.get("CXX", ""))[:1]  # as setup.py looks for one
+    if not any(map(shutil.which, chosen or ("c++", "g++", "clang++"))):
         needs.append("a C++20 compiler (`apt install g++`, `dnf install gcc-c++`, `xcode-select --install`)")
     steps = [f"needs {' and '.join(needs)}; then {again}" if needs else f"build it: {again}"]
     if name == "cpp" and (built := _built_for()):
