@@ -123,8 +123,8 @@ def install() -> None:
                     LIBRARY.impl(op_name, IMPLS[op_name]["triton"], device)
     if compiled is None and os.environ.get("QATKERNELS_BACKEND") != "reference":
         warnings.warn(
-            "qatkernels was installed without its compiled kernels and runs on the (slow) PyTorch reference on CPU; "
-            "`qatkernels doctor` says what is missing and how to get it",
+            "qatkernels has no compiled kernels that work here and runs on the (slow) PyTorch reference on CPU; "
+            "`qatkernels doctor` says why and how to get them",
             stacklevel=3,
         )
 

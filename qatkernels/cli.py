@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import contextlib
-import importlib.metadata
-import importlib.util
 import json
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -22,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends
+from . import __version__
 
 BROKEN, BAD_USAGE = 1, 2
 
@@ -55,13 +51,6 @@ examples:
 """
 
 
-_INSTALL = {
-    "cpp": "needs a C++20 compiler: reinstall with `pip install --force-reinstall --no-deps .` in a checkout",
-    "cuda": "needs nvcc and a CUDA build of PyTorch when qatkernels is installed",
-    "triton": "needs Triton: `pip install triton` (Linux); CPU runs do without it",
-}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -88,12 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> int:
-    """Be the command `qatkernels`: run the command line, and end well as one of torchrun's processes too."""
+    """Be the command `qatkernels`: run the command line, and end well after training with other processes too."""
     code = main()
-    if "RANK" in os.environ:
-        from .train.parallel import leave
-
-        leave(code)
+    parallel = sys.modules.get("qatkernels.train.parallel")  # not imported: nothing has trained
+    if parallel is not None and parallel.joined_any():
+        parallel.leave(code)
     return code
 
 
@@ -199,6 +187,7 @@ def pack(argv: Sequence[str]) -> int:
 
 def generate(argv: Sequence[str]) -> int:
     """Write text with a trained model, packed or not."""
+    from .plan.units import human
     from .train import generate as job
     from .train.checkpoint import CheckpointError
     from .train.values import check_seed
@@ -232,7 +221,7 @@ def generate(argv: Sequence[str]) -> int:
         _show(decoder.decode(bytes([token])))
     seconds = time.perf_counter() - began
     _show(decoder.decode(b"", final=True) + "\n")
-    print(f"{args.tokens} tokens, {args.tokens / seconds:.0f} tokens/s", file=sys.stderr)
+    print(f"{args.tokens} tokens, {human(args.tokens / seconds)} tokens/s", file=sys.stderr)
     return 0
 
 
@@ -250,79 +239,27 @@ def bit_width(text: str) -> float:
 
 def plan(argv: Sequence[str]) -> int:
     """Say how many tokens to train in full precision and how many quantized."""
-    from .plan import command  # scipy takes a while to import
+    from .files import CheckpointError
+    from .plan import PlanError, command  # scipy takes a while to import
 
     try:
         return command.run(argv)
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError) as error:
+    except (PlanError, CheckpointError) as error:
         return _fail(error)
 
 
 def doctor(argv: Sequence[str]) -> int:
     """Say which backend serves which op here, what is missing, and how to get it."""
+    from . import doctor as job
+
     parser = argparse.ArgumentParser(
         prog="qatkernels doctor", description=f"{doctor.__doc__} The exit code is {BROKEN} if something is broken."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
-    found = _diagnosis()
-    print(json.dumps(found, indent=2) if args.json else _prescription(found))
+    found = job.diagnosis()
+    print(json.dumps(found, indent=2) if args.json else job.prescription(found))
     return BROKEN if found["broken"] else 0
-
-
-def _diagnosis() -> dict[str, Any]:
-    extension = backends.extension()
-    broken = {}
-    if extension is None and importlib.util.find_spec("qatkernels._C") is not None:
-        broken["cpp"] = f"the extension is there and does not load: {backends.MISSING['cpp']}"
-    versions: dict[str, str | None] = {"qatkernels": __version__, "python": platform.python_version()}
-    for package in ("torch", "triton", "numpy", "scipy", "rich", "safetensors", "matplotlib"):
-        versions[package] = _version(package)
-    return {
-        "versions": versions,
-        "cpu": {
-            "name": platform.processor() or platform.machine(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-        },
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "forced_backend": os.environ.get("QATKERNELS_BACKEND"),
-        "extension": None if extension is None else extension.build_info(),
-        "ops": {
-            name: {d: backends.chosen(name, d) for d in backends.PREFERENCE} | {"present": sorted(backends.IMPLS[name])}
-            for name in backends.OPS
-        },
-        "missing": {name: {"why": why, "how": _INSTALL.get(name, "")} for name, why in backends.MISSING.items()},
-        "broken": broken,
-    }
-
-
-def _version(package: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None
-
-
-def _prescription(found: dict[str, Any]) -> str:
-    """Return a diagnosis as text."""
-    cpu, width = found["cpu"], max(map(len, found["ops"]))
-    lines = [f"{name:<12} {version or 'not installed'}" for name, version in found["versions"].items()]
-    lines += ["", f"CPU          {cpu['name']}, {cpu['capability']}, {cpu['threads']} threads"]
-    lines += [f"CUDA         {found['cuda'] or 'no device'}"]
-    built = found["extension"]
-    lines += [f"extension    {'not there' if built is None else ', '.join(f'{k} {v}' for k, v in built.items() if v)}"]
-    if found["forced_backend"]:
-        lines += [f"QATKERNELS_BACKEND forces {found['forced_backend']!r}"]
-    devices = list(backends.PREFERENCE)
-    lines += ["", f"{'op':<{width}}  " + "".join(f"on {device:<12}" for device in devices) + "present"]
-    for name, op in found["ops"].items():
-        lines += [f"{name:<{width}}  " + "".join(f"{op[d]:<15}" for d in devices) + ", ".join(op["present"])]
-    for name, entry in found["missing"].items():
-        lines += ["", f"missing: {name} ({entry['why']})", f"  {entry['how']}"]
-    lines += [f"\nBROKEN: {name}: {why}" for name, why in found["broken"].items()]
-    return "\n".join(lines)
 
 
 def bench(argv: Sequence[str]) -> int:

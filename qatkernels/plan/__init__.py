@@ -4,6 +4,7 @@ from .decide import BitChoice, best_bits_under_memory, full_precision_parity, wa
 from .fit import FitError, LossFit, fit_loss_law, measured_optima, read_runs
 from .formula import (
     ExtrapolationWarning,
+    PlanError,
     optimal_qat_fraction,
     tokens_per_parameter_byte,
     tokens_per_parameter_byte_at,
@@ -16,6 +17,7 @@ __all__ = [
     "FitError",
     "LossFit",
     "LossLaw",
+    "PlanError",
     "best_bits_under_memory",
     "fit_loss_law",
     "full_precision_parity",

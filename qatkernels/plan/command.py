@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from . import units
 from .decide import best_bits_under_memory, full_precision_parity, wasted_tokens
 from .fit import LossFit, fit_loss_law, read_runs, select
-from .formula import optimal_qat_fraction, tokens_per_parameter_byte
+from .formula import PlanError, optimal_qat_fraction, tokens_per_parameter_byte
 from .law import LossLaw
 
 _DESCRIPTION = """\
@@ -66,8 +67,8 @@ def run(argv: Sequence[str]) -> int:
     """Answer on the standard output; warnings go to the standard error.
 
     Raises:
-        ValueError: if an argument or a file cannot be used.
-        OSError: if a file cannot be read or written.
+        PlanError: if an argument or the content of a file cannot be used.
+        CheckpointError: if a file cannot be read or written.
     """
     args = parser().parse_args(argv)
     with warnings.catch_warnings(record=True) as caught:
@@ -77,7 +78,8 @@ def run(argv: Sequence[str]) -> int:
         if args.plot:
             from .plot import draw  # matplotlib takes half a second to import
 
-            draw(args.plot, args.params, args.tokens, args.bits, law)
+            with files.explained("written", Path(args.plot)):
+                draw(args.plot, args.params, args.tokens, args.bits, law)
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"qatkernels: warning: {message}", file=sys.stderr)
     print(json.dumps(answer, indent=2) if args.json else text(answer))
@@ -86,28 +88,29 @@ def run(argv: Sequence[str]) -> int:
 
 def _law(args: argparse.Namespace) -> tuple[LossLaw | None, LossFit | None]:
     if args.save and not args.runs:
-        raise ValueError("--save needs --runs, to which the law is fitted")
+        raise PlanError("--save needs --runs, to which the law is fitted")
     if args.memory and not (args.runs or args.law):
-        raise ValueError("--memory needs a law: give --runs or --law")
+        raise PlanError("--memory needs a law: give --runs or --law")
     if args.law:
-        stored = json.loads(Path(args.law).read_text())
+        stored = files.read_json(Path(args.law))
         try:
             return LossLaw.from_dict(stored["coefficients"]), None
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"--law {args.law} holds no law ({error})") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"--law {args.law} holds no law ({error})") from error
     if not args.runs:
         return None, None
     runs: dict[str, list[Any]] = read_runs(args.runs)
     for condition in args.where:
         column, equals, value = condition.partition("=")
         if not equals or column not in runs:
-            raise ValueError(f"--where {condition} is not COLUMN=VALUE with a column of {', '.join(runs)}")
+            raise PlanError(f"--where {condition} is not COLUMN=VALUE with a column of {', '.join(runs)}")
         runs = select(runs, **{column: value})
         if not runs[column]:
-            raise ValueError(f"--where {condition} leaves no runs")
+            raise PlanError(f"--where {condition} leaves no runs")
     fit = fit_loss_law(runs, seed=args.seed, resamples=args.resamples)
     if args.save:
-        Path(args.save).write_text(json.dumps(fit.to_dict(), indent=2) + "\n")
+        with files.explained("written", Path(args.save)):
+            Path(args.save).write_text(json.dumps(fit.to_dict(), indent=2) + "\n")
     return fit.law, fit
 
 

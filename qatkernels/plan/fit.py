@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize
 
-from .formula import Array, ExtrapolationWarning
+from .formula import Array, ExtrapolationWarning, PlanError
 from .law import COEFFICIENTS, TERMS, LossLaw, features, jacobian, terms
 
 #: What a table of runs must have: N, D_qat, D_fp (tokens), B and the loss.
@@ -35,7 +35,7 @@ _EXPONENTS = [exponent for _, exponents in TERMS for exponent, _ in exponents]
 _SCREENED, _IMPROVED, _AT_ONCE = 128, 32, 32
 
 
-class FitError(ValueError):
+class FitError(PlanError):
     """A table of runs cannot be fitted; the message says what it lacks."""
 
 
@@ -151,10 +151,10 @@ def fit_loss_law(
     Raises:
         FitError: if a column is missing or of another length, a value is out of range, or the rows are fewer than the
             coefficients or do not vary in what the law depends on.
-        ValueError: if an option is out of range.
+        PlanError: if an option is out of range.
     """
     if not (delta > 0 and starts >= 1 and resamples >= 0 and 0 < confidence < 1 and seed >= 0):
-        raise ValueError(
+        raise PlanError(
             f"delta is {delta}, starts {starts}, resamples {resamples}, confidence {confidence}, seed {seed}; "
             "must be positive, at least 1, at least 0, in (0, 1) and at least 0"
         )

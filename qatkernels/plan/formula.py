@@ -25,6 +25,10 @@ FRACTION_COEFFICIENT = 6.7297
 TOKENS_RANGE, BITS_RANGE = (2.3e9, 1.4e12), (1.0, 6.0)
 
 
+class PlanError(ValueError):
+    """A question cannot be answered; the message names what is wrong with it and what is allowed."""
+
+
 class ExtrapolationWarning(UserWarning):
     """A formula is used outside of what it was fitted to."""
 
@@ -41,7 +45,7 @@ def tokens_per_parameter_byte(params: ArrayLike, tokens: ArrayLike, bits: ArrayL
         S in tokens per byte, float64, a float where all arguments are numbers.
 
     Raises:
-        ValueError: if an argument is not positive and finite.
+        PlanError: if an argument is not positive and finite.
 
     >>> round(tokens_per_parameter_byte(396e6, 100e9, 4), 3)
     505.051
@@ -62,7 +66,7 @@ def optimal_qat_fraction(params: ArrayLike, tokens: ArrayLike, bits: ArrayLike) 
         f̂ in (0, 1), so that D_qat = f̂ · D_total; a float where all arguments are numbers.
 
     Raises:
-        ValueError: if an argument is not positive and finite, or S ≤ 1, where the formula has no meaning.
+        PlanError: if an argument is not positive and finite, or S ≤ 1, where the formula has no meaning.
 
     >>> round(optimal_qat_fraction(759e6, 1.4e12, 2), 6)
     0.469722
@@ -70,7 +74,7 @@ def optimal_qat_fraction(params: ArrayLike, tokens: ArrayLike, bits: ArrayLike) 
     s = np.asarray(tokens_per_parameter_byte(params, tokens, bits))
     if (s <= 1).any():
         worst = float(s.min())
-        raise ValueError(
+        raise PlanError(
             f"S = {worst:.4g} tokens per parameter byte, must be above 1 for the formula; "
             "give more tokens, fewer bits or a smaller model, or choose the fraction yourself"
         )
@@ -89,11 +93,11 @@ def tokens_per_parameter_byte_at(fraction: ArrayLike) -> Any:
         S in tokens per byte; inf where it exceeds float64, as f approaches 1.
 
     Raises:
-        ValueError: if a fraction is not in (0, 1).
+        PlanError: if a fraction is not in (0, 1).
     """
     f = np.asarray(fraction, dtype=np.float64)
     if not ((f > 0) & (f < 1)).all():
-        raise ValueError(f"fraction is {fraction!r}, must be in (0, 1)")
+        raise PlanError(f"fraction is {fraction!r}, must be in (0, 1)")
     with np.errstate(over="ignore"):
         return plain(np.exp(-FRACTION_COEFFICIENT / np.log(f)))
 
@@ -102,11 +106,11 @@ def positive(name: str, value: ArrayLike) -> Array:
     """Return a value as float64.
 
     Raises:
-        ValueError: if it is not positive and finite everywhere.
+        PlanError: if it is not positive and finite everywhere.
     """
     array = np.asarray(value, dtype=np.float64)
     if not (np.isfinite(array) & (array > 0)).all():
-        raise ValueError(f"{name} is {value!r}, must be positive and finite")
+        raise PlanError(f"{name} is {value!r}, must be positive and finite")
     return array
 
 

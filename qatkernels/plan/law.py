@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .formula import Array, plain, positive, tokens_per_parameter_byte
+from .formula import Array, PlanError, plain, positive, tokens_per_parameter_byte
 
 _LN2 = math.log(2.0)
 
@@ -43,7 +43,7 @@ class LossLaw:
         rho: ρ, its exponent of S_qat.
 
     Raises:
-        ValueError: if a coefficient is not positive and finite.
+        PlanError: if a coefficient is not positive and finite.
     """
 
     alpha: float
@@ -67,7 +67,7 @@ class LossLaw:
         for name in COEFFICIENTS:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} is {value}, must be positive and finite")
+                raise PlanError(f"{name} is {value}, must be positive and finite")
 
     def __call__(self, params: ArrayLike, tokens_qat: ArrayLike, tokens_fp: ArrayLike, bits: ArrayLike) -> Any:
         """Return the loss.
@@ -82,7 +82,7 @@ class LossLaw:
             The loss, a float where all arguments are numbers.
 
         Raises:
-            ValueError: if an argument is negative or not finite, or ``tokens_fp`` is 0.
+            PlanError: if an argument is negative or not finite, or ``tokens_fp`` is 0.
         """
         return plain(terms(features(params, tokens_qat, tokens_fp, bits), self.log_coefficients()).sum(0))
 
@@ -99,7 +99,7 @@ class LossLaw:
         """Return the loss of ``tokens`` (D of both phases) of which a share in (0, 1) is quantized."""
         f = np.asarray(fraction, dtype=np.float64)
         if not ((f > 0) & (f < 1)).all():
-            raise ValueError(f"fraction is {fraction!r}, must be in (0, 1)")
+            raise PlanError(f"fraction is {fraction!r}, must be in (0, 1)")
         d = positive("tokens", tokens)
         return self(params, f * d, (1 - f) * d, bits)
 
@@ -118,7 +118,7 @@ class LossLaw:
             f* in (0, 1); a float where all arguments are numbers.
 
         Raises:
-            ValueError: if an argument is not positive and finite.
+            PlanError: if an argument is not positive and finite.
         """
         n, b = positive("params", params), positive("bits", bits)
         ln_s = np.log(tokens_per_parameter_byte(n, tokens, b))
@@ -149,10 +149,10 @@ class LossLaw:
         """Return the law of :meth:`to_dict`.
 
         Raises:
-            ValueError: if a coefficient is missing, unknown or not positive.
+            PlanError: if a coefficient is missing, unknown or not positive.
         """
         if set(values) != set(COEFFICIENTS):
-            raise ValueError(f"coefficients are {sorted(values)}, must be {sorted(COEFFICIENTS)}")
+            raise PlanError(f"coefficients are {sorted(values)}, must be {sorted(COEFFICIENTS)}")
         return cls(**{name: float(value) for name, value in values.items()})
 
 
@@ -175,12 +175,12 @@ def features(params: ArrayLike, tokens_qat: ArrayLike, tokens_fp: ArrayLike, bit
     """Return ln D, ln N, B·ln 2, ln S_qat, ln S_fp and whether a run is quantized, ``[6, ...]``.
 
     Raises:
-        ValueError: if an argument is out of range.
+        PlanError: if an argument is out of range.
     """
     n, fp = positive("params", params), positive("tokens_fp", tokens_fp)
     qat = np.asarray(tokens_qat, dtype=np.float64)
     if not (np.isfinite(qat) & (qat >= 0)).all():
-        raise ValueError(f"tokens_qat is {tokens_qat!r}, must be finite and at least 0")
+        raise PlanError(f"tokens_qat is {tokens_qat!r}, must be finite and at least 0")
     quantized = qat > 0
     b = positive("bits", np.where(quantized, bits, 1.0))
     n, qat, fp, b, quantized = np.broadcast_arrays(n, qat, fp, b, quantized)

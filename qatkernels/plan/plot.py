@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from .decide import wasted_tokens
 from .fit import LossFit
-from .formula import ExtrapolationWarning, optimal_qat_fraction, tokens_per_parameter_byte
+from .formula import ExtrapolationWarning, PlanError, optimal_qat_fraction, tokens_per_parameter_byte
 from .law import LossLaw
 from .units import human
 
@@ -31,7 +32,13 @@ def draw(path: str | Path, params: float, tokens: float, bits: list[float], law:
         tokens: D, tokens of both phases.
         bits: bit widths, each with a curve of its own.
         law: a fitted law; without one only the paper's formula is drawn.
+
+    Raises:
+        PlanError: if matplotlib does not write that format.
     """
+    ending, formats = Path(path).suffix, FigureCanvasBase.get_supported_filetypes()
+    if ending and ending[1:].lower() not in formats:
+        raise PlanError(f"{path} ends in {ending}, must end in one of {', '.join(f'.{name}' for name in formats)}")
     figure = Figure(figsize=(12 if law else 6.6, 4.8), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2 if law else 1, squeeze=False)[0]
     if law:

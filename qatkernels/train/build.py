@@ -60,8 +60,9 @@ def sizes(model: nn.Module) -> dict[str, int]:
     scales = sum(layer.scale.numel() for layer in layers)
     packed = 4 * scales + sum(-(-layer.weight.numel() * layer.grid.storage_bits // 8) for layer in layers)
     total = sum(parameter.numel() for parameter in model.parameters())
+    ours = set(scales_of(model))
     return {
-        "parameters": total - scales,
+        "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter not in ours),
         "quantized_parameters": weights,
         "quantized_bytes": packed,
         "model_bytes": packed + 4 * (total - weights - scales),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..nn import QuantConfig, load_packed, model_bytes, pack_model, quantize_model, save_packed
-from . import checkpoint, sources
+from ..nn import load_packed, model_bytes, pack_model, save_packed
+from . import sources
+from .build import sizes
 from .checkpoint import CheckpointError
 from .model import Cache, ModelConfig, Transformer
 
@@ -75,30 +75,12 @@ def load(path: Path) -> nn.Module:
     Raises:
         CheckpointError: if it is missing, damaged, or of another kind.
     """
-    model = load_trained(path)[0] if path.is_dir() else load_packed(path, lambda c: sources.build(c["model"]))
+    model = (
+        sources.load_trained(path).model if path.is_dir() else load_packed(path, lambda c: sources.build(c["model"]))
+    )
     if not isinstance(model, Transformer):
         raise CheckpointError(f"{path} holds a {type(model).__name__}, must be a model of --model demo")
     return model.eval()
-
-
-def load_trained(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the model of a finished phase of `qatkernels train`, and its config.json.
-
-    Raises:
-        CheckpointError: if a file is missing, damaged, or of another kind.
-    """
-    described = checkpoint.read_json(folder / "config.json")
-    tensors, _ = checkpoint.load(folder / "model.safetensors")
-    try:
-        model = sources.build(described["model"])
-        if described["quantization"] is not None:
-            quantization = QuantConfig.from_dict(described["quantization"])
-            model = quantize_model(model, quantization, exclude=described["exclude"])
-        model.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder} does not hold a model of this version ({reason})") from error
-    return model, described
 
 
 def pack(folder: Path, out: Path, scale_dtype: torch.dtype = torch.float32) -> dict[str, int]:
@@ -119,10 +101,10 @@ def pack(folder: Path, out: Path, scale_dtype: torch.dtype = torch.float32) -> d
     for source in ("model.safetensors", "config.json"):
         if out.exists() and (folder / source).exists() and out.samefile(folder / source):
             raise CheckpointError(f"{out} is a file of the model in {folder}, give another one to write")
-    model, described = load_trained(folder)
-    if described["quantization"] is None:
+    trained = sources.load_trained(folder)
+    if trained.about["quantization"] is None:
         raise CheckpointError(f"{folder} was trained in full precision, there is nothing to pack")
-    parameters = sum(p.numel() for n, p in model.named_parameters() if not n.endswith((".scale", ".zero_point")))
-    packed = pack_model(model, scale_dtype=scale_dtype)
-    save_packed(packed, out, {"phase": described["phase"], "model": described["model"]})
+    parameters = sizes(trained.model)["parameters"]
+    packed = pack_model(trained.model, scale_dtype=scale_dtype)
+    save_packed(packed, out, {name: trained.about[name] for name in ("phase", "model")})
     return {"parameters": parameters, "disk": out.stat().st_size, "memory": model_bytes(packed)}

@@ -6,6 +6,7 @@ losses of many are therefore those of one, up to the order in which gradients ar
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 #: Ways to train with several processes by the name on the command line.
 MODES = ("none", "ddp", "fsdp")
+_groups = 0  # that this process has made; those that it has left leave threads behind
 
 
 class ParallelError(ValueError):
@@ -146,6 +148,8 @@ def joined(mode: str, device: str) -> Iterator[Processes]:
     if ours:
         # Flags and JSON-able values go over gloo, tensors on a GPU over NCCL.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        global _groups
+        _groups += 1
     try:
         yield Processes(mode)
         if ours:
@@ -155,12 +159,21 @@ def joined(mode: str, device: str) -> Iterator[Processes]:
             dist.destroy_process_group()
 
 
+def joined_any() -> bool:
+    """Whether this process has trained with others, so that :func:`leave` has to end it."""
+    return _groups > 0
+
+
 def leave(code: int) -> NoReturn:
     """End a process that was one of several, without the interpreter's end.
+
+    Functions of :mod:`atexit` run and the output is written, as at the interpreter's end.
 
     Threads of gloo need the interpreter's lock to drop a collective's tensors, and one that asks for it while the
     interpreter ends aborts the process. They do not end with their group: torch's caches keep that alive under FSDP2.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a reader that left, a stream that was closed
+            stream.flush()
     os._exit(code)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from ..plan.units import human
 from . import checkpoint
 from .data import Corpus
 from .plot import plot
@@ -122,7 +123,7 @@ class Display:
         """Show one step: the log's entry and the tokens per second of the phase."""
         self._done, self._here = self._done + 1, self._here + 1
         left = (time.perf_counter() - self._began) / self._here * (self._total - self._done)
-        rest = f"{rate / 1000:.1f}k tokens/s, {_clock(left)} left"
+        rest = f"{human(rate)} tokens/s, {_clock(left)} left"
         if "held_out" in entry:
             self._held_out = f"{entry['held_out']:.3f} bits/byte held out, "
             if self._bar.disable:
@@ -135,7 +136,7 @@ class Display:
         before = "" if result["bits"] is None else f" (round-to-nearest {result['start_bits_per_byte']:.3f})"
         self._say(
             f"{result['phase']:<6} done: {result['bits_per_byte']:.3f} bits/byte held out{before}, "
-            f"{result['tokens_per_second'] / 1000:.1f}k tokens/s"
+            f"{human(result['tokens_per_second'])} tokens/s"
         )
 
 
@@ -252,6 +253,6 @@ def table(report: dict[str, Any]) -> Table:
             *("" if value is None else f"{value:.3f}" for value in losses),
             f"{row['quantized_bytes']:,}",
             f"{row['model_bytes']:,}",
-            f"{row['tokens_per_second']:,.0f}",
+            human(row["tokens_per_second"]),
         )
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..files import CheckpointError, DamagedError, explained, header, load, read_json
+from ..nn import QuantConfig, quantize_model
 from .model import ModelConfig, Transformer
 
 #: The model that ``--model`` names unless it is a path.
 DEMO = "demo"
 #: Layers of the demo's model that stay in full precision, as in the papers.
 EXCLUDED = ("lm_head",)
+_STRANGE = "no model that `qatkernels train` wrote, or one of another version"
 
 
 def describe(model: str, shape: ModelConfig) -> dict[str, Any]:
@@ -110,9 +112,73 @@ def initial_weights(model: str) -> dict[str, Tensor] | None:
         return None
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= _tensors(file)
-    scales = (".scale", ".zero_point")
-    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items() if not name.endswith(scales)}
+        found, about = _tensors(file)
+        tensors |= found if about is None else _masters(found, about, file)
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def _masters(tensors: dict[str, Tensor], about: dict[str, Any], file: Path) -> dict[str, Tensor]:
+    """Leave out what quantization added: entries of linear layers that the model does not have in full precision.
+
+    The names alone do not tell, because models have parameters of their own that are called ``scale``.
+    """
+    if about.get("quantization") is None:
+        return tensors
+    try:
+        with torch.device("meta"):
+            model = build(about["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} is {_STRANGE} ({error})") from error
+    own, kept = model.state_dict().keys(), set(about.get("exclude", ()))
+    layers = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in kept}
+    return {name: t for name, t in tensors.items() if name in own or not _within(name, layers)}
+
+
+def _within(name: str, modules: set[str]) -> bool:
+    """Whether a tensor belongs to one of the modules, or to a part of one."""
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in modules for end in range(1, len(parts)))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that `qatkernels train` left.
+
+    Attributes:
+        model: on the CPU, in training mode; quantized if it was trained so.
+        about: what was written beside it: phase, model, quantization, exclude and result.
+        file: where its weights are.
+    """
+
+    model: nn.Module
+    about: dict[str, Any]
+    file: Path
+
+
+def load_trained(path: Path) -> Trained:
+    """Return a model of `qatkernels train`.
+
+    Args:
+        path: the folder of a finished phase, such as ``runs/demo/w2``, or a ``.safetensors`` file in one.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged, or of another kind.
+    """
+    alone = path.suffix == ".safetensors"
+    file = path if alone else path / "model.safetensors"
+    described = None if alone else read_json(path / "config.json")  # it is written last: the phase is finished
+    tensors, inside = load(file)
+    about = inside if described is None else described
+    try:
+        model = build(about["model"])
+        if about["quantization"] is not None:
+            quantization = QuantConfig.from_dict(about["quantization"])
+            model = quantize_model(model, quantization, exclude=about["exclude"])
+        model.load_state_dict(tensors)
+        about["phase"], about["result"]["steps"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is {_STRANGE} ({' '.join(str(error).split())})") from error
+    return Trained(model, about, file)
 
 
 def fill(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
@@ -156,12 +222,12 @@ def tokenizer(model: str) -> Path | None:
     return file if model != DEMO and file.is_file() else None
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; one of ours is held against its digest."""
+def _tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Read a safetensors file; one of ours is held against its digest, and comes with its header."""
     try:
         with explained("read", file), safe_open(file, framework="pt") as content:
             if "header" in (content.metadata() or {}):
-                return load(file)[0]
-            return {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118
+                return load(file)
+            return {name: content.get_tensor(name).clone() for name in content.keys()}, None  # noqa: SIM118
     except SafetensorError as error:
         raise DamagedError(file, error) from error

@@ -21,10 +21,8 @@ from ..hessian import report as pictures
 from ..hessian.lanczos import basis_bytes
 from ..nn import QuantConfig, quantize_model, quantized_modules, quantized_weights
 from ..ops import cross_entropy
-from . import checkpoint, data
-from .checkpoint import CheckpointError
+from . import checkpoint, data, sources
 from .config import ConfigError
-from .model import ModelConfig, Transformer
 from .report import _clock, _machine
 from .values import check_seed
 
@@ -38,6 +36,7 @@ class SpectrumConfig:
     checkpoints: tuple[str, ...]
     out: str = "runs/spectrum"
     data: str | None = None
+    context: int | None = None
     windows: int = 16
     batches: int = 1
     probes: int = 20
@@ -60,6 +59,8 @@ class SpectrumConfig:
         for name in ("windows", "batches", "probes", "steps", "block"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}, must be at least 1")
+        if self.context is not None and self.context < 1:
+            raise ConfigError(f"--context is {self.context}, must be at least 1")
         try:
             check_seed("--seed", self.seed)
         except ValueError as error:
@@ -111,6 +112,12 @@ def parser() -> argparse.ArgumentParser:
 
     option("out", "folder for the results")
     option("data", "text file or folder; what the checkpoint was trained on if not given", metavar="PATH")
+    option(
+        "context",
+        "tokens in a window; as many as the checkpoints were trained with if not given",
+        type=int,
+        metavar="N",
+    )
     option("windows", "windows of text in a batch", metavar="N")
     option("batches", "batches that the loss is the mean of", metavar="N")
     option("probes", "random vectors", metavar="N")
@@ -131,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint: its model, and what was written beside it."""
+    """A checkpoint: its model, the weights that are quantized or would be, and what was written beside it."""
 
     name: str
     model: nn.Module
@@ -149,28 +156,16 @@ def load(path: str | Path) -> Loaded:
     Raises:
         CheckpointError: if there is none, or it does not describe a model of `qatkernels train`.
     """
-    folder = Path(path)
-    file = folder if folder.suffix == ".safetensors" else folder / "model.safetensors"
-    tensors, header = checkpoint.load(file)
-    try:
-        model: nn.Module = Transformer(ModelConfig(**header["model"]))
-        quantization, exclude = header["quantization"], tuple(header["exclude"])
-        # In full precision, the weights that the quantized models quantize.
-        quantized = quantize_model(model, QuantConfig.from_dict(quantization or {}), exclude=exclude)
-        weights: list[Tensor] = list(quantized_weights(quantized))
-        if quantization is None:
-            names = [name for name, p in quantized.named_parameters() if any(p is w for w in weights)]
-            model = Transformer(ModelConfig(**header["model"]))
-            weights = [p for name, p in model.named_parameters() if name in names]
-        else:
-            model = quantized
-        model.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{file} is no model that `qatkernels train` wrote ({str(error).splitlines()[0]})"
-        ) from error
-    phase: str = header["phase"]
-    return Loaded(phase if file.stem == "model" else f"{phase}-{file.stem}", model.eval(), weights, header, file)
+    trained = sources.load_trained(Path(path))
+    model, about, file = trained.model, trained.about, trained.file
+    weights: list[Tensor] = list(quantized_weights(model))
+    if about["quantization"] is None:  # the weights that the quantized models quantize
+        twin = quantize_model(sources.build(about["model"]), QuantConfig(), exclude=tuple(about["exclude"]))
+        quantized = set(quantized_weights(twin))
+        names = {name for name, p in twin.named_parameters() if p in quantized}
+        weights = [p for name, p in model.named_parameters() if name in names]
+    phase: str = about["phase"]
+    return Loaded(phase if file.stem == "model" else f"{phase}-{file.stem}", model.eval(), weights, about, file)
 
 
 def run(config: SpectrumConfig, say: Callable[[str], None] | None = None) -> dict[str, Any]:
@@ -192,15 +187,15 @@ def run(config: SpectrumConfig, say: Callable[[str], None] | None = None) -> dic
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if config.device == "auto" else config.device)
     models = [load(path) for path in config.checkpoints]
-    context = min(m.header["model"]["context"] for m in models)
-    corpus = data.load(config.data or _trained_on(models[0]), context)
+    context = _context(config, models)
+    corpus = data.load(config.data or _run_of(models[0]).get("data"), context, _tokenizer(models))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         batches = [corpus.batch(config.windows, context).to(device) for _ in range(config.batches)]
     out = Path(config.out)
     with checkpoint.exclusive(out), Display(len(models) * config.probes * config.steps, say) as display:
         display.say(_memory(config, max(sum(p.numel() for p in m.params) for m in models), device))
-        found = [_analysed(m, config, batches, device, corpus.sha256, display, i) for i, m in enumerate(models)]
+        found = [_analysed(m, config, batches, device, corpus, display, i) for i, m in enumerate(models)]
         report = {
             "settings": {k: v for k, v in asdict(config).items() if k not in ("checkpoints", "out", "restart")},
             "machine": _machine(),
@@ -276,18 +271,48 @@ def _memory(config: SpectrumConfig, n: int, device: torch.device) -> str:
     )
 
 
-def _trained_on(model: Loaded) -> str | None:
-    """Return the text that a checkpoint's run was given, as its run.json has it."""
+def _run_of(model: Loaded) -> dict[str, Any]:
+    """Return the run.json of the run that a checkpoint is of, empty if it lies elsewhere."""
     for folder in (model.file.parent, model.file.parent.parent):
         if (folder / "run.json").exists():
-            text: str | None = checkpoint.read_json(folder / "run.json").get("data")
-            return text
-    return None
+            return checkpoint.read_json(folder / "run.json")
+    return {}
+
+
+def _context(config: SpectrumConfig, models: Sequence[Loaded]) -> int:
+    """Return the length of the windows: what was asked for, or the shortest that a checkpoint was trained with."""
+    trained = [m.header["model"].get("context") or _run_of(m).get("context") for m in models]
+    if config.context is None and None in trained:
+        file = models[trained.index(None)].file
+        raise ConfigError(f"--context is not given, and no run.json beside {file} says it; must be a number of tokens")
+    context: int = min(trained) if config.context is None else config.context
+    for model in models:
+        longest = sources.limits(model.header["model"])[1]
+        if longest is not None and context > longest:
+            raise ConfigError(f"--context is {context}, must be at most {longest}, the context of {model.file}")
+    return context
+
+
+def _tokenizer(models: Sequence[Loaded]) -> Path | None:
+    """Return the tokenizer that the checkpoints share, beside one or its run's; None for bytes.
+
+    Raises:
+        ConfigError: if they do not share one.
+    """
+    found = []
+    for model in models:
+        places = (str(model.file.parent), _run_of(model).get("model", sources.DEMO))
+        known = (sources.tokenizer(place) for place in places if "transformers" in model.header["model"])
+        found.append(next((file for file in known if file), None))
+    if len({file and file.read_bytes() for file in found}) > 1:
+        raise ConfigError("the checkpoints have different tokenizers; their losses are not on the same tokens")
+    return found[0]
 
 
 def mean_loss(model: nn.Module, windows: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats of predicting each byte of the windows from those before it."""
-    return cross_entropy(model(windows[:, :-1]), windows[:, 1:])
+    """Return the mean cross-entropy in nats of predicting each token of the windows from those before it."""
+    logits = model(windows[:, :-1])
+    return cross_entropy(getattr(logits, "logits", logits), windows[:, 1:])  # transformers' models have more to say
 
 
 def _analysed(
@@ -295,7 +320,7 @@ def _analysed(
     config: SpectrumConfig,
     batches: list[Tensor],
     device: torch.device,
-    text: str,
+    corpus: data.Corpus,
     display: Display,
     index: int,
 ) -> dict[str, Any]:
@@ -304,9 +329,10 @@ def _analysed(
         "settings": {
             k: v
             for k, v in asdict(config).items()
-            if k not in ("checkpoints", "out", "restart", "data", "device", "basis_device")
+            if k not in ("checkpoints", "out", "restart", "data", "context", "device", "basis_device")
         },
-        "text": text,
+        "text": corpus.sha256,
+        "context": batches[0].shape[1] - 1,
         "weights": checkpoint.digest(loaded.model.state_dict()),
     }
     work = config.probes * config.steps
@@ -342,7 +368,7 @@ def _analysed(
         "phase": loaded.header["phase"],
         "bits": result.get("bits"),
         "step": result["steps"],
-        "bits_per_byte": nats / math.log(2),
+        "bits_per_byte": nats / math.log(2) / corpus.bytes_per_token,
         "clamped": clamped(model),
         "gradient_norm_ratio": gradient_norm_ratio(loss, loaded.params),
         "sharpness": {target: _sharpness(model, loss, config.rho, target, loaded.params) for target in targets},

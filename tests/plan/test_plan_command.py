@@ -10,6 +10,7 @@ import pytest
 
 from bench.reproduce.plan_recovery import PLANTED, table
 from qatkernels import cli
+from qatkernels.plan import command
 
 ASK = ["plan", "--params", "1.2B", "--tokens", "100B", "--bits", "2"]
 
@@ -91,14 +92,32 @@ def test_plot_without_a_law(tmp_path: Path) -> None:
     assert (tmp_path / "plan.svg").stat().st_size > 1000
 
 
+def test_a_bug_is_no_bad_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes out as it is, with its traceback: an error of one line would blame the user."""
+
+    def wrong(*arguments: object) -> None:
+        raise ValueError("operands could not be broadcast together")
+
+    monkeypatch.setattr(command, "optimal_qat_fraction", wrong)
+    with pytest.raises(ValueError, match="could not be broadcast"):
+        cli.main(ASK)
+
+
 def test_errors_are_one_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "empty.json"
     empty.write_text("{}")
+    broken, odd = tmp_path / "broken.json", tmp_path / "odd.json"
+    broken.write_text("{")
+    odd.write_text(json.dumps({"coefficients": {**PLANTED.to_dict(), "rho": "many"}}))
     for arguments, message in (
         (["--save", "x.json"], "--save needs --runs"),
         (["--memory", "1GB"], "--memory needs a law"),
         (["--law", str(empty)], "holds no law"),
         (["--law", str(tmp_path / "none.json")], "No such file"),
+        (["--law", str(broken)], "is damaged"),
+        (["--law", str(odd)], "holds no law"),
+        (["--plot", str(tmp_path / "none" / "plan.png")], "cannot be written: No such file"),
+        (["--plot", str(tmp_path / "plan.xyz")], "ends in .xyz, must end in one of"),
         (["--runs", str(tmp_path / "none.csv")], "cannot be read"),
         (["--runs", str(runs), "--where", "colour=red"], "is not COLUMN=VALUE"),
         (["--runs", str(runs), "--where", "schedule=slow"], "leaves no runs"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from qatkernels import backends, cli
+from qatkernels import cli
+from qatkernels.train import report
 
 from .conftest import options
 
@@ -76,14 +77,67 @@ def test_a_damaged_configuration(tiny: dict[str, Any], capsys: pytest.CaptureFix
     assert f"{path} is damaged" in capsys.readouterr().err
 
 
+#: Says whether the interpreter came to its end, and whether what is registered for that ran.
+PROGRAM = """
+import atexit, os, sys
+from qatkernels import cli
+from qatkernels.train import report
+exits = os._exit
+def told(code):
+    os.write(2, b"left without the interpreter's end; ")
+    exits(code)
+os._exit = told
+atexit.register(print, "the end")
+sys.exit(cli.run())
+"""
+
+
+def called(arguments: list[str], rank: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], env={**os.environ, **rank, "PYTHONPATH": path},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
 @pytest.mark.parametrize("rank", [{}, {"RANK": "0"}])
-def test_the_command_says_everything_before_it_ends(rank: dict[str, str]) -> None:
-    """Also as one of torchrun's processes, which ends without the interpreter's end."""
-    for argument, code in (("doctor", 0), ("generate", 2)):
-        command = [sys.executable, "-m", "qatkernels", argument, *(["none"] if code else [])]
-        done = subprocess.run(command, env={**os.environ, **rank}, capture_output=True, text=True, check=False)
-        assert done.returncode == code
-        assert done.stdout + done.stderr
+def test_a_command_ends_like_any_program(rank: dict[str, str], tiny: dict[str, Any]) -> None:
+    """Also where torchrun's variables are: only what has trained with others cannot."""
+    alone = ["train", *options({**tiny, "steps": 2, "qat_steps": 2})]
+    for arguments, code in ((["doctor"], 0), (["generate", "none"], 2), (alone, 0)):
+        done = called(arguments, rank)
+        assert done.returncode == code, done.stderr
+        assert done.stdout.endswith("the end\n")
+        assert "left without" not in done.stderr
+
+
+def test_training_with_others_ends_without_the_interpreter(tiny: dict[str, Any]) -> None:
+    """Whose end gloo's threads would abort; everything was said, and functions of atexit ran."""
+    group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    done = called(["train", *options({**tiny, "steps": 2, "qat_steps": 2, "parallel": "ddp"})], group)
+    assert done.returncode == 0, done.stderr
+    assert "left without the interpreter's end" in done.stderr
+    assert "tokens/s" in done.stdout
+    assert done.stdout.endswith("the end\n")
+
+
+@pytest.mark.parametrize(
+    ("rate", "shown"), [(0.53, "0.53 tokens/s"), (41.7, "41.7 tokens/s"), (1234.5, "1.23k tokens/s")]
+)
+def test_rates_have_a_fitting_unit(rate: float, shown: str) -> None:
+    lines: list[str] = []
+    with report.Display(10, lines.append) as display:
+        display.step("fp", {"step": 1, "held_out": 2.5}, rate)
+        result = {"phase": "fp", "bits": None, "bits_per_byte": 2.5, "tokens_per_second": rate}
+        display.end(result)
+    assert f"held out, {shown}, 0:0" in lines[0]
+    assert lines[1].endswith(f", {shown}")
 
 
 def test_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,32 +157,6 @@ def test_help(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     wanted = {None: list(cli.COMMANDS), "train": ["--data", "--resume", "--qat-lr", "examples:"], "doctor": ["--json"]}
     assert all(word in text for word in wanted[command])
-
-
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["doctor"]) == 0
-    text = capsys.readouterr().out
-    assert cli.main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["ops"].keys() == backends.OPS.keys()
-    for op, served in found["ops"].items():
-        assert op in text
-        assert served["CPU"] == backends.chosen(op, "CPU")
-        assert served["CPU"] in served["present"]
-    assert found["missing"].keys() == backends.MISSING.keys()
-    for name, entry in found["missing"].items():
-        assert f"missing: {name}" in text
-        assert entry["how"]
-
-
-def test_doctor_finds_an_extension_that_does_not_load(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(backends, "extension", lambda: None)
-    monkeypatch.setitem(backends.MISSING, "cpp", "undefined symbol: _ZN2at6detail")
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: object())
-    assert cli.main(["doctor"]) == 1
-    assert "BROKEN: cpp: the extension is there and does not load: undefined symbol" in capsys.readouterr().out
 
 
 def test_bench_says_where_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,18 @@ import torch
 from compare import assert_same_bits
 
 from qatkernels import cli, load_packed, quantized_modules
-from qatkernels.train import CheckpointError, ConfigError, TrainConfig, checkpoint, data, generate, loop, sources, train
+from qatkernels.train import (
+    CheckpointError,
+    ConfigError,
+    TrainConfig,
+    checkpoint,
+    data,
+    generate,
+    loop,
+    sources,
+    spectra,
+    train,
+)
 
 from .conftest import options, outcome
 
@@ -51,7 +62,8 @@ def test_a_configuration_of_transformers(tiny_hf: dict[str, Any], llama: Path, t
     assert report["curves"]["fp"]["held_out"][0][1] == pytest.approx(8, abs=0.1)
     assert row["full_precision"] < 5
     assert row["qat"] < row["round_to_nearest"]
-    model, described = generate.load_trained(Path(tiny_hf["out"]) / "w2")
+    left = sources.load_trained(Path(tiny_hf["out"]) / "w2")
+    model, described = left.model, left.about
     assert isinstance(model, transformers.LlamaForCausalLM)
     assert described["exclude"] == ["lm_head"]
     names = set(quantized_modules(model))
@@ -106,7 +118,7 @@ def test_a_tokenizer(tiny_hf: dict[str, Any], llama: Path) -> None:
     assert 2 < corpus.bytes_per_token < 12
     assert report["text"]["held_out_bytes"] == corpus.held_out_bytes
     config = TrainConfig(**tiny_hf, model=str(llama)).resolved()
-    model, _ = generate.load_trained(Path(tiny_hf["out"]) / "fp")
+    model = sources.load_trained(Path(tiny_hf["out"]) / "fp").model
     windows = corpus.evaluation(config.eval_windows, config.context)
     with torch.no_grad():
         nats = float(loop.mean_loss(model, windows, config))
@@ -131,6 +143,81 @@ def test_a_model_of_an_earlier_run(tiny: dict[str, Any], tmp_path: Path, name: s
     described = checkpoint.read_json(tmp_path / "later" / "w1" / "config.json")
     assert described["model"]["width"] == tiny["width"]
     assert described["model"]["context"] == 16
+
+
+class Scaled(transformers.LlamaForCausalLM):
+    """A causal language model with parameters that are called like ours."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.scale = torch.nn.Parameter(torch.tensor([1.5]))
+        self.model.norm.zero_point = torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * self.scale + self.model.norm.zero_point.sum()
+        return out
+
+
+@pytest.fixture
+def scaled(llama: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_config", lambda config, dtype: Scaled(config).to(dtype)
+    )
+    return llama
+
+
+def test_parameters_called_scale_are_the_models_own(tiny_hf: dict[str, Any], scaled: Path, tmp_path: Path) -> None:
+    """They train, are taken up by a later run, are packed, and count as parameters, unlike ours."""
+    torch.manual_seed(5)
+    Scaled(transformers.AutoConfig.from_pretrained(scaled)).save_pretrained(scaled)
+    report = run(tiny_hf, model=str(scaled), qat_lr=1e-2)
+    folder = Path(tiny_hf["out"]) / "w2"
+    before = trained(folder)
+    assert before["scale"] != 1.5
+    layers = [n for n, m in sources.load_trained(folder).model.named_modules() if isinstance(m, torch.nn.Linear)]
+    ours = {f"{name}.scale" for name in layers} - {"lm_head.scale"}
+    weights = sources.initial_weights(str(folder))
+    assert weights is not None
+    assert weights.keys() == before.keys() - ours
+    assert ours <= before.keys()
+    count = sum(t.numel() for t in weights.values())
+    assert report["parameters"] == count
+    assert generate.pack(folder, tmp_path / "packed.safetensors")["parameters"] == count
+    packed = load_packed(tmp_path / "packed.safetensors", lambda config: sources.build(config["model"]))
+    assert torch.equal(packed.scale, before["scale"])
+    run(tiny_hf, model=str(folder), steps=0, out=str(tmp_path / "later"))
+    assert torch.equal(trained(tmp_path / "later" / "fp")["scale"], before["scale"])
+
+
+def test_the_spectrum_of_a_model_of_transformers(
+    tiny_hf: dict[str, Any], llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the quantized weights, in windows as long as in training, per byte of text."""
+    run(tiny_hf, model=str(llama), keep_every=12)
+    out = Path(tiny_hf["out"])
+    few = ["--probes", "2", "--steps", "4", "--windows", "3", "--out", str(tmp_path / "spectrum")]
+    folders = [str(out / "fp"), str(out / "w2"), str(out / "fp" / "step-000012.safetensors")]
+    assert cli.main(["spectrum", *folders, *few]) == 0
+    report = json.loads((tmp_path / "spectrum" / "report.json").read_text())
+    assert report["text"]["context"] == tiny_hf["context"]
+    layers = quantized_modules(sources.load_trained(out / "w2").model)
+    for entry in report["checkpoints"]:
+        assert entry["spectrum"]["n"] == sum(layer.weight.numel() for layer in layers.values())
+        assert entry["spectrum"]["lambda_min"] < entry["spectrum"]["lambda_max"]
+        assert 0 < entry["bits_per_byte"] < 9
+    loaded = spectra.load(out / "fp")
+    names = {name for name, p in loaded.model.named_parameters() if any(p is w for w in loaded.params)}
+    assert names == {f"{name}.weight" for name in layers}
+
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((out / "w2" / "model.safetensors").read_bytes())
+    capsys.readouterr()
+    assert cli.main(["spectrum", str(alone), *few, "--data", tiny_hf["data"]]) == 2
+    assert "--context is not given, and no run.json beside" in capsys.readouterr().err
+    assert cli.main(["spectrum", str(alone), *few, "--data", tiny_hf["data"], "--context", "65"]) == 2
+    assert "--context is 65, must be at most 64, the context of" in capsys.readouterr().err
+    assert cli.main(["spectrum", str(alone), *few, "--data", tiny_hf["data"], "--context", "8"]) == 0
 
 
 def test_resumed_from_a_model(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
