@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .ops._op import LIBRARY, OPS, allocating, checked
+from .ops._op import LIBRARY, OPS, allocating, checked, writing
 
 #: Backends by device, fastest first. Per-op exceptions belong in `CHOICES`, each with its measurement in bench/results.
 PREFERENCE: dict[str, tuple[str, ...]] = {"CPU": ("cpp", "reference"), "CUDA": ("triton", "cuda", "reference")}
@@ -26,21 +26,6 @@ CHOICES: dict[tuple[str, str], str] = {}
 IMPLS: dict[str, dict[str, Callable[..., Any]]] = {}
 #: Why a backend is absent, for `qatkernels doctor`.
 MISSING: dict[str, str] = {}
-
-_TRITON_MODULES = (
-    "fake_quantize",
-    "quantize",
-    "dynamic",
-    "noise",
-    "cross_entropy",
-    "krylov",
-    "quant_linear",
-    "reset",
-    "perturb",
-    "grouped_linear",
-    "packing",
-    "lowbit_linear",
-)
 
 
 def extension() -> ModuleType | None:
@@ -60,9 +45,9 @@ def extension() -> ModuleType | None:
 
 def _load() -> ModuleType | None:
     for name, op in OPS.items():
-        for op_name in op.schemas:
-            IMPLS[op_name] = {}
-        IMPLS[name]["reference"] = op.reference
+        IMPLS[name] = {"reference": op.reference}
+        if op.outputs:
+            IMPLS[f"{name}_out"] = {"reference": op.reference_out}
     compiled = extension()
     if compiled is not None:
         if not compiled.build_info()["cuda_archs"]:
@@ -77,13 +62,14 @@ def _load() -> ModuleType | None:
     else:
         MISSING["cuda"] = "the extension was not built"
     try:
-        for module in _TRITON_MODULES:
-            for name, impl in importlib.import_module(f"qatkernels.triton.{module}").OUT_IMPLS.items():
-                if OPS[name].outputs:
-                    IMPLS[f"{name}_out"]["triton"] = impl
-                IMPLS[name]["triton"] = (allocating if OPS[name].outputs else checked)(OPS[name], impl)
+        launchers = importlib.import_module("qatkernels.triton").load()
     except ImportError as error:
         MISSING["triton"] = str(error)
+        return compiled
+    for name, launcher in launchers.items():
+        if OPS[name].outputs:
+            IMPLS[f"{name}_out"]["triton"] = writing(OPS[name], launcher)
+        IMPLS[name]["triton"] = (allocating if OPS[name].outputs else checked)(OPS[name], launcher)
     return compiled
 
 
