@@ -2,11 +2,11 @@ import re
 
 import pytest
 import torch
-from compare import assert_same_bits
 from torch import nn
 
 from qatkernels.grid import affine, lsq
 from qatkernels.nn import LearnedActivation, QuantConfig, QuantLinear, calibrate, quantize_model
+from tests.compare import assert_same_bits
 
 
 def test_lsq_starts_from_the_mean_magnitude_of_the_first_batch():

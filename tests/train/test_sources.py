@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from compare import assert_same_bits
 
 from qatkernels import cli, load_packed, quantized_modules
 from qatkernels.train import CheckpointError, ConfigError, TrainConfig, checkpoint, data, generate, loop, sources, train
+from tests.compare import assert_same_bits
 
 from .conftest import options, outcome
 
