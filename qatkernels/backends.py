@@ -1,8 +1,12 @@
-"""Which implementation serves which device, decided once at import.
+"""Which implementation serves which call: backends in an order for each device; a call goes to the first that takes it.
 
-`IMPLS[op][backend]` reaches every implementation present, whatever was chosen; tests and benchmarks use it. The
-choice is the first of `PREFERENCE` that is present. ``QATKERNELS_BACKEND=reference|cpp|triton|cuda`` overrides it for
-every op that has a kernel there; a backend that is missing altogether is an error, never a silent substitute.
+`IMPLS[op][backend]` reaches every implementation present, whatever the order; tests and benchmarks use it. The order is
+`PREFERENCE`, with the exceptions in `RULES`. A backend that has no kernel for an op is left out. One whose kernel takes
+only some calls says so in `CONDITIONS`, and passes the others on. The reference takes every call and ends every order.
+
+``QATKERNELS_BACKEND=reference|cpp|triton|cuda`` puts a backend first for every op that has a kernel there; what its
+kernels do not take goes on in the usual order. A backend that is missing altogether is an error, never a silent
+substitute.
 """
 
 from __future__ import annotations
@@ -11,36 +15,43 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from .ops._op import LIBRARY, OPS, allocating, checked
+from .ops._op import LIBRARY, OPS, Op, allocating, checked, writing
 
-#: Backends by device, fastest first. Per-op exceptions belong in `CHOICES`, each with its measurement in bench/results.
+Condition = Callable[..., bool]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Calls of an op that try another backend first.
+
+    Attributes:
+        backend: the backend.
+        when: says of the op's arguments, which nobody has checked yet, whether a call is one of them; all are if None.
+    """
+
+    backend: str
+    when: Condition | None = None
+
+
+#: Backends by device, fastest first.
 PREFERENCE: dict[str, tuple[str, ...]] = {"CPU": ("cpp", "reference"), "CUDA": ("triton", "cuda", "reference")}
-CHOICES: dict[tuple[str, str], str] = {}
+#: Exceptions by op and device, first match first, each with its measurement in bench/results; there is none yet.
+RULES: dict[tuple[str, str], tuple[Rule, ...]] = {}
+#: The backends that the extension holds, and their devices.
+COMPILED = {"cpp": "CPU", "cuda": "CUDA"}
 
 #: Every implementation present: ``IMPLS[op][backend]``; ``op`` is a name in ``torch.ops.qatkernels``.
 IMPLS: dict[str, dict[str, Callable[..., Any]]] = {}
+#: What kernels that take only some calls say of the op's arguments: ``CONDITIONS[op][backend]``.
+CONDITIONS: dict[str, dict[str, Condition]] = {}
 #: Why a backend is absent, for `qatkernels doctor`.
 MISSING: dict[str, str] = {}
-
-_TRITON_MODULES = (
-    "fake_quantize",
-    "quantize",
-    "dynamic",
-    "noise",
-    "cross_entropy",
-    "krylov",
-    "quant_linear",
-    "reset",
-    "perturb",
-    "grouped_linear",
-    "packing",
-    "lowbit_linear",
-)
 
 
 def extension() -> ModuleType | None:
@@ -60,67 +71,138 @@ def extension() -> ModuleType | None:
 
 def _load() -> ModuleType | None:
     for name, op in OPS.items():
-        for op_name in op.schemas:
-            IMPLS[op_name] = {}
-        IMPLS[name]["reference"] = op.reference
+        IMPLS[name] = {"reference": op.reference}
+        if op.outputs:
+            IMPLS[f"{name}_out"] = {"reference": op.reference_out}
     compiled = extension()
     if compiled is not None:
         if not compiled.build_info()["cuda_archs"]:
             MISSING["cuda"] = "the extension was built without CUDA"
         for op in OPS.values():
-            for op_name, schema in op.schemas.items():
-                if compiled.serves(op_name, "CPU") or compiled.serves(op_name, "CUDA"):
-                    compiled.declare("qatkernels_cpp", op_name, schema)
-                for backend, device in (("cpp", "CPU"), ("cuda", "CUDA")):
-                    if compiled.serves(op_name, device):
-                        IMPLS[op_name][backend] = getattr(torch.ops.qatkernels_cpp, op_name)
+            _load_compiled(compiled, op)
     else:
         MISSING["cuda"] = "the extension was not built"
     try:
-        for module in _TRITON_MODULES:
-            for name, impl in importlib.import_module(f"qatkernels.triton.{module}").OUT_IMPLS.items():
-                if OPS[name].outputs:
-                    IMPLS[f"{name}_out"]["triton"] = impl
-                IMPLS[name]["triton"] = (allocating if OPS[name].outputs else checked)(OPS[name], impl)
+        launchers = importlib.import_module("qatkernels.triton").load()
     except ImportError as error:
         MISSING["triton"] = str(error)
+        return compiled
+    for name, launcher in launchers.items():
+        if OPS[name].outputs:
+            IMPLS[f"{name}_out"]["triton"] = writing(OPS[name], launcher)
+        IMPLS[name]["triton"] = (allocating if OPS[name].outputs else checked)(OPS[name], launcher)
     return compiled
 
 
-def chosen(op: str, device: str) -> str:
-    """Return the backend that serves an op on a device type (``"CPU"`` or ``"CUDA"``).
+def _load_compiled(compiled: ModuleType, op: Op) -> None:
+    """Declare what the extension holds of an op: its kernels, and their conditions."""
+    condition = f"{op.name}_serves"
+    for op_name, schema in {**op.schemas, condition: f"{condition}({op.arguments}) -> bool"}.items():
+        served = [backend for backend, device in COMPILED.items() if compiled.serves(op_name, device)]
+        if served:
+            compiled.declare("qatkernels_cpp", op_name, schema)
+        for backend in served:
+            table, key = (CONDITIONS, op.name) if op_name == condition else (IMPLS, op_name)
+            table.setdefault(key, {})[backend] = getattr(torch.ops.qatkernels_cpp, op_name)
+
+
+def order(op: str, device: str) -> list[tuple[str, Condition | None]]:
+    """Return the backends that calls of an op may reach, in the order in which a call tries them.
+
+    Args:
+        op: name of the op.
+        device: ``"CPU"`` or ``"CUDA"``.
+
+    Returns:
+        Backends, each with the condition that a call must meet. The last one, and only it, has none.
 
     Raises:
-        RuntimeError: if QATKERNELS_BACKEND names a backend that cannot serve it.
+        RuntimeError: if QATKERNELS_BACKEND names a backend that is unknown or missing, or a rule one of another device.
     """
+    forced = _forced(device)
+    first = RULES.get((op, device), ()) if forced is None else (Rule(forced),)
+    stages: list[tuple[str, Condition | None]] = []
+    for rule in (*first, *map(Rule, PREFERENCE[device])):
+        if rule.backend not in PREFERENCE[device]:
+            raise RuntimeError(
+                f"a rule for {op} on {device} names {rule.backend!r}, must be one of {PREFERENCE[device]}"
+            )
+        if rule.backend in IMPLS[op]:
+            condition = _both(rule.when, CONDITIONS.get(op, {}).get(rule.backend))
+            stages.append((rule.backend, condition))
+            if condition is None:
+                break
+    return stages
+
+
+def _forced(device: str) -> str | None:
+    """Return the backend that QATKERNELS_BACKEND puts first on a device, None if it says nothing about the device."""
     forced = os.environ.get("QATKERNELS_BACKEND")
     if not forced:
-        return CHOICES.get((op, device)) or _first(op, device)
+        return None
     known = sorted({backend for preference in PREFERENCE.values() for backend in preference})
     if forced not in known:
         raise RuntimeError(f"QATKERNELS_BACKEND is {forced!r}, must be one of {known}")
     if forced not in PREFERENCE[device]:
-        return _first(op, device)  # it says nothing about this device
+        return None
     if forced in MISSING:
         raise RuntimeError(f"QATKERNELS_BACKEND is {forced!r}, which is not available: {MISSING[forced]}")
-    return forced if forced in IMPLS[op] else _first(op, device)  # not every op has a kernel in every backend
+    return forced
 
 
-def _first(op: str, device: str) -> str:
-    return next(b for b in PREFERENCE[device] if b in IMPLS[op] or b == "reference")
+def _both(a: Condition | None, b: Condition | None) -> Condition | None:
+    if a is None or b is None:
+        return a or b
+    return lambda *inputs: a(*inputs) and b(*inputs)
+
+
+def chosen(op: str, device: str) -> str:
+    """Return the backend that calls of an op try first on a device type (``"CPU"`` or ``"CUDA"``).
+
+    Raises:
+        RuntimeError: if QATKERNELS_BACKEND names a backend that cannot serve it.
+    """
+    return order(op, device)[0][0]
+
+
+def by_call(op: Op, stages: list[tuple[Callable[..., Any], Condition | None]]) -> Callable[..., Any]:
+    """Return an implementation of an op, or of its ``_out`` form, that passes each call to the first that takes it.
+
+    Args:
+        op: the op.
+        stages: implementations and their conditions, which see the arguments without the outputs; the last has none.
+    """
+    count = len(op.parameters)
+
+    def run(*args: Any) -> Any:
+        inputs = args[:count]
+        return next(impl for impl, condition in stages if condition is None or condition(*inputs))(*args)
+
+    return run
+
+
+def register() -> None:
+    """Register the orders with torch's dispatcher: a kernel itself where it takes every call, a choice where not."""
+    for name, op in OPS.items():
+        for device in PREFERENCE:
+            stages = order(name, device)
+            backend, condition = stages[0]
+            for op_name in op.schemas:
+                if condition is not None:
+                    impls = {b: IMPLS[op_name][b] for b, _ in stages}
+                    if op_name == name and "reference" in impls:
+                        impls["reference"] = checked(op, op.reference)
+                    LIBRARY.impl(op_name, by_call(op, [(impls[b], c) for b, c in stages]), device)
+                elif backend in COMPILED:
+                    importlib.import_module("qatkernels._C").implement("qatkernels", op_name, device)
+                elif backend != "reference":
+                    LIBRARY.impl(op_name, IMPLS[op_name][backend], device)
 
 
 def install() -> None:
-    """Find the implementations and register the chosen ones with torch's dispatcher."""
+    """Find the implementations and register them."""
     compiled = _load()
-    for name, op in OPS.items():
-        for device in PREFERENCE:
-            backend = chosen(name, device)
-            for op_name in op.schemas:
-                if backend in ("cpp", "cuda") and compiled is not None:
-                    compiled.implement("qatkernels", op_name, device)
-                elif backend == "triton":
-                    LIBRARY.impl(op_name, IMPLS[op_name]["triton"], device)
+    register()
     if compiled is None and os.environ.get("QATKERNELS_BACKEND") != "reference":
         warnings.warn(
             "qatkernels has no compiled kernels that work here and runs on the (slow) PyTorch reference on CPU; "

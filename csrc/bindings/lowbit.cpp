@@ -182,6 +182,39 @@ void multiply_numbers(const Weight& w, const Tensor& x, const Tensor& y, bool tr
   }
 }
 
+// Fills in what a product has beside the weight; returns the bias that the call points into.
+Tensor add_operands(LowbitLinear& call, const Tensor& x, const OptionalTensor& bias_, bool grouped,
+                    std::optional<int64_t> act_bits) {
+  TORCH_CHECK(!act_bits || (2 <= *act_bits && *act_bits <= 8), "act_bits is ", act_bits.value_or(0),
+              ", must be None or 2 to 8");
+  call.act_bits = static_cast<int32_t>(act_bits.value_or(0));
+  call.x = x.const_data_ptr();
+  call.x_type = dtype_of("x", x);
+  if (!bias_) return Tensor();
+  Tensor bias = bias_->contiguous();
+  TORCH_CHECK(!grouped, "bias must be None with offsets");
+  TORCH_CHECK(bias.dim() == 1 && bias.size(0) == call.rows && bias.is_floating_point() && bias.device() == x.device(),
+              "bias is ", name_of(bias.scalar_type()), " of shape ", shown(bias), " on ", bias.device(),
+              ", must be floating point of shape (", call.rows, ",) on ", x.device());
+  if (x.scalar_type() != at::kDouble && bias.scalar_type() == at::kDouble) bias = bias.to(at::kFloat);
+  call.bias_type = dtype_of("bias", bias);
+  call.bias = bias.const_data_ptr();
+  return bias;
+}
+
+#if defined(QK_WITH_CUDA)
+// Whether the CUDA kernel takes a call of lowbit_linear; what it does not take is another implementation's.
+bool lowbit_linear_serves(const Tensor& x_, const Tensor& packed, const Tensor& scale, const OptionalTensor& zero_point,
+                          const OptionalTensor& bias_, const OptionalTensor& offsets, Constants grid, int64_t code_min,
+                          int64_t bits, std::optional<int64_t> act_bits) {
+  TORCH_CHECK(x_.dim() >= 1, "x has no dimension, must have at least one");
+  const Tensor x = x_.contiguous();
+  Weight w("x", x, packed, scale, zero_point, offsets, grid, code_min, bits, x.size(-1));
+  const Tensor bias = add_operands(w.call, x, bias_, offsets.has_value(), act_bits);
+  return cuda::can_run(w.call);
+}
+#endif
+
 void lowbit_linear_out(const Tensor& x_, const Tensor& packed, const Tensor& scale, const OptionalTensor& zero_point,
                        const OptionalTensor& bias_, const OptionalTensor& offsets, Constants grid, int64_t code_min,
                        int64_t bits, std::optional<int64_t> act_bits, Tensor out) {
@@ -189,26 +222,10 @@ void lowbit_linear_out(const Tensor& x_, const Tensor& packed, const Tensor& sca
   const Tensor x = x_.contiguous();
   const int64_t cols = x.size(-1);
   Weight w("x", x, packed, scale, zero_point, offsets, grid, code_min, bits, cols);
-  TORCH_CHECK(!act_bits || (2 <= *act_bits && *act_bits <= 8), "act_bits is ", act_bits.value_or(0),
-              ", must be None or 2 to 8");
   check_shape("out", out, with_last(x, w.call.rows), x.scalar_type());
-  Tensor bias;
-  if (bias_) {
-    bias = bias_->contiguous();
-    TORCH_CHECK(!offsets, "bias must be None with offsets");
-    TORCH_CHECK(
-        bias.dim() == 1 && bias.size(0) == w.call.rows && bias.is_floating_point() && bias.device() == x.device(),
-        "bias is ", name_of(bias.scalar_type()), " of shape ", shown(bias), " on ", bias.device(),
-        ", must be floating point of shape (", w.call.rows, ",) on ", x.device());
-    if (x.scalar_type() != at::kDouble && bias.scalar_type() == at::kDouble) bias = bias.to(at::kFloat);
-    w.call.bias_type = dtype_of("bias", bias);
-    w.call.bias = bias.const_data_ptr();
-  }
   LowbitLinear& call = w.call;
-  call.act_bits = static_cast<int32_t>(act_bits.value_or(0));
-  call.x = x.const_data_ptr();
+  const Tensor bias = add_operands(call, x, bias_, offsets.has_value(), act_bits);
   call.y = out.mutable_data_ptr();
-  call.x_type = dtype_of("x", x);
 #if defined(QK_WITH_CUDA)
   if (x.is_cuda()) {
     if (out.numel() == 0) return;
@@ -284,6 +301,9 @@ void add_lowbit(Ops& ops) {
   QK_CPU_OP(ops, pack_out);
   QK_CPU_OP(ops, unpack);
   QK_CPU_OP(ops, unpack_out);
+#if defined(QK_WITH_CUDA)
+  QK_CUDA_OP(ops, lowbit_linear_serves);
+#endif
   QK_OP(ops, lowbit_linear);
   QK_OP(ops, lowbit_linear_out);
   QK_CPU_OP(ops, lowbit_linear_transposed);

@@ -32,7 +32,7 @@ bool serves(const std::string& op, c10::DispatchKey key) {
 #if defined(QK_WITH_CUDA)
   if (key == c10::DispatchKey::CUDA) return found != ops().end() && found->second.cuda;
 #endif
-  return found != ops().end() && key == c10::DispatchKey::CPU;
+  return found != ops().end() && key == c10::DispatchKey::CPU && found->second.cpu;
 }
 
 // Registrations live as long as the process, as those of TORCH_LIBRARY do.

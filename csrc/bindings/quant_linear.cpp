@@ -42,6 +42,12 @@ void quant_linear_dual_out(const Tensor& x, const OptionalTensor& tangent_x, con
               ", or a 16-bit float for a float32 w");
   TORCH_CHECK(!tangent_x || (tangent_x->sizes() == x.sizes() && tangent_x->scalar_type() == x.scalar_type()),
               "tangent_x must have the shape and dtype of x");
+  const int64_t sizes[] = {x.size(0), w.size(transposed ? 1 : 0)};
+  for (const auto& [name, t] : {std::pair("out", &y), std::pair("tangent", &tangent)})
+    TORCH_CHECK(t->is_contiguous() && t->sizes() == at::IntArrayRef(sizes) && t->scalar_type() == x.scalar_type() &&
+                    t->device() == x.device(),
+                name, " is ", name_of(t->scalar_type()), " of shape ", shown(*t), " on ", t->device(),
+                ", must be contiguous ", name_of(x.scalar_type()), " of shape ", shown(sizes), " on ", x.device());
   const Held held(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, grad_scale);
   const Tangents along(tangent_w, tangent_scale, tangent_zero_point, held);
   const bool moves = tangent_w || tangent_scale || tangent_zero_point;

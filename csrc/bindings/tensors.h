@@ -64,14 +64,17 @@ void parallel_in_turn(int64_t units, F f) {
   });
 }
 
-// An op of the extension: how to make its function, and whether CUDA serves it too.
+// An op of the extension: how to make its function, and which devices it serves. A kernel that takes only some calls of
+// an op on a device comes with an op `<op>_serves` there, of the same arguments, that says which.
 struct Entry {
   torch::CppFunction (*make)();
-  bool cuda;
+  bool cpu, cuda;
 };
 using Ops = std::map<std::string, Entry>;
-#define QK_OP(ops, name) ops[#name] = {[] { return torch::CppFunction(TORCH_FN(name)); }, true}
-#define QK_CPU_OP(ops, name) ops[#name] = {[] { return torch::CppFunction(TORCH_FN(name)); }, false}
+#define QK_ENTRY(ops, name, cpu, cuda) ops[#name] = {[] { return torch::CppFunction(TORCH_FN(name)); }, cpu, cuda}
+#define QK_OP(ops, name) QK_ENTRY(ops, name, true, true)
+#define QK_CPU_OP(ops, name) QK_ENTRY(ops, name, true, false)
+#define QK_CUDA_OP(ops, name) QK_ENTRY(ops, name, false, true)
 
 // One for each file of this folder.
 void add_cross_entropy(Ops& ops);

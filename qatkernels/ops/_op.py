@@ -5,15 +5,18 @@ installed) and a *fake rule* that checks shapes and dtypes and returns empty out
 Every op has a twin named ``<op>_out`` that writes into tensors the caller supplies; ops that change their arguments in
 place have no outputs, a name that ends in ``_``, and no twin.
 
-`backends.py` overrides the reference per device. Kernels only implement the ``_out`` twin, the allocating form follows
-from the fake rule by :func:`allocating`. An op in place is what a kernel implements as it is.
+`backends.py` overrides the reference per device. Kernels only implement the ``_out`` twin; :func:`allocating` makes the
+op itself out of it and the fake rule. An op in place is what a kernel implements as it is. A kernel that was given to
+:func:`canonical` never sees strides: its inputs are contiguous, and what it writes is refused unless it is.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,6 +59,18 @@ class Op:
             f"{self.name}_out": f"{self.name}_out({self.arguments}, {written}) -> ()",
         }
 
+    @cached_property
+    def parameters(self) -> dict[str, str]:
+        """Types of the arguments by name, as the schema has them: ``Tensor``, ``Tensor?``, ``Tensor(a!)``, ``int``."""
+        return {name: kind for kind, name in (part.split() for part in self.arguments.split(", "))}
+
+    def reference_out(self, *args: Any) -> None:
+        """Write what the reference returns into the outputs at the end of ``args``."""
+        inputs, out = args[: -len(self.outputs)], args[-len(self.outputs) :]
+        check_outputs(self, out, self.fake(*inputs))
+        for destination, source in zip(out, as_tuple(self.reference(*inputs)), strict=True):
+            destination.copy_(source)
+
 
 #: Every declared op by name.
 OPS: dict[str, Op] = {}
@@ -79,20 +94,12 @@ def define(
         raise ValueError(f"op {name!r} has outputs {outputs}: ops in place, and only they, end in '_' and have none")
     op = OPS[name] = Op(name, arguments, outputs, reference, fake)
 
-    def reference_out(*args: Any) -> None:
-        fake_out(*args)
-        inputs, out = args[: -len(outputs)], args[-len(outputs) :]
-        for destination, source in zip(out, as_tuple(reference(*inputs)), strict=True):
-            destination.copy_(source)
-
     def fake_out(*args: Any) -> None:
-        inputs, out = args[: -len(outputs)], args[-len(outputs) :]
-        for label, given, wanted in zip(outputs, out, as_tuple(fake(*inputs)), strict=True):
-            check_out(label, given, wanted.shape, wanted.dtype, wanted.device)
+        check_outputs(op, args[-len(outputs) :], fake(*args[: -len(outputs)]))
 
     for op_name, schema in op.schemas.items():
         LIBRARY.define(schema, tags=_TAGS)
-        meaning = checked(op, reference) if op_name == name else reference_out
+        meaning = checked(op, reference) if op_name == name else op.reference_out
         LIBRARY.impl(op_name, meaning, "CompositeExplicitAutograd")
         torch.library.register_fake(f"qatkernels::{op_name}", fake if op_name == name else fake_out, lib=LIBRARY)
     return op
@@ -117,6 +124,69 @@ def checked(op: Op, impl: Callable[..., Any]) -> Callable[..., Any]:
         return impl(*args)
 
     return run
+
+
+def canonical(op: Op, impl: Callable[..., None], any_strides: tuple[str, ...] = ()) -> Callable[..., None]:
+    """Return an implementation that gets contiguous tensors whatever it is called with, so that it needs no strides.
+
+    This is the one place that sees to it. What the op changes in place is not copied: it must be contiguous, and so
+    must the outputs.
+
+    Args:
+        op: the op.
+        impl: its ``_out`` form, or the op itself if it works in place.
+        any_strides: names of arguments that ``impl`` takes as they are, because it reads their strides.
+    """
+    kinds = op.parameters
+    unknown = set(any_strides) - set(kinds)
+    if unknown:
+        raise ValueError(f"{op.name} has no argument {sorted(unknown)}, it has {list(kinds)}")
+    copied = [i for i, name in enumerate(kinds) if kinds[name] in ("Tensor", "Tensor?") and name not in any_strides]
+    written = {i: name for i, (name, kind) in enumerate(kinds.items()) if "!" in kind}
+    written |= {len(kinds) + i: name for i, name in enumerate(op.outputs)}
+
+    @functools.wraps(impl)
+    def run(*args: Any) -> None:
+        given = list(args)
+        for i, name in written.items():
+            if not given[i].is_contiguous():
+                raise ValueError(f"{name} has strides {given[i].stride()}, must be contiguous")
+        for i in copied:
+            if given[i] is not None:
+                given[i] = given[i].contiguous()
+        impl(*given)
+
+    return run
+
+
+def writing(op: Op, out_impl: Callable[..., None]) -> Callable[..., None]:
+    """Return an ``_out`` implementation behind the checks of the fake rule, which allocate nothing."""
+
+    def impl(*args: Any) -> None:
+        inputs, out = args[: len(op.parameters)], args[len(op.parameters) :]
+        device = check_one_device(op, inputs)
+        described = (a.to("meta") if isinstance(a, Tensor) else a for a in inputs)
+        check_outputs(op, out, op.fake(*described), device)
+        out_impl(*args)
+
+    return impl
+
+
+def check_one_device(op: Op, inputs: tuple[Any, ...]) -> torch.device:
+    """Return the device of an op's inputs, or raise RuntimeError if they are on several."""
+    (first, like), *others = ((n, a) for n, a in zip(op.parameters, inputs, strict=True) if isinstance(a, Tensor))
+    for name, t in others:
+        torch._check(
+            t.device == like.device,
+            lambda name=name, t=t: f"{name} is on {t.device}, must be on {like.device} like {first}",
+        )
+    return like.device
+
+
+def check_outputs(op: Op, out: tuple[Tensor, ...], wanted: Outputs | None, device: torch.device | None = None) -> None:
+    """Raise ValueError unless the outputs are contiguous and like the wanted ones, on ``device`` if it is given."""
+    for name, given, w in zip(op.outputs, out, as_tuple(wanted), strict=True):
+        check_out(name, given, w.shape, w.dtype, device or w.device)
 
 
 def check_out(name: str, given: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:

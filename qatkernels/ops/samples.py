@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,3 +176,112 @@ def basis_calls(device: torch.device | str = "cpu") -> Iterator[Call]:
             name = f"{rows}x{cols}-{str(basis_dtype)[6:]}-{str(dtype)[6:]}"
             for update in (None, h):
                 yield name + ("" if update is None else "-update"), "gram_schmidt", (basis, w, update)
+
+
+def _small(*shape: int, seed: int = 0) -> Tensor:
+    """Multiples of 1/4 that are small: sums of their products are exact, in whatever order they are added."""
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)) / 4
+
+
+def _family_calls(op: str) -> Iterator[tuple[Any, ...]]:
+    yield make(affine(4), (6, 48), noise=True).args(op)
+
+
+def _dequantize_calls(op: str) -> Iterator[tuple[Any, ...]]:
+    grid, codes = affine(4), torch.randint(16, (6, 48), generator=torch.Generator().manual_seed(0))
+    yield codes.to(grid.code_dtype), torch.rand(6) + 0.1, torch.rand(6) * 15, list(grid.constants), torch.float32
+
+
+def _linear_dual_calls(op: str) -> Iterator[tuple[Any, ...]]:
+    grid, scale, zero = affine(4), torch.tensor([0.25, 0.5, 1.0, 2.0, 0.5]), torch.tensor([3.0, 0.0, 7.0, 1.0, 15.0])
+    point = (_small(5, 24), scale, zero, make_seed(1, torch.device("cpu")), list(grid.constants), 0.0, 0.0, 1.0)
+    tangents = _small(5, 24, seed=1), _small(5, seed=2), _small(5, seed=3)
+    for transposed in (False, True):
+        shape = (3, 5 if transposed else 24)
+        yield _small(*shape, seed=4), _small(*shape, seed=5), *tangents, *point, transposed
+
+
+def _logits_calls(op: str) -> Iterator[tuple[Any, ...]]:
+    yield next(args for _, name, args in logits_calls(torch.float32) if name == op)
+
+
+def _linear_logits_calls(op: str) -> Iterator[tuple[Any, ...]]:
+    tokens, features, vocabulary = 6, 8, 11
+    hidden, weight = _small(tokens, features), _small(vocabulary, features, seed=1)
+    targets = torch.arange(tokens)
+    lse = torch.logsumexp(hidden @ weight.t(), 1)
+    tangents = _small(tokens, features, seed=2), _small(vocabulary, features, seed=3)
+    g, tangent_g = _small(tokens, seed=4), _small(tokens, seed=5)
+    settings = (-100, 4)
+    yield {
+        "linear_cross_entropy": (hidden, weight, targets, *settings),
+        "linear_cross_entropy_jvp": (*tangents, hidden, weight, lse, targets, *settings),
+        "linear_cross_entropy_backward": (g, hidden, weight, lse, targets, *settings, True, True),
+        "linear_cross_entropy_hvp": (
+            *tangents, tangent_g, g, hidden, weight, lse, targets, *settings, True, True,
+        ),
+    }[op]  # fmt: skip
+
+
+def _packing_calls(op: str) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    for bits in (3, 4):
+        if op == "pack":
+            yield torch.randint(0, 1 << bits, (5, 40), generator=generator).to(torch.uint8), 0, bits
+        else:
+            yield torch.randint(256, (5, 5 * bits), generator=generator).to(torch.uint8), 0, bits, 40
+
+
+def _packed_calls(op: str) -> Iterator[tuple[Any, ...]]:
+    grid, generator = affine(4), torch.Generator().manual_seed(0)
+    forward = op == "lowbit_linear"
+    for ends in (None, (2, 2, 4)):
+        leading = (5,) if ends is None else (len(ends), 5)
+        packed = torch.randint(256, (*leading, 32), generator=generator).to(torch.uint8)
+        scale = torch.tensor([0.25, 0.5]).repeat(*leading, 1)
+        zero = torch.randint(16, (*leading, 2), generator=generator).float()
+        offsets = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+        bias = (_small(5, seed=1) if ends is None else None,) if forward else ()
+        code = (list(grid.constants), grid.code_min, 4, None if forward else 64)
+        yield _small(4, 64 if forward else 5), packed, scale, zero, *bias, offsets, *code
+
+
+def _expert_calls(op: str) -> Iterator[tuple[Any, ...]]:
+    x, g, w = _small(9, 6), _small(9, 5, seed=1), _small(3, 5, 6, seed=2)
+    operands = {"grouped_linear": (x, w), "grouped_linear_transposed": (g, w), "grouped_outer": (g, x)}
+    yield *operands[op], torch.tensor([2, 5, 8], dtype=torch.int32)
+
+
+def _perturbation_calls(op: str) -> Iterator[tuple[Any, ...]]:
+    yield list(itertools.islice(perturbations(op), 2))[1]  # with ASAM's sizes, and so with w
+
+
+#: Calls of every op in which each of its tensor arguments is there at least once; a new op needs an entry.
+COMPLETE_CALLS: dict[str, Callable[[str], Iterator[tuple[Any, ...]]]] = {
+    **dict.fromkeys(
+        ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "fake_quantize_dual", "quantize", "reset_"),
+        _family_calls,
+    ),
+    "dequantize": _dequantize_calls,
+    "fake_quantize_dynamic": lambda _: iter([(weights((5, 7), torch.float32), 8)]),
+    "normal": lambda _: iter([(make_seed(1, torch.device("cpu")), 100, 0)]),
+    "quant_linear_dual": _linear_dual_calls,
+    **dict.fromkeys(("pack", "unpack"), _packing_calls),
+    **dict.fromkeys(("lowbit_linear", "lowbit_linear_transposed"), _packed_calls),
+    **dict.fromkeys(("grouped_linear", "grouped_linear_transposed", "grouped_outer"), _expert_calls),
+    "gram_schmidt": lambda _: iter([(_small(7, 103), _small(103, seed=1), _small(7, seed=2).double())]),
+    **dict.fromkeys((f"cross_entropy{s}" for s in ("", "_jvp", "_backward", "_hvp", "_dual")), _logits_calls),
+    **dict.fromkeys((f"linear_cross_entropy{s}" for s in ("", "_jvp", "_backward", "_hvp")), _linear_logits_calls),
+    **dict.fromkeys(("perturb_", "perturb_swap_", "perturbation_norms"), _perturbation_calls),
+}
+
+
+def complete_calls(op: str, device: torch.device | str = "cpu") -> list[tuple[Any, ...]]:
+    """Return calls of an op in which each of its tensor arguments is there at least once.
+
+    Raises:
+        KeyError: if there are none, saying where to add them.
+    """
+    if op not in COMPLETE_CALLS:
+        raise KeyError(f"op {op!r} has no entry in COMPLETE_CALLS of qatkernels/ops/samples.py, add one")
+    return [tuple(a.to(device) if isinstance(a, Tensor) else a for a in args) for args in COMPLETE_CALLS[op](op)]

@@ -5,7 +5,6 @@ Exponentials are the hardware's, so results differ from the reference in the las
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import triton
@@ -13,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._element import OPTIONS, from_element, to_element
+from ._launchers import launches
 from ._rows import compute_type
 
 BLOCK_COLUMNS = 4096
@@ -120,14 +120,16 @@ def _constants(logits: Tensor) -> dict[str, Any]:
     return {"COMPUTE": compute_type(logits.dtype), "C": block} | OPTIONS
 
 
+@launches("cross_entropy")
 def cross_entropy_out(logits: Tensor, targets: Tensor, ignore_index: int, loss: Tensor, lse: Tensor) -> None:
     """Write loss and lse. Arguments as the op's."""
     if logits.shape[0]:
         cross_entropy_fwd_kernel[(logits.shape[0],)](
-            logits.contiguous(), targets.contiguous(), loss, lse, logits.shape[1], ignore_index, **_constants(logits)
+            logits, targets, loss, lse, logits.shape[1], ignore_index, **_constants(logits)
         )
 
 
+@launches("cross_entropy_backward")
 def cross_entropy_backward_out(
     g: Tensor, logits: Tensor, lse: Tensor, targets: Tensor, ignore_index: int, grad: Tensor
 ) -> None:
@@ -136,8 +138,7 @@ def cross_entropy_backward_out(
     constants = _constants(logits)
     parts = triton.cdiv(cols, constants["C"])
     if rows:
-        inputs = (t.contiguous() for t in (g, logits, lse, targets))
-        cross_entropy_bwd_kernel[(rows * parts,)](*inputs, grad, cols, ignore_index, parts, **constants)
+        cross_entropy_bwd_kernel[(rows * parts,)](g, logits, lse, targets, grad, cols, ignore_index, parts, **constants)
 
 
 def _second_order(
@@ -147,17 +148,17 @@ def _second_order(
     rows, cols = logits.shape
     if rows == 0:
         return
-    lse = lse.contiguous()
     # What is absent is passed as lse, which the flags keep from being touched.
-    numbers = [lse if t is None else t.contiguous() for t in (tangent_g, g)]
+    numbers = [lse if t is None else t for t in (tangent_g, g)]
     outputs = [lse if t is None else t for t in (grad, tangent_grad)]
     cross_entropy_hvp_kernel[(rows,)](
-        tangent.contiguous(), *numbers, logits.contiguous(), lse, targets.contiguous(), *outputs, tangent_loss,
+        tangent, *numbers, logits, lse, targets, *outputs, tangent_loss,
         cols, ignore_index, ALONG_G=tangent_g is not None, GRAD=grad is not None,
         TANGENT_GRAD=tangent_grad is not None, **_constants(logits),
     )  # fmt: skip
 
 
+@launches("cross_entropy_jvp")
 def cross_entropy_jvp_out(
     tangent: Tensor, logits: Tensor, lse: Tensor, targets: Tensor, ignore_index: int, tangent_loss: Tensor
 ) -> None:
@@ -165,6 +166,7 @@ def cross_entropy_jvp_out(
     _second_order(tangent, None, None, logits, lse, targets, ignore_index, None, None, tangent_loss)
 
 
+@launches("cross_entropy_hvp")
 def cross_entropy_hvp_out(
     tangent: Tensor, tangent_g: Tensor | None, g: Tensor, logits: Tensor, lse: Tensor, targets: Tensor,
     ignore_index: int, tangent_grad: Tensor, tangent_loss: Tensor,
@@ -173,18 +175,10 @@ def cross_entropy_hvp_out(
     _second_order(tangent, tangent_g, g, logits, lse, targets, ignore_index, None, tangent_grad, tangent_loss)
 
 
+@launches("cross_entropy_dual")
 def cross_entropy_dual_out(
     tangent: Tensor, tangent_g: Tensor | None, g: Tensor, logits: Tensor, lse: Tensor, targets: Tensor,
     ignore_index: int, grad: Tensor, tangent_grad: Tensor, tangent_loss: Tensor,
 ) -> None:  # fmt: skip
     """Write the gradient, its tangent and the loss's, possibly over logits and tangent. Arguments as the op's."""
     _second_order(tangent, tangent_g, g, logits, lse, targets, ignore_index, grad, tangent_grad, tangent_loss)
-
-
-OUT_IMPLS: dict[str, Callable[..., None]] = {
-    "cross_entropy": cross_entropy_out,
-    "cross_entropy_backward": cross_entropy_backward_out,
-    "cross_entropy_jvp": cross_entropy_jvp_out,
-    "cross_entropy_hvp": cross_entropy_hvp_out,
-    "cross_entropy_dual": cross_entropy_dual_out,
-}

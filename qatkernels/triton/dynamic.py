@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._element import OPTIONS, divide, from_element, round_half_even, select_high, select_low, to_element
+from ._launchers import launches
 from ._rows import compute_type, tiling
 
 
@@ -52,17 +51,14 @@ def fake_quantize_dynamic_kernel(
         tl.store(y_ptr + row * cols + start + column, to_element(y, y_ptr.dtype.element_ty), mask)
 
 
+@launches("fake_quantize_dynamic")
 def fake_quantize_dynamic_out(x: Tensor, bits: int, out: Tensor) -> None:
     """Write y. Arguments as the op's."""
     if x.numel() == 0:
         return
-    x = x.contiguous()
     rows, cols = x.numel() // x.shape[-1], x.shape[-1]
     tiles = tiling(rows, cols)
     fake_quantize_dynamic_kernel[(triton.cdiv(rows, tiles.tile_rows),)](
         x, out, rows, cols, QMAX=2.0 ** (bits - 1) - 1, COMPUTE=compute_type(x.dtype),
         R=tiles.tile_rows, C=tiles.tile_cols, **OPTIONS,
     )  # fmt: skip
-
-
-OUT_IMPLS: dict[str, Callable[..., None]] = {"fake_quantize_dynamic": fake_quantize_dynamic_out}

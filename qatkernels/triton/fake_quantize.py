@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._element import code_of, constant, divide, from_element, to_element, value_of
+from ._launchers import launches
 from ._rows import load_scale, load_weight, point, rows_of_program, shape_of, tiling
 
 
@@ -107,6 +107,7 @@ def fake_quantize_jvp_kernel(
     tl.store(y_ptr + offset, to_element(y, y_ptr.dtype.element_ty), mask)
 
 
+@launches("fake_quantize")
 def fake_quantize_out(
     w: Tensor, scale: Tensor, zero_point: Tensor | None, seed: Tensor | None, grid: list[float],
     noise_std: float, scale_noise_std: float, grad_scale: float, dtype: torch.dtype | None, out: Tensor,
@@ -114,7 +115,6 @@ def fake_quantize_out(
     """Write y. Arguments as the op's."""
     if w.numel() == 0:
         return
-    w, scale = w.contiguous(), scale.contiguous()
     args, constants = point(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, w.dtype)
     tiles = tiling(*shape_of(w, scale), chunk_columns=1)
     fake_quantize_fwd_kernel[(tiles.programs,)](
@@ -122,6 +122,7 @@ def fake_quantize_out(
     )
 
 
+@launches("fake_quantize_backward")
 def fake_quantize_backward_out(
     g: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor | None, seed: Tensor | None, grid: list[float],
     noise_std: float, scale_noise_std: float, grad_scale: float, dw: Tensor, ds: Tensor, dz: Tensor,
@@ -131,7 +132,6 @@ def fake_quantize_backward_out(
         ds.zero_()
         dz.zero_()
         return
-    g, w, scale = g.contiguous(), w.contiguous(), scale.contiguous()
     args, constants = point(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, w.dtype)
     tiles = tiling(*shape_of(w, scale))
     wide = torch.float64 if w.dtype == torch.float64 else torch.float32
@@ -156,10 +156,9 @@ def _tangent_out(
 ) -> None:  # fmt: skip
     if w.numel() == 0:
         return
-    w, scale = w.contiguous(), scale.contiguous()
     # The gradient scale goes into the few tangents of scales; a kernel argument would be float32 for float64, too.
     scaled = (None if t is None else t * grad_scale for t in (tangent_scale, tangent_zero_point))
-    tangents = [scale if t is None else t.contiguous() for t in (tangent_w, *scaled)]
+    tangents = [scale if t is None else t for t in (tangent_w, *scaled)]
     args, constants = point(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, w.dtype)
     tiles = tiling(*shape_of(w, scale), chunk_columns=1)
     fake_quantize_jvp_kernel[(tiles.programs,)](
@@ -169,19 +168,13 @@ def _tangent_out(
     )  # fmt: skip
 
 
+@launches("fake_quantize_jvp")
 def fake_quantize_jvp_out(*args: Any) -> None:
     """Write the tangent of y. Arguments as the op's."""
     _tangent_out(*args[:11], out=args[-1])
 
 
+@launches("fake_quantize_dual")
 def fake_quantize_dual_out(*args: Any) -> None:
     """Write y and its tangent. Arguments as the op's."""
     _tangent_out(*args[:11], out=args[-1], value=args[-2])
-
-
-OUT_IMPLS: dict[str, Callable[..., None]] = {
-    "fake_quantize": fake_quantize_out,
-    "fake_quantize_backward": fake_quantize_backward_out,
-    "fake_quantize_jvp": fake_quantize_jvp_out,
-    "fake_quantize_dual": fake_quantize_dual_out,
-}

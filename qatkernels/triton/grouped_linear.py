@@ -17,7 +17,6 @@ Compiled ahead of time and interpreted; neither run nor measured on a GPU, and n
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._element import INTERPRETED, to_element
+from ._launchers import launches
 
 
 @dataclass(frozen=True)
@@ -148,22 +148,25 @@ def _rows(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor, output: int, depth
     # A tile more for each expert, whose last one may be partial, and one for the rows that are nobody's.
     grid = (triton.cdiv(tokens, config.rows) + experts + 1, triton.cdiv(outputs, config.columns))
     grouped_rows_kernel[grid](
-        x, w, offsets.contiguous(), out, tokens, outputs, w.shape[depth], experts,
+        x, w, offsets, out, tokens, outputs, w.shape[depth], experts,
         *x.stride(), w.stride(0), w.stride(output), w.stride(depth),
         R=config.rows, C=config.columns, D=config.depth, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 
+@launches("grouped_linear", any_strides=("x", "w"))
 def grouped_linear_out(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor) -> None:
     """Write y. Arguments as the op's."""
     _rows(x, w, offsets, out, 1, 2)
 
 
+@launches("grouped_linear_transposed", any_strides=("g", "w"))
 def grouped_linear_transposed_out(g: Tensor, w: Tensor, offsets: Tensor, out: Tensor) -> None:
     """Write x. Arguments as the op's."""
     _rows(g, w, offsets, out, 2, 1)
 
 
+@launches("grouped_outer", any_strides=("g", "x"))
 def grouped_outer_out(g: Tensor, x: Tensor, offsets: Tensor, out: Tensor) -> None:
     """Write w. Arguments as the op's."""
     experts, rows, columns = out.shape
@@ -172,13 +175,6 @@ def grouped_outer_out(g: Tensor, x: Tensor, offsets: Tensor, out: Tensor) -> Non
     config = WIDE.get(g.dtype, CONFIGS[-1][1])
     grid = (experts, triton.cdiv(rows, config.rows), triton.cdiv(columns, config.columns))
     grouped_outer_kernel[grid](
-        g, x, offsets.contiguous(), out, g.shape[0], rows, columns, *g.stride(), *x.stride(),
+        g, x, offsets, out, g.shape[0], rows, columns, *g.stride(), *x.stride(),
         R=config.rows, C=config.columns, D=config.depth, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-
-
-OUT_IMPLS: dict[str, Callable[..., None]] = {
-    "grouped_linear": grouped_linear_out,
-    "grouped_linear_transposed": grouped_linear_transposed_out,
-    "grouped_outer": grouped_outer_out,
-}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._element import OPTIONS, from_element
+from ._launchers import launches
 
 TILE_ELEMENTS = 4096
 MOST_ROWS = 256  # of a tile
@@ -65,10 +64,10 @@ def _programs(rows: int, cols: int) -> int:
     return min(triton.cdiv(cols, tile_cols), MOST_PROGRAMS)
 
 
+@launches("gram_schmidt")
 def gram_schmidt_out(basis: Tensor, w: Tensor, h: Tensor | None, w_new: Tensor, dots: Tensor, sq: Tensor) -> None:
     """Write w_new, dots and sq. Arguments as the op's. More than 256 rows take two passes, the update first."""
-    basis, w = basis.contiguous(), w.contiguous()
-    h = None if h is None else h.to(torch.float64).contiguous()
+    h = None if h is None else h.to(torch.float64)
     parts = range(0, max(basis.shape[0], 1), MOST_ROWS)
     if len(parts) > 1 and h is not None:
         exact = w.new_empty(w.shape, dtype=torch.float64)  # rounded once, at the end
@@ -85,6 +84,3 @@ def gram_schmidt_out(basis: Tensor, w: Tensor, h: Tensor | None, w_new: Tensor, 
         total = partial.sum(0)
         dots[i : i + MOST_ROWS].copy_(total[:-1])
         sq.copy_(total[-1])
-
-
-OUT_IMPLS: dict[str, Callable[..., None]] = {"gram_schmidt": gram_schmidt_out}

@@ -49,6 +49,7 @@ from ._element import (
     select_low,
     to_element,
 )
+from ._launchers import launches
 from ._products import CONFIGS, MAX_INTEGERS, MIN_BLOCK, ZERO_COLUMNS, Config, choose, common_block, distinct, fitted
 from ._rows import tiling
 from .dynamic import token_scale
@@ -303,9 +304,7 @@ class _Weight:
         self, packed: Tensor, scale: Tensor, zero_point: Tensor | None, offsets: Tensor | None, grid: list[float],
         code_min: int, bits: int, cols: int,
     ) -> None:  # fmt: skip
-        self.packed, self.scale = packed.contiguous(), scale.contiguous()
-        self.zero = None if zero_point is None else zero_point.contiguous()
-        self.offsets = None if offsets is None else offsets.contiguous()
+        self.packed, self.scale, self.zero, self.offsets = packed, scale, zero_point, offsets
         self.bits, self.cols, self.outputs, self.groups = bits, cols, packed.shape[-2], scale.shape[-1]
         self.group_size = cols // self.groups
         self.experts = 1 if offsets is None else packed.shape[0]
@@ -397,6 +396,7 @@ def _plan_transposed(device: torch.device, w: _Weight, tokens: int) -> tuple[Con
     return fitted(config, tokens, w.cols, w.outputs, MIN_BLOCK[False]), scales
 
 
+@launches("lowbit_linear")
 def lowbit_linear_out(
     x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, offsets: Tensor | None,
     grid: list[float], code_min: int, bits: int, act_bits: int | None, out: Tensor,
@@ -412,10 +412,9 @@ def lowbit_linear_out(
         out.copy_(as_tuple(FORWARD.reference(*args))[0])
         return
     w = _Weight(packed, scale, zero_point, offsets, grid, code_min, bits, x.shape[-1])
-    x, y = x.reshape(-1, w.cols).contiguous(), out.view(-1, w.outputs)
+    x, y = x.view(-1, w.cols), out.view(-1, w.outputs)
     tokens = x.shape[0]
     token_scale = w.scale
-    bias = None if bias is None else bias.contiguous()
     if act_bits is not None:
         x, token_scale = _quantize_tokens(x, act_bits)
     config, scales, dot = _plan(x.device, x.dtype, w, tokens)
@@ -433,6 +432,7 @@ def lowbit_linear_out(
     _with_parts(y, config.split, bias, launch)
 
 
+@launches("lowbit_linear_transposed")
 def lowbit_linear_transposed_out(
     g: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, offsets: Tensor | None, grid: list[float],
     code_min: int, bits: int, cols: int, out: Tensor,
@@ -447,7 +447,7 @@ def lowbit_linear_transposed_out(
         out.copy_(as_tuple(TRANSPOSED.reference(*args))[0])
         return
     w = _Weight(packed, scale, zero_point, offsets, grid, code_min, bits, cols)
-    g, y = g.reshape(-1, w.outputs).contiguous(), out.view(-1, cols)
+    g, y = g.view(-1, w.outputs), out.view(-1, cols)
     tokens = g.shape[0]
     config, scales = _plan_transposed(g.device, w, tokens)
 
@@ -490,9 +490,3 @@ def warm_up(
     for tokens in distinct(lambda t: _plan_transposed(weight.device, w, t)):
         g = torch.zeros(tokens, rows, dtype=dtype, device=weight.device)
         lowbit_linear_transposed_out(g, *parts, offsets, *grid, cols, g.new_empty(tokens, cols))
-
-
-OUT_IMPLS: dict[str, Callable[..., None]] = {
-    "lowbit_linear": lowbit_linear_out,
-    "lowbit_linear_transposed": lowbit_linear_transposed_out,
-}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._element import OPTIONS, normals_each
+from ._launchers import launches
 
 
 @triton.jit
@@ -17,10 +16,8 @@ def normal_kernel(seed_ptr, out_ptr, numel, STREAM: tl.constexpr, BLOCK: tl.cons
     tl.store(out_ptr + index, normals_each(tl.load(seed_ptr), index, STREAM), index < numel)
 
 
+@launches("normal")
 def normal_out(seed: Tensor, numel: int, stream: int, out: Tensor) -> None:
     """Write the normals. Arguments as the op's."""
     if numel:
         normal_kernel[(triton.cdiv(numel, 1024),)](seed, out, numel, STREAM=stream, BLOCK=1024, **OPTIONS)
-
-
-OUT_IMPLS: dict[str, Callable[..., None]] = {"normal": normal_out}

@@ -6,13 +6,12 @@ Others cross borders: each code takes the byte where it starts and, where it goe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._element import OPTIONS
+from ._launchers import launches
 from ._rows import tiling
 
 
@@ -84,6 +83,7 @@ def codes_in_a_byte(bits: int) -> int:
     return max((8 * byte + 7) // bits - 8 * byte // bits + 1 for byte in range(bits))
 
 
+@launches("pack")
 def pack_out(codes: Tensor, code_min: int, bits: int, out: Tensor) -> None:
     """Write the packed codes. Arguments as the op's."""
     if out.numel() == 0:
@@ -91,11 +91,12 @@ def pack_out(codes: Tensor, code_min: int, bits: int, out: Tensor) -> None:
     cols, row_bytes = codes.shape[-1], out.shape[-1]
     tiles = tiling(out.numel() // row_bytes, row_bytes, chunk_columns=1)
     pack_kernel[(tiles.programs,)](
-        codes.contiguous(), out, out.numel() // row_bytes, cols, row_bytes, tiles.chunks, BITS=bits, CODE_MIN=code_min,
+        codes, out, out.numel() // row_bytes, cols, row_bytes, tiles.chunks, BITS=bits, CODE_MIN=code_min,
         TOUCHED=codes_in_a_byte(bits), R=tiles.tile_rows, C=tiles.tile_cols, **OPTIONS,
     )  # fmt: skip
 
 
+@launches("unpack")
 def unpack_out(packed: Tensor, code_min: int, bits: int, cols: int, out: Tensor) -> None:
     """Write the codes. Arguments as the op's."""
     if out.numel() == 0:
@@ -103,9 +104,6 @@ def unpack_out(packed: Tensor, code_min: int, bits: int, cols: int, out: Tensor)
     rows, row_bytes = out.numel() // cols, packed.shape[-1]
     tiles = tiling(rows, max(cols, 8), chunk_columns=1)  # a tile of whole bytes
     unpack_kernel[(tiles.programs,)](
-        packed.contiguous(), out, rows, cols, row_bytes, tiles.chunks, BITS=bits, CODE_MIN=code_min,
+        packed, out, rows, cols, row_bytes, tiles.chunks, BITS=bits, CODE_MIN=code_min,
         R=tiles.tile_rows, C=tiles.tile_cols, **OPTIONS,
     )  # fmt: skip
-
-
-OUT_IMPLS: dict[str, Callable[..., None]] = {"pack": pack_out, "unpack": unpack_out}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._element import OPTIONS, from_element, to_element
+from ._launchers import launches
 from ._rows import compute_type
 
 BLOCK = 4096
@@ -64,16 +63,19 @@ def _perturb(w: Tensor, g: Tensor, factor: Tensor, eta: float | None, swap: bool
         )  # fmt: skip
 
 
+@launches("perturb_")
 def perturb_(w: Tensor, g: Tensor, factor: Tensor, eta: float | None) -> None:
     """Change w. Arguments as the op's."""
     _perturb(w, g, factor, eta, False)
 
 
+@launches("perturb_swap_")
 def perturb_swap_(w: Tensor, g: Tensor, factor: Tensor, eta: float | None) -> None:
     """Change w and g. Arguments as the op's."""
     _perturb(w, g, factor, eta, True)
 
 
+@launches("perturbation_norms")
 def perturbation_norms_out(g: Tensor, w: Tensor | None, eta: float, out: Tensor) -> None:
     """Write the sums. Arguments as the op's."""
     if g.numel() == 0:
@@ -86,10 +88,3 @@ def perturbation_norms_out(g: Tensor, w: Tensor | None, eta: float, out: Tensor)
         COMPUTE=compute_type(g.dtype), BLOCK=BLOCK, STEPS=STEPS, **OPTIONS,
     )  # fmt: skip
     torch.sum(partial, 0, out=out)
-
-
-OUT_IMPLS: dict[str, Callable[..., None]] = {
-    "perturb_": perturb_,
-    "perturb_swap_": perturb_swap_,
-    "perturbation_norms": perturbation_norms_out,
-}

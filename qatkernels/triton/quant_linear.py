@@ -6,7 +6,6 @@ quantized weight nor its tangent is ever in memory. Float32 products are three o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from ._element import (
     to_element,
     value_of,
 )
+from ._launchers import launches
 from ._rows import shape_of
 from .fake_quantize import fake_quantize_dual_out, slopes_at
 
@@ -103,6 +103,7 @@ def quant_linear_dual_kernel(
     tl.store(tangent_ptr + out, to_element(along_x + along_w, DTYPE), inside)
 
 
+@launches("quant_linear_dual")
 def quant_linear_dual_out(
     x: Tensor, tangent_x: Tensor | None, tangent_w: Tensor | None, tangent_scale: Tensor | None,
     tangent_zero_point: Tensor | None, w: Tensor, scale: Tensor, zero_point: Tensor | None, seed: Tensor | None,
@@ -123,15 +124,14 @@ def quant_linear_dual_out(
         return
     if out.numel() == 0:
         return
-    x, w, scale = x.contiguous(), w.contiguous(), scale.contiguous()
     (outputs, inputs), strides = w.shape, (w.shape[1], 1)
     if transposed:
         outputs, inputs, strides = inputs, outputs, (1, w.shape[1])
     # The gradient scale goes into the few tangents of scales.
     scaled = (None if t is None else t * grad_scale for t in tangents[1:])
     # What is absent is passed as the scale, which the flags keep from being read.
-    along: list[Any] = [scale if t is None else t.contiguous() for t in (tangent_x, tangent_w, *scaled)]
-    point = (w, scale, *(scale if t is None else t.contiguous() for t in (zero_point, seed)))
+    along: list[Any] = [scale if t is None else t for t in (tangent_x, tangent_w, *scaled)]
+    point = (w, scale, *(scale if t is None else t for t in (zero_point, seed)))
     t, n, k = TILES[x.element_size()]
     quant_linear_dual_kernel[(triton.cdiv(outputs, n), triton.cdiv(x.shape[0], t))](
         x, *along, out, tangent, *point, x.shape[0], outputs, inputs, *strides, max(shape_of(w, scale)[1], 1),
@@ -140,6 +140,3 @@ def quant_linear_dual_out(
         ALONG_X=tangent_x is not None, ALONG_W=tangent_w is not None, ALONG_S=tangent_scale is not None,
         ALONG_Z=tangent_zero_point is not None, T=t, N=n, K=k, **OPTIONS, **STAGES,
     )  # fmt: skip
-
-
-OUT_IMPLS: dict[str, Callable[..., None]] = {"quant_linear_dual": quant_linear_dual_out}

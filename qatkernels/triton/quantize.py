@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._element import code_of, divide, from_element, to_element, value_of
+from ._launchers import launches
 from ._rows import load_scale, point, rows_of_program, shape_of, tiling
 
 
@@ -47,13 +46,13 @@ def dequantize_kernel(
     tl.store(y_ptr + offset, to_element(y, y_ptr.dtype.element_ty), mask)
 
 
+@launches("quantize")
 def quantize_out(
     w: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], code_min: int, code_max: int, out: Tensor
 ) -> None:
     """Write the codes. Arguments as the op's."""
     if w.numel() == 0:
         return
-    w, scale = w.contiguous(), scale.contiguous()
     args, constants = point(w, scale, zero_point, None, grid, 0.0, 0.0, w.dtype)
     tiles = tiling(*shape_of(w, scale), chunk_columns=1)
     quantize_kernel[(tiles.programs,)](
@@ -62,18 +61,15 @@ def quantize_out(
     )  # fmt: skip
 
 
+@launches("dequantize")
 def dequantize_out(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], dtype: torch.dtype, out: Tensor
 ) -> None:
     """Write the weights. Arguments as the op's."""
     if codes.numel() == 0:
         return
-    codes, scale = codes.contiguous(), scale.contiguous()
     args, constants = point(codes, scale, zero_point, None, grid, 0.0, 0.0, dtype)
     tiles = tiling(*shape_of(codes, scale), chunk_columns=1)
     dequantize_kernel[(tiles.programs,)](
         codes, out, *args, tiles.chunks, **constants, R=tiles.tile_rows, C=tiles.tile_cols
     )
-
-
-OUT_IMPLS: dict[str, Callable[..., None]] = {"quantize": quantize_out, "dequantize": dequantize_out}

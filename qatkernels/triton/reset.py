@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._element import code_of, divide, from_element, to_element, value_of
+from ._launchers import launches
 from ._rows import load_scale, point, rows_of_program, shape_of, tiling
 
 
@@ -33,16 +32,14 @@ def reset_kernel(
     tl.store(w_ptr + offset, tl.where(same, moved, element), mask)
 
 
+@launches("reset_")
 def reset_(w: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], quantized_weight: float) -> None:
     """Move w. Arguments as the op's."""
     if w.numel() == 0:
         return
-    args, constants = point(w, scale.contiguous(), zero_point, None, grid, 0.0, 0.0, w.dtype)
+    args, constants = point(w, scale, zero_point, None, grid, 0.0, 0.0, w.dtype)
     tiles = tiling(*shape_of(w, scale), chunk_columns=1)
     reset_kernel[(tiles.programs,)](
         w, *args, tiles.chunks, **constants, KEEP=1 - quantized_weight, MOVE=quantized_weight,
         R=tiles.tile_rows, C=tiles.tile_cols,
     )  # fmt: skip
-
-
-OUT_IMPLS: dict[str, Callable[..., None]] = {"reset_": reset_}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qatkernels as qk
-from qatkernels.backends import IMPLS, MISSING
+from qatkernels.backends import CONDITIONS, IMPLS, MISSING, by_call
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.fake_quantize import FLOATS
 from qatkernels.ops.samples import make, samples, weights
@@ -219,6 +219,22 @@ def test_decoding_in_a_graph(linear):
         y.fill_(torch.nan)
         graph.replay()
         assert_same_bits(y, linear(*args), f"seed {seed}")
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 40])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_kernel_that_takes_few_tokens_passes_the_others_on(tokens, dtype):
+    """The condition of the decode kernel, asked of tensors, and the reference behind it, as without Triton."""
+    if "cuda" not in IMPLS["lowbit_linear"]:
+        pytest.skip(f"no cuda backend: {MISSING.get('cuda')}")
+    serves = CONDITIONS["lowbit_linear"]["cuda"]
+    args = lowbit.make(qk.affine(4), tokens, 70, 256, 64, dtype, GPU)
+    assert serves(*args) == (tokens <= 8 and dtype != torch.float64)
+    op = OPS["lowbit_linear"]
+    y = by_call(op, [(IMPLS["lowbit_linear"]["cuda"], serves), (op.reference, None)])(*args)
+    assert_within(y, *lowbit.reference(args), f"{tokens} tokens of {dtype}")
+    stack = (args[0], *(t[None] for t in args[1:4]), None, torch.tensor([tokens], dtype=torch.int32, device=GPU))
+    assert not serves(*stack, *args[6:])
 
 
 @pytest.mark.slow

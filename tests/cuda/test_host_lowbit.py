@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import qatkernels as qk
+from qatkernels.backends import by_call
+from qatkernels.ops._op import OPS
 from tests.compare import assert_same_bits, assert_within, run_out
 
 if shutil.which("g++") is None:
@@ -220,3 +222,17 @@ def test_what_is_served():
     assert not on_host.lowbit_serves(*args[:5], torch.tensor([1], dtype=torch.int32), *args[6:])
     assert not on_host.lowbit_serves(*replaced(args, bias=torch.ones(8, dtype=torch.float64)))
     assert run(replaced(args, x=x[:0])).shape == (0, 8)
+
+
+def test_what_is_not_served_goes_to_the_reference():
+    """A build with CUDA and without Triton: more tokens, float64 and experts are products too."""
+    stages = [(on_host.lowbit_linear, on_host.lowbit_serves), (OPS["lowbit_linear"].reference_out, None)]
+    linear = by_call(OPS["lowbit_linear"], stages)
+    args = make(qk.affine(4), 9, 24, 64, 32, torch.float32, bias=torch.float32)
+    for x in (args[0][:8], args[0], args[0].double()):
+        call = replaced(args, x=x)
+        (y,) = run_out("lowbit_linear", linear, call)
+        assert_within(y, *reference(call), f"{len(x)} tokens of {x.dtype}")
+    experts = (args[0], *(t[None] for t in args[1:4]), None, torch.tensor([9], dtype=torch.int32), *args[6:])
+    (y,) = run_out("lowbit_linear", linear, experts)
+    assert_within(y, *reference(replaced(args, bias=None)), "experts")

@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from compare import assert_same_bits
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
@@ -14,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from qatkernels.grid import affine, lsq
 from qatkernels.nn import LearnedActivation, QuantConfig, QuantLinear, calibrate, quantize_model
+from tests.compare import assert_same_bits
 
 
 def test_lsq_starts_from_the_mean_magnitude_of_the_first_batch():

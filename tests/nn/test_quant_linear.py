@@ -5,7 +5,6 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_same_bits
 from torch import nn
 from torch.func import functional_call, hessian
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qatkernels.nn import QuantConfig, QuantLinear
 from qatkernels.ops import dequantize, fake_quantize_dynamic, normal
+from tests.compare import assert_same_bits
 
 
 def grads(module):

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from compare import assert_same_bits
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -15,6 +14,7 @@ from torch.nn.utils import parametrizations, prune
 
 from qatkernels.nn import QuantConfig, QuantLinear, calibrate, quantize_model, quantized_modules, quantized_weights
 from qatkernels.train.parallel import leave
+from tests.compare import assert_same_bits
 
 
 class Tied(nn.Module):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import assert_same_bits
+
+from tests.compare import assert_same_bits
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

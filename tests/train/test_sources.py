@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from compare import assert_same_bits
 
 from qatkernels import cli, load_packed, quantized_modules
 from qatkernels.train import (
@@ -25,6 +24,7 @@ from qatkernels.train import (
     spectra,
     train,
 )
+from tests.compare import assert_same_bits
 
 from .conftest import options, outcome
 

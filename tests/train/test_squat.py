@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_same_bits
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qatkernels import QuantConfig, fake_quantize, quantize_model, quantized_modules
 from qatkernels.train import SQuAT, WinQ
+from tests.compare import assert_same_bits
 
 
 @pytest.fixture(autouse=True)

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from compare import assert_same_bits
 from torch import nn
 
 from qatkernels import QuantConfig, fake_quantize, quantize_model, quantized_modules
 from qatkernels.ops import normal
 from qatkernels.train import GridStats, WinQ, hadamard
+from tests.compare import assert_same_bits
 
 NOISE = {"reset_every": None, "reset_weight": 0.4, "noise_std": 0.01}
 RESETS = {"reset_every": 2, "reset_weight": 0.4, "noise_std": 0.0}

@@ -11,9 +11,18 @@ import torch
 
 import qatkernels as qk
 from qatkernels.backends import IMPLS
-from qatkernels.ops._op import OPS
+from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.fake_quantize import FLOATS
-from qatkernels.ops.samples import GRIDS, basis_calls, logits_calls, make, perturbations, samples, weights
+from qatkernels.ops.samples import (
+    GRIDS,
+    basis_calls,
+    complete_calls,
+    logits_calls,
+    make,
+    perturbations,
+    samples,
+    weights,
+)
 from tests.compare import (
     assert_same_bits,
     assert_within,
@@ -27,6 +36,7 @@ from tests.compare import (
     run_out,
     special_calls,
 )
+from tests.strides import check_strided_outputs, check_strides
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
@@ -82,17 +92,27 @@ def test_empty(op, shape):
         assert torch.equal(out[1], torch.zeros_like(scale))
 
 
-def test_backward_takes_views_and_repeats_its_bits():
-    sample = make(qk.lsq(4), (48, 32), noise=True)
-    args = list(sample.args("fake_quantize_backward"))
-    args[0] = torch.ones(()).expand(48, 32)
-    args[1] = args[1].t().contiguous().t()
-    results = [run_out("fake_quantize_backward", triton_out("fake_quantize_backward"), args) for _ in range(2)]
-    copies = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in args]
-    expected = run_out("fake_quantize_backward", triton_out("fake_quantize_backward"), copies)
-    for result in results:
-        for a, e in zip(result, expected, strict=True):
-            assert_same_bits(a, e)
+@pytest.mark.parametrize("op", [op for op in OPS if "triton" in IMPLS[op]])
+def test_strided_inputs(op):
+    check_strides(op, "triton")
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if "triton" in IMPLS.get(f"{op}_out", {})])
+def test_outputs_that_do_not_fit(op):
+    check_strided_outputs(op, "triton")
+    args = complete_calls(op)[0]
+    for i in range(len(OPS[op].outputs)):
+        outputs = list(as_tuple(OPS[op].fake(*args)))
+        for wrong in (outputs[i].new_zeros((*outputs[i].shape, 2)), outputs[i].to(torch.complex64)):
+            with pytest.raises(ValueError, match=f"{OPS[op].outputs[i]} is .*must be"):
+                triton_out(op)(*args, *outputs[:i], wrong, *outputs[i + 1 :])
+
+
+def test_backward_repeats_its_bits():
+    args = make(qk.lsq(4), (48, 32), noise=True).args("fake_quantize_backward")
+    first, second = (run_out("fake_quantize_backward", triton_out("fake_quantize_backward"), args) for _ in range(2))
+    for a, e in zip(first, second, strict=True):
+        assert_same_bits(a, e)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
