@@ -6,8 +6,10 @@ from .grouped_quant_linear import GroupedQuantLinear
 from .pack_model import PACKERS, model_bytes, pack_model, packed_modules, warm_up
 from .packed_file import load_packed, save_packed
 from .packed_linear import GroupedPackedLinear, PackedBuffers, PackedLinear
+from .quant_conv1d import QuantConv1D
 from .quant_linear import QuantLinear
 from .quantize_model import quantize_model, quantized_modules, quantized_weights
+from .report import QuantizationReport, ReportRow, quantization_report
 
 __all__ = [
     "PACKERS",
@@ -18,12 +20,16 @@ __all__ = [
     "PackedBuffers",
     "PackedLinear",
     "QuantConfig",
+    "QuantConv1D",
     "QuantLinear",
+    "QuantizationReport",
+    "ReportRow",
     "calibrate",
     "load_packed",
     "model_bytes",
     "pack_model",
     "packed_modules",
+    "quantization_report",
     "quantize_model",
     "quantized_modules",
     "quantized_weights",

@@ -93,7 +93,7 @@ def load_trained(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         model = sources.build(described["model"])
         if described["quantization"] is not None:
             quantization = QuantConfig.from_dict(described["quantization"])
-            model = quantize_model(model, quantization, exclude=described["exclude"])
+            model = quantize_model(model, quantization, exclude=described["exclude"], warn_below=0)
         model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())

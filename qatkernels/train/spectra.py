@@ -156,7 +156,7 @@ def load(path: str | Path) -> Loaded:
         model: nn.Module = Transformer(ModelConfig(**header["model"]))
         quantization, exclude = header["quantization"], tuple(header["exclude"])
         # In full precision, the weights that the quantized models quantize.
-        quantized = quantize_model(model, QuantConfig.from_dict(quantization or {}), exclude=exclude)
+        quantized = quantize_model(model, QuantConfig.from_dict(quantization or {}), exclude=exclude, warn_below=0)
         weights: list[Tensor] = list(quantized_weights(quantized))
         if quantization is None:
             names = [name for name, p in quantized.named_parameters() if any(p is w for w in weights)]
