@@ -144,13 +144,16 @@ def survey(
     for held in holders.values():
         row, left = _row(names, held, chosen, never)
         rows.append(row)
-        if left is not None and rules is not None:
-            every = [n for module, name, _ in held for n in (*names[module], *(_join(m, name) for m in names[module]))]
-            found = rules.wanted(every)
-            if isinstance(found, Left) and found.asked:
-                asked.add(row.name)
-            elif left.loud:
-                loud.add(row.name)
+        if left is None or rules is None:
+            continue
+        every = [n for module, name, _ in held for n in (*names[module], *(_join(m, name) for m in names[module]))]
+        found = rules.wanted(every)
+        if left.loud and any(chosen.get(module) is left for module, *_ in held):  # decided of a layer that matched
+            loud.add(row.name)
+        elif isinstance(found, Left) and found.asked:
+            asked.add(row.name)
+        elif left.loud:
+            loud.add(row.name)
     packed = {module.weight: names[module][0] for module in reversed(names) if isinstance(module, Packed)}
     for weight, prefix in reversed(packed.items()):  # the first name of each, in the model's order
         how = f"{weight.grid.bits:g} bits, {weight.grid.scheme}"
