@@ -7,8 +7,10 @@ from .pack_model import PACKERS, model_bytes, pack_model, packed_modules, warm_u
 from .packed_file import load_packed, save_packed
 from .packed_linear import GroupedPackedLinear, PackedBuffers, PackedLinear
 from .param_groups import param_groups, scales_at_floor
+from .quant_conv1d import QuantConv1D
 from .quant_linear import QuantLinear
 from .quantize_model import quantize_model, quantized_modules, quantized_weights
+from .report import QuantizationReport, ReportRow, quantization_report
 
 __all__ = [
     "PACKERS",
@@ -19,13 +21,17 @@ __all__ = [
     "PackedBuffers",
     "PackedLinear",
     "QuantConfig",
+    "QuantConv1D",
     "QuantLinear",
+    "QuantizationReport",
+    "ReportRow",
     "calibrate",
     "load_packed",
     "model_bytes",
     "pack_model",
     "packed_modules",
     "param_groups",
+    "quantization_report",
     "quantize_model",
     "quantized_modules",
     "quantized_weights",

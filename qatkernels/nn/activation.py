@@ -210,8 +210,8 @@ class LearnedActivation(Float32Scales):
         if self.calibrating and not torch.compiler.is_compiling() and not self.ready:
             bad = x.numel() - int(x.isfinite().sum())
             raise ValueError(
-                f"x, the input, has {bad} of {x.numel()} elements that are inf or NaN (or their mean is), from which an "
-                "activation scale cannot be calibrated: calibrate with another batch"
+                f"x, the input, has {bad} of {x.numel()} elements that are inf or NaN (or their mean is), from which "
+                "an activation scale cannot be calibrated: calibrate with another batch"
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

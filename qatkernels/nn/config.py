@@ -68,6 +68,21 @@ class QuantConfig:
         if not self.act_signed and self.act_scheme != "lsq":
             raise ValueError(f"act_signed is False with act_scheme {self.act_scheme!r}, it is for act_scheme 'lsq'")
 
+    def __str__(self) -> str:
+        """Return the configuration in a few words; ``repr`` has every field."""
+        parts = [f"{self.bits:g} bits", self.scheme]
+        if self.group_size is not None:
+            parts.append(f"groups of {self.group_size}")
+        if self.per_tensor:
+            parts.append("per tensor")
+        if self.scale_init is not None:
+            parts.append(f"scales by {self.scale_init}")
+        if self.act_bits is not None:
+            parts.append(
+                f"{'' if self.act_signed else 'unsigned '}activations of {self.act_bits} bits ({self.act_scheme})"
+            )
+        return ", ".join(parts)
+
     @property
     def grid(self) -> Grid:
         """Grid of the weight."""

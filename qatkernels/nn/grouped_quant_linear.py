@@ -67,14 +67,33 @@ class GroupedQuantLinear(Quantized):
         self._finish(config)
 
     @classmethod
-    def from_stacked(cls, weight: Tensor, bias: Tensor | None = None, *, config: QuantConfig) -> GroupedQuantLinear:
-        """Return a layer over stacked weights ``[E, N, K]`` and, maybe, biases ``[E, N]``; Parameters are not copied.
+    def from_stacked(
+        cls, weight: Tensor, bias: Tensor | None = None, *, config: QuantConfig, transposed: bool | None = None
+    ) -> GroupedQuantLinear:
+        """Return a layer over stacked weights and, maybe, biases ``[E, N]``.
+
+        Args:
+            weight: ``[E, N, K]``, and then a Parameter is not copied, or ``[E, K, N]`` with ``transposed=True``.
+            bias: ``[E, N]`` or None; a Parameter is not copied.
+            config: what to quantize to.
+            transposed: whether the model multiplies by the weights as they are, ``x @ weight[e]``, and not by their
+                transposes, ``F.linear(x, weight[e])``. True makes a transposed copy: a new Parameter, for the optimizer
+                too. None is False, where the shape shows a mistake as soon as there is an input; of a square weight it
+                does not, so that True or False must be given.
 
         Raises:
-            ValueError: if a shape does not fit.
+            ValueError: if a shape does not fit, or the weight is square and ``transposed`` is None.
         """
         if weight.ndim != 3:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, must have three dimensions")
+        if transposed is None and weight.shape[1] == weight.shape[2]:
+            raise ValueError(
+                f"transposed is None with a weight of shape {tuple(weight.shape)}, which fits both ways round: give "
+                "False for [E, N, K] (the model computes F.linear(x, weight[e])), True for [E, K, N] (x @ weight[e])"
+            )
+        if transposed:
+            turned = weight.detach().transpose(1, 2).contiguous()
+            weight = nn.Parameter(turned, requires_grad=weight.requires_grad)
         if bias is not None and bias.shape != weight.shape[:2]:
             raise ValueError(f"bias has shape {tuple(bias.shape)}, must be {tuple(weight.shape[:2])}")
         layer = cls.__new__(cls)
@@ -106,7 +125,7 @@ class GroupedQuantLinear(Quantized):
             raise ValueError(f"linears have {len(shapes)} different shapes, must have one")
         weight = _stacked([linear.weight for linear in linears], "weight")
         bias = None if linears[0].bias is None else _stacked([linear.bias for linear in linears], "bias")
-        return cls.from_stacked(weight, bias, config=config).train(linears[0].training)
+        return cls.from_stacked(weight, bias, config=config, transposed=False).train(linears[0].training)
 
     def _finish(self, config: QuantConfig) -> None:
         self.num_experts, self.out_features, self.in_features = self.weight.shape

@@ -21,6 +21,7 @@ from ..ops.packing import PackedWeight
 from .activation import LearnedActivation
 from .pack_model import packed_modules
 from .packed_linear import KINDS, Packed, PackedBuffers
+from .quant_conv1d import is_conv1d
 
 FORMAT, VERSION = "qatkernels-packed", 1
 
@@ -236,8 +237,10 @@ def _layer(
     """Return a packed layer in place of the one that was built, whose weight, where it has one, says the shape."""
     name, kind = entry["names"][0], KINDS[entry["kind"]]
     built = getattr(old, "weight", None)
-    if isinstance(built, Tensor) and built.shape != weight.shape:
-        raise ValueError(f"{name} has shape {tuple(weight.shape)} in the file and {tuple(built.shape)} in the model")
+    if isinstance(built, Tensor):
+        shape = built.t().shape if is_conv1d(old) else built.shape
+        if shape != weight.shape:
+            raise ValueError(f"{name} has shape {tuple(weight.shape)} in the file and {tuple(shape)} in the model")
     bias, stored = None, _part(state, f"{name}.bias".lstrip("."), "bias" in entry)
     if isinstance(built, Tensor) and hasattr(old, "bias") and (old.bias is None) != (stored is None):
         raise ValueError(f"{name or 'the layer'} has a bias in the {'model' if stored is None else 'file'} only")

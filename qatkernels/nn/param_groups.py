@@ -186,4 +186,4 @@ def _mean(scale: Tensor) -> float:
 def local_part(tensor: Tensor) -> Tensor:
     """Return what this process holds of a tensor, without its graph."""
     tensor = tensor.detach()
-    return tensor.tolocal_part() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

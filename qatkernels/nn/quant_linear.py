@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -17,6 +18,19 @@ from ..ops.quant_linear import forward_mode_alone
 from .activation import compute_dtype
 from .config import QuantConfig
 from .quantized import Quantized, reparametrization
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+#: Subclasses of ``nn.Linear`` that compute what ``nn.Linear`` computes, by qualified name: :class:`QuantLinear` takes
+#: their place. Add the name of your own class if its forward is ``x @ weight.T + bias`` and nothing else.
+#: FalconLinear adds the bias after the product is rounded, where the quantized layer rounds once.
+LINEAR_CLASSES: set[str] = {
+    "torch.nn.modules.linear.Linear",
+    "transformers.models.falcon.modeling_falcon.FalconLinear",
+    "transformers.models.esm.modeling_esmfold.EsmFoldLinear",
+}
 
 
 class QuantLinear(Quantized, nn.Linear):
@@ -71,7 +85,8 @@ class QuantLinear(Quantized, nn.Linear):
         other attributes come along; the handles of hooks keep working. A frozen weight gets frozen scales.
 
         Args:
-            linear: an ``nn.Linear``; subclasses may compute something else and are refused.
+            linear: an ``nn.Linear``, or one of `LINEAR_CLASSES`; other subclasses may compute something else and are
+                refused.
             config: what to quantize to.
 
         Raises:
@@ -79,10 +94,16 @@ class QuantLinear(Quantized, nn.Linear):
         """
         if problem := why_not(linear):
             raise ValueError(f"linear {problem}")
+        return cls._adopt(linear, config)
+
+    @classmethod
+    def _adopt(cls, layer: nn.Module, config: QuantConfig) -> Self:
+        """Return a layer with another one's parameters (``weight`` ``[N, K]`` and ``bias``), hooks and attributes."""
         module = cls.__new__(cls)
-        module.__dict__.update(linear.__dict__)
+        module.__dict__.update(layer.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):
-            module.__dict__[registry] = dict(linear.__dict__[registry])
+            module.__dict__[registry] = dict(layer.__dict__[registry])
+        module.out_features, module.in_features = module.weight.shape
         module._quantize(config)
         return module
 
@@ -144,24 +165,33 @@ class QuantLinear(Quantized, nn.Linear):
         return f"{super().extra_repr()}, {self.described}"
 
 
-def why_not(linear: nn.Module) -> str | None:
+def why_not(layer: nn.Module, classes: Collection[str] = LINEAR_CLASSES) -> str | None:
     """Return why a layer cannot be quantized in place, as the rest of a sentence, or None if it can.
 
     What computes the weight, replaces the forward or calls something else would be lost, or would bypass quantization.
+
+    Args:
+        layer: the layer.
+        classes: qualified names of the classes whose forward is known; a class derived from one is another class.
     """
-    if parametrize.is_parametrized(linear):
+    if parametrize.is_parametrized(layer):
         return "is parametrized: remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
-    if type(linear) is not nn.Linear:
-        return f"is a {type(linear).__module__}.{type(linear).__qualname__}, must be exactly torch.nn.Linear"
-    weight = linear._parameters.get("weight")
+    if qualified_name(type(layer)) not in classes:
+        return f"is a {qualified_name(type(layer))}, must be exactly torch.nn.Linear (or a class of LINEAR_CLASSES)"
+    weight = layer._parameters.get("weight")
     if weight is None:
-        return f"has a weight that is computed (the layer is {reparametrization(linear)}): remove that first"
+        return f"has a weight that is computed (the layer is {reparametrization(layer)}): remove that first"
     if type(weight) is not nn.Parameter:
         return f"has a {type(weight).__name__} as weight, must be a plain nn.Parameter: quantize before sharding it"
     if weight.dtype not in FLOATS:
         return f"has a {weight.dtype} weight, must be one of {FLOATS}"
-    if "forward" in linear.__dict__:
+    if "forward" in layer.__dict__:
         return "has a forward of its own on the instance, which would bypass quantization: quantize before wrapping it"
-    if linear._compiled_call_impl is not None:
+    if layer._compiled_call_impl is not None:
         return "has been compiled, which would bypass quantization: quantize before compiling"
     return None
+
+
+def qualified_name(cls: type) -> str:
+    """Return the module and the name of a class, by which it is found without importing where it comes from."""
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils import parametrize
 
 from .config import QuantConfig
-from .quant_linear import QuantLinear, why_not
+from .quant_conv1d import QuantConv1D, is_conv1d, transpose_
+from .quant_linear import QuantLinear
 from .quantized import Quantized
+from .report import Survey, listed, survey
+from .selection import EXCLUDE, Left, Rules, check_uncompiled, check_unwrapped, choose, names_of
 
 logger = logging.getLogger(__name__)
-
-#: Left in full precision by default, as in the papers. Embeddings and norms are no nn.Linear to begin with.
-EXCLUDE = ("lm_head", "*embed*")
 
 
 def quantize_model(
@@ -27,66 +24,79 @@ def quantize_model(
     *,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = EXCLUDE,
+    requantize: bool = False,
+    warn_below: float = 0.5,
 ) -> nn.Module:
-    """Replace every ``nn.Linear`` of a model by a :class:`QuantLinear` with the same parameters.
+    """Replace the linear layers of a model by quantized ones with the same parameters.
+
+    Quantized are ``nn.Linear``, classes that compute exactly the same (`LINEAR_CLASSES`), and transformers' ``Conv1D``
+    (:class:`QuantConv1D`). Everything else stays in full precision: convolutions, recurrent layers, embeddings, other
+    subclasses of ``nn.Linear``, ``nn.MultiheadAttention`` (which never calls its projections), and parameters that a
+    module multiplies by itself, stacked experts among them (:class:`GroupedQuantLinear` takes those).
+
+    What is done is said three times. The logger ``qatkernels.nn.quantize_model`` tells at level INFO each layer that is
+    quantized, and then what is left, why, and the shares. :func:`quantization_report` gives the same table at any time.
+    A warning says so if less than half is quantized (``warn_below``), or if a layer or a stack of experts matched and
+    could not be quantized. What the caller left out (by ``include``, ``config``, or an ``exclude`` of their own) is not
+    counted there, and not warned of: to silence the warning, exclude what is left on purpose.
 
     Patterns are those of ``fnmatch``; one matches a layer if it matches its full name or the end of it after a dot, so
-    ``"lm_head"`` matches ``"model.lm_head"`` and ``"mlp.*"`` matches ``"layers.3.mlp.up"``.
+    ``"lm_head"`` matches ``"model.lm_head"`` and ``"mlp.*"`` matches ``"layers.3.mlp.up"``. The layer that
+    an adapter wraps (``"q_proj.base_layer"``) goes by the name that it had before (``"q_proj"``), too.
+
+    The layers that make logits stay in full precision whatever their name: those that are tied to an embedding, or that
+    the model itself names (transformers' ``get_output_embeddings``). They are quantized where a pattern of ``include``
+    or ``config`` without a wildcard matches them, or with ``exclude=()``. Adapters of PEFT are never quantized; the
+    layers under them are.
 
     Layers that are the same object stay one object, and are excluded if any of their names is. Layers that share a
-    weight go on sharing it, and with equal configurations share the scales; an embedding tied to a layer is not
-    touched. Layers that are quantized already stay as they are. A warning names what matched but stays in full
-    precision: subclasses of ``nn.Linear``, ``nn.MultiheadAttention`` (which never calls its projections), and stacked
-    weights of experts ``[E, N, K]``, for which a pattern may match the parameter or its module
-    (:class:`GroupedQuantLinear` takes them, where the module's forward can call it). ``nn.TransformerEncoder`` loses
-    its fused inference path, which would bypass quantization.
+    weight go on sharing it, and with equal configurations share the scales. ``nn.TransformerEncoder`` loses its fused
+    inference path, which would bypass quantization.
 
     Args:
-        model: the model; changed in place.
+        model: the model; changed in place. Quantize it before DDP, FSDP or a compiled layer wraps it.
         config: what to quantize to, or a mapping from patterns to it: the first pattern that matches decides, None and
             no match at all leave a layer in full precision.
         include: patterns of the layers to quantize, all if None.
         exclude: patterns of layers to leave in full precision; wins over ``include`` and ``config``.
+        requantize: whether a layer that is quantized already, to another configuration, gets the new one
+            (:meth:`Quantized.requantize`); an error if False. One that has the configuration already stays as it is.
+        warn_below: share of the parameters below which a warning says what is left; 0 for no such warning.
 
     Returns:
-        ``model``, or the new layer if the model itself is an ``nn.Linear``. :func:`quantized_modules` lists what is
-        quantized, and the logger ``qatkernels.nn.quantize_model`` tells each replacement at level INFO.
+        ``model``, or the new layer if the model itself is a linear layer. :func:`quantized_modules` lists what is
+        quantized.
 
     Raises:
-        ValueError: if nothing matches, a pattern of ``include`` or of ``config`` matches no layer, or a layer cannot be
+        ValueError: if nothing matches, a pattern of ``include`` or of ``config`` matches no layer, the model is wrapped
+            in DDP or FSDP already, a layer is quantized to another configuration already, or a layer cannot be
             quantized (parametrized, weight-normalized, sharded, compiled, a group size that does not divide its
             features). The model is then unchanged.
     """
-    rules = _rules(config)
-    included, excluded = _patterns("include", include), _patterns("exclude", exclude)
-    names = _linear_names(model)
+    if not isinstance(warn_below, int | float) or not 0 <= warn_below <= 1:
+        raise ValueError(f"warn_below is {warn_below!r}, must be a share from 0 to 1")
+    check_unwrapped(model)
+    rules = Rules(config, include, exclude)
+    chosen = choose(model, rules, requantize)
+    names = {layer: every[0] or "the model" for layer, every in names_of(model).items()}
+    wanted = {layer: found for layer, found in chosen.items() if isinstance(found, QuantConfig)}
+    _check_found(model, rules, chosen, bool(wanted))
+    check_uncompiled(model, chosen)
 
-    def wanted(aliases: list[str]) -> QuantConfig | None:
-        if _matches(aliases, excluded) or not (include is None or _matches(aliases, included)):
-            return None
-        return next((c for pattern, c in rules.items() if _matches(aliases, (pattern,))), None)
-
-    chosen = {linear: found for linear, aliases in names.items() if (found := wanted(aliases)) is not None}
-    stacked = _stacked(model, wanted)
-    patterns = (*included, *(p for p, c in rules.items() if c is not None))
-    _check_patterns(names, patterns, excluded, bool(chosen), stacked)
-
-    kept = {linear: _full_precision(linear) for linear in chosen}
-    replacements = {
-        linear: _replacement(names[linear][0], linear, wanted)
-        for linear, wanted in chosen.items()
-        if kept[linear] is None and not isinstance(linear, QuantLinear)
-    }
-    if not replacements and any(kept.values()):
-        raise ValueError("nothing can be quantized: " + "; ".join(_reasons(names, kept)))
-    _share_scales(replacements.values())
+    replacements = _replacements(names, {m: c for m, c in wanted.items() if not isinstance(m, Quantized)})
+    changed = [m for m, c in wanted.items() if isinstance(m, Quantized) and m.config != c]
+    for old in changed:
+        old.requantize(wanted[old])
     _swap(model, replacements)
+    model = replacements.get(model, model)
+    _share_scales(model, {*replacements.values(), *changed})
     _leave_fast_path(model)
-    for linear, new in replacements.items():
-        logger.info("quantized %s: %s", names[linear][0] or "the model", new.config)
-    if notes := [*_reasons(names, kept), *stacked]:
-        warnings.warn("left in full precision: " + "; ".join(notes), stacklevel=2)
-    return replacements.get(model, model)  # type: ignore[call-overload]
+    for layer, found in wanted.items():
+        if layer in replacements or layer in changed:
+            logger.info("quantized %s: %s", names[layer], found)
+    if said := _said(survey(model, rules, chosen), warn_below):
+        warnings.warn(said, stacklevel=2)
+    return model
 
 
 def quantized_modules(model: nn.Module) -> dict[str, Quantized]:
@@ -99,107 +109,81 @@ def quantized_weights(model: nn.Module) -> list[Tensor]:
     return list(dict.fromkeys(module.weight for module in quantized_modules(model).values()))
 
 
-def _rules(config: object) -> dict[str, QuantConfig | None]:
-    if isinstance(config, QuantConfig):
-        return {"*": config}
-    if not isinstance(config, Mapping) or not config:
-        raise ValueError(f"config is {config!r}, must be a QuantConfig or a mapping of patterns to QuantConfig or None")
-    for pattern, entry in config.items():
-        if not isinstance(pattern, str) or not (entry is None or isinstance(entry, QuantConfig)):
-            raise ValueError(f"config[{pattern!r}] is {entry!r}, must be a pattern's QuantConfig or None")
-    return dict(config)
-
-
-def _patterns(name: str, patterns: str | Iterable[str] | None) -> tuple[str, ...]:
-    given = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
-    if not all(isinstance(pattern, str) for pattern in given):
-        raise ValueError(f"{name} is {patterns!r}, must be a pattern or several")
-    return given
-
-
-def _matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
-    """Whether any pattern matches any name, or its end after a dot."""
-    return any(fnmatchcase(n, p) or fnmatchcase(n, f"*.{p}") for n in names for p in patterns)
-
-
-def _linear_names(model: nn.Module) -> dict[nn.Linear, list[str]]:
-    """Return every name of every linear layer, subclasses included."""
-    names: dict[nn.Linear, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
-            names.setdefault(module, []).append(name)
-    return names
-
-
-def _check_patterns(
-    names: dict[nn.Linear, list[str]], wanted: tuple[str, ...], excluded: tuple[str, ...], found: bool,
-    stacked: list[str],
+def _check_found(
+    model: nn.Module, rules: Rules, chosen: Mapping[nn.Module, QuantConfig | Left], found: bool
 ) -> None:  # fmt: skip
-    """Raise ValueError if nothing is to be quantized, or a wanted pattern matches no layer."""
-    every = [name for aliases in names.values() for name in aliases]
-    also = "".join(f"; {note}" for note in stacked)
-    if not every:
-        raise ValueError(f"the model has no nn.Linear{also}")
-    idle = [pattern for pattern in wanted if not _matches(every, (pattern,))]
+    """Raise ValueError if nothing is to be quantized, or a pattern that asks for layers matches none."""
+    names = names_of(model)
+    every = [name for layer in chosen for name in names[layer]]
+    idle = rules.idle(every) if every else []
     if found and not idle:
         return
-    what = f"{idle}" if idle else f"{list(wanted)} and is not in {list(excluded)}"
-    raise ValueError(f"no nn.Linear matches {what}; the model has {_listed(every, 20)}{also}")
+    described = survey(model, rules, chosen)
+    stacks = [row for row in described.report.rows if row.name in described.loud and not _is_layer(row.name, every)]
+    also = "".join(f"; {row.name} {row.reason}" for row in stacks)
+    if not every:
+        rows = described.report.lines((r for r in described.report.rows if r not in stacks), limit=4)
+        raise ValueError("\n".join((f"the model has no nn.Linear or Conv1D that could be quantized{also}", *rows)))
+    if idle:
+        raise ValueError(f"no nn.Linear matches {idle}; the model has {listed(list(dict.fromkeys(every)), 20)}{also}")
+    reasons: dict[str, list[str]] = {}
+    for layer, left in chosen.items():
+        if isinstance(left, Left):
+            reasons.setdefault(left.reason, []).append(names[layer][0] or "the model")
+    told = "; ".join(f"{listed(layers, 5)} {reason}" for reason, layers in reasons.items())
+    if any(isinstance(left, Left) and left.default for left in chosen.values()):
+        also += " (give an exclude of your own to change the default)"
+    raise ValueError(f"nothing can be quantized: {told}{also}")
 
 
-def _listed(names: list[str], limit: int) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _is_layer(parameter: str, layers: list[str]) -> bool:
+    return parameter.rpartition(".")[0] in layers
 
 
-def _replacement(name: str, linear: nn.Linear, config: QuantConfig) -> QuantLinear:
+def _replacements(
+    names: Mapping[nn.Module, str], wanted: Mapping[nn.Module, QuantConfig]
+) -> dict[nn.Module, QuantLinear]:
+    """Return the quantized form of each layer; if one has none, the layers are as they were."""
+    replacements: dict[nn.Module, QuantLinear] = {}
+    transposed: dict[int, Tensor] = {}
     try:
-        return QuantLinear.from_linear(linear, config)
-    except ValueError as error:
-        raise ValueError(f"{name or 'the model'} cannot be quantized: {error}") from error
+        for layer, config in wanted.items():
+            try:
+                if not is_conv1d(layer):
+                    replacements[layer] = QuantLinear.from_linear(layer, config)  # type: ignore[arg-type]
+                elif (weight := layer._parameters.get("weight")) is not None and id(weight) in transposed:
+                    replacements[layer] = QuantConv1D._adopt(layer, config)  # its weight is another layer's, too
+                else:
+                    replacements[layer] = QuantConv1D.from_conv1d(layer, config)
+                    transposed[id(weight)] = replacements[layer].weight
+            except ValueError as error:
+                raise ValueError(f"{names[layer]} cannot be quantized: {error}") from error
+    except BaseException:
+        for parameter in transposed.values():
+            transpose_(parameter)
+        raise
+    return replacements
 
 
-def _full_precision(linear: nn.Linear) -> str | None:
-    """Return why a layer is left alone although it matched, or None if it is not."""
-    if type(linear) is NonDynamicallyQuantizableLinear:
-        return "belongs to nn.MultiheadAttention, which calls no layer (its in_proj_weight is not quantized either)"
-    if type(linear) is nn.Linear or isinstance(linear, QuantLinear) or parametrize.is_parametrized(linear):
-        return None
-    return why_not(linear)
-
-
-def _reasons(names: dict[nn.Linear, list[str]], kept: dict[nn.Linear, str | None]) -> list[str]:
-    """Return each reason once, after the layers that it is for."""
-    layers: dict[str, list[str]] = {}
-    for linear, reason in kept.items():
-        if reason is not None:
-            layers.setdefault(reason, []).append(names[linear][0] or "the model")
-    return [f"{_listed(every, 5)} {reason}" for reason, every in layers.items()]
-
-
-def _stacked(model: nn.Module, wanted: Callable[[list[str]], QuantConfig | None]) -> list[str]:
-    """Describe parameters outside torch.nn that look like the stacked weights of experts and should be quantized."""
-    return [
-        f"{name} has shape {tuple(parameter.shape)} and no nn.Linear (experts? see GroupedQuantLinear.from_stacked)"
-        for prefix, module in model.named_modules()
-        if not type(module).__module__.startswith("torch.nn.") and not isinstance(module, Quantized)
-        for name, parameter in module.named_parameters(prefix, recurse=False)
-        if parameter.ndim == 3 and parameter.shape[0] > 1 and wanted([prefix, name]) is not None
-    ]
-
-
-def _share_scales(modules: Iterable[QuantLinear]) -> None:
+def _share_scales(model: nn.Module, new: set[nn.Module]) -> None:
     """Give layers that share a weight and a configuration the same scales: it is one quantized weight."""
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     first: dict[tuple[int, QuantConfig], QuantLinear] = {}
-    for module in modules:
+    for module in sorted(layers, key=lambda module: module in new):
         twin = first.setdefault((id(module.weight), module.config), module)
-        module.scale, module.zero_point = twin.scale, twin.zero_point
+        if module in new:
+            module.scale, module.zero_point = twin.scale, twin.zero_point
 
 
-def _swap(model: nn.Module, replacements: dict[nn.Linear, QuantLinear]) -> None:
+def _swap(model: nn.Module, replacements: Mapping[nn.Module, QuantLinear]) -> None:
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if isinstance(child, nn.Linear) and child in replacements:
-                parent._modules[name] = replacements[child]
+            if child is None or (new := replacements.get(child)) is None:
+                continue
+            parent._modules[name] = new
+            # PEFT's note that its base layer keeps the weight as [K, N]: merging would transpose what it adds.
+            if isinstance(new, QuantConv1D) and parent.__dict__.get("fan_in_fan_out") is True:
+                parent.__dict__["fan_in_fan_out"] = False
 
 
 def _leave_fast_path(model: nn.Module) -> None:
@@ -209,3 +193,21 @@ def _leave_fast_path(model: nn.Module) -> None:
             module.use_nested_tensor = False
         elif isinstance(module, nn.TransformerEncoderLayer) and quantized_modules(module):
             module.activation_relu_or_gelu = 0
+
+
+def _said(described: Survey, warn_below: float) -> str | None:
+    """Log what of a model is quantized, and return what to warn of, if anything."""
+    report, rows = described.report, described.report.rows
+    logger.info("%s", report)
+    own = sum(row.numel for row in rows if row.name in described.asked)
+    left = [row for row in rows if row.status == "full precision" and row.name not in described.asked]
+    loud = [row for row in left if row.name in described.loud]
+    low = report.quantized < warn_below * (report.total - own)
+    if not low and not loud:
+        return None
+    lines = report.lines(left, limit=5) if low else []
+    lines += [line for line in report.lines(loud) if line not in lines]
+    hint = "exclude what is left on purpose, or give warn_below=0" if low else "exclude what is left on purpose"
+    return "\n".join(
+        (f"{report.summary}; left in full precision:", *lines, f"(quantization_report(model) has it all; {hint})")
+    )

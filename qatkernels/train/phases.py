@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
 from ..nn import QuantConfig
+from ..nn.selection import Rules, choose
 from ..plan.formula import optimal_qat_fraction
 from . import sources
 from .config import OWN_DECAY, ConfigError, TrainConfig
@@ -100,8 +100,9 @@ def quantized_parameters(config: TrainConfig) -> int:
     """Return how many weights `quantize_model` will quantize, the N that the formula for the fraction is about."""
     with torch.device("meta"):
         model = sources.build(config.described)
-    kept = sources.excluded(model)
-    return sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in kept)
+    chosen = choose(model, Rules(QuantConfig(), None, sources.excluded(model)))
+    weights = {layer._parameters["weight"] for layer, found in chosen.items() if isinstance(found, QuantConfig)}
+    return sum(weight.numel() for weight in weights if weight is not None)
 
 
 def own_decay(config: TrainConfig, steps: int) -> Callable[[int], float]:

@@ -173,7 +173,7 @@ def load_trained(path: Path) -> Trained:
         model = build(about["model"])
         if about["quantization"] is not None:
             quantization = QuantConfig.from_dict(about["quantization"])
-            model = quantize_model(model, quantization, exclude=about["exclude"])
+            model = quantize_model(model, quantization, exclude=about["exclude"], warn_below=0)
         model.load_state_dict(tensors)
         about["phase"], about["result"]["steps"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

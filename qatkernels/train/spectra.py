@@ -160,7 +160,7 @@ def load(path: str | Path) -> Loaded:
     model, about, file = trained.model, trained.about, trained.file
     weights: list[Tensor] = list(quantized_weights(model))
     if about["quantization"] is None:  # the weights that the quantized models quantize
-        twin = quantize_model(sources.build(about["model"]), QuantConfig(), exclude=tuple(about["exclude"]))
+        twin = quantize_model(sources.build(about["model"]), QuantConfig(), exclude=about["exclude"], warn_below=0)
         quantized = set(quantized_weights(twin))
         names = {name for name, p in twin.named_parameters() if p in quantized}
         weights = [p for name, p in model.named_parameters() if name in names]
@@ -281,7 +281,7 @@ def _run_of(model: Loaded) -> dict[str, Any]:
 
 def _context(config: SpectrumConfig, models: Sequence[Loaded]) -> int:
     """Return the length of the windows: what was asked for, or the shortest that a checkpoint was trained with."""
-    trained = [m.header["model"].get("context") or _run_of(m).get("context") for m in models]
+    trained: list[Any] = [m.header["model"].get("context") or _run_of(m).get("context") for m in models]
     if config.context is None and None in trained:
         file = models[trained.index(None)].file
         raise ConfigError(f"--context is not given, and no run.json beside {file} says it; must be a number of tokens")

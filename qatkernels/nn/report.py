@@ -1,0 +1,228 @@
+"""What of a model is quantized, what is not, and why: a table that can be made at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+
+from .activation import Float32Scales
+from .config import QuantConfig
+from .packed_linear import Packed
+from .quant_linear import qualified_name
+from .quantized import Quantized
+from .selection import ATTENTION, EXCLUDE, Left, Rules, adapters, choose, is_candidate, names_of
+
+#: How stacked experts are kept, by qualified name of their class: True for ``[E, K, N]``, False for ``[E, N, K]``.
+#: Those that transformers decorates say it themselves (`is_transposed`).
+STACKS: dict[str, bool] = {
+    "transformers.models.llama4.modeling_llama4.Llama4TextExperts": True,
+    "transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts": False,
+    "transformers.models.step3p7.modeling_step3p7.Step3p7Experts": False,
+    "transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": False,
+    "transformers.models.inkling.modeling_inkling.InklingSharedExperts": False,
+}
+_UNSUPPORTED: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+    ((nn.Embedding, nn.EmbeddingBag), "embedding: not supported"),
+    ((_ConvNd,), "convolution: not supported"),
+    ((nn.RNNBase, nn.RNNCellBase), "recurrent layer: not supported"),
+    ((nn.MultiheadAttention,), ATTENTION),
+)
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One parameter of a model.
+
+    Attributes:
+        name: its first name.
+        numel: how many numbers it has.
+        status: ``"quantized"``, ``"packed"`` or ``"full precision"``.
+        reason: why it is in full precision; empty if it is not.
+        config: what it is quantized to; None if it is not, or is packed.
+        how: bits, scheme and groups in words, for what is quantized or packed.
+    """
+
+    name: str
+    numel: int
+    status: str
+    reason: str = ""
+    config: QuantConfig | None = None
+    how: str = ""
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What of a model is quantized. ``str`` gives a table, largest shares first.
+
+    Attributes:
+        rows: every parameter once, in the model's order. Scales and zero points are no parameters of the model that
+            was quantized: they are not counted.
+    """
+
+    rows: tuple[ReportRow, ...]
+
+    @property
+    def total(self) -> int:
+        """Parameters of the model."""
+        return sum(row.numel for row in self.rows)
+
+    @property
+    def quantized(self) -> int:
+        """Parameters that are quantized or packed."""
+        return sum(row.numel for row in self.rows if row.status != "full precision")
+
+    @property
+    def share(self) -> float:
+        """``quantized / total``, 0 for a model without parameters."""
+        return self.quantized / max(self.total, 1)
+
+    @property
+    def summary(self) -> str:
+        """One line: how much is quantized."""
+        return f"quantized {self.quantized:,} of {self.total:,} parameters ({self.share:.1%})"
+
+    def __str__(self) -> str:
+        """Return the summary and a table of what is quantized to what, and what is left for which reason."""
+        return "\n".join((self.summary, *self.lines(self.rows)))
+
+    def lines(self, rows: Iterable[ReportRow], limit: int | None = None) -> list[str]:
+        """Return rows as lines of a table, those of one fate together, the largest ``limit`` of them."""
+        groups: dict[str, list[ReportRow]] = {}
+        for row in rows:
+            groups.setdefault(row.reason or f"{row.status}: {row.how}", []).append(row)
+        sizes = {why: sum(row.numel for row in group) for why, group in groups.items()}
+        lines = []
+        for why in sorted(groups, key=lambda why: -sizes[why])[:limit]:
+            names = [row.name.removesuffix(".weight") for row in groups[why]]
+            lines.append(f"{sizes[why] / max(self.total, 1):7.1%} {sizes[why]:>14,}  {listed(names, 3)}: {why}")
+        return lines
+
+
+def quantization_report(model: nn.Module) -> QuantizationReport:
+    """Return what of a model is quantized or packed, what is not, and why.
+
+    The report is made from the model as it is, at any time: ``print(quantization_report(model))``. Which patterns a
+    call of :func:`quantize_model` had is not kept in a model; a layer that a pattern left out is "not quantized" here,
+    while the log of the call names the pattern.
+    """
+    return survey(model).report
+
+
+class Survey(NamedTuple):
+    """A report, and which of its rows the caller left out or will be surprised by."""
+
+    report: QuantizationReport
+    asked: set[str]
+    loud: set[str]
+
+
+def survey(
+    model: nn.Module, rules: Rules | None = None, chosen: Mapping[nn.Module, QuantConfig | Left] | None = None
+) -> Survey:
+    """Describe every parameter of a model.
+
+    Args:
+        model: the model.
+        rules: the patterns of a call, None where there is no call.
+        chosen: what was decided about each layer in that call.
+    """
+    if rules is None or chosen is None:
+        chosen = choose(model, Rules(QuantConfig(), None, EXCLUDE), requantize=True)
+    names, never = names_of(model), adapters(model)
+    holders: dict[int, list[tuple[nn.Module, str, Tensor]]] = {}
+    rows: list[ReportRow] = []
+    for module in names:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not (isinstance(module, Float32Scales) and name in module.uncast):
+                holders.setdefault(id(parameter), []).append((module, name, parameter))
+    asked, loud = set(), set()
+    for held in holders.values():
+        row, left = _row(names, held, chosen, never)
+        rows.append(row)
+        if left is None or rules is None:
+            continue
+        every = [n for module, name, _ in held for n in (*names[module], *(_join(m, name) for m in names[module]))]
+        found = rules.wanted(every)
+        if left.loud and any(chosen.get(module) is left for module, *_ in held):  # decided of a layer that matched
+            loud.add(row.name)
+        elif isinstance(found, Left) and found.asked:
+            asked.add(row.name)
+        elif left.loud:
+            loud.add(row.name)
+    packed = {module.weight: names[module][0] for module in reversed(names) if isinstance(module, Packed)}
+    for weight, prefix in reversed(packed.items()):  # the first name of each, in the model's order
+        how = f"{weight.grid.bits:g} bits, {weight.grid.scheme}"
+        rows.append(ReportRow(_join(prefix, "weight"), weight.shape.numel(), "packed", how=how))
+    return Survey(QuantizationReport(tuple(rows)), asked, loud)
+
+
+def _row(
+    names: Mapping[nn.Module, list[str]], held: list[tuple[nn.Module, str, Tensor]],
+    chosen: Mapping[nn.Module, QuantConfig | Left], never: Mapping[nn.Module, str],
+) -> tuple[ReportRow, Left | None]:  # fmt: skip
+    """Return the row of a parameter that one module holds, or several that share it."""
+    module, name, parameter = held[0]
+    full_name = _join(names[module][0], name)
+    numel = 0 if is_lazy(parameter) else parameter.numel()
+    for layer, its_name, _ in held:
+        if isinstance(layer, Quantized) and its_name == "weight":
+            row = ReportRow(full_name, numel, "quantized", config=layer.config, how=str(layer.config))
+            return row, None
+    left = next((found for m, n, p in held if (found := _left(m, n, p, chosen, never)) is not None), None)
+    left = left or Left("parameter of a module that uses it in a forward of its own: not supported")
+    return ReportRow(full_name, numel, "full precision", left.reason), left
+
+
+def _left(
+    module: nn.Module, name: str, parameter: Tensor, chosen: Mapping[nn.Module, QuantConfig | Left],
+    never: Mapping[nn.Module, str],
+) -> Left | None:  # fmt: skip
+    """Return why a parameter is in full precision, None if nothing about it is known."""
+    if module in never:
+        return Left(never[module])
+    if is_lazy(parameter):
+        return Left("not initialized yet: give the model a batch first", loud=True)
+    for kinds, reason in _UNSUPPORTED:
+        if isinstance(module, kinds):
+            return Left(reason, loud=reason == ATTENTION)
+    if parameter.ndim < 2:
+        return Left("vectors (biases, norms): not quantized")
+    if is_candidate(module):
+        found = chosen.get(module)
+        return (
+            found if isinstance(found, Left) else Left("not quantized, or left out in the call that quantized others")
+        )
+    if parameter.ndim == 3 and parameter.shape[0] > 1 and not type(module).__module__.startswith("torch.nn."):
+        return Left(_stack(module, parameter), loud=True)
+    return None
+
+
+def _stack(module: nn.Module, parameter: Tensor) -> str:
+    """Say what a parameter that looks like the stacked weights of experts is, and what takes it."""
+    shape = tuple(parameter.shape)
+    transposed = getattr(module, "is_transposed", STACKS.get(qualified_name(type(module))))
+    if not isinstance(transposed, bool):
+        return (
+            f"has shape {shape}: stacked experts? No layer is called for it. If its module's forward can call one, "
+            "GroupedQuantLinear.from_stacked takes it: look up whether it is [E, N, K] (F.linear(x, w[e])) or "
+            "[E, K, N] (x @ w[e], transposed=True)"
+        )
+    order = "[E, K, N]" if transposed else "[E, N, K]"
+    return (
+        f"has shape {shape}, stacked experts kept as {order}: no layer is called for it. If its module's forward can "
+        f"call one, GroupedQuantLinear.from_stacked(w, transposed={transposed}, ...) takes it"
+    )
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def listed(names: list[str], limit: int) -> str:
+    """Return the first ``limit`` names, and how many there are beside."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,315 @@
+"""Which layers of a model `quantize_model` quantizes, which it leaves, and why."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
+
+from .config import QuantConfig
+from .quant_conv1d import is_conv1d
+from .quant_linear import why_not
+from .quantized import Quantized
+
+#: Left in full precision by default: what makes the logits and task heads, as in the papers, and adapters. Heads that
+#: can be told by what they are (:func:`heads`) and PEFT's adapters (:func:`adapters`) need no pattern.
+EXCLUDE = (
+    "*embed*",
+    "lm_head",
+    "*_lm_head",
+    "lm_head.*",
+    "classifier",
+    "*_classifier",
+    "classifier.dense",
+    "classifier.out_proj",
+    "classification_head.*",
+    "score",
+    "qa_outputs",
+    "pooler",
+    "pooler.dense",
+    "*lora_*",
+)
+ATTENTION = "belongs to nn.MultiheadAttention, which calls no layer (its in_proj_weight is not quantized either)"
+#: Names that wrappers put into the name of what they wrap: PEFT, and torch.compile.
+_WRAPPED = {"base_layer", "original_module", "_orig_mod"}
+
+
+@dataclass(frozen=True)
+class Left:
+    """Why a layer or parameter stays in full precision.
+
+    Attributes:
+        reason: the rest of a sentence that begins with its name.
+        asked: whether the caller left it out by a pattern; else this library did.
+        loud: whether it matched and cannot be quantized, which a warning says in any case.
+        default: whether a pattern of `EXCLUDE` left it out.
+    """
+
+    reason: str
+    asked: bool = False
+    loud: bool = False
+    default: bool = False
+
+
+class Rules:
+    """The patterns of one call: which configuration something of a name is to have.
+
+    Raises:
+        ValueError: if an argument is not what :func:`qatkernels.quantize_model` takes.
+    """
+
+    def __init__(self, config: object, include: str | Iterable[str] | None, exclude: str | Iterable[str]) -> None:
+        self.configs = _configs(config)
+        self.include = None if include is None else _patterns("include", include)
+        self.exclude, self.default = _patterns("exclude", exclude), exclude is EXCLUDE
+
+    def wanted(self, names: list[str]) -> QuantConfig | Left:
+        """Return the configuration for something of these names, or why there is none."""
+        if self.include is not None and not matches(names, self.include):
+            return Left("matches no pattern of include", asked=True)
+        pattern = next((p for p in self.configs if matches(names, (p,))), None)
+        if pattern is None:
+            return Left("matches no pattern of config", asked=True)
+        if (config := self.configs[pattern]) is None:
+            return Left(f"has None as its configuration (of {pattern!r})", asked=True)
+        for pattern in self.exclude:
+            if matches(names, (pattern,)):
+                what = "the default exclude" if self.default else "exclude"
+                return Left(f"matches {pattern!r} of {what}", asked=not self.default, default=self.default)
+        return config
+
+    def insists(self, names: list[str]) -> bool:
+        """Whether the call wants something of these names although it is a head."""
+        given = (*(self.include or ()), *(p for p, c in self.configs.items() if c is not None))
+        return not self.exclude or matches(names, (p for p in given if not set(p) & set("*?[")))
+
+    def idle(self, names: Iterable[str]) -> list[str]:
+        """Return the patterns of ``include`` and ``config`` that match none of these names."""
+        names = list(names)
+        given = (*(self.include or ()), *(p for p, c in self.configs.items() if c is not None))
+        return [pattern for pattern in given if not matches(names, (pattern,))]
+
+
+def _configs(config: object) -> dict[str, QuantConfig | None]:
+    if isinstance(config, QuantConfig):
+        return {"*": config}
+    if not isinstance(config, Mapping) or not config:
+        raise ValueError(f"config is {config!r}, must be a QuantConfig or a mapping of patterns to QuantConfig or None")
+    for pattern, entry in config.items():
+        if not isinstance(pattern, str) or not (entry is None or isinstance(entry, QuantConfig)):
+            raise ValueError(f"config[{pattern!r}] is {entry!r}, must be a pattern's QuantConfig or None")
+    return dict(config)
+
+
+def _patterns(name: str, patterns: str | Iterable[str]) -> tuple[str, ...]:
+    given = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    if not all(isinstance(pattern, str) for pattern in given):
+        raise ValueError(f"{name} is {patterns!r}, must be a pattern or several")
+    return given
+
+
+def matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    """Whether any pattern matches any name, or its end after a dot."""
+    names = list(names)
+    return any(fnmatchcase(n, p) or fnmatchcase(n, f"*.{p}") for p in patterns for n in names)
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Return every name of every module. What a wrapper holds also has the name without the wrapper's part."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        plain = ".".join(part for part in name.split(".") if part not in _WRAPPED)
+        names.setdefault(module, []).extend(dict.fromkeys((name, plain)))
+    return names
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """Whether a module is a layer of a kind that is quantized, or is quantized already."""
+    return isinstance(module, nn.Linear | Quantized) or is_conv1d(module)
+
+
+def choose(model: nn.Module, rules: Rules, requantize: bool = False) -> dict[nn.Module, QuantConfig | Left]:
+    """Decide about every candidate of a model.
+
+    Raises:
+        ValueError: if a layer has another configuration already and ``requantize`` is False.
+    """
+    names, kept = names_of(model), {**heads(model)}
+    never = adapters(model)
+    chosen: dict[nn.Module, QuantConfig | Left] = {}
+    for layer in filter(is_candidate, names):
+        found = rules.wanted(names[layer])
+        if isinstance(found, QuantConfig):
+            if layer in never:
+                found = Left(never[layer])
+            elif layer in kept and not rules.insists(names[layer]):
+                found = Left(f"{kept[layer]}: name it in include, or give exclude=(), to quantize it all the same")
+            elif isinstance(layer, Quantized):
+                _check_again(names[layer][0], layer, found, requantize)
+            elif reason := _unable(layer):
+                found = Left(reason, loud=True)
+        chosen[layer] = found
+    _keep_shared(model, names, chosen)
+    return chosen
+
+
+def _check_again(name: str, layer: Quantized, config: QuantConfig, requantize: bool) -> None:
+    if layer.config == config:
+        return
+    name = name or "the model"
+    if not requantize:
+        raise ValueError(
+            f"{name} is quantized already, to {layer.config}, and config asks for {config}: give requantize=True to "
+            "change it (its scales are set anew), or exclude it to keep it"
+        )
+    if config.group_size is not None and layer.in_features % config.group_size:
+        raise ValueError(
+            f"{name} cannot be quantized: group_size is {config.group_size}, must be a positive divisor of the input "
+            f"features ({layer.in_features})"
+        )
+
+
+def _unable(layer: nn.Module) -> str | None:
+    """Return why a layer that matched is left, or None; what is wrong with a layer of the right class is an error."""
+    if type(layer) is NonDynamicallyQuantizableLinear:
+        return ATTENTION
+    if is_conv1d(layer) or parametrize.is_parametrized(layer):
+        return None
+    reason = why_not(layer)
+    return reason if reason is not None and reason.startswith("is a ") else None
+
+
+def _keep_shared(
+    model: nn.Module, names: Mapping[nn.Module, list[str]], chosen: dict[nn.Module, QuantConfig | Left]
+) -> None:
+    """Leave a Conv1D whose weight another module uses: transposing it would change what that one computes."""
+    holders: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), []).append(module)
+    for layer in [m for m, found in chosen.items() if is_conv1d(m) and isinstance(found, QuantConfig)]:
+        weight = layer._parameters.get("weight")
+        for other in () if weight is None else holders[id(weight)]:
+            if not (is_conv1d(other) and isinstance(chosen[other], QuantConfig)):
+                chosen[layer] = Left(f"shares its weight with {names[other][0]}, which stays as it is", loud=True)
+
+
+def heads(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the layers that make logits, by what they are, and how that is known.
+
+    A layer is one if its weight is that of an embedding, or if the model names it as its output embeddings
+    (transformers' ``get_output_embeddings``).
+    """
+    found: dict[nn.Module, str] = {}
+    embeddings: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            embeddings[id(module._parameters.get("weight"))] = name
+    embeddings.pop(id(None), None)
+    for module in model.modules():
+        if is_candidate(module) and (tied := embeddings.get(id(module._parameters.get("weight")))) is not None:
+            found[module] = f"is tied to the embedding {tied}"
+        if callable(getattr(type(module), "get_output_embeddings", None)):
+            try:
+                head = module.get_output_embeddings()  # type: ignore[operator]
+            except (AttributeError, NotImplementedError):
+                continue
+            for part in head.modules() if isinstance(head, nn.Module) else ():
+                found.setdefault(part, f"makes the logits ({type(module).__name__}.get_output_embeddings)")
+    return found
+
+
+def adapters(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the modules that PEFT added to a model, and why they are not quantized.
+
+    A layer of PEFT holds the model's own layer (`base_layer`, or `original_module`) beside what it adds; other modules
+    of PEFT are an adapter as a whole, except the one around the model.
+    """
+    found: dict[nn.Module, str] = {}
+    for module in model.modules():
+        of_peft = {c.__name__ for c in type(module).__mro__ if c.__module__.split(".")[0] == "peft"}
+        if not of_peft or of_peft & {"BaseTuner", "PeftModel", "PeftMixedModel"}:
+            continue
+        own: Iterable[nn.Module] = [module]
+        if of_peft & {"BaseTunerLayer", "AuxiliaryTrainingWrapper"}:
+            own = [m for n, m in module.named_children() if n not in ("base_layer", "original_module")]
+        for part in (p for m in own for p in m.modules()):
+            found[part] = f"belongs to an adapter (PEFT's {type(module).__name__})"
+    return found
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Refuse a model that is spread over processes already, as a whole or in part.
+
+    A wrapper knows the parameters that there were when it was made. It does not reduce the gradients of scales that
+    come later, and every process would train scales of its own.
+
+    Raises:
+        ValueError: if there is such a wrapper in the model, or around it.
+    """
+    kinds = _wrappers()
+    modules = set(model.modules())
+    inside = next((m for m in modules if isinstance(m, kinds)), None)
+    found = inside if inside is not None else _wrapper_around(modules, kinds)
+    if found is None:
+        return
+    kind = next(k.__name__ for k in kinds if isinstance(found, k))
+    where = "holds a module that is wrapped" if inside is not None and inside is not model else "is wrapped"
+    raise ValueError(
+        f"the model {where} in {kind} already, which does not know parameters that come later: each process would "
+        f"train scales of its own. Quantize first, then wrap: model = quantize_model(model, ...), then {kind}(model)"
+    )
+
+
+def _wrappers() -> tuple[type, ...]:
+    """Return the wrappers of torch. What was never imported wraps nothing, so nothing is imported here."""
+    kinds: list[type] = [DistributedDataParallel]
+    for module, names in (
+        ("torch.distributed.fsdp", ("FullyShardedDataParallel", "FSDPModule")),
+        ("torch.distributed._composable.replicate", ("DDP",)),
+    ):
+        kinds += [getattr(sys.modules[module], n) for n in names if hasattr(sys.modules.get(module), n)]
+    return tuple(kinds)
+
+
+def _wrapper_around(modules: set[nn.Module], kinds: tuple[type, ...]) -> nn.Module | None:
+    """Return a wrapper that is alive and holds one of these modules: ``ddp.module`` can be told by nothing else."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    for sweep in (False, True):  # what is found may be waiting for the garbage collector
+        if sweep:
+            gc.collect()
+        alive = [o for o in gc.get_objects() if issubclass(type(o), kinds)]
+        found = next((wrapper for wrapper in alive if not modules.isdisjoint(wrapper.modules())), None)
+        if found is None:
+            return None
+    return found
+
+
+def check_uncompiled(model: nn.Module, chosen: Mapping[nn.Module, QuantConfig | Left]) -> None:
+    """Refuse layers that `torch.compile` wraps one by one: such a wrapper goes on calling the layer that it was given.
+
+    A compiled model of which layers are a part looks them up at every call, and is compiled anew.
+
+    Raises:
+        ValueError: naming a layer.
+    """
+    frame = sys.modules.get("torch._dynamo.eval_frame")
+    if frame is None:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, frame.OptimizedModule):
+            found = chosen.get(module._orig_mod)
+            if isinstance(found, QuantConfig) and not isinstance(module._orig_mod, Quantized):
+                raise ValueError(
+                    f"{name or 'the model'} cannot be quantized: it has been compiled (torch.compile), which would "
+                    "bypass quantization: quantize before compiling"
+                )
