@@ -9,6 +9,7 @@ from ..grid import Grid
 from ..ops import fake_quantize, quantize
 from .activation import DynamicActivation, Float32Scales, LearnedActivation
 from .config import QuantConfig
+from .perturbation import Perturbation
 
 
 class Quantized(Float32Scales):
@@ -32,7 +33,7 @@ class Quantized(Float32Scales):
             raise ValueError(f"config is {config!r}, must be a QuantConfig")
         self.config, self.grid, self.group_size = config, config.grid, config.group_size
         self.noise_std = self.scale_noise_std = 0.0
-        self.perturbation: tuple[Tensor, Tensor, float | None] | None = None
+        self.perturbation: Perturbation | None = None
         self._grad_scale = self.grid.grad_scale(self.weight.shape[-2:].numel())  # of one expert, in a stack
         for name, initial in zip(("scale", "zero_point"), self._initial_scale(), strict=True):
             trains = self.weight.requires_grad

@@ -1,4 +1,4 @@
-"""Gradients of several passes: taken away, added up, with the random numbers of one pass replayed in another."""
+"""Gradients of several passes: taken away and added up."""
 
 from __future__ import annotations
 
@@ -91,18 +91,3 @@ def _reduced(model: nn.Module) -> Iterator[None]:
     finally:
         for replica, before in zip(replicas, asked, strict=True):
             replica.require_backward_grad_sync = before
-
-
-class RandomState:
-    """The state of torch's generators, of the CPU and of the CUDA devices that parameters are on."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._cpu = torch.get_rng_state()
-        devices = {p.device for p in parameters if p.device.type == "cuda"}
-        self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
-
-    def restore(self) -> None:
-        """Set the generators back."""
-        torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)

@@ -23,9 +23,11 @@ from torch.distributed.tensor import DTensor
 
 from ..nn import quantized_modules
 from ..nn.activation import scales_of
+from ..nn.perturbation import ascent, perturbed
 from ..nn.quantized import Quantized
+from ..nn.replay import RandomState, untouched
 from ..ops import perturb_swap_, perturbation_norms
-from .grads import RandomState, apart, own, take
+from .grads import apart, own, take
 from .shards import layers_by_weight, plain, total
 from .stats import GridStats
 from .values import check_count, check_size
@@ -40,8 +42,9 @@ class SQuAT:
         ...
         loss = squat.step(closure)      # closure: zero_grad, forward, backward, return the loss
 
-    The second pass replays torch's random numbers, of the CPU and of the GPUs that hold parameters: both passes are of
-    the same dropout and noise.
+    The second pass replays torch's random numbers, of the CPU and of the devices that hold parameters: both passes are
+    of the same dropout and noise. It leaves no trace but gradients: running statistics and other buffers are after a
+    step those of the pass at the quantized weights.
 
     Memory: one more set of gradients of the quantized weights, the first pass's, while the second runs; with
     ``accumulate`` also the one that is added to. No copy of the weights: a quantized weight is perturbed where each
@@ -182,11 +185,11 @@ class SQuAT:
         of_scales = {key: grad for key, grad in first.items() if key in scales}
         along = {key: grad for key, grad in first.items() if key in weights and grad is not None}
         del first  # the others' memory is the second pass's
-        random.restore()  # the same dropout and noise: the gradient at the point that was perturbed
-        with self._perturbed(along):
-            perturbed = closure()
-        if loss is not None and perturbed is not None:
-            self._seen["sharpness"] = self._rise = before + _value(perturbed) - _value(loss)
+        # The same dropout and noise: the gradient at the point that was perturbed.
+        with random.replayed(), untouched(self.model), self._perturbed(along):
+            second = closure()
+        if loss is not None and second is not None:
+            self._seen["sharpness"] = self._rise = before + _value(second) - _value(loss)
         moves = self.minibatch == "same" and (self.steps + 1) % self.scale_every == 0
         for parameter in parameters:
             if id(parameter) in scales:
@@ -208,17 +211,11 @@ class SQuAT:
             with self._moved(grads, factor, eta):
                 yield
             return
-        modules = [m for m in quantized_modules(self.model).values() if id(m.weight) in grads]
-        try:
-            for module in modules:
-                g = grads[id(module.weight)]
-                if isinstance(g, DTensor):
-                    raise ValueError("target is 'quantized' with a sharded weight, must be 'latent' under FSDP2")
-                module.perturbation = (g.contiguous(), factor.to(g.device), eta)
+        if any(isinstance(g, DTensor) for g in grads.values()):
+            raise ValueError("target is 'quantized' with a sharded weight, must be 'latent' under FSDP2")
+        found = [(m, grads.get(id(m.weight))) for m in quantized_modules(self.model).values()]
+        with perturbed((m, (g.contiguous(), factor.to(g.device), eta)) for m, g in found if g is not None):
             yield
-        finally:
-            for module in modules:
-                module.perturbation = None
 
     @contextmanager
     def _moved(self, grads: dict[int, Tensor], factor: Tensor, eta: float | None) -> Iterator[None]:
@@ -252,9 +249,7 @@ class SQuAT:
                     at = plain(module.weight.detach() if self.target == "latent" else module.quantized_weight())
                     at = at.contiguous()
                 sums.append((module.weight, perturbation_norms(g, at, self.eta)))
-        once, twice = total(sums).sqrt().unbind()
-        factor = self.rho / (once + 1e-12)
-        self._seen["perturbation_norm"] = factor * twice
+        factor, self._seen["perturbation_norm"] = ascent(total(sums), self.rho)
         return factor.float()
 
     def log(self) -> dict[str, float]:

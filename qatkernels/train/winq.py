@@ -8,6 +8,7 @@ which changes no quantized value. Optimizer state, scales and learning rate are 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from ..nn import quantized_modules
 from ..nn.quantized import Quantized
+from ..nn.replay import RandomState, untouched
 from ..ops import reset_
-from .grads import Grads, RandomState, add_, apart, put, take
+from .grads import Grads, add_, apart, put, take
 from .shards import layers_by_weight, locals_of, plain
 from .stats import GridStats
 from .values import check_count, check_size, is_number
@@ -150,8 +152,9 @@ class WinQ:
     def gradient(self, closure: Closure, *, accumulate: bool = False) -> Any:
         """Leave in ``.grad`` the mean gradient of the draws: ``samples`` of them, each also mirrored if two-sided.
 
-        Mirrored passes replay torch's random numbers, so that they draw -U (and the same dropout). With more than one
-        pass a second set of gradients is held while they are added, with ``accumulate`` also the one that is added to.
+        Mirrored passes replay torch's random numbers, so that they draw -U (and the same dropout). Buffers, such as
+        running statistics, are afterwards those of the first pass. With more than one pass a second set of gradients is
+        held while they are added, with ``accumulate`` also the one that is added to.
 
         Args:
             closure: as for ``torch.optim.Optimizer.step``: zeroes gradients (or not), computes a loss, calls
@@ -176,7 +179,9 @@ class WinQ:
                         if sign < 0 and random is not None:
                             random.restore()
                         self._set_noise(sign)
-                        loss = closure()
+                        # The first pass alone moves running statistics, as in a step of one pass.
+                        with untouched(self.model) if losses else nullcontext():
+                            loss = closure()
                         losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
                         sum_of = add_(sum_of, take(parameters), 1 / draws)
             finally:
