@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..backends import IMPLS
 from .grouped_quant_linear import GroupedQuantLinear
 from .packed_linear import GroupedPackedLinear, Packed, PackedBuffers, PackedLinear
 from .quant_linear import QuantLinear
+from .quantized import reparametrization
 
 #: How a layer is packed, by its type or a base of it: ``packer(layer, weight=buffers)`` returns the new layer. Such a
 #: layer has QuantLinear's attributes. Another kind of layer is another entry.
@@ -48,6 +50,11 @@ def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) ->
         key = tuple(map(id, parts))
         kept.append(parts)
         try:
+            if how := _recomputed_by_hooks(layer):
+                raise ValueError(
+                    f"it is {how}, and its weight may be that of an earlier step: make the present one permanent first "
+                    "(torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm)"
+                )
             if key not in packed:
                 packed[key] = PackedBuffers.from_quantized(layer, scale_dtype)
             replacements[layer] = packer(layer, weight=packed[key])
@@ -58,6 +65,11 @@ def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) ->
             if child in replacements:
                 parent._modules[name] = replacements[child]
     return replacements.get(model, model)
+
+
+def _recomputed_by_hooks(layer: nn.Module) -> str | None:
+    """Return what computes a layer's weight before each forward, and only then; a parametrization is always current."""
+    return None if is_parametrized(layer, "weight") else reparametrization(layer)
 
 
 def packed_modules(model: nn.Module) -> dict[str, Packed]:

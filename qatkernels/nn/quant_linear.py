@@ -17,7 +17,7 @@ from ..ops.quant_linear import forward_mode_alone
 from .activation import compute_dtype
 from .config import QuantConfig
 from .perturbation import perturb
-from .quantized import Quantized
+from .quantized import Quantized, reparametrization
 
 
 class QuantLinear(Quantized, nn.Linear):
@@ -154,7 +154,7 @@ def why_not(linear: nn.Module) -> str | None:
         return f"is a {type(linear).__module__}.{type(linear).__qualname__}, must be exactly torch.nn.Linear"
     weight = linear._parameters.get("weight")
     if weight is None:
-        return "has a weight that is computed (weight_norm, spectral_norm or pruning): remove that first"
+        return f"has a weight that is computed (the layer is {reparametrization(linear)}): remove that first"
     if type(weight) is not nn.Parameter:
         return f"has a {type(weight).__name__} as weight, must be a plain nn.Parameter: quantize before sharding it"
     if weight.dtype not in FLOATS:

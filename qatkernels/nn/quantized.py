@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 
 from ..grid import Grid
 from ..ops import fake_quantize, quantize
@@ -22,32 +27,70 @@ class Quantized(Float32Scales):
     scale: nn.Parameter
     zero_point: nn.Parameter | None
     act: DynamicActivation | LearnedActivation | None
-    config: QuantConfig
     grid: Grid
     group_size: int | None
     in_features: int
     out_features: int
 
+    @property
+    def config(self) -> QuantConfig:
+        """What the layer is quantized to. Read-only: :meth:`requantize` sets another one."""
+        return self._config
+
+    @config.setter
+    def config(self, config: QuantConfig) -> None:
+        raise AttributeError(
+            "config cannot be assigned, its scales would be those of the old one: call layer.requantize(config), or "
+            "quantize_model(model, config, requantize=True) for a whole model"
+        )
+
     def _quantize(self, config: QuantConfig) -> None:
-        if not isinstance(config, QuantConfig):
-            raise ValueError(f"config is {config!r}, must be a QuantConfig")
-        self.config, self.grid, self.group_size = config, config.grid, config.group_size
         self.noise_std = self.scale_noise_std = 0.0
         self.perturbation: Perturbation | None = None
-        self._grad_scale = self.grid.grad_scale(self.weight.shape[-2:].numel())  # of one expert, in a stack
-        for name, initial in zip(("scale", "zero_point"), self._initial_scale(), strict=True):
-            trains = self.weight.requires_grad
-            self.register_parameter(name, None if initial is None else nn.Parameter(initial, requires_grad=trains))
         self.act = None
+        self._configure(config, trains=self.weight.requires_grad)
+
+    def requantize(self, config: QuantConfig) -> None:
+        """Quantize to another configuration, with scales set anew from the present weight.
+
+        Weight and bias stay the same Parameters. Scales and zero points are new Parameters, even where the old ones
+        have the same shape: a layer that shares the old ones keeps them unchanged. So give the new ones to the
+        optimizer, and where layers share a weight, requantize each of them and let them share scales again (assign
+        ``scale`` and ``zero_point``), as ``quantize_model(requantize=True)`` does. A quantizer of the input whose
+        configuration stays the same is kept with what it has learned.
+
+        Args:
+            config: what to quantize to.
+
+        Raises:
+            ValueError: if ``config`` is no QuantConfig, its group size does not divide the input features, or the
+                weight is sharded. The layer is then unchanged.
+        """
+        if isinstance(self.weight, DTensor):
+            raise ValueError("the weight is sharded, so scales cannot be set anew: requantize before fully_shard")
+        self._configure(config, trains=self.scale.requires_grad)
+
+    def _configure(self, config: QuantConfig, trains: bool) -> None:
+        """Set configuration, scales and the quantizer of the input; nothing changes if the configuration is refused."""
+        if not isinstance(config, QuantConfig):
+            raise ValueError(f"config is {config!r}, must be a QuantConfig")
+        initial = self._initial_scale(config)
+        for name, value in zip(("scale", "zero_point"), initial, strict=True):
+            self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=trains))
+        if self.act is None or _activation(config) != _activation(self.config):
+            self.act = self._activation_quantizer(config)
+        self._config, self.grid, self.group_size = config, config.grid, config.group_size
+        self._grad_scale = self.grid.grad_scale(self.weight.shape[-2:].numel())  # of one expert, in a stack
+
+    def _activation_quantizer(self, config: QuantConfig) -> DynamicActivation | LearnedActivation | None:
         if (act_grid := config.act_grid) is not None:
             offset, device = config.act_scheme == "lsq+", self.weight.device
-            self.act = LearnedActivation(self.in_features, act_grid, offset=offset, device=device).train(self.training)
-        elif config.act_bits is not None:
-            self.act = DynamicActivation(config.act_bits).train(self.training)
+            return LearnedActivation(self.in_features, act_grid, offset=offset, device=device).train(self.training)
+        return None if config.act_bits is None else DynamicActivation(config.act_bits).train(self.training)
 
-    def _initial_scale(self) -> tuple[Tensor, Tensor | None]:
+    def _initial_scale(self, config: QuantConfig) -> tuple[Tensor, Tensor | None]:
         """Return scales, and zero points if the grid has them, from the weight."""
-        config, grid = self.config, self.grid
+        grid = config.grid
         w: Tensor = self.weight
         if config.per_tensor and w.ndim > 2:  # each expert is a tensor of its own
             w = w.flatten(1)
@@ -61,7 +104,7 @@ class Quantized(Float32Scales):
     @torch.no_grad()
     def reset_scale(self) -> None:
         """Set scales and zero points to what they would be for a layer just made from the present weight."""
-        scale, zero_point = self._initial_scale()
+        scale, zero_point = self._initial_scale(self.config)
         self.scale.copy_(scale)
         if self.zero_point is not None and zero_point is not None:
             self.zero_point.copy_(zero_point)
@@ -99,3 +142,35 @@ class Quantized(Float32Scales):
         if self.config.per_tensor:
             return f"{text}, per_tensor=True"
         return text if self.group_size is None else f"{text}, group_size={self.group_size}"
+
+
+def _activation(config: QuantConfig) -> tuple[object, ...]:
+    """Return the fields of a configuration that say how inputs are quantized."""
+    return config.act_bits, config.act_scheme, config.act_signed
+
+
+def reparametrization(layer: nn.Module) -> str | None:
+    """Return what computes a layer's weight from other parameters, or None if the weight is a parameter of its own.
+
+    Whoever writes to a weight has to ask: what is written to a computed weight is lost at the next forward.
+
+    Returns:
+        The rest of the sentence "The layer is ...": ``"pruned by torch.nn.utils.prune"``, say, or ``"parametrized by
+        weight_norm"``.
+    """
+    if parametrize.is_parametrized(layer, "weight"):
+        how = layer.parametrizations["weight"]  # type: ignore[index]
+        return f"parametrized by {', '.join(_name(part) for part in how)}"
+    if layer._parameters.get("weight") is not None:
+        return None
+    hooks = [hook for hook in layer._forward_pre_hooks.values() if hasattr(hook, "apply")]
+    if any(isinstance(hook, BasePruningMethod) for hook in hooks):
+        return "pruned by torch.nn.utils.prune"
+    if hooks:
+        return f"reparametrized by {', '.join(_name(hook) for hook in hooks)}"
+    return "without a weight Parameter of its own (it is computed, or a wrapper holds it)"
+
+
+def _name(how: object) -> str:
+    """Return the name of torch's function that reparametrized a weight, by its class: ``weight_norm``, say."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(how).__name__).lower().lstrip("_")
