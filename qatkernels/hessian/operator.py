@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..nn import quantized_modules, quantized_weights
+from ..nn.quantized import check_weights
 from ..nn.replay import RandomState, check_calibrated
 from .checkpoint import blocks, checkpointed
 from .hvp import GradientGraph, check_engine, checked_loss, forward_product, gradient_of, scope_of, twice_differentiable
@@ -326,6 +327,7 @@ class HessianOperator:
 
 def _parameters(model: nn.Module, params: Sequence[Tensor] | None) -> list[Tensor]:
     if params is None:
+        check_weights(quantized_modules(model), "params must name what it is computed from, or leave it out")
         found: list[Tensor] = list(quantized_weights(model))
         if not found:
             raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..nn import quantized_modules, quantized_weights
 from ..nn.perturbation import ascent, perturbed
+from ..nn.quantized import check_weights
 from ..nn.replay import RandomState, check_calibrated
 from ..ops import perturbation_norms
 from .hvp import Scope, checked_loss, gradient_of, scope_of
@@ -79,6 +80,8 @@ def sharpness(
         if not 0 <= number < math.inf:
             raise ValueError(f"{name} is {number}, must be finite and >= 0")
     check_calibrated(model)
+    if params is None:
+        check_weights(quantized_modules(model), "what is added to it would be lost (params may name its parameters)")
     scope = _replayed(model)
     if target == "quantized":
         if params is not None:

@@ -22,7 +22,7 @@ def own(g: Tensor) -> Tensor:
     return g.clone() if shared else g
 
 
-def take(parameters: Sequence[nn.Parameter]) -> Grads:
+def take(parameters: Sequence[Tensor]) -> Grads:
     """Return the gradients and leave None in their place."""
     grads: Grads = [None if p.grad is None else own(p.grad) for p in parameters]
     for parameter in parameters:
@@ -30,7 +30,7 @@ def take(parameters: Sequence[nn.Parameter]) -> Grads:
     return grads
 
 
-def put(parameters: Sequence[nn.Parameter], grads: Grads) -> None:
+def put(parameters: Sequence[Tensor], grads: Grads) -> None:
     """Set the gradients."""
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
@@ -51,7 +51,7 @@ def add_(total: Grads, grads: Grads, factor: float = 1.0) -> Grads:
 
 
 @contextmanager
-def apart(model: nn.Module, parameters: Sequence[nn.Parameter], accumulate: bool) -> Iterator[None]:
+def apart(model: nn.Module, parameters: Sequence[Tensor], accumulate: bool) -> Iterator[None]:
     """Let passes find no gradients; afterwards add theirs to those that were there, or drop these.
 
     An error of the passes leaves the gradients that were to be added to as they were.
