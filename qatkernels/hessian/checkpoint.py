@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..nn.replay import RandomState
+
 Run = Callable[..., Any]
 
 
@@ -29,6 +31,7 @@ class _Call:
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.inputs = [leaves[i] for i in self.places]
         self.parameters = list(parameters)
+        self.random = RandomState((*self.inputs, *self.parameters))
         device = next((t.device.type for t in self.inputs), "cpu")
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
@@ -45,7 +48,8 @@ class _Call:
         """Run on detached inputs; return the outputs that have a gradient, and the tensors that it is asked for."""
         count = len(self.places)
         inputs = [t.detach().requires_grad_(n) for t, n in zip(tensors[:count], needed, strict=False)]
-        outputs = tree_flatten(self(*inputs))[0]
+        with self.random.replayed():  # the same dropout
+            outputs = tree_flatten(self(*inputs))[0]
         leaves = [t for t, n in zip((*inputs, *self.parameters), needed, strict=True) if n]
         return outputs, leaves
 
@@ -127,7 +131,8 @@ def checkpointed(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Run modules without keeping what happens inside, for as long as the context lasts.
 
     Args:
-        modules: their inputs and outputs are tensors, or nested lists, tuples and dictionaries of such; deterministic.
+        modules: their inputs and outputs are tensors, or nested lists, tuples and dictionaries of such. They compute
+            the same when they run again from the same buffers and random numbers of torch.
     """
     wrapped = []
     try:

@@ -15,19 +15,24 @@ while a graph is made (and logged once).
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..nn.replay import RandomState, untouched
 
 logger = logging.getLogger(__name__)
 
 ENGINES = ("reverse", "forward")
 
 LossFn = Callable[[], Tensor]
+Scope = Callable[[], contextlib.AbstractContextManager[None]]
 
 _said = False
 
@@ -53,7 +58,8 @@ def checked_loss(loss: object, params: Sequence[Tensor]) -> Tensor:
     """Return a loss that has a Hessian.
 
     Raises:
-        ValueError: if it is no real scalar, or does not depend on anything that requires grad.
+        ValueError: if it is no real scalar, does not depend on anything that requires grad, or hides what it depends on
+            in a reentrant checkpoint.
     """
     if not isinstance(loss, Tensor):
         raise ValueError(f"the loss is a {type(loss).__name__}, must be a tensor with one element")
@@ -63,9 +69,42 @@ def checked_loss(loss: object, params: Sequence[Tensor]) -> Tensor:
         )
     if not loss.requires_grad:
         frozen = sum(not p.requires_grad for p in params)
-        because = f"{frozen} of {len(params)} do not require grad" if frozen else "it is detached, or made without grad"
+        because = (
+            f"{frozen} of {len(params)} do not require grad"
+            if frozen
+            else (
+                "it is detached, made without grad or in inference_mode, or all inside torch.utils.checkpoint with "
+                "use_reentrant=True: that must be False here"
+            )
+        )
         raise ValueError(f"the loss does not depend on the parameters ({because})")
+    if _has_reentrant_checkpoint(loss):
+        raise ValueError(
+            "the loss goes through torch.utils.checkpoint with use_reentrant=True, which hides parameters from "
+            "torch.autograd.grad and cannot be differentiated twice: call checkpoint(..., use_reentrant=False) (in "
+            "transformers: gradient_checkpointing_enable({'use_reentrant': False})), or turn it off and give "
+            "HessianOperator checkpoint=True"
+        )
     return loss.reshape(())
+
+
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    """Whether a reentrant checkpoint (torch's, or one of the same name made after it) is in the loss's graph.
+
+    Autograd does not know the parameters inside: it would return None for them, or a part where they are used outside,
+    too.
+    """
+    waiting = [loss.grad_fn]
+    seen: set[Node | None] = {None}
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    return False
 
 
 def gradient_of(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool) -> list[Tensor]:
@@ -88,17 +127,20 @@ class GradientGraph:
     Args:
         loss_fn: gives the loss.
         params: what to differentiate with respect to.
+        scope: makes a context for each run of the model: the forward, each backward that runs checkpointed modules
+            again. All of them then start from the same buffers.
 
     Attributes:
         loss: the loss, detached.
         gradient: its gradient, detached.
     """
 
-    def __init__(self, loss_fn: LossFn, params: Sequence[Tensor]) -> None:
-        with twice_differentiable():
+    def __init__(self, loss_fn: LossFn, params: Sequence[Tensor], scope: Scope = contextlib.nullcontext) -> None:
+        with scope(), twice_differentiable():
             loss = checked_loss(loss_fn(), params)
+        with scope(), twice_differentiable():
             grads = gradient_of(loss, params, create_graph=True)
-        self.params = list(params)
+        self.params, self._scope = list(params), scope
         self.loss = loss.detach()
         self.gradient = [g.detach() for g in grads]
         self._grads = grads
@@ -115,7 +157,8 @@ class GradientGraph:
         if not live:
             return [torch.zeros_like(p) for p in self.params]
         grads, along = zip(*live, strict=True)
-        products = torch.autograd.grad(grads, self.params, along, retain_graph=keep, allow_unused=True)
+        with self._scope(), twice_differentiable():
+            products = torch.autograd.grad(grads, self.params, along, retain_graph=keep, allow_unused=True)
         return [torch.zeros_like(p) if h is None else h for h, p in zip(products, self.params, strict=True)]
 
 
@@ -126,7 +169,24 @@ def forward_product(
 
     The parameters carry the tangents themselves, in place and without a change of value or version, because a closure
     reads the parameters that it knows.
+
+    Raises:
+        ValueError: if an autograd Function on the way has no forward mode.
     """
+    try:
+        return _forward_product(loss_fn, params, v)
+    except NotImplementedError as error:
+        if "jvp" not in str(error):
+            raise
+        raise ValueError(
+            "engine is 'forward', but an autograd Function in the loss has no jvp (torch.utils.checkpoint with "
+            "use_reentrant=True is one): take engine='reverse', and checkpoint with use_reentrant=False"
+        ) from error
+
+
+def _forward_product(
+    loss_fn: LossFn, params: Sequence[Tensor], v: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     with twice_differentiable(), forward_ad.dual_level():
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(params)):
             for p, t in zip(params, v, strict=True):
@@ -157,8 +217,17 @@ def check_vector(params: Sequence[Tensor], v: Sequence[Tensor]) -> None:
             )
 
 
-def hvp(loss_fn: LossFn, params: Sequence[Tensor], v: Sequence[Tensor], *, engine: str = "reverse") -> list[Tensor]:
+def hvp(
+    loss_fn: LossFn,
+    params: Sequence[Tensor],
+    v: Sequence[Tensor],
+    *,
+    engine: str = "reverse",
+    model: nn.Module | None = None,
+) -> list[Tensor]:
     """Return the Hessian of a loss times a vector.
+
+    torch's generators are afterwards as they were before, so that products in a row are of the same dropout and noise.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> hvp(lambda: (w**3).sum(), [w], [torch.tensor([1.0, 10.0])])  # the Hessian is diag(6 w)
@@ -169,6 +238,8 @@ def hvp(loss_fn: LossFn, params: Sequence[Tensor], v: Sequence[Tensor], *, engin
         params: parameters that it reads, which require grad.
         v: a tensor like each parameter.
         engine: ``"reverse"`` or ``"forward"`` (see the module); equal up to rounding.
+        model: the model whose forward ``loss_fn`` runs. Its buffers (running statistics, say), modes and gradients are
+            then afterwards as before; without it they are what a call of ``loss_fn`` makes of them.
 
     Returns:
         A tensor like each parameter. Quantizers count by the straight-through rule, their mask held constant.
@@ -178,6 +249,16 @@ def hvp(loss_fn: LossFn, params: Sequence[Tensor], v: Sequence[Tensor], *, engin
     """
     check_engine(engine)
     check_vector(params, v)
-    if engine == "forward":
-        return forward_product(loss_fn, params, v)[2]
-    return GradientGraph(loss_fn, params).product(v, keep=False)
+    scope = scope_of(model)
+    with RandomState(params).replayed():
+        if engine == "reverse":
+            return GradientGraph(loss_fn, params, scope).product(v, keep=False)
+        with scope():
+            return forward_product(loss_fn, params, v)[2]
+
+
+def scope_of(model: nn.Module | None) -> Scope:
+    """Return what makes contexts that leave a model as it is, if it is known."""
+    if model is None:
+        return contextlib.nullcontext
+    return functools.partial(untouched, model, gradients=True)

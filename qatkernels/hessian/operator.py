@@ -14,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..nn import quantized_weights
+from ..nn import quantized_modules, quantized_weights
+from ..nn.quantized import check_weights
+from ..nn.replay import RandomState, check_calibrated
 from .checkpoint import blocks, checkpointed
-from .hvp import GradientGraph, check_engine, checked_loss, forward_product, twice_differentiable
+from .hvp import GradientGraph, check_engine, checked_loss, forward_product, gradient_of, scope_of, twice_differentiable
 
 ModelLoss = Callable[[Any, Any], Tensor]
 
@@ -57,7 +59,13 @@ class HessianOperator:
     """The Hessian of a mean loss over batches, with respect to parameters in their order, each flattened.
 
     The model is read as it is: in its mode (``eval()`` turns dropout and noise off) and with its present values, also
-    when they change later (by way of ``.data`` only after :meth:`refresh`).
+    when they change later (by way of ``.data`` only after :meth:`refresh`). Nothing of it is changed: buffers, modes
+    and gradients are after every product as before, and so are torch's generators.
+
+    All products are of one function, whatever the mode. In training mode batch norm normalizes by the statistics of
+    each batch, through which the derivative goes; buffers have the model's values whenever the loss is evaluated;
+    and the dropout and noise of each batch are one draw, the one that evaluating the batches in their order would have
+    made when the operator was made.
 
     Products are computed in ``dtype``. Where the model has another one (bfloat16, say) a copy of it in ``dtype`` is
     made, batches are cast along, and the quantized weights stay what they are: codes are taken in float32 anyway.
@@ -85,7 +93,8 @@ class HessianOperator:
         count: products so far.
 
     Raises:
-        ValueError: if an argument cannot be used, naming it; the loss is checked by the first product.
+        ValueError: if an argument cannot be used, naming it; the model has an activation scale that is not initialized.
+            The loss is checked by the first product.
     """
 
     def __init__(
@@ -106,6 +115,7 @@ class HessianOperator:
         if engine == "forward" and (retain or checkpoint):
             raise ValueError("retain and checkpoint are for engine 'reverse', the engine 'forward' keeps no graph")
         self.source: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        check_calibrated(self.source)
         self.loss_fn, self.engine = loss_fn, engine
         self._given = _parameters(self.source, params)
         self.dtype = _product_dtype(self._given, dtype)
@@ -125,6 +135,8 @@ class HessianOperator:
         self._weights = self._normalised(weights)
         self.count = 0
         self._graphs: list[GradientGraph | None] = [None] * len(self.batches)
+        #: Where each batch draws from; that of a later batch is known when the one before it has been evaluated.
+        self._random: list[RandomState | None] = [self._random_state(), *[None] * len(self.batches)]
         self._tried = False
         self.refresh()
 
@@ -149,10 +161,20 @@ class HessianOperator:
         else:
             ours = dict(zip(self.source.modules(), self.model.modules(), strict=True))
             self._blocks = [ours[m] for m in self._checkpoint or ()]
-        self._stamp = self._versions()
+        self._scope = scope_of(self.model)
+        self._stamp = self._state()
 
-    def _versions(self) -> list[tuple[int, int]]:
-        return [(id(t), t._version) for t in (*self.source.parameters(), *self.source.buffers())]
+    def _state(self) -> tuple[Any, ...]:
+        """Return what tells whether the loss is another function than before."""
+        modules, layers = self.source.modules(), quantized_modules(self.source).values()
+        return (
+            [(id(t), t._version) for t in (*self.source.parameters(), *self.source.buffers())],
+            [module.training for module in modules],
+            [(layer.noise_std, layer.scale_noise_std) for layer in layers],
+        )
+
+    def _random_state(self) -> RandomState:
+        return RandomState(self.source.parameters())
 
     def _normalised(self, weights: Sequence[float] | None) -> list[float]:
         given = [1.0] * len(self.batches) if weights is None else [float(w) for w in weights]
@@ -171,8 +193,13 @@ class HessianOperator:
         batch = self.batches[index]
         if self.model is not self.source:
             batch = tree_map(self._cast, batch)
-        with checkpointed(self._blocks):
-            return self.loss_fn(self.model, batch)
+        start = self._random[index]
+        assert start is not None, "batches are evaluated in their order"
+        with start.replayed(), checkpointed(self._blocks):
+            loss = self.loss_fn(self.model, batch)
+            if self._random[index + 1] is None:
+                self._random[index + 1] = self._random_state()
+        return loss
 
     def _cast(self, leaf: Any) -> Any:
         return leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
@@ -180,24 +207,23 @@ class HessianOperator:
     def _graph(self, index: int) -> GradientGraph:
         graph = self._graphs[index]
         if graph is None:
-            graph = GradientGraph(lambda: self._loss(index), self.params)
+            graph = GradientGraph(lambda: self._loss(index), self.params, self._scope)
             self._warn_if_random(index, graph.loss)
             if self.retain:
                 self._graphs[index] = graph
-            # A forward may write buffers (running statistics); that is no change of the model.
-            self._stamp = self._versions()
         return graph
 
     def _warn_if_random(self, index: int, loss: Tensor) -> None:
         if self._tried:
             return
         self._tried = True
-        with torch.no_grad(), twice_differentiable(), torch.no_grad():
+        with self._scope(), twice_differentiable(), torch.no_grad():
             again = float(self._loss(index))
         if abs(again - float(loss)) > _SAME * (abs(again) + abs(float(loss))):
             warnings.warn(
-                f"the loss changes from call to call ({float(loss):.6g}, then {again:.6g}), so its Hessian is that of "
-                "one draw or none at all: turn dropout and noise off with model.eval(), and give fixed batches",
+                f"the loss changes from call to call ({float(loss):.6g}, then {again:.6g}) although buffers and "
+                "torch's random numbers are the same, so it has no one Hessian: loss_fn must not draw batches or "
+                "random numbers of its own, nor count its calls",
                 stacklevel=5,
             )
 
@@ -210,14 +236,14 @@ class HessianOperator:
         if self.engine == "forward":
             found = []
             for v in vectors:
-                loss, _, product = forward_product(lambda: self._loss(index), self.params, self._split(v))
+                with self._scope():
+                    loss, _, product = forward_product(lambda: self._loss(index), self.params, self._split(v))
                 self._warn_if_random(index, loss)
                 found.append(product)
             return found
         graph = self._graph(index)
         last = len(vectors) - 1
-        with twice_differentiable():  # checkpointed modules run again
-            return [graph.product(self._split(v), keep=self.retain or i < last) for i, v in enumerate(vectors)]
+        return [graph.product(self._split(v), keep=self.retain or i < last) for i, v in enumerate(vectors)]
 
     def products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return the Hessian times each vector.
@@ -234,7 +260,7 @@ class HessianOperator:
                     f"the vector is {v.dtype} of shape {tuple(v.shape)} on {v.device}, "
                     f"must be {self.dtype} of shape ({self.n},) on {self.device}"
                 )
-        if self._versions() != self._stamp:
+        if self._state() != self._stamp:
             self.refresh()
         results = self._mean(lambda index: self._batch_products(index, vectors), len(vectors))
         self.count += len(vectors)
@@ -258,16 +284,16 @@ class HessianOperator:
 
     def gradient(self) -> Tensor:
         """Return the gradient of the mean loss, ``[n]``."""
-        if self._versions() != self._stamp:
+        if self._state() != self._stamp:
             self.refresh()
 
         def of_batch(index: int) -> list[list[Tensor]]:
             if self.retain:
                 return [self._graph(index).gradient]
-            with torch.enable_grad():
+            with self._scope(), torch.enable_grad():
                 loss = checked_loss(self._loss(index), self.params)
-                grads = torch.autograd.grad(loss, self.params, allow_unused=True)
-            return [[torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params, strict=True)]]
+            with self._scope():
+                return [gradient_of(loss, self.params, create_graph=False)]
 
         return self._mean(of_batch, 1)[0]
 
@@ -301,6 +327,7 @@ class HessianOperator:
 
 def _parameters(model: nn.Module, params: Sequence[Tensor] | None) -> list[Tensor]:
     if params is None:
+        check_weights(quantized_modules(model), "params must name what it is computed from, or leave it out")
         found: list[Tensor] = list(quantized_weights(model))
         if not found:
             raise ValueError(

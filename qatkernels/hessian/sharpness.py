@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import quantized_modules, quantized_weights
-from ..nn.quantized import Quantized
-from .hvp import checked_loss
+from ..nn.perturbation import ascent, perturbed
+from ..nn.quantized import check_weights
+from ..nn.replay import RandomState, check_calibrated
+from ..ops import perturbation_norms
+from .hvp import Scope, checked_loss, gradient_of, scope_of
 
 LossFn = Callable[[], Tensor]
 
@@ -51,7 +54,11 @@ def sharpness(
     e = rho * T^2 g / norm(T g) with T = abs(w) + eta. One norm for all parameters together.
 
     A quantized model does not see a latent perturbation that crosses no level, which is why SQuAT perturbs after
-    rounding (``target="quantized"``; inferred, the paper's box is not public to us).
+    rounding (``target="quantized"``; inferred, the paper's box is not public to us). The gradient is here that of the
+    quantized weights themselves, where SQuAT's passes the quantizer: this one moves weights beyond the clamp, too.
+
+    Both evaluations start from the same buffers and random numbers (dropout, noise). The model's buffers, modes and
+    gradients, and torch's generators, are afterwards as before.
 
     Args:
         model: the model; its weights are perturbed in place and restored bit for bit.
@@ -64,7 +71,7 @@ def sharpness(
 
     Raises:
         ValueError: if a value is out of range, the loss is no scalar or does not depend on what is perturbed, or its
-            gradient is not finite.
+            gradient is not finite; or an activation scale is not initialized.
     """
     for name, given, allowed in (("norm", norm, NORMS), ("target", target, TARGETS)):
         if given not in allowed:
@@ -72,19 +79,24 @@ def sharpness(
     for name, number in (("rho", rho), ("eta", eta)):
         if not 0 <= number < math.inf:
             raise ValueError(f"{name} is {number}, must be finite and >= 0")
+    check_calibrated(model)
+    if params is None:
+        check_weights(quantized_modules(model), "what is added to it would be lost (params may name its parameters)")
+    scope = _replayed(model)
     if target == "quantized":
         if params is not None:
             raise ValueError("params is given with target='quantized', which perturbs every quantized layer")
-        return _quantized(model, loss, rho, norm, eta)
+        return _quantized(model, loss, rho, norm, eta, scope)
     params = list(params if params is not None else quantized_weights(model) or model.parameters())
-    before, grads = _value_and_gradient(loss, params)
+    before, grads = _value_and_gradient(loss, params, scope)
     along, gradient_norm, size = _perturbation(grads, params, rho, norm, eta)
     saved = [p.detach().clone() for p in params]
     try:
         with torch.no_grad():
             for p, e in zip(params, along, strict=True):
                 p.add_(e)
-            after = float(checked_value(loss()))
+            with scope():
+                after = float(checked_value(loss()))
     finally:
         with torch.no_grad():
             for p, s in zip(params, saved, strict=True):
@@ -92,44 +104,35 @@ def sharpness(
     return Sharpness(after - before, before, gradient_norm, size)
 
 
-def _quantized(model: nn.Module, loss: LossFn, rho: float, norm: str, eta: float) -> Sharpness:
+def _replayed(model: nn.Module) -> Scope:
+    """Return what makes contexts that leave a model as it is, all with the same random numbers."""
+    start, scope = RandomState(model.parameters()), scope_of(model)
+
+    @contextlib.contextmanager
+    def replayed() -> Iterator[None]:
+        with start.replayed(), scope():
+            yield
+
+    return replayed
+
+
+def _quantized(model: nn.Module, loss: LossFn, rho: float, norm: str, eta: float, scope: Scope) -> Sharpness:
     layers = list(quantized_modules(model).values())
     if not layers:
         raise ValueError("the model has no quantized layer, which target='quantized' perturbs: give target='latent'")
     # Layers that share a weight share what is added to it.
     first = {id(layer.weight): layer for layer in reversed(layers)}
     offsets = {key: torch.zeros_like(layer.weight).requires_grad_() for key, layer in first.items()}
-    with _added(layers, offsets):
-        before, grads = _value_and_gradient(loss, list(offsets.values()))
+    with perturbed((layer, offsets[id(layer.weight)]) for layer in layers):
+        before, grads = _value_and_gradient(loss, list(offsets.values()), scope)
         with torch.no_grad():
             at = [layer.quantized_weight() for layer in first.values()]
             along, gradient_norm, size = _perturbation(grads, at, rho, norm, eta)
             for offset, e in zip(offsets.values(), along, strict=True):
                 offset.copy_(e)
-            after = float(checked_value(loss()))
+            with scope():
+                after = float(checked_value(loss()))
     return Sharpness(after - before, before, gradient_norm, size)
-
-
-@contextlib.contextmanager
-def _added(layers: Sequence[Quantized], offsets: dict[int, Tensor]) -> Iterator[None]:
-    """Add an offset to what each layer makes of its weight."""
-
-    def shifted(layer: Quantized) -> Callable[..., Tensor]:
-        make, offset = layer._fake_quantized, offsets[id(layer.weight)]
-
-        def weight(*args: Any) -> Tensor:
-            w: Tensor = make(*args)
-            return w + offset.to(w.dtype)
-
-        return weight
-
-    try:
-        for layer in layers:
-            layer.__dict__["_fake_quantized"] = shifted(layer)
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("_fake_quantized", None)
 
 
 def checked_value(loss: Tensor) -> Tensor:
@@ -143,19 +146,19 @@ def checked_value(loss: Tensor) -> Tensor:
     return loss.detach().reshape(())
 
 
-def _value_and_gradient(loss: LossFn, params: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+def _value_and_gradient(loss: LossFn, params: Sequence[Tensor], scope: Scope) -> tuple[float, list[Tensor]]:
     with torch.enable_grad():
-        value = checked_loss(loss(), params)
-        grads = torch.autograd.grad(value, list(params), allow_unused=True)
-    if all(g is None for g in grads):
-        raise ValueError("the loss does not depend on the parameters")
-    return float(value.detach()), [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
+        with scope():
+            value = checked_loss(loss(), params)
+        with scope():
+            return float(value.detach()), gradient_of(value, params, create_graph=False)
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
     return float(torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]).norm())
 
 
+@torch.no_grad()
 def _perturbation(
     grads: Sequence[Tensor], at: Sequence[Tensor], rho: float, norm: str, eta: float
 ) -> tuple[list[Tensor], float, float]:
@@ -163,27 +166,30 @@ def _perturbation(
     gradient_norm = _norm(grads)
     if not math.isfinite(gradient_norm):
         raise ValueError(f"the norm of the gradient is {gradient_norm}, must be finite")
-    if norm == "asam":
-        grads = [(w.detach().abs() + eta) * g for g, w in zip(grads, at, strict=True)]
-    whole = _norm(grads)
-    factor = rho / whole if whole > 0 else 0.0
-    if norm == "asam":
-        grads = [(w.detach().abs() + eta) * g for g, w in zip(grads, at, strict=True)]
-    along = [g * factor for g in grads]
-    return along, gradient_norm, _norm(along)
+    asam, pairs = norm == "asam", list(zip(grads, at, strict=True))
+    sums = [perturbation_norms(g.contiguous(), w.contiguous() if asam else None, eta) for g, w in pairs]
+    factor, size = ascent(torch.stack(sums).sum(0), rho)
+    along = [g * ((w.abs() + eta).square() * factor if asam else factor) for g, w in pairs]
+    return along, gradient_norm, float(size)
 
 
-def gradient_norm_ratio(loss: LossFn, params: Sequence[Tensor]) -> float:
+def gradient_norm_ratio(loss: LossFn, params: Sequence[Tensor], *, model: nn.Module | None = None) -> float:
     """Return the norm of the gradient over the norm of the parameters, both over all of them together.
+
+    torch's generators are afterwards as they were before.
 
     Args:
         loss: closure without arguments that gives the loss.
         params: parameters that it reads.
+        model: the model whose forward ``loss`` runs. Its buffers, modes and gradients are then afterwards as before;
+            without it they are what a call of ``loss`` makes of them.
 
     Raises:
         ValueError: if the loss is no scalar or does not depend on the parameters, or they are all zero.
     """
+    params = list(params)
     size = _norm([p.detach() for p in params])
     if not size > 0:
         raise ValueError("params are all zero, must have a norm")
-    return _norm(_value_and_gradient(loss, params)[1]) / size
+    with RandomState(params).replayed():
+        return _norm(_value_and_gradient(loss, params, scope_of(model))[1]) / size

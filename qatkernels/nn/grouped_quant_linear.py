@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import perturb_
 from ..ops.grouped_linear import grouped_linear
 from .activation import compute_dtype
 from .config import QuantConfig
+from .perturbation import perturb
 from .quant_linear import why_not
 from .quantized import Quantized
 
@@ -154,9 +154,7 @@ class GroupedQuantLinear(Quantized):
             x = self.act(x)
         dtype = compute_dtype(self.weight)
         noise = (self.noise_std, self.scale_noise_std) if self.training else (0.0, 0.0)
-        weight = self._fake_quantized(dtype, *noise)
-        if self.perturbation is not None:
-            perturb_(weight.detach(), *self.perturbation)
+        weight = perturb(self._fake_quantized(dtype, *noise), self.perturbation)
         y = grouped_linear(x.to(dtype or x.dtype), weight, offsets)
         return y if self.bias is None else y + bias_of_tokens(self.bias, offsets, len(x)).to(y.dtype)
 

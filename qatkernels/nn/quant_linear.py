@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..ops import perturb_, quant_linear_dual
+from ..ops import quant_linear_dual
 from ..ops.fake_quantize import FLOATS
 from ..ops.noise import make_seed
 from ..ops.quant_linear import forward_mode_alone
 from .activation import compute_dtype
 from .config import QuantConfig
+from .perturbation import perturb
 from .quantized import Quantized, reparametrization
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ class QuantLinear(Quantized, nn.Linear):
         noise_std: standard deviation of the noise on the weight in training forwards (WinQ), negative for the mirrored
             noise of the same seed; not saved.
         scale_noise_std: the same for the scales.
-        perturbation: the last three arguments of :func:`qatkernels.ops.perturb_`, which every forward gives the
-            quantized weight; None for none (SQuAT sets it for as long as its second pass takes); not saved.
+        perturbation: what every forward adds to the quantized weight (:mod:`qatkernels.nn.perturbation`); None for
+            nothing. SQuAT and :func:`~qatkernels.hessian.sharpness` set it for as long as a pass takes. Not saved.
 
     Raises:
         ValueError: if ``config.group_size`` does not divide ``in_features``.
@@ -122,9 +123,7 @@ class QuantLinear(Quantized, nn.Linear):
         pushing = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
         if pushing and self.perturbation is None and forward_mode_alone(x, *self.parameters(recurse=False)):
             return self._pushed_forward(x, dtype or self.weight.dtype, *noise)
-        weight = self._fake_quantized(dtype, *noise)
-        if self.perturbation is not None:
-            perturb_(weight.detach(), *self.perturbation)
+        weight = perturb(self._fake_quantized(dtype, *noise), self.perturbation)
         return F.linear(x, weight, self.bias)
 
     def _pushed_forward(self, x: Tensor, dtype: torch.dtype, noise_std: float, scale_noise_std: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ..grid import Grid
 from ..ops import fake_quantize, quantize
 from .activation import DynamicActivation, Float32Scales, LearnedActivation
 from .config import QuantConfig
+from .perturbation import Perturbation
 
 
 class Quantized(Float32Scales):
@@ -45,7 +47,7 @@ class Quantized(Float32Scales):
 
     def _quantize(self, config: QuantConfig) -> None:
         self.noise_std = self.scale_noise_std = 0.0
-        self.perturbation: tuple[Tensor, Tensor, float | None] | None = None
+        self.perturbation: Perturbation | None = None
         self.act = None
         self._configure(config, trains=self.weight.requires_grad)
 
@@ -168,6 +170,22 @@ def reparametrization(layer: nn.Module) -> str | None:
     if hooks:
         return f"reparametrized by {', '.join(_name(hook) for hook in hooks)}"
     return "without a weight Parameter of its own (it is computed, or a wrapper holds it)"
+
+
+def check_weights(layers: Mapping[str, Quantized], what: str) -> None:
+    """Raise ValueError if the weight of a layer is computed from other parameters.
+
+    Args:
+        layers: layers by name.
+        what: what goes wrong then, as a clause: ``"resets would be lost"``.
+    """
+    for name, layer in layers.items():
+        if (how := reparametrization(layer)) is not None:
+            raise ValueError(
+                f"{name or 'the model'} is {how}, so every forward computes its weight anew: {what}. Make the weight "
+                "permanent first (torch.nn.utils.prune.remove, torch.nn.utils.parametrize.remove_parametrizations), "
+                "and give the new parameter to the optimizer"
+            )
 
 
 def _name(how: object) -> str:

@@ -1,4 +1,4 @@
-"""Gradients of several passes: taken away, added up, with the random numbers of one pass replayed in another."""
+"""Gradients of several passes: taken away and added up."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def own(g: Tensor) -> Tensor:
     return g.clone() if shared else g
 
 
-def take(parameters: Sequence[nn.Parameter]) -> Grads:
+def take(parameters: Sequence[Tensor]) -> Grads:
     """Return the gradients and leave None in their place."""
     grads: Grads = [None if p.grad is None else own(p.grad) for p in parameters]
     for parameter in parameters:
@@ -30,7 +30,7 @@ def take(parameters: Sequence[nn.Parameter]) -> Grads:
     return grads
 
 
-def put(parameters: Sequence[nn.Parameter], grads: Grads) -> None:
+def put(parameters: Sequence[Tensor], grads: Grads) -> None:
     """Set the gradients."""
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
@@ -51,7 +51,7 @@ def add_(total: Grads, grads: Grads, factor: float = 1.0) -> Grads:
 
 
 @contextmanager
-def apart(model: nn.Module, parameters: Sequence[nn.Parameter], accumulate: bool) -> Iterator[None]:
+def apart(model: nn.Module, parameters: Sequence[Tensor], accumulate: bool) -> Iterator[None]:
     """Let passes find no gradients; afterwards add theirs to those that were there, or drop these.
 
     An error of the passes leaves the gradients that were to be added to as they were.
@@ -91,18 +91,3 @@ def _reduced(model: nn.Module) -> Iterator[None]:
     finally:
         for replica, before in zip(replicas, asked, strict=True):
             replica.require_backward_grad_sync = before
-
-
-class RandomState:
-    """The state of torch's generators, of the CPU and of the CUDA devices that parameters are on."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._cpu = torch.get_rng_state()
-        devices = {p.device for p in parameters if p.device.type == "cuda"}
-        self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
-
-    def restore(self) -> None:
-        """Set the generators back."""
-        torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..nn import quantized_modules
-from ..nn.quantized import Quantized
+from ..nn.quantized import Quantized, check_weights
 
 
 class Part(NamedTuple):
@@ -26,9 +26,11 @@ def layers_by_weight(model: nn.Module) -> dict[str, Quantized]:
     """Return the quantized layers by name, one for each weight.
 
     Raises:
-        ValueError: if there is none, or layers share a weight and quantize it differently.
+        ValueError: if there is none, one has a weight that is computed (pruned, or parametrized by weight_norm), or
+            layers share a weight and quantize it differently.
     """
     first: dict[int, tuple[str, Quantized]] = {}
+    check_parameters(quantized_modules(model))
     for name, module in quantized_modules(model).items():
         known, twin = first.setdefault(id(module.weight), (name, module))
         if module.scale is not twin.scale or module.config != twin.config:
@@ -38,12 +40,18 @@ def layers_by_weight(model: nn.Module) -> dict[str, Quantized]:
     return dict(first.values())
 
 
+def check_parameters(layers: dict[str, Quantized]) -> None:
+    """Raise ValueError if a layer's weight is computed: what is written to it is lost, and it has no gradient."""
+    check_weights(layers, "WinQ's resets and SQuAT's perturbations would be lost, and statistics of the past")
+
+
 def local(name: str, module: Quantized) -> Part:
     """Return the local part of a layer; a scale for the whole weight is gathered, which all processes must join.
 
     Raises:
-        ValueError: if the weight is sharded so that a row or a group is not whole.
+        ValueError: if the weight is computed, or sharded so that a row or a group is not whole.
     """
+    check_parameters({name: module})
     weight, scale = module.weight.detach(), module.scale.detach()
     zero_point = None if module.zero_point is None else module.zero_point.detach()
     if not isinstance(weight, DTensor):

@@ -13,6 +13,7 @@ Gradients reach W straight through, so weights beyond the clamp of the grid have
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -23,12 +24,14 @@ from torch.distributed.tensor import DTensor
 
 from ..nn import quantized_modules
 from ..nn.activation import scales_of
+from ..nn.perturbation import ascent, perturbed
 from ..nn.quantized import Quantized
+from ..nn.replay import RandomState, untouched
 from ..ops import perturb_swap_, perturbation_norms
-from .grads import RandomState, apart, own, take
-from .shards import layers_by_weight, plain, total
+from .grads import apart, own, take
+from .shards import check_parameters, layers_by_weight, plain, total
 from .stats import GridStats
-from .values import check_count, check_size
+from .values import check_closure, check_count, check_size
 
 Closure = Callable[[], Any]
 
@@ -40,8 +43,9 @@ class SQuAT:
         ...
         loss = squat.step(closure)      # closure: zero_grad, forward, backward, return the loss
 
-    The second pass replays torch's random numbers, of the CPU and of the GPUs that hold parameters: both passes are of
-    the same dropout and noise.
+    The second pass replays torch's random numbers, of the CPU and of the devices that hold parameters: both passes are
+    of the same dropout and noise. It leaves no trace but gradients: running statistics and other buffers are after a
+    step those of the pass at the quantized weights.
 
     Memory: one more set of gradients of the quantized weights, the first pass's, while the second runs; with
     ``accumulate`` also the one that is added to. No copy of the weights: a quantized weight is perturbed where each
@@ -66,7 +70,8 @@ class SQuAT:
         due: whether the next :meth:`after_step` moves weights: never, it only counts.
 
     Raises:
-        ValueError: if a value is out of range, or the model has no quantized layer.
+        ValueError: if a value is out of range, the model has no quantized layer, or one with a weight that is computed
+            (pruned, or parametrized by weight_norm).
     """
 
     due = False
@@ -103,8 +108,9 @@ class SQuAT:
         self._layers = layers_by_weight(model)
         self._seen: dict[str, Tensor | float] = {}
         self._rise: Tensor | float = 0.0  # of the step's calls so far
+        self._checked: set[int] = set()  # ids of the weights that the optimizer was last looked through for
 
-    def step(self, closure: Closure, *, scaler: Any = None) -> Any:
+    def step(self, closure: Closure | None = None, *, scaler: Any = None) -> Any:
         """Compute the gradients, step the optimizer and count the step.
 
         Args:
@@ -112,16 +118,21 @@ class SQuAT:
                 the same batch when it is called twice. For gradient accumulation it goes through all micro-batches.
                 With autocast, the forward is under it; with a ``GradScaler``, it calls
                 ``scaler.scale(loss).backward()``.
-            scaler: the ``GradScaler``; ``scaler.update()`` is yours to call.
+            scaler: the ``GradScaler``; ``scaler.update()`` is yours to call. ``scaler.unscale_`` can be called once a
+                step, so not in the closure: to clip, call :meth:`gradient`, ``scaler.unscale_(optimizer)``, clip,
+                ``scaler.step(optimizer)`` and :meth:`after_step`.
 
         Returns:
             What ``closure`` returned at the quantized weights.
 
         Raises:
-            ValueError: if SQuAT was made without an optimizer.
+            ValueError: if ``closure`` is no function, SQuAT was made without an optimizer, the optimizer holds no
+                quantized weight of the model, or as :meth:`gradient`.
         """
+        closure = check_closure("squat.step", closure)
         if self.optimizer is None:
             raise ValueError("optimizer is None, must be given to SQuAT for step(); gradient() needs none")
+        self._check_optimizer(self.optimizer)
         loss = self.gradient(closure)
         if scaler is None:
             self.optimizer.step()
@@ -130,7 +141,29 @@ class SQuAT:
         self.after_step()
         return loss
 
-    def gradient(self, closure: Closure, *, accumulate: bool = False) -> Any:
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise ValueError if the optimizer steps no quantized weight; warn, once, if it lacks some, or scales."""
+        weights = {id(m.weight) for m in self._layers.values()}
+        if weights == self._checked:
+            return
+        stepped = {id(p) for p in _parameters_of(optimizer)}
+        wanted = (weights | self._scales()) - stepped
+        lacking = [name for name, p in self.model.named_parameters() if id(p) in wanted and p.requires_grad]
+        if not weights & stepped:
+            raise ValueError(
+                "optimizer holds no quantized weight of the model: make it from the parameters of the model that SQuAT "
+                "has (after fully_shard, if any). If it keeps copies of them, call squat.gradient(closure), your "
+                "optimizer's step, and squat.after_step()"
+            )
+        self._checked = weights
+        if lacking:
+            warnings.warn(
+                f"optimizer lacks {len(lacking)} quantized weights and scales, which therefore never move "
+                f"({', '.join(lacking[:3])}): make it after quantize_model, or freeze them (requires_grad_(False))",
+                stacklevel=3,
+            )
+
+    def gradient(self, closure: Closure | None = None, *, accumulate: bool = False) -> Any:
         """Leave in ``.grad`` the gradients to step with, None where a parameter is frozen in this step.
 
         For what comes between gradient and step, such as clipping; :meth:`step` is this, the optimizer's step and
@@ -145,8 +178,17 @@ class SQuAT:
 
         Returns:
             What ``closure`` returned at the quantized weights.
+
+        Raises:
+            ValueError: if ``closure`` is no function, the weight of a quantized layer is computed (pruned, or
+                parametrized by weight_norm), or every quantized weight is frozen.
+            RuntimeError: if the closure left no gradient.
         """
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        closure = check_closure("squat.gradient", closure)
+        check_parameters(self._layers)
+        # Those of the optimizer that are outside the model (of the loss, say) have a gradient from both passes, too.
+        known = dict.fromkeys((*self.model.parameters(), *_parameters_of(self.optimizer)))
+        parameters = [p for p in known if p.requires_grad]
         alone = self.minibatch == "next" and self.steps % (self.scale_every + 1) == self.scale_every
         added = accumulate and any(p.grad is not None for p in parameters)
         with apart(self.model, parameters, accumulate):
@@ -166,7 +208,7 @@ class SQuAT:
         """Return the ids of the scales and zero points of weights and activations."""
         return set(map(id, scales_of(self.model)))
 
-    def _step_size(self, closure: Closure, parameters: list[nn.Parameter]) -> Any:
+    def _step_size(self, closure: Closure, parameters: list[Tensor]) -> Any:
         loss = closure()
         scales = self._scales()
         for parameter in parameters:
@@ -174,7 +216,7 @@ class SQuAT:
                 parameter.grad = None
         return loss
 
-    def _sharpness(self, closure: Closure, parameters: list[nn.Parameter], before: Tensor | float) -> Any:
+    def _sharpness(self, closure: Closure, parameters: list[Tensor], before: Tensor | float) -> Any:
         random = RandomState(parameters)
         loss, scales = closure(), self._scales()
         weights = {id(module.weight) for module in self._layers.values()}
@@ -182,11 +224,11 @@ class SQuAT:
         of_scales = {key: grad for key, grad in first.items() if key in scales}
         along = {key: grad for key, grad in first.items() if key in weights and grad is not None}
         del first  # the others' memory is the second pass's
-        random.restore()  # the same dropout and noise: the gradient at the point that was perturbed
-        with self._perturbed(along):
-            perturbed = closure()
-        if loss is not None and perturbed is not None:
-            self._seen["sharpness"] = self._rise = before + _value(perturbed) - _value(loss)
+        # The same dropout and noise: the gradient at the point that was perturbed.
+        with random.replayed(), untouched(self.model), self._perturbed(along):
+            second = closure()
+        if loss is not None and second is not None:
+            self._seen["sharpness"] = self._rise = before + _value(second) - _value(loss)
         moves = self.minibatch == "same" and (self.steps + 1) % self.scale_every == 0
         for parameter in parameters:
             if id(parameter) in scales:
@@ -208,17 +250,11 @@ class SQuAT:
             with self._moved(grads, factor, eta):
                 yield
             return
-        modules = [m for m in quantized_modules(self.model).values() if id(m.weight) in grads]
-        try:
-            for module in modules:
-                g = grads[id(module.weight)]
-                if isinstance(g, DTensor):
-                    raise ValueError("target is 'quantized' with a sharded weight, must be 'latent' under FSDP2")
-                module.perturbation = (g.contiguous(), factor.to(g.device), eta)
+        if any(isinstance(g, DTensor) for g in grads.values()):
+            raise ValueError("target is 'quantized' with a sharded weight, must be 'latent' under FSDP2")
+        found = [(m, grads.get(id(m.weight))) for m in quantized_modules(self.model).values()]
+        with perturbed((m, (g.contiguous(), factor.to(g.device), eta)) for m, g in found if g is not None):
             yield
-        finally:
-            for module in modules:
-                module.perturbation = None
 
     @contextmanager
     def _moved(self, grads: dict[int, Tensor], factor: Tensor, eta: float | None) -> Iterator[None]:
@@ -252,9 +288,7 @@ class SQuAT:
                     at = plain(module.weight.detach() if self.target == "latent" else module.quantized_weight())
                     at = at.contiguous()
                 sums.append((module.weight, perturbation_norms(g, at, self.eta)))
-        once, twice = total(sums).sqrt().unbind()
-        factor = self.rho / (once + 1e-12)
-        self._seen["perturbation_norm"] = factor * twice
+        factor, self._seen["perturbation_norm"] = ascent(total(sums), self.rho)
         return factor.float()
 
     def log(self) -> dict[str, float]:
@@ -282,6 +316,10 @@ class SQuAT:
             raise ValueError(f"state has {sorted(state)}, must have 'steps', and may have 'seen'")
         check_count("steps", state["steps"], 0)
         self.steps, self._seen = state["steps"], dict(state.get("seen", {}))
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _value(loss: Any) -> Any:

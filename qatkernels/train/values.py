@@ -1,9 +1,10 @@
-"""What a number given by hand may be: True is none, and half a step is no step."""
+"""What a value given by hand may be: True is no number, half a step is no step, a loss is no closure."""
 
 from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 
@@ -33,3 +34,13 @@ def check_size(name: str, value: Any) -> None:
     """Raise ValueError if a value is no finite number of at least 0."""
     if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{name} is {value!r}, must be finite and >= 0")
+
+
+def check_closure(call: str, closure: Any) -> Callable[[], Any]:
+    """Return what is to be called without arguments; raise ValueError, naming who asked, if it cannot be called."""
+    if not callable(closure):
+        raise ValueError(
+            f"closure is {type(closure).__name__}, must be a function without arguments that zeroes the gradients, "
+            f"computes the loss, calls backward() on it and returns it: {call} runs it once or several times"
+        )
+    return closure

@@ -7,7 +7,9 @@ which changes no quantized value. Optimizer state, scales and learning rate are 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,11 +17,12 @@ from torch import Tensor, nn
 
 from ..nn import quantized_modules
 from ..nn.quantized import Quantized
+from ..nn.replay import RandomState, untouched
 from ..ops import reset_
-from .grads import Grads, RandomState, add_, apart, put, take
-from .shards import layers_by_weight, locals_of, plain
+from .grads import Grads, add_, apart, put, take
+from .shards import check_parameters, layers_by_weight, locals_of, plain
 from .stats import GridStats
-from .values import check_count, check_size, is_number
+from .values import check_closure, check_count, check_size, is_number
 
 Closure = Callable[[], Any]
 
@@ -58,8 +61,9 @@ class WinQ:
         resets: resets so far.
 
     Raises:
-        ValueError: if a value is out of range, the model has no quantized layer, layers share a weight but not its
-            scales, or the rotation of a weight cannot be computed or is not its own inverse.
+        ValueError: if a value is out of range, the model has no quantized layer, or one with a weight that is computed
+            (pruned, or parametrized by weight_norm), layers share a weight but not its scales, or the rotation of a
+            weight cannot be computed or is not its own inverse.
     """
 
     def __init__(
@@ -94,13 +98,33 @@ class WinQ:
         self.steps = self.resets = 0
         self.stats = GridStats(model, rotation)
         self._layers = layers_by_weight(model)
+        self._warned = False
         if rotation is not None:
             _check_rotation(rotation, self._layers)
+        if reset_every is not None and not self._trained():
+            warnings.warn(
+                "every quantized weight of the model is frozen (requires_grad is False): a reset will be an error, "
+                "give reset_every=None for noise alone",
+                stacklevel=2,
+            )
         self._set_noise(1)
 
     def _set_noise(self, sign: float) -> None:
         for module in quantized_modules(self.model).values():
             module.noise_std, module.scale_noise_std = sign * self.noise_std, sign * self.scale_noise_std
+
+    def _trained(self) -> dict[str, Quantized]:
+        return {name: module for name, module in self._layers.items() if module.weight.requires_grad}
+
+    def _warn_if_silent(self) -> None:
+        noise = self.noise_std or self.scale_noise_std
+        if noise and not self._warned and not any(m.training for m in quantized_modules(self.model).values()):
+            self._warned = True
+            warnings.warn(
+                f"noise_std is {self.noise_std}, but no quantized layer is in training mode, the only one with noise: "
+                "call model.train() (single modules, such as dropout, can be put back to eval())",
+                stacklevel=3,
+            )
 
     @property
     def passes(self) -> int:
@@ -122,6 +146,7 @@ class WinQ:
     def after_step(self) -> bool:
         """Count an optimizer step, reset if it is time, and return whether it was. Call after ``optimizer.step()``."""
         due = self.due
+        self._warn_if_silent()
         self.steps += 1
         if due:
             self.reset()
@@ -134,9 +159,15 @@ class WinQ:
         A weight that is frozen (``requires_grad`` is False) stays.
 
         Raises:
-            ValueError: if a weight is sharded so that rows (or groups) are not whole in each process.
+            ValueError: if a weight is sharded so that rows (or groups) are not whole in each process, is computed
+                (pruned, or parametrized by weight_norm), or all are frozen.
         """
-        trained = {name: module for name, module in self._layers.items() if module.weight.requires_grad}
+        check_parameters(self._layers)
+        if not (trained := self._trained()):
+            raise ValueError(
+                "every quantized weight of the model is frozen (requires_grad is False), a reset would move none: give "
+                "reset_every=None"
+            )
         for module, part in locals_of(trained):
             weight = part.weight if self.rotation is None else self.rotation(part.weight).contiguous()
             group, zero_point = module.group_size, part.zero_point
@@ -147,11 +178,12 @@ class WinQ:
             torch.autograd.graph.increment_version(module.weight)
         self.resets += 1
 
-    def gradient(self, closure: Closure, *, accumulate: bool = False) -> Any:
+    def gradient(self, closure: Closure | None = None, *, accumulate: bool = False) -> Any:
         """Leave in ``.grad`` the mean gradient of the draws: ``samples`` of them, each also mirrored if two-sided.
 
-        Mirrored passes replay torch's random numbers, so that they draw -U (and the same dropout). With more than one
-        pass a second set of gradients is held while they are added, with ``accumulate`` also the one that is added to.
+        Mirrored passes replay torch's random numbers, so that they draw -U (and the same dropout). Buffers, such as
+        running statistics, are afterwards those of the first pass. With more than one pass a second set of gradients is
+        held while they are added, with ``accumulate`` also the one that is added to.
 
         Args:
             closure: as for ``torch.optim.Optimizer.step``: zeroes gradients (or not), computes a loss, calls
@@ -163,7 +195,12 @@ class WinQ:
 
         Returns:
             The mean of what ``closure`` returned; None if it returned None.
+
+        Raises:
+            ValueError: if ``closure`` is no function.
         """
+        closure = check_closure("winq.gradient", closure)
+        self._warn_if_silent()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         sum_of: Grads = [None] * len(parameters)
         signs, draws = (1, -1) if self.two_sided else (1,), self.passes
@@ -176,7 +213,9 @@ class WinQ:
                         if sign < 0 and random is not None:
                             random.restore()
                         self._set_noise(sign)
-                        loss = closure()
+                        # The first pass alone moves running statistics, as in a step of one pass.
+                        with untouched(self.model) if losses else nullcontext():
+                            loss = closure()
                         losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
                         sum_of = add_(sum_of, take(parameters), 1 / draws)
             finally:

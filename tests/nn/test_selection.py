@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from compare import assert_same_bits
 from torch import nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -24,6 +23,7 @@ from qatkernels.nn import (
     quantized_modules,
 )
 from qatkernels.train.parallel import leave
+from tests.compare import assert_same_bits
 
 
 def quantized(model, config=None, **options):

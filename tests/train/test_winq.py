@@ -1,6 +1,7 @@
 """WinQ in a loop of one's own."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -69,6 +70,17 @@ class TestResets:
         assert_same_bits(model[0].weight, before[0].weight)
         assert not torch.equal(model[2].weight, before[2].weight)
 
+    def test_that_would_move_nothing_are_an_error(self):
+        model = make_model()
+        winq = WinQ(model, **RESETS)
+        for module in quantized_modules(model).values():
+            module.weight.requires_grad_(False)
+        with pytest.raises(ValueError, match="every quantized weight of the model is frozen"):
+            winq.reset()
+        assert winq.resets == 0
+        with pytest.warns(UserWarning, match="is frozen.*a reset will be an error"):
+            WinQ(model, **RESETS)
+
     def test_leave_the_optimizer_alone(self):
         model = make_model()
         optimizer = torch.optim.AdamW(model.parameters())
@@ -130,6 +142,22 @@ class TestNoise:
         model.train()
         winq.remove()
         assert_same_bits(model(x), clean)
+
+    def test_that_is_off_is_said_once(self):
+        model, x = make_model(), torch.randn(5, 16)
+        model.eval()
+        for use in (lambda winq: winq.after_step(), lambda winq: winq.gradient(closure_of(model, x))):
+            winq = WinQ(model, **NOISE)
+            with pytest.warns(UserWarning, match=r"noise_std is 0.01, but no quantized layer is in training mode"):
+                use(winq)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                use(winq)
+                WinQ(model, **RESETS).after_step()
+        model[0].train()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            WinQ(model, **NOISE).after_step()
 
     def test_of_scales_is_that_of_weights_unless_given(self):
         first, *_ = quantized_modules(make_model()).values()
@@ -200,6 +228,24 @@ class TestGradient:
             closure_of(model, part)()
         for g, p in zip(grads, model.parameters(), strict=True):
             torch.testing.assert_close(g, p.grad)
+
+    def test_moves_running_statistics_once(self):
+        """By the first pass, at W + U, as in a step of one pass."""
+        model = nn.Sequential(nn.Linear(16, 24), nn.BatchNorm1d(24), nn.Linear(24, 8))
+        model = quantize_model(model, QuantConfig(bits=2))
+        x, twin = torch.randn(6, 16), copy.deepcopy(model)
+        torch.manual_seed(1)
+        winq = WinQ(model, **NOISE, two_sided=True, samples=2)
+        winq.gradient(closure_of(model, x))
+        torch.manual_seed(1)
+        WinQ(twin, **NOISE).gradient(closure_of(twin, x))
+        assert model[1].num_batches_tracked == 1
+        for name, buffer in model.named_buffers():
+            assert_same_bits(buffer, twin.get_buffer(name), name)
+
+    def test_needs_a_closure(self):
+        with pytest.raises(ValueError, match=r"closure is NoneType, must be a function.*winq\.gradient"):
+            WinQ(make_model(), **NOISE).gradient()
 
     @pytest.mark.parametrize("room", [0, 100])
     def test_gradients_in_shared_memory(self, room):
