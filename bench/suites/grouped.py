@@ -144,7 +144,7 @@ def step(p: Problem) -> Case:
     w = weights((p.experts * p.rows, p.cols), p.dtype, p.device)
     scale = p.grid.init_scale(w) * 0.5  # half as wide as they should be, so that some weights saturate
     w = settle(w, scale, p.grid)
-    grouped = GroupedQuantLinear.from_stacked(nn.Parameter(w.view(p.shape).clone()), config=config)
+    grouped = GroupedQuantLinear.from_stacked(nn.Parameter(w.view(p.shape).clone()), config=config, transposed=False)
     grouped.scale.data.copy_(scale.view(p.shape[:2]))
     experts = [QuantLinear.from_linear(_trainable(e), config) for e in w.view(p.shape)]
     plain, dense = [_trainable(e) for e in w.view(p.shape)], QuantLinear.from_linear(_trainable(w[: p.rows]), config)

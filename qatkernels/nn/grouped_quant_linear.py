@@ -86,16 +86,16 @@ class GroupedQuantLinear(Quantized):
         """
         if weight.ndim != 3:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, must have three dimensions")
-        if transposed is None and weight.shape[1] == weight.shape[2]:
-            raise ValueError(
-                f"transposed is None with a weight of shape {tuple(weight.shape)}, which fits both ways round: give "
-                "False for [E, N, K] (the model computes F.linear(x, weight[e])), True for [E, K, N] (x @ weight[e])"
-            )
         if transposed:
             turned = weight.detach().transpose(1, 2).contiguous()
             weight = nn.Parameter(turned, requires_grad=weight.requires_grad)
         if bias is not None and bias.shape != weight.shape[:2]:
             raise ValueError(f"bias has shape {tuple(bias.shape)}, must be {tuple(weight.shape[:2])}")
+        if transposed is None and weight.shape[1] == weight.shape[2]:
+            raise ValueError(
+                f"transposed is None with a weight of shape {tuple(weight.shape)}, which fits both ways round: give "
+                "False for [E, N, K] (the model computes F.linear(x, weight[e])), True for [E, K, N] (x @ weight[e])"
+            )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         for name, t in (("weight", weight), ("bias", bias)):

@@ -207,6 +207,8 @@ def _said(described: Survey, warn_below: float) -> str | None:
         return None
     lines = report.lines(left, limit=5) if low else []
     lines += [line for line in report.lines(loud) if line not in lines]
+    if low and own:
+        lines.append(f"{own / report.total:7.1%} {own:>14,}  left out by the patterns of this call")
     hint = "exclude what is left on purpose, or give warn_below=0" if low else "exclude what is left on purpose"
     return "\n".join(
         (f"{report.summary}; left in full precision:", *lines, f"(quantization_report(model) has it all; {hint})")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .activation import Float32Scales
 from .config import QuantConfig
@@ -30,6 +31,7 @@ _UNSUPPORTED: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.Embedding, nn.EmbeddingBag), "embedding: not supported"),
     ((_ConvNd,), "convolution: not supported"),
     ((nn.RNNBase, nn.RNNCellBase), "recurrent layer: not supported"),
+    ((ParametrizationList,), "parametrized: not supported, remove the parametrization first"),
     ((nn.MultiheadAttention,), ATTENTION),
 )
 

@@ -123,10 +123,11 @@ def matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Return every name of every module. What a wrapper holds also has the name without the wrapper's part."""
+    """Return every name of every module. What a wrapper or a parametrization holds also goes by the layer's name."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        plain = ".".join(part for part in name.split(".") if part not in _WRAPPED)
+        layer = name.partition(".parametrizations.")[0]
+        plain = ".".join(part for part in layer.split(".") if part not in _WRAPPED)
         names.setdefault(module, []).extend(dict.fromkeys((name, plain)))
     return names
 
