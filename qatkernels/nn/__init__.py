@@ -1,6 +1,7 @@
 """Quantized layers: drop-in modules over the ops."""
 
 from .activation import DynamicActivation, LearnedActivation, calibrate
+from .check import CheckReport, LayerCheck, check
 from .config import QuantConfig
 from .grouped_quant_linear import GroupedQuantLinear
 from .pack_model import PACKERS, model_bytes, pack_model, packed_modules, warm_up
@@ -14,9 +15,11 @@ from .report import QuantizationReport, ReportRow, quantization_report
 
 __all__ = [
     "PACKERS",
+    "CheckReport",
     "DynamicActivation",
     "GroupedPackedLinear",
     "GroupedQuantLinear",
+    "LayerCheck",
     "LearnedActivation",
     "PackedBuffers",
     "PackedLinear",
@@ -26,6 +29,7 @@ __all__ = [
     "QuantizationReport",
     "ReportRow",
     "calibrate",
+    "check",
     "load_packed",
     "model_bytes",
     "pack_model",
