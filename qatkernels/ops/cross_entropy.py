@@ -364,7 +364,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, 
             f"targets has shape {tuple(targets.shape)}, must be {tuple(logits.shape[:-1])} for logits of shape "
             f"{tuple(logits.shape)}"
         )
-    args = (logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index)
+    args = (logits.reshape(targets.numel(), logits.shape[-1]), targets.reshape(-1), ignore_index)
     call = torch.ops.qatkernels.cross_entropy if torch.compiler.is_compiling() else CrossEntropy.apply
     loss = call(*args)[0].view(targets.shape)
     return reduced(loss, targets, ignore_index, reduction)

@@ -459,7 +459,7 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight))
     args = (
-        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), ignore_index,
+        hidden.reshape(targets.numel(), hidden.shape[-1]), weight, targets.reshape(-1), ignore_index,
         chunk_tokens or default_chunk(weight.shape[0]),
     )  # fmt: skip
     compiling = torch.compiler.is_compiling()
