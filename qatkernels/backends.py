@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,12 +62,30 @@ def extension() -> ModuleType | None:
     except ImportError as error:
         MISSING["cpp"] = str(error)
         return None
-    built_for = compiled.build_info()["torch"]
-    if built_for != torch.__version__:
-        # Nothing promises that another version lays out its tensors alike.
-        MISSING["cpp"] = f"the extension was built for torch {built_for}, this is {torch.__version__}"
+    info = compiled.build_info()
+    if not fits(info["torch"], torch.__version__, bool(info["cuda_archs"])):
+        MISSING["cpp"] = f"the extension was built for torch {info['torch']}, this is {torch.__version__}"
         return None
     return compiled
+
+
+def fits(built: str, running: str, cuda: bool) -> bool:
+    """Return whether an extension works with a torch.
+
+    Nothing promises that another version lays out its tensors alike, so it must be the version that the extension was
+    built with. Builds of one release from one source are alike but for CUDA: they differ in the label after the ``+``
+    (``2.13.0``, ``2.13.0+cpu``, ``2.13.0+cu130``), and an extension without CUDA kernels uses nothing that differs. One
+    with CUDA kernels links to libraries of one label. For versions that are no releases the label is the source.
+
+    Args:
+        built: version of torch that the extension was built with.
+        running: version of torch that is there.
+        cuda: whether the extension holds CUDA kernels.
+    """
+    release = built.partition("+")[0]
+    if cuda or re.fullmatch(r"[0-9.]+(\.post[0-9]+)?", release) is None:
+        return built == running
+    return release == running.partition("+")[0]
 
 
 def _load() -> ModuleType | None:

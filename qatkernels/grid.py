@@ -24,6 +24,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import (
+    check_bools,
+    check_integers,
+    check_optional_integers,
+    check_reals,
+    check_strings,
+    check_tensors,
+    is_real,
+    wrong_type,
+)
+
 #: Scales are clamped to at least this in every kernel, without a gradient mask (ParetoQ's released code).
 MIN_SCALE = 1e-5
 
@@ -63,6 +74,11 @@ class Grid:
         qmax: the ``Q_p`` of the gradient scale.
         reach: ``w / scale`` of the largest weight when the scale is initialized from it.
         scale_init: default method of :meth:`init_scale`.
+
+    Raises:
+        TypeError: if a field is of another type, naming it.
+        ValueError: if a field has a value that kernels cannot take: not finite, steps that are not positive, a range
+            that descends, codes that do not fit a byte or that the clamp exceeds.
     """
 
     scheme: str
@@ -81,18 +97,48 @@ class Grid:
     reach: float = 1.0
     scale_init: str = "max"
 
+    def __post_init__(self) -> None:
+        check_strings(scheme=self.scheme, scale_init=self.scale_init)
+        check_integers(code_min=self.code_min, code_max=self.code_max, qmax=self.qmax)
+        check_bools(residual=self.residual, by_sign=self.by_sign, has_zero_point=self.has_zero_point)
+        ranges = {name: _as_range(name, getattr(self, name)) for name in ("clamp", "passes", "saturated")}
+        numbers = {name: getattr(self, name) for name in ("bits", "steps", "offset", "reach")}
+        check_reals(**numbers)
+        for name, value in (*numbers.items(), *((name, end) for name, ends in ranges.items() for end in ends)):
+            if not math.isfinite(value):
+                raise ValueError(f"{name} is {getattr(self, name)}, must be finite")
+        for name in ("bits", "steps", "reach", "qmax"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be positive")
+        for name in ("clamp", "passes"):
+            low, high = ranges[name]
+            if low > high:
+                raise ValueError(f"{name} is {(low, high)}, must be (low, high) with low <= high")
+        self._check_codes()
+
+    def _check_codes(self) -> None:
+        """Raise ValueError unless the codes fit a byte and the clamp leads to no other."""
+        low, high = self.code_min, self.code_max
+        if not (-128 <= low <= high <= 127 or 0 <= low <= high <= 255):
+            raise ValueError(
+                f"code_min is {low} and code_max is {high}, must ascend within -128 to 127 (int8) or 0 to 255 (uint8)"
+            )
+        if self.by_sign:
+            if (low, high) != (-1, 0):
+                raise ValueError(f"codes are {low} to {high} with by_sign, must be -1 to 0")
+            return
+        reached = tuple(round(end * self.steps - self.offset) for end in self.clamp)
+        if reached[0] < low or reached[1] > high:
+            raise ValueError(
+                f"clamp is {self.clamp}, which reaches codes {reached[0]} to {reached[1]} at {self.steps} steps and an "
+                f"offset of {self.offset}, must stay within code_min and code_max, {low} to {high}"
+            )
+
     @property
     def constants(self) -> GridConstants:
         """The numbers that kernels take."""
-        return GridConstants(
-            float(self.by_sign),
-            self.steps,
-            self.offset,
-            *self.clamp,
-            *self.passes,
-            *self.saturated,
-            float(self.residual),
-        )
+        ends = (*self.clamp, *self.passes, *self.saturated)
+        return GridConstants(*[float(x) for x in (self.by_sign, self.steps, self.offset, *ends, self.residual)])
 
     @property
     def levels(self) -> int:
@@ -123,6 +169,7 @@ class Grid:
         Returns:
             The factor that multiplies the gradient of the scale (Esser et al., 2020, section 2.2).
         """
+        check_integers(numel=numel)
         return 1.0 / math.sqrt(max(numel, 1) * self.qmax)
 
     def init_scale(
@@ -142,8 +189,12 @@ class Grid:
             below ``MIN_SCALE``.
 
         Raises:
+            TypeError: if an argument is of another type, naming it.
             ValueError: if ``group_size`` does not divide ``K``, or ``method`` is unknown.
         """
+        if method is not None:
+            check_strings(method=method)
+        check_bools(per_tensor=per_tensor)
         blocks = _blocks(w, group_size, per_tensor)
         method = method or self.scale_init
         if method == "max":
@@ -173,14 +224,24 @@ class Grid:
         Raises:
             ValueError: if the scheme has no zero point.
         """
+        check_tensors(w=w, scale=scale)
         if not self.has_zero_point:
             raise ValueError(f"scheme {self.scheme!r} has no zero point, only 'affine' has")
         low = _blocks(w, group_size, per_tensor=scale.ndim == 0).amin(-1).clamp_max(0)
         return (self.code_min - low / scale).round().clamp(self.code_min, self.code_max)
 
 
+def _as_range(name: str, value: object) -> tuple[float, float]:
+    """Return a pair of numbers, or raise TypeError."""
+    if not (isinstance(value, tuple) and len(value) == 2 and all(map(is_real, value))):
+        raise wrong_type(name, value, "a tuple of two numbers")
+    return value
+
+
 def _blocks(w: Tensor, group_size: int | None, per_tensor: bool) -> Tensor:
     """View w so that the last dimension is what shares a scale, in float32 or wider."""
+    check_tensors(w=w)
+    check_optional_integers(group_size=group_size)
     if not w.is_floating_point() or w.ndim == 0 or w.numel() == 0:
         raise ValueError(f"w is {w.dtype} of shape {tuple(w.shape)}, must be a floating point tensor with elements")
     w = w.detach()
@@ -195,8 +256,15 @@ def _blocks(w: Tensor, group_size: int | None, per_tensor: bool) -> Tensor:
     return w.reshape(*w.shape[:-1], w.shape[-1] // group_size, group_size)
 
 
+def check_grid(grid: object) -> None:
+    """Raise TypeError unless this is a Grid."""
+    if not isinstance(grid, Grid):
+        raise wrong_type("grid", grid, "a Grid such as qatkernels.lsq(4)")
+
+
 def check_group_size(group_size: int, features: int) -> None:
-    """Raise ValueError unless ``group_size`` is a positive divisor of ``features``."""
+    """Raise TypeError or ValueError unless ``group_size`` is a positive divisor of ``features``."""
+    check_integers(group_size=group_size)
     if group_size < 1 or features % group_size:
         raise ValueError(f"group_size is {group_size}, must be a positive divisor of the input features ({features})")
 
@@ -273,8 +341,10 @@ def make_grid(scheme: str, bits: float) -> Grid:
     """Return the grid of a named scheme: a key of ``SCHEMES``, or ``"paretoq"``.
 
     Raises:
+        TypeError: if ``scheme`` is no string, or ``bits`` no number.
         ValueError: if the scheme is unknown or does not exist at this bit width.
     """
+    check_strings(scheme=scheme)
     if scheme == "paretoq":
         return paretoq(bits)
     if scheme not in SCHEMES:
@@ -283,7 +353,8 @@ def make_grid(scheme: str, bits: float) -> Grid:
 
 
 def _check_bits(scheme: str, bits: float, allowed: Iterable[float]) -> Any:
-    """Return ``bits``, integral where it is a whole number, or raise ValueError."""
+    """Return ``bits``, integral where it is a whole number, or raise TypeError or ValueError."""
+    check_reals(bits=bits)
     allowed = tuple(allowed)
     if bits not in allowed:
         raise ValueError(f"bits is {bits!r}, {scheme!r} exists for {', '.join(map(str, allowed))} bits")

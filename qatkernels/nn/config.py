@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..arguments import is_integer, is_real
 from ..grid import Grid, affine, lsq, make_grid
 
 ACT_SCHEMES = ("dynamic", "lsq", "lsq+")
@@ -46,9 +47,11 @@ class QuantConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be True or False")
         if not isinstance(self.scheme, str):
             raise ValueError(f"scheme is {self.scheme!r}, must be a string")
+        if not is_real(self.bits):
+            raise ValueError(f"bits is {self.bits!r}, must be a number")
         grid = self.grid  # refuses an unknown scheme, and a bit width that it does not have
         if self.group_size is not None:
-            if not _is_int(self.group_size) or self.group_size < 1:
+            if not is_integer(self.group_size) or self.group_size < 1:
                 raise ValueError(f"group_size is {self.group_size!r}, must be a positive integer or None")
             if self.per_tensor:
                 raise ValueError(f"group_size is {self.group_size} with per_tensor=True, give one of them")
@@ -63,7 +66,7 @@ class QuantConfig:
             raise ValueError(f"act_scheme is {self.act_scheme!r}, must be one of {ACT_SCHEMES}")
         if self.act_bits is None and self.act_scheme != "dynamic":
             raise ValueError(f"act_scheme is {self.act_scheme!r} with act_bits=None, give act_bits 2 to 8")
-        if self.act_bits is not None and not (_is_int(self.act_bits) and 2 <= self.act_bits <= 8):
+        if self.act_bits is not None and not (is_integer(self.act_bits) and 2 <= self.act_bits <= 8):
             raise ValueError(f"act_bits is {self.act_bits!r}, must be None or an integer from 2 to 8")
         if not self.act_signed and self.act_scheme != "lsq":
             raise ValueError(f"act_signed is False with act_scheme {self.act_scheme!r}, it is for act_scheme 'lsq'")
@@ -111,7 +114,3 @@ class QuantConfig:
         if unknown:
             raise ValueError(f"unknown fields {unknown}, must be among {known}")
         return cls(**values)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..backends import IMPLS
+from ..backends import order
 from .grouped_quant_linear import GroupedQuantLinear
 from .packed_linear import GroupedPackedLinear, Packed, PackedBuffers, PackedLinear
 from .quant_linear import QuantLinear
@@ -99,7 +99,8 @@ def warm_up(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
         dtype: dtype of the activations that layers will meet.
 
     Returns:
-        How many layers were warmed up.
+        How many layers kernels were compiled for: those on a GPU. Without Triton, or where QATKERNELS_BACKEND keeps it
+        from serving them, it is 0; such layers have nothing to compile.
 
     Raises:
         ValueError: if the model has no packed layer.
@@ -107,7 +108,7 @@ def warm_up(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
     layers = packed_modules(model)
     if not layers:
         raise ValueError("the model has no packed layer, pack_model makes them")
-    if "triton" not in IMPLS["lowbit_linear"]:
+    if "triton" not in dict(order("lowbit_linear", "CUDA")):
         return 0
     from ..triton.lowbit_linear import warm_up as compile_kernels
 

@@ -6,7 +6,8 @@ a digest. docs/packing.md describes the format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def load_packed(
 
     Raises:
         CheckpointError: if the file is missing, damaged, of another format or version, or does not fit the model that
-            ``build`` makes. The message names the file and the reason.
+            ``build`` makes. The message names the file and the reason. An error of ``build`` comes through as it is.
     """
     path = Path(path)
     tensors, header = files.load(path)
@@ -182,15 +183,24 @@ def load_packed(
         raise CheckpointError(f"{path} is not a packed model: its format is {header.get('format')!r}, not {FORMAT!r}")
     if not _is_whole(found := header.get("version")) or found != VERSION:
         raise CheckpointError(f"{path} is version {found!r} of the format, this qatkernels reads {VERSION}")
-    try:
+    with _blamed(path):
         _check(header)
         state = tensors | {alias: tensors[name] for alias, name in header["aliases"].items()}
-        model = _with_packed_layers(build(header["config"]), header["layers"], state)
+    model = build(header["config"])
+    with _blamed(path):
+        model = _with_packed_layers(model, header["layers"], state)
         _fill(model, state)
+    return model.to(device).eval()
+
+
+@contextmanager
+def _blamed(path: Path) -> Iterator[None]:
+    """Turn errors of reading a file's content into one that names the file."""
+    try:
+        yield
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise CheckpointError(f"{path} does not fit this model: {reason}") from error
-    return model.to(device).eval()
 
 
 def _with_packed_layers(model: nn.Module, layers: list[dict[str, Any]], state: dict[str, Tensor]) -> nn.Module:

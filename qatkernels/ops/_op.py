@@ -207,6 +207,11 @@ def nothing_to_differentiate(*tensors: Tensor | None) -> bool:
     return forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None
 
 
+def _with_zeros(t: Tensor, dim: int) -> Tensor:
+    """Return an empty batch with one element of zeros."""
+    return torch.cat([t, t.new_zeros([1 if i == dim % t.ndim else n for i, n in enumerate(t.shape)])], dim)
+
+
 class Function(torch.autograd.Function):
     """An autograd Function whose vmap rule is a loop: a vmapped call equals the calls one by one, noise included."""
 
@@ -225,13 +230,16 @@ class Function(torch.autograd.Function):
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         """Apply to each element of the batch and stack."""
+        size = info.batch_size
+        if size == 0:  # an element of zeros says what an element's results look like; none of it is returned
+            args = tuple(_with_zeros(a, d) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))
         results = [
             cls.apply(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)))
-            for i in range(info.batch_size)
+            for i in range(max(size, 1))
         ]
         if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])
+            return torch.stack(results)[:size], 0
+        return tuple(torch.stack(column)[:size] for column in zip(*results, strict=True)), (0,) * len(results[0])
 
 
 class Composite(Function):

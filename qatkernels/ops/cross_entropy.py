@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_integers, check_strings, check_tensors
 from ._op import Composite, Function, define
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -349,9 +350,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, 
         The loss in float32 (float64 for float64 logits): a scalar, or ``[...]`` with ``"none"``.
 
     Raises:
+        TypeError: if an argument is of another type, naming it.
         ValueError: if ``reduction`` is none of the three, or the shapes of logits and targets do not fit.
         RuntimeError: if a dtype or device does not fit.
     """
+    check_tensors(logits=logits, targets=targets)
+    check_integers(ignore_index=ignore_index)
+    check_strings(reduction=reduction)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, must be [..., vocabulary], the vocabulary not empty")
     if targets.shape != logits.shape[:-1]:
@@ -359,7 +364,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, 
             f"targets has shape {tuple(targets.shape)}, must be {tuple(logits.shape[:-1])} for logits of shape "
             f"{tuple(logits.shape)}"
         )
-    args = (logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index)
+    args = (logits.reshape(targets.numel(), logits.shape[-1]), targets.reshape(-1), ignore_index)
     call = torch.ops.qatkernels.cross_entropy if torch.compiler.is_compiling() else CrossEntropy.apply
     loss = call(*args)[0].view(targets.shape)
     return reduced(loss, targets, ignore_index, reduction)

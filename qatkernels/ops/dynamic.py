@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_integers, check_tensors
 from ._op import Function, define
 from .fake_quantize import FLOATS
 
@@ -72,8 +73,11 @@ def fake_quantize_dynamic(x: Tensor, bits: int = 8) -> Tensor:
         that holds NaN or an infinity becomes NaN.
 
     Raises:
+        TypeError: if an argument is of another type, naming it.
         RuntimeError: if ``bits`` or the dtype does not fit.
     """
+    check_tensors(x=x)
+    check_integers(bits=bits)
     if torch.compiler.is_compiling():
         return torch.ops.qatkernels.fake_quantize_dynamic(x, bits)
     return FakeQuantizeDynamic.apply(x, bits)

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grid import MIN_SCALE, Grid, GridConstants, check_group_size
+from ..arguments import check_dtype, check_optional_reals, check_optional_tensors, check_reals, check_tensors
+from ..grid import MIN_SCALE, Grid, GridConstants, check_grid, check_group_size
 from . import noise
 from ._op import Function, check_out, define
 
@@ -411,8 +412,9 @@ def fake_quantize(
         noise_std: standard deviation of Gaussian noise added to ``w`` before quantizing (WinQ); a negative one
             gives the mirrored noise of the same seed.
         scale_noise_std: the same for ``scale``.
-        seed: an int, or an int64 tensor with one element on ``w``'s device, which a captured graph may update in place.
-            Drawn from torch's generator if None. Equal seeds give equal bits on every backend.
+        seed: any int, of which the lower 64 bits count, or an int64 tensor with one element on ``w``'s device, which a
+            captured graph may update in place. Drawn from torch's generator if None. Equal seeds give equal bits on
+            every backend.
         grad_scale: factor on the gradients of ``scale`` and ``zero_point``; ``grid.grad_scale(w.numel())`` if None.
         dtype: dtype of the result, ``w.dtype`` if None; a float32 ``w`` may give bfloat16 or float16.
         out: contiguous tensor to write into; not differentiable, as everywhere in torch.
@@ -421,14 +423,21 @@ def fake_quantize(
         Tensor of the shape of ``w`` with values ``scale / grid.steps * (code + grid.offset - zero_point)``.
 
     Raises:
+        TypeError: if an argument is of another type, naming it.
         ValueError: if shapes, ``group_size``, ``out``, noise or ``zero_point`` do not fit, naming the argument.
         RuntimeError: if a dtype or device does not fit, or ``out`` is given for inputs that require grad.
 
     The straight-through rule is ParetoQ's (Liu et al., 2025), the noise WinQ's; see docs/algorithms.md.
     """
     check_layout(w, scale, grid, group_size, zero_point)
+    check_reals(noise_std=noise_std, scale_noise_std=scale_noise_std)
+    check_optional_reals(grad_scale=grad_scale)
+    check_optional_tensors(out=out)
+    if dtype is not None:
+        check_dtype(dtype)
     if not (abs(noise_std) < math.inf and abs(scale_noise_std) < math.inf):  # torch.compile knows no math.isfinite
         raise ValueError(f"noise_std is {noise_std} and scale_noise_std is {scale_noise_std}, must be finite")
+    noise.check_seed(seed)
     seed = noise.make_seed(seed, w.device) if noise_std or scale_noise_std else None
     grad_scale = grid.grad_scale(w.numel()) if grad_scale is None else float(grad_scale)
     args = (w, scale, zero_point, seed, list(grid.constants), noise_std, scale_noise_std, grad_scale, dtype)
@@ -446,7 +455,10 @@ def fake_quantize(
 
 
 def check_layout(w: Tensor, scale: Tensor, grid: Grid, group_size: int | None, zero_point: Tensor | None) -> None:
-    """Raise ValueError unless ``scale`` and ``zero_point`` fit ``w`` at this granularity."""
+    """Raise TypeError or ValueError unless ``scale`` and ``zero_point`` fit ``w`` at this granularity."""
+    check_tensors(w=w, scale=scale)
+    check_grid(grid)
+    check_optional_tensors(zero_point=zero_point)
     if group_size is not None:
         if w.ndim == 0:
             raise ValueError("w has no dimension to divide into groups, group_size must be None")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_tensors
 from ._op import Function, define, nothing_to_differentiate
 from .fake_quantize import FLOATS
 from .lowbit_linear import segments
@@ -200,9 +201,11 @@ def grouped_linear(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
         w, any order, both modes.
 
     Raises:
+        TypeError: if an argument is no tensor, naming it.
         ValueError: if offsets descend or exceed T.
         RuntimeError: if a shape, dtype or device does not fit, naming the argument.
     """
+    check_tensors(x=x, w=w, offsets=offsets)
     op = torch.ops.qatkernels.grouped_linear.default
     if torch.compiler.is_compiling():
         return op(x, w, offsets)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_optional_tensors, check_tensors
 from ._op import define
 
 #: Columns that the reference takes at a time: float64 copies of them, not of the basis.
@@ -74,6 +75,9 @@ def gram_schmidt(basis: Tensor, w: Tensor, h: Tensor | None = None) -> tuple[Ten
         a float64 scalar. Sums are float64, in an order that depends on the shape alone.
 
     Raises:
+        TypeError: if an argument is no tensor, naming it.
         RuntimeError: if a shape, dtype or device does not fit.
     """
+    check_tensors(basis=basis, w=w)
+    check_optional_tensors(h=h)
     return torch.ops.qatkernels.gram_schmidt(basis, w, h)

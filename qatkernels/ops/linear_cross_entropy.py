@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_integers, check_optional_integers, check_strings, check_tensors
 from ._op import Composite, Function, define
 from .cross_entropy import FLOATS, check_numbers, check_targets, dual_of, jvp_of, number_dtype, reduced
 
@@ -437,9 +438,14 @@ def linear_cross_entropy(
         The loss in float32 (float64 for float64 logits): a scalar, or ``[...]`` with ``"none"``.
 
     Raises:
+        TypeError: if an argument is of another type, naming it.
         ValueError: if ``reduction`` is none of the three, ``chunk_tokens`` is not positive, or shapes do not fit.
         RuntimeError: if a dtype or device does not fit.
     """
+    check_tensors(hidden=hidden, weight=weight, targets=targets)
+    check_integers(ignore_index=ignore_index)
+    check_optional_integers(chunk_tokens=chunk_tokens)
+    check_strings(reduction=reduction)
     if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}, must be [..., K] and [V, K]"
@@ -453,7 +459,7 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight))
     args = (
-        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), ignore_index,
+        hidden.reshape(targets.numel(), hidden.shape[-1]), weight, targets.reshape(-1), ignore_index,
         chunk_tokens or default_chunk(weight.shape[0]),
     )  # fmt: skip
     compiling = torch.compiler.is_compiling()

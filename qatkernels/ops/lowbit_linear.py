@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_optional_integers, check_optional_tensors, check_tensors, wrong_type
 from ._op import Function, define, nothing_to_differentiate
 from .fake_quantize import FLOATS
 from .packing import SCALES, PackedWeight, check_bits, row_bytes
@@ -272,8 +273,11 @@ def product(
 
 
 def _call(x: Tensor, w: PackedWeight, bias: Tensor | None, offsets: Tensor | None, act_bits: int | None) -> Tensor:
+    check_tensors(x=x)
+    check_optional_tensors(bias=bias)
+    check_optional_integers(act_bits=act_bits)
     if not isinstance(w, PackedWeight):
-        raise TypeError(f"weight is {type(w).__name__}, must be a PackedWeight, which PackedWeight.from_float makes")
+        raise wrong_type("weight", w, "a PackedWeight, which PackedWeight.from_float makes")
     grid = (w.constants, w.grid.code_min, w.bits)
     return product(x, w.packed, w.scale, w.zero_point, bias, offsets, *grid, act_bits, w.cols)
 
@@ -294,7 +298,7 @@ def lowbit_linear(
         ``[..., N]`` in the dtype of x, summed in float32. Differentiable in x and bias, any order, both modes.
 
     Raises:
-        TypeError: if ``weight`` is no PackedWeight.
+        TypeError: if ``weight`` is no PackedWeight, or another argument is of another type, naming it.
         RuntimeError: if a shape, dtype or device does not fit, naming the argument.
     """
     return _call(x, weight, bias, None, act_bits)
@@ -315,8 +319,9 @@ def grouped_lowbit_linear(x: Tensor, weight: PackedWeight, offsets: Tensor, *, a
         ``[T, N]`` in the dtype of x; tokens past the last offset give 0. Differentiable in x.
 
     Raises:
-        TypeError: if ``weight`` is no PackedWeight.
+        TypeError: if ``weight`` is no PackedWeight, or another argument is of another type, naming it.
         ValueError: if offsets descend or exceed T.
         RuntimeError: if a shape, dtype or device does not fit, naming the argument.
     """
+    check_tensors(offsets=offsets)
     return _call(x, weight, None, offsets, act_bits)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import check_integers, check_tensors, is_integer, wrong_type
 from ._op import define
 
 #: Streams of the noise: on the weight, and on its scales.
@@ -123,20 +124,38 @@ def normal(seed: Tensor, numel: int, stream: int = WEIGHT_STREAM) -> Tensor:
 
     Returns:
         float32 tensor of shape ``[numel]``.
+
+    Raises:
+        TypeError: if an argument is of another type, naming it.
+        RuntimeError: if ``seed`` is not int64 with one element, or ``numel`` is negative.
     """
+    check_tensors(seed=seed)
+    check_integers(numel=numel, stream=stream)
     out: Tensor = torch.ops.qatkernels.normal(seed, numel, stream)
     return out
+
+
+def check_seed(seed: int | Tensor | None) -> None:
+    """Raise TypeError unless this can be a seed."""
+    if not (seed is None or isinstance(seed, Tensor) or is_integer(seed)):
+        raise wrong_type("seed", seed, "an int, an int64 tensor with one element, or None")
 
 
 def make_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """Return a seed as the int64 tensor that kernels take, drawn from torch's default generator if None.
 
+    An int is taken modulo 2**64: the generator's key has 64 bits, and -1 is the key 2**64 - 1.
+
     Raises:
+        TypeError: if ``seed`` is neither an int nor a tensor nor None.
         ValueError: if a tensor seed is not int64 with one element.
     """
+    check_seed(seed)
     if seed is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
-    if isinstance(seed, int):
+    if not isinstance(seed, Tensor):
+        if not -(2**63) <= seed < 2**63:
+            seed = (seed + 2**63) % 2**64 - 2**63
         return torch.full((), seed, dtype=torch.int64, device=device)
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(f"seed is {seed.dtype} of shape {tuple(seed.shape)}, must be an int64 tensor with one element")

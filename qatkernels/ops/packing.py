@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from ..grid import MIN_SCALE, Grid, check_group_size
+from ..arguments import check_dtype, check_integers, check_optional_tensors, check_tensors
+from ..grid import MIN_SCALE, Grid, check_grid
 from ._op import define
 from .fake_quantize import check_layout
 from .quantize import dequantize, quantize
@@ -111,9 +112,12 @@ def pack(codes: Tensor, grid: Grid) -> Tensor:
         uint8 ``[..., ceil(K * bits / 8)]``; the layout is the string of bits of this module's docstring.
 
     Raises:
+        TypeError: if an argument is of another type, naming it.
         ValueError: if a code does not belong to the grid.
         RuntimeError: if the dtype does not fit.
     """
+    check_tensors(codes=codes)
+    check_grid(grid)
     if codes.numel() and readable(codes) and codes.dtype in (torch.int8, torch.uint8):
         low, high = codes.amin().item(), codes.amax().item()
         if not grid.code_min <= low <= high <= grid.code_max:
@@ -131,8 +135,12 @@ def unpack(packed: Tensor, grid: Grid, cols: int) -> Tensor:
         cols: codes in a row.
 
     Raises:
+        TypeError: if an argument is of another type, naming it.
         RuntimeError: if shape or dtype do not fit.
     """
+    check_tensors(packed=packed)
+    check_grid(grid)
+    check_integers(cols=cols)
     codes: Tensor = torch.ops.qatkernels.unpack(packed, grid.code_min, grid.storage_bits, cols)
     return codes
 
@@ -160,6 +168,10 @@ class PackedWeight:
     constants: list[float] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_tensors(packed=self.packed, scale=self.scale)
+        check_optional_tensors(zero_point=self.zero_point)
+        check_grid(self.grid)
+        check_integers(cols=self.cols)
         if self.cols < 0:
             raise ValueError(f"cols is {self.cols}, must be at least 0")
         # Read at every call: attributes, as properties cost as much as a small product.
@@ -206,21 +218,16 @@ class PackedWeight:
             scale_dtype: dtype that scales are stored in. Codes are those of the scale as it was given.
 
         Raises:
-            TypeError: if ``w``, ``scale`` or ``zero_point`` is no tensor, or ``grid`` no Grid.
+            TypeError: if an argument is of another type, naming it.
             ValueError: if shapes do not fit, ``w`` has NaN, a scale or zero point is not finite, or ``scale_dtype``
                 cannot hold it.
             RuntimeError: if a dtype or device does not fit.
         """
-        for name, value in (("w", w), ("scale", scale), ("zero_point", zero_point)):
-            if not (isinstance(value, Tensor) or (name == "zero_point" and value is None)):
-                raise TypeError(f"{name} is {value!r}, must be a tensor")
-        if not isinstance(grid, Grid):
-            raise TypeError(f"grid is {grid!r}, must be a Grid such as qatkernels.lsq(4)")
+        check_tensors(w=w)
+        check_dtype(scale_dtype, name="scale_dtype")
         if w.ndim < 2:
             raise ValueError(f"w has shape {tuple(w.shape)}, must have at least two dimensions")
         check_layout(w, scale, grid, group_size, zero_point)
-        if group_size is not None:
-            check_group_size(group_size, w.shape[-1])
         if readable(w) and w.isnan().any():
             raise ValueError(f"w has NaN in {int(w.isnan().sum())} of {w.numel()} elements, no code stands for it")
         if zero_point is not None and readable(zero_point) and not zero_point.isfinite().all():
@@ -268,6 +275,7 @@ class PackedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight ``[..., N, K]`` in a floating point dtype."""
+        check_dtype(dtype)
         return dequantize(
             self.codes(), self.scale.float(), self.grid, group_size=self.group_size if self.cols else None,
             zero_point=self.zero_point, dtype=dtype,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import check_optional_reals, check_optional_tensors, check_reals, check_tensors
 from ._op import define
 from .fake_quantize import FLOATS
 
@@ -106,8 +107,11 @@ def perturb_(w: Tensor, g: Tensor, factor: Tensor, eta: float | None = None) -> 
         ``w``. Autograd does not see the change, as if ``w`` had been so all along.
 
     Raises:
+        TypeError: if an argument is of another type, naming it.
         RuntimeError: if a shape, dtype, layout or device does not fit.
     """
+    check_tensors(w=w, g=g, factor=factor)
+    check_optional_reals(eta=eta)
     torch.ops.qatkernels.perturb_(w, g, factor, eta)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(w)
@@ -128,8 +132,11 @@ def perturb_swap_(w: Tensor, g: Tensor, factor: Tensor, eta: float | None = None
         ``w``.
 
     Raises:
+        TypeError: if an argument is of another type, naming it.
         RuntimeError: if a shape, dtype, layout or device does not fit.
     """
+    check_tensors(w=w, g=g, factor=factor)
+    check_optional_reals(eta=eta)
     torch.ops.qatkernels.perturb_swap_(w, g, factor, eta)
     torch.autograd.graph.increment_version((w, g))
     return w
@@ -150,8 +157,12 @@ def perturbation_norms(g: Tensor, w: Tensor | None = None, eta: float = 0.0) -> 
         float64 tensor with two elements. The order of additions depends on the shape alone.
 
     Raises:
+        TypeError: if an argument is of another type, naming it.
         RuntimeError: if a shape, dtype, layout or device does not fit.
     """
+    check_tensors(g=g)
+    check_optional_tensors(w=w)
+    check_reals(eta=eta)
     _check(g if w is None else w, g, eta, mixed=True)
     out: Tensor = torch.ops.qatkernels.perturbation_norms(g, w, eta)
     return out

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_dtype, check_tensors
 from ..grid import MIN_SCALE, Grid, GridConstants
 from ._op import define
 from .fake_quantize import FLOATS, Rows, check_call, check_layout
@@ -84,8 +85,9 @@ def _dequantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 def _dequantize_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     codes, scale, zero_point = ctx.saved_tensors
     constants = GridConstants(*ctx.grid)
-    rows = (codes.reshape(scale.numel(), -1).to(scale.dtype) + constants.offset) / constants.steps
-    g = g.reshape(scale.numel(), -1).to(scale.dtype)
+    shape = (scale.numel(), codes.numel() // max(scale.numel(), 1))
+    rows = (codes.reshape(shape).to(scale.dtype) + constants.offset) / constants.steps
+    g = g.reshape(shape).to(scale.dtype)
     ds, dz = (g * rows).sum(-1).view(scale.shape), None
     if zero_point is not None:
         total = g.sum(-1).view(scale.shape) / constants.steps
@@ -113,6 +115,7 @@ def quantize(
         differentiable.
 
     Raises:
+        TypeError: if an argument is of another type, naming it.
         ValueError: if shapes, ``group_size`` or ``zero_point`` do not fit, naming the argument.
         RuntimeError: if a dtype or device does not fit.
     """
@@ -148,9 +151,12 @@ def dequantize(
         Weights of the shape of ``codes``.
 
     Raises:
+        TypeError: if an argument is of another type, naming it.
         ValueError: if shapes, ``group_size`` or ``zero_point`` do not fit, naming the argument.
         RuntimeError: if a dtype or device does not fit.
     """
+    check_tensors(codes=codes)
+    check_dtype(dtype)
     check_layout(codes, scale, grid, group_size, zero_point)
     w: Tensor = torch.ops.qatkernels.dequantize(codes, scale, zero_point, list(grid.constants), dtype)
     return w

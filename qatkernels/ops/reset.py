@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import check_reals
 from ..grid import Grid
 from ._op import define
 from .fake_quantize import Rows, check_call, check_layout
@@ -68,10 +69,12 @@ def reset_(
         ``w``.
 
     Raises:
+        TypeError: if an argument is of another type, naming it.
         ValueError: if shapes, ``group_size``, ``zero_point`` or ``quantized_weight`` do not fit, naming the argument.
         RuntimeError: if a dtype or device does not fit.
     """
     check_layout(w, scale, grid, group_size, zero_point)
+    check_reals(quantized_weight=quantized_weight)
     if not 0 <= quantized_weight <= 1:
         raise ValueError(f"quantized_weight is {quantized_weight}, must be in [0, 1]")
     target = w.contiguous()

@@ -75,9 +75,14 @@ def load(path: Path) -> nn.Module:
     Raises:
         CheckpointError: if it is missing, damaged, or of another kind.
     """
-    model = (
-        sources.load_trained(path).model if path.is_dir() else load_packed(path, lambda c: sources.build(c["model"]))
-    )
+
+    def build(config: dict[str, Any]) -> nn.Module:
+        try:
+            return sources.build(config["model"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} does not hold a model of this version ({error})") from error
+
+    model = sources.load_trained(path).model if path.is_dir() else load_packed(path, build)
     if not isinstance(model, Transformer):
         raise CheckpointError(f"{path} holds a {type(model).__name__}, must be a model of --model demo")
     return model.eval()

@@ -49,7 +49,9 @@ def test_from_dict_takes_defaults_and_refuses_unknown_fields():
     ("fields", "message"),
     [
         ({"bits": 9}, "bits is 9, 'paretoq' exists for 1, 1.58, 2"),
-        ({"bits": "2"}, "bits is '2'"),
+        ({"bits": "2"}, "bits is '2', must be a number"),
+        ({"bits": True, "scheme": "binary"}, "bits is True, must be a number"),
+        ({"bits": None}, "bits is None, must be a number"),
         ({"bits": 3, "scheme": "binary"}, "bits is 3, 'binary' exists for 1 bits"),
         ({"scheme": "nf4"}, "scheme is 'nf4', must be 'paretoq' or one of"),
         ({"scheme": 4}, "scheme is 4, must be a string"),

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import qatkernels as qk
-from qatkernels import CheckpointError, files
+from qatkernels import CheckpointError, backends, files
 from qatkernels.nn import PACKERS, QuantConfig, QuantLinear, calibrate, model_bytes, packed_modules
 from tests.compare import assert_same_bits
 
@@ -447,6 +447,21 @@ def test_another_model_and_a_header_that_is_no_object(saved, tmp_path):
             qk.load_packed(tmp_path / "x", build)
 
 
+def test_an_error_of_the_callers_function_is_the_callers(saved):
+    """The file is not to blame, and a debugger should stop where the mistake is."""
+    for build, error in (
+        (lambda config: config.nothing, AttributeError),
+        (lambda config: config["nothing"], KeyError),
+        (lambda config: int("x"), ValueError),
+        (lambda config: Model(1, 2, 3), TypeError),
+        (lambda config: torch.ones(2) @ torch.ones(3), RuntimeError),
+    ):
+        with pytest.raises(error) as caught:
+            qk.load_packed(saved[0], build)
+        assert not isinstance(caught.value, CheckpointError)
+        assert str(saved[0]) not in str(caught.value)
+
+
 def test_a_failed_write_leaves_the_old_file(saved, tmp_path, monkeypatch):
     path = tmp_path / "model"
     path.write_bytes(saved[1])
@@ -470,10 +485,13 @@ def test_warm_up_compiles_what_is_on_a_gpu(monkeypatch):
     calls = []
     kernels = types.SimpleNamespace(warm_up=lambda *args, **kwargs: calls.append((*args, kwargs)))
     monkeypatch.setitem(sys.modules, "qatkernels.triton.lowbit_linear", kernels)
-    monkeypatch.setitem(pack_model_module.IMPLS["lowbit_linear"], "triton", None)
+    monkeypatch.setitem(backends.IMPLS["lowbit_linear"], "triton", None)
+    monkeypatch.delenv("QATKERNELS_BACKEND", raising=False)
     layer = types.SimpleNamespace(
         weight=types.SimpleNamespace(packed=types.SimpleNamespace(is_cuda=True), value="w"), bias="b", act_bits=8
     )
     monkeypatch.setattr(pack_model_module, "packed_modules", lambda _: {"a": layer})
     assert qk.warm_up(model, torch.float16) == 1
     assert calls == [("w", torch.float16, {"bias": None, "act_bits": 8})]
+    monkeypatch.setenv("QATKERNELS_BACKEND", "reference")
+    assert qk.warm_up(model, torch.float16) == 0, "kernels were compiled that no call reaches"

@@ -306,3 +306,30 @@ def test_every_sample_backpropagates():
         y.float().square().sum().backward()
         assert w.grad.dtype == w.dtype
         assert scale.grad.isfinite().all(), sample.name
+
+
+def test_vmap_over_an_empty_batch():
+    """As torch's own functions: an empty result, and gradients that are empty or zero."""
+    grid, scale = qk.lsq(4), torch.rand(4, requires_grad=True)
+    w = torch.empty(4, 0, 8, requires_grad=True)
+    y = torch.vmap(lambda w: qk.fake_quantize(w, scale, grid), in_dims=1)(w)
+    assert y.shape == (0, 4, 8)
+    dw, ds = torch.autograd.grad(y.sum(), (w, scale))
+    assert dw.shape == w.shape
+    assert torch.equal(ds, torch.zeros_like(scale))
+    # Not the mean: torch cannot divide an empty batch of numbers by a number.
+    loss = torch.vmap(lambda z: qk.ops.cross_entropy(z, torch.tensor([0, 1]), reduction="sum"))(torch.empty(0, 2, 5))
+    assert loss.shape == (0,)
+    packed = qk.PackedWeight.from_float(torch.randn(4, 8), torch.ones(4), grid)
+    assert torch.vmap(lambda x: qk.lowbit_linear(x, packed))(torch.empty(0, 3, 8)).shape == (0, 3, 4)
+    gradients = torch.vmap(torch.func.grad(lambda w: qk.fake_quantize(w, scale.detach(), grid).sum()))
+    assert gradients(torch.empty(0, 4, 8)).shape == (0, 4, 8)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (4, 0), (0, 0)])
+def test_gradients_of_dequantize_without_elements(shape):
+    scale, zero = (torch.ones(shape[0], requires_grad=True) for _ in range(2))
+    w = qk.dequantize(torch.empty(shape, dtype=torch.uint8), scale, qk.affine(4), zero_point=zero)
+    ds, dz = torch.autograd.grad(w.sum(), (scale, zero))
+    assert torch.equal(ds, torch.zeros_like(scale))
+    assert torch.equal(dz, torch.zeros_like(zero))

@@ -41,6 +41,8 @@ from tests.strides import check_strided_outputs, check_strides
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
 FAMILY = ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "fake_quantize_dual", "quantize")
+#: A grid of the family whose steps have no exact reciprocal.
+SEVENTH = qk.Grid("seventh", 4, -7, 7, 7.0, 0.0, (-1.0, 1.0), (-1.0, 1.0), (-1.0, 1.0))
 
 
 def triton_out(op):
@@ -65,6 +67,26 @@ def test_float64(op, grid):
 def test_special_values(grid, dtype):
     for op, args in special_calls(grid, dtype).items():
         check_first_output(op, triton_out(op), args)
+
+
+@pytest.mark.parametrize("op", FAMILY)
+def test_steps_without_an_exact_reciprocal(op):
+    """A product with 1 / 7 is rounded twice, a quotient by 7 once."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for granularity in ("row", 16):
+            check_sample(op, triton_out(op), make(SEVENTH, (6, 48), dtype, granularity, noise=op != "quantize"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rest_of_the_family_at_such_steps(dtype):
+    for op, args in special_calls(SEVENTH, dtype).items():
+        check_first_output(op, triton_out(op), args)
+    sample = make(SEVENTH, (6, 48), dtype)
+    check_in_place("reset_", IMPLS["reset_"]["triton"], sample.args("reset_"))
+    check_linear_dual(triton_out("quant_linear_dual"), sample, 5, False)
+    codes = OPS["quantize"].reference(*sample.args("quantize"))
+    args = (codes, sample.scale, None, list(SEVENTH.constants), dtype)
+    assert_same_bits(run_out("dequantize", triton_out("dequantize"), args)[0], OPS["dequantize"].reference(*args))
 
 
 @pytest.mark.parametrize("op", FAMILY)

@@ -87,6 +87,15 @@ def test_where_scales_enter(grid, group, act_bits):
     )
 
 
+@pytest.mark.parametrize("group", [None, 32, 24], ids=lambda g: f"group{g}")
+def test_steps_without_an_exact_reciprocal(group):
+    grid = qk.Grid("seventh", 4, -7, 7, 7.0, 0.0, (-1.0, 1.0), (-1.0, 1.0), (-1.0, 1.0))
+    weight = scaled_weight(grid, (20, 96), group)
+    x = torch.eye(96)  # picks elements: the products are the weight itself, as dequantize gives it
+    args = (x, weight.packed, weight.scale, None, None, None, weight.constants, grid.code_min, weight.bits, None)
+    assert_same_bits(run("lowbit_linear", args), weight.dequantize().T.contiguous())
+
+
 def test_beyond_a_tile():
     many = activations((70, 96), torch.bfloat16)
     check(Case("many", scaled_weight(qk.seq(2), (70, 96)), many))
