@@ -17,12 +17,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..nn.replay import RandomState, untouched
@@ -52,6 +53,15 @@ def check_engine(engine: str) -> None:
     """Raise ValueError unless this is the name of an engine."""
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}, must be one of {ENGINES}")
+
+
+def check_whole(params: Iterable[Tensor]) -> None:
+    """Raise ValueError if a parameter is sharded: FSDP2's hooks gather weights for one backward, not for two."""
+    if any(isinstance(p, DTensor) for p in params):
+        raise ValueError(
+            "parameters are sharded (fully_shard), must be whole: use the model before fully_shard, or load its "
+            "checkpoint into one that is not sharded; several processes can each hold it and have batches of their own"
+        )
 
 
 def checked_loss(loss: object, params: Sequence[Tensor]) -> Tensor:
@@ -88,23 +98,41 @@ def checked_loss(loss: object, params: Sequence[Tensor]) -> Tensor:
     return loss.reshape(())
 
 
+def _nodes(loss: Tensor) -> Iterator[Node]:
+    """Yield the nodes of a loss's graph."""
+    waiting, seen = [loss.grad_fn], set[Node]()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [following for following, _ in node.next_functions]
+
+
 def _has_reentrant_checkpoint(loss: Tensor) -> bool:
     """Whether a reentrant checkpoint (torch's, or one of the same name made after it) is in the loss's graph.
 
     Autograd does not know the parameters inside: it would return None for them, or a part where they are used outside,
     too.
     """
-    waiting = [loss.grad_fn]
-    seen: set[Node | None] = {None}
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "CheckpointFunctionBackward":
-            return True
-        seen.add(node)
-        waiting += [following for following, _ in node.next_functions]
-    return False
+    return any(node.name() == "CheckpointFunctionBackward" for node in _nodes(loss))
+
+
+def _check_second_derivatives(loss: Tensor, params: Sequence[Tensor]) -> None:
+    """Raise ValueError where torch's second derivative is wrong, which no error of its own says.
+
+    That of its fused weight_norm takes the norm of v as a constant (2.13 and before): it is not even symmetric.
+    """
+    ids = {id(p) for p in params}
+    for node in _nodes(loss):
+        if node.name().startswith("WeightNormInterfaceBackward"):
+            leaf = node.next_functions[0][0]
+            if id(getattr(leaf, "variable", None)) in ids:
+                raise ValueError(
+                    "params holds a direction v of torch's weight_norm, whose second derivative torch computes "
+                    "wrongly: leave it out of params, or remove the parametrization "
+                    "(torch.nn.utils.parametrize.remove_parametrizations)"
+                )
 
 
 def gradient_of(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool) -> list[Tensor]:
@@ -138,6 +166,7 @@ class GradientGraph:
     def __init__(self, loss_fn: LossFn, params: Sequence[Tensor], scope: Scope = contextlib.nullcontext) -> None:
         with scope(), twice_differentiable():
             loss = checked_loss(loss_fn(), params)
+            _check_second_derivatives(loss, params)
         with scope(), twice_differentiable():
             grads = gradient_of(loss, params, create_graph=True)
         self.params, self._scope = list(params), scope
@@ -171,16 +200,16 @@ def forward_product(
     reads the parameters that it knows.
 
     Raises:
-        ValueError: if an autograd Function on the way has no forward mode.
+        ValueError: if an operation on the way has no forward mode.
     """
     try:
         return _forward_product(loss_fn, params, v)
     except NotImplementedError as error:
-        if "jvp" not in str(error):
+        if not any(words in str(error) for words in ("jvp", "forward AD")):
             raise
         raise ValueError(
-            "engine is 'forward', but an autograd Function in the loss has no jvp (torch.utils.checkpoint with "
-            "use_reentrant=True is one): take engine='reverse', and checkpoint with use_reentrant=False"
+            "engine is 'forward', but something in the loss has no forward mode (torch.utils.checkpoint with "
+            f"use_reentrant=True has none): take engine='reverse', and use_reentrant=False ({error})"
         ) from error
 
 
@@ -207,6 +236,7 @@ def check_vector(params: Sequence[Tensor], v: Sequence[Tensor]) -> None:
     """Raise ValueError unless ``v`` holds a tensor like each parameter."""
     if len(params) == 0:
         raise ValueError("params is empty, must hold a tensor")
+    check_whole(params)
     if len(v) != len(params):
         raise ValueError(f"v holds {len(v)} tensors, must hold {len(params)} like params")
     for i, (p, t) in enumerate(zip(params, v, strict=True)):
@@ -245,7 +275,8 @@ def hvp(
         A tensor like each parameter. Quantizers count by the straight-through rule, their mask held constant.
 
     Raises:
-        ValueError: if the loss is no scalar or does not depend on the parameters, or ``v`` does not fit them.
+        ValueError: if the loss is no scalar or does not depend on the parameters, ``v`` does not fit them, or a second
+            derivative would be wrong: of sharded parameters, of what a reentrant checkpoint hides, of weight_norm's v.
     """
     check_engine(engine)
     check_vector(params, v)

@@ -18,7 +18,16 @@ from ..nn import quantized_modules, quantized_weights
 from ..nn.quantized import check_weights
 from ..nn.replay import RandomState, check_calibrated
 from .checkpoint import blocks, checkpointed
-from .hvp import GradientGraph, check_engine, checked_loss, forward_product, gradient_of, scope_of, twice_differentiable
+from .hvp import (
+    GradientGraph,
+    check_engine,
+    check_whole,
+    checked_loss,
+    forward_product,
+    gradient_of,
+    scope_of,
+    twice_differentiable,
+)
 
 ModelLoss = Callable[[Any, Any], Tensor]
 
@@ -115,6 +124,7 @@ class HessianOperator:
         if engine == "forward" and (retain or checkpoint):
             raise ValueError("retain and checkpoint are for engine 'reverse', the engine 'forward' keeps no graph")
         self.source: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        check_whole(self.source.parameters())
         check_calibrated(self.source)
         self.loss_fn, self.engine = loss_fn, engine
         self._given = _parameters(self.source, params)

@@ -15,7 +15,7 @@ from ..nn.perturbation import ascent, perturbed
 from ..nn.quantized import check_weights
 from ..nn.replay import RandomState, check_calibrated
 from ..ops import perturbation_norms
-from .hvp import Scope, checked_loss, gradient_of, scope_of
+from .hvp import Scope, check_whole, checked_loss, gradient_of, scope_of
 
 LossFn = Callable[[], Tensor]
 
@@ -79,6 +79,7 @@ def sharpness(
     for name, number in (("rho", rho), ("eta", eta)):
         if not 0 <= number < math.inf:
             raise ValueError(f"{name} is {number}, must be finite and >= 0")
+    check_whole(model.parameters())
     check_calibrated(model)
     if params is None:
         check_weights(quantized_modules(model), "what is added to it would be lost (params may name its parameters)")
@@ -188,6 +189,7 @@ def gradient_norm_ratio(loss: LossFn, params: Sequence[Tensor], *, model: nn.Mod
         ValueError: if the loss is no scalar or does not depend on the parameters, or they are all zero.
     """
     params = list(params)
+    check_whole(params)
     size = _norm([p.detach() for p in params])
     if not size > 0:
         raise ValueError("params are all zero, must have a norm")

@@ -51,5 +51,7 @@ def ascent(sums: Tensor, rho: float) -> tuple[Tensor, Tensor]:
         rho: radius.
     """
     once, twice = sums.sqrt().unbind()
-    factor = rho / (once + 1e-12)
+    # Without a gradient there is no perturbation. The limit is far below any norm that a loss scale leads to, and its
+    # reciprocal is a float32 number.
+    factor = rho / once.clamp_min(1e-30)
     return factor, factor * twice

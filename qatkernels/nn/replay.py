@@ -101,7 +101,7 @@ def _copy(buffer: Tensor) -> Tensor:
 
 def check_calibrated(model: nn.Module) -> None:
     """Raise ValueError if a forward would set an activation scale from its first batch, which changes the model."""
-    waiting = [n for n, m in model.named_modules() if isinstance(m, LearnedActivation) and not bool(m.initialized)]
+    waiting = [n for n, m in model.named_modules() if isinstance(m, LearnedActivation) and not m.ready]
     if waiting:
         raise ValueError(
             f"{len(waiting)} activation scales have not been initialized ({waiting[0]}), the next forward would set "

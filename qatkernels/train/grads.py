@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,20 @@ def add_(total: Grads, grads: Grads, factor: float = 1.0) -> Grads:
         else:
             result.append(t.add_(g, alpha=factor))
     return result
+
+
+def run(closure: Callable[[], Any], layers: Mapping[str, nn.Module]) -> Any:
+    """Return what a closure returns.
+
+    Raises:
+        RuntimeError: if it changed the weight of a layer: passes of a step are at the same weights.
+    """
+    before = {name: (weight, weight._version) for name, layer in layers.items() if (weight := layer.weight) is not None}
+    loss = closure()
+    for name, (weight, version) in before.items():
+        if layers[name].weight is weight and weight._version != version:
+            raise RuntimeError(f"the closure changed the weight of {name}: optimizer.step() does not belong in it")
+    return loss
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from ..nn.perturbation import ascent, perturbed
 from ..nn.quantized import Quantized
 from ..nn.replay import RandomState, untouched
 from ..ops import perturb_swap_, perturbation_norms
-from .grads import apart, own, take
+from .grads import apart, own, run, take
 from .shards import check_parameters, layers_by_weight, plain, total
 from .stats import GridStats
 from .values import check_closure, check_count, check_size
@@ -182,7 +182,7 @@ class SQuAT:
         Raises:
             ValueError: if ``closure`` is no function, the weight of a quantized layer is computed (pruned, or
                 parametrized by weight_norm), or every quantized weight is frozen.
-            RuntimeError: if the closure left no gradient.
+            RuntimeError: if the closure left no gradient, or stepped the optimizer.
         """
         closure = check_closure("squat.gradient", closure)
         check_parameters(self._layers)
@@ -209,7 +209,7 @@ class SQuAT:
         return set(map(id, scales_of(self.model)))
 
     def _step_size(self, closure: Closure, parameters: list[Tensor]) -> Any:
-        loss = closure()
+        loss = run(closure, self._layers)
         scales = self._scales()
         for parameter in parameters:
             if id(parameter) not in scales:
@@ -218,7 +218,7 @@ class SQuAT:
 
     def _sharpness(self, closure: Closure, parameters: list[Tensor], before: Tensor | float) -> Any:
         random = RandomState(parameters)
-        loss, scales = closure(), self._scales()
+        loss, scales = run(closure, self._layers), self._scales()
         weights = {id(module.weight) for module in self._layers.values()}
         first = dict(zip(map(id, parameters), take(parameters), strict=True))
         of_scales = {key: grad for key, grad in first.items() if key in scales}
@@ -226,7 +226,7 @@ class SQuAT:
         del first  # the others' memory is the second pass's
         # The same dropout and noise: the gradient at the point that was perturbed.
         with random.replayed(), untouched(self.model), self._perturbed(along):
-            second = closure()
+            second = run(closure, self._layers)
         if loss is not None and second is not None:
             self._seen["sharpness"] = self._rise = before + _value(second) - _value(loss)
         moves = self.minibatch == "same" and (self.steps + 1) % self.scale_every == 0

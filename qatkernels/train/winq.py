@@ -19,7 +19,7 @@ from ..nn import quantized_modules
 from ..nn.quantized import Quantized
 from ..nn.replay import RandomState, untouched
 from ..ops import reset_
-from .grads import Grads, add_, apart, put, take
+from .grads import Grads, add_, apart, put, run, take
 from .shards import check_parameters, layers_by_weight, locals_of, plain
 from .stats import GridStats
 from .values import check_closure, check_count, check_size, is_number
@@ -198,6 +198,7 @@ class WinQ:
 
         Raises:
             ValueError: if ``closure`` is no function.
+            RuntimeError: if it stepped the optimizer.
         """
         closure = check_closure("winq.gradient", closure)
         self._warn_if_silent()
@@ -215,7 +216,7 @@ class WinQ:
                         self._set_noise(sign)
                         # The first pass alone moves running statistics, as in a step of one pass.
                         with untouched(self.model) if losses else nullcontext():
-                            loss = closure()
+                            loss = run(closure, self._layers)
                         losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
                         sum_of = add_(sum_of, take(parameters), 1 / draws)
             finally:

@@ -1,12 +1,14 @@
 """The tools change nothing of a model in training mode, and multiply by the Hessian of one function."""
 
 import copy
+import socket
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from qatkernels.hessian import HessianOperator, eigs, gradient_norm_ratio, hvp, sharpness, spectrum, trace
@@ -360,3 +362,58 @@ def test_checkpoints_that_are_not_reentrant_work():
     op = HessianOperator(model, saving, data, retain=True)
     torch.testing.assert_close(op.matmat(torch.eye(80).double()), wanted, rtol=1e-9, atol=1e-12)
     remembered.check()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_sharded_weights_are_refused():
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    try:
+        model, data = make()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        weights = quantized_weights(model)
+        for call in (
+            lambda: HessianOperator(model, loss_fn, data),
+            lambda: sharpness(model, lambda: loss_fn(model, data[0])),
+            lambda: hvp(lambda: loss_fn(model, data[0]), weights, weights),
+            lambda: gradient_norm_ratio(lambda: loss_fn(model, data[0]), weights),
+        ):
+            with pytest.raises(ValueError, match=r"parameters are sharded.*before fully_shard"):
+                call()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("how", [parametrizations.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)])
+def test_weights_that_are_computed(how):
+    """They have no Hessian, what they are computed from has."""
+    torch.manual_seed(0)
+    model = quantize_model(nn.Sequential(nn.Linear(6, 4)).double(), QuantConfig(4))
+    how(model[0])
+    x, y = torch.randn(5, 6).double(), torch.randint(4, (5,))
+    for call in (
+        lambda: HessianOperator(model, loss_fn, [(x, y)]),
+        lambda: sharpness(model, lambda: loss_fn(model, (x, y))),
+        lambda: sharpness(model, lambda: loss_fn(model, (x, y)), target="quantized"),
+    ):
+        with pytest.raises(ValueError, match=r"^0 is (pruned|parametrized) by .* weight anew"):
+            call()
+    (given,) = (p for name, p in model.named_parameters() if name.endswith(("weight_orig", "original1")))
+    if how is parametrizations.weight_norm:
+        with pytest.raises(ValueError, match="weight_norm, whose second derivative torch computes wrongly"):
+            HessianOperator(model, loss_fn, [(x, y)], params=[given]).matvec(torch.ones(24).double())
+        given = model[0].parametrizations.weight.original0
+    op = HessianOperator(model, loss_fn, [(x, y)], params=[given])
+    found = op.matmat(torch.eye(op.n).double())
+    (g,) = torch.autograd.grad(loss_fn(model, (x, y)), given, create_graph=True)
+    rows = [torch.autograd.grad(one, given, retain_graph=True)[0].reshape(-1) for one in g.reshape(-1)]
+    torch.testing.assert_close(found, torch.stack(rows), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found, found.T, rtol=1e-9, atol=1e-12)
+    before = given.detach().clone()
+    assert sharpness(model, lambda: loss_fn(model, (x, y)), 1.0, params=[given]).value != 0
+    assert torch.equal(given, before)

@@ -1,6 +1,7 @@
 """Two processes, FSDP2 and DDP: resets, statistics, SQuAT and accumulation give what one process gives."""
 
 import contextlib
+import copy
 import os
 import socket
 import sys
@@ -145,6 +146,29 @@ def test_micro_batches_within_no_sync(tmp_path):
             wanted = accumulated(make_model(CONFIGS["row"]), way, x, contextlib.nullcontext)
             for grad, other in zip(grads, wanted, strict=True):
                 torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-6, msg=f"{mode} {way} {rank}")
+
+
+def statistics(rank, folder):
+    model = nn.Sequential(nn.Linear(8, 13), nn.BatchNorm1d(13), nn.Linear(13, 4))
+    plain, results = nn.parallel.DistributedDataParallel(copy.deepcopy(model)), []
+    model = nn.parallel.DistributedDataParallel(quantize_model(model, QuantConfig(bits=8)))
+    squat = SQuAT(model, rho=5.0)
+    for step in range(3):
+        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(10 * step + rank))
+        squat.gradient(lambda x=x: model(x).square().mean().backward())
+        plain(x).square().mean().backward()
+        results.append([{n: b.clone() for n, b in m.module.named_buffers()} for m in (model, plain)])
+    torch.save(results, folder / f"{rank}.pt")
+
+
+def test_running_statistics_of_replicas(tmp_path):
+    """DDP broadcasts buffers in every forward, also in SQuAT's second pass: they are as after one pass all the same."""
+    run_two(statistics, tmp_path)
+    for rank in range(2):
+        for step, (found, wanted) in enumerate(torch.load(tmp_path / f"{rank}.pt"), 1):
+            assert found["1.num_batches_tracked"] == step
+            for name in wanted:
+                torch.testing.assert_close(found[name], wanted[name], rtol=0.05, atol=0.02, msg=f"{name} {rank}")
 
 
 def test_rows_in_pieces_are_refused():

@@ -98,6 +98,23 @@ def test_is_the_formula(target, norm):
     assert squat.log()["squat/flips"] == 0
 
 
+@pytest.mark.parametrize("norm", ["l2", "asam"])
+@pytest.mark.parametrize("target", ["quantized", "latent"])
+def test_the_scale_of_the_loss_does_not_matter(target, norm):
+    """Not even where the norm of the gradient is tiny; without a gradient nothing is perturbed."""
+    model, x, grads = make_model().double(), torch.randn(8, 16).double(), []
+    for scale in (1.0, 2.0**16, 2.0**-60, 0.0):
+        model.zero_grad()
+        squat = SQuAT(model, rho=0.3, target=target, norm=norm)
+        squat.gradient(lambda scale=scale: (scale * (model(x) - 1).square().mean()).backward())
+        grads.append({name: g / (scale or 1.0) for name, g in grads_of(model).items()})
+        assert squat.log()["squat/perturbation_norm"] > 0 or scale == 0
+    for other in grads[1:3]:
+        for name in split(model)[1]:
+            torch.testing.assert_close(other[name], grads[0][name], rtol=1e-6, atol=1e-12, msg=name)
+    assert all(not g.any() for g in grads[3].values())
+
+
 @pytest.mark.parametrize("target", ["quantized", "latent"])
 def test_step_moves_everything(target):
     model, x = make_model(), torch.randn(32, 16)
@@ -402,7 +419,7 @@ def _scaled(model, x, factor):
     return loss
 
 
-def with_buffers(momentum=0.1):
+def with_buffers():
     """A model with running statistics, and with a buffer that is replaced in every forward."""
 
     class Counted(nn.Module):
@@ -415,7 +432,7 @@ def with_buffers(momentum=0.1):
                 self.calls = self.calls + 1
             return x
 
-    layers = nn.Linear(16, 24), nn.BatchNorm1d(24, momentum=momentum), nn.GELU(), Counted(), nn.Linear(24, 8)
+    layers = nn.Linear(16, 24), nn.BatchNorm1d(24), nn.GELU(), Counted(), nn.Linear(24, 8)
     return quantize_model(nn.Sequential(*layers), QuantConfig(bits=2))
 
 
@@ -474,7 +491,7 @@ class TestBuffers:
 
     def test_compiled(self):
         """Copies of buffers do not compile anew, and move no statistics."""
-        model, x = with_buffers(momentum=None)[:3], torch.randn(8, 16)
+        model, x = with_buffers()[:3], torch.randn(8, 16)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         squat = SQuAT(model, rho=0.3)
 
@@ -610,6 +627,13 @@ class TestErrors:
                 ValueError, match=r"closure is (NoneType|Tensor), must be a function.*squat\.(step|grad)"
             ):
                 call()
+        inner = closure_of(model, torch.randn(2, 16))
+        winq = WinQ(model, reset_every=None, reset_weight=0.0, noise_std=0.0)
+        for method in (squat, SQuAT(model, optimizer, minibatch="next"), winq):
+            with pytest.raises(
+                RuntimeError, match=r"closure changed the weight of 0: optimizer.step\(\) does not belong"
+            ):
+                method.gradient(lambda: [inner(), optimizer.step()])
         for layer in quantized_modules(model).values():
             layer.weight.requires_grad_(False)
         with pytest.raises(ValueError, match="every quantized weight of the model is frozen"):
