@@ -1,6 +1,9 @@
 """How results of one implementation are held against the meaning of the op."""
 
+from contextlib import contextmanager
+
 import torch
+import torch.nn.functional as F
 
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.fake_quantize import Rows
@@ -37,6 +40,35 @@ def assert_same_bits(actual, expected, what=""):
         f"{what}: {int(different.sum())} of {actual.numel()} differ, "
         f"first {actual[different][0].item()!r} for {expected[different][0].item()!r}"
     )
+
+
+@contextmanager
+def torch_compile_blamed(backend):
+    """Let a failing comparison of compiled with eager code say whether torch's compiler fails on plain torch too."""
+    try:
+        yield
+    except AssertionError as error:
+        wrong = _compiles_a_linear_layer_wrong(backend)
+        verdict = (
+            "wrong about a plain nn.Linear too: the fault is its own (docs/training.md, torch.compile on CPUs)"
+            if wrong
+            else "right about a plain nn.Linear: the fault is here"
+        )
+        raise AssertionError(f"{error}\ntorch.compile with {backend} is {verdict}") from error
+
+
+def _compiles_a_linear_layer_wrong(backend):
+    """Whether the compiled gradients of a linear layer are not the eager ones; 24 features are no whole registers."""
+
+    def gradients(call):
+        x, w, b = (torch.ones(shape, requires_grad=True) for shape in ((6, 32), (24, 32), (24,)))
+        y = call(x, w, b)
+        y.backward(torch.ones_like(y))
+        return x.grad, w.grad, b.grad
+
+    torch._dynamo.reset()
+    compiled = gradients(torch.compile(lambda x, w, b: F.linear(x, w, b), fullgraph=True, backend=backend))
+    return any(not torch.equal(a, b) for a, b in zip(compiled, gradients(F.linear), strict=True))
 
 
 def run_in_place(impl, args):

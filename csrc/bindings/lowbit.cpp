@@ -169,7 +169,7 @@ struct Weight {
 };
 
 // y = x W^T + bias or x W by the library's product, from unpacked weights: float32 also where x has 16 bits, or their
-// numbers would be rounded.
+// numbers would be rounded. The library adds in an order that may depend on the number of threads.
 void multiply_numbers(const Weight& w, const Tensor& x, const Tensor& y, bool transposed, const Tensor& bias) {
   const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   for (const Expert& e : w.experts) {
@@ -239,9 +239,7 @@ void lowbit_linear_out(const Tensor& x_, const Tensor& packed, const Tensor& sca
   const Tensor y = out.view({call.tokens, call.rows});
   w.clear_rest(y);
   if (out.numel() == 0) return;
-  int64_t most = 0;
-  for (const Expert& e : w.experts) most = std::max(most, e.last - e.first);
-  if (call.x_type == DType::f64 || most > kernels().lowbit_tokens(call)) {
+  if (call.x_type == DType::f64) {
     Tensor from = x;
     if (act_bits) fake_quantize_dynamic_out(x, *act_bits, from = like(x));
     multiply_numbers(w, from.view({call.tokens, cols}), y, true, bias);

@@ -82,6 +82,8 @@ PYBIND11_MODULE(_C, m) {
       [](const std::string& op, const std::string& device) { return qk::serves(op, c10::parseDispatchKey(device)); },
       "Whether this build has a kernel for an op on a device.");
   m.def("has_isa", &qk::has_isa, "Whether this machine runs one of the compiled ISAs.");
+  m.def("use_isa", &qk::use_isa, pybind11::arg("isa"),
+        "For tests: use the kernels of a named ISA from now on, and return the name of the former one.");
   m.def("build_info", &qk::build_info, "Compilers, ISAs, CUDA architectures and versions of this build.");
   m.def("empty_cache", &qk::cpu::pool_clear, "Return the memory kept for reuse to the system.");
   m.def("cached_bytes", &qk::cpu::pool_cached_bytes, "Bytes kept for reuse.");

@@ -57,7 +57,7 @@ Tensor allocate(at::IntArrayRef sizes, at::ScalarType type, at::Device device) {
   const int64_t bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(c10::elementSize(type));
   const auto options = at::TensorOptions().dtype(type).device(device);
   if (!device.is_cpu() || bytes < cpu::kPooledBytes) return at::empty(sizes, options);
-  const cpu::Block block = cpu::pool_take(bytes);
+  const cpu::MemoryBlock block = cpu::pool_take(bytes);
   const auto give = [block, bytes](void*) { cpu::pool_give(block, bytes); };
   return at::for_blob(block.memory, sizes).deleter(give).options(options).make_tensor();
 }

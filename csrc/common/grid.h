@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define QK_HD __host__ __device__ __forceinline__
@@ -29,16 +30,30 @@ struct Grid {
   }
 };
 
+// Whether a normal number is a power of two: dividing by it and multiplying by its reciprocal then give the same bits.
+QK_HD bool is_power_of_two(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return (bits & 0x007FFFFFu) == 0;
+}
+QK_HD bool is_power_of_two(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return (bits & 0x000FFFFFFFFFFFFFu) == 0;
+}
+
 // A row that shares a scale: the scale clamped, and the grid shifted by the zero point.
 template <class T>
 struct Row {
   Grid<T> grid;
   T scale, step, inverse_steps;
+  bool inverse_is_exact;
 
   QK_HD Row(const Grid<T>& g, T s, T zero) : grid(g) {
     scale = s < T(kMinScale) ? T(kMinScale) : s;  // NaN stays
     step = scale / g.steps;
     inverse_steps = T(1) / g.steps;
+    inverse_is_exact = is_power_of_two(g.steps);
     grid.offset -= zero;
     grid.low -= zero;
     grid.high -= zero;
@@ -108,7 +123,10 @@ struct Slopes {
   QK_HD Slopes(V w, V r, const Row<T>& row) {
     below = r < V(row.grid.pass_low);
     above = r > V(row.grid.pass_high);
-    const V inside = (code_of(w, r, row) + V(row.grid.offset)) * V(row.inverse_steps) - V(row.grid.residual) * r;
+    const V level = code_of(w, r, row) + V(row.grid.offset);
+    // The quotient, rounded once. A division takes several times as long as a product, and most grids need none.
+    const V quotient = row.inverse_is_exact ? level * V(row.inverse_steps) : level / V(row.grid.steps);
+    const V inside = quotient - V(row.grid.residual) * r;
     scale = select(below, V(row.grid.below), select(above, V(row.grid.above), inside));
     zero_point = masked(V(-row.scale), V(T(0)));
   }

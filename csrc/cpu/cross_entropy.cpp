@@ -10,12 +10,13 @@
 
 namespace qk {
 namespace QK_ISA {
+namespace {
 
 constexpr int64_t kSpan = 1024;
 
 enum class Target { valid, ignored, outside };
 
-inline Target target_of(const CrossEntropy& call, int64_t row) {
+Target target_of(const CrossEntropy& call, int64_t row) {
   const int64_t target = call.targets[row];
   if (target == call.ignore_index) return Target::ignored;
   return 0 <= target && target < call.cols ? Target::valid : Target::outside;
@@ -75,6 +76,8 @@ double log_sum_exp(const X* x, int64_t cols) {
   return largest + std::log(total);
 }
 
+}  // namespace
+
 void cross_entropy(const CrossEntropy& call, int64_t begin, int64_t end) {
   with_types(call.type, call.type, [&](auto types) {
     using T = typename decltype(types)::C;
@@ -99,8 +102,10 @@ void cross_entropy(const CrossEntropy& call, int64_t begin, int64_t end) {
   });
 }
 
+namespace {
+
 // Whether an output is too large to be wanted in the caches. In place it is there already.
-inline bool passes_caches(const CrossEntropy& call, const void* out, int64_t element_bytes) {
+bool passes_caches(const CrossEntropy& call, const void* out, int64_t element_bytes) {
   return out != call.logits && out != call.tangent && call.rows * call.cols * element_bytes >= kTooLarge;
 }
 
@@ -111,6 +116,8 @@ QK_HD void for_lines(const X* out, int64_t n, F f) {
   for (int64_t i = 0; i < head; i += kLanes) f(i, std::min<int64_t>(kLanes, head - i));
   for_lanes(n - head, [&](int64_t i, auto count) QK_INLINE_LAMBDA { f(head + i, count); });
 }
+
+}  // namespace
 
 void cross_entropy_backward(const CrossEntropy& call, int64_t begin, int64_t end) {
   with_types(call.type, call.type, [&](auto types) {

@@ -1,4 +1,5 @@
 // The one choice of an ISA.
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -8,12 +9,11 @@
 
 #define QK_FUNCTION(name, arguments) void name arguments;
 #define QK_ENTRY(name, arguments) , name
-#define QK_DECLARE(isa)                                                             \
-  namespace isa {                                                                   \
-  QK_KERNELS(QK_FUNCTION)                                                           \
-  int64_t lowbit_memory(const LowbitLinear&);                                       \
-  int64_t lowbit_tokens(const LowbitLinear&);                                       \
-  constexpr Kernels table{#isa QK_KERNELS(QK_ENTRY), lowbit_memory, lowbit_tokens}; \
+#define QK_DECLARE(isa)                                              \
+  namespace isa {                                                    \
+  QK_KERNELS(QK_FUNCTION)                                            \
+  int64_t lowbit_memory(const LowbitLinear&);                        \
+  constexpr Kernels table{#isa QK_KERNELS(QK_ENTRY), lowbit_memory}; \
   }
 
 namespace qk {
@@ -22,41 +22,62 @@ QK_DECLARE(baseline)
 #if defined(__x86_64__)
 QK_DECLARE(avx2)
 QK_DECLARE(avx512)
-QK_DECLARE(avx512_vnni)
+QK_DECLARE(avx512_icelake)
 QK_DECLARE(avx512_bf16)
+#endif
+
+namespace {
 
 // Widest first; what a machine has to have for each.
-static const struct {
+const struct {
   const Kernels& table;
   bool present;
 } isas[] = {
+#if defined(__x86_64__)
 #define QK_HAS(feature) (__builtin_cpu_supports(feature) != 0)
 #define QK_AVX2 (QK_HAS("avx2") && QK_HAS("fma") && QK_HAS("f16c"))
 #define QK_AVX512 (QK_AVX2 && QK_HAS("avx512f") && QK_HAS("avx512bw") && QK_HAS("avx512dq") && QK_HAS("avx512vl"))
-#define QK_VNNI (QK_AVX512 && QK_HAS("avx512vnni") && QK_HAS("avx512vbmi"))
-    {avx512_bf16::table, QK_VNNI&& QK_HAS("avx512bf16")},
-    {avx512_vnni::table, QK_VNNI},
+#define QK_ICELAKE (QK_AVX512 && QK_HAS("avx512vnni") && QK_HAS("avx512vbmi"))
+    {avx512_bf16::table, QK_ICELAKE&& QK_HAS("avx512bf16")},
+    {avx512_icelake::table, QK_ICELAKE},
     {avx512::table, QK_AVX512},
     {avx2::table, QK_AVX2},
+#endif
     {baseline::table, true},
 };
-const char* compiled_isas() { return "baseline avx2 avx512 avx512_vnni avx512_bf16"; }
 
-// torch's own limit, in its words.
-static bool allowed(const char* isa) {
+// torch's own limit, in its words. It has none that names an ISA above AVX-512 as Skylake has it.
+bool allowed(const char* isa) {
   const char* const capability = std::getenv("ATEN_CPU_CAPABILITY");
   if (!capability || !std::strcmp(isa, "baseline")) return true;
   if (!std::strcmp(capability, "default")) return false;
   if (!std::strcmp(capability, "avx2")) return !std::strcmp(isa, "avx2");
   return !std::strcmp(isa, "avx512") || !std::strcmp(isa, "avx2");
 }
+
+std::string present_isas() {
+  std::string names;
+  for (const auto& isa : isas)
+    if (isa.present) names += (names.empty() ? "" : ", ") + std::string(isa.table.isa);
+  return names + ", which this machine has of those compiled (" + compiled_isas() + ")";
+}
+
+const Kernels& choose() {
+  const char* const named = std::getenv("QATKERNELS_ISA");
+  for (const auto& isa : isas)
+    if (isa.present && (named && *named ? !std::strcmp(named, isa.table.isa) : allowed(isa.table.isa)))
+      return isa.table;
+  throw std::runtime_error(std::string("QATKERNELS_ISA is '") + named + "', must be one of " + present_isas());
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+#if defined(__x86_64__)
+const char* compiled_isas() { return "baseline avx2 avx512 avx512_icelake avx512_bf16"; }
 #else
-static const struct {
-  const Kernels& table;
-  bool present;
-} isas[] = {{baseline::table, true}};
 const char* compiled_isas() { return "baseline"; }
-static bool allowed(const char*) { return true; }
 #endif
 
 bool has_isa(const char* name) {
@@ -65,18 +86,22 @@ bool has_isa(const char* name) {
   return false;
 }
 
-static const Kernels& choose() {
-  const char* const named = std::getenv("QATKERNELS_ISA");
-  for (const auto& isa : isas)
-    if (isa.present && (named && *named ? !std::strcmp(named, isa.table.isa) : allowed(isa.table.isa)))
-      return isa.table;
-  throw std::runtime_error(std::string("QATKERNELS_ISA is '") + named + "', must be one of " + compiled_isas() +
-                           " that this machine has");
+const Kernels& kernels() {
+  if (const Kernels* const known = chosen.load(std::memory_order_acquire)) return *known;
+  const Kernels* known = nullptr;
+  const Kernels& found = choose();
+  // Another thread may have been first, with the same choice or a test's.
+  return chosen.compare_exchange_strong(known, &found) ? found : *known;
 }
 
-const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
+const char* use_isa(const std::string& name) {
+  for (const auto& isa : isas)
+    if (isa.present && name == isa.table.isa) {
+      const char* const former = kernels().isa;
+      chosen.store(&isa.table, std::memory_order_release);
+      return former;
+    }
+  throw std::invalid_argument("isa is '" + name + "', must be one of " + present_isas());
 }
 
 }  // namespace qk

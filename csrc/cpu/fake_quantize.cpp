@@ -53,8 +53,8 @@ void backward(const Backward& call, double* partial, int64_t begin, int64_t end)
             sum_s = sum_z = Vec<T>(T(0));
           });
       if (units.pieces_per_row == 1) {
-        set_scalar(call.ds, call.at.scale_type, r, total_s * call.at.grad_scale);
-        if (shifted) set_scalar(call.dz, call.at.scale_type, r, total_z * call.at.grad_scale);
+        write_scale(call.ds, call.at.scale_type, r, total_s * call.at.grad_scale);
+        if (shifted) write_scale(call.dz, call.at.scale_type, r, total_z * call.at.grad_scale);
       } else {
         double* const out = partial + 2 * (r * units.pieces_per_row + piece);
         out[0] = total_s;
@@ -74,8 +74,8 @@ void finish_backward(const Backward& call, const double* partial) {
       total_s += partial[2 * (row * units.pieces_per_row + piece)];
       total_z += partial[2 * (row * units.pieces_per_row + piece) + 1];
     }
-    set_scalar(call.ds, call.at.scale_type, row, total_s * call.at.grad_scale);
-    if (call.dz) set_scalar(call.dz, call.at.scale_type, row, total_z * call.at.grad_scale);
+    write_scale(call.ds, call.at.scale_type, row, total_s * call.at.grad_scale);
+    if (call.dz) write_scale(call.dz, call.at.scale_type, row, total_z * call.at.grad_scale);
   }
 }
 
@@ -89,7 +89,7 @@ void jvp(const Jvp& call, int64_t begin, int64_t end) {
     Weights<T, W> weights(call.at);
     for_rows<T>(call.at, begin, end, [&](int64_t r, int64_t, int64_t first, int64_t last, const Row<T>& row) {
       const auto tangent = [&](const void* p) {
-        return p ? static_cast<T>(scalar(p, call.at.scale_type, r)) * static_cast<T>(call.at.grad_scale) : T(0);
+        return p ? static_cast<T>(read_scale(p, call.at.scale_type, r)) * static_cast<T>(call.at.grad_scale) : T(0);
       };
       const Vec<T> along_s(tangent(call.tangent_scale)), along_z(tangent(call.tangent_zero_point));
       weights.for_spans(

@@ -4,6 +4,8 @@
 // shape alone, never on the number of threads, so results are the same bits whatever the pool does.
 #pragma once
 
+#include <string>
+
 #include "../common/call.h"
 
 namespace qk {
@@ -79,7 +81,6 @@ struct Kernels {
   QK_KERNELS(QK_MEMBER)
 #undef QK_MEMBER
   int64_t (*lowbit_memory)(const LowbitLinear&);  // bytes that lowbit_prepare fills for lowbit_multiply
-  int64_t (*lowbit_tokens)(const LowbitLinear&);  // of an expert, above which a library's product of numbers is faster
 };
 
 constexpr int64_t kNoiseSpan = 1024;  // elements drawn at once, a multiple of 64
@@ -87,6 +88,10 @@ constexpr int64_t kNoiseSpan = 1024;  // elements drawn at once, a multiple of 6
 // The kernels for this machine: of the widest ISA that it has and ATEN_CPU_CAPABILITY (default, avx2, avx512) allows;
 // unset, it allows all. QATKERNELS_ISA names one instead; one that is not there throws.
 const Kernels& kernels();
+
+// For tests: from now on kernels() are those of a named ISA; returns the name of the former one. Calls that run
+// meanwhile may use kernels of both. Throws std::invalid_argument if this machine or this build does not have it.
+const char* use_isa(const std::string& name);
 
 // Names of the ISAs that were compiled, widest last, and whether this machine runs one.
 const char* compiled_isas();

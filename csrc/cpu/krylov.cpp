@@ -9,6 +9,7 @@
 
 namespace qk {
 namespace QK_ISA {
+namespace {
 
 using Doubles = Vec<double>;
 constexpr int kParts = Doubles::kCount, kWidth = Doubles::kWidth;
@@ -24,7 +25,7 @@ QK_HD void for_row_groups(int64_t rows, F f) {
 
 // The columns [start, start + n) of a basis [rows, cols].
 template <class B>
-struct Block {
+struct BasisBlock {
   const B* basis;
   int64_t rows, cols, start, n;
 
@@ -125,7 +126,7 @@ void gram_schmidt_of(const GramSchmidt& call, double* partial, int64_t begin, in
     const int64_t last = std::min(first + units.blocks_per_unit * units.block, call.cols);
     for (int64_t start = first; start < last; start += units.block) {
       const int64_t n = std::min(units.block, last - start);
-      const Block<B> block{static_cast<const B*>(call.basis), call.rows, call.cols, start, n};
+      const BasisBlock<B> block{static_cast<const B*>(call.basis), call.rows, call.cols, start, n};
       widen_block(from + start, n, x.data());
       if (call.h) block.subtract(call.h, x.data());
       round_block(x.data(), n, to ? to + start : nullptr, sums.data() + call.rows * kLanes);
@@ -138,6 +139,8 @@ void gram_schmidt_of(const GramSchmidt& call, double* partial, int64_t begin, in
       partial[unit * (call.rows + 1) + row] = sum(load(sums.data() + row * kLanes));
   }
 }
+
+}  // namespace
 
 void gram_schmidt(const GramSchmidt& call, double* partial, int64_t begin, int64_t end) {
   const auto with = [&](auto w) {

@@ -1,4 +1,4 @@
-// Products with packed weights on any ISA: preparing the activations, the float32 path, and what the paths share.
+// Products with packed weights: choosing the path, preparing the activations, and what the paths share.
 #include "lowbit.h"
 
 #include <cmath>
@@ -185,45 +185,14 @@ void lowbit_prepare(const LowbitLinear& call, void* memory, int64_t begin, int64
 
 namespace {
 
-// Rows one by one, as numbers, times up to eight tokens at a time.
-template <int Tokens>
-void multiply_float(const Block& b, int64_t first_line, float* sums) {
-  const LowbitLinear& call = b.call;
-  alignas(64) float w[kSpan + kLanes];
-  for (int64_t r = 0; r < b.rows; ++r) {
-    F32 acc[Tokens];
-    for (F32& a : acc) a = F32(0.0f);
-    for (int64_t i = 0; i < call.cols; i += kSpan) {
-      const int64_t n = std::min(kSpan, call.cols - i);
-      dequantize_span(call, b.first_row + r, i, n, w);
-      for (int64_t j = n; j < n + kLanes; ++j) w[j] = 0;  // meets the zeros after a row of activations
-      const float* x[Tokens];
-      for (int t = 0; t < Tokens; ++t)
-        x[t] = reinterpret_cast<const float*>(b.activations.line(b.first_line + first_line + t)) + i;
-      for (int64_t j = 0; j < n; j += kLanes) {
-        const F32 v = load(w + j);
-        for (int t = 0; t < Tokens; ++t) acc[t] = multiply_add(v, load(x[t] + j), acc[t]);
-      }
-    }
-    for (int t = 0; t < Tokens; ++t) sums[(first_line + t) * kPanel + r] = sum(acc[t]);
-  }
-}
-
-void multiply_float(const Block& b, float* sums, void*) {
-  int64_t t = 0;
-  for (; t + 8 <= b.lines; t += 8) multiply_float<8>(b, t, sums);
-  for (; t + 4 <= b.lines; t += 4) multiply_float<4>(b, t, sums);
-  for (; t < b.lines; ++t) multiply_float<1>(b, t, sums);
-}
-
 // Digits, scales of tokens, bias, and the dtype of the output.
 template <class Y>
-void finish(const Block& b, const float* sums, Y* y) {
+void finish(const RowBlock& b, const float* sums, Y* y) {
   const LowbitLinear& call = b.call;
   const Activations& a = b.activations;
   float bias[kPanel] = {};
   if (call.bias)
-    for (int64_t r = 0; r < b.rows; ++r) bias[r] = scalar(call.bias, call.bias_type, b.first_feature + r);
+    for (int64_t r = 0; r < b.rows; ++r) bias[r] = read_float(call.bias, call.bias_type, b.first_feature + r);
   for (int64_t line = 0; line < b.lines; line += a.digits) {
     const int64_t token = (b.first_line + line) / a.digits;
     Y row[kPanel];
@@ -259,8 +228,8 @@ void lowbit_multiply(const LowbitLinear& call, void* memory, const Expert* exper
     const int64_t tokens = expert.last - expert.first, times = (tokens * activations.digits + kLines - 1) / kLines;
     const int64_t step = (tokens + times - 1) / times * activations.digits;
     for (int64_t line = expert.first * activations.digits; line < last; line += step) {
-      Block block{call, activations, line, std::min(step, last - line), expert.index * call.rows + feature,
-                  rows, feature};
+      RowBlock block{call, activations, line, std::min(step, last - line), expert.index * call.rows + feature,
+                     rows, feature};
       multiply(block, at, aside);
       for (const float* from = at; block.first_feature < feature + rows; from += block.lines * kPanel) {
         block.rows = std::min(kPanel, feature + rows - block.first_feature);
@@ -269,11 +238,6 @@ void lowbit_multiply(const LowbitLinear& call, void* memory, const Expert* exper
       }
     }
   }
-}
-
-// How many tokens at most are faster this way than by unpacking the weight for a library's product.
-int64_t lowbit_tokens(const LowbitLinear& call) {
-  return path_of(call) == Path::kFloat && !call.act_bits ? 16 : std::numeric_limits<int64_t>::max();
 }
 
 }  // namespace QK_ISA

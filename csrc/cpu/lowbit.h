@@ -1,10 +1,10 @@
 // Products with packed weights: the ways to multiply, and how each wants the activations.
 //
-// float32 runs on any ISA, from rows turned into numbers. The other paths work on sixteen rows at once, a row to a
-// 32-bit lane: sixteen times 64 bytes of codes are transposed in registers, and each lane then holds a word with 32 /
-// bits codes of its row. Shifting the word puts its codes into place, a pair or four of them after another; the order
-// in which they come is a permutation within the word, and it is the activations that are permuted to match, once.
-// Codes of 3, 5, 6 and 7 bits are expanded to bytes on the way.
+// float32 runs on any ISA, from codes turned into numbers (lowbit_float.cpp). The other paths work on sixteen rows at
+// once, a row to a 32-bit lane: sixteen times 64 bytes of codes are transposed in registers, and each lane then holds a
+// word with 32 / bits codes of its row. Shifting the word puts its codes into place, a pair or four of them after
+// another; the order in which they come is a permutation within the word, and it is the activations that are permuted
+// to match, once. Codes of 3, 5, 6 and 7 bits are expanded to bytes on the way.
 //
 //   pairs    bfloat16 activations times codes as bfloat16, which is exact; sums in float32
 //   fours    int8 times codes, sums in int32. With act_bits a token is one line of int8. Without, it is three: its
@@ -52,7 +52,7 @@ struct Activations {
 };
 
 // Some rows of one expert times lines of its tokens.
-struct Block {
+struct RowBlock {
   const LowbitLinear& call;
   const Activations& activations;
   int64_t first_line, lines;
@@ -64,11 +64,12 @@ struct Block {
 void write_pairs(const float* x, const Activations& to, int bits, char* line);
 void write_fours(const float* x, const Activations& to, int bits, char* line);
 // Write sums[line * kPanel + row] of the block, without bias and the scales of tokens.
-void multiply_pairs(const Block& block, float* sums, void* scratch);
-void multiply_fours(const Block& block, float* sums, void* scratch);
+void multiply_float(const RowBlock& block, float* sums, void* scratch);
+void multiply_pairs(const RowBlock& block, float* sums, void* scratch);
+void multiply_fours(const RowBlock& block, float* sums, void* scratch);
 // The same from sums in tables; the sums of a panel follow all those of the one before.
 void write_tables(const LowbitLinear& call, const float* x, const Activations& to, char* line, float* units);
-void multiply_tables(const Block& block, float* sums, void* scratch);
+void multiply_tables(const RowBlock& block, float* sums, void* scratch);
 int64_t scratch_bytes(const LowbitLinear& call);
 
 }  // namespace QK_ISA

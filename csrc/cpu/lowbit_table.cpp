@@ -164,7 +164,7 @@ __attribute__((noinline)) void read_words(const uint8_t* from, int64_t stride, _
 
 // Those of the block's rows, some of which may not be there.
 template <int Bits>
-void read_chunk(const Block& b, int64_t chunk, __m512i* to) {
+void read_chunk(const RowBlock& b, int64_t chunk, __m512i* to) {
   const int64_t stride = row_bytes(b.call.cols, Bits);
   const uint8_t* from = b.call.packed + b.first_row * stride;
   for (int64_t rows = b.rows; rows > 0; rows -= 16, from += 16 * stride, ++to) {
@@ -179,7 +179,7 @@ void read_chunk(const Block& b, int64_t chunk, __m512i* to) {
 }
 
 template <int Bits>
-void multiply(const Block& b, float* sums, float* scratch) {
+void multiply(const RowBlock& b, float* sums, float* scratch) {
   const LowbitLinear& call = b.call;
   const Activations& a = b.activations;
   const int64_t chunks = a.padded / chunk_codes(Bits), groups = call.groups;
@@ -212,13 +212,13 @@ void multiply(const Block& b, float* sums, float* scratch) {
 void write_tables(const LowbitLinear& call, const float* x, const Activations& to, char* line, float* units) {
   call.bits == 1 ? write<1>(call, x, to, line, units) : write<2>(call, x, to, line, units);
 }
-void multiply_tables(const Block& block, float* sums, void* scratch) {
+void multiply_tables(const RowBlock& block, float* sums, void* scratch) {
   float* const aside = static_cast<float*>(scratch);
   block.call.bits == 1 ? multiply<1>(block, sums, aside) : multiply<2>(block, sums, aside);
 }
 #else
 void write_tables(const LowbitLinear&, const float*, const Activations&, char*, float*) {}
-void multiply_tables(const Block&, float*, void*) {}
+void multiply_tables(const RowBlock&, float*, void*) {}
 #endif
 
 }  // namespace QK_ISA

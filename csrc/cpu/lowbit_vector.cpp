@@ -148,7 +148,7 @@ constexpr int64_t kAhead = 1 << 17;
 // A few lines: row by row, codes go from the packed bytes through registers into the products, sixteen words at a time.
 // Lane i of an operand is a pair or four of word i, so this takes its activations chunk by chunk, operand by operand.
 template <int Bits, class Kind, int Lines>
-void multiply_rows(const Block& b, float* sums, float* scratch) {
+void multiply_rows(const RowBlock& b, float* sums, float* scratch) {
   using Operands = typename Kind::template Operands<Bits>;
   constexpr int kRows = Lines > 2 ? 2 : Lines == 2 ? 4 : 8;  // at once: independent sums, and activations loaded once
   constexpr int64_t codes = chunk_codes(Bits), bytes = codes * Bits / 8;
@@ -305,7 +305,7 @@ void multiply_tiles(std::integer_sequence<int, Less...>, const Piece& p, int64_t
 
 // Many lines: a piece of the panel is decoded once and stays in the cache while all lines meet it.
 template <int Bits, class Kind>
-void multiply_many(const Block& b, float* sums, float* scratch) {
+void multiply_many(const RowBlock& b, float* sums, float* scratch) {
   using Operands = typename Kind::template Operands<Bits>;
   const LowbitLinear& call = b.call;
   const Operands operands(call);
@@ -357,12 +357,12 @@ void multiply_many(const Block& b, float* sums, float* scratch) {
 }
 
 template <class Kind>
-void multiply(const Block& b, float* sums, void* scratch) {
+void multiply(const RowBlock& b, float* sums, void* scratch) {
   float* const aside = static_cast<float*>(scratch);
   with_bits(b.call.bits, [&](auto bits) {
     if (!b.activations.by_chunk) return multiply_many<bits, Kind>(b, sums, aside);
     for (int64_t line = 0; line < b.lines; line += 4) {  // the codes come from the cache but for the first time
-      Block some = b;
+      RowBlock some = b;
       some.first_line += line;
       some.lines = std::min<int64_t>(4, b.lines - line);
       float* const to = sums + line * kPanel;
@@ -393,18 +393,18 @@ void write_fours(const float* x, const Activations& to, int bits, char* line) {
 void write_pairs(const float* x, const Activations& to, int bits, char* line) {
   with_bits(bits, [&](auto b) { Writer<uint16_t>::write<b>(x, to, reinterpret_cast<int32_t*>(line)); });
 }
-void multiply_fours(const Block& block, float* sums, void* scratch) { multiply<Fours>(block, sums, scratch); }
+void multiply_fours(const RowBlock& block, float* sums, void* scratch) { multiply<Fours>(block, sums, scratch); }
 #else
 int64_t scratch_bytes(const LowbitLinear&) { return 0; }
 void write_pairs(const float*, const Activations&, int, char*) {}
 void write_fours(const float*, const Activations&, int, char*) {}
-void multiply_fours(const Block&, float*, void*) {}
+void multiply_fours(const RowBlock&, float*, void*) {}
 #endif
 
 #if defined(__AVX512BF16__)
-void multiply_pairs(const Block& block, float* sums, void* scratch) { multiply<Pairs>(block, sums, scratch); }
+void multiply_pairs(const RowBlock& block, float* sums, void* scratch) { multiply<Pairs>(block, sums, scratch); }
 #else
-void multiply_pairs(const Block&, float*, void*) {}
+void multiply_pairs(const RowBlock&, float*, void*) {}
 #endif
 
 }  // namespace QK_ISA

@@ -70,7 +70,7 @@ QK_HD __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>(n >= 16 ?
 
 // The factors of each group for the sixteen rows from `row` on, [groups, 16]: scales, and `base` less the zero points
 // unless `rest` is null.
-inline void gather_factors(const Block& b, int64_t row, float* scale, float* rest, float base) {
+inline void gather_factors(const RowBlock& b, int64_t row, float* scale, float* rest, float base) {
   const LowbitLinear& call = b.call;
   const int64_t rows = std::min<int64_t>(16, b.first_row + b.rows - row);
   if (call.groups == 1 && !rest) return _mm512_store_ps(scale, scales_at(call, row, first_lanes(rows)));

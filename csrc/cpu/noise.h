@@ -2,22 +2,11 @@
 #pragma once
 
 #include "../common/philox.h"
+#include "elements.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace qk {
 namespace QK_ISA {
-
-template <class R, size_t... I>
-QK_HD R interleave_low(R a, R b, std::index_sequence<I...>) {
-  constexpr int n = sizeof...(I);
-  return __builtin_shufflevector(a, b, (I % 2 ? n + int(I) / 2 : int(I) / 2)...);
-}
-template <class R, size_t... I>
-QK_HD R interleave_high(R a, R b, std::index_sequence<I...>) {
-  constexpr int n = sizeof...(I);
-  return __builtin_shufflevector(a, b, (I % 2 ? n + n / 2 + int(I) / 2 : n / 2 + int(I) / 2)...);
-}
 
 // The low halves of eight, four or two 64-bit lanes times b.
 using Wide = Register<uint64_t>;

@@ -6,7 +6,7 @@
 #include "../common/call.h"
 #include "../common/grid.h"
 #include "../common/packing.h"
-#include "simd.h"
+#include "elements.h"
 
 namespace qk {
 namespace QK_ISA {
@@ -84,21 +84,29 @@ inline void unpack_codes(const uint8_t* row, int64_t first, int64_t count, uint8
   }
 }
 
-// Sixteen bytes as numbers.
-QK_HD F32 bytes_to_float(const uint8_t* p) {
-  F32 r;
+// Sixteen bytes as lanes.
+QK_HD U32 bytes_to_uint(Register<uint8_t, 16> bytes) {
+  U32 r;
 #if defined(__AVX512F__)
-  r.part[0] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  r.part[0] = (U32::Reg)_mm512_cvtepu8_epi32((__m128i)bytes);
 #elif defined(__AVX2__)
-  for (int i = 0; i < 2; ++i)
-    r.part[i] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i))));
+  r.part[0] = (U32::Reg)_mm256_cvtepu8_epi32((__m128i)bytes);
+  r.part[1] = (U32::Reg)_mm256_cvtepu8_epi32(_mm_srli_si128((__m128i)bytes, 8));
 #else
-  for (int i = 0; i < kLanes; ++i) r.part[i / F32::kWidth][i % F32::kWidth] = p[i];
+  for (int i = 0; i < kLanes; ++i) r.part[i / U32::kWidth][i % U32::kWidth] = bytes[i];
 #endif
   return r;
 }
 
-inline float scalar(const void* p, DType type, int64_t i) {
+// Sixteen bytes as numbers.
+QK_HD F32 bytes_to_float(const uint8_t* p) {
+  Register<uint8_t, 16> bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return to_float(bytes_to_uint(bytes));
+}
+
+// An element that is stored in 16 or 32 bits.
+inline float read_float(const void* p, DType type, int64_t i) {
   alignas(64) float lanes[kLanes];
   switch (type) {
     case DType::f32:
@@ -114,7 +122,7 @@ inline float scalar(const void* p, DType type, int64_t i) {
 
 inline float scale_of(const LowbitLinear& call, int64_t row, int64_t group) {
   constexpr float least = static_cast<float>(kMinScale);
-  const float scale = scalar(call.scale, call.scale_type, row * call.groups + group);
+  const float scale = read_float(call.scale, call.scale_type, row * call.groups + group);
   return (scale < least ? least : scale) / static_cast<float>(call.steps);  // NaN stays
 }
 

@@ -6,6 +6,8 @@
 namespace qk {
 namespace QK_ISA {
 
+namespace {
+
 template <class T>
 QK_HD Vec<T> magnitude(const Vec<T>& x) {
   return select(x < Vec<T>(T(0)), Vec<T>(T(0)) - x, x);
@@ -17,6 +19,8 @@ void for_units(int64_t numel, int64_t first, int64_t last, F f) {
   for (int64_t unit = first; unit < last; ++unit)
     f(unit, unit * kUnitElements, std::min(kUnitElements, numel - unit * kUnitElements));
 }
+
+}  // namespace
 
 void perturb(const Perturb& call, int64_t begin, int64_t end) {
   with_types(call.g_type, call.w_type, [&](auto types) {

@@ -1,5 +1,9 @@
 #include "pool.h"
 
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
@@ -12,11 +16,11 @@ namespace {
 
 struct Pool {
   std::mutex mutex;
-  std::vector<Block> kept;  // oldest first
-  int64_t wanted = 0;       // bytes of the tensors that are alive
-  int64_t peak = 0;         // most that was wanted at once
-  int64_t held = 0;         // bytes of all blocks
-  int64_t cached = 0;       // of those, bytes kept
+  std::vector<MemoryBlock> kept;  // oldest first
+  int64_t wanted = 0;             // bytes of the tensors that are alive
+  int64_t peak = 0;               // most that was wanted at once
+  int64_t held = 0;               // bytes of all blocks
+  int64_t cached = 0;             // of those, bytes kept
 
   void drop(size_t i) {
     std::free(kept[i].memory);
@@ -37,20 +41,30 @@ struct Pool {
   }
 };
 
-// Never destroyed: tensors may outlive static destructors.
+Pool& pool();
+
+// Never destroyed: tensors may outlive static destructors. A fork waits for the mutex and holds it meanwhile, or a child
+// that is forked while another thread allocates would find it locked for ever, by a thread that it does not have.
+Pool* make_pool() {
+#if !defined(_WIN32)
+  pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
+#endif
+  return new Pool;
+}
+
 Pool& pool() {
-  static Pool& instance = *new Pool;
+  static Pool& instance = *make_pool();
   return instance;
 }
 
 }  // namespace
 
-Block pool_take(int64_t bytes) {
+MemoryBlock pool_take(int64_t bytes) {
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
   const size_t fit = p.best_fit(bytes);
   if (fit < p.kept.size() && (p.kept[fit].bytes == bytes || p.held + bytes > p.peak)) {
-    const Block block = p.kept[fit];
+    const MemoryBlock block = p.kept[fit];
     p.kept.erase(p.kept.begin() + fit);
     p.cached -= block.bytes;
     p.wanted += bytes;
@@ -66,7 +80,7 @@ Block pool_take(int64_t bytes) {
   return {memory, bytes};
 }
 
-void pool_give(const Block& block, int64_t bytes) noexcept {
+void pool_give(const MemoryBlock& block, int64_t bytes) noexcept {
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
   p.wanted -= bytes;

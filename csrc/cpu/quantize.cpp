@@ -7,6 +7,8 @@
 namespace qk {
 namespace QK_ISA {
 
+namespace {
+
 // Codes from -128 to 255 as bytes.
 template <class T>
 QK_HD void put_codes(uint8_t* p, const Vec<T>& code, int64_t n) {
@@ -16,6 +18,8 @@ QK_HD void put_codes(uint8_t* p, const Vec<T>& code, int64_t n) {
   for (int j = 0; j < kLanes; ++j) bytes[j] = static_cast<uint8_t>(static_cast<int32_t>(lanes[j]));
   std::memcpy(p, bytes, n);
 }
+
+}  // namespace
 
 void quantize(const Quantize& call, int64_t begin, int64_t end) {
   with_types(call.at.w_type, call.at.w_type, [&](auto types) {
@@ -59,6 +63,8 @@ void dequantize(const Dequantize& call, int64_t begin, int64_t end) {
   });
 }
 
+namespace {
+
 // The largest magnitude of a row; NaN counts as the largest, as its bits do.
 template <class T, class X>
 T largest(const X* x, int64_t n) {
@@ -79,6 +85,8 @@ T largest(const X* x, int64_t n) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
+
+}  // namespace
 
 void dynamic(const Dynamic& call, int64_t begin, int64_t end) {
   with_types(call.type, call.type, [&](auto types) {

@@ -4,6 +4,8 @@
 namespace qk {
 namespace QK_ISA {
 
+namespace {
+
 // Lanes as they come back from an element.
 template <class W, class T>
 QK_HD Vec<T> rounded(const Vec<T>& x) {
@@ -15,6 +17,8 @@ QK_HD Vec<T> rounded(const Vec<T>& x) {
     return load(static_cast<const W*>(lanes));
   }
 }
+
+}  // namespace
 
 void reset(const Reset& call, int64_t begin, int64_t end) {
   with_types(call.at.w_type, call.at.w_type, [&](auto types) {

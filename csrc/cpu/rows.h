@@ -27,10 +27,11 @@ void with_types(DType w, DType y, F f) {
   return f(Types<float, float, float>{});
 }
 
-inline double scalar(const void* p, DType type, int64_t i) {
+// A scale, a zero point or their gradient: float32 or float64.
+inline double read_scale(const void* p, DType type, int64_t i) {
   return type == DType::f64 ? static_cast<const double*>(p)[i] : static_cast<const float*>(p)[i];
 }
-inline void set_scalar(void* p, DType type, int64_t i, double value) {
+inline void write_scale(void* p, DType type, int64_t i, double value) {
   if (type == DType::f64)
     static_cast<double*>(p)[i] = value;
   else
@@ -117,9 +118,9 @@ void for_rows(const Point& at, int64_t first, int64_t last, F f) {
                              ? noise.draw(*at.seed, row_begin, row_end - row_begin, kScaleStream)
                              : nullptr;
     for (int64_t row = row_begin; row < row_end; ++row) {
-      T scale = static_cast<T>(scalar(at.scale, at.scale_type, row));
+      T scale = static_cast<T>(read_scale(at.scale, at.scale_type, row));
       if (drawn) scale += static_cast<T>(drawn[row - row_begin] * static_cast<float>(at.scale_noise_std));
-      const T zero = at.zero_point ? static_cast<T>(scalar(at.zero_point, at.scale_type, row)) : T(0);
+      const T zero = at.zero_point ? static_cast<T>(read_scale(at.zero_point, at.scale_type, row)) : T(0);
       const int64_t begin = row * units.cols + piece * kUnitElements;
       const int64_t end = std::min(begin + kUnitElements, (row + 1) * units.cols);
       f(row, piece, begin, end, Row<T>(grid, scale, zero));

@@ -15,6 +15,8 @@ from .noise import make_seed
 
 #: One grid of each kind, and the widths at the ends.
 GRIDS = (binary(), ternary(), seq(2), seq(4), lsq(2), lsq(3), lsq(4), lsq(8), affine(2), affine(4), affine(8))
+#: No scheme, but a grid of the family: its steps have no exact reciprocal, so a product with it is no division by them.
+SEVENTH = Grid("seventh", 4, -7, 7, 7.0, 0.0, (-1.0, 1.0), (-1.0, 1.0), (-1.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,9 @@ def samples(device: torch.device | str = "cpu") -> Iterator[Sample]:
         yield make(grid, (4, 64), torch.float32, "row", device, out_dtype=torch.bfloat16)
         for dtype in (torch.bfloat16, torch.float16):
             yield make(grid, (6, 48), dtype, "row", device)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield make(SEVENTH, (16, 48), dtype, "row", device)
+        yield make(SEVENTH, (16, 48), dtype, 16, device, noise=True)
     for grid in (seq(2), lsq(4), affine(4)):
         yield make(grid, (3, 4, 32), torch.float32, 8, device)
         yield make(grid, (1,), torch.float32, "tensor", device)

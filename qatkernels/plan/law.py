@@ -133,7 +133,8 @@ class LossLaw:
             middle = 0.5 * (low + high)
             falling = lead > _slope(middle, self.omega, self.xi, self.rho)
             low, high = np.where(falling, middle, low), np.where(falling, high, middle)
-        return plain(1 / (1 + np.exp(-0.5 * (low + high))))
+        # Exactly, it is above ρ/(ρ+ξ): where rounding has it an ulp below, that number is the nearer one.
+        return plain(np.maximum(1 / (1 + np.exp(-0.5 * (low + high))), self.rho / (self.rho + self.xi)))
 
     def minimum(self, params: ArrayLike, tokens: ArrayLike, bits: ArrayLike) -> Any:
         """Return the loss at the best fraction."""

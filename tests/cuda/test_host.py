@@ -9,7 +9,7 @@ import torch
 import qatkernels as qk
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.fake_quantize import FLOATS
-from qatkernels.ops.samples import GRIDS, make, samples, weights
+from qatkernels.ops.samples import GRIDS, SEVENTH, make, samples, weights
 from tests.compare import assert_same_bits, check_sample, run_out
 
 if shutil.which("g++") is None:
@@ -107,7 +107,7 @@ def test_each_tangent_alone():
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
+@pytest.mark.parametrize("grid", [*GRIDS, SEVENTH], ids=lambda g: f"{g.scheme}{g.bits}")
 def test_special_values(grid, dtype):
     """Ties, both zeros, subnormals, the largest numbers, infinities, NaN; in w, scale and zero point."""
     ties = [(k + 0.5 + grid.offset) / grid.steps for k in range(grid.code_min - 2, grid.code_max + 2)]

@@ -1,8 +1,10 @@
 """Every op on every backend present, against its reference, on every sample."""
 
+import json
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -12,8 +14,18 @@ from qatkernels.backends import IMPLS, extension
 from qatkernels.ops import noise
 from qatkernels.ops._op import OPS
 from qatkernels.ops.fake_quantize import FLOATS
-from qatkernels.ops.samples import GRIDS, basis_calls, logits_calls, make, perturbations, samples, weights
-from tests.compare import assert_same_bits, check_first_output, check_sample, run_out, special_calls
+from qatkernels.ops.samples import (
+    GRIDS,
+    SEVENTH,
+    basis_calls,
+    logits_calls,
+    make,
+    perturbations,
+    samples,
+    weights,
+)
+from tests.compare import assert_same_bits, check_first_output, check_sample, run_in_place, run_out, special_calls
+from tests.isas import ISAS, using
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILY = ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "fake_quantize_dual", "quantize")
@@ -48,7 +60,7 @@ def test_float64(op):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
+@pytest.mark.parametrize("grid", [*GRIDS, SEVENTH], ids=lambda g: f"{g.scheme}{g.bits}")
 def test_special_values(grid, dtype):
     for op, args in special_calls(grid, dtype).items():
         for backend, device in backends(op):
@@ -115,83 +127,100 @@ def test_threads_and_launch_shape_change_no_bit(op):
                 assert_same_bits(a, e, s.name)
 
 
-_ISA_SCRIPT = """
-import hashlib, sys, torch
-import qatkernels._C as extension
-from qatkernels.backends import IMPLS
-from qatkernels.ops._op import as_tuple
-digest = hashlib.sha256()
-for op, args in torch.load(sys.argv[1]):
-    outputs = as_tuple(IMPLS[op]["cpp"](*args))
-    for t in (*outputs, *(a for a in args if isinstance(a, torch.Tensor))):
-        digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"")
-print(extension.build_info()["isa"], digest.hexdigest())
-"""
-
-
-#: What this machine runs of the ISAs that were compiled.
-ISAS = [isa for isa in extension().build_info()["isas"].split() if extension().has_isa(isa)] if extension() else []
-
-
-def _on(isa):
-    return {**os.environ, "QATKERNELS_ISA": isa}
-
-
-def test_every_isa_gives_the_same_bits(tmp_path):
-    """Scale gradients included: the order of additions is the same on all of them."""
-    # The inputs travel by file, because torch's own random numbers and sums depend on the ISA.
+def calls_for_every_isa():
+    """Every elementwise op on the samples, special values and each way that a row can end."""
     calls = [(op, sample.args(op)) for sample in SAMPLES for op in FAMILY]
-    calls += [("fake_quantize_dynamic", (weights((5, 77), dtype), 8)) for dtype in FLOATS]
-    calls += [("normal", (torch.tensor(3), 10001, 0))]
+    wide = [
+        make(grid, (3, 40), torch.float64, granularity, noise=True)
+        for grid in (*GRIDS, SEVENTH)
+        for granularity in ("row", 8)
+    ]
+    calls += [(op, sample.args(op)) for sample in wide for op in FAMILY]
+    calls += [call for grid in (*GRIDS, SEVENTH) for dtype in FLOATS for call in special_calls(grid, dtype).items()]
+    for sample in SAMPLES:
+        codes = OPS["quantize"].reference(*sample.args("quantize"))
+        calls += [("dequantize", (codes, sample.scale, sample.zero_point, list(sample.grid.constants), torch.float32))]
+    for bits, cols in product(range(1, 9), (1, 7, 64, 129, 1000)):
+        codes = torch.randint(1 << bits, (3, cols), generator=torch.Generator().manual_seed(cols)).to(torch.uint8)
+        calls += [("pack", (codes, 0, bits)), ("unpack", (OPS["pack"].reference(codes, 0, bits), 0, bits, cols))]
+    calls += [("fake_quantize_dynamic", (weights((5, 77), dtype), bits)) for dtype in FLOATS for bits in (2, 8)]
+    calls += [("normal", (torch.tensor(3), numel, 0)) for numel in (1, 10001)]
     calls += [(op, args) for dtype in FLOATS for _, op, args in logits_calls(dtype)]
     calls += [(op, args) for _, op, args in basis_calls()]
     calls += [("reset_", sample.args("reset_")) for sample in SAMPLES]
     for op in ("perturb_", "perturb_swap_", "perturbation_norms"):
         calls += [(op, args) for args in perturbations(op)]
-    torch.save(calls, tmp_path / "calls.pt")
-    results = {}
-    for isa in ISAS:
-        command = [sys.executable, "-c", _ISA_SCRIPT, str(tmp_path / "calls.pt")]
-        out = subprocess.run(command, env=_on(isa), capture_output=True, text=True, check=True).stdout.split()
-        results[out[0]] = out[1]
-    assert list(results) == ISAS
-    assert len(set(results.values())) == 1, results
+    return calls
 
 
-def test_half_conversions_of_the_baseline():
+def run_cpp(op, args):
+    """Every tensor that the C++ kernel of an op writes."""
+    if OPS[op].outputs:
+        return run_out(op, IMPLS[f"{op}_out"]["cpp"], args)
+    return run_in_place(IMPLS[op]["cpp"], args)
+
+
+def test_every_isa_gives_the_same_bits():
+    """Scale gradients included: the order of additions is the same on all of them."""
+    for op, args in calls_for_every_isa():
+        results = []
+        for isa in ISAS:
+            with using(isa):
+                results.append(run_cpp(op, args))
+        for isa, outputs in zip(ISAS[1:], results[1:], strict=True):
+            for first, other in zip(results[0], outputs, strict=True):
+                assert_same_bits(other, first, f"{op} on {isa}, held against {ISAS[0]}")
+
+
+def test_half_conversions(isa):
     """Every float16 bit pattern survives, and rounding matches torch's, also without hardware conversion."""
-    script = """
-import torch
-from qatkernels.backends import IMPLS, extension
-from qatkernels import lsq
-bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
-h = bits.view(torch.float16).view(64, 1024)
-h = torch.where(h.isfinite(), h, torch.zeros_like(h))
-one = torch.ones(64, 1)
-# A jvp with one tangent in w passes it through a load and a store.
-g = lsq(8)
-w = torch.zeros(64, 1024, dtype=torch.float16)
-out = IMPLS["fake_quantize_jvp"]["cpp"](h, None, None, w, one, None, None, list(g.constants), 0.0, 0.0, 1.0, None)
-assert torch.equal(out, h)
-x = torch.randn(64, 1024) * torch.logspace(-9, 5, 64).view(-1, 1)
-w = torch.zeros(64, 1024)
-point = (w, one, None, None, list(g.constants), 0.0, 0.0, 1.0)
-out = IMPLS["fake_quantize_jvp"]["cpp"](x, None, None, *point, torch.float16)
-assert torch.equal(out, x.half())
+    bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+    h = bits.view(torch.float16).view(64, 1024)
+    h = torch.where(h.isfinite(), h, torch.zeros_like(h))
+    grid = (list(qk.lsq(8).constants), 0.0, 0.0, 1.0)
+    one, jvp = torch.ones(64, 1), IMPLS["fake_quantize_jvp"]["cpp"]
+    # A jvp with one tangent in w passes it through a load and a store.
+    assert_same_bits(jvp(h, None, None, torch.zeros_like(h), one, None, None, *grid, None), h, isa)
+    x = weights((64, 1024), torch.float32) * 50 * torch.logspace(-9, 5, 64).view(-1, 1)
+    y = jvp(x, None, None, torch.zeros_like(x), one, None, None, *grid, torch.float16)
+    assert_same_bits(y, x.half(), isa)
+
+
+#: Loads the extension alone and asks for its ISA with each environment in a child of its own.
+_ENVIRONMENTS = """
+import importlib.util, json, os, sys, torch
+path, *environments = sys.argv[1:]
+for environment in map(json.loads, environments):
+    if os.fork() == 0:
+        os.environ.update(environment)
+        spec = importlib.util.spec_from_file_location("qatkernels._C", path)
+        extension = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(extension)
+        try:
+            print(extension.build_info()["isa"], flush=True)
+        except RuntimeError as error:
+            print(error, flush=True)
+        os._exit(0)
+    os.wait()
 """
-    for isa in ISAS:
-        subprocess.run([sys.executable, "-c", script], env=_on(isa), check=True)
 
 
-@pytest.mark.parametrize(("capability", "isa"), [("default", "baseline"), ("avx2", "avx2"), ("avx512", "avx512")])
-def test_torchs_limit_holds(capability, isa):
-    environment = {k: v for k, v in os.environ.items() if k != "QATKERNELS_ISA"} | {"ATEN_CPU_CAPABILITY": capability}
-    script = "import qatkernels._C as extension; print(extension.build_info()['isa'])"
-    out = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == (isa if isa in ISAS else ISAS[-1])
+def test_the_environment_chooses_the_isa():
+    """QATKERNELS_ISA names one, ATEN_CPU_CAPABILITY limits it as it limits torch."""
+    expected = [({"ATEN_CPU_CAPABILITY": "default"}, "baseline"), ({}, ISAS[-1])]
+    for capability in ("avx2", "avx512"):
+        expected += [({"ATEN_CPU_CAPABILITY": capability}, capability if capability in ISAS else ISAS[-1])]
+    expected += [({"QATKERNELS_ISA": isa}, isa) for isa in ISAS]
+    expected += [({"QATKERNELS_ISA": "baseline", "ATEN_CPU_CAPABILITY": "avx2"}, "baseline")]
+    expected += [({"QATKERNELS_ISA": "mmx"}, f"QATKERNELS_ISA is 'mmx', must be one of {', '.join(ISAS[::-1])}, which")]
+    environment = {k: v for k, v in os.environ.items() if k not in ("QATKERNELS_ISA", "ATEN_CPU_CAPABILITY")}
+    command = [sys.executable, "-c", _ENVIRONMENTS, extension().__file__, *(json.dumps(e) for e, _ in expected)]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    for (given, isa), line in zip(expected, found, strict=True):
+        assert line.startswith(isa), given
 
 
 def test_an_isa_that_is_not_there_is_an_error():
-    script = "import torch, qatkernels._C as extension; extension.build_info()"
-    out = subprocess.run([sys.executable, "-c", script], env=_on("mmx"), capture_output=True, text=True)
-    assert "QATKERNELS_ISA is 'mmx', must be one of" in out.stderr
+    with pytest.raises(ValueError, match=f"isa is 'mmx', must be one of {ISAS[-1]}"):
+        extension().use_isa("mmx")
+    assert extension().build_info()["isa"] in ISAS

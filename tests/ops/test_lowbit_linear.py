@@ -1,8 +1,5 @@
 """Products with packed weights: every implementation present against float64, and bad calls."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
 
@@ -11,10 +8,11 @@ import torch
 from torch.func import jvp
 
 import qatkernels as qk
-from qatkernels.backends import IMPLS, extension
+from qatkernels.backends import IMPLS
 from qatkernels.ops._op import OPS
 from qatkernels.ops.fake_quantize import FLOATS
 from tests.compare import assert_same_bits, assert_within, run_out
+from tests.isas import FLOAT_ISAS
 from tests.lowbit import (
     GRID_IDS,
     GRIDS,
@@ -123,6 +121,7 @@ def test_any_leading_dimensions_strides_and_nothing(grid, act_bits):
                 check(Case(f"{tokens} times {rows}x{cols}", empty, x, bias, None, act_bits))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("act_bits", [None, 8])
 @pytest.mark.parametrize("grid", [qk.seq(2), qk.lsq(4)], ids=lambda g: g.scheme)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -141,6 +140,7 @@ def test_what_is_not_finite_stays_in_its_token(grid, act_bits, bad):
             assert (y[1] == 0).all(), backend
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("act_bits", [None, 8])
 @pytest.mark.parametrize("grid", [qk.binary(), qk.ternary(), qk.seq(2), qk.lsq(3), qk.lsq(4)], ids=lambda g: g.scheme)
 def test_a_scale_that_is_not_finite_stays_in_its_row(grid, act_bits):
@@ -160,6 +160,7 @@ def test_a_scale_that_is_not_finite_stays_in_its_row(grid, act_bits):
                 assert_within(y[:, others], expected[:, others], bound[:, others], f"{backend} {cols} {tokens}")
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("outlier", [1e2, 1e4])
 def test_an_outlier_on_a_small_weight(dtype, outlier):
@@ -193,6 +194,7 @@ def test_a_scale_below_the_floor_acts_as_the_floor(grid, dtype):
         check(case)
 
 
+@pytest.mark.usefixtures("isa")
 def test_the_largest_activations_are_summed():
     """Activations whose partial sums no float32 holds, where the result fits."""
     for grid in (qk.binary(), qk.ternary(), qk.seq(2), qk.lsq(2)):
@@ -207,6 +209,7 @@ def test_the_largest_activations_are_summed():
             assert_within(y.cpu(), expected, bound, f"{backend} {grid.scheme}")
 
 
+@pytest.mark.usefixtures("isa")
 def test_a_panel_of_few_rows_reads_its_own_scales():
     """Many tokens, and rows that end within the first sixteen of a panel: scales end with their rows."""
     for rows in (1, 5, 37):
@@ -214,6 +217,7 @@ def test_a_panel_of_few_rows_reads_its_own_scales():
             check(Case(f"{rows} rows", scaled_weight(grid, (rows, 64)), activations((13, 64), torch.bfloat16)))
 
 
+@pytest.mark.usefixtures("isa")
 def test_large_activations_do_not_overflow_between():
     """Integer sums at their extremes: every product is the largest of its sign."""
     cols = 8192
@@ -237,62 +241,56 @@ def test_autocast_rounds_nothing(grouped):
         assert_within(actual.cpu(), expected, bound, op)
 
 
-def test_number_of_threads_changes_no_bit():
-    if "cpp" not in IMPLS["lowbit_linear_out"]:
-        pytest.skip("the C++ backend has no such kernel")
-    threads = torch.get_num_threads()
-    for grid in (qk.ternary(), qk.lsq(4)):
-        for case in cases(grid, torch.bfloat16, LARGE):
-            for op in OPERATIONS:
-                results = []
-                if "cpp" not in IMPLS[f"{op}_out"]:
-                    continue
-                for count in (1, 2, 3):
-                    torch.set_num_threads(count)
-                    results += run_out(op, IMPLS[f"{op}_out"]["cpp"], case.call(op)[0])
-                torch.set_num_threads(threads)
-                for other in results[1:]:
-                    assert_same_bits(other, results[0], f"{op} {case.name}")
+def _runs(case, isa):
+    """What the C++ kernel gives on one, two and three threads."""
+    args, threads = case.call("lowbit_linear")[0], torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results += run_out("lowbit_linear", IMPLS["lowbit_linear_out"]["cpp"], args)
+    torch.set_num_threads(threads)
+    return results
 
 
-_ISA_SCRIPT = """
-import sys, torch
-import qatkernels._C as extension
-from qatkernels.backends import IMPLS
-outputs = [IMPLS[op]["cpp"](*args) for op, args in torch.load(sys.argv[1])]
-torch.save((extension.build_info()["isa"], outputs), sys.argv[2])
-"""
+def test_number_of_threads_changes_no_bit(isa):
+    """Of the product itself, in every dtype but float64; docs/packing.md says where the promise ends."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        every = [case for grid in (qk.ternary(), qk.lsq(3), qk.affine(4)) for case in cases(grid, dtype, LARGE)]
+        for case in [*every, *grouped_cases(qk.lsq(4), dtype)]:
+            first, *others = _runs(case, isa)
+            for other in others:
+                assert_same_bits(other, first, f"{isa} {case.name}")
 
-#: What this machine runs of the ISAs that were compiled.
-ISAS = [isa for isa in extension().build_info()["isas"].split() if extension().has_isa(isa)] if extension() else []
+
+@pytest.mark.parametrize("isa", FLOAT_ISAS, indirect=True)
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_a_token_does_not_depend_on_how_many_there_are(isa, act_bits):
+    """Where sums are float32 products, added in one order."""
+    kernel = IMPLS["lowbit_linear"]["cpp"]
+    for grid, group in product((qk.lsq(4), qk.lsq(3), qk.affine(4)), (None, 50)):
+        weight = scaled_weight(grid, (70, 650), group, zero="any" if grid.has_zero_point else None)
+        x = activations((43, 650), torch.float32)
+        whole = kernel(*Case("", weight, x, act_bits=act_bits).call("lowbit_linear")[0])
+        for first, last in ((0, 1), (1, 3), (3, 10), (10, 23), (23, 43)):
+            part = Case("", weight, x[first:last], act_bits=act_bits)
+            assert_same_bits(kernel(*part.call("lowbit_linear")[0]), whole[first:last], f"{isa} {grid.scheme}")
 
 
 @pytest.fixture(scope="module")
-def isa_calls(tmp_path_factory):
-    """Calls with expectations and bounds, and the file by which they travel."""
-    served = [op for op in OPERATIONS if "cpp" in IMPLS[f"{op}_out"]]
-    if not served:
-        pytest.skip("the C++ backend has no such kernel")
+def isa_calls():
+    """Calls with expectations and bounds, as (op, name, arguments, expectation, bound)."""
     dtypes = (torch.float32, torch.bfloat16)
     every = [c for grid in WIDTHS for dtype in dtypes for c in cases(grid, dtype)]
     every += [c for grid in WIDTHS for c in grouped_cases(grid, torch.float16)]
-    every += [c for dtype in dtypes for c in cases(qk.lsq(4), dtype, LARGE)]
+    every += [c for grid in WIDTHS for dtype in dtypes for c in cases(grid, dtype, LARGE)]
     every += [c for grid in WIDTHS for c in floored_cases(grid, torch.float32)]
-    calls = [(op, case.name, *case.call(op)) for case in every for op in served]
-    path = tmp_path_factory.mktemp("isa") / "calls.pt"
-    torch.save([(op, args) for op, _, args, *_ in calls], path)
-    return calls, path
+    return [(op, case.name, *case.call(op)) for case in every for op in OPERATIONS]
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_isa_is_within_the_bound(isa, isa_calls, tmp_path):
+def test_every_isa_is_within_the_bound(isa, isa_calls):
     """Orders of additions differ between ISAs, so bits may; each is held against float64."""
-    calls, path = isa_calls
-    command = [sys.executable, "-c", _ISA_SCRIPT, str(path), str(tmp_path / "outputs.pt")]
-    subprocess.run(command, env={**os.environ, "QATKERNELS_ISA": isa}, check=True)
-    ran, outputs = torch.load(tmp_path / "outputs.pt")
-    assert ran == isa
-    for (op, name, _, expected, bound), actual in zip(calls, outputs, strict=True):
+    for op, name, args, expected, bound in isa_calls:
+        (actual,) = run_out(op, IMPLS[f"{op}_out"]["cpp"], args)
         assert_within(actual, expected, bound, f"{isa} {op} {name}")
 
 

@@ -1,6 +1,9 @@
 """Weight-sized results reuse memory, and never memory that something still needs."""
 
 import gc
+import os
+import threading
+import time
 
 import pytest
 import torch
@@ -107,3 +110,42 @@ def test_results_can_be_shared_resized_and_saved(tmp_path):
     assert torch.equal(torch.load(tmp_path / "y.pt"), expected)
     y.share_memory_()
     assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_forked_while_another_thread_allocates_runs_kernels():
+    """As DataLoader's workers do: on one thread, which torch sets in them."""
+    w, stop = torch.randn(512, 1024), threading.Event()
+    expected = quantized(w)
+
+    def allocate():
+        while not stop.is_set():
+            C.empty_cache()  # holds the pool for as long as freeing takes
+            quantized(w)
+
+    others = [threading.Thread(target=allocate) for _ in range(2)]
+    for thread in others:
+        thread.start()
+    try:
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                torch.set_num_threads(1)
+                right = all(torch.equal(quantized(w), expected) for _ in range(2)) and C.cached_bytes() > 0
+                os._exit(0 if right else 1)
+            assert _exit_status(child) == 0
+    finally:
+        stop.set()
+        for thread in others:
+            thread.join()
+
+
+def _exit_status(child, seconds=60):
+    """Wait for a child; one that hangs is killed, which is a status of its own."""
+    for _ in range(seconds * 100):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return status
+        time.sleep(0.01)
+    os.kill(child, 9)
+    return os.waitpid(child, 0)[1]

@@ -92,6 +92,14 @@ def test_the_optimum_is_above_rho_over_rho_plus_xi(law: LossLaw, n: float, s: fl
         assert ratio * n ** (law.nu - law.psi) * 2 ** ((law.mu - law.chi) * b) < 1e-6
 
 
+@pytest.mark.parametrize(("rho", "xi"), [(0.08, 0.04), (1.22, 1.37), (1.23, 0.02), (0.06, 0.2), (1.03, 0.98)])
+def test_the_optimum_is_not_rounded_below_its_limit(rho: float, xi: float) -> None:
+    """Exponents whose limit, computed by way of its logit, is an ulp too small."""
+    law = replace(LAW, phi=1e-3, chi=1.5, psi=1.5, omega=0.02, lambda_=1e3, mu=0.02, nu=0.02, xi=xi, rho=rho)
+    assert 1 / (1 + math.exp(math.log(xi) - math.log(rho))) < rho / (rho + xi)
+    assert law.optimal_fraction(1e11, 1e5 * 1e11, 8) >= rho / (rho + xi)
+
+
 @given(laws, sizes, st.floats(0.1, 1e4), widths, st.floats(1.5, 10))
 def test_the_optimum_rises_with_s_when_xi_and_rho_exceed_omega(
     law: LossLaw, n: float, s: float, b: float, more: float

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from qatkernels import cli
+from qatkernels import QuantLinear, cli, quantize
 from qatkernels.nn import model_bytes
 from qatkernels.train import TrainConfig, checkpoint, train
 from qatkernels.train.generate import generate, load
@@ -87,20 +87,66 @@ def test_the_same_text_as_the_fake_quantized_model(run: Path, packed: dict[str, 
         assert b" is number " in tokens[0]
 
 
+#: How far 16 bits may move a logit, in units of the largest. Each of a dozen operations on the way rounds to 8 bits, by
+#: at most u = 2^-8; independent errors, evenly spread, add up to sqrt(12 / 3) u = 2 u. Twice that is allowed.
+ROUNDING = 4 * 2.0**-8
+
+
+def _tokens(model: Path) -> torch.Tensor:
+    """A text that a model wrote itself: one that both read, so that a difference does not become another text."""
+    text = bytes(token for token, _ in generate(load(model), b"red is", 26))
+    return torch.tensor([list(b"red is" + text)])
+
+
+def _logits(model: torch.nn.Module, tokens: torch.Tensor, autocast: bool = False) -> torch.Tensor:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return model(tokens)[0].float()
+
+
 @pytest.mark.parametrize("name", BITS)
 def test_bfloat16_agrees_where_it_is_not_a_tie(run: Path, packed: dict[str, Path], name: str) -> None:
-    """Rounded to 8 bits along the way, the two differ beyond the last place; a near tie may then fall either way.
+    """Under autocast, or packed first and then cast, the codes are those that training ended with.
 
-    Both read the same text, so that one difference does not become another text.
+    Then nothing differs but roundings along the way, and a near tie may fall either way.
     """
-    text = bytes(token for token, _ in generate(load(run / name), b"red is", 26))
-    tokens = torch.tensor([list(b"red is" + text)])
-    with torch.no_grad():
-        theirs, mine = (load(path).bfloat16()(tokens)[0].float() for path in (run / name, packed[name]))
-    best = theirs.topk(2).values
-    clear = best[:, 0] - best[:, 1] > 2**-5 * theirs.abs().amax(-1)
+    tokens = _tokens(run / name)
+    exact = _logits(load(run / name), tokens)
+    theirs = _logits(load(run / name), tokens, autocast=True)
+    best, bound = theirs.topk(2).values, ROUNDING * exact.abs().max()
+    assert (theirs - exact).abs().max() <= bound
+    clear = best[:, 0] - best[:, 1] > 4 * bound  # two logits, moved in either model
     assert clear.float().mean() > 0.5
-    assert torch.equal(theirs.argmax(-1)[clear], mine.argmax(-1)[clear])
+    for mine in (_logits(load(packed[name]), tokens, autocast=True), _logits(load(packed[name]).bfloat16(), tokens)):
+        assert (mine - exact).abs().max() <= bound
+        assert torch.equal(theirs.argmax(-1)[clear], mine.argmax(-1)[clear])
+
+
+def _codes(model: torch.nn.Module) -> torch.Tensor:
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    return torch.cat([quantize(m.weight.detach(), m.scale.detach(), m.grid).flatten() for m in layers])
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_casting_the_masters_changes_codes(run: Path, name: str) -> None:
+    """`model.bfloat16()` rounds weights across the edges between codes, and each of them is then a whole step off."""
+    tokens = _tokens(run / name)
+    model, cast, rounded = load(run / name), load(run / name).bfloat16(), load(run / name)
+    for weight in rounded.parameters():
+        weight.data = weight.data.bfloat16().float()
+    for layer, other in zip(rounded.modules(), cast.modules(), strict=True):
+        if isinstance(layer, QuantLinear):
+            layer.scale.data = other.scale.detach().float()
+    assert torch.equal(_codes(cast), _codes(rounded)), "a code that the rounding of its weight does not explain"
+    flipped = int((_codes(rounded) != _codes(model)).sum())
+    assert (flipped > 0) == (name != "w1"), "the sign of a weight survives any rounding, other codes do not all"
+    exact, expected = _logits(model, tokens), _logits(rounded, tokens)
+    bound = ROUNDING * exact.abs().max()
+    moved = (expected - exact).abs().max()
+    assert (_logits(cast, tokens) - expected).abs().max() <= bound
+    if flipped:
+        assert moved > bound, f"{flipped} codes flipped, without harm"
+    else:
+        assert moved <= bound
 
 
 def test_generate_writes_the_same_from_folder_and_file(

@@ -1,0 +1,165 @@
+// Products with packed weights in float32: any ISA, any number of tokens.
+//
+// A panel of rows is decoded a few columns at a time into numbers that stay in the first cache level, and every line of
+// activations meets them there. To decode, the bytes of sixteen rows are transposed, so that a register holds one
+// column of the rows; sums then have a row in each lane, and no lanes have to be added.
+//
+// A sum adds its products column after column, kColumns of them in a register, and then those to the sum before. That
+// order depends on the number of columns alone: not on threads, and not on how many lines there are.
+#include "lowbit.h"
+
+namespace qk {
+namespace QK_ISA {
+namespace {
+
+constexpr int64_t kColumns = 128;  // of a panel that are decoded at once: 16 KiB of numbers
+
+// Lines whose sums for sixteen rows (or 32) stay in registers, and the 16-lane vectors that fit there.
+#if defined(__AVX512F__)
+constexpr int kTileLines = 12, kTileVectors = 24;
+#elif defined(__AVX2__)
+constexpr int kTileLines = 6, kTileVectors = 6;
+#elif defined(__aarch64__)
+constexpr int kTileLines = 6, kTileVectors = 6;
+#else
+constexpr int kTileLines = 3, kTileVectors = 3;
+#endif
+
+using Bytes = Register<uint8_t, 16>;
+
+// Byte j of row i to byte i of row j.
+QK_HD void transpose(Bytes (&rows)[16]) {
+  constexpr std::make_index_sequence<16> lanes{};
+  for (int pass = 0; pass < 4; ++pass) {
+    Bytes shuffled[16];
+    for (int i = 0; i < 8; ++i) {
+      shuffled[2 * i] = interleave_low(rows[i], rows[i + 8], lanes);
+      shuffled[2 * i + 1] = interleave_high(rows[i], rows[i + 8], lanes);
+    }
+    for (int i = 0; i < 16; ++i) rows[i] = shuffled[i];
+  }
+}
+
+// What makes numbers of the codes of sixteen rows in one group: (code + offset) * scale.
+struct Factors {
+  F32 offset, scale;
+
+  Factors(const LowbitLinear& call, int64_t first_row, int64_t rows, int64_t group) {
+    alignas(64) float offsets[kLanes] = {}, scales[kLanes] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (first_row + r) * call.groups + group;
+      scales[r] = read_float(call.scale, call.scale_type, at);
+      offsets[r] = static_cast<float>(call.offset) - (call.zero_point ? call.zero_point[at] : 0.0f);
+    }
+    offset = load(offsets);
+    scale = load(scales);
+    const F32 least(static_cast<float>(kMinScale));
+    scale = select(scale < least, least, scale) / F32(static_cast<float>(call.steps));  // NaN stays
+  }
+};
+
+// Columns [first, first + n) of up to sixteen rows as numbers, a column every kPanel floats.
+template <int Bits>
+void decode(const LowbitLinear& call, int64_t first_row, int64_t rows, int64_t first, int64_t n, float* out) {
+  // Where codes do not straddle bytes, bytes are transposed as they are and hold several columns; else they are
+  // unpacked first.
+  constexpr bool whole = 8 % Bits == 0;
+  constexpr int columns_per_byte = whole ? 8 / Bits : 1;
+  const int64_t row_stride = row_bytes(call.cols, Bits), size = call.cols / call.groups;
+  const uint8_t* const packed = call.packed + first_row * row_stride;
+  const int64_t bytes = (n + columns_per_byte - 1) / columns_per_byte;
+  uint8_t unpacked[whole ? 1 : 16][whole ? 1 : kColumns + 64];
+  for (int64_t r = 0; r < rows; ++r) {
+    __builtin_prefetch(packed + r * row_stride + (first + kColumns) * Bits / 8);  // what comes next of the row
+    if constexpr (!whole) unpack_codes<Bits>(packed + r * row_stride, first, n, unpacked[r]);
+  }
+  const auto row_at = [&](int64_t r, int64_t at) {
+    Bytes row{};
+    const uint8_t* const from = whole ? packed + r * row_stride + first * Bits / 8 + at : unpacked[r] + at;
+    if (at + 16 <= bytes)
+      std::memcpy(&row, from, 16);
+    else
+      std::memcpy(&row, from, static_cast<size_t>(bytes - at));
+    return row;
+  };
+  const F32 low(static_cast<float>(call.code_min));
+  int64_t group = first / size, left = (group + 1) * size - first;  // columns of the group that are still to come
+  Factors factors(call, first_row, rows, group);
+  for (int64_t at = 0, column = 0; at < bytes; at += 16) {
+    Bytes transposed[16];
+    for (int64_t r = 0; r < 16; ++r) transposed[r] = r < rows ? row_at(r, at) : Bytes{};
+    transpose(transposed);
+    for (int i = 0; i < 16; ++i) {
+      const U32 wide = bytes_to_uint(transposed[i]);
+      for (int j = 0; j < columns_per_byte; ++j, ++column, --left) {
+        if (column == n) return;
+        if (left == 0) {
+          factors = Factors(call, first_row, rows, ++group);
+          left = size;
+        }
+        const U32 code = columns_per_byte == 1 ? wide : (wide >> (Bits * j)) & U32((1u << Bits) - 1);
+        store(out + column * kPanel, (to_float(code) + low + factors.offset) * factors.scale);
+      }
+    }
+  }
+}
+
+// sums[line] += x[line] times the panel, for `Lines` lines that are `stride` floats apart.
+template <int Lines>
+void multiply_tile(const float* panel, int64_t columns, const float* x, int64_t stride, float* sums) {
+  constexpr int kVectors = 2 * Lines <= kTileVectors ? 2 : 1;
+  for (int64_t row = 0; row < kPanel; row += kVectors * kLanes) {
+    F32 acc[Lines][kVectors];
+#pragma GCC unroll 12
+    for (int t = 0; t < Lines; ++t)
+      for (int v = 0; v < kVectors; ++v) acc[t][v] = F32(0.0f);
+    const float* w = panel + row;
+    for (int64_t i = 0; i < columns; ++i, w += kPanel) {
+#pragma GCC unroll 12
+      for (int t = 0; t < Lines; ++t) {
+        const F32 factor(x[t * stride + i]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) acc[t][v] = multiply_add(load(w + v * kLanes), factor, acc[t][v]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int t = 0; t < Lines; ++t)
+      for (int v = 0; v < kVectors; ++v) {
+        float* const to = sums + t * kPanel + row + v * kLanes;
+        store(to, load(to) + acc[t][v]);
+      }
+  }
+}
+
+// All lines, tile by tile. The last two share what would leave little for one.
+template <int... Less>
+void multiply_tiles(std::integer_sequence<int, Less...>, const float* panel, int64_t columns, const float* x,
+                    int64_t stride, int64_t lines, float* sums) {
+  constexpr decltype(&multiply_tile<1>) of_size[] = {multiply_tile<Less + 1>...};
+  for (int64_t line = 0, n; line < lines; line += n) {
+    const int64_t left = lines - line;
+    n = left > kTileLines && left < kTileLines + kTileLines / 2 ? (left + 1) / 2 : std::min<int64_t>(kTileLines, left);
+    of_size[n - 1](panel, columns, x + line * stride, stride, sums + line * kPanel);
+  }
+}
+
+}  // namespace
+
+void multiply_float(const RowBlock& b, float* sums, void*) {
+  alignas(64) float panel[kColumns * kPanel];
+  if (b.rows <= kLanes) std::memset(panel, 0, sizeof panel);  // the second half stays so
+  std::memset(sums, 0, static_cast<size_t>(b.lines * kPanel * 4));
+  const int64_t stride = b.activations.stride() / 4;
+  const float* const x = reinterpret_cast<const float*>(b.activations.line(b.first_line));
+  with_bits(b.call.bits, [&](auto bits) {
+    for (int64_t first = 0; first < b.call.cols; first += kColumns) {
+      const int64_t n = std::min(kColumns, b.call.cols - first);
+      for (int64_t row = 0; row < b.rows; row += kLanes)
+        decode<bits>(b.call, b.first_row + row, std::min<int64_t>(kLanes, b.rows - row), first, n, panel + row);
+      multiply_tiles(std::make_integer_sequence<int, kTileLines>(), panel, n, x + first, stride, b.lines, sums);
+    }
+  });
+}
+
+}  // namespace QK_ISA
+}  // namespace qk
