@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,13 @@ from ..grid import Grid
 from ..ops import fake_quantize, quantize
 from .activation import DynamicActivation, Float32Scales, LearnedActivation
 from .config import QuantConfig
+
+
+class _MissingScale(str):
+    """The name of a missing scale, which says in an error message what to do about it; else it is the name alone."""
+
+    def __format__(self, spec: str) -> str:
+        return f"{self!s} (load_weights(model, state_dict) sets scales from the weights)"
 
 
 class Quantized(Float32Scales):
@@ -133,6 +142,25 @@ class Quantized(Float32Scales):
     def codes(self) -> Tensor:
         """Return the integer codes of the weight, ``[..., N, K]``, int8 (uint8 for 8-bit affine)."""
         return quantize(self.weight, self.scale, self.grid, group_size=self.group_size, zero_point=self.zero_point)
+
+    @property
+    def layout(self) -> str:
+        """The quantization in words; a learned quantizer of the input has a layout of its own."""
+        dynamic = isinstance(self.act, DynamicActivation)
+        return f"{self.described}, act_bits={self.config.act_bits}" if dynamic else self.described
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        _, _, missing_keys, *_ = args
+        scale = f"{prefix}scale"
+        if scale in missing_keys and f"{prefix}weight" in state_dict:
+            warnings.warn(
+                "the state dict has weights of quantized layers without their scales, so the scales are not those of "
+                "the weights: call load_weights(model, state_dict), which sets scales from the weights",
+                stacklevel=2,
+            )
+            if not any(isinstance(name, _MissingScale) for name in missing_keys):
+                missing_keys[missing_keys.index(scale)] = _MissingScale(scale)
 
     @property
     def described(self) -> str:

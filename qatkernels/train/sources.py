@@ -111,7 +111,7 @@ def initial_weights(model: str) -> dict[str, Tensor] | None:
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= _tensors(file)
-    scales = (".scale", ".zero_point")
+    scales = (".scale", ".zero_point", "._extra_state")
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items() if not name.endswith(scales)}
 
 

@@ -240,7 +240,7 @@ class TestNoise:
             assert_same_bits(actual, wanted)
 
     def test_is_not_saved(self, layer):
-        assert set(layer.state_dict()) <= {"weight", "bias", "scale", "zero_point"}
+        assert set(layer.state_dict()) <= {"weight", "bias", "scale", "zero_point", "_extra_state"}
 
 
 class TestCasts:
