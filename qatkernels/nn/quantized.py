@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
@@ -16,6 +19,11 @@ from ..grid import Grid
 from ..ops import fake_quantize, quantize
 from .activation import DynamicActivation, Float32Scales, LearnedActivation
 from .config import QuantConfig
+
+_16_BIT = (torch.bfloat16, torch.float16)
+
+#: The function that casts the layers of the model that was warned of last.
+_warned_of: weakref.ref[Callable[[Tensor], Tensor]] | None = None
 
 
 class _MissingScale(str):
@@ -142,6 +150,38 @@ class Quantized(Float32Scales):
     def codes(self) -> Tensor:
         """Return the integer codes of the weight, ``[..., N, K]``, int8 (uint8 for 8-bit affine)."""
         return quantize(self.weight, self.scale, self.grid, group_size=self.group_size, zero_point=self.zero_point)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        parts = (self._parameters.get("weight"), self.scale, self.zero_point)
+        held, *scales = [None if t is None else t.detach() for t in parts]  # a cast replaces the data of a Parameter
+        super()._apply(fn, recurse)
+        now = self._parameters.get("weight")
+        if held is not None and now is not None and now.dtype != held.dtype and now.dtype in _16_BIT:
+            simple = not (held.is_meta or now.is_meta or isinstance(held, DTensor) or is_fake(held))
+            if simple and (_warned_of is None or _warned_of() is not fn):
+                self._warn_of_cast(fn, now.dtype, held, *scales)
+        return self
+
+    @torch.no_grad()
+    def _warn_of_cast(
+        self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype, weight: Tensor, scale: Any, zero_point: Any
+    ) -> None:
+        """Warn of codes that change because the weight is rounded to 16 bits."""
+        before, after = (
+            quantize(w, scale, self.grid, group_size=self.group_size, zero_point=zero_point)
+            for w in (weight, weight.to(dtype))
+        )
+        if changed := int((before != after).sum()):
+            # Every layer of a model is cast by the same function. So this warns once, and then nothing is counted.
+            global _warned_of
+            _warned_of = weakref.ref(fn)
+            warnings.warn(
+                f"the cast to {dtype} changed {changed} of the {before.numel()} codes of a quantized layer (layers "
+                "after it are not counted), since it rounds the weights that codes are taken from. A cast after QAT "
+                "changes the model that was trained: use torch.autocast, or pack_model first, whose codes no cast "
+                "changes. Before QAT, cast before quantize_model",
+                stacklevel=2,
+            )
 
     @property
     def layout(self) -> str:
