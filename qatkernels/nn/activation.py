@@ -94,12 +94,17 @@ def scales_of(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in found if parameter is not None]
 
 
-def compute_dtype(tensor: Tensor) -> torch.dtype | None:
-    """Return the 16-bit dtype that autocast computes in, or None where it leaves ``tensor`` as it is."""
-    device = tensor.device.type
-    if tensor.dtype is torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast casts ``tensor`` to for a product, or None where it leaves it as it is."""
+    device, dtypes = tensor.device.type, (torch.float32, torch.bfloat16, torch.float16)  # float64 is left alone
+    if tensor.dtype in dtypes and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Return the 16-bit dtype that autocast computes with a float32 ``tensor`` in, or None where it does not."""
+    return autocast_dtype(tensor) if tensor.dtype is torch.float32 else None
 
 
 #: How often a compiled graph is compiled anew to see whether its batch has initialized a scale. After that the graph

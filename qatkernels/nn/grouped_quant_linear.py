@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..ops import perturb_
 from ..ops.grouped_linear import grouped_linear
-from .activation import compute_dtype
+from .activation import autocast_dtype, compute_dtype
 from .config import QuantConfig
 from .quant_linear import why_not
 from .quantized import Quantized
@@ -133,12 +133,13 @@ class GroupedQuantLinear(Quantized):
         """
         if self.act is not None:
             x = self.act(x)
-        dtype = compute_dtype(self.weight)
         noise = (self.noise_std, self.scale_noise_std) if self.training else (0.0, 0.0)
-        weight = self._fake_quantized(dtype, *noise)
+        weight = self._fake_quantized(compute_dtype(self.weight), *noise)
         if self.perturbation is not None:
             perturb_(weight.detach(), *self.perturbation)
-        y = grouped_linear(x.to(dtype or x.dtype), weight, offsets)
+        if (dtype := autocast_dtype(self.weight)) is not None:
+            x, weight = x.to(dtype), weight.to(dtype)
+        y = grouped_linear(x, weight, offsets)
         return y if self.bias is None else y + bias_of_tokens(self.bias, offsets, len(x)).to(y.dtype)
 
     def extra_repr(self) -> str:

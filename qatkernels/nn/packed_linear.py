@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..grid import Grid
 from ..ops.lowbit_linear import product
 from ..ops.packing import PackedWeight
-from .activation import DynamicActivation, Float32Scales, compute_dtype
+from .activation import DynamicActivation, Float32Scales, autocast_dtype
 from .grouped_quant_linear import bias_of_tokens
 
 #: Where nn.Module keeps the hooks of a forward and of its backward.
@@ -187,7 +187,7 @@ class Packed(nn.Module):
     def _product(self, x: Tensor, bias: Tensor | None, offsets: Tensor | None = None) -> Tensor:
         if self.act is not None:
             x = self.act(x)
-        dtype = compute_dtype(x)
+        dtype = autocast_dtype(x)
         if dtype is None:
             return self.weight.product(x, bias, offsets, self.act_bits)
         # Under autocast. Integers are taken from x before it is rounded, as in training.
