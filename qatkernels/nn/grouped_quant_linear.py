@@ -148,6 +148,7 @@ class GroupedQuantLinear(Quantized):
         return f"{sizes}, bias={self.bias is not None}, {self.described}"
 
 
+@torch.inference_mode(False)  # what is made in inference mode can never train
 def _stacked(parameters: Sequence[Tensor], name: str) -> nn.Parameter:
     for what in ("dtype", "device", "requires_grad"):
         first, *others = (getattr(p, what) for p in parameters)

@@ -46,6 +46,7 @@ class PackedBuffers(Float32Scales):
             self.register_buffer(name, getattr(weight, name))
 
     @classmethod
+    @torch.inference_mode(False)  # what is made in inference mode can never be loaded into, or have a gradient past it
     @torch.no_grad()
     def from_quantized(cls, layer: Any, scale_dtype: torch.dtype = torch.float32) -> PackedBuffers:
         """Pack the weight of a layer that has ``weight``, ``scale``, ``zero_point``, ``grid`` and ``group_size``.

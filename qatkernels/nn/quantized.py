@@ -86,6 +86,7 @@ class Quantized(Float32Scales):
             raise ValueError("the weight is sharded, so scales cannot be set anew: requantize before fully_shard")
         self._configure(config, trains=self.scale.requires_grad)
 
+    @torch.inference_mode(False)  # what is made in inference mode can never train
     def _configure(self, config: QuantConfig, trains: bool) -> None:
         """Set configuration, scales and the quantizer of the input; nothing changes if the configuration is refused."""
         if not isinstance(config, QuantConfig):
