@@ -4,6 +4,7 @@ from .activation import DynamicActivation, LearnedActivation, calibrate
 from .check import CheckReport, LayerCheck, check
 from .config import QuantConfig
 from .grouped_quant_linear import GroupedQuantLinear
+from .load_weights import load_weights
 from .pack_model import PACKERS, model_bytes, pack_model, packed_modules, warm_up
 from .packed_file import load_packed, save_packed
 from .packed_linear import GroupedPackedLinear, PackedBuffers, PackedLinear
@@ -31,6 +32,7 @@ __all__ = [
     "calibrate",
     "check",
     "load_packed",
+    "load_weights",
     "model_bytes",
     "pack_model",
     "packed_modules",

@@ -206,6 +206,8 @@ def _kept(layers: dict[str, Quantized]) -> Iterator[None]:
         with torch.no_grad():
             for parameter, value in held:
                 parameter.copy_(value)
+        for act in acts:
+            act._forget()  # what a first batch set is gone
 
 
 @contextmanager

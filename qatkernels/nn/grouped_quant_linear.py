@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.grouped_linear import grouped_linear
-from .activation import compute_dtype
+from .activation import autocast_dtype, compute_dtype
 from .config import QuantConfig
 from .perturbation import perturb
 from .quant_linear import why_not
@@ -152,10 +152,11 @@ class GroupedQuantLinear(Quantized):
         """
         if self.act is not None:
             x = self.act(x)
-        dtype = compute_dtype(self.weight)
         noise = (self.noise_std, self.scale_noise_std) if self.training else (0.0, 0.0)
-        weight = perturb(self._fake_quantized(dtype, *noise), self.perturbation)
-        y = grouped_linear(x.to(dtype or x.dtype), weight, offsets)
+        weight = perturb(self._fake_quantized(compute_dtype(self.weight), *noise), self.perturbation)
+        if (dtype := autocast_dtype(self.weight)) is not None:
+            x, weight = x.to(dtype), weight.to(dtype)
+        y = grouped_linear(x, weight, offsets)
         return y if self.bias is None else y + bias_of_tokens(self.bias, offsets, len(x)).to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -164,6 +165,7 @@ class GroupedQuantLinear(Quantized):
         return f"{sizes}, bias={self.bias is not None}, {self.described}"
 
 
+@torch.inference_mode(False)  # what is made in inference mode can never train
 def _stacked(parameters: Sequence[Tensor], name: str) -> nn.Parameter:
     for what in ("dtype", "device", "requires_grad"):
         first, *others = (getattr(p, what) for p in parameters)

@@ -19,7 +19,7 @@ from ..files import CheckpointError
 from ..grid import make_grid
 from ..ops.fake_quantize import FLOATS
 from ..ops.packing import PackedWeight
-from .activation import LearnedActivation
+from .activation import Float32Scales, LearnedActivation
 from .pack_model import packed_modules
 from .packed_linear import KINDS, Packed, PackedBuffers
 from .quant_conv1d import is_conv1d
@@ -71,11 +71,11 @@ def save_packed(model: nn.Module, path: str | Path, config: Mapping[str, Any] | 
 
 
 def _layouts(model: nn.Module) -> dict[str, Tensor]:
-    """Return the entries of the state dict that say what packed codes are."""
+    """Return the entries of the state dict that say what codes and scales are."""
     return {
         f"{name}._extra_state": module.get_extra_state()
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, PackedBuffers)
+        if isinstance(module, Float32Scales)
     }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..grid import Grid
 from ..ops.lowbit_linear import product
 from ..ops.packing import PackedWeight
-from .activation import DynamicActivation, Float32Scales, compute_dtype
+from .activation import DynamicActivation, Float32Scales, autocast_dtype
 from .grouped_quant_linear import bias_of_tokens
 
 #: Where nn.Module keeps the hooks of a forward and of its backward.
@@ -23,14 +23,16 @@ class PackedBuffers(Float32Scales):
     Layers that share a weight share this module, which is how they go on sharing it when the model moves to another
     device: torch moves the buffers of two modules one by one, and would leave two of them.
 
-    Bytes alone do not say what they stand for: a state dict also has the layout of the codes, as torch's extra state,
-    and a module loads nothing that has another one, or other dtypes.
+    Bytes alone do not say what they stand for, so a state dict must have the layout of the codes, and a module loads
+    nothing that has another one, or other dtypes.
 
     Args:
         weight: the packed weight.
     """
 
     uncast: ClassVar[tuple[str, ...]] = ("packed", "scale", "zero_point")
+    refusal: ClassVar[str] = "the codes of {}packed are {}, must be {}"
+    layout_required: ClassVar[bool] = True
 
     packed: Tensor
     scale: Tensor
@@ -44,6 +46,7 @@ class PackedBuffers(Float32Scales):
             self.register_buffer(name, getattr(weight, name))
 
     @classmethod
+    @torch.inference_mode(False)  # what is made in inference mode can never be loaded into, or have a gradient past it
     @torch.no_grad()
     def from_quantized(cls, layer: Any, scale_dtype: torch.dtype = torch.float32) -> PackedBuffers:
         """Pack the weight of a layer that has ``weight``, ``scale``, ``zero_point``, ``grid`` and ``group_size``.
@@ -58,27 +61,18 @@ class PackedBuffers(Float32Scales):
             )
         )  # fmt: skip
 
-    def get_extra_state(self) -> Tensor:
-        """Return the layout as text in a tensor, which is all that some formats hold."""
-        text = f"{self.grid.scheme}, {self.grid.bits} bits, {self.cols} columns"
-        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    @property
+    def layout(self) -> str:
+        """The layout of the codes."""
+        return f"{self.grid.scheme}, {self.grid.bits} bits, {self.cols} columns"
 
-    def set_extra_state(self, state: Tensor) -> None:
-        """Do nothing: the layout is this module's own, and was compared before anything was loaded."""
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        *_, error_msgs = args
-        problems: list[str] = []
-        layout = state_dict.get(f"{prefix}_extra_state")
-        if layout is not None and (found := _text(layout)) != (wanted := _text(self.get_extra_state())):
-            problems.append(f"the codes of {prefix}packed are {found}, must be {wanted}")
+    def _problems(self, state_dict: Any, prefix: str) -> list[str]:
+        problems = super()._problems(state_dict, prefix)
         for name in self.uncast:
             mine, given = getattr(self, name), state_dict.get(prefix + name)
             if isinstance(mine, Tensor) and isinstance(given, Tensor) and given.dtype != mine.dtype:
                 problems.append(f"{prefix}{name} is {given.dtype}, must be {mine.dtype}")
-        error_msgs.extend(problems)
-        if not problems:
-            super()._load_from_state_dict(state_dict, prefix, *args)
+        return problems
 
     @property
     def value(self) -> PackedWeight:
@@ -106,12 +100,6 @@ class PackedBuffers(Float32Scales):
         scales = f"{str(self.scale.dtype).removeprefix('torch.')} scale per {per}"
         grid = f"bits={self.grid.bits}, scheme={self.grid.scheme}"
         return f"{'x'.join(map(str, self.shape))}, {grid}, {scales}, {self.nbytes} bytes"
-
-
-def _text(layout: Any) -> str:
-    if not isinstance(layout, Tensor) or layout.dtype != torch.uint8 or layout.ndim != 1:
-        return f"unknown ({layout!r:.40})"
-    return bytes(layout.tolist()).decode(errors="replace")
 
 
 class Packed(nn.Module):
@@ -200,7 +188,7 @@ class Packed(nn.Module):
     def _product(self, x: Tensor, bias: Tensor | None, offsets: Tensor | None = None) -> Tensor:
         if self.act is not None:
             x = self.act(x)
-        dtype = compute_dtype(x)
+        dtype = autocast_dtype(x)
         if dtype is None:
             return self.weight.product(x, bias, offsets, self.act_bits)
         # Under autocast. Integers are taken from x before it is rounded, as in training.

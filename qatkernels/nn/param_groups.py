@@ -160,8 +160,11 @@ def _fitting_rates(layers: dict[str, Quantized], share: float) -> list[tuple[flo
                         f"scale_lr is None, and the activation scale of {name or 'the model'} has not been "
                         "initialized, so that its size is unknown: call calibrate(model, batch) first, or give scale_lr"
                     )
-            add(relative * median([_mean(act.scale) for act in acts.values()]), (act.scale for act in acts.values()))
-            add(relative, (act.zero_point for act in acts.values()))
+            add(
+                relative * median([_mean(act.scale) for act in acts.values()]),
+                (a._parameters.get("scale") for a in acts.values()),
+            )
+            add(relative, (a._parameters.get("zero_point") for a in acts.values()))
     return rates
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
@@ -16,6 +20,18 @@ from ..ops import fake_quantize, quantize
 from .activation import DynamicActivation, Float32Scales, LearnedActivation
 from .config import QuantConfig
 from .perturbation import Perturbation
+
+_16_BIT = (torch.bfloat16, torch.float16)
+
+#: The function that casts the layers of the model that was warned of last.
+_warned_of: weakref.ref[Callable[[Tensor], Tensor]] | None = None
+
+
+class _MissingScale(str):
+    """The name of a missing scale, which says in an error message what to do about it; else it is the name alone."""
+
+    def __format__(self, spec: str) -> str:
+        return f"{self!s} (load_weights(model, state_dict) sets scales from the weights)"
 
 
 class Quantized(Float32Scales):
@@ -71,6 +87,7 @@ class Quantized(Float32Scales):
             raise ValueError("the weight is sharded, so scales cannot be set anew: requantize before fully_shard")
         self._configure(config, trains=self.scale.requires_grad)
 
+    @torch.inference_mode(False)  # what is made in inference mode can never train
     def _configure(self, config: QuantConfig, trains: bool) -> None:
         """Set configuration, scales and the quantizer of the input; nothing changes if the configuration is refused."""
         if not isinstance(config, QuantConfig):
@@ -135,6 +152,57 @@ class Quantized(Float32Scales):
     def codes(self) -> Tensor:
         """Return the integer codes of the weight, ``[..., N, K]``, int8 (uint8 for 8-bit affine)."""
         return quantize(self.weight, self.scale, self.grid, group_size=self.group_size, zero_point=self.zero_point)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        parts = (self._parameters.get("weight"), self.scale, self.zero_point)
+        held, *scales = [None if t is None else t.detach() for t in parts]  # a cast replaces the data of a Parameter
+        super()._apply(fn, recurse)
+        now = self._parameters.get("weight")
+        if held is not None and now is not None and now.dtype != held.dtype and now.dtype in _16_BIT:
+            simple = not (held.is_meta or now.is_meta or isinstance(held, DTensor) or is_fake(held))
+            if simple and (_warned_of is None or _warned_of() is not fn):
+                self._warn_of_cast(fn, now.dtype, held, *scales)
+        return self
+
+    @torch.no_grad()
+    def _warn_of_cast(
+        self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype, weight: Tensor, scale: Any, zero_point: Any
+    ) -> None:
+        """Warn of codes that change because the weight is rounded to 16 bits."""
+        before, after = (
+            quantize(w, scale, self.grid, group_size=self.group_size, zero_point=zero_point)
+            for w in (weight, weight.to(dtype))
+        )
+        if changed := int((before != after).sum()):
+            # Every layer of a model is cast by the same function. So this warns once, and then nothing is counted.
+            global _warned_of
+            _warned_of = weakref.ref(fn)
+            warnings.warn(
+                f"the cast to {dtype} changed {changed} of the {before.numel()} codes of a quantized layer (layers "
+                "after it are not counted), since it rounds the weights that codes are taken from. A cast after QAT "
+                "changes the model that was trained: use torch.autocast, or pack_model first, whose codes no cast "
+                "changes. Before QAT, cast before quantize_model",
+                stacklevel=2,
+            )
+
+    @property
+    def layout(self) -> str:
+        """The quantization in words; a learned quantizer of the input has a layout of its own."""
+        dynamic = isinstance(self.act, DynamicActivation)
+        return f"{self.described}, act_bits={self.config.act_bits}" if dynamic else self.described
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        _, _, missing_keys, *_ = args
+        scale = f"{prefix}scale"
+        if scale in missing_keys and f"{prefix}weight" in state_dict:
+            warnings.warn(
+                "the state dict has weights of quantized layers without their scales, so the scales are not those of "
+                "the weights: call load_weights(model, state_dict), which sets scales from the weights",
+                stacklevel=2,
+            )
+            if not any(isinstance(name, _MissingScale) for name in missing_keys):
+                missing_keys[missing_keys.index(scale)] = _MissingScale(scale)
 
     @property
     def described(self) -> str:

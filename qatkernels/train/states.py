@@ -116,6 +116,8 @@ def restore(
         if stats is not None and any(name.startswith("codes.") for name in present):
             codes = stats.codes()  # of the shape, type and place of those that were saved
             live |= {f"codes.{name}": value for name, value in codes.items()}
+        layouts = {name: live.pop(name) for name in list(live) if name.endswith("_extra_state")}
+        live |= {name: layout for name, layout in layouts.items() if name in present}  # earlier versions had none
         if live.keys() != present:
             odd = sorted(live.keys() ^ present)
             raise KeyError(f"it has no {odd[0]}" if odd[0] in live else f"{odd[0]} is not in the model")
@@ -124,7 +126,11 @@ def restore(
         else:
             with torch.no_grad():
                 for name, value in live.items():
-                    _fill(value, tensors[name])
+                    if name not in layouts:
+                        _fill(value, tensors[name])
+            live |= {name: tensors[name] for name in layouts if name in present}
+        found = {name.removeprefix("model."): live[name] for name in layouts if name in present}
+        model.load_state_dict(found, strict=False)  # which compares them
         if stats is not None:
             stats.load_state_dict(codes)
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})

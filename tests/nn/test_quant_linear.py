@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -240,7 +241,7 @@ class TestNoise:
             assert_same_bits(actual, wanted)
 
     def test_is_not_saved(self, layer):
-        assert set(layer.state_dict()) <= {"weight", "bias", "scale", "zero_point"}
+        assert set(layer.state_dict()) <= {"weight", "bias", "scale", "zero_point", "_extra_state"}
 
 
 class TestCasts:
@@ -271,6 +272,41 @@ class TestCasts:
             self.cast(layer, lambda m: nn.Sequential(m).bfloat16())
         finally:
             torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+class TestWarningOfCasts:
+    def count(self, layer, dtype):
+        with torch.no_grad():
+            rounded = copy.deepcopy(layer)
+            rounded.weight.copy_(layer.weight.to(dtype))
+        return (rounded.codes() != layer.codes()).sum().item(), layer.weight.numel()
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+    def test_counts_the_codes_that_change(self, dtype):
+        layer = QuantLinear(128, 64, config=QuantConfig(4))
+        changed, total = self.count(layer, dtype)
+        assert changed > 0
+        with pytest.warns(UserWarning, match=f"the cast to {dtype} changed {changed} of the {total} codes"):
+            layer.to(dtype)
+
+    def test_once_for_a_model_and_again_for_the_next(self):
+        for _ in range(2):
+            model = nn.Sequential(*(QuantLinear(128, 128, config=QuantConfig(4)) for _ in range(3)))
+            with pytest.warns(UserWarning, match="use torch.autocast, or pack_model first") as said:
+                model.bfloat16()
+            assert len(said) == 1
+
+    def test_not_where_no_code_changes(self, layer):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for cast in ("double", "float", "cpu"):
+                getattr(layer, cast)()
+            layer.to("meta").bfloat16()
+            exact = QuantLinear(16, 12, config=QuantConfig(2))
+            with torch.no_grad():
+                exact.weight.copy_(exact.weight.bfloat16())
+            exact.bfloat16().float()
+            QuantLinear(128, 64, config=QuantConfig(1)).bfloat16()  # the sign of a weight stays
 
 
 class TestSaving:

@@ -1,0 +1,78 @@
+"""Weights of another model for a quantized one: full precision, or other bits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .activation import LearnedActivation, layout_in
+from .quantized import Quantized
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, state_dict: dict[str, Any], *, strict: bool = True) -> Any:
+    """Load a state dict into a quantized model, and set the scales of its weights anew, from the weights.
+
+    This is how to start from full-precision weights, or from weights that were trained at other bits. Whatever the
+    state dict has of scales and zero points of weights is not used. Scales are set in place, so an optimizer keeps its
+    parameters; its moments of them are stale.
+
+    A learned quantizer of an input is loaded if the state dict has one of the same bits and scheme. Else the next
+    training batch initializes it, or :func:`calibrate`.
+
+    ``model.load_state_dict`` is for weights *and* scales of the same configuration, such as a checkpoint of this model.
+
+    Args:
+        model: a model from :func:`quantize_model`; changed in place.
+        state_dict: of a model of the same architecture, quantized or not.
+        strict: as in ``load_state_dict``: whether other names may be missing or too many.
+
+    Returns:
+        What ``load_state_dict`` returns: the missing and the unexpected keys.
+
+    Raises:
+        ValueError: if no layer is quantized, or the model is sharded.
+        RuntimeError: from ``load_state_dict``, if names or shapes do not fit.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    quantized = [module for module in modules.values() if isinstance(module, Quantized)]
+    if not quantized:
+        raise ValueError("the model has no quantized layer, quantize_model makes them")
+    if any(isinstance(layer.weight, DTensor) for layer in quantized):
+        raise ValueError("the model is sharded, so scales cannot be set anew: load the weights before fully_shard")
+    own, state = model.state_dict(), copy.copy(state_dict)  # with the metadata of torch, if it has some
+    forgotten: list[LearnedActivation] = []
+    for name, module in modules.items():
+        prefix = f"{name}.".lstrip(".")
+        if isinstance(module, LearnedActivation):
+            if layout_in(state, prefix) == module.layout:
+                continue
+            forgotten.append(module)
+            _keep_own(state, own, prefix)
+        elif isinstance(module, Quantized):
+            _keep_own(state, own, prefix)
+            if not isinstance(module.act, LearnedActivation):
+                _drop(state, [key for key in state if key.startswith(f"{prefix}act.")])
+    found = model.load_state_dict(state, strict=strict)
+    for layer in quantized:
+        layer.reset_scale()
+    for act in forgotten:
+        act.reset_parameters()
+    return found
+
+
+def _keep_own(state: dict[str, Any], own: Mapping[str, Tensor], prefix: str) -> None:
+    """Give a state dict a module's own scales in place of those that it has, if it has any."""
+    names = [prefix + name for name in ("scale", "zero_point", "initialized", "_extra_state")]
+    _drop(state, names)
+    state.update({name: own[name] for name in names if name in own})
+
+
+def _drop(state: dict[str, Any], names: list[str]) -> None:
+    for name in names:
+        state.pop(name, None)
