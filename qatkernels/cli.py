@@ -250,13 +250,14 @@ def bit_width(text: str) -> float:
 
 def plan(argv: Sequence[str]) -> int:
     """Say how many tokens to train in full precision and how many quantized."""
+    from .files import CheckpointError
     from .plan import command  # scipy takes a while to import
 
     try:
         return command.run(argv)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError) as error:
+    except (CheckpointError, ValueError, OSError) as error:
         return _fail(error)
 
 

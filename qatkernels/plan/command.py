@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from . import units
 from .decide import best_bits_under_memory, full_precision_parity, wasted_tokens
-from .fit import LossFit, fit_loss_law, read_runs, select
+from .fit import FitError, LossFit, fit_loss_law, read_runs, select
 from .formula import optimal_qat_fraction, tokens_per_parameter_byte
 from .law import LossLaw
 
@@ -67,7 +68,8 @@ def run(argv: Sequence[str]) -> int:
 
     Raises:
         ValueError: if an argument or a file cannot be used.
-        OSError: if a file cannot be read or written.
+        CheckpointError: if a law cannot be read or written.
+        OSError: if the picture cannot be written.
     """
     args = parser().parse_args(argv)
     with warnings.catch_warnings(record=True) as caught:
@@ -90,10 +92,10 @@ def _law(args: argparse.Namespace) -> tuple[LossLaw | None, LossFit | None]:
     if args.memory and not (args.runs or args.law):
         raise ValueError("--memory needs a law: give --runs or --law")
     if args.law:
-        stored = json.loads(Path(args.law).read_text())
+        stored = files.read_json(Path(args.law))
         try:
             return LossLaw.from_dict(stored["coefficients"]), None
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"--law {args.law} holds no law ({error})") from error
     if not args.runs:
         return None, None
@@ -105,9 +107,12 @@ def _law(args: argparse.Namespace) -> tuple[LossLaw | None, LossFit | None]:
         runs = select(runs, **{column: value})
         if not runs[column]:
             raise ValueError(f"--where {condition} leaves no runs")
-    fit = fit_loss_law(runs, seed=args.seed, resamples=args.resamples)
+    try:
+        fit = fit_loss_law(runs, seed=args.seed, resamples=args.resamples)
+    except FitError as error:
+        raise FitError(f"--runs {args.runs}: {error}") from error
     if args.save:
-        Path(args.save).write_text(json.dumps(fit.to_dict(), indent=2) + "\n")
+        files.write_json(Path(args.save), fit.to_dict(), sealed=True)
     return fit.law, fit
 
 
@@ -222,9 +227,10 @@ def _fit_text(fit: dict[str, Any]) -> str:
         + ("not measured" if mae is None else f"off by {mae:.3f} on average")
     ]
     for name, value in fit["coefficients"].items():
-        low, high = fit["intervals"][name]
+        limits = fit["intervals"][name]
+        interval = "no resamples, no interval" if limits is None else f"{limits[0]:.4g} to {limits[1]:.4g}"
         mark = "  (at its limit: the runs do not determine it)" if name in fit["undetermined"] else ""
-        lines.append(f"  {name.rstrip('_'):<8} {value:<10.4g} {low:.4g} to {high:.4g}{mark}")
+        lines.append(f"  {name.rstrip('_'):<8} {value:<10.4g} {interval}{mark}")
     return "\n".join(lines)
 
 

@@ -75,10 +75,16 @@ def load(path: Path) -> nn.Module:
     Raises:
         CheckpointError: if it is missing, damaged, or of another kind.
     """
-    model = load_trained(path)[0] if path.is_dir() else load_packed(path, lambda c: sources.build(c["model"]))
+    model = load_trained(path)[0] if path.is_dir() else load_packed(path, lambda config: _build(config, path))
     if not isinstance(model, Transformer):
         raise CheckpointError(f"{path} holds a {type(model).__name__}, must be a model of --model demo")
     return model.eval()
+
+
+def _build(described: dict[str, Any], file: Path) -> nn.Module:
+    """Return the model that a file says it holds, if it can."""
+    sources.check_room(described["model"], file.stat().st_size)
+    return sources.build(described["model"])
 
 
 def load_trained(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -90,7 +96,7 @@ def load_trained(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     described = checkpoint.read_json(folder / "config.json")
     tensors, _ = checkpoint.load(folder / "model.safetensors")
     try:
-        model = sources.build(described["model"])
+        model = _build(described, folder / "model.safetensors")
         if described["quantization"] is not None:
             quantization = QuantConfig.from_dict(described["quantization"])
             model = quantize_model(model, quantization, exclude=described["exclude"])
