@@ -6,10 +6,13 @@ goes on; qatkernels works without the extension, more slowly.
 
 QATKERNELS_BUILD=none builds nothing, =cpu leaves CUDA out, =require turns a missing compiler or torch into an error.
 QATKERNELS_CUDA_ARCHS overrides the CUDA architectures, for example "90a".
+QATKERNELS_CMAKE_ARGS adds arguments for CMake, for example "-DCMAKE_BUILD_TYPE=Debug -DQK_SANITIZE=address".
 """
 
+import hashlib
 import os
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 MODE = os.environ.get("QATKERNELS_BUILD", "auto")
 CUDA_ARCHS = "80;90a;100"
+CMAKE_ARGS = shlex.split(os.environ.get("QATKERNELS_CMAKE_ARGS", ""))
 
 
 def find_torch():
@@ -68,7 +72,10 @@ class CMakeBuild(build_ext):
 
         torch_dir = find_torch()
         torch_version = runpy.run_path(str(torch_dir / "version.py"))
-        build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-torch{torch_version['__version__']}"
+        # CMake remembers options, so builds with other ones get a directory of their own.
+        options = f"-{hashlib.sha256(shlex.join(CMAKE_ARGS).encode()).hexdigest()[:8]}" if CMAKE_ARGS else ""
+        name = f"cmake-{sys.implementation.cache_tag}-torch{torch_version['__version__']}{options}"
+        build_dir = ROOT / "build" / name
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         configure = {
             "CMAKE_INSTALL_PREFIX": target.parent,
@@ -80,8 +87,8 @@ class CMakeBuild(build_ext):
             "QK_PYBIND11_INCLUDE": pybind11.get_include(),
             "QK_CUDA_ARCHS": cuda_archs(torch_version),
         }
-        options = [f"-D{name}={value}" for name, value in configure.items()]
-        subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build_dir, *options], check=True)
+        defines = [f"-D{name}={value}" for name, value in configure.items()]
+        subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build_dir, *defines, *CMAKE_ARGS], check=True)
         subprocess.run(["cmake", "--build", build_dir], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)  # a process that runs the old one keeps it
