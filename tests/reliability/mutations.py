@@ -1,8 +1,8 @@
 """Files that are damaged, foreign or made up: each is refused by name, or read as what it says. Never anything else.
 
 Each target runs in a process of its own, so that a crash is a failure of the case that was being read. A case fails
-too if it takes longer than `LIMIT` seconds, needs more than `ROOM` bytes more than those before it, unpickles, starts a
-program or opens a connection.
+too if it computes for `LIMIT` seconds or has not ended after `PATIENCE`, needs more than `ROOM` bytes more than those
+before it, unpickles, starts a program or opens a connection.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from .runner import Campaign, Wrong
 
 CASES = 10_000
-LIMIT = 20
+LIMIT, PATIENCE = 20, 600
 ROOM = 256 << 20
 _FORBIDDEN = ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect")
 
@@ -53,10 +53,12 @@ class _Watch:
         Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident memory starts anew
         self.before, self.asked = _status("VmRSS"), _status("VmPeak")
         self.on = True
-        signal.alarm(LIMIT)
+        signal.setitimer(signal.ITIMER_PROF, LIMIT)
+        signal.alarm(PATIENCE)
 
     def __exit__(self, *_: object) -> None:
         signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         self.on = False
         if self.seen:
             raise Wrong(f"forbidden: {self.seen.pop()}")
@@ -166,7 +168,11 @@ def _target(campaign: Campaign, name: str) -> dict[str, Any]:
                 break
             crashes += 1
             how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
-            campaign.fail(name, done - 1, f"the process ended with {how}" + (", too slow" if how == "SIGALRM" else ""))
+            campaign.fail(
+                name,
+                done - 1,
+                f"the process ended with {how}" + (", too slow" if how in ("SIGALRM", "SIGPROF") else ""),
+            )
             first = done
             if campaign.case is not None or crashes > 20 or done == 0:
                 break

@@ -76,18 +76,17 @@ class Campaign:
         return list(self.only) or names
 
     def each(self, names: Iterable[str], work: Callable[[str], dict[str, Any]]) -> None:
-        """Run those names that were asked for, and write the figures after each."""
-        machine_ = machine()
+        """Run those names that were asked for, and write the figures after each, beside those that the file has."""
+        about = {"command": self.command, "seed": self.seed, **machine()}
         for name in self.chosen(names):
+            before = len(self.failures)
             self.results[name] = found = work(name)
             numbers = ", ".join(f"{key} {value}" for key, value in found.items() if not isinstance(value, (list, dict)))
             self.say(f"{self.part} {name}: {numbers}")
             if self.out:
-                report = {
-                    "part": self.part, "command": self.command, "seed": self.seed, "machine": machine_,
-                    "seconds": self.seconds_so_far(), "results": self.results, "failures": self.failures,
-                }  # fmt: skip
-                self.out.write_text(json.dumps(report, indent=1) + "\n")
+                written = json.loads(self.out.read_text())["results"] if self.out.exists() else {}
+                written[name] = {**found, "failures": self.failures[before:], "about": about}
+                self.out.write_text(json.dumps({"part": self.part, "results": written}, indent=1) + "\n")
 
     def seconds_so_far(self) -> float:
         """Return the time since the campaign began."""
@@ -177,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, metavar="T", help="time for each name, instead of --cases")
     parser.add_argument("--seed", type=int, metavar="S", help="seed; a new one if not given, and printed")
     parser.add_argument("--case", type=int, metavar="K", help="run this case alone")
-    parser.add_argument("--out", type=Path, metavar="JSON", help="file to write the figures to")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="file to write figures to, or into")
     args = parser.parse_args(argv)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     command = "python -m tests.reliability " + " ".join(sys.argv[1:] if argv is None else argv)

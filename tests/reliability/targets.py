@@ -522,15 +522,15 @@ class Toml(Target):
             raise Wrong(f"settings are {sorted(found)}, the file has {sorted(flat)}")
         for name, value in flat.items():
             mine = found[name]
-            same = mine == value or (
-                isinstance(mine, tuple) and mine == (tuple(value) if isinstance(value, list) else (value,))
-            )
-            if not same and isinstance(value, str):
-                same = mine == (count(value) if name == "tokens" else float(value))
-            if not same and name == "tokens":
-                same = mine == round(float(value))
-            if not same or isinstance(mine, bool) != isinstance(value, bool):
+            if isinstance(mine, tuple):
+                wanted: Any = tuple(value) if isinstance(value, list) else (value,)
+            elif name == "tokens":
+                wanted = count(str(value))
+            else:  # a number may be written as a text, and a whole one where a float is asked for
+                wanted = float(value) if isinstance(mine, float) else value
+            if mine != wanted or isinstance(mine, bool) != isinstance(value, bool):
                 raise Wrong(f"{name} is {mine!r}, the file says {value!r}")
+        return None
 
 
 def write_table(path: Path) -> None:
