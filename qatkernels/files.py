@@ -2,7 +2,8 @@
 
 A file is written beside its destination, flushed to the disk and renamed over it, so that a reader finds the old file
 or the new one. What belongs to the tensors (the step, say) travels in the same file, in its header, with a digest of
-tensors and header.
+tensors and header. JSON that is read again has a digest too, as one of its fields: a bit that flips in a number leaves
+JSON that is as good as any.
 """
 
 from __future__ import annotations
@@ -88,13 +89,26 @@ def rename(temporary: Path, path: Path) -> None:
                 os.close(folder)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON like :func:`write`."""
-    write(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+#: The field of a JSON file that holds the digest of its others.
+_SEAL = "digest"
+
+
+def write_json(path: Path, value: Any, *, sealed: bool = False, indent: int | None = 2) -> None:
+    """Write JSON like :func:`write`.
+
+    Args:
+        path: destination.
+        value: a JSON-able value.
+        sealed: whether to add a digest, which :func:`read_json` holds the file against; ``value`` is a mapping then.
+        indent: as for ``json.dumps``.
+    """
+    if sealed:
+        value = {**value, _SEAL: _digest_of_json(value)}
+    write(path, (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object; its digest, if it has one, is checked and left out.
 
     Raises:
         CheckpointError: if it is missing, unreadable or damaged.
@@ -103,11 +117,18 @@ def read_json(path: Path) -> dict[str, Any]:
         text = path.read_bytes()
     try:
         value = json.loads(text)
-    except ValueError as error:
+        if isinstance(value, dict) and _SEAL in value and value.pop(_SEAL) != _digest_of_json(value):
+            raise DamagedError(path, "its digest does not match: it is not what was written")
+    except (ValueError, RecursionError) as error:
         raise DamagedError(path, error) from error
     if not isinstance(value, dict):
         raise DamagedError(path, f"it holds {type(value).__name__}, must be a JSON object")
     return value
+
+
+def _digest_of_json(value: Any) -> str:
+    """Return the SHA-256 of a value as it is read again, whatever the order of its fields and the space between."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()).hexdigest()
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from .. import files
 from . import units
 from .decide import best_bits_under_memory, full_precision_parity, wasted_tokens
-from .fit import LossFit, fit_loss_law, read_runs, select
+from .fit import FitError, LossFit, fit_loss_law, read_runs, select
 from .formula import PlanError, optimal_qat_fraction, tokens_per_parameter_byte
 from .law import LossLaw
 
@@ -107,10 +107,12 @@ def _law(args: argparse.Namespace) -> tuple[LossLaw | None, LossFit | None]:
         runs = select(runs, **{column: value})
         if not runs[column]:
             raise PlanError(f"--where {condition} leaves no runs")
-    fit = fit_loss_law(runs, seed=args.seed, resamples=args.resamples)
+    try:
+        fit = fit_loss_law(runs, seed=args.seed, resamples=args.resamples)
+    except FitError as error:
+        raise FitError(f"--runs {args.runs}: {error}") from error
     if args.save:
-        with files.explained("written", Path(args.save)):
-            Path(args.save).write_text(json.dumps(fit.to_dict(), indent=2) + "\n")
+        files.write_json(Path(args.save), fit.to_dict(), sealed=True)
     return fit.law, fit
 
 
@@ -225,9 +227,10 @@ def _fit_text(fit: dict[str, Any]) -> str:
         + ("not measured" if mae is None else f"off by {mae:.3f} on average")
     ]
     for name, value in fit["coefficients"].items():
-        low, high = fit["intervals"][name]
+        limits = fit["intervals"][name]
+        interval = "no resamples, no interval" if limits is None else f"{limits[0]:.4g} to {limits[1]:.4g}"
         mark = "  (at its limit: the runs do not determine it)" if name in fit["undetermined"] else ""
-        lines.append(f"  {name.rstrip('_'):<8} {value:<10.4g} {low:.4g} to {high:.4g}{mark}")
+        lines.append(f"  {name.rstrip('_'):<8} {value:<10.4g} {interval}{mark}")
     return "\n".join(lines)
 
 

@@ -45,7 +45,7 @@ class LossFit:
 
     Attributes:
         law: the fit to all rows.
-        intervals: a confidence interval of each coefficient, by name.
+        intervals: a confidence interval of each coefficient, by name; nan without resamples.
         confidence: the level of the intervals.
         r2: share of the variance of the losses that the law explains.
         optimum_mae: mean absolute difference of predicted and measured optimal fractions, over the groups of runs with
@@ -91,10 +91,12 @@ class LossFit:
                 )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the resamples, fit for JSON."""
+        """Return everything but the resamples, fit for JSON: None is what is not known."""
         return {
             "coefficients": self.law.to_dict(),
-            "intervals": {name: list(limits) for name, limits in self.intervals.items()},
+            "intervals": {
+                name: None if math.isnan(limits[0]) else list(limits) for name, limits in self.intervals.items()
+            },
             "confidence": self.confidence,
             "r2": self.r2,
             "optimum_mae": None if math.isnan(self.optimum_mae) else self.optimum_mae,
@@ -226,6 +228,8 @@ class _Problem:
         x = features(table["params"], table["tokens_qat"], table["tokens_fp"], table["bits"])
         quantized = x[5] > 0
         self._check(x, quantized)
+        if len(np.unique(table["loss"])) < 2:
+            raise FitError("the loss of the runs must take at least two values")
         self.centre = np.concatenate([x[:2].mean(1), x[2:5, quantized].mean(1)])
         self.x = np.concatenate([x[:5] - self.centre[:, None], x[5:]])
         self.target, self.delta = np.log(table["loss"]), delta

@@ -79,6 +79,7 @@ def load(path: Path) -> nn.Module:
 
     def build(config: dict[str, Any]) -> nn.Module:
         try:
+            sources.check_room(config["model"], path.stat().st_size)
             return sources.build(config["model"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} does not hold a model of this version ({error})") from error

@@ -40,6 +40,7 @@ from .parallel import Processes, joined
 from .phases import Phase, phases
 from .shards import plain, whole
 from .signals import Interrupted, Stop
+from .values import check_count, is_number
 
 _ALONE = Processes()
 
@@ -166,7 +167,7 @@ def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:
                     f"{option} is {now[name]}, but the run in {out} was started with {was}; "
                     "give the same, another --out, or --restart to start over"
                 )
-    checkpoint.write_json(path, now)
+    checkpoint.write_json(path, now, sealed=True)
 
 
 @dataclass(frozen=True)
@@ -370,6 +371,16 @@ class _Progress:
     warned: bool = False  # that scales are at the floor
     method: dict[str, Any] = field(default_factory=dict)
 
+    def check(self, steps: int) -> None:
+        """Raise ValueError unless this is how far a phase of so many steps can be."""
+        check_count("first", self.first, 0)
+        check_count("step", self.step, 0)
+        if self.step > steps:
+            raise ValueError(f"step is {self.step}, must be at most {steps}")
+        for name in ("seconds", "start", "held_out"):
+            if not is_number(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r:.80}, must be a number")
+
 
 def _seed(seed: int, purpose: str, step: int) -> int:
     """Return 64 bits that depend on all three; what is drawn at a step needs no generator's state to be saved."""
@@ -387,11 +398,14 @@ def _resumed(training: Training) -> _Progress:
             # With other bit widths than before a part at the constant rate may start elsewhere: of no use then.
             if states.header(path).get("first", phase.first) == phase.first:
                 progress = _Progress(**states.restore(path, model, optimizer, group, training.method.stats))
+                progress.check(phase.steps)
+                if progress.step:
+                    training.method.load_state_dict(progress.method)
                 break
         except DamagedError as error:
             notes.append(f"{error.what}: going on from the checkpoint before, or the start of {phase.name}")
             run.display.note(notes[-1])
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is not a checkpoint that this version knows ({error})") from error
         _delete(run, path)
     if progress is None:
@@ -404,8 +418,6 @@ def _resumed(training: Training) -> _Progress:
     run.log.trim(phase.name, progress.step)
     for note in notes:
         run.log.add(phase=phase.name, step=progress.step, note=note)
-    if progress.step:
-        training.method.load_state_dict(progress.method)
     return progress
 
 
@@ -456,7 +468,10 @@ def _finished(run: Run, phase: Phase) -> dict[str, Any] | None:
     if not marker.exists():
         return None
     try:
-        result: dict[str, Any] = checkpoint.read_json(marker)["result"]
+        about = checkpoint.read_json(marker)
+        result: dict[str, Any] = about["result"]
+        if trained.exists() and states.header(trained) != about:
+            raise DamagedError(marker, f"{trained.name} says something else of itself")
         for path in (*([trained] if trained.exists() else ()), *states.newest_first(folder)):
             states.verify(path, run.group)
     except (DamagedError, KeyError) as error:
@@ -492,7 +507,7 @@ def _finish(training: Training, progress: _Progress) -> dict[str, Any]:
     if run.group.first:
         if tokenizer := sources.tokenizer(run.config.model):
             checkpoint.write(folder / tokenizer.name, tokenizer.read_bytes())
-        checkpoint.write_json(folder / "config.json", about)
+        checkpoint.write_json(folder / "config.json", about, sealed=True)
     if not phase.kept:
         _delete(run, *states.newest_first(folder))
     run.group.wait()

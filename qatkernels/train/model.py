@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .values import check_count
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -29,8 +31,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "context", "vocab"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+            check_count(name, getattr(self, name), 1)
         if self.width % (2 * self.heads):
             raise ValueError(f"heads is {self.heads}, twice that must divide the width ({self.width})")
 

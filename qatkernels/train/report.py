@@ -19,6 +19,7 @@ from ..plan.units import human
 from . import checkpoint
 from .data import Corpus
 from .plot import plot
+from .values import is_number
 
 
 class Log:
@@ -48,17 +49,19 @@ class Log:
             self._writer.flush()
 
     def entries(self) -> list[dict[str, Any]]:
-        """Return every line; one that a kill cut short is left out."""
+        """Return every line that is an entry; one that a kill cut short or a disk damaged is left out."""
         if not self.path.exists():
             return []
         found = []
         with checkpoint.explained("read", self.path):
-            lines = self.path.read_text().splitlines()
+            lines = self.path.read_bytes().splitlines()
         for line in lines:
             try:
-                found.append(json.loads(line))
-            except ValueError:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(entry, dict) and isinstance(entry.get("phase"), str) and is_number(entry.get("step")):
+                found.append(entry)
         return found
 
     def trim(self, phase: str, step: int) -> None:

@@ -19,6 +19,8 @@ DEMO = "demo"
 #: Layers of the demo's model that stay in full precision, as in the papers.
 EXCLUDED = ("lm_head",)
 _STRANGE = "no model that `qatkernels train` wrote, or one of another version"
+#: Bytes that a stored model's rotary angles may take; no file holds them.
+_MAX_ANGLES = 2**30
 
 
 def describe(model: str, shape: ModelConfig) -> dict[str, Any]:
@@ -74,6 +76,28 @@ def build(described: dict[str, Any]) -> nn.Module:
     config.use_cache = False
     model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model
+
+
+def check_room(described: dict[str, Any], size: int) -> None:
+    """Raise ValueError if a demo's model is larger than a file of so many bytes can be, before it is built.
+
+    What a file says of its model decides how much memory is asked for, and a stranger may have written it. A model of
+    transformers has no such formula and is not checked.
+
+    Args:
+        described: as :func:`describe` returns it.
+        size: bytes of the file with its weights.
+    """
+    if "transformers" in described:
+        return
+    config = ModelConfig(**described)
+    weights = 2 * config.vocab * config.width + 4 * config.depth * config.width**2  # at least; each has a bit or more
+    if weights > 8 * size:
+        raise ValueError(f"its model has {weights} weights or more, which {size} bytes cannot hold")
+    if (angles := 4 * config.context * config.width // config.heads) > _MAX_ANGLES:
+        raise ValueError(
+            f"context is {config.context}, whose rotary angles take {angles} bytes, must be at most {_MAX_ANGLES}"
+        )
 
 
 def weight_files(model: str) -> list[Path]:
@@ -170,6 +194,7 @@ def load_trained(path: Path) -> Trained:
     tensors, inside = load(file)
     about = inside if described is None else described
     try:
+        check_room(about["model"], file.stat().st_size)
         model = build(about["model"])
         if about["quantization"] is not None:
             quantization = QuantConfig.from_dict(about["quantization"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -275,7 +274,15 @@ def _run_of(model: Loaded) -> dict[str, Any]:
     """Return the run.json of the run that a checkpoint is of, empty if it lies elsewhere."""
     for folder in (model.file.parent, model.file.parent.parent):
         if (folder / "run.json").exists():
-            return checkpoint.read_json(folder / "run.json")
+            run = checkpoint.read_json(folder / "run.json")
+            for name, kind, wanted in (
+                ("data", str, "a path or null; give --data"),
+                ("context", int, "a number of tokens or null; give --context"),
+                ("model", str, "a path or null"),
+            ):
+                if not isinstance(run.get(name), kind | None):
+                    raise CheckpointError(f"{folder / 'run.json'} has {name} {run[name]!r:.80}, must be {wanted}")
+            return run
     return {}
 
 
@@ -337,11 +344,9 @@ def _analysed(
     }
     work = config.probes * config.steps
     file = Path(config.out) / "ritz" / f"{index:02d}-{loaded.name}.json"
-    if file.exists() and not config.restart:
-        before = checkpoint.read_json(file)
-        if before.get("identity") == identity:
-            display.skip(loaded.name, work)
-            return before
+    if not config.restart and (before := found_before(file, identity)) is not None:
+        display.skip(loaded.name, work)
+        return before
     display.begin(loaded.name, work)
     model = loaded.model.to(device)
     op = HessianOperator(
@@ -374,10 +379,22 @@ def _analysed(
         "sharpness": {target: _sharpness(model, loss, config.rho, target, loaded.params) for target in targets},
         "spectrum": found.to_dict(),
     }
-    checkpoint.write(file, (json.dumps(entry, allow_nan=False) + "\n").encode())
+    checkpoint.write_json(file, entry, sealed=True, indent=None)
     model.cpu()
     display.end(f"{loaded.name:<14} {pictures.line(entry)}")
     return entry
+
+
+def found_before(file: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what an earlier call with the same settings, text and weights found, None if there is none.
+
+    Raises:
+        CheckpointError: if the file is there and cannot be read or is damaged.
+    """
+    if not file.exists():
+        return None
+    before = checkpoint.read_json(file)
+    return before if before.get("identity") == identity else None
 
 
 def clamped(model: nn.Module) -> float:

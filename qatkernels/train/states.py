@@ -191,7 +191,7 @@ def _save_sharded(path: Path, tensors: dict[str, Tensor], header: Mapping[str, A
     digests = _digests(temporary, group)
 
     def name() -> None:
-        checkpoint.write_json(temporary / "state.json", {"header": dict(header), "sha256": digests})
+        checkpoint.write_json(temporary / "state.json", {"header": dict(header), "sha256": digests}, sealed=True)
         remove(path)
         checkpoint.rename(temporary, path)
 

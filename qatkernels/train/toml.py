@@ -30,7 +30,7 @@ def read(path: str | Path) -> dict[str, Any]:
         found = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # also of text that is not UTF-8
+    except (ValueError, RecursionError) as error:  # also of text that is not UTF-8, and of too many brackets
         raise ConfigError(f"--config {path} is not TOML: {error}") from error
     known = {entry.name: entry for entry in fields(TrainConfig)}
     groups = {entry.metadata["group"] for entry in known.values()}

@@ -66,6 +66,19 @@ def test_fit_save_and_use_again(runs: Path, tmp_path: Path, capsys: pytest.Captu
     assert one["wasted_tokens"] > 0
 
 
+def test_without_resamples_there_are_no_intervals(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = tmp_path / "law.json"
+    fitted = ["--runs", str(runs), "--where", "schedule=classic", "--resamples", "0", "--save", str(stored)]
+    assert cli.main([*ASK, *fitted]) == 0
+    assert "no resamples, no interval" in capsys.readouterr().out
+    assert set(json.loads(stored.read_text())["intervals"].values()) == {None}
+    stored.write_text(stored.read_text().replace('"alpha": 1', '"alpha": 2'))
+    assert cli.main([*ASK, "--law", str(stored)]) == 2
+    assert "law.json is damaged (its digest does not match" in capsys.readouterr().err
+
+
 def test_warnings_go_to_stderr(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--params", "10M", "--tokens", "500M", "--bits", "8"]) == 0
     out, err = capsys.readouterr()
@@ -121,7 +134,7 @@ def test_errors_are_one_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["--runs", str(tmp_path / "none.csv")], "cannot be read"),
         (["--runs", str(runs), "--where", "colour=red"], "is not COLUMN=VALUE"),
         (["--runs", str(runs), "--where", "schedule=slow"], "leaves no runs"),
-        (["--runs", str(runs), "--where", "schedule=fused"], "there are 1 runs"),
+        (["--runs", str(runs), "--where", "schedule=fused"], f"--runs {runs}: there are 1 runs"),
         (["--bits", "-1"], "bits is"),
     ):
         assert cli.main([*ASK, *arguments]) == 2

@@ -122,6 +122,25 @@ def test_bad_json(tmp_path: Path, content: str | None, message: str) -> None:
         checkpoint.read_json(path)
 
 
+def test_a_number_that_changed_is_noticed(tmp_path: Path) -> None:
+    """Rewritten with other spaces and another order of fields it is the same; without a digest it is what it says."""
+    path, value = tmp_path / "x.json", {"loss": 1.25, "bits": (4, 2), "of": {"b": None, "a": "é"}}
+    checkpoint.write_json(path, value, sealed=True)
+    text = path.read_text()
+    read = {"loss": 1.25, "bits": [4, 2], "of": {"b": None, "a": "é"}}
+    assert checkpoint.read_json(path) == read
+    stored = json.loads(text)
+    path.write_text(json.dumps(dict(reversed(stored.items()))))
+    assert checkpoint.read_json(path) == read
+    for changed in (text.replace("1.25", "1.26"), text.replace('"loss"', '"lass"'), text.replace("null", "0")):
+        path.write_text(changed)
+        with pytest.raises(CheckpointError, match=r"x\.json is damaged \(its digest does not match"):
+            checkpoint.read_json(path)
+    del stored["digest"]
+    path.write_text(json.dumps({**stored, "loss": 3}))
+    assert checkpoint.read_json(path)["loss"] == 3
+
+
 def test_json_has_no_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         checkpoint.write_json(tmp_path / "x.json", {"loss": float("nan")})

@@ -316,6 +316,26 @@ def test_a_folder_of_another_version(run: Path, tmp_path: Path, capsys: pytest.C
         assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 2**20, "heads": 2}, "its model has .* weights or more, which .* bytes cannot hold"),
+        ({"depth": 10**9}, "its model has .* weights or more"),
+        ({"context": 2**40}, "context is 1099511627776, whose rotary angles take .* bytes"),
+        ({"depth": 1.5}, "depth is 1.5, must be a whole number"),
+    ],
+)
+def test_a_model_that_no_file_can_hold(
+    packed: dict[str, Path], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    """What a header says is checked before it is built: a stranger may have written it."""
+    tensors, header = checkpoint.load(packed["w2"])
+    header["config"]["model"] |= change
+    checkpoint.save(tmp_path / "x.safetensors", tensors, header)
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        load(tmp_path / "x.safetensors")
+
+
 @pytest.mark.parametrize("command", ["pack", "generate"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -17,9 +16,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qatkernels.train import CheckpointError, DivergedError, Interrupted, TrainConfig, checkpoint, guard, loop, train
+from qatkernels.train import (
+    CheckpointError,
+    DivergedError,
+    Interrupted,
+    TrainConfig,
+    checkpoint,
+    guard,
+    loop,
+    report,
+    train,
+)
 
-from .conftest import options, outcome
+from .conftest import outcome
 
 ROOT = Path(__file__).parents[2]
 
@@ -120,6 +129,60 @@ def test_a_damaged_result_is_made_again(tiny: dict[str, Any], name: str) -> None
     assert (after["fp"], after["w2"]) == (before["fp"], before["w2"])
 
 
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_number_that_changed_in_a_result(tiny: dict[str, Any], sealed: bool) -> None:
+    """It has a digest; a file of an earlier version, which has none, is held against the model's own header."""
+    report = run(tiny)
+    path = Path(tiny["out"]) / "w2" / "config.json"
+    stored = json.loads(path.read_text())
+    stored["result"]["bits_per_byte"] += 1
+    path.write_text(json.dumps(stored if sealed else {k: v for k, v in stored.items() if k != "digest"}))
+    said: list[str] = []
+    assert run(tiny, said)["rows"][0]["qat"] == report["rows"][0]["qat"]
+    assert any(line.startswith(f"{path} is damaged (") and line.endswith("training w2 again") for line in said)
+
+
+def test_a_setting_that_changed_in_run_json(tiny: dict[str, Any]) -> None:
+    run(tiny)
+    path = Path(tiny["out"]) / "run.json"
+    path.write_text(path.read_text().replace('"lr": 0.002', '"lr": 0.003'))
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged \(its digest does not match.*--restart"):
+        run(tiny)
+
+
+def test_lines_of_the_log_that_are_no_entries(tiny: dict[str, Any]) -> None:
+    run(tiny)
+    path = Path(tiny["out"]) / "log.jsonl"
+    before = outcome(tiny["out"])["log"]
+    path.write_bytes(path.read_bytes() + b'17\n{"phase": 3, "step": 1}\n{"phase": "w2"}\n\xff\xfe{}\n' + b"[" * 10**5)
+    assert report.Log(path).entries() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 25}, "step is 25, must be at most 24"),
+        ({"step": "5"}, "step is '5', must be a whole number"),
+        ({"held_out": None}, "held_out is None, must be a number"),
+        ({"surprise": 1}, "unexpected keyword argument 'surprise'"),
+    ],
+)
+def test_a_state_of_another_kind(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    """Its digest matches, but no version of this package wrote it."""
+    stop_at(monkeypatch, 8)
+    with pytest.raises(Interrupted):
+        run(tiny)
+    path = sorted((Path(tiny["out"]) / "fp").glob("state-*"))[-1]
+    tensors, header = checkpoint.load(path)
+    checkpoint.save(path, tensors, {**header, **change})
+    with pytest.raises(CheckpointError, match="is not a checkpoint that this version knows") as caught:
+        run(tiny)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+
+
 def test_a_full_disk(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says what is left, and with room again the run ends as if nothing had been."""
     run(tiny, out=str(tmp_path / "whole"))
@@ -195,90 +258,6 @@ def test_a_disk_that_is_really_full(tiny: dict[str, Any], tmp_path: Path, disk: 
     subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
     run(settings)
     assert outcome(settings["out"]) == outcome(str(tmp_path / "whole"))
-
-
-#: Imports once, then forks children that train, and kills all but the last: the first ones themselves at a call of a
-#: function, drawn at random, the others from outside at a random moment, every second one while a file is written.
-#: Prints how many kills there were from outside, and how many of them left an unfinished file.
-_KILLER = """
-import glob, os, random, signal, sys, time
-import torch
-from qatkernels import cli
-from qatkernels.train import phases
-out, draw, kills = sys.argv[1], random.Random(int(sys.argv[2])), int(sys.argv[3])
-
-def dying(where, name, left):
-    function = getattr(where, name)
-    def counting(*args):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args)
-    setattr(where, name, counting)
-
-def child(*dies):
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            if dies:
-                dying(*dies)
-            code = cli.main(sys.argv[4:])
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return pid
-
-def unfinished():
-    return bool(glob.glob(out + "/**/*.tmp", recursive=True))
-
-for where, name in ((phases, "cosine"), (os, "fsync"), (os, "replace")):
-    status = os.waitpid(child(where, name, draw.randint(1, 20)), 0)[1]
-    assert os.WTERMSIG(status) == signal.SIGKILL, (name, status)
-killed = within = 0
-while True:
-    pid = child()
-    began, wait = time.monotonic(), draw.uniform(0.02, 0.5)
-    while killed < kills and os.waitpid(pid, os.WNOHANG) == (0, 0):
-        late = time.monotonic() - began > wait
-        if late and (killed % 2 or unfinished()):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            killed, within = killed + 1, within + unfinished()
-            break
-        if not late:
-            time.sleep(0.001)
-    else:
-        status = 0 if killed < kills else os.waitpid(pid, 0)[1]
-        print("killed", killed, within)
-        sys.exit(os.waitstatus_to_exitcode(status))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs fork and SIGKILL")
-def test_kills_at_random_moments(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """Whatever moment a kill takes, what is left leads to the same weights and the same log, bit for bit."""
-    settings = {
-        **tiny,
-        "steps": 60,
-        "qat_steps": 30,
-        "save_every": 1,
-        "method": "winq",
-        "reset_every": 7,
-        "stats_every": 3,
-    }
-    run(settings, out=str(tmp_path / "whole"))
-    seed = random.randrange(2**32)
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLER, tiny["out"], str(seed), "6", "train", *options(settings)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, (seed, done.stderr)
-    killed, within = next(map(int, line.split()[1:]) for line in done.stdout.splitlines() if line[:6] == "killed")
-    assert killed >= 3, (seed, "the run was over before it could be killed")
-    assert within >= 1, (seed, "no kill fell into the writing of a file")
-    assert outcome(tiny["out"]) == outcome(str(tmp_path / "whole")), seed
 
 
 class _Breaks(nn.Module):

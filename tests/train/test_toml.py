@@ -69,6 +69,7 @@ def test_every_kind_of_value(tmp_path: Path) -> None:
         ("reset-every = 2.5", "reset-every is 2.5, must be a whole number"),
         ("act-bits = [8]", r"act-bits is \[8\], must be a whole number"),
         ("lr = ", "is not TOML"),
+        ("lr = " + "[" * 5000, "is not TOML"),
         ("[[run]]\nbits = 2", r"has \[\[run\]\], must be one table, \[run\]"),
     ],
 )

@@ -1,0 +1,46 @@
+"""The op tests on builds of the extension that check themselves: `.ci/fault-builds`, with the figures of each.
+
+``address``: AddressSanitizer and UndefinedBehaviorSanitizer. ``debug``: -O0 and the assertions of the C++ library.
+``lto``: link-time optimization, where two definitions of a name that differ are an error. ``thread``: ThreadSanitizer
+on eight Python threads that use all kernels and the pool at once (`threads.py`); torch and Python are not instrumented,
+so that what they do with memory is not looked at, while their locks still order what ours does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .runner import Campaign
+
+ROOT = Path(__file__).parents[2]
+KINDS = ("address", "debug", "lto", "thread")
+
+
+def run(campaign: Campaign) -> None:
+    """Build and test each kind."""
+    campaign.each(KINDS, lambda kind: _tested(campaign, kind))
+
+
+def _tested(campaign: Campaign, kind: str) -> dict[str, Any]:
+    tests = "tests/reliability/test_threads.py" if kind == "thread" else os.environ.get("TESTS", "tests/ops")
+    environment = {**os.environ, "TESTS": tests, "PYTHON": sys.executable}
+    environment["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", "")))
+    environment.pop("PYTHONPATH", None)
+    began = time.monotonic()
+    command = [str(ROOT / ".ci" / "fault-builds"), kind]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    summary = re.findall(r"^(?:=+ )?(\d+ .*(?:passed|failed|error).* in [\d.]+s.*?)(?: =+)?$", done.stdout, re.M)
+    reports = re.findall(r"(?:ERROR|WARNING|SUMMARY): \w+Sanitizer.*|runtime error: .*", done.stdout + done.stderr)
+    if done.returncode or reports:
+        said = (reports or (done.stdout + done.stderr).strip().splitlines() or ["nothing"])[-1]
+        campaign.fail(kind, 0, f"exit code {done.returncode}: {said[:300]}")
+    return {
+        "tests": tests, "outcome": summary[-1] if summary else "", "reports": len(reports),
+        "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip

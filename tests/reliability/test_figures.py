@@ -1,0 +1,28 @@
+"""docs/reliability.md says what the files in bench/results say."""
+
+from __future__ import annotations
+
+import json
+
+from . import figures
+from .runner import PARTS
+
+
+def test_tables_are_the_files() -> None:
+    text = figures.DOCUMENT.read_text()
+    assert text == figures.written(text), "run `python -m tests.reliability.figures`"
+
+
+def test_every_part_has_a_table_and_a_command() -> None:
+    assert figures.COLUMNS.keys() == PARTS.keys()
+    for part in PARTS:
+        assert f"python -m tests.reliability {part}" in figures.DOCUMENT.read_text()
+
+
+def test_nothing_wrong_is_left() -> None:
+    """A failure that is committed is one that nobody has looked at."""
+    for part in PARTS:
+        path = figures.RESULTS / f"reliability-{part}.json"
+        if path.exists():
+            for name, found in json.loads(path.read_text())["results"].items():
+                assert not found["failures"], (part, name)
