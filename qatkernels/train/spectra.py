@@ -281,7 +281,9 @@ def _run_of(model: Loaded) -> dict[str, Any]:
                 ("model", str, "a path or null"),
             ):
                 if not isinstance(run.get(name), kind | None):
-                    raise CheckpointError(f"{folder / 'run.json'} has {name} {run[name]!r:.80}, must be {wanted}")
+                    raise checkpoint.CheckpointError(
+                        f"{folder / 'run.json'} has {name} {run[name]!r:.80}, must be {wanted}"
+                    )
             return run
     return {}
 
