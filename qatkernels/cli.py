@@ -225,6 +225,37 @@ def generate(argv: Sequence[str]) -> int:
     return 0
 
 
+def check(argv: Sequence[str]) -> int:
+    """Look for what makes training go wrong without an error."""
+    from .nn import check as look
+    from .train import generate as job
+    from .train import sources
+    from .train.checkpoint import CheckpointError
+
+    parser = argparse.ArgumentParser(
+        prog="qatkernels check",
+        description=f"{check.__doc__} Runs a model that `qatkernels train` or `pack` left forward and backward on "
+        f"random tokens, and prints a table of its quantized layers. The exit code is {BROKEN} if there is a problem.",
+    )
+    parser.add_argument("model", metavar="MODEL", type=Path, help="file of `pack`, or a folder such as runs/demo/w2")
+    parser.add_argument(
+        "--tokens", type=int, default=64, metavar="N", help="tokens to run it on (default: %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    if args.tokens < 1:
+        return _fail(f"--tokens is {args.tokens}, must be at least 1")
+    try:
+        model, described = job.opened(args.model)
+        vocabulary, longest = sources.limits(described)
+        tokens = args.tokens if longest is None else min(args.tokens, longest)
+        drawn = torch.randint(vocabulary or 2, (2, tokens), generator=torch.Generator().manual_seed(0))
+        report = look(model, drawn)
+    except (CheckpointError, ValueError) as error:
+        return _fail(error)
+    print(report)
+    return 0 if report.ok else BROKEN
+
+
 def _show(text: str) -> None:
     """Print text at once, with a replacement for what the terminal's encoding lacks."""
     encoding = sys.stdout.encoding or "utf-8"
@@ -277,5 +308,5 @@ def bench(argv: Sequence[str]) -> int:
 #: Subcommands by name. The first line of a docstring is its line in `qatkernels --help`.
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train, "plan": plan, "spectrum": spectrum, "pack": pack, "generate": generate,
-    "doctor": doctor, "bench": bench,
+    "check": check, "doctor": doctor, "bench": bench,
 }  # fmt: skip

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..grid import MIN_SCALE
 from .activation import LearnedActivation
+from .floor import count_at_floor, local_part
 from .pack_model import packed_modules
 from .packed_linear import Packed
-from .param_groups import count_at_floor, local_part
 from .quantize_model import quantized_modules
 from .quantized import Quantized, reparametrization
 from .replay import untouched

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..grid import MIN_SCALE
 from .activation import LearnedActivation, scales_of
 from .config import QuantConfig
+from .floor import count_at_floor, local_part
 from .quantize_model import quantized_modules
 from .quantized import Quantized
 
@@ -106,19 +106,6 @@ def scales_at_floor(model: nn.Module) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def count_at_floor(weight: Tensor, scale: Tensor) -> Tensor:
-    """Return how many scales are at the floor though their weights are not all zero, without waiting for the device.
-
-    Args:
-        weight: ``[..., K]``.
-        scale: scales of its rows, of its groups, or one for all of it.
-    """
-    low = (scale <= MIN_SCALE).flatten()
-    if not low.numel() or not weight.numel():
-        return low.new_zeros((), dtype=torch.int64)
-    return (low & weight.reshape(low.numel(), -1).ne(0).any(-1)).sum()
-
-
 def _check_rate(name: str, value: Any, optional: bool) -> None:
     if optional and value is None:
         return
@@ -184,9 +171,3 @@ def _size(name: str, weight: Tensor) -> float:
 def _mean(scale: Tensor) -> float:
     mean = scale.detach().abs().mean()
     return float(mean.full_tensor() if isinstance(mean, DTensor) else mean)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor, without its graph."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

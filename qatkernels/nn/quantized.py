@@ -19,10 +19,13 @@ from ..grid import Grid
 from ..ops import fake_quantize, quantize
 from .activation import DynamicActivation, Float32Scales, LearnedActivation
 from .config import QuantConfig
+from .floor import count_at_floor, floor_message, local_part
 from .perturbation import Perturbation
 
 _16_BIT = (torch.bfloat16, torch.float16)
 
+#: Whether a layer has warned of scales at the floor.
+_warned_of_floor = False
 #: The function that casts the layers of the model that was warned of last.
 _warned_of: weakref.ref[Callable[[Tensor], Tensor]] | None = None
 
@@ -182,6 +185,26 @@ class Quantized(Float32Scales):
                 "after it are not counted), since it rounds the weights that codes are taken from. A cast after QAT "
                 "changes the model that was trained: use torch.autocast, or pack_model first, whose codes no cast "
                 "changes. Before QAT, cast before quantize_model",
+                stacklevel=2,
+            )
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode as any module does; the change to eval mode warns once of scales that fell to the floor."""
+        if self.training and not mode:
+            self._warn_of_floor()
+        return super().train(mode)
+
+    @torch.no_grad()
+    def _warn_of_floor(self) -> None:
+        """Warn once in a process. Waiting for the device once a layer is cheap: loops evaluate seldom."""
+        global _warned_of_floor
+        weight, scale = self._parameters.get("weight"), self._parameters.get("scale")
+        if _warned_of_floor or weight is None or scale is None or weight.is_meta or scale.is_meta or is_fake(scale):
+            return
+        if count := int(count_at_floor(local_part(weight), local_part(scale))):
+            _warned_of_floor = True
+            warnings.warn(
+                f"{floor_message(count, scale.numel(), ' in one layer')}; scales_at_floor(model) has every layer",
                 stacklevel=2,
             )
 

@@ -70,21 +70,35 @@ def generate(
         yield token, logits
 
 
+def opened(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a model, packed or trained, and the values that it was built from (:func:`sources.describe`).
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or of another kind.
+    """
+    if path.is_dir():
+        trained = sources.load_trained(path)
+        return trained.model, trained.about["model"]
+    described: dict[str, Any] = {}
+
+    def build(config: dict[str, Any]) -> nn.Module:
+        try:
+            described.update(config["model"])
+            sources.check_room(described, path.stat().st_size)
+            return sources.build(described)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} does not hold a model of this version ({error})") from error
+
+    return load_packed(path, build), described
+
+
 def load(path: Path) -> nn.Module:
     """Return a byte-level model in eval mode: a packed one from a file, a trained one from its folder.
 
     Raises:
         CheckpointError: if it is missing, damaged, or of another kind.
     """
-
-    def build(config: dict[str, Any]) -> nn.Module:
-        try:
-            sources.check_room(config["model"], path.stat().st_size)
-            return sources.build(config["model"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} does not hold a model of this version ({error})") from error
-
-    model = sources.load_trained(path).model if path.is_dir() else load_packed(path, build)
+    model, _ = opened(path)
     if not isinstance(model, Transformer):
         raise CheckpointError(f"{path} holds a {type(model).__name__}, must be a model of --model demo")
     return model.eval()

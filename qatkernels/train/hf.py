@@ -12,9 +12,11 @@ reporters that come before it, nor learn that training failed: WinQ without SQuA
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 try:
@@ -22,7 +24,9 @@ try:
 except ImportError as error:
     raise ImportError(f"qatkernels.train.hf needs transformers: pip install qatkernels[hf] ({error})") from error
 
+from ..nn import param_groups, quantized_modules, scales_at_floor
 from ..nn.activation import scales_of
+from ..nn.floor import floor_message
 from .squat import SQuAT
 from .winq import WinQ
 
@@ -116,11 +120,45 @@ class WinQCallback(TrainerCallback):
 
 
 class QATTrainer(Trainer):
-    """A Trainer for quantized models: scales are not decayed.
+    """A Trainer for quantized models: scales do not decay, and have a learning rate that fits their size.
 
-    With a :class:`WinQCallback`, its numbers reach every reporter, an error turns the noise off, and a step averages
-    over as many passes as it asks for.
+    Training logs have ``scales_at_floor``, the number of scales that fell to the smallest value, with a warning once
+    (:func:`qatkernels.scales_at_floor`). With a :class:`WinQCallback`, its numbers reach every reporter, an error turns
+    the noise off, and a step averages over as many passes as it asks for.
+
+    Args:
+        *args: the Trainer's.
+        scale_lr: learning rate of scales and zero points; None as for :func:`qatkernels.param_groups`. The Trainer's
+            schedule applies to it. An optimizer that the Trainer is given stays as it is.
+        **kwargs: the Trainer's.
     """
+
+    def __init__(self, *args: Any, scale_lr: float | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scale_lr = scale_lr
+        self._warned_of_floor = False
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Return the Trainer's optimizer, with groups of their own for scales."""
+        given = self.optimizer is not None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        model: Any = args[0] if args else kwargs.get("model") or self.model
+        if not given and quantized_modules(model):
+            self._give_scales_groups(optimizer, param_groups(model, lr=self.args.learning_rate, scale_lr=self.scale_lr))
+        return optimizer
+
+    @staticmethod
+    def _give_scales_groups(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+        """Move scales out of the optimizer's groups into new ones with their learning rates and no decay."""
+        rates = {id(p): group["lr"] for group in groups if group["name"] == "scales" for p in group["params"]}
+        for group in list(optimizer.param_groups):
+            by_rate: dict[float, list[Tensor]] = {}
+            for p in group["params"]:
+                if id(p) in rates:
+                    by_rate.setdefault(rates[id(p)], []).append(p)
+            group["params"] = [p for p in group["params"] if id(p) not in rates]
+            for rate, scales in by_rate.items():
+                optimizer.add_param_group({**group, "params": scales, "lr": rate, "weight_decay": 0.0})
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the Trainer's choice without scales and zero points of weights and activations."""
@@ -157,6 +195,14 @@ class QATTrainer(Trainer):
         """Add WinQ's log to a training log, before the callbacks get it in their order."""
         for callback in self._winq():
             callback.add_to(logs)
+        model: Any = self.model
+        if "loss" in logs and (layers := quantized_modules(model)):
+            count = sum(scales_at_floor(model).values())
+            logs["scales_at_floor"] = float(count)
+            if count and not self._warned_of_floor:
+                self._warned_of_floor = True
+                total = sum(layer.scale.numel() for layer in layers.values())
+                warnings.warn(f"{floor_message(count, total)}, or a smaller scale_lr of the Trainer", stacklevel=2)
         super().log(logs, *args, **kwargs)
 
     def _winq(self) -> list[WinQCallback]:

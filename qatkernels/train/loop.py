@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..grid import MIN_SCALE
 from ..nn.activation import scales_of
+from ..nn.floor import floor_message
 from . import checkpoint, data, report, sources, states
 from .build import build_model, build_optimizer, described, sizes
 from .checkpoint import CheckpointError, DamagedError
@@ -432,11 +432,8 @@ def _delete(run: Run, *paths: Path) -> None:
 
 def _warn_of_floor(training: Training, entry: dict[str, Any]) -> None:
     count, total = entry["scales_at_floor"], sum(s.numel() for s in scales_of(training.model))
-    message = (
-        f"{count} of {total} scales have fallen to the smallest value ({MIN_SCALE:g}) by step {entry['step']} of "
-        f"{training.phase.name}; the weights that they scale compute next to nothing: lower --scale-lr "
-        f"({training.run.config.scale_lr:g})"
-    )
+    when = f" by step {entry['step']} of {training.phase.name}"
+    message = f"{floor_message(count, total, when)}, here --scale-lr below {training.run.config.scale_lr:g}"
     training.run.display.note(message)
     training.run.log.add(phase=training.phase.name, step=entry["step"], note=message)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..grid import MIN_SCALE
-from ..nn.param_groups import count_at_floor
+from ..nn.floor import count_at_floor
 from ..ops import fake_quantize, quantize
 from .shards import layers_by_weight, locals_of, plain, total
 

@@ -14,7 +14,7 @@ from tests.compare import assert_same_bits
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from qatkernels import QuantConfig, quantize_model, quantized_modules  # noqa: E402
+from qatkernels import QuantConfig, param_groups, quantize_model, quantized_modules  # noqa: E402
 from qatkernels.train import SQuAT, WinQ, hadamard  # noqa: E402
 from qatkernels.train.hf import QATTrainer, SQuATTrainer, WinQCallback  # noqa: E402
 
@@ -57,10 +57,11 @@ def train(trainer_class, model, folder, callbacks=(), extra=None, resume=None, *
     return trainer
 
 
-def own_loop(step):
+def own_loop(step, trainer=QATTrainer):
     """The loop that the Trainer runs on one batch over and over, by hand."""
     model = make_model().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    parameters = param_groups(model, lr=3e-3) if issubclass(trainer, QATTrainer) else model.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0)
     batch = {key: torch.stack([row[key] for row in dataset()]) for key in ("input_ids", "labels")}
 
     def closure():
@@ -91,7 +92,7 @@ def test_winq_callback(tmp_path):
         winq = WinQ(model, **settings)
         return lambda closure: (closure(), optimizer.step(), winq.after_step())
 
-    assert_close(model, own_loop(step))
+    assert_close(model, own_loop(step, transformers.Trainer))
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == STEPS
     assert all(0 <= entry["winq/flips"] < 1 and entry["winq/distance"] > 0 for entry in logs)
@@ -112,6 +113,46 @@ def test_several_passes(tmp_path, several):
     for one in (WinQCallback(**settings), callback):
         with pytest.raises(ValueError, match="must be False and 1 unless the Trainer is a QATTrainer"):
             train(transformers.Trainer, make_model(), tmp_path, [one])
+
+
+def layer(model):
+    return next(iter(quantized_modules(model).values()))
+
+
+@pytest.mark.parametrize("scale_lr", [None, 1e-6])
+def test_scales_have_their_own_learning_rate(tmp_path, scale_lr):
+    model = make_model()
+    trainer = QATTrainer(model=model, args=arguments(tmp_path), train_dataset=dataset(), scale_lr=scale_lr)
+    trainer.create_optimizer()
+    rates = {id(p): g["lr"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert set(rates) == {id(p) for p in model.parameters()}
+    wanted = {id(p): g["lr"] for g in param_groups(model, lr=3e-3, scale_lr=scale_lr) for p in g["params"]}
+    assert rates == wanted
+    before = rates[id(layer(model).scale)]
+    assert before == 1e-6 if scale_lr else before < 3e-3
+    trainer.train()
+    assert "scales_at_floor" in trainer.state.log_history[0]
+
+
+def test_a_given_optimizer_stays_as_it_is(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    trainer = QATTrainer(model=model, args=arguments(tmp_path), train_dataset=dataset(), optimizers=(optimizer, None))
+    trainer.create_optimizer()
+    assert len(optimizer.param_groups) == 1
+
+
+def test_scales_at_the_floor_are_warned_of_once(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        layer(model).scale[:2] = -1.0
+    trainer = QATTrainer(
+        model=model, args=arguments(tmp_path, max_steps=3), train_dataset=dataset(), scale_lr=0.0
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="2 of .* scales have fallen") as caught:
+        trainer.train()
+    assert len([w for w in caught if "a smaller scale_lr of the Trainer" in str(w.message)]) == 1
+    assert {e["scales_at_floor"] for e in trainer.state.log_history if "loss" in e} == {2.0}
 
 
 def test_scales_are_not_decayed(tmp_path):

@@ -344,3 +344,20 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = {"pack": ["CKPT", "OUT", "--scale-dtype"], "generate": ["MODEL", "--prompt", "--tokens", "--temperature"]}
     text = capsys.readouterr().out
     assert all(word in text for word in wanted[command])
+
+
+def test_check(run: Path, packed: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", str(run / "w2")]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == "4 layers checked, no problem found"
+    assert cli.main(["check", str(packed["w2"])]) == 0
+    assert "packed, bits=2" in capsys.readouterr().out
+    dead = tmp_path / "dead"
+    shutil.copytree(run / "w4", dead)
+    tensors, about = checkpoint.load(dead / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(".scale"))
+    tensors[name][:2] = -1.0
+    checkpoint.save(dead / "model.safetensors", tensors, about)
+    assert cli.main(["check", str(dead)]) == cli.BROKEN
+    assert f"problem: {name.removesuffix('.scale')} has 2 of" in capsys.readouterr().out
+    assert cli.main(["check", str(tmp_path / "nothing")]) == cli.BAD_USAGE

@@ -1,0 +1,36 @@
+"""Scales that training drove to the smallest value, where kernels clamp them: how to count them, and what to say."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..grid import MIN_SCALE
+
+
+def count_at_floor(weight: Tensor, scale: Tensor) -> Tensor:
+    """Return how many scales are at the floor though their weights are not all zero, without waiting for the device.
+
+    Args:
+        weight: ``[..., K]``.
+        scale: scales of its rows, of its groups, or one for all of it.
+    """
+    low = (scale <= MIN_SCALE).flatten()
+    if not low.numel() or not weight.numel():
+        return low.new_zeros((), dtype=torch.int64)
+    return (low & weight.reshape(low.numel(), -1).ne(0).any(-1)).sum()
+
+
+def floor_message(count: int, total: int, when: str = "") -> str:
+    """Return a warning that names how many scales are at the floor, and the cause."""
+    return (
+        f"{count} of {total} scales have fallen to the smallest value ({MIN_SCALE:g}){when}; the weights that they "
+        "scale compute next to nothing. The learning rate of the scales is too large: take qatkernels.param_groups"
+    )
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor, without its graph."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
