@@ -89,8 +89,11 @@ class PackedBuffers(Float32Scales):
         """Bytes of codes, scales and zero points."""
         return sum(t.nbytes for t in self._buffers.values() if t is not None)
 
-    def product(self, x: Tensor, bias: Tensor | None, offsets: Tensor | None, act_bits: int | None) -> Tensor:
-        """Return ``lowbit_linear``, or ``grouped_lowbit_linear`` where there are offsets."""
+    def forward(self, x: Tensor, bias: Tensor | None, offsets: Tensor | None, act_bits: int | None) -> Tensor:
+        """Return ``lowbit_linear``, or ``grouped_lowbit_linear`` where there are offsets.
+
+        A forward, so that hooks which bring the tensors of a module from elsewhere (offload) come before it.
+        """
         args = (self.packed, self.scale, self.zero_point, bias, offsets)
         return product(x, *args, self.constants, self.grid.code_min, self.grid.storage_bits, act_bits, self.cols)
 
@@ -190,10 +193,10 @@ class Packed(nn.Module):
             x = self.act(x)
         dtype = autocast_dtype(x)
         if dtype is None:
-            return self.weight.product(x, bias, offsets, self.act_bits)
+            return self.weight(x, bias, offsets, self.act_bits)
         # Under autocast. Integers are taken from x before it is rounded, as in training.
         x = x if self.act_bits is not None else x.to(dtype)
-        return self.weight.product(x, bias, offsets, self.act_bits).to(dtype)
+        return self.weight(x, bias, offsets, self.act_bits).to(dtype)
 
     def extra_repr(self) -> str:
         """Describe the layer."""
