@@ -54,6 +54,7 @@ def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) ->
             _check(layer)
             if key not in packed:
                 packed[key] = PackedBuffers.from_quantized(layer, scale_dtype)
+                packed[key].layer = names[layer]
             replacements[layer] = packer(layer, weight=packed[key])
         except ValueError as error:
             raise ValueError(f"{names[layer] or 'the model'} cannot be packed: {error}") from error

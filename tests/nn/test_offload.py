@@ -73,7 +73,7 @@ def test_packing_an_offloaded_model_says_what_to_do(model, how, tmp_path):
 
 def test_quantizing_an_offloaded_model_is_refused():
     model = accelerate.cpu_offload(Model(), "cpu")
-    with pytest.raises(ValueError, match="has a forward of its own on the instance.*quantize before wrapping it"):
+    with pytest.raises(ValueError, match=r"has a forward of its own on the instance.*quantize before wrapping it"):
         qk.quantize_model(model, QuantConfig(4))
 
 
