@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..backends import order
@@ -50,13 +51,10 @@ def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) ->
         key = tuple(map(id, parts))
         kept.append(parts)
         try:
-            if how := _recomputed_by_hooks(layer):
-                raise ValueError(
-                    f"it is {how}, and its weight may be that of an earlier step: make the present one permanent first "
-                    "(torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm)"
-                )
+            _check(layer)
             if key not in packed:
                 packed[key] = PackedBuffers.from_quantized(layer, scale_dtype)
+                packed[key].layer = names[layer]
             replacements[layer] = packer(layer, weight=packed[key])
         except ValueError as error:
             raise ValueError(f"{names[layer] or 'the model'} cannot be packed: {error}") from error
@@ -67,9 +65,25 @@ def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) ->
     return replacements.get(model, model)
 
 
-def _recomputed_by_hooks(layer: nn.Module) -> str | None:
-    """Return what computes a layer's weight before each forward, and only then; a parametrization is always current."""
-    return None if is_parametrized(layer, "weight") else reparametrization(layer)
+def _check(layer: nn.Module) -> None:
+    """Raise ValueError if the weight that a layer has now is not the one that its forward would use."""
+    how = reparametrization(layer)
+    if how is not None and not is_parametrized(layer, "weight"):  # which computes the weight whenever it is read
+        raise ValueError(
+            f"it is {how}, and its weight may be that of an earlier step: make the present one permanent first "
+            "(torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm)"
+        )
+    weight = layer.weight
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            "its weight is sharded: load the full state dict (torch.distributed.checkpoint.state_dict) into a model "
+            "that is not, and pack that"
+        )
+    if isinstance(weight, Tensor) and weight.is_meta and getattr(layer, "_hf_hook", None) is not None:
+        raise ValueError(
+            "its weight is offloaded by accelerate, and on the meta device: pack before offloading, or call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first"
+        )
 
 
 def packed_modules(model: nn.Module) -> dict[str, Packed]:

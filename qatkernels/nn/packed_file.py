@@ -90,6 +90,7 @@ def _described(module: Packed, prefix: str) -> dict[str, Any]:
         present["bias"] = "trains" if module.bias.requires_grad else "frozen"
     if module.weight.zero_point is not None:
         present["zero_point"] = True
+    present["dtype"] = str(module.weight.dtype).removeprefix("torch.")
     return {
         "kind": module.kind,
         "scheme": grid.scheme,
@@ -115,6 +116,7 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
 
 
+_DTYPES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
 _Fields = dict[str, tuple[Callable[[Any], bool], str]]
 #: What each field of a header must be: a test and words. Of those of a layer, `_OPTIONAL` may be absent.
 _HEADER: _Fields = {
@@ -135,6 +137,7 @@ _LAYER: _Fields = {
 _OPTIONAL: _Fields = {
     "bias": (lambda v: v in ("trains", "frozen"), "'trains' or 'frozen'"),
     "zero_point": (lambda v: v is True, "true"),
+    "dtype": (lambda v: v in _DTYPES, f"one of {_DTYPES}"),
 }
 _ACT: _Fields = {
     "scheme": (lambda v: isinstance(v, str), "a text"),
@@ -211,6 +214,8 @@ def _with_packed_layers(model: nn.Module, layers: list[dict[str, Any]], state: d
         prefix = entry["weight"]
         if prefix not in weights:
             weights[prefix] = PackedBuffers(_packed_weight(entry, prefix, state))
+            weights[prefix].layer = entry["names"][0]
+            weights[prefix].dtype = getattr(torch, entry.get("dtype", "float32"))
         layer = None
         for name in entry["names"]:
             old = model.get_submodule(name)

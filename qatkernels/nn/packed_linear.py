@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..grid import Grid
 from ..ops.lowbit_linear import product
@@ -26,8 +28,15 @@ class PackedBuffers(Float32Scales):
     Bytes alone do not say what they stand for, so a state dict must have the layout of the codes, and a module loads
     nothing that has another one, or other dtypes.
 
+    It is no tensor. A model that reads the weight of a layer itself, and does not call the layer, gets an error that
+    says so.
+
     Args:
         weight: the packed weight.
+
+    Attributes:
+        dtype: that of the weight in full precision, which follows casts of the model as a weight's does.
+        layer: name of the layer in its model, as far as it is known; for messages.
     """
 
     uncast: ClassVar[tuple[str, ...]] = ("packed", "scale", "zero_point")
@@ -42,6 +51,7 @@ class PackedBuffers(Float32Scales):
         super().__init__()
         self.grid, self.cols = weight.grid, weight.cols
         self.constants = list(weight.grid.constants)  # built once, not at every call
+        self.dtype, self.layer = torch.float32, ""
         for name in self.uncast:
             self.register_buffer(name, getattr(weight, name))
 
@@ -54,12 +64,44 @@ class PackedBuffers(Float32Scales):
         Raises:
             ValueError: if a scale is not finite, or ``scale_dtype`` cannot hold it.
         """
-        return cls(
+        packed = cls(
             PackedWeight.from_float(
                 layer.weight, layer.scale, layer.grid, layer.group_size,
                 zero_point=layer.zero_point, scale_dtype=scale_dtype,
             )
         )  # fmt: skip
+        packed.dtype = layer.weight.dtype
+        return packed
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        return super()._apply(fn, recurse)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse to take part in torch's functions as if it were a tensor."""
+        found = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))
+        raise TypeError(found._refusal(f"torch's {getattr(func, '__name__', func)}"))
+
+    def __matmul__(self, other: object) -> Any:
+        """Refuse to be multiplied."""
+        raise TypeError(self._refusal("the operator @"))
+
+    __rmatmul__ = __matmul__
+
+    def __getattr__(self, name: str) -> Any:
+        """Say of what a tensor has and this has not why that is so."""
+        if not name.startswith("_") and name not in self._buffers and hasattr(Tensor, name):
+            raise AttributeError(self._refusal(f".{name}"))
+        return super().__getattr__(name)
+
+    def _refusal(self, what: str) -> str:
+        layer = repr(self.layer) if self.layer else "this layer"
+        return (
+            f"the weight of {layer} is packed codes, which {what} cannot use: the model reads the weight of the layer "
+            f"itself instead of calling the layer. Exclude {layer} in quantize_model, which leaves it in full "
+            "precision, or give the model layer.weight.value.dequantize()"
+        )
 
     @property
     def layout(self) -> str:
@@ -85,12 +127,24 @@ class PackedBuffers(Float32Scales):
         return torch.Size((*self.packed.shape[:-1], self.cols))
 
     @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.packed.device
+
+    def numel(self) -> int:
+        """Return the number of weights."""
+        return self.shape.numel()
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points."""
         return sum(t.nbytes for t in self._buffers.values() if t is not None)
 
-    def product(self, x: Tensor, bias: Tensor | None, offsets: Tensor | None, act_bits: int | None) -> Tensor:
-        """Return ``lowbit_linear``, or ``grouped_lowbit_linear`` where there are offsets."""
+    def forward(self, x: Tensor, bias: Tensor | None, offsets: Tensor | None, act_bits: int | None) -> Tensor:
+        """Return ``lowbit_linear``, or ``grouped_lowbit_linear`` where there are offsets.
+
+        A forward, so that hooks which bring the tensors of a module from elsewhere (offload) come before it.
+        """
         args = (self.packed, self.scale, self.zero_point, bias, offsets)
         return product(x, *args, self.constants, self.grid.code_min, self.grid.storage_bits, act_bits, self.cols)
 
@@ -190,10 +244,10 @@ class Packed(nn.Module):
             x = self.act(x)
         dtype = autocast_dtype(x)
         if dtype is None:
-            return self.weight.product(x, bias, offsets, self.act_bits)
+            return self.weight(x, bias, offsets, self.act_bits)
         # Under autocast. Integers are taken from x before it is rounded, as in training.
         x = x if self.act_bits is not None else x.to(dtype)
-        return self.weight.product(x, bias, offsets, self.act_bits).to(dtype)
+        return self.weight(x, bias, offsets, self.act_bits).to(dtype)
 
     def extra_repr(self) -> str:
         """Describe the layer."""

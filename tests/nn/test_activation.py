@@ -8,11 +8,21 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from qatkernels.grid import affine, lsq
-from qatkernels.nn import LearnedActivation, QuantConfig, QuantLinear, calibrate, quantize_model
+from qatkernels.nn import (
+    LearnedActivation,
+    QuantConfig,
+    QuantLinear,
+    calibrate,
+    load_weights,
+    pack_model,
+    quantize_model,
+)
+from qatkernels.train.parallel import leave
 from tests.compare import assert_same_bits
 
 
@@ -254,7 +264,21 @@ def calibrated_on_one(rank, rendezvous):
     assert replicas(x).isfinite().all()
     scale = 2 * x.abs().mean() / 127**0.5
     torch.testing.assert_close(model.act.scale.detach(), scale.view(1))
-    dist.destroy_process_group()
+    refused_when_sharded()
+    dist.barrier()
+    leave(0)
+
+
+def refused_when_sharded():
+    model = fully_shard(QuantLinear(16, 12, config=QuantConfig(4)))
+    state = QuantLinear(16, 12, config=QuantConfig(4)).state_dict()
+    for call, message in (
+        (lambda: pack_model(model), "cannot be packed: its weight is sharded: load the full state dict"),
+        (lambda: model.requantize(QuantConfig(2)), "the weight is sharded.*requantize before fully_shard"),
+        (lambda: load_weights(model, state), "the model is sharded.*load the weights before fully_shard"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_broadcast_by_ddp_calibrates_every_process(tmp_path):

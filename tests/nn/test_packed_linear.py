@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import qatkernels as qk
@@ -13,6 +14,8 @@ from qatkernels.nn import LearnedActivation, PackedBuffers, QuantConfig, QuantLi
 from qatkernels.ops.packing import SCALES
 from tests.compare import assert_same_bits, assert_within
 from tests.lowbit import by_expert, quantized_activation, rounded_bound, sum_error, wide_weight
+
+pytestmark = pytest.mark.filterwarnings("ignore:the cast to torch")  # what is compared is cast before
 
 ACTS = {
     "none": {}, "dynamic": {"act_bits": 8}, "dynamic4": {"act_bits": 4},
@@ -319,3 +322,53 @@ def test_grouped_under_autocast_and_compiled():
     torch._dynamo.reset()
     assert_same_bits(torch.compile(packed, fullgraph=True, backend="aot_eager")(x, offsets), packed(x, offsets))
     assert "3x6x16" in repr(packed)
+
+
+class ReadsTheWeight(nn.Module):
+    """A model that multiplies by a layer's weight itself, as some do."""
+
+    def __init__(self, multiply):
+        super().__init__()
+        self.block = nn.ModuleDict({"proj": nn.Linear(16, 12)})
+        self.multiply = multiply
+
+    def forward(self, x):
+        return self.multiply(x, self.block["proj"].weight)
+
+
+READS = {
+    "linear": lambda x, w: F.linear(x, w),
+    "right": lambda x, w: x @ w,
+    "left": lambda x, w: w @ x.T,
+    "T": lambda x, w: x @ w.T,
+    "data": lambda x, w: F.linear(x, w.data),
+    "listed": lambda x, w: torch.cat([x, w]),
+    "size": lambda x, w: w.size(),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_model_that_reads_the_weight_itself_is_told_by_name(name, tmp_path):
+    model = qk.pack_model(qk.quantize_model(ReadsTheWeight(READS[name]), QuantConfig(4)))
+    qk.save_packed(model, tmp_path / "model.safetensors")
+    loaded = qk.load_packed(tmp_path / "model.safetensors", lambda config: ReadsTheWeight(READS[name]))
+    for each in (model, loaded, copy.deepcopy(model)):
+        with pytest.raises(
+            (TypeError, AttributeError), match=r"the weight of 'block\.proj' is packed codes.*Exclude 'block\.proj'"
+        ):
+            each(torch.randn(3, 16))
+
+
+def test_what_the_weight_says_of_itself(tmp_path):
+    model = qk.pack_model(qk.quantize_model(nn.Sequential(nn.Linear(16, 12)).bfloat16(), QuantConfig(4)))
+    weight = model[0].weight
+    assert (weight.dtype, weight.device.type, weight.shape) == (torch.bfloat16, "cpu", (12, 16))
+    assert weight.numel() == 12 * 16
+    qk.save_packed(model, tmp_path / "model.safetensors")
+    loaded = qk.load_packed(tmp_path / "model.safetensors", lambda config: nn.Sequential(nn.Linear(16, 12)))
+    assert loaded[0].weight.dtype == torch.bfloat16
+    assert model.half()[0].weight.dtype == torch.float16
+    assert model.to("meta", torch.float32)[0].weight.dtype == torch.float32
+    assert weight.device.type == "meta"
+    for name in ("T", "data", "is_quantized", "nothing"):  # libraries ask
+        assert not hasattr(weight, name)
