@@ -94,7 +94,9 @@ def load_trained(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         CheckpointError: if a file is missing, damaged, or of another kind.
     """
     described = checkpoint.read_json(folder / "config.json")
-    tensors, _ = checkpoint.load(folder / "model.safetensors")
+    tensors, header = checkpoint.load(folder / "model.safetensors")
+    if described != header:
+        raise checkpoint.DamagedError(folder / "config.json", "model.safetensors says something else of itself")
     try:
         model = _build(described, folder / "model.safetensors")
         if described["quantization"] is not None:
