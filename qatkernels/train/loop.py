@@ -469,7 +469,8 @@ def _finished(run: Run, phase: Phase) -> dict[str, Any] | None:
         result: dict[str, Any] = about["result"]
         if trained.exists() and states.header(trained) != about:
             raise DamagedError(marker, f"{trained.name} says something else of itself")
-        for path in (*([trained] if trained.exists() else ()), *states.newest_first(folder)):
+        left = states.newest_first(folder)
+        for path in (*([trained] if trained.exists() else ()), *(left if phase.kept else ())):
             states.verify(path, run.group)
     except (DamagedError, KeyError) as error:
         what = error.what if isinstance(error, DamagedError) else f"{marker} has no result"
@@ -477,6 +478,8 @@ def _finished(run: Run, phase: Phase) -> dict[str, Any] | None:
         run.log.add(phase=phase.name, step=0, note=f"{what}: training {phase.name} again")
         _delete(run, marker)  # the model stays until it is replaced, and damaged states are found there again
         return None
+    if not phase.kept:
+        _delete(run, *left)  # a kill after the marker was written, and before they were deleted
     run.display.begin(phase.name, phase.steps)
     return result
 

@@ -192,6 +192,8 @@ def load_trained(path: Path) -> Trained:
     file = path if alone else path / "model.safetensors"
     described = None if alone else read_json(path / "config.json")  # it is written last: the phase is finished
     tensors, inside = load(file)
+    if described is not None and described != inside:
+        raise DamagedError(path / "config.json", "model.safetensors says something else of itself")
     about = inside if described is None else described
     try:
         check_room(about["model"], file.stat().st_size)

@@ -145,6 +145,9 @@ def watch(step: Callable[[int], None], steps: int) -> dict[str, Any]:
     compiled, every = extension(), max(steps // FIGURES, 1)
     figures: dict[str, list[int]] = {"step": [], "resident": [], "tensors": [], "pool": []}
     began = time.monotonic()
+    step(0)
+    gc.collect()
+    gc.freeze()  # of what is there already nothing is counted, or looked through twenty times
     for number in range(1, steps + 1):
         step(number)
         if number % every == 0:
@@ -152,6 +155,7 @@ def watch(step: Callable[[int], None], steps: int) -> dict[str, Any]:
             figures["resident"].append(resident())
             figures["pool"].append(compiled.cached_bytes() if compiled else 0)
             figures["step"].append(number)
+    gc.unfreeze()
     later = {name: values[WARM:] for name, values in figures.items()}
     rise, error = slope(later["step"], later["resident"])
     return {

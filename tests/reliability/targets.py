@@ -335,7 +335,10 @@ class Sharded(Target):
             stored = json.loads(content)
         except (ValueError, RecursionError):
             stored = {}
-        wanted = self.wanted if "digest" in stored else {**self.wanted, **stored.get("header", {})}
+        wanted = self.wanted
+        if "digest" not in stored and isinstance(stored.get("header"), dict):
+            tensors = {name: bits for name, bits in self.wanted.items() if "." in name}
+            wanted = {**tensors, **stored["header"]}
         if found != wanted and found != self.wanted:
             raise Wrong(f"read as something else: {difference(found, self.wanted)}")
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason=
 
 @pytest.mark.parametrize("name", memory.WAYS)
 def test_memory_is_flat(name: str) -> None:
-    found = memory.watch(memory.WAYS[name](), 200)
+    found = memory.watch(memory.WAYS[name](), 100)
     assert not memory.wrong(found), found
 
 

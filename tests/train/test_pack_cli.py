@@ -309,7 +309,7 @@ def test_a_folder_of_another_version(run: Path, tmp_path: Path, capsys: pytest.C
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         described = {**checkpoint.read_json(run / "w2" / "config.json"), **change}
         checkpoint.write_json(folder / "config.json", described)
-        (folder / "model.safetensors").write_bytes((run / "w2" / "model.safetensors").read_bytes())
+        checkpoint.save(folder / "model.safetensors", checkpoint.load(run / "w2" / "model.safetensors")[0], described)
         with pytest.raises(checkpoint.CheckpointError, match=message):
             load(folder)
         assert cli.main(["generate", str(folder)]) == 2

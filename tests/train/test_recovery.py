@@ -183,6 +183,16 @@ def test_a_state_of_another_kind(
     assert message in str(caught.value)
 
 
+def test_a_kill_before_states_are_deleted(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The phase is finished, and what it no longer needs goes with the next call."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.states, "remove", lambda path: None)
+        run(tiny)
+    assert list((Path(tiny["out"]) / "fp").glob("state-*"))
+    run(tiny)
+    assert outcome(tiny["out"]).keys() == {"fp", "w2", "log"}
+
+
 def test_a_full_disk(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says what is left, and with room again the run ends as if nothing had been."""
     run(tiny, out=str(tmp_path / "whole"))
