@@ -12,7 +12,8 @@ namespace qk {
 namespace QK_ISA {
 namespace {
 
-constexpr int64_t kLines = 528;  // whose sums for a panel are kept at once, at most; a multiple of the digits
+constexpr int64_t kLines = 528;            // whose sums for a panel are kept at once, at most; a multiple of the digits
+constexpr int64_t kManyBytes = 256 << 10;  // of activations, which the second cache level holds
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -214,10 +215,14 @@ void lowbit_multiply(const LowbitLinear& call, void* memory, const Expert* exper
   constexpr decltype(&multiply_fours) paths[] = {multiply_float, multiply_pairs, multiply_fours, multiply_tables};
   const auto multiply = paths[static_cast<int>(activations.path)];
   const int64_t panels = (call.rows + kPanel - 1) / kPanel;
-  const int64_t lines = std::min(kLines, call.tokens * activations.digits);
-  const int64_t most = activations.path == Path::kTables ? kTablePanels : 1;   // panels at once
+  const bool is_float = activations.path == Path::kFloat;
+  const int64_t most_lines = is_float ? kFloatLines : kLines;
+  const int64_t lines = std::min(most_lines, call.tokens * activations.digits);
+  // Panels at once. Few lines stay in the cache for one after the other, and each row is then read to its end.
+  const int64_t many = is_float && lines * activations.line_bytes > kManyBytes ? kFloatPanels : 1;
+  const int64_t most = activations.path == Path::kTables ? kTablePanels : many;
   const std::unique_ptr<float[]> sums(new float[most * lines * kPanel + 16]);  // filled by multiply
-  const std::unique_ptr<char[]> scratch(new char[activations.path == Path::kFloat ? 0 : scratch_bytes(call) + 64]);
+  const std::unique_ptr<char[]> scratch(new char[is_float ? 0 : scratch_bytes(call) + 64]);
   float* const at = reinterpret_cast<float*>(aligned(reinterpret_cast<int64_t>(sums.get())));
   void* const aside = reinterpret_cast<void*>(aligned(reinterpret_cast<int64_t>(scratch.get())));
   for (int64_t unit = begin, taken; unit < end; unit += taken) {
@@ -225,7 +230,8 @@ void lowbit_multiply(const LowbitLinear& call, void* memory, const Expert* exper
     taken = std::min({most, end - unit, panels - unit % panels});
     const int64_t feature = unit % panels * kPanel, rows = std::min(taken * kPanel, call.rows - feature);
     const int64_t last = expert.last * activations.digits;
-    const int64_t tokens = expert.last - expert.first, times = (tokens * activations.digits + kLines - 1) / kLines;
+    const int64_t tokens = expert.last - expert.first,
+                  times = (tokens * activations.digits + most_lines - 1) / most_lines;
     const int64_t step = (tokens + times - 1) / times * activations.digits;
     for (int64_t line = expert.first * activations.digits; line < last; line += step) {
       RowBlock block{call, activations, line, std::min(step, last - line), expert.index * call.rows + feature,

@@ -31,6 +31,8 @@ constexpr int64_t chunk_codes(int bits) { return 16 * word_codes(bits); }
 
 constexpr int64_t kWordTables = 2 * kDigits * 64;  // bytes of the tables that a word looks up in
 constexpr int64_t kTablePanels = 2;                // that look up together: an entry is loaded once for their rows
+constexpr int64_t kFloatPanels = 8;                // whose float32 sums are formed together, where there are many lines
+constexpr int64_t kFloatLines = 264;  // of a block then: 256 columns of them stay in the second cache level
 
 // The activations of a call, prepared, in memory that the caller provides.
 struct Activations {
@@ -56,7 +58,7 @@ struct RowBlock {
   const LowbitLinear& call;
   const Activations& activations;
   int64_t first_line, lines;
-  int64_t first_row, rows;  // counted over all experts; at most kPanel, or kTablePanels of them for tables
+  int64_t first_row, rows;  // counted over all experts; at most kPanel, or several panels for tables and float32
   int64_t first_feature;    // of the output
 };
 

@@ -13,6 +13,8 @@ namespace QK_ISA {
 namespace {
 
 constexpr int64_t kColumns = 128;  // of a panel that are decoded at once: 16 KiB of numbers
+constexpr int64_t kDepth = 256;    // columns of all lines that meet several panels from the second cache level
+static_assert(kDepth % kColumns == 0 && kColumns % 128 == 0, "codes of as many columns are whole blocks of bytes");
 
 // Lines whose sums for sixteen rows (or 32) stay in registers, and the 16-lane vectors that fit there.
 #if defined(__AVX512F__)
@@ -58,48 +60,45 @@ struct Factors {
   }
 };
 
-// Columns [first, first + n) of up to sixteen rows as numbers, a column every kPanel floats.
+// Columns [first, first + n) of up to sixteen rows as numbers, a column every kPanel floats; first is a multiple of
+// kColumns. Eight codes are `Bits` bytes, so a code lies in one byte of its row or in two neighbours.
 template <int Bits>
 void decode(const LowbitLinear& call, int64_t first_row, int64_t rows, int64_t first, int64_t n, float* out) {
-  // Where codes do not straddle bytes, bytes are transposed as they are and hold several columns; else they are
-  // unpacked first.
-  constexpr bool whole = 8 % Bits == 0;
-  constexpr int columns_per_byte = whole ? 8 / Bits : 1;
-  const int64_t row_stride = row_bytes(call.cols, Bits), size = call.cols / call.groups;
-  const uint8_t* const packed = call.packed + first_row * row_stride;
-  const int64_t bytes = (n + columns_per_byte - 1) / columns_per_byte;
-  uint8_t unpacked[whole ? 1 : 16][whole ? 1 : kColumns + 64];
-  for (int64_t r = 0; r < rows; ++r) {
-    __builtin_prefetch(packed + r * row_stride + (first + kColumns) * Bits / 8);  // what comes next of the row
-    if constexpr (!whole) unpack_codes<Bits>(packed + r * row_stride, first, n, unpacked[r]);
+  const int64_t stride = row_bytes(call.cols, Bits), bytes = row_bytes(n, Bits), size = call.cols / call.groups;
+  const uint8_t* const packed = call.packed + first_row * stride + first / 8 * Bits;
+  Bytes columns[kColumns / 8 * Bits];  // of bytes
+  for (int64_t at = 0; at < bytes; at += 16) {
+    Bytes part[16];
+    for (int64_t r = 0; r < 16; ++r) {
+      const uint8_t* const from = packed + r * stride + at;
+      part[r] = Bytes{};
+      if (r < rows && at + 16 <= bytes)
+        std::memcpy(&part[r], from, 16);
+      else if (r < rows)
+        std::memcpy(&part[r], from, static_cast<size_t>(bytes - at));
+    }
+    transpose(part);
+    std::memcpy(columns + at, part, sizeof part);
   }
-  const auto row_at = [&](int64_t r, int64_t at) {
-    Bytes row{};
-    const uint8_t* const from = whole ? packed + r * row_stride + first * Bits / 8 + at : unpacked[r] + at;
-    if (at + 16 <= bytes)
-      std::memcpy(&row, from, 16);
-    else
-      std::memcpy(&row, from, static_cast<size_t>(bytes - at));
-    return row;
-  };
+  for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(packed + r * stride + kColumns / 8 * Bits);
   const F32 low(static_cast<float>(call.code_min));
   int64_t group = first / size, left = (group + 1) * size - first;  // columns of the group that are still to come
   Factors factors(call, first_row, rows, group);
-  for (int64_t at = 0, column = 0; at < bytes; at += 16) {
-    Bytes transposed[16];
-    for (int64_t r = 0; r < 16; ++r) transposed[r] = r < rows ? row_at(r, at) : Bytes{};
-    transpose(transposed);
-    for (int i = 0; i < 16; ++i) {
-      const U32 wide = bytes_to_uint(transposed[i]);
-      for (int j = 0; j < columns_per_byte; ++j, ++column, --left) {
-        if (column == n) return;
-        if (left == 0) {
-          factors = Factors(call, first_row, rows, ++group);
-          left = size;
-        }
-        const U32 code = columns_per_byte == 1 ? wide : (wide >> (Bits * j)) & U32((1u << Bits) - 1);
-        store(out + column * kPanel, (to_float(code) + low + factors.offset) * factors.scale);
+  for (int64_t column = 0; column < n;) {
+    const Bytes* const eight = columns + column / 8 * Bits;
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j, ++column, --left) {
+      if (column == n) return;
+      if (left == 0) {
+        factors = Factors(call, first_row, rows, ++group);
+        left = size;
       }
+      const int byte = j * Bits / 8, shift = j * Bits % 8;
+      U32 code = bytes_to_uint(eight[byte]);
+      if (shift + Bits > 8) code = code | bytes_to_uint(eight[byte + 1]) << 8;
+      if (shift > 0) code = code >> shift;
+      if (shift + Bits != 8) code = code & U32((1u << Bits) - 1);
+      store(out + column * kPanel, (to_float(code) + low + factors.offset) * factors.scale);
     }
   }
 }
@@ -146,18 +145,24 @@ void multiply_tiles(std::integer_sequence<int, Less...>, const float* panel, int
 }  // namespace
 
 void multiply_float(const RowBlock& b, float* sums, void*) {
-  alignas(64) float panel[kColumns * kPanel];
-  if (b.rows <= kLanes) std::memset(panel, 0, sizeof panel);  // the second half stays so
-  std::memset(sums, 0, static_cast<size_t>(b.lines * kPanel * 4));
-  const int64_t stride = b.activations.stride() / 4;
+  const int64_t stride = b.activations.stride() / 4, cols = b.call.cols;
   const float* const x = reinterpret_cast<const float*>(b.activations.line(b.first_line));
+  alignas(64) float panel[kColumns * kPanel];
+  std::memset(panel, 0, sizeof panel);  // a panel of few rows leaves the others so
+  std::memset(sums, 0, static_cast<size_t>((b.rows + kPanel - 1) / kPanel * b.lines * kPanel * 4));
   with_bits(b.call.bits, [&](auto bits) {
-    for (int64_t first = 0; first < b.call.cols; first += kColumns) {
-      const int64_t n = std::min(kColumns, b.call.cols - first);
-      for (int64_t row = 0; row < b.rows; row += kLanes)
-        decode<bits>(b.call, b.first_row + row, std::min<int64_t>(kLanes, b.rows - row), first, n, panel + row);
-      multiply_tiles(std::make_integer_sequence<int, kTileLines>(), panel, n, x + first, stride, b.lines, sums);
-    }
+    for (int64_t start = 0; start < cols; start += kDepth)
+      for (int64_t row = 0; row < b.rows; row += kPanel) {
+        const int64_t rows = std::min(kPanel, b.rows - row), last = std::min(start + kDepth, cols);
+        for (int64_t first = start; first < last; first += kColumns) {
+          const int64_t n = std::min(kColumns, last - first);
+          for (int64_t half = 0; half < rows; half += kLanes)
+            decode<bits>(b.call, b.first_row + row + half, std::min<int64_t>(kLanes, rows - half), first, n,
+                         panel + half);
+          multiply_tiles(std::make_integer_sequence<int, kTileLines>(), panel, n, x + first, stride, b.lines,
+                         sums + row * b.lines);
+        }
+      }
   });
 }
 

@@ -43,8 +43,8 @@ struct Pool {
 
 Pool& pool();
 
-// Never destroyed: tensors may outlive static destructors. A fork waits for the mutex and holds it meanwhile, or a child
-// that is forked while another thread allocates would find it locked for ever, by a thread that it does not have.
+// Never destroyed: tensors may outlive static destructors. A fork waits for the mutex and holds it meanwhile, or a
+// child that is forked while another thread allocates would find it locked for ever, by a thread that it does not have.
 Pool* make_pool() {
 #if !defined(_WIN32)
   pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
