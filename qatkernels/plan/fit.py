@@ -111,7 +111,8 @@ def read_runs(path: str | Path) -> dict[str, list[Any]]:
     """Read a table of runs from a CSV file with at least the columns of ``COLUMNS``; others are kept as text.
 
     Raises:
-        FitError: if the file cannot be read, lacks a column, or holds something that is not a number in one.
+        FitError: if the file cannot be read, lacks a column, holds something that is not a number in one, or a row has
+            more values than there are columns.
     """
     try:
         with open(path, newline="") as file:
@@ -120,6 +121,9 @@ def read_runs(path: str | Path) -> dict[str, list[Any]]:
         raise FitError(f"{path} cannot be read: {error}") from error
     if not rows:
         raise FitError(f"{path} holds no runs")
+    for number, row in enumerate(rows, start=1):
+        if None in row:
+            raise FitError(f"{path} has {len(row[None])} more values in row {number} than columns")
     missing = [name for name in COLUMNS if name not in rows[0]]
     if missing:
         raise FitError(f"{path} lacks the column {missing[0]!r}, must have {', '.join(COLUMNS)}")

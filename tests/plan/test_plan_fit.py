@@ -127,6 +127,8 @@ def test_a_table_in_a_file(tmp_path: Path) -> None:
         ("params,loss\n1,2\n", "lacks the column 'tokens_qat'"),
         ("params,tokens_qat,tokens_fp,bits,loss\n1,2,3,four,5\n", "column bits: could not convert"),
         ("params,tokens_qat,tokens_fp,bits,loss\n1,2,3\n", "column bits"),
+        ("params,tokens_qat,tokens_fp,bits,loss\n1,2,3,4,5\n1,2,3,4,5,6\n", "has 1 more values in row 2 than columns"),
+        ("params,tokens_qat,tokens_fp,bits,loss\n1,2,3,4,5,6\n1,2,3,4,5\n", "has 1 more values in row 1 than columns"),
     ):
         path.write_text(content)
         with pytest.raises(FitError, match=message):
