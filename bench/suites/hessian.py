@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ from ..case import Call, Case, Missing, Settings, attempt
 PROBES, STEPS = 1, 60
 
 
-def cases(settings: Settings) -> Iterator[Case]:
-    """Yield the suite's cases, which are float32 whatever was asked for: products have no other dtype but float64."""
+def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
+    """Yield what builds the suite's cases, which are float32 whatever was asked for: products have no other dtype but float64."""
     config = ModelConfig(32, 1, 2, 16, 31) if settings.quick else ModelConfig(context=128)
     problem = tools.Problem(config, 4 if settings.quick else 16, device=settings.device)
-    yield _product(problem, settings)
-    yield _spectrum(problem, settings)
+    yield partial(_product, problem, settings)
+    yield partial(_spectrum, problem, settings)
 
 
 def _product(problem: tools.Problem, settings: Settings) -> Case:
@@ -48,7 +49,7 @@ def _product(problem: tools.Problem, settings: Settings) -> Case:
         ]
     # Six products with each weight: two for each of the gradient's three, one of which is the forward's.
     return Case(
-        "hvp", (problem.n,), torch.float32, calls, (right,), (2e-4,), 8 * problem.n,
+        "hvp", (problem.n,), torch.float32, calls, lambda: (right,), (2e-4,), 8 * problem.n,
         flops=12 * problem.tokens * problem.n, grid="seq2", variant=f"{problem.tokens} tokens",
     )  # fmt: skip
 
@@ -99,7 +100,7 @@ def _spectrum(problem: tools.Problem, settings: Settings) -> Case:
             attempt("curvlinops", lambda: _curvlinops(problem, probes, steps)),
         ]
     return Case(
-        "spectrum", (problem.n,), torch.float32, calls, (torch.tensor([exact], dtype=torch.float64),), (1e-3,),
+        "spectrum", (problem.n,), torch.float32, calls, lambda: (torch.tensor([exact], dtype=torch.float64),), (1e-3,),
         4 * problem.n * (steps + 1), flops=probes * steps * 12 * problem.tokens * problem.n, grid="seq2",
         variant=f"{probes} x {steps}, {problem.tokens} tokens",
     )  # fmt: skip
