@@ -23,12 +23,19 @@ class Settings:
         dtypes: dtypes of the cases.
         peers: whether other libraries compete.
         quick: tiny shapes, for tests.
+        gpu_shapes: whether the cases are those of a GPU, wherever they live; None for what the device is.
     """
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     peers: bool = False
     quick: bool = False
+    gpu_shapes: bool | None = None
+
+    @property
+    def for_gpu(self) -> bool:
+        """Whether the cases are those of a GPU."""
+        return self.device.type == "cuda" if self.gpu_shapes is None else self.gpu_shapes
 
 
 @dataclass(frozen=True)

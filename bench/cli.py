@@ -13,23 +13,21 @@ from pathlib import Path
 import torch
 
 from .case import Case, Settings, reason
+from .codes import DOOMED
 from .journal import Journal, read
-from .machine import Machine
+from .machine import Machine, alive
 from .report import RESULTS, show, write
 from .run import Row, run_case
 from .suites import SUITES
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: Exit code of a run that cannot go on in this process: its GPU answers no longer, or a case was stuck. Started again
-#: with the same journal, it goes on with the next case.
-DOOMED = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the suites.
 
     Returns:
-        0; 1 if any result was wrong or any implementation of ours failed; :data:`DOOMED`.
+        0; 1 if any result was wrong or any implementation of ours failed; :data:`bench.codes.DOOMED`.
     """
     options = _options(argv)
     if options.threads:
@@ -117,7 +115,7 @@ class _Run:
         for row in found:
             self.note("row", {"key": key, "row": row})
         if any(row["status"] == "failed" for row in found):
-            self.doomed = not self.machine.alive()
+            self.doomed = not alive(self.machine.device)
         return found
 
     def _stuck(self, key: str) -> None:

@@ -49,14 +49,6 @@ class Machine:
         """The name, fit for a file name."""
         return slug(self.name)
 
-    def alive(self) -> bool:
-        """Whether the device still answers: after an illegal access nothing in this process can use it."""
-        try:
-            if self.cuda:
-                torch.cuda.synchronize()
-        except RuntimeError:
-            return False
-        return True
 
     @functools.cached_property
     def bandwidth(self) -> float:
@@ -91,6 +83,16 @@ class Machine:
             "bandwidth_gb_s": round(self.bandwidth * 1e-9, 3),
             "products_tflop_s": {name: round(rate * 1e-12, 4) for name, rate in self._products.items()},
         }
+
+
+def alive(device: torch.device) -> bool:
+    """Whether a device still answers: after an illegal access nothing in this process can use a GPU."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def slug(name: str) -> str:

@@ -43,7 +43,7 @@ def problems(settings: Settings) -> Iterator[Problem]:
     """The headline in every form, then one change at a time."""
     large, small, group = ((4096, 4096), (1024, 1024), 128) if not settings.quick else ((64, 256), (16, 32), 32)
     for dtype in settings.dtypes:
-        huge = settings.device.type == "cuda" and dtype == torch.bfloat16 and not settings.quick
+        huge = settings.for_gpu and not settings.quick
         widest = (8192, 8192) if huge else large
         for op in (FORWARD, BACKWARD, JVP, QUANTIZE):
             yield Problem(op, dtype, widest)

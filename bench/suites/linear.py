@@ -59,7 +59,7 @@ class Problem:
 def problems(settings: Settings) -> Iterator[Problem]:
     """Two batch sizes, two widths, and 16 bits both ways: parameters in bfloat16, or float32 ones under autocast."""
     sizes = ((64, 1024), (1024, 1024))
-    if settings.device.type == "cuda":
+    if settings.for_gpu:
         sizes = ((8192, 4096), (1024, 4096), (8192, 1024), (1024, 1024))
     for tokens, features in ((4, 32),) if settings.quick else sizes:
         for bits in (2, 4):

@@ -55,7 +55,7 @@ def problems(settings: Settings) -> Iterator[Problem]:
         yield from (Problem((64, 64), 4, 32, 1), Problem((64, 64), 2, None, 5))
         yield Problem((64, 64), 4, None, 3, torch.float32)
         return
-    if settings.device.type == "cuda":
+    if settings.for_gpu:
         yield from _of_gpu()
         return
     if torch.bfloat16 in settings.dtypes:
@@ -85,7 +85,7 @@ def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
     """Yield what builds the suite's cases."""
     yield from (partial(build, problem, settings) for problem in problems(settings))
     shape, batches = ((64, 64), (3,)) if settings.quick else ((4096, 4096), (512, 4096))
-    if settings.quick or settings.device.type == "cuda":
+    if settings.quick or settings.for_gpu:
         yield from (partial(transposed, Problem(shape, 4, None, tokens), settings) for tokens in batches)
 
 
@@ -99,9 +99,9 @@ def build(p: Problem, settings: Settings) -> Case:
         Call("packed", lambda: lowbit_linear(x, packed)),
         Call("packed, A8", lambda: lowbit_linear(x, packed, act_bits=8), unchecked="activations of 8 bits"),
     ]
-    if settings.device.type == "cuda":
+    if settings.for_gpu:
         calls += _backends(p, x, packed, settings.device)
-    if settings.peers and settings.device.type == "cpu":
+    if settings.peers and not settings.for_gpu:
         calls += _peers(p, x, w)
     moved = packed.nbytes + bytes_of(x) + p.tokens * p.shape[0] * x.element_size()
     return Case(

@@ -41,7 +41,7 @@ def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
 def _bases(settings: Settings) -> tuple[tuple[int, int], ...]:
     if settings.quick:
         return ((5, 1000),)
-    return ((60, 1_400_000), (60, 100_000_000) if settings.device.type == "cuda" else (10, 40_000_000))
+    return ((60, 1_400_000), (60, 100_000_000) if settings.for_gpu else (10, 40_000_000))
 
 
 def _random(*shape: int, device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
@@ -125,7 +125,7 @@ def _tokens(settings: Settings) -> tuple[int, int, int]:
     """Return tokens, vocabulary and features."""
     if settings.quick:
         return 6, 50, 16
-    return (8192, 50257, 2048) if settings.device.type == "cuda" else (512, 50257, 256)
+    return (8192, 50257, 2048) if settings.for_gpu else (512, 50257, 256)
 
 
 def _logits(dtype: torch.dtype, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
