@@ -117,8 +117,8 @@ class Case:
         return " ".join(part for part in parts if part)
 
 
-#: A suite is a function from settings to what builds its cases. They are built one at a time, so that one case's tensors
-#: live at once and a case that cannot be built leaves the others alone.
+#: A suite is a function from settings to what builds its cases. They are built one at a time, so that one case's
+#: tensors live at once and a case that cannot be built leaves the others alone.
 Suite = Callable[[Settings], Iterator[Callable[[], Case]]]
 
 

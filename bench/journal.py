@@ -36,7 +36,7 @@ class Journal:
 def read(path: Path, *kinds: str) -> list[Record]:
     """Return the records of some kinds, all of them by default.
 
-    A line that ends in the middle is what a killed process was writing; it is left out. Without the file there are none.
+    A line that ends in the middle is what a killed process was writing; it is left out. No file has no records.
     """
     if not path.exists():
         return []

@@ -49,7 +49,6 @@ class Machine:
         """The name, fit for a file name."""
         return slug(self.name)
 
-
     @functools.cached_property
     def bandwidth(self) -> float:
         """Bytes per second of ``copy_`` between large tensors, bytes read plus bytes written."""

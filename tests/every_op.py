@@ -70,7 +70,9 @@ def family(device, dtype, shape, name):
     for op in FAMILY:
         for grid, noise in ((qk.affine(4), False), (qk.seq(2), op != "quantize")):
             sample = partial(make, grid, shape, dtype, device=device, noise=noise)
-            yield Check(op, f"{name} {grid.scheme}{grid.bits}", lambda f, o=op, s=sample: compare.check_sample(o, f, s()))
+            yield Check(
+                op, f"{name} {grid.scheme}{grid.bits}", lambda f, o=op, s=sample: compare.check_sample(o, f, s())
+            )
 
     def dequantize(impl):
         sample = make(qk.affine(4), shape, dtype)
@@ -78,7 +80,9 @@ def family(device, dtype, shape, name):
         _exact("dequantize", (codes, sample.scale, sample.zero_point, list(sample.grid.constants), dtype), device, impl)
 
     yield Check("dequantize", name, dequantize)
-    yield Check("fake_quantize_dynamic", name, partial(_exact, "fake_quantize_dynamic", (weights(shape, dtype), 8), device))
+    yield Check(
+        "fake_quantize_dynamic", name, partial(_exact, "fake_quantize_dynamic", (weights(shape, dtype), 8), device)
+    )
 
 
 def of_rows(device, dtype, shape, name):
@@ -121,7 +125,11 @@ def products(device, dtype, shape, name):
         for tokens in (1, DECODED):
             call = partial(decoding.make, grid, tokens, rows, cols, group, dtype, device)
             yield Check("lowbit_linear", f"{kind} {tokens} tokens", partial(_decodes, call))
-        for op, tokens, act in (("lowbit_linear", 130, None), ("lowbit_linear", 130, 8), ("lowbit_linear_transposed", 33, None)):
+        for op, tokens, act in (
+            ("lowbit_linear", 130, None),
+            ("lowbit_linear", 130, 8),
+            ("lowbit_linear_transposed", 33, None),
+        ):
             run = partial(_multiplies, op, grid, shape, group, dtype, tokens, act, device)
             yield Check(op, f"{kind} {tokens} tokens act {act}", run, ("cuda",))
     for transposed in (False, True):

@@ -68,7 +68,17 @@ def second(call: Call, after: Path) -> None:
         call.skip("again", f"there is no journal of a first call at {after}")
     for tool in ("memcheck", "racecheck"):
         sanitizer = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "86", "--kernel-name", CUDA_KERNELS)
-        checks = (*_GPU, "smoke", *_shared(call), "--backend", "cuda", "--every", "12" if call.dry else "3", "--under", tool)
+        checks = (
+            *_GPU,
+            "smoke",
+            *_shared(call),
+            "--backend",
+            "cuda",
+            "--every",
+            "12" if call.dry else "3",
+            "--under",
+            tool,
+        )
         # Without torch's caching allocator, which would hide an access beyond a tensor.
         call.run_under(Step(tool, checks, 90, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}), sanitizer)
     for kernel in PROFILED:

@@ -84,8 +84,8 @@ def compile_module(source: str, name: str) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         # An empty library of the driver's name: the module asks for the name, and finds the functions where it is used.
-        subprocess.run(["gcc", "-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1"],
-                       check=True)  # fmt: skip
+        empty = ("-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1")
+        subprocess.run(["gcc", *empty, "-o", f"{folder}/libcuda.so.1"], check=True)
         path = Path(folder) / f"{name}.c"
         path.write_text(source)
         built = build._build(name, str(path), folder, [folder], nvidia.include_dirs, nvidia.libraries, [])

@@ -97,7 +97,7 @@ def _cached() -> Iterator[Path]:
 def sources() -> str:
     """Return a hash of what the extension is built from."""
     found = hashlib.sha256()
-    for file in sorted((ROOT / "csrc").rglob("*")) + [ROOT / "CMakeLists.txt"]:
+    for file in (*sorted((ROOT / "csrc").rglob("*")), ROOT / "CMakeLists.txt"):
         if file.is_file():
             found.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
     return found.hexdigest()

@@ -40,7 +40,11 @@ def main(name: str, *, dry: bool = False) -> int:
     """Run one kernel a few times, the last one between the marks that a profiler waits for."""
     build, backend, shape = CALLS[name]
     if dry:
-        build(backend if backend in IMPLS["fake_quantize"] and backend != "triton" else "cpp", (64, 64), torch.device("cpu"))()
+        build(
+            backend if backend in IMPLS["fake_quantize"] and backend != "triton" else "cpp",
+            (64, 64),
+            torch.device("cpu"),
+        )()
         return 0
     run = build(backend, shape, torch.device("cuda"))
     for _ in range(3):

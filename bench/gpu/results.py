@@ -59,7 +59,9 @@ def bring_home(folders: Sequence[Path], results: Path, docs: Path, last: Path = 
     for suite, rows in by_suite.items():
         settings = {**machines[-1]["settings"], "suites": [suite]}
         written.append(save(document(rows, described, settings), results / f"{suite}-{device}.json"))
-    checks = {kind: [_bare(r) for r in records if r["kind"] == kind] for kind in ("step", "test", "tests", "cut", "pack")}
+    checks = {
+        kind: [_bare(r) for r in records if r["kind"] == kind] for kind in ("step", "test", "tests", "cut", "pack")
+    }
     checks["smoke"] = [_bare(r) for r in smoke.outcomes_of(records).values()]
     written.append(save({"schema": 1, **described, **checks}, results / f"gpu-checks-{device}.json"))
     tables.update(docs, results)
@@ -135,5 +137,8 @@ def _tests(records: Sequence[Record]) -> str:
     bad = [f"  {r['id']}: {(r['note'].strip().splitlines() or [''])[-1][:150]}" for r in records if r["kind"] == "test"]
     state = "" if t["finished"] else ", not finished"
     return "\n".join(
-        [f"tests: {t['passed']} passed, {t['failed']} failed, {t['skipped']} skipped in {t['seconds']} s{state}", *bad[:_MOST]]
+        [
+            f"tests: {t['passed']} passed, {t['failed']} failed, {t['skipped']} skipped in {t['seconds']} s{state}",
+            *bad[:_MOST],
+        ]
     )

@@ -1,7 +1,7 @@
 """Rows of a GPU as tables in Markdown: for docs/benchmarks.md, and for the end of a call.
 
-A row's *floor* is what a copy of as many bytes took in the same race; shares of the bandwidth are of large copies in the
-same run, shares of cuBLAS of `nn.Linear` with a 16-bit weight of the same shape in the same race.
+A row's *floor* is what a copy of as many bytes took in the same race. Shares of the bandwidth are of large copies in
+the same run, shares of cuBLAS of `nn.Linear` with a 16-bit weight of the same shape in the same race.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _device(name: str, documents: Sequence[dict[str, Any]]) -> str:
     head = (
         f"### {name}\n\ntorch {versions['torch']}, Triton {versions['triton']}, {first['date'][:10]}, commit "
         f"{(first['git']['commit'] or 'unknown')[:12]}. Large copies move {first['bandwidth_gb_s']:.0f} GB/s"
-        + (f"; `torch.mm` of 8192³ makes {products}." if products else ".")
+        + (f"; `torch.mm` of 8192 makes {products}." if products else ".")
     )
     return "\n\n".join([head, *sections(rows, first["bandwidth_gb_s"] * 1e9)])
 
@@ -76,8 +76,8 @@ def _family(rows: Sequence[Row]) -> str:
         here = {r["implementation"]: r for r in mine if r["case"] == case}
         cells = [_share(here.get(name), lambda r: r["fraction_of_floor"]) for name in ("triton", "cuda")]
         errors = [max(r["errors"]) for r in here.values() if r.get("errors")]
-        if cells != ["–", "–"]:
-            lines.append((case, *cells, f"{max(errors):.0e}" if errors else "–"))
+        if cells != ["-", "-"]:
+            lines.append((case, *cells, f"{max(errors):.0e}" if errors else "-"))
     return table("Fake quantization into given memory, µs and share of a copy of as many bytes:",
                  ("case", "Triton", "CUDA C++", "error"), lines)  # fmt: skip
 
@@ -97,9 +97,9 @@ def _products(rows: Sequence[Row], bandwidth: float) -> list[str]:
                     lines.append((f"{weight[0]}, {weight[1]}", name, *cells))
         plain = [[r for r in here if r["kind"] == "baseline" and "Linear" in r["implementation"] and _tokens(r) == t]
                  for t in tokens]  # fmt: skip
-        lines.append(("16 bits", "nn.Linear", *(f"{1e3 * r[0]['median_ms']:.1f}" if r else "–" for r in plain)))
-        title = (f"Products with a packed weight of {shape[0]} × {shape[1]}, bfloat16, in a CUDA graph: µs; share of the "
-                 f"bandwidth up to {_FEW} tokens, of cuBLAS beyond:")  # fmt: skip
+        lines.append(("16 bits", "nn.Linear", *(f"{1e3 * r[0]['median_ms']:.1f}" if r else "-" for r in plain)))
+        title = (f"Products with a packed weight of {shape[0]} x {shape[1]}, bfloat16, in a CUDA graph: µs; share of "
+                 f"the bandwidth up to {_FEW} tokens, of cuBLAS beyond:")  # fmt: skip
         found.append(table(title, ("weight", "kernel", *map(str, tokens)), lines))
     return found
 
@@ -119,9 +119,11 @@ def _steps(rows: Sequence[Row]) -> str:
         for grid, timing in ((g, t) for t in ("call", "graph") for g in ("seq2", "lsq4")):
             row = next((r for r in here if r["grid"] == grid and r["timing"] == timing), None)
             over = None if row is None else next((v for k, v in row["speedup_over"].items() if "Linear" in k), None)
-            cells.append("–" if not over else f"{1 / over:.3f}")
+            cells.append("-" if not over else f"{1 / over:.3f}")
         errors = [max(r["errors"]) for r in here if r.get("errors")]
-        lines.append((f"{key[0][0]} × {key[0][1]}, {key[1]}, {key[2]}", *cells, f"{max(errors):.0e}" if errors else "–"))
+        lines.append(
+            (f"{key[0][0]} x {key[0][1]}, {key[1]}, {key[2]}", *cells, f"{max(errors):.0e}" if errors else "-")
+        )
     head = ("layer", "eager, 2 bits", "eager, 4 bits", "captured, 2 bits", "captured, 4 bits", "error")
     return table("A training step of QuantLinear over one of nn.Linear:", head, lines)
 
@@ -136,8 +138,8 @@ def _others(rows: Sequence[Row]) -> str:
         if r["timing"] == "graph" or (r["case"], r["implementation"], r["output"]) not in captured:
             against = {k: v for k, v in r.get("speedup_over", {}).items() if not k.startswith("copy")}
             best = min(against, key=against.__getitem__, default="")
-            errors = f"{max(r['errors']):.0e}" if r.get("errors") else "–"
-            over = f"{against[best]:.2f}× {best}" if best else "–"
+            errors = f"{max(r['errors']):.0e}" if r.get("errors") else "-"
+            over = f"{against[best]:.2f}x {best}" if best else "-"
             lines.append((r["case"], f"{r['implementation']} ({r['output']})", f"{1e3 * r['median_ms']:.1f}",
                           f"{r['fraction_of_floor']:.0%}", over, errors))  # fmt: skip
     head = ("case", "implementation", "µs", "of floor", "as fast as", "error")
@@ -151,7 +153,7 @@ def _bad(rows: Sequence[Row]) -> str:
 
 
 def _share(row: Row | None, of: Callable[[Row], float]) -> str:
-    return "–" if row is None else f"{1e3 * row['median_ms']:.1f} ({of(row):.0%})"
+    return "-" if row is None else f"{1e3 * row['median_ms']:.1f} ({of(row):.0%})"
 
 
 def _tokens(row: Row) -> int:

@@ -64,10 +64,9 @@ def _attempt(name: str, job: Callable[[], Any]) -> None:
 
 
 def _smoke() -> Iterator[Job]:
-    from tests.every_op import checks
-
     from qatkernels.backends import IMPLS
     from qatkernels.ops._op import OPS
+    from tests.every_op import checks
 
     for check in checks(torch.device("cpu")):
         implementation = IMPLS[f"{check.op}_out" if OPS[check.op].outputs else check.op]["triton"]
@@ -92,7 +91,11 @@ def _rows() -> Iterator[Job]:
     hessian.STEPS = 17
     steps = {replace(p, tokens=16): None for p in linear.problems(settings)}
     for name in SUITE_SECONDS:
-        builders = [functools.partial(linear.build, p, settings) for p in steps] if name == "linear" else SUITES[name](settings)
+        builders = (
+            [functools.partial(linear.build, p, settings) for p in steps]
+            if name == "linear"
+            else SUITES[name](settings)
+        )
         for index, build in enumerate(builders):
             yield f"{name} {index}", functools.partial(_run_calls, build)
 

@@ -78,8 +78,8 @@ def build(problem: Problem, settings: Settings) -> Case:
     variant = ("noise " if p.noise else "") + (f"to {str(p.out_dtype)[6:]}" if p.out_dtype else "")
     inputs = [a for a in args if isinstance(a, torch.Tensor)]
     return Case(
-        p.op, p.shape, p.dtype, calls, partial(expected, p.op, sample, args), tuple(TOLERANCE[out.dtype] for out in outputs),
-        bytes_of(*inputs, *outputs), grid=f"{p.grid.scheme}{p.grid.bits}",
+        p.op, p.shape, p.dtype, calls, partial(expected, p.op, sample, args),
+        tuple(TOLERANCE[out.dtype] for out in outputs), bytes_of(*inputs, *outputs), grid=f"{p.grid.scheme}{p.grid.bits}",
         granularity=f"per {p.granularity}" if isinstance(p.granularity, str) else f"group {p.granularity}",
         variant=variant.strip(),
     )  # fmt: skip

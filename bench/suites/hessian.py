@@ -20,7 +20,7 @@ PROBES, STEPS = 1, 60
 
 
 def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
-    """Yield what builds the suite's cases, which are float32 whatever was asked for: products have no other dtype but float64."""
+    """Yield what builds the suite's cases, float32 whatever was asked for: products have no other dtype but float64."""
     config = ModelConfig(32, 1, 2, 16, 31) if settings.quick else ModelConfig(context=128)
     problem = tools.Problem(config, 4 if settings.quick else 16, device=settings.device)
     yield partial(_product, problem, settings)

@@ -47,7 +47,9 @@ class Problem:
     def activations(self) -> tuple[Tensor, Tensor]:
         """Return the layer's input and the gradient of its output."""
         shape = self.tokens, self.features
-        return draw(shape, self.product_dtype, self.device, seed=3), draw(shape, self.product_dtype, self.device, seed=4)
+        return draw(shape, self.product_dtype, self.device, seed=3), draw(
+            shape, self.product_dtype, self.device, seed=4
+        )
 
     def linear(self) -> nn.Linear:
         """Return a plain layer."""

@@ -193,7 +193,6 @@ def linear_loss_twice(dtype: torch.dtype, settings: Settings) -> Case:
     def plain(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda h, w: loss(F.linear(h, w), targets)
 
-
     def right() -> Expected:
         leaves, vs = (tuple(t.double() for t in pair) for pair in ((h, w), (vh, vw)))
         return _product(lambda h, w: ops.linear_cross_entropy(h, w, targets), leaves, vs)()

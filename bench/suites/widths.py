@@ -38,6 +38,6 @@ def build(settings: Settings) -> Case:
                  unchecked="activations of 8 bits", note=note),
         ]  # fmt: skip
     return Case(
-        "widths in turn", (features, features), x.dtype, calls, lambda: (None,), (TOLERANCE[x.dtype],), features**2 // 2,
-        flops=2 * features**2, product_dtype=x.dtype, grid="paretoq", granularity="per row", variant="1 tokens",
+        "widths in turn", (features, features), x.dtype, calls, lambda: (None,), (TOLERANCE[x.dtype],),
+        features**2 // 2, flops=2 * features**2, product_dtype=x.dtype, grid="paretoq", granularity="per row", variant="1 tokens",
     )  # fmt: skip

@@ -49,8 +49,8 @@ def check_packing(codes, grid, packed):
     for backend, impl, device in every("pack"):
         assert_same_bits(run_out("pack", impl, (codes.to(device), *layout))[0].cpu(), packed, backend)
     for backend, impl, device in every("unpack"):
-        for given in (packed.to(device), torch.stack([packed, packed], -1).to(device)[..., 0]):
-            actual = run_out("unpack", impl, (given, *layout, codes.shape[-1]))[0]
+        for source in (packed.to(device), torch.stack([packed, packed], -1).to(device)[..., 0]):
+            actual = run_out("unpack", impl, (source, *layout, codes.shape[-1]))[0]
             assert_same_bits(actual.cpu(), codes.contiguous(), backend)
 
 
