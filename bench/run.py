@@ -18,8 +18,9 @@ from .memory import peak
 #: A row as it goes to JSON; `status` is "ok", "wrong", "failed" or "missing", and only "ok" rows carry times.
 Row = dict[str, Any]
 
-#: Calls whose launches are timed together; so few that they do not wait for one another in the driver's queue.
-_HOST_CALLS = 20
+#: Calls whose launches are timed together: so few that they do not wait for one another in the driver's queue, and
+#: about how long the GPU may be busy with them.
+_HOST_CALLS, _HOST_MS = 20, 20.0
 
 COPY, FRESH_COPY = "copy_", "copy into fresh memory"
 
@@ -116,15 +117,16 @@ def _graphs(replays: list[tuple[Row, Call]], case: Case) -> list[tuple[Row, Call
     return racing
 
 
-def _host_us(run: Run) -> float:
-    """Return the microseconds of a call on the CPU, which goes on before the GPU is done."""
+def _host_us(run: Run, milliseconds: float) -> float:
+    """Return the microseconds of a call on the CPU, which goes on before the GPU is done after ``milliseconds``."""
+    calls = max(3, min(_HOST_CALLS, int(_HOST_MS / milliseconds)))
     torch.cuda.synchronize()
     start = time.perf_counter()
-    for _ in range(_HOST_CALLS):
+    for _ in range(calls):
         run()
     spent = time.perf_counter() - start
     torch.cuda.synchronize()
-    return round(1e6 * spent / _HOST_CALLS, 2)
+    return round(1e6 * spent / calls, 2)
 
 
 def _timed(racing: list[tuple[Row, Call]], case: Case, machine: Machine, budget: float, clock: Clock) -> None:
@@ -139,7 +141,7 @@ def _timed(racing: list[tuple[Row, Call]], case: Case, machine: Machine, budget:
     others = {f"{c.name} ({c.output})": t.median for _, c, t in by_call if c.kind != "ours"}
     for row, call, t in by_call:
         if machine.cuda and row["timing"] == "call":
-            row["host_us"] = _host_us(call.run)
+            row["host_us"] = _host_us(call.run, t.median)
         # Once more: what was right at first may not be in memory that is used again.
         if call.kind == "ours" and (again := _checked(call, call.run, case))["status"] != "ok":
             row |= again

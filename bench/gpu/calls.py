@@ -94,7 +94,11 @@ def second(call: Call, after: Path) -> None:
 
 def _rows(call: Call, budget: float, reserve: float, again: tuple[str, ...] = ()) -> None:
     """Run the suites, and leave ``reserve`` seconds for what comes after them."""
-    quick = ("--quick", "--device", "cpu", "--threads", "1") if call.dry else ("--case-seconds", "25")
+    quick = (
+        ("--quick", "--device", "cpu", "--threads", "1")
+        if call.dry
+        else ("--case-seconds", "25", "--dtype", "bf16", "fp32")
+    )
     seconds = min(call.left() - reserve, 30 if call.dry else sum(SUITE_SECONDS.values()))
     suites = [f"{name}:{limit}" for name, limit in SUITE_SECONDS.items() if not (call.dry and name in SLOW)]
     command = (sys.executable, "-m", "bench", *suites, "--journal", str(call.journal.path), *quick, *again)
@@ -108,7 +112,7 @@ def _tests(call: Call, tests: tuple[str, ...], limit: float) -> None:
     # One test that hangs must not take what comes after it along.
     patience = ("--timeout", "60") if pack.has("pytest_timeout") else ()
     options = ("-q", "-p", "no:cacheprovider", "-p", "bench.gpu.recorder", "--tb=short", *parallel, *patience)
-    environment = {"QATKERNELS_JOURNAL": str(call.journal.path)}
+    environment = {"QATKERNELS_JOURNAL": str(call.journal.path)} | ({"OMP_NUM_THREADS": "1"} if parallel else {})
     call.run(Step("tests", (sys.executable, "-m", "pytest", *options, *tests), limit, env=environment))
 
 

@@ -14,6 +14,7 @@ from .target import FOLDER, LAST, MOST_BYTES, PACK, ROOT
 #: How long each call may take, in seconds, and what the machine that runs it may add before it ends the command.
 SECONDS = {"call1": 440.0, "call2": 300.0}
 _MARGIN = 20
+_DRY_SECONDS = 1800.0
 #: Longest command line that a GPU machine may take.
 _MOST_CHARACTERS = 2000
 
@@ -56,7 +57,8 @@ def _call(options: argparse.Namespace) -> int:
     from .results import summary
     from .steps import Call
 
-    seconds = SECONDS[options.command] if options.seconds is None else options.seconds
+    # A dry run says nothing about time, and may run on a busy machine.
+    seconds = options.seconds or (_DRY_SECONDS if options.dry else SECONDS[options.command])
     call = Call(options.out, seconds, options.dry)
 
     def killed(number: int, frame: Any) -> NoReturn:

@@ -137,9 +137,21 @@ def install(capability: tuple[int, int], *, compiling: bool = True) -> None:
 
 
 def serve_cpu_tensors() -> None:
-    """Let torch's dispatcher take the Triton launchers for tensors of the CPU too."""
+    """Let torch's dispatcher take the Triton launchers for tensors of the CPU too; what they allocate is zero."""
     from qatkernels.backends import IMPLS
+    from qatkernels.ops._op import OPS, as_tuple
 
+    def zeroed(fake: Any) -> Any:
+        def outputs(*args: Any) -> Any:
+            found = fake(*args)
+            for out in as_tuple(found):
+                out.set_(torch.zeros_like(out))  # no page of it is touched until somebody writes there
+            return found
+
+        return outputs
+
+    for op in OPS.values():
+        object.__setattr__(op, "fake", zeroed(op.fake))
     global _library
     _library = torch.library.Library("qatkernels", "IMPL")
     for name, implementations in IMPLS.items():

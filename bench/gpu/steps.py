@@ -136,7 +136,7 @@ class Call:
             late.set()
             _signal(process, signal.SIGINT)
             time.sleep(_GRACE)
-            _signal(process, signal.SIGKILL)
+            _signal(process, signal.SIGKILL)  # what the step started too, and holds its output open
 
         watchdog = threading.Timer(limit, end)
         watchdog.daemon = True
@@ -154,6 +154,7 @@ class Call:
                     sys.stdout.flush()
         code = process.wait()
         watchdog.cancel()
+        _signal(process, signal.SIGKILL)
         self._running.remove(process)
         status = "ended at its limit" if late.is_set() else "ok" if code == 0 else "failed"
         record = {"name": step.name, "status": status, "code": code, "seconds": round(time.monotonic() - began, 1)}
@@ -162,6 +163,6 @@ class Call:
 
 
 def _signal(process: subprocess.Popen[str], number: int) -> None:
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+    """Send a signal to whatever is left of a process's group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)

@@ -79,15 +79,21 @@ def build(problem: Problem, settings: Settings) -> Case:
     inputs = [a for a in args if isinstance(a, torch.Tensor)]
     return Case(
         p.op, p.shape, p.dtype, calls, partial(expected, p.op, sample, args),
-        tuple(TOLERANCE[out.dtype] for out in outputs), bytes_of(*inputs, *outputs), grid=f"{p.grid.scheme}{p.grid.bits}",
+        tuple(TOLERANCE[out.dtype] for out in outputs), bytes_of(*inputs, *outputs),
+        grid=f"{p.grid.scheme}{p.grid.bits}",
         granularity=f"per {p.granularity}" if isinstance(p.granularity, str) else f"group {p.granularity}",
         variant=variant.strip(),
     )  # fmt: skip
 
 
 def ours(op: str, args: tuple[Any, ...], device: torch.device) -> Iterator[Call | Missing]:
-    """Yield every backend's call of an op on a device, with fresh outputs and with given ones."""
+    """Yield every backend's call of an op on a device, with fresh outputs and with given ones.
+
+    The reference competes on a CPU only: a GPU has no time for it.
+    """
     for backend in backends.PREFERENCE[device.type.upper()]:
+        if backend == "reference" and device.type == "cuda":
+            continue
         if backend not in backends.IMPLS[op]:
             yield Missing(backend, backends.MISSING.get(backend, "does not implement this op"))
             continue

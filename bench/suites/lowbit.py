@@ -119,8 +119,7 @@ def _backends(p: Problem, x: Tensor, w: PackedWeight, device: torch.device) -> I
     """Yield each backend's call, with the CUDA kernel where it serves: the public function takes one of them."""
     grid = (list(p.grid.constants), p.grid.code_min, w.bits)
     for call in ours("lowbit_linear", (x, w.packed, w.scale, w.zero_point, None, None, *grid, None), device):
-        decoding = call.name != "cuda" or p.tokens <= DECODED
-        if decoding and call.name != "reference" and getattr(call, "output", "fresh") == "fresh":
+        if getattr(call, "output", "fresh") == "fresh" and (call.name != "cuda" or p.tokens <= DECODED):
             yield call
 
 

@@ -39,5 +39,6 @@ def build(settings: Settings) -> Case:
         ]  # fmt: skip
     return Case(
         "widths in turn", (features, features), x.dtype, calls, lambda: (None,), (TOLERANCE[x.dtype],),
-        features**2 // 2, flops=2 * features**2, product_dtype=x.dtype, grid="paretoq", granularity="per row", variant="1 tokens",
+        features**2 // 2, flops=2 * features**2, product_dtype=x.dtype, grid="paretoq", granularity="per row",
+        variant="1 tokens",
     )  # fmt: skip
