@@ -41,13 +41,14 @@ def main(part: str, seconds: float, share: tuple[int, int] = (0, 1), *, compilin
     if part == "tests":
         _tests(end, share)
     else:
-        with torch.no_grad():
-            jobs = _rows() if part == "rows" else _smoke()
-            for name, job in itertools.islice(jobs, *(share[0], None, share[1])):
-                _attempt(name, job)
-                if time.monotonic() > end:
-                    print(f"{part}: out of time after {name}", flush=True)
-                    break
+        jobs = _rows() if part == "rows" else _smoke()
+        for name, job in itertools.islice(jobs, share[0], None, share[1]):
+            _attempt(name, job)
+            if os.environ.get("VERBOSE"):
+                print(f"{time.monotonic() - start:.0f} s: {name}", flush=True)
+            if time.monotonic() > end:
+                print(f"{part}: out of time after {name}", flush=True)
+                break
     print(f"{part}: {sum(fake_driver.kernels.values())} kernels in {time.monotonic() - start:.0f} s: "
           f"{dict(fake_driver.kernels)}", flush=True)  # fmt: skip
     for line in fake_driver.failures:
@@ -79,33 +80,48 @@ def _rows() -> Iterator[Job]:
     from qatkernels import backends
 
     from ..case import Settings
-    from ..suites import SUITES, hessian, linear, lowbit, second_order
+    from ..suites import SUITES
     from .calls import SUITE_SECONDS
 
     backends.PREFERENCE["CPU"] = ("triton",)  # what the suites list
     settings = Settings(torch.device("cpu"), gpu_shapes=True)
-    packed = functools.lru_cache(lowbit._packed)
-    lowbit._packed = lambda p, device: packed(replace(p, tokens=1), device)
-    # What no kernel depends on beyond a multiple of 16, and what a CPU would compute for long.
-    second_order._tokens = lambda settings: (64, 50257, 64)
-    hessian.STEPS = 17
-    steps = {replace(p, tokens=16): None for p in linear.problems(settings)}
+    smaller = _smaller(settings)
     for name in SUITE_SECONDS:
-        builders = (
-            [functools.partial(linear.build, p, settings) for p in steps]
-            if name == "linear"
-            else SUITES[name](settings)
-        )
-        for index, build in enumerate(builders):
+        for index, build in enumerate(smaller.get(name) or SUITES[name](settings)):
             yield f"{name} {index}", functools.partial(_run_calls, build)
+
+
+def _smaller(settings: Any) -> dict[str, list[Callable[[], Any]]]:
+    """Leave out of the suites what no kernel depends on and a CPU would take long for, and return those that change."""
+    from qatkernels.ops import PackedWeight
+
+    from ..suites import fake_quantize, hessian, linear, lowbit, second_order
+
+    def packed(p: Any, device: torch.device) -> Any:
+        few = torch.zeros(64, p.shape[1])  # quantized and packed, so that those kernels are there
+        made = PackedWeight.from_float(few, p.grid.init_scale(few, p.group_size), p.grid, p.group_size)
+        rows, scale = p.shape[0], made.scale
+        zeros = torch.zeros(rows, made.packed.shape[1], dtype=torch.uint8)
+        return few, PackedWeight(zeros, torch.ones(rows, scale.shape[1]), None, p.grid, p.shape[1])
+
+    problem = hessian.tools.Problem
+    hessian.tools.Problem = lambda config, windows, device: problem(config, 1, device=device, steps=1)  # type: ignore[assignment, misc]
+    hessian.STEPS = 17  # bases of one row, of sixteen, and of other numbers
+    second_order._tokens = lambda settings: (64, 50257, 64)
+    lowbit._packed = packed
+    families = {replace(p, shape=(256, p.shape[1])): None for p in fake_quantize.problems(settings)}
+    steps = {replace(p, tokens=16): None for p in linear.problems(settings)}
+    return {
+        "fake_quantize": [functools.partial(fake_quantize.build, p, settings) for p in families],
+        "linear": [functools.partial(linear.build, p, settings) for p in steps],
+    }
 
 
 def _run_calls(build: Callable[[], Any]) -> None:
     case = build()
     for call in case.calls:
         if getattr(call, "kind", "") == "ours" and call.name != "reference":
-            with torch.enable_grad():
-                _attempt(f"{case.title} {call.name}", call.run)
+            _attempt(f"{case.title} {call.name}", call.run)
 
 
 def _draw_nothing() -> None:

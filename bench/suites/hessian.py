@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,9 +22,9 @@ PROBES, STEPS = 1, 60
 def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
     """Yield what builds the suite's cases, float32 whatever was asked for: products have no other dtype but float64."""
     config = ModelConfig(32, 1, 2, 16, 31) if settings.quick else ModelConfig(context=128)
-    problem = tools.Problem(config, 4 if settings.quick else 16, device=settings.device)
-    yield partial(_product, problem, settings)
-    yield partial(_spectrum, problem, settings)
+    problem = cache(lambda: tools.Problem(config, 4 if settings.quick else 16, device=settings.device))
+    yield lambda: _product(problem(), settings)
+    yield lambda: _spectrum(problem(), settings)
 
 
 def _product(problem: tools.Problem, settings: Settings) -> Case:
