@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -22,12 +23,19 @@ class Settings:
         dtypes: dtypes of the cases.
         peers: whether other libraries compete.
         quick: tiny shapes, for tests.
+        gpu_shapes: whether the cases are those of a GPU, wherever they live; None for what the device is.
     """
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     peers: bool = False
     quick: bool = False
+    gpu_shapes: bool | None = None
+
+    @property
+    def for_gpu(self) -> bool:
+        """Whether the cases are those of a GPU."""
+        return self.device.type == "cuda" if self.gpu_shapes is None else self.gpu_shapes
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Case:
         shape: shape of the weight.
         dtype: dtype of the weight.
         calls: the competitors.
-        expected: the right answer.
+        expected: gives the right answer; called once, when the first implementation is checked.
         tolerances: largest error of each output, see :func:`bench.exact.errors`.
         bytes: what the op must move: every input read once, every output written once.
         flops: what the op must compute, in matrix products.
@@ -86,7 +94,7 @@ class Case:
     shape: tuple[int, ...]
     dtype: torch.dtype
     calls: Sequence[Call | Missing]
-    expected: Expected
+    expected: Callable[[], Expected]
     tolerances: tuple[float, ...]
     bytes: int
     flops: int = 0
@@ -96,6 +104,11 @@ class Case:
     variant: str = ""
     memory: bool = False
 
+    @functools.cached_property
+    def right(self) -> Expected:
+        """The right answer."""
+        return self.expected()
+
     @property
     def title(self) -> str:
         """One line that tells it from every other case."""
@@ -104,8 +117,14 @@ class Case:
         return " ".join(part for part in parts if part)
 
 
-#: A suite is a function from settings to cases, built one at a time so that one case's tensors live at once.
-Suite = Callable[[Settings], Iterator[Case]]
+#: A suite is a function from settings to what builds its cases. They are built one at a time, so that one case's
+#: tensors live at once and a case that cannot be built leaves the others alone.
+Suite = Callable[[Settings], Iterator[Callable[[], Case]]]
+
+
+def built(case: Case) -> Callable[[], Case]:
+    """Return what gives a case that is there already, because it shares its tensors with others."""
+    return lambda: case
 
 
 def attempt(name: str, build: Callable[[], Call]) -> Call | Missing:

@@ -47,7 +47,7 @@ class Machine:
     @property
     def slug(self) -> str:
         """The name, fit for a file name."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return slug(self.name)
 
     @functools.cached_property
     def bandwidth(self) -> float:
@@ -84,6 +84,25 @@ class Machine:
         }
 
 
+def alive(device: torch.device) -> bool:
+    """Whether a device still answers: after an illegal access nothing in this process can use a GPU."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def slug(name: str) -> str:
+    """Return a device's name, fit for a file name: "h100" for "NVIDIA H100 80GB HBM3"."""
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").split("-")
+    if words[0] == "nvidia":
+        said = r"nvidia|geforce|tesla|laptop|gpu|\d+gb|hbm\d\w*|pcie|sxm\d*|nvl"
+        words = [word for word in words if not re.fullmatch(said, word)]
+    return "-".join(words)
+
+
 def copy_of(size: int, device: torch.device, *, fresh: bool = False) -> Any:
     """Return a call that moves ``size`` bytes by copying, into the same memory each time or into fresh memory."""
     source = torch.randn(max(size // 8, 1), device=device)
@@ -110,7 +129,8 @@ def cpu_model() -> str:
 def versions() -> dict[str, str | None]:
     """Return the versions that matter."""
     known: dict[str, str | None] = {"python": platform.python_version(), "qatkernels": qatkernels.__version__}
-    for package in ("torch", "triton", "numpy"):
+    known["torch"] = torch.__version__  # with the build, which its metadata does not have
+    for package in ("triton", "numpy"):
         try:
             known[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

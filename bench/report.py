@@ -100,6 +100,16 @@ def _rich(head: str, lines: list[tuple[str, ...]]) -> Any:
 
 def write(rows: Sequence[Row], machine: Machine, settings: dict[str, Any], path: Path) -> None:
     """Write rows and what they were measured on as JSON."""
-    document = {"schema": SCHEMA, **machine.describe(), "settings": settings, "rows": list(rows)}
+    save(document(rows, machine.describe(), settings), path)
+
+
+def document(rows: Sequence[Row], described: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return rows with what they were measured on, as a file of results holds them."""
+    return {"schema": SCHEMA, **described, "settings": settings, "rows": list(rows)}
+
+
+def save(document: dict[str, Any], path: Path) -> Path:
+    """Write a document as JSON and return where."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    return path

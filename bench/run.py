@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from .case import Call, Case, Missing, reason
 from .clock import Clock, Run, captured, race
@@ -14,6 +17,10 @@ from .memory import peak
 
 #: A row as it goes to JSON; `status` is "ok", "wrong", "failed" or "missing", and only "ok" rows carry times.
 Row = dict[str, Any]
+
+#: Calls whose launches are timed together: so few that they do not wait for one another in the driver's queue, and
+#: about how long the GPU may be busy with them.
+_HOST_CALLS, _HOST_MS = 20, 20.0
 
 COPY, FRESH_COPY = "copy_", "copy into fresh memory"
 
@@ -82,7 +89,7 @@ def _checked(call: Call, run: Run, case: Case) -> Row:
     """Run a call once and return its status, with its errors or why there are none."""
     try:
         outputs = run()
-        wanted = call.expected() if call.expected else case.expected
+        wanted = call.expected() if call.expected else case.right
         found = [] if call.unchecked else errors(outputs, wanted)
     except Exception as problem:  # Whatever an implementation raises belongs in its row, and the others go on.
         return {"status": "missing" if call.kind == "peer" else "failed", "note": reason(problem)}
@@ -110,6 +117,18 @@ def _graphs(replays: list[tuple[Row, Call]], case: Case) -> list[tuple[Row, Call
     return racing
 
 
+def _host_us(run: Run, milliseconds: float) -> float:
+    """Return the microseconds of a call on the CPU, which goes on before the GPU is done after ``milliseconds``."""
+    calls = max(3, min(_HOST_CALLS, int(_HOST_MS / milliseconds)))
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    spent = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return round(1e6 * spent / calls, 2)
+
+
 def _timed(racing: list[tuple[Row, Call]], case: Case, machine: Machine, budget: float, clock: Clock) -> None:
     """Race the calls and complete their rows."""
     runs: dict[str, Run] = {f"{i}": call.run for i, (_, call) in enumerate(racing)}
@@ -121,6 +140,8 @@ def _timed(racing: list[tuple[Row, Call]], case: Case, machine: Machine, budget:
         floor = max(floor, 1e3 * case.flops / machine.products(case.product_dtype or case.dtype))
     others = {f"{c.name} ({c.output})": t.median for _, c, t in by_call if c.kind != "ours"}
     for row, call, t in by_call:
+        if machine.cuda and row["timing"] == "call":
+            row["host_us"] = _host_us(call.run, t.median)
         # Once more: what was right at first may not be in memory that is used again.
         if call.kind == "ours" and (again := _checked(call, call.run, case))["status"] != "ok":
             row |= again

@@ -244,9 +244,8 @@ def check_linear_dual(impl_out, sample, tokens, transposed):
     """Hold an `_out` implementation of quant_linear_dual against products of the reference's weight in float64."""
     dtype = sample.dtype or sample.w.dtype
     generator = torch.Generator().manual_seed(3)
-    x, u = (
-        torch.randn(tokens, sample.w.shape[0 if transposed else 1], generator=generator).to(dtype) for _ in range(2)
-    )
+    shape = tokens, sample.w.shape[0 if transposed else 1]
+    x, u = (torch.randn(shape, generator=generator).to(sample.w.device, dtype) for _ in range(2))
     for tangent_x, tangents in ((u, sample.tangents()), (None, sample.tangents()), (u, (None,) * 3)):
         got = run_out("quant_linear_dual", impl_out, (x, tangent_x, *tangents, *sample.point, transposed))
         q, v = (t.double() for t in OPS["fake_quantize_dual"].reference(*tangents, *sample.point, dtype))
@@ -261,3 +260,30 @@ def check_linear_dual(impl_out, sample, tokens, transposed):
             # ``least`` apart at least.
             bound = 2 * eps * exact.abs() + len(q) ** 0.5 * 8 * min(eps, 2**-23) * size + eps * size / 4 + 2 * least
             assert ((actual.double() - exact).abs() <= bound).all(), sample.name
+
+
+def grouped_meaning(op, a, b, ends):
+    """Return a product of tokens with their experts' weights by its definition, one expert at a time."""
+    parts = [slice(s, e) for s, e in zip((0, *ends), ends, strict=False)]
+    if op == "grouped_outer":
+        return torch.stack([a[p].T @ b[p] for p in parts]) if parts else a.new_zeros(0, a.shape[1], b.shape[1])
+    w = b.mT if op == "grouped_linear" else b
+    y = a.new_zeros(a.shape[0], w.shape[-1])
+    for e, part in enumerate(parts):
+        y[part] = a[part] @ w[e]
+    return y
+
+
+def check_grouped(op, impl_out, args, ends, device, what=""):
+    """Hold an `_out` implementation of a grouped product against float64.
+
+    A sum of n products is off by n roundings of the sum of their magnitudes, and is rounded to the dtype.
+    """
+    a, b = args
+    expected = grouped_meaning(op, a.double(), b.double(), ends)
+    terms = {"grouped_linear": a.shape[1], "grouped_linear_transposed": a.shape[1], "grouped_outer": a.shape[0]}[op]
+    unit = torch.finfo(torch.float64 if a.dtype == torch.float64 else torch.float32).eps
+    sums = max(terms, 16) * unit * grouped_meaning(op, a.double().abs(), b.double().abs(), ends)
+    offsets = torch.tensor(ends, dtype=torch.int32, device=device)
+    (actual,) = run_out(op, impl_out, (a.to(device), b.to(device), offsets))
+    assert_within(actual.cpu(), expected, sums + torch.finfo(a.dtype).eps * expected.abs(), f"{op} {ends} {what}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def problems(settings: Settings) -> Iterator[Problem]:
     """The headline in every form, then one change at a time."""
     large, small, group = ((4096, 4096), (1024, 1024), 128) if not settings.quick else ((64, 256), (16, 32), 32)
     for dtype in settings.dtypes:
-        huge = settings.device.type == "cuda" and dtype == torch.bfloat16 and not settings.quick
+        huge = settings.for_gpu and not settings.quick
         widest = (8192, 8192) if huge else large
         for op in (FORWARD, BACKWARD, JVP, QUANTIZE):
             yield Problem(op, dtype, widest)
@@ -58,9 +59,9 @@ def problems(settings: Settings) -> Iterator[Problem]:
             yield Problem(op, torch.float32, large, out_dtype=torch.bfloat16)
 
 
-def cases(settings: Settings) -> Iterator[Case]:
-    """Yield the suite's cases."""
-    return (build(problem, settings) for problem in problems(settings))
+def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
+    """Yield what builds the suite's cases."""
+    return (partial(build, problem, settings) for problem in problems(settings))
 
 
 def build(problem: Problem, settings: Settings) -> Case:
@@ -77,16 +78,22 @@ def build(problem: Problem, settings: Settings) -> Case:
     variant = ("noise " if p.noise else "") + (f"to {str(p.out_dtype)[6:]}" if p.out_dtype else "")
     inputs = [a for a in args if isinstance(a, torch.Tensor)]
     return Case(
-        p.op, p.shape, p.dtype, calls, expected(p.op, sample, args), tuple(TOLERANCE[out.dtype] for out in outputs),
-        bytes_of(*inputs, *outputs), grid=f"{p.grid.scheme}{p.grid.bits}",
+        p.op, p.shape, p.dtype, calls, partial(expected, p.op, sample, args),
+        tuple(TOLERANCE[out.dtype] for out in outputs), bytes_of(*inputs, *outputs),
+        grid=f"{p.grid.scheme}{p.grid.bits}",
         granularity=f"per {p.granularity}" if isinstance(p.granularity, str) else f"group {p.granularity}",
         variant=variant.strip(),
     )  # fmt: skip
 
 
 def ours(op: str, args: tuple[Any, ...], device: torch.device) -> Iterator[Call | Missing]:
-    """Yield every backend's call of an op on a device, with fresh outputs and with given ones."""
+    """Yield every backend's call of an op on a device, with fresh outputs and with given ones.
+
+    The reference competes on a CPU only: a GPU has no time for it.
+    """
     for backend in backends.PREFERENCE[device.type.upper()]:
+        if backend == "reference" and device.type == "cuda":
+            continue
         if backend not in backends.IMPLS[op]:
             yield Missing(backend, backends.MISSING.get(backend, "does not implement this op"))
             continue

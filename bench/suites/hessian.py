@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ from ..case import Call, Case, Missing, Settings, attempt
 PROBES, STEPS = 1, 60
 
 
-def cases(settings: Settings) -> Iterator[Case]:
-    """Yield the suite's cases, which are float32 whatever was asked for: products have no other dtype but float64."""
+def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
+    """Yield what builds the suite's cases, float32 whatever was asked for: products have no other dtype but float64."""
     config = ModelConfig(32, 1, 2, 16, 31) if settings.quick else ModelConfig(context=128)
-    problem = tools.Problem(config, 4 if settings.quick else 16, device=settings.device)
-    yield _product(problem, settings)
-    yield _spectrum(problem, settings)
+    problem = cache(lambda: tools.Problem(config, 4 if settings.quick else 16, device=settings.device))
+    yield lambda: _product(problem(), settings)
+    yield lambda: _spectrum(problem(), settings)
 
 
 def _product(problem: tools.Problem, settings: Settings) -> Case:
@@ -31,9 +32,8 @@ def _product(problem: tools.Problem, settings: Settings) -> Case:
     kept, fresh = problem.operator(), problem.operator(retain=False)
     forward, saving = problem.operator(engine="forward"), problem.operator(checkpoint=True)
     exact = problem.operator(dtype=torch.float64)
-    right, slope = exact.products([v.double()])[0], exact.gradient()
     calls: list[Call | Missing] = [
-        Call("gradient", problem.gradient, "baseline", expected=lambda: (slope,), graph=False),
+        Call("gradient", problem.gradient, "baseline", expected=lambda: (exact.gradient(),), graph=False),
         Call("reverse, graph kept", lambda: kept.products([v])[0], graph=False),
         Call("reverse, graph made again", lambda: fresh.products([v])[0], graph=False),
         Call("reverse, checkpointed", lambda: saving.products([v])[0], graph=False),
@@ -48,7 +48,7 @@ def _product(problem: tools.Problem, settings: Settings) -> Case:
         ]
     # Six products with each weight: two for each of the gradient's three, one of which is the forward's.
     return Case(
-        "hvp", (problem.n,), torch.float32, calls, (right,), (2e-4,), 8 * problem.n,
+        "hvp", (problem.n,), torch.float32, calls, lambda: (exact.products([v.double()])[0],), (2e-4,), 8 * problem.n,
         flops=12 * problem.tokens * problem.n, grid="seq2", variant=f"{problem.tokens} tokens",
     )  # fmt: skip
 
@@ -80,9 +80,10 @@ class Free:
 def _spectrum(problem: tools.Problem, settings: Settings) -> Case:
     probes, steps = PROBES, 10 if settings.quick else STEPS
     op, small = problem.operator(), problem.operator()
-    exact = spectrum(problem.operator(dtype=torch.float64), probes, steps).lambda_max
     free = Free(problem.n, problem.device)
-    alone = spectrum(free, probes, steps)
+
+    def right(target: Any) -> Callable[[], tuple[Tensor]]:
+        return lambda: (torch.tensor([spectrum(target, probes, steps).lambda_max], dtype=torch.float64),)
 
     def ours(target: Any, **options: Any) -> Callable[[], Tensor]:
         return lambda: torch.tensor([spectrum(target, probes, steps, **options).lambda_max])
@@ -90,7 +91,7 @@ def _spectrum(problem: tools.Problem, settings: Settings) -> Case:
     calls: list[Call | Missing] = [
         Call("spectrum", ours(op), graph=False),
         Call("spectrum, bfloat16 basis", ours(small, basis_dtype=torch.bfloat16), graph=False),
-        Call("its vector work", ours(free), expected=lambda: (torch.tensor([alone.lambda_max]).double(),), graph=False,
+        Call("its vector work", ours(free), expected=right(free), graph=False,
              note="Lanczos with products that cost nothing"),
     ]  # fmt: skip
     if settings.peers:
@@ -99,7 +100,7 @@ def _spectrum(problem: tools.Problem, settings: Settings) -> Case:
             attempt("curvlinops", lambda: _curvlinops(problem, probes, steps)),
         ]
     return Case(
-        "spectrum", (problem.n,), torch.float32, calls, (torch.tensor([exact], dtype=torch.float64),), (1e-3,),
+        "spectrum", (problem.n,), torch.float32, calls, right(problem.operator(dtype=torch.float64)), (1e-3,),
         4 * problem.n * (steps + 1), flops=probes * steps * 12 * problem.tokens * problem.n, grid="seq2",
         variant=f"{probes} x {steps}, {problem.tokens} tokens",
     )  # fmt: skip

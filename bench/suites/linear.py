@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from qatkernels.grid import Grid, paretoq
 from qatkernels.nn import QuantConfig, QuantLinear
-from qatkernels.ops.samples import Sample, weights
+from qatkernels.ops.samples import Sample, draw, weights
 
 from .. import peers
 from ..case import Call, Case, Expected, Missing, Settings, attempt, bytes_of
@@ -45,9 +46,10 @@ class Problem:
 
     def activations(self) -> tuple[Tensor, Tensor]:
         """Return the layer's input and the gradient of its output."""
-        generator = torch.Generator().manual_seed(3)
-        x, g = (torch.randn(self.tokens, self.features, generator=generator).to(self.device) for _ in range(2))
-        return x.to(self.product_dtype), g.to(self.product_dtype)
+        shape = self.tokens, self.features
+        return draw(shape, self.product_dtype, self.device, seed=3), draw(
+            shape, self.product_dtype, self.device, seed=4
+        )
 
     def linear(self) -> nn.Linear:
         """Return a plain layer."""
@@ -58,8 +60,10 @@ class Problem:
 
 def problems(settings: Settings) -> Iterator[Problem]:
     """Two batch sizes, two widths, and 16 bits both ways: parameters in bfloat16, or float32 ones under autocast."""
-    features, batches = (32, (4,)) if settings.quick else (1024, (64, 1024))
-    for tokens in batches:
+    sizes = ((64, 1024), (1024, 1024))
+    if settings.for_gpu:
+        sizes = ((8192, 4096), (1024, 4096), (8192, 1024), (1024, 1024))
+    for tokens, features in ((4, 32),) if settings.quick else sizes:
         for bits in (2, 4):
             for dtype in settings.dtypes:
                 yield Problem(tokens, features, bits, dtype, settings.device)
@@ -67,21 +71,21 @@ def problems(settings: Settings) -> Iterator[Problem]:
                 yield Problem(tokens, features, bits, torch.float32, settings.device, autocast=torch.bfloat16)
 
 
-def cases(settings: Settings) -> Iterator[Case]:
-    """Yield the suite's cases."""
-    return (build(problem, settings) for problem in problems(settings))
+def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
+    """Yield what builds the suite's cases."""
+    return (partial(build, problem, settings) for problem in problems(settings))
 
 
 def build(p: Problem, settings: Settings) -> Case:
     """Return the case of a problem: QuantLinear, nn.Linear, and the peers."""
     x, g = p.activations()
     w, scale = _settled(p)
-    right = _expected(p, x, g, w, scale)
     calls: list[Call | Missing] = [_plain(p, x, g), _ours(p, x, g, w, scale)]
     if settings.peers:
         calls += _peers(p, x, g, w, scale)
     return Case(
-        "linear step", (p.features, p.features), p.dtype, calls, right, (TOLERANCE[p.product_dtype],) * 4,
+        "linear step", (p.features, p.features), p.dtype, calls, partial(_expected, p, x, g, w, scale),
+        (TOLERANCE[p.product_dtype],) * 4,
         bytes_of(x, g, w) + bytes_of(g, x, w), flops=6 * p.tokens * p.features**2, product_dtype=p.product_dtype,
         grid=f"{p.grid.scheme}{p.grid.bits}", granularity="per row",
         variant=f"{p.tokens} tokens" + (f", autocast to {str(p.autocast)[6:]}" if p.autocast else ""),

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qatkernels.grid import Grid, paretoq
 from qatkernels.ops import PackedWeight, lowbit_linear
-from qatkernels.ops.samples import weights
+from qatkernels.ops.samples import draw, weights
 
 from .. import ggml
 from ..case import Call, Case, Missing, Settings, attempt, bytes_of
+from .fake_quantize import ours
 
 #: Largest error by dtype of the activations: sums of up to 16384 products, and the rounding of the result.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-#: With quantized activations the right answer is another one; this is how far quantization to 8 bits takes it.
-TOLERANCE_A8 = 0.1
+#: Most tokens that the CUDA kernel takes.
+DECODED = 8
 
 
 @dataclass(frozen=True)
 class Problem:
     """A layer, how it is packed, and how many tokens it meets."""
 
-    features: int
+    shape: tuple[int, int]
     bits: float
     group_size: int | None
     tokens: int
@@ -36,52 +39,105 @@ class Problem:
         """The grid of the weight."""
         return paretoq(self.bits)
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What the case is called."""
+        return {
+            "grid": f"{self.grid.scheme}{self.grid.bits}", "variant": f"{self.tokens} tokens",
+            "granularity": "per row" if self.group_size is None else f"groups of {self.group_size}",
+        }  # fmt: skip
+
 
 def problems(settings: Settings) -> Iterator[Problem]:
     """4 bits at every number of tokens, other widths at some, and weights that no cache holds."""
+    small, large = (4096, 4096), (16384, 16384)
     if settings.quick:
-        yield from (Problem(64, 4, 32, 1), Problem(64, 2, None, 5), Problem(64, 4, None, 3, torch.float32))
+        yield from (Problem((64, 64), 4, 32, 1), Problem((64, 64), 2, None, 5))
+        yield Problem((64, 64), 4, None, 3, torch.float32)
+        return
+    if settings.for_gpu:
+        yield from _of_gpu()
         return
     if torch.bfloat16 in settings.dtypes:
         for group_size in (None, 128, 32):
             for tokens in (1, 4, 8, 16, 32, 64, 128, 512):
-                yield Problem(4096, 4, group_size, tokens)
+                yield Problem(small, 4, group_size, tokens)
         for bits in (1, 1.58, 2, 3, 8):
             for tokens in (1, 8, 64, 512):
-                yield Problem(4096, bits, None, tokens)
+                yield Problem(small, bits, None, tokens)
         for bits in (1, 2, 4):
-            yield Problem(16384, bits, None, 1)
+            yield Problem(large, bits, None, 1)
     if torch.float32 in settings.dtypes:
         for tokens in (1, 8, 64, 512):
-            yield Problem(4096, 4, 128, tokens, torch.float32)
+            yield Problem(small, 4, 128, tokens, torch.float32)
 
 
-def cases(settings: Settings) -> Iterator[Case]:
-    """Yield the suite's cases."""
-    return (build(problem, settings) for problem in problems(settings))
+def _of_gpu() -> Iterator[Problem]:
+    """Every width at every number of tokens, what tells most first: the time on a GPU may end before the list does."""
+    widths = ((1, None), (1.58, None), (2, None), (3, None), (4, None), (4, 128), (8, None))
+    for tokens in (1, 4096, 8, 64, 512, 2048, 16, 4, 128, 2, 32):
+        for shape in ((8192, 28672), (4096, 4096)):
+            for bits, group_size in widths:
+                yield Problem(shape, bits, group_size, tokens)
+
+
+def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
+    """Yield what builds the suite's cases."""
+    yield from (partial(build, problem, settings) for problem in problems(settings))
+    shape, batches = ((64, 64), (3,)) if settings.quick else ((4096, 4096), (512, 4096))
+    if settings.quick or settings.for_gpu:
+        yield from (partial(transposed, Problem(shape, 4, None, tokens), settings) for tokens in batches)
 
 
 def build(p: Problem, settings: Settings) -> Case:
     """Return the case of a problem."""
-    w = weights((p.features, p.features), torch.float32, settings.device)
-    packed = PackedWeight.from_float(w, p.grid.init_scale(w, p.group_size), p.grid, p.group_size)
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(p.tokens, p.features, generator=generator).to(settings.device, p.dtype)
-    values = packed.dequantize()
-    right = product(x, values)
-    plain = values.to(p.dtype)
+    w, packed = _packed(p, settings.device)
+    x = draw((p.tokens, p.shape[1]), p.dtype, settings.device, seed=3)
+    plain = draw(p.shape, p.dtype, settings.device, width=0.02)
     calls: list[Call | Missing] = [
-        Call(f"nn.Linear {str(p.dtype)[6:]}", lambda: torch.nn.functional.linear(x, plain), "baseline"),
+        Call(f"nn.Linear {str(p.dtype)[6:]}", lambda: F.linear(x, plain), "baseline", unchecked="another weight"),
         Call("packed", lambda: lowbit_linear(x, packed)),
         Call("packed, A8", lambda: lowbit_linear(x, packed, act_bits=8), unchecked="activations of 8 bits"),
     ]
-    if settings.peers and settings.device.type == "cpu":
+    if settings.for_gpu:
+        calls += _backends(p, x, packed, settings.device)
+    if settings.peers and not settings.for_gpu:
         calls += _peers(p, x, w)
-    moved = packed.nbytes + 2 * bytes_of(x)
+    moved = packed.nbytes + bytes_of(x) + p.tokens * p.shape[0] * x.element_size()
     return Case(
-        "packed linear", (p.features, p.features), p.dtype, calls, (right,), (TOLERANCE[p.dtype],), moved,
-        flops=2 * p.tokens * p.features**2, product_dtype=p.dtype, grid=f"{p.grid.scheme}{p.grid.bits}",
-        granularity="per row" if p.group_size is None else f"groups of {p.group_size}", variant=f"{p.tokens} tokens",
+        "packed linear", p.shape, p.dtype, calls, lambda: (product(x, packed.dequantize()),), (TOLERANCE[p.dtype],),
+        moved, flops=2 * p.tokens * p.shape[0] * p.shape[1], product_dtype=p.dtype, **p.names,
+    )  # fmt: skip
+
+
+def _packed(p: Problem, device: torch.device) -> tuple[Tensor, PackedWeight]:
+    w = weights(p.shape, torch.float32, device)
+    return w, PackedWeight.from_float(w, p.grid.init_scale(w, p.group_size), p.grid, p.group_size)
+
+
+def _backends(p: Problem, x: Tensor, w: PackedWeight, device: torch.device) -> Iterator[Call | Missing]:
+    """Yield each backend's call, with the CUDA kernel where it serves: the public function takes one of them."""
+    grid = (list(p.grid.constants), p.grid.code_min, w.bits)
+    for call in ours("lowbit_linear", (x, w.packed, w.scale, w.zero_point, None, None, *grid, None), device):
+        if getattr(call, "output", "fresh") == "fresh" and (call.name != "cuda" or p.tokens <= DECODED):
+            yield call
+
+
+def transposed(p: Problem, settings: Settings) -> Case:
+    """Return the case of the product with the weight itself, which a gradient of activations takes."""
+    _, packed = _packed(p, settings.device)
+    g = draw((p.tokens, p.shape[0]), p.dtype, settings.device, seed=3)
+    plain = draw(p.shape, p.dtype, settings.device, width=0.02)
+    grid = (list(p.grid.constants), p.grid.code_min, packed.bits, p.shape[1])
+    args = (g, packed.packed, packed.scale, packed.zero_point, None, *grid)
+    calls: list[Call | Missing] = [
+        Call(f"matmul {str(p.dtype)[6:]}", lambda: g @ plain, "baseline", unchecked="another weight"),
+        *ours("lowbit_linear_transposed", args, settings.device),
+    ]
+    return Case(
+        "packed linear, transposed", p.shape, p.dtype, calls, lambda: (product(g, packed.dequantize().T),),
+        (TOLERANCE[p.dtype],), packed.nbytes + 2 * bytes_of(g), flops=2 * p.tokens * p.shape[0] * p.shape[1],
+        product_dtype=p.dtype, **p.names,
     )  # fmt: skip
 
 
@@ -99,10 +155,10 @@ def _peers(p: Problem, x: Tensor, w: Tensor) -> Iterator[Call | Missing]:
 
 
 def _int4pack(p: Problem, x: Tensor, w: Tensor) -> Call:
-    rows, group = p.features, min(128, p.features)
-    codes = torch.randint(0, 16, (rows, p.features), dtype=torch.int32)
+    rows, group = p.shape[0], min(128, p.shape[1])
+    codes = torch.randint(0, 16, p.shape, dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    scales = torch.ones(p.features // group, rows, 2, dtype=torch.bfloat16)
+    scales = torch.ones(p.shape[1] // group, rows, 2, dtype=torch.bfloat16)
     product = torch.ops.aten._weight_int4pack_mm_for_cpu
     note = f"groups of {group}; codes of its own"
     return Call("int4pack", lambda: product(x, packed, group, scales), "peer", unchecked="codes of its own", note=note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from qatkernels import ops
 from qatkernels.grid import lsq
 from qatkernels.nn import QuantConfig, QuantLinear
 from qatkernels.ops._op import OPS
-from qatkernels.ops.samples import Sample, make
+from qatkernels.ops.samples import Sample, draw, make
 
 from ..case import Call, Case, Expected, Missing, Settings, bytes_of
 from ..exact import expected, settled
@@ -23,28 +24,28 @@ from .fake_quantize import ours
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 8e-3}
 
 
-def cases(settings: Settings) -> Iterator[Case]:
-    """Yield the suite's cases."""
+def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
+    """Yield what builds the suite's cases."""
     for dtype in settings.dtypes:
         for tokens in (4,) if settings.quick else (64, 512):
             for features in (32,) if settings.quick else (1024, 4096):
-                yield linear(tokens, features, dtype, settings)
+                yield partial(linear, tokens, features, dtype, settings)
         for rows, cols in _bases(settings):
             for update in (False, True):
-                yield gram_schmidt(rows, cols, dtype, update, settings)
-        yield rows_twice(dtype, settings)
-        yield loss_twice(dtype, settings)
-        yield linear_loss_twice(dtype, settings)
+                yield partial(gram_schmidt, rows, cols, dtype, update, settings)
+        yield partial(rows_twice, dtype, settings)
+        yield partial(loss_twice, dtype, settings)
+        yield partial(linear_loss_twice, dtype, settings)
 
 
 def _bases(settings: Settings) -> tuple[tuple[int, int], ...]:
     if settings.quick:
         return ((5, 1000),)
-    return ((60, 1_400_000), (60, 100_000_000) if settings.device.type == "cuda" else (10, 40_000_000))
+    return ((60, 1_400_000), (60, 100_000_000) if settings.for_gpu else (10, 40_000_000))
 
 
 def _random(*shape: int, device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    return draw(shape, dtype, device, seed)
 
 
 def linear(tokens: int, features: int, dtype: torch.dtype, settings: Settings) -> Case:
@@ -53,8 +54,11 @@ def linear(tokens: int, features: int, dtype: torch.dtype, settings: Settings) -
     sample = settled(make(lsq(4), (features, features), dtype, device=device))
     x, u = (_random(tokens, features, device=device, dtype=dtype, seed=seed) for seed in (3, 4))
     v = sample.tangents()[0]
-    q, along = _weight_and_tangent(sample)
-    right = (x.double() @ q.T, x.double() @ along.T + u.double() @ q.T)
+
+    def right() -> Expected:
+        q, along = _weight_and_tangent(sample)
+        return x.double() @ q.T, x.double() @ along.T + u.double() @ q.T
+
     args = (x, u, v, None, None, *sample.point, False)
     quantize, tangent = torch.ops.qatkernels.fake_quantize, torch.ops.qatkernels.fake_quantize_jvp
 
@@ -108,11 +112,11 @@ def gram_schmidt(rows: int, cols: int, dtype: torch.dtype, update: bool, setting
         return new, basis @ new.to(dtype), new @ new
 
     args = (basis, w, h)
-    right = OPS["gram_schmidt"].reference(*args)
     unchecked = "" if dtype == torch.float32 else "products in 16 bits"
     calls = [Call("torch", plain, "baseline", unchecked=unchecked), *ours("gram_schmidt", args, device)]
     return Case(
-        "gram_schmidt", (rows, cols), dtype, calls, tuple(t.double() for t in right), (1e-6, 2e-3, 2e-3),
+        "gram_schmidt", (rows, cols), dtype, calls,
+        lambda: tuple(t.double() for t in OPS["gram_schmidt"].reference(*args)), (1e-6, 2e-3, 2e-3),
         bytes_of(basis, w, w if update else None), variant="update and products" if update else "products",
     )  # fmt: skip
 
@@ -121,7 +125,7 @@ def _tokens(settings: Settings) -> tuple[int, int, int]:
     """Return tokens, vocabulary and features."""
     if settings.quick:
         return 6, 50, 16
-    return (8192, 50257, 2048) if settings.device.type == "cuda" else (512, 50257, 256)
+    return (8192, 50257, 2048) if settings.for_gpu else (512, 50257, 256)
 
 
 def _logits(dtype: torch.dtype, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +152,7 @@ def rows_twice(dtype: torch.dtype, settings: Settings) -> Case:
     lse = torch.logsumexp(z.float(), 1)
     calls = list(ours("cross_entropy_hvp", (v, None, g, z, lse, targets, -100), settings.device))
     return Case(
-        "cross_entropy_hvp", tuple(z.shape), dtype, calls, _exact(z, v, targets, g.double()),
+        "cross_entropy_hvp", tuple(z.shape), dtype, calls, lambda: _exact(z, v, targets, g.double()),
         (max(TOLERANCE[dtype] / 4, 2e-5), 2e-5), bytes_of(z, v, z),
     )  # fmt: skip
 
@@ -173,7 +177,7 @@ def loss_twice(dtype: torch.dtype, settings: Settings) -> Case:
         Call("cross_entropy", _product(lambda z: ops.cross_entropy(z, targets), (z,), (v,))),
     ]
     return Case(
-        "cross-entropy double backward", tuple(z.shape), dtype, calls, _exact(z, v, targets, g)[:1],
+        "cross-entropy double backward", tuple(z.shape), dtype, calls, lambda: _exact(z, v, targets, g)[:1],
         (TOLERANCE[dtype],), bytes_of(z, z, z, z, v, z), memory=True,
     )  # fmt: skip
 
@@ -189,11 +193,10 @@ def linear_loss_twice(dtype: torch.dtype, settings: Settings) -> Case:
     def plain(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda h, w: loss(F.linear(h, w), targets)
 
-    right = _product(
-        lambda h, w: ops.linear_cross_entropy(h, w, targets),
-        tuple(t.double() for t in (h, w)),
-        tuple(t.double() for t in (vh, vw)),
-    )()
+    def right() -> Expected:
+        leaves, vs = (tuple(t.double() for t in pair) for pair in ((h, w), (vh, vw)))
+        return _product(lambda h, w: ops.linear_cross_entropy(h, w, targets), leaves, vs)()
+
     leaves, vs = (h, w), (vh, vw)
     calls = [
         Call("F.cross_entropy of F.linear", _product(plain(F.cross_entropy), leaves, vs), "baseline"),

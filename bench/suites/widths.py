@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,8 +16,13 @@ from ..case import Call, Case, Settings
 from .lowbit import TOLERANCE, product
 
 
-def cases(settings: Settings) -> Iterator[Case]:
-    """Yield the suite's case: weights that no cache holds, one token."""
+def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
+    """Yield what builds the suite's one case."""
+    yield partial(build, settings)
+
+
+def build(settings: Settings) -> Case:
+    """Return the case: weights that no cache holds, one token."""
     features = 64 if settings.quick else 16384
     w = weights((features, features), torch.float32, settings.device)
     x = torch.randn(1, features, generator=torch.Generator().manual_seed(3)).to(settings.device, torch.bfloat16)
@@ -31,7 +37,8 @@ def cases(settings: Settings) -> Iterator[Case]:
             Call(f"{bits} bits, A8", lambda p=packed: lowbit_linear(x, p, act_bits=8), kind,  # type: ignore[misc]
                  unchecked="activations of 8 bits", note=note),
         ]  # fmt: skip
-    yield Case(
-        "widths in turn", (features, features), x.dtype, calls, (None,), (TOLERANCE[x.dtype],), features**2 // 2,
-        flops=2 * features**2, product_dtype=x.dtype, grid="paretoq", granularity="per row", variant="1 tokens",
+    return Case(
+        "widths in turn", (features, features), x.dtype, calls, lambda: (None,), (TOLERANCE[x.dtype],),
+        features**2 // 2, flops=2 * features**2, product_dtype=x.dtype, grid="paretoq", granularity="per row",
+        variant="1 tokens",
     )  # fmt: skip

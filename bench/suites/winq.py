@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from qatkernels.train.data import Corpus
 from qatkernels.train.parallel import Processes
 from qatkernels.train.phases import Phase
 
-from ..case import Call, Case, Settings, bytes_of
+from ..case import Call, Case, Settings, built, bytes_of
 from ..exact import expected, settle
 
 #: The released scripts' noise; where it is drawn it costs the same whatever it is.
@@ -40,17 +41,17 @@ class Problem:
     device: torch.device
 
 
-def cases(settings: Settings) -> Iterator[Case]:
-    """Yield steps of the demo's model and of single layers, then the passes by themselves."""
+def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
+    """Yield what builds steps of the demo's model and of single layers, then the passes by themselves."""
     widths, tokens = ((32,), (8, 16)) if settings.quick else ((1024, 2048, 4096), (1024, 4096))
     for dtype in settings.dtypes:
         for autocast in (False, True) if dtype == torch.float32 else (False,):
             if dtype == torch.float32:
-                yield from _loop(settings, "bfloat16" if autocast else "float32")
+                yield from map(built, _loop(settings, "bfloat16" if autocast else "float32"))
             for width, count in (*((width, tokens[0]) for width in widths), (widths[len(widths) // 2], tokens[1])):
-                yield _step(Problem("layer", (width, width), count, dtype, autocast, settings.device))
+                yield partial(_step, Problem("layer", (width, width), count, dtype, autocast, settings.device))
         for width in widths:
-            yield from _passes(width, dtype, settings.device)
+            yield from map(built, _passes(width, dtype, settings.device))
 
 
 def _loop(settings: Settings, precision: str) -> Iterator[Case]:
@@ -84,7 +85,7 @@ def _loop(settings: Settings, precision: str) -> Iterator[Case]:
     common: dict[str, Any] = {"grid": "seq2", "granularity": "per row"}
     shape, product = (config.width, config.width), torch.bfloat16 if precision == "bfloat16" else torch.float32
     yield Case(
-        "step of the training loop", shape, torch.float32, calls, (), (), 4 * bytes_of(*parameters),
+        "step of the training loop", shape, torch.float32, calls, tuple, (), 4 * bytes_of(*parameters),
         flops=6 * tokens * features, product_dtype=product, memory=True,
         variant=f"demo model, {tokens} tokens, {precision}", **common,
     )  # fmt: skip
@@ -96,7 +97,7 @@ def _loop(settings: Settings, precision: str) -> Iterator[Case]:
         ]
         weights = bytes_of(*(m.weight for m in quantized_modules(winq.model).values()))
         yield Case(
-            "reset of a model", shape, torch.float32, resets, (), (), 2 * weights, variant="demo model", **common
+            "reset of a model", shape, torch.float32, resets, tuple, (), 2 * weights, variant="demo model", **common
         )
 
 
@@ -150,7 +151,7 @@ def _step(p: Problem) -> Case:
     parameters = list(model.parameters())
     features = sum(w.numel() for w in parameters if w.ndim == 2)
     return Case(
-        f"step of the {p.name}", p.shape, p.dtype, calls, (), (), 4 * bytes_of(*parameters),
+        f"step of the {p.name}", p.shape, p.dtype, calls, tuple, (), 4 * bytes_of(*parameters),
         flops=6 * p.tokens * features, product_dtype=torch.bfloat16 if p.autocast else p.dtype, grid="seq2",
         granularity="per row", memory=True,
         variant=f"{p.tokens} tokens" + (", autocast to bfloat16" if p.autocast else ""),
@@ -176,7 +177,7 @@ def _passes(width: int, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
         Call("reset_", lambda: reset_(moving, scale, grid, 1.0), output="out"),
         Call("AdamW, fused", adam.step, "baseline", unchecked="an optimizer step", graph=False),
     ]
-    yield Case("reset", shape, dtype, calls, (values,), tolerance, 2 * bytes_of(w), **common)  # type: ignore[arg-type]
+    yield Case("reset", shape, dtype, calls, lambda: (values,), tolerance, 2 * bytes_of(w), **common)  # type: ignore[arg-type]
 
     # A factor of zero: the weight stays, and lies in the gradient's memory from the first call on.
     changed, g, factor = w.clone(), torch.randn_like(w), torch.zeros((), device=device)
@@ -185,11 +186,10 @@ def _passes(width: int, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
         perturb_swap_(changed, g, factor)
         return changed, g
 
-    right = (w.double(), w.double())
-    yield Case("perturb and swap", shape, dtype, [Call("perturb_swap_", swap, output="out")], right, (0.0, 0.0),
-               4 * bytes_of(w))  # fmt: skip
+    yield Case("perturb and swap", shape, dtype, [Call("perturb_swap_", swap, output="out")],
+               lambda: (w.double(), w.double()), (0.0, 0.0),               4 * bytes_of(w))  # fmt: skip
     size, eta = w.double().abs() + 0.01, 0.01
     once = w.double() * size
     norms = torch.stack([once.square().sum(), (once * size).square().sum()])
     yield Case("perturbation norms", shape, dtype, [Call("perturbation_norms", lambda: perturbation_norms(w, w, eta))],
-               (norms,), (1e-5,), 2 * bytes_of(w), variant="ASAM")  # fmt: skip
+               lambda: (norms,), (1e-5,), 2 * bytes_of(w), variant="ASAM")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,15 +45,13 @@ class Sample:
 
     def upstream(self) -> Tensor:
         """A gradient with respect to y."""
-        g = torch.randn(self.w.shape, generator=torch.Generator().manual_seed(7))
-        return g.to(self.w.device, self.dtype or self.w.dtype)
+        return draw(self.w.shape, self.dtype or self.w.dtype, self.w.device, seed=7)
 
     def tangents(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tangents of w, scale and zero point."""
-        generator = torch.Generator().manual_seed(8)
         return tuple(
-            None if t is None else torch.randn(t.shape, generator=generator).to(t.device, t.dtype)
-            for t in (self.w, self.scale, self.zero_point)
+            None if t is None else draw(t.shape, t.dtype, t.device, seed=seed)
+            for seed, t in enumerate((self.w, self.scale, self.zero_point), 8)
         )  # type: ignore[return-value]
 
     def args(self, op: str) -> tuple[Any, ...]:
@@ -72,10 +71,26 @@ class Sample:
         raise KeyError(op)
 
 
+#: Drawn on the device from so many numbers on: a CPU takes seconds for what a GPU draws at once.
+MANY = 2**22
+
+
+def draw(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    width: float = 1.0,
+) -> Tensor:
+    """Normal numbers times ``width``, the same ones on every device unless there are :data:`MANY`."""
+    where = device if math.prod(shape) >= MANY else "cpu"
+    numbers = torch.randn(shape, generator=torch.Generator(where).manual_seed(seed), device=where)
+    return numbers.mul_(width).to(device, dtype)
+
+
 def weights(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:
     """Weights as a linear layer has them: normal, a fiftieth wide."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator) * 0.02).to(device, dtype)
+    return draw(shape, dtype, device, seed, width=0.02)
 
 
 def make(

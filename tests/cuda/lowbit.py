@@ -6,6 +6,7 @@ import qatkernels as qk
 from qatkernels.grid import MIN_SCALE
 from qatkernels.ops._op import OPS
 from qatkernels.ops.packing import PackedWeight
+from qatkernels.ops.samples import MANY
 
 GRIDS = (
     qk.binary(), qk.ternary(), qk.seq(2), qk.seq(7), qk.seq(8),
@@ -16,15 +17,18 @@ GRIDS = (
 def make(grid, tokens, rows, cols, group_size=None, dtype=torch.bfloat16, device="cpu", scale_dtype=torch.float32,
          bias=None, act_bits=None):  # fmt: skip
     """Return arguments of lowbit_linear: every code occurs, x has columns of different size."""
+    where = device if rows * cols >= MANY else "cpu"
     generator = torch.Generator().manual_seed(rows * cols + tokens)
-    codes = torch.randint(grid.code_min, grid.code_max + 1, (rows, cols), generator=generator).to(grid.code_dtype)
+    there = torch.Generator(where).manual_seed(rows * cols + tokens)
+    codes = torch.randint(grid.code_min, grid.code_max + 1, (rows, cols), generator=there, device=where)
+    codes = codes.to(grid.code_dtype)
     groups = 1 if group_size is None else cols // group_size
     scale = (0.01 * (0.5 + torch.rand(rows, groups, generator=generator))).to(scale_dtype)
     zero = None
     if grid.has_zero_point:
         zero = torch.randint(0, grid.code_max + 1, (rows, groups), generator=generator) + 0.25
     packed = torch.ops.qatkernels.pack(codes, grid.code_min, grid.storage_bits)
-    w = PackedWeight(packed, scale, zero, grid, cols).to(device)
+    w = PackedWeight(packed.cpu(), scale, zero, grid, cols).to(device)
     x = torch.randn(tokens, cols, generator=generator) * torch.exp(torch.randn(cols, generator=generator))
     b = None if bias is None else torch.randn(rows, generator=generator).to(device, bias)
     return (

@@ -9,6 +9,7 @@ from qatkernels.hessian import HessianOperator, eigs, spectrum, trace
 from qatkernels.nn import QuantConfig, quantize_model
 from qatkernels.ops import cross_entropy
 from qatkernels.train.model import ModelConfig, Transformer
+from tests.implementations import GPU
 
 pytestmark = pytest.mark.gpu
 
@@ -20,10 +21,10 @@ def operators(**options):
     def loss(m, t):
         return cross_entropy(m(t[:, :-1]), t[:, 1:])
 
-    there = copy.deepcopy(model).cuda()
+    there = copy.deepcopy(model).to(GPU)
     return (
         HessianOperator(model, loss, [tokens], dtype=torch.float64),
-        HessianOperator(there, loss, [tokens.cuda()], **options),
+        HessianOperator(there, loss, [tokens.to(GPU)], **options),
     )
 
 
@@ -35,7 +36,7 @@ def test_products(options):
     here, there = operators(**options)
     v = torch.randn(here.n, dtype=torch.float64)
     wanted = here.matvec(v)
-    found = there.matvec(v.to("cuda", there.dtype)).cpu().double()
+    found = there.matvec(v.to(GPU, there.dtype)).cpu().double()
     assert (found - wanted).norm() < (1e-9 if "dtype" in options else 1e-4) * wanted.norm()
 
 

@@ -10,11 +10,11 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.library import opcheck
 
 import qatkernels as qk
-from qatkernels.backends import IMPLS
 from qatkernels.nn import QuantConfig, QuantLinear
 from qatkernels.ops import quant_linear, quant_linear_dual
-from qatkernels.ops.samples import make, samples
+from qatkernels.ops.samples import make
 from tests.compare import assert_same_bits, check_linear_dual
+from tests.implementations import implementations, samples_on
 
 CONFIGS = {
     "row": QuantConfig(2),
@@ -137,21 +137,23 @@ def test_derivatives_around_and_inside(name):
         torch.testing.assert_close(value, parts[key], msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("backend", [b for b in ("cpp",) if b in IMPLS["quant_linear_dual"]])
-def test_backends(backend, transposed):
-    for sample in samples():
-        if sample.w.ndim == 2:
-            check_linear_dual(IMPLS["quant_linear_dual_out"][backend], sample, 3, transposed)
+def test_backends(transposed):
+    for _, impl, device in implementations("quant_linear_dual"):
+        for sample in samples_on(device):
+            if sample.w.ndim == 2:
+                check_linear_dual(impl, sample, 3, transposed)
 
 
-@pytest.mark.skipif("cpp" not in IMPLS["quant_linear_dual"], reason="needs the compiled kernels")
+@pytest.mark.backends
 @pytest.mark.parametrize("granularity", ["row", "tensor", 32])
 def test_weights_of_many_blocks(granularity):
     """More rows than a block holds: kernels start in the middle of the weight, of its scales and of its noise."""
     for shape in ((4400, 1056), (40, 20_000)):
-        sample = make(qk.affine(4), shape, granularity=granularity, noise=True)
-        check_linear_dual(IMPLS["quant_linear_dual_out"]["cpp"], sample, 2, False)
+        for _, impl, device in implementations("quant_linear_dual"):
+            sample = make(qk.affine(4), shape, granularity=granularity, device=device, noise=True)
+            check_linear_dual(impl, sample, 2, False)
 
 
 def test_opcheck():

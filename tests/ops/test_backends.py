@@ -21,35 +21,26 @@ from qatkernels.ops.samples import (
     logits_calls,
     make,
     perturbations,
-    samples,
     weights,
 )
 from tests.compare import assert_same_bits, check_first_output, check_sample, run_in_place, run_out, special_calls
+from tests.implementations import implementations, moved, samples_on
 from tests.isas import ISAS, using
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILY = ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "fake_quantize_dual", "quantize")
-SAMPLES = list(samples())
-
-
-def backends(op):
-    """Implementations other than the reference that run here, with the device they run on."""
-    here = [("cpp", "cpu")]
-    if DEVICE == "cuda":
-        here += [("triton", "cuda"), ("cuda", "cuda")]
-    return [(name, device) for name, device in here if name in IMPLS[f"{op}_out"]]
+SAMPLES = samples_on(torch.device("cpu"))
 
 
 def test_the_extension_is_built():
     assert "cpp" in IMPLS["fake_quantize"], "run `make setup`: without the extension these tests test little"
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("op", FAMILY)
 @pytest.mark.parametrize("index", range(len(SAMPLES)), ids=[s.name for s in SAMPLES])
 def test_family(op, index):
-    for backend, device in backends(op):
-        sample = SAMPLES[index] if device == "cpu" else list(samples(device))[index]
-        check_sample(op, IMPLS[f"{op}_out"][backend], sample)
+    for _, impl, device in implementations(op):
+        check_sample(op, impl, samples_on(device)[index])
 
 
 @pytest.mark.parametrize("op", FAMILY)
@@ -59,14 +50,16 @@ def test_float64(op):
             check_sample(op, IMPLS[f"{op}_out"]["cpp"], make(grid, (3, 40), torch.float64, granularity, noise=True))
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("grid", [*GRIDS, SEVENTH], ids=lambda g: f"{g.scheme}{g.bits}")
 def test_special_values(grid, dtype):
     for op, args in special_calls(grid, dtype).items():
-        for backend, device in backends(op):
-            check_first_output(op, IMPLS[f"{op}_out"][backend], _to(args, device))
+        for _, impl, device in implementations(op):
+            check_first_output(op, impl, moved(args, device))
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_dequantize(grid, dtype):
@@ -76,11 +69,11 @@ def test_dequantize(grid, dtype):
         args = (codes, sample.scale, sample.zero_point, list(grid.constants), dtype)
         expected = OPS["dequantize"].reference(*args)
         assert_same_bits(expected, OPS["fake_quantize"].reference(*sample.args("fake_quantize")))
-        for backend, device in backends("dequantize"):
-            moved = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
-            assert_same_bits(run_out("dequantize", IMPLS["dequantize_out"][backend], moved)[0].cpu(), expected, backend)
+        for backend, impl, device in implementations("dequantize"):
+            assert_same_bits(run_out("dequantize", impl, moved(args, device))[0].cpu(), expected, backend)
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(7, 33), (2, 3, 64), (5, 1), (4, 5000), (3, 0), (0, 3)])
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -91,24 +84,21 @@ def test_dynamic(dtype, shape, bits):
         x.view(-1, shape[-1])[1] = torch.inf
         x.view(-1, shape[-1])[2] = 0.0
     expected = OPS["fake_quantize_dynamic"].reference(x, bits)
-    for backend, device in backends("fake_quantize_dynamic"):
-        actual = run_out("fake_quantize_dynamic", IMPLS["fake_quantize_dynamic_out"][backend], (x.to(device), bits))
+    for backend, impl, device in implementations("fake_quantize_dynamic"):
+        actual = run_out("fake_quantize_dynamic", impl, (x.to(device), bits))
         assert_same_bits(actual[0].cpu(), expected, backend)
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("numel", [0, 1, 3, 64, 1000, 5001])
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, 123456789123])
 @pytest.mark.parametrize("stream", [noise.WEIGHT_STREAM, noise.SCALE_STREAM])
 def test_normals(numel, seed, stream):
     seed = torch.tensor(seed)
     expected = OPS["normal"].reference(seed, numel, stream)
-    for backend, device in backends("normal"):
-        actual = run_out("normal", IMPLS["normal_out"][backend], (seed.to(device), numel, stream))
+    for backend, impl, device in implementations("normal"):
+        actual = run_out("normal", impl, (seed.to(device), numel, stream))
         assert_same_bits(actual[0].cpu(), expected, backend)
-
-
-def _to(args, device):
-    return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
 
 
 @pytest.mark.parametrize("op", FAMILY)

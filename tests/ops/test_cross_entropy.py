@@ -13,15 +13,17 @@ from qatkernels.ops.cross_entropy import FLOATS
 from qatkernels.ops.linear_cross_entropy import default_chunk
 from qatkernels.ops.samples import logits_calls
 from tests.compare import assert_same_bits, check_rows, run_out, torch_compile_blamed
+from tests.implementations import implementations, moved
 
 TOKENS, VOCABULARY, FEATURES = 6, 11, 4
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_backends(dtype):
     for name, op, args in logits_calls(dtype):
-        for backend in {"cpp", "reference"} & set(IMPLS[f"{op}_out"]):
-            check_rows(op, IMPLS[f"{op}_out"][backend], args, name)
+        for backend, impl, device in implementations(op):
+            check_rows(op, impl, moved(args, device), f"{backend} {name}")
 
 
 @pytest.mark.skipif("cpp" not in IMPLS["cross_entropy"], reason="needs the compiled kernels")

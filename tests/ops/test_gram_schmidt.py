@@ -8,13 +8,15 @@ from qatkernels.backends import IMPLS
 from qatkernels.ops import gram_schmidt
 from qatkernels.ops.samples import basis_calls
 from tests.compare import assert_same_bits, check_gram_schmidt, run_out
+from tests.implementations import implementations, moved
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("call", list(basis_calls()), ids=lambda c: c[0])
 def test_backends(call):
     name, op, args = call
-    for backend in {"cpp", "reference"} & set(IMPLS[f"{op}_out"]):
-        check_gram_schmidt(IMPLS[f"{op}_out"][backend], args, f"{backend} {name}")
+    for backend, impl, device in implementations(op):
+        check_gram_schmidt(impl, moved(args, device), f"{backend} {name}")
 
 
 @pytest.mark.skipif("cpp" not in IMPLS["gram_schmidt"], reason="needs the compiled kernels")

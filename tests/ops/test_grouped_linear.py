@@ -11,14 +11,15 @@ from torch.library import opcheck
 from qatkernels.backends import IMPLS
 from qatkernels.ops.fake_quantize import FLOATS
 from qatkernels.ops.grouped_linear import GroupedLinear, GroupedLinearTransposed, GroupedOuter, grouped_linear
-from tests.compare import assert_same_bits, assert_within, run_out
+from tests.compare import assert_same_bits, check_grouped, run_out
+from tests.compare import grouped_meaning as meaning
+from tests.implementations import implementations, moved
 
 OPS = ("grouped_linear", "grouped_linear_transposed", "grouped_outer")
 FUNCTIONS = (GroupedLinear, GroupedLinearTransposed, GroupedOuter)
 #: Where experts end, of 11 tokens: ragged, empty at either end and in the middle, one of several takes all, nobody any,
 #: one expert alone with tokens and without, no expert.
 ENDS = ((2, 2, 7, 11), (0, 0, 11), (11, 11), (0, 3, 3), (0,), (11,), (4, 9), (0, 11, 11, 11), ())
-EPS = {torch.float64: 2**-52, torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 def draw(seed, *shape, dtype=torch.float64):
@@ -30,53 +31,36 @@ def operands(op, experts, n=5, k=7, tokens=11, dtype=torch.float64):
     return {"grouped_linear": (x, w), "grouped_linear_transposed": (g, w), "grouped_outer": (g, x)}[op]
 
 
-def meaning(op, a, b, ends):
-    """The definition, one expert at a time."""
-    parts = [slice(s, e) for s, e in zip((0, *ends), ends, strict=False)]
-    if op == "grouped_outer":
-        return torch.stack([a[p].T @ b[p] for p in parts]) if parts else a.new_zeros(0, a.shape[1], b.shape[1])
-    w = b.mT if op == "grouped_linear" else b
-    y = a.new_zeros(a.shape[0], w.shape[-1])
-    for e, part in enumerate(parts):
-        y[part] = a[part] @ w[e]
-    return y
-
-
 def offsets_of(ends):
     return torch.tensor(ends, dtype=torch.int32)
 
 
+def reference_out(op):
+    return lambda *args: args[-1].copy_(IMPLS[op]["reference"](*args[:-1]))
+
+
+def every(op):
+    """Every `_out` implementation that runs here, the reference included, with its device."""
+    return [("reference", reference_out(op), torch.device("cpu")), *implementations(op)]
+
+
+@pytest.mark.backends
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
 def test_every_division_of_tokens(op, dtype):
     for ends in ENDS:
-        a, b = operands(op, len(ends), dtype=dtype)
-        expected = meaning(op, a.double(), b.double(), ends)
-        # A sum of n products is off by n roundings of the sum of their magnitudes, and is rounded to the dtype.
-        bound = (
-            16
-            * EPS[torch.float64 if dtype == torch.float64 else torch.float32]
-            * meaning(op, a.double().abs(), b.double().abs(), ends)
-            + EPS[dtype] * expected.abs()
-        )
-        for actual, backend in results(op, a, b, offsets_of(ends)):
-            assert_within(actual, expected, bound, f"{op} {ends} {backend}")
+        for backend, impl, device in every(op):
+            check_grouped(op, impl, operands(op, len(ends), dtype=dtype), ends, device, backend)
 
 
-def results(op, *args):
-    """What each implementation gives, and which it is: the reference, and the extension into given memory."""
-    yield IMPLS[op]["reference"](*args), "reference"
-    if "cpp" in IMPLS[op]:
-        yield IMPLS[op]["cpp"](*args), "cpp"
-        yield run_out(op, IMPLS[f"{op}_out"]["cpp"], args)[0], "cpp, out"
-
-
+@pytest.mark.backends
 @pytest.mark.parametrize("op", OPS)
 def test_no_tokens_no_features_no_experts(op):
     for tokens, n, k, ends in ((0, 5, 7, (0, 0)), (11, 0, 7, (2, 11)), (11, 5, 0, (2, 11)), (0, 5, 7, ())):
         a, b = operands(op, len(ends), n, k, tokens)
-        for actual, backend in results(op, a, b, offsets_of(ends)):
-            assert_same_bits(actual, meaning(op, a, b, ends), f"{tokens} {n} {k} {ends} {backend}")
+        for backend, impl, device in every(op):
+            (actual,) = run_out(op, impl, moved((a, b, offsets_of(ends)), device))
+            assert_same_bits(actual.cpu(), meaning(op, a, b, ends), f"{tokens} {n} {k} {ends} {backend}")
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -11,7 +11,7 @@ from qatkernels.backends import IMPLS
 from qatkernels.ops import perturb_, perturb_swap_, perturbation_norms, reset_
 from qatkernels.ops._op import define
 from qatkernels.ops.fake_quantize import FLOATS
-from qatkernels.ops.samples import GRIDS, make, perturbations, samples, weights
+from qatkernels.ops.samples import GRIDS, make, perturbations, weights
 from tests.compare import (
     assert_same_bits,
     assert_within,
@@ -20,19 +20,9 @@ from tests.compare import (
     run_out,
     special_calls,
 )
+from tests.implementations import implementations, moved, samples_on
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SAMPLES = list(samples())
-
-
-def backends(op):
-    """Implementations other than the reference that run here, with the device they run on."""
-    here = [("cpp", "cpu"), *([("triton", "cuda")] if DEVICE == "cuda" else [])]
-    return [(IMPLS[op][name], device) for name, device in here if name in IMPLS[op]]
-
-
-def moved_to(args, device):
-    return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
+SAMPLES = samples_on(torch.device("cpu"))
 
 
 def quantized(sample, w):
@@ -49,24 +39,27 @@ def reset(sample, w, quantized_weight):
 
 
 class TestReset:
+    @pytest.mark.backends
     @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.name)
     def test_backends(self, sample):
-        for impl, device in backends("reset_"):
-            check_in_place("reset_", impl, moved_to(sample.args("reset_"), device), sample.name)
+        for _, impl, device in implementations("reset_"):
+            check_in_place("reset_", impl, moved(sample.args("reset_"), device), sample.name)
 
+    @pytest.mark.backends
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
     def test_special_values(self, grid, dtype):
         w, scale, zero_point, constants, *_ = special_calls(grid, dtype)["quantize"]
-        for impl, device in backends("reset_"):
+        for _, impl, device in implementations("reset_"):
             for weight in (0.0, 0.4, 1.0):
-                check_in_place("reset_", impl, moved_to((w, scale, zero_point, constants, weight), device))
+                check_in_place("reset_", impl, moved((w, scale, zero_point, constants, weight), device))
 
+    @pytest.mark.backends
     def test_float64_and_rows_in_pieces(self):
         for grid in (qk.binary(), qk.seq(2), qk.affine(4)):
             for sample in (make(grid, (3, 40), torch.float64, 8), make(grid, (2, 40000)), make(grid, (3000, 5))):
-                for impl, device in backends("reset_"):
-                    check_in_place("reset_", impl, moved_to(sample.args("reset_"), device), sample.name)
+                for _, impl, device in implementations("reset_"):
+                    check_in_place("reset_", impl, moved(sample.args("reset_"), device), sample.name)
 
     def test_is_the_formula(self):
         w, scale = weights((16, 64), torch.float64), torch.rand(16, dtype=torch.float64) * 0.05 + 0.01
@@ -158,18 +151,18 @@ class TestReset:
 
 
 class TestPerturb:
+    @pytest.mark.backends
     @pytest.mark.parametrize("op", ["perturb_", "perturb_swap_"])
     def test_backends(self, op):
-        for impl, device in backends(op):
+        for _, impl, device in implementations(op):
             for args in perturbations(op, device):
                 check_in_place(op, impl, args, f"{args[0].dtype} {tuple(args[0].shape)}")
 
+    @pytest.mark.backends
     def test_norms(self):
-        for _, device in backends("perturbation_norms"):
+        for _, impl, device in implementations("perturbation_norms"):
             for g, w, eta in perturbations("perturbation_norms", device):
-                for name in ("cpp", "triton"):
-                    if name in IMPLS["perturbation_norms_out"] and (name == "cpp") == (device == "cpu"):
-                        check_norms(IMPLS["perturbation_norms_out"][name], g, w, eta)
+                check_norms(impl, g, w, eta)
 
     def test_norms_do_not_depend_on_threads(self):
         g = weights((333, 1001), torch.float32)

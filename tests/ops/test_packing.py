@@ -11,12 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import qatkernels as qk
-from qatkernels.backends import IMPLS
 from qatkernels.grid import MIN_SCALE
 from qatkernels.ops._op import OPS
 from qatkernels.ops.fake_quantize import FLOATS
 from qatkernels.ops.packing import SCALES, code_dtype, row_bytes, store_scale
 from tests.compare import assert_same_bits, run_out
+from tests.implementations import implementations
 from tests.lowbit import GRID_IDS, GRIDS, scaled_weight
 
 #: The widths that are named by the schemes, each with the bits that it is stored in.
@@ -37,11 +37,21 @@ def packed_by_definition(codes, code_min, bits):
     return torch.tensor(rows, dtype=torch.uint8).reshape(*codes.shape[:-1], row_bytes(codes.shape[-1], bits))
 
 
-def implementations(op):
-    """Every `_out` implementation that runs on this CPU."""
-    yield "reference", lambda *args: args[-1].copy_(OPS[op].reference(*args[:-1]))
-    if "cpp" in IMPLS[f"{op}_out"]:
-        yield "cpp", IMPLS[f"{op}_out"]["cpp"]
+def every(op):
+    """Every `_out` implementation that runs here, the reference included, with its device."""
+    reference = ("reference", lambda *args: args[-1].copy_(OPS[op].reference(*args[:-1])), torch.device("cpu"))
+    return [reference, *implementations(op)]
+
+
+def check_packing(codes, grid, packed):
+    """Hold every implementation against packed codes: there, and back from bytes with a stride."""
+    layout = (grid.code_min, grid.storage_bits)
+    for backend, impl, device in every("pack"):
+        assert_same_bits(run_out("pack", impl, (codes.to(device), *layout))[0].cpu(), packed, backend)
+    for backend, impl, device in every("unpack"):
+        for source in (packed.to(device), torch.stack([packed, packed], -1).to(device)[..., 0]):
+            actual = run_out("unpack", impl, (source, *layout, codes.shape[-1]))[0]
+            assert_same_bits(actual.cpu(), codes.contiguous(), backend)
 
 
 @pytest.mark.parametrize(("bits", "stored"), WIDTHS.items())
@@ -74,30 +84,21 @@ def test_round_trip(data):
     assert_same_bits(torch.ops.qatkernels.unpack(packed, code_min, bits, cols), codes)
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
 def test_every_implementation(grid):
     for shape in ((1, 1), (3, 7), (2, 8), (2, 3, 64), (5, 129), (4, 1000), (2, 0), (0, 9), (70,)):
         codes = random_codes(grid, shape)
-        args = (codes, grid.code_min, grid.storage_bits)
-        expected = packed_by_definition(codes, *args[1:])
-        for backend, impl in implementations("pack"):
-            assert_same_bits(run_out("pack", impl, args)[0], expected, backend)
-        for backend, impl in implementations("unpack"):
-            assert_same_bits(run_out("unpack", impl, (expected, *args[1:], shape[-1]))[0], codes, backend)
+        check_packing(codes, grid, packed_by_definition(codes, grid.code_min, grid.storage_bits))
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("bits", [1, 3, 4, 8])
 def test_views(bits):
     grid = qk.paretoq(bits)
     codes = random_codes(grid, (24, 24))
     for view in (codes.t(), codes[:, ::2], codes[:1].expand(5, 24), codes[3:, 5:]):
-        args = (view, grid.code_min, grid.storage_bits)
-        packed = packed_by_definition(view, *args[1:])
-        spread = torch.stack([packed, packed], -1)[..., 0]
-        for _, impl in implementations("pack"):
-            assert_same_bits(run_out("pack", impl, args)[0], packed)
-        for _, impl in implementations("unpack"):
-            assert_same_bits(run_out("unpack", impl, (spread, *args[1:], view.shape[-1]))[0], view.contiguous())
+        check_packing(view, grid, packed_by_definition(view, grid.code_min, grid.storage_bits))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)

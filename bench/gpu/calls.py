@@ -1,0 +1,138 @@
+"""The two calls: their steps, each with a time limit of its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ..codes import MISSED
+from ..journal import read
+from . import pack
+from .steps import Call, Step
+from .target import ROOT
+
+#: The suites of the first call, what tells most first, and how long each may take on a GPU.
+SUITE_SECONDS = {"fake_quantize": 45, "lowbit": 100, "linear": 35, "second_order": 30, "grouped": 20, "hessian": 15}
+#: What needs a GPU: `pytest -m "gpu or backends"` over these, in one pool of processes.
+GPU_TESTS = (
+    "tests/cuda/test_gpu.py", "tests/cuda/test_gpu_products.py", "tests/hessian/test_hessian_gpu.py", "tests/ops",
+    "tests/nn/test_forward_mode.py", "-m", "gpu or backends",
+)  # fmt: skip
+#: What a dry run starts instead: a few tests, and suites that take a CPU seconds.
+DRY_TESTS = ("tests/cuda/test_gpu_products.py", "tests/ops/test_packing.py", "-k", "views or float64")
+SLOW = ("hessian", "second_order", "grouped")
+#: Kernels that the profiler looks at, as `bench.gpu profile` knows them.
+PROFILED = ("gemv", "decode", "backward")
+#: Names of the hand-written CUDA kernels begin so.
+CUDA_KERNELS = "kernel_substring=qk4cuda"
+#: The end-to-end study of a real model, where there is one.
+STUDY = ROOT / "bench/reproduce/real_model.py"
+
+_GPU = (sys.executable, "-m", "bench.gpu")
+
+
+def first(call: Call) -> None:
+    """Import, doctor, smoke, rows, tests: whether everything is right, and how fast it is."""
+    if not call.dry:
+        call.note("pack", pack.unpack())
+        if call.run(Step("import", (sys.executable, "-c", _IMPORT), 40)) != 0:
+            call.run(Step("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 150, env=pack.BUILD))
+    call.run(Step("doctor", (sys.executable, "-m", "qatkernels", "doctor"), 30))
+    if not call.dry and call.run(Step("cache", (*_GPU, "probe"), 40)) == MISSED:
+        # Another Triton than the pack was made with: what the rows need is compiled at once, on all processors.
+        share = (sys.executable, "-O", "-W", "ignore", *_GPU[1:], "warm", "rows", "--share")
+        call.run_together([Step(f"warm {i}", (*share, f"{i}/12"), 60) for i in range(12)])
+    few = ("--every", "5") if call.dry else ()
+    call.persist(Step("smoke", (*_GPU, "smoke", *_shared(call), *few), 60))
+    _rows(call, 0.02 if call.dry else 0.2, reserve=0 if call.dry else 100)
+    _tests(call, DRY_TESTS if call.dry else GPU_TESTS, 100)
+
+
+def second(call: Call, after: Path) -> None:
+    """What failed in the first call again, sanitizers, the profiler, and a real model.
+
+    Args:
+        call: the call.
+        after: journal of the first call.
+    """
+    if not call.dry:
+        call.note("pack", pack.unpack())
+    if after.exists():
+        earlier = ("--again", str(after))
+        call.persist(Step("smoke again", (*_GPU, "smoke", *_shared(call), *earlier), 40))
+        _rows(call, 0.02 if call.dry else 0.4, reserve=120, again=earlier)
+        failed = tuple(dict.fromkeys(record["id"] for record in read(after, "test")))
+        if failed:
+            _tests(call, failed[:60], 40)
+    else:
+        call.skip("again", f"there is no journal of a first call at {after}")
+    for tool in ("memcheck", "racecheck"):
+        sanitizer = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "86", "--kernel-name", CUDA_KERNELS)
+        checks = (
+            *_GPU,
+            "smoke",
+            *_shared(call),
+            "--backend",
+            "cuda",
+            "--every",
+            "12" if call.dry else "3",
+            "--under",
+            tool,
+        )
+        # Without torch's caching allocator, which would hide an access beyond a tensor.
+        call.run_under(Step(tool, checks, 90, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}), sanitizer)
+    for kernel in PROFILED:
+        profiler = ("ncu", "--clock-control", "none", "--profile-from-start", "off", "--launch-count", "4", *_SECTIONS)
+        one = (*_GPU, "profile", kernel, *_dry(call))
+        call.run_under(Step(f"ncu {kernel}", one, 40, log="ncu.txt"), profiler)
+    if STUDY.exists():
+        study = (sys.executable, "-m", "bench.reproduce.real_model", "--journal", str(call.journal.path), *_dry(call))
+        call.run(Step("study", study, 120))
+    else:
+        call.skip("study", f"there is no study of a real model in this checkout ({STUDY.relative_to(ROOT)})")
+
+
+def _rows(call: Call, budget: float, reserve: float, again: tuple[str, ...] = ()) -> None:
+    """Run the suites, and leave ``reserve`` seconds for what comes after them."""
+    quick = (
+        ("--quick", "--device", "cpu", "--threads", "1")
+        if call.dry
+        else ("--case-seconds", "25", "--dtype", "bf16", "fp32")
+    )
+    seconds = min(call.left() - reserve, 30 if call.dry else sum(SUITE_SECONDS.values()))
+    suites = [f"{name}:{limit}" for name, limit in SUITE_SECONDS.items() if not (call.dry and name in SLOW)]
+    command = (sys.executable, "-m", "bench", *suites, "--journal", str(call.journal.path), *quick, *again)
+    timing = ("--budget", str(budget), "--seconds", str(max(seconds, 1)))
+    call.persist(Step("rows", (*command, *timing), seconds + 20), reserve)
+
+
+def _tests(call: Call, tests: tuple[str, ...], limit: float) -> None:
+    workers = 0 if call.dry else min(14, pack.processors())
+    parallel = ("-n", str(workers), "--dist", "worksteal") if workers and pack.has("xdist") else ()
+    # One test that hangs must not take what comes after it along.
+    patience = ("--timeout", "60") if pack.has("pytest_timeout") else ()
+    options = ("-q", "-p", "no:cacheprovider", "-p", "bench.gpu.recorder", "--tb=short", *parallel, *patience)
+    environment = {"QATKERNELS_JOURNAL": str(call.journal.path)} | ({"OMP_NUM_THREADS": "1"} if parallel else {})
+    call.run(Step("tests", (sys.executable, "-m", "pytest", *options, *tests), limit, env=environment))
+
+
+def _shared(call: Call) -> tuple[str, ...]:
+    return ("--journal", str(call.journal.path), *_dry(call))
+
+
+def _dry(call: Call) -> tuple[str, ...]:
+    return ("--dry",) if call.dry else ()
+
+
+_SECTIONS = tuple(
+    part
+    for section in ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats", "LaunchStats")
+    for part in ("--section", section)
+)
+_IMPORT = """
+import torch
+import qatkernels._C as extension
+from qatkernels.backends import MISSING
+print(torch.__version__, torch.cuda.get_device_name(0), extension.build_info(), MISSING)
+assert "cpp" not in MISSING and extension.build_info()["cuda_archs"], MISSING
+"""

@@ -1,0 +1,163 @@
+"""Fills Triton's cache with what the calls on a GPU will need, without a GPU.
+
+Runs the same calls on tensors of the CPU through :mod:`bench.gpu.fake_driver`. Nothing is computed and nothing is
+compared: numbers are zeros or whatever was in memory, and Python's ``-O`` takes the assertions out of the tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from . import fake_driver
+from .target import CAPABILITY
+
+Job = tuple[str, Callable[[], Any]]
+PARTS = ("rows", "smoke", "tests")
+
+
+def main(part: str, seconds: float, share: tuple[int, int] = (0, 1), *, compiling: bool = True) -> int:
+    """Compile what one part of the calls needs, or count it.
+
+    Args:
+        part: one of :data:`PARTS`.
+        seconds: when to stop.
+        share: this process's number and how many there are: each takes every n-th call.
+        compiling: whether kernels are compiled.
+    """
+    if __debug__ and part == "tests":
+        raise SystemExit("python -O is needed: the tests' assertions would stop them at the first result")
+    fake_driver.install(CAPABILITY, compiling=compiling)
+    fake_driver.serve_cpu_tensors()
+    start, end = time.monotonic(), time.monotonic() + seconds
+    if part == "tests":
+        _tests(end, share)
+    else:
+        jobs = _rows() if part == "rows" else _smoke()
+        for name, job in itertools.islice(jobs, share[0], None, share[1]):
+            _attempt(name, job)
+            if os.environ.get("VERBOSE"):
+                print(f"{time.monotonic() - start:.0f} s: {name}", flush=True)
+            if time.monotonic() > end:
+                print(f"{part}: out of time after {name}", flush=True)
+                break
+    print(f"{part}: {sum(fake_driver.kernels.values())} kernels in {time.monotonic() - start:.0f} s: "
+          f"{dict(fake_driver.kernels)}", flush=True)  # fmt: skip
+    for line in fake_driver.failures:
+        print(f"not compiled: {line}", flush=True)
+    return 0
+
+
+def _attempt(name: str, job: Callable[[], Any]) -> None:
+    try:
+        job()
+    except Exception as error:  # A result of nothing may be refused by whatever takes it; the kernel is there.
+        if os.environ.get("VERBOSE"):
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
+
+
+def _smoke() -> Iterator[Job]:
+    from qatkernels.backends import IMPLS
+    from qatkernels.ops._op import OPS
+    from tests.every_op import checks
+
+    for check in checks(torch.device("cpu")):
+        implementation = IMPLS[f"{check.op}_out" if OPS[check.op].outputs else check.op]["triton"]
+        yield f"{check.op} {check.name}", lambda run=check.run, impl=implementation: run(impl)  # type: ignore[misc]
+
+
+def _rows() -> Iterator[Job]:
+    """Every call of ours in the suites of the first call, at the shapes of a GPU."""
+    _draw_nothing()
+    from qatkernels import backends
+
+    from ..case import Settings
+    from ..suites import SUITES
+    from .calls import SUITE_SECONDS
+
+    backends.PREFERENCE["CPU"] = ("triton",)  # what the suites list
+    settings = Settings(torch.device("cpu"), gpu_shapes=True)
+    smaller = _smaller(settings)
+    for name in SUITE_SECONDS:
+        for index, build in enumerate(smaller.get(name) or SUITES[name](settings)):
+            yield f"{name} {index}", functools.partial(_run_calls, build)
+
+
+def _smaller(settings: Any) -> dict[str, list[Callable[[], Any]]]:
+    """Leave out of the suites what no kernel depends on and a CPU would take long for, and return those that change."""
+    from qatkernels.ops import PackedWeight
+
+    from ..suites import fake_quantize, hessian, linear, lowbit, second_order
+
+    def packed(p: Any, device: torch.device) -> Any:
+        few = torch.zeros(64, p.shape[1])  # quantized and packed, so that those kernels are there
+        made = PackedWeight.from_float(few, p.grid.init_scale(few, p.group_size), p.grid, p.group_size)
+        rows, scale = p.shape[0], made.scale
+        zeros = torch.zeros(rows, made.packed.shape[1], dtype=torch.uint8)
+        return few, PackedWeight(zeros, torch.ones(rows, scale.shape[1]), None, p.grid, p.shape[1])
+
+    problem = hessian.tools.Problem
+    hessian.tools.Problem = lambda config, windows, device: problem(config, 1, device=device, steps=1)  # type: ignore[assignment, misc]
+    hessian.STEPS = 17  # bases of one row, of sixteen, and of other numbers
+    second_order._tokens = lambda settings: (64, 50257, 64)
+    lowbit._packed = packed
+    families = {replace(p, shape=(256, p.shape[1])): None for p in fake_quantize.problems(settings)}
+    steps = {replace(p, tokens=16): None for p in linear.problems(settings)}
+    return {
+        "fake_quantize": [functools.partial(fake_quantize.build, p, settings) for p in families],
+        "linear": [functools.partial(linear.build, p, settings) for p in steps],
+    }
+
+
+def _run_calls(build: Callable[[], Any]) -> None:
+    case = build()
+    for call in case.calls:
+        if getattr(call, "kind", "") == "ours" and call.name != "reference":
+            _attempt(f"{case.title} {call.name}", call.run)
+
+
+def _draw_nothing() -> None:
+    """Numbers are zeros, for which no page is touched, and no weight is moved off a tie."""
+    from qatkernels.ops import samples
+
+    from .. import exact
+
+    def zeros(shape: Any, dtype: Any = torch.float32, *unused: Any, **ignored: Any) -> torch.Tensor:
+        return torch.zeros(tuple(shape), dtype=dtype)
+
+    samples.draw = zeros
+    torch.Tensor.normal_ = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    exact.settle = lambda w, *args: w  # type: ignore[assignment]
+
+
+def _tests(end: float, share: tuple[int, int]) -> None:
+    import pytest
+
+    from tests import implementations
+
+    from .calls import GPU_TESTS
+
+    implementations.HAS_GPU, implementations.GPU = True, torch.device("cpu")
+    implementations.CPU_BACKENDS, implementations.GPU_BACKENDS = (), ("triton",)
+
+    class Stop:
+        @staticmethod
+        def pytest_collection_modifyitems(items: list[Any]) -> None:
+            items[:] = items[share[0] :: share[1]]
+
+        @staticmethod
+        def pytest_runtest_setup(item: Any) -> None:
+            if time.monotonic() > end:
+                pytest.exit("out of time")
+
+    arguments = ["-q", "-p", "no:cacheprovider", "--assert=plain", "--tb=no", "-k", "not compiled", *GPU_TESTS]
+    sys.stdout.flush()
+    pytest.main(arguments, plugins=[Stop()])

@@ -1,0 +1,34 @@
+"""Which implementations of an op run on this machine, and on which device: what compares backends asks here."""
+
+from functools import cache
+
+import torch
+
+from qatkernels.backends import IMPLS
+from qatkernels.ops._op import OPS
+from qatkernels.ops.samples import samples
+
+HAS_GPU = torch.cuda.is_available()
+GPU = torch.device("cuda")
+#: Backends of either device, other than the reference. `bench/gpu/warm.py` sets these.
+CPU_BACKENDS: tuple[str, ...] = ("cpp",)
+GPU_BACKENDS: tuple[str, ...] = ("triton", "cuda")
+
+
+def implementations(op):
+    """Return (backend, implementation, device): the `_out` form, or the op itself where it works in place."""
+    name = f"{op}_out" if OPS[op].outputs else op
+    here = [(backend, torch.device("cpu")) for backend in CPU_BACKENDS]
+    here += [(backend, GPU) for backend in GPU_BACKENDS if HAS_GPU]
+    return [(backend, IMPLS[name][backend], device) for backend, device in here if backend in IMPLS[name]]
+
+
+def moved(args, device):
+    """Return arguments with their tensors on a device."""
+    return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
+
+
+@cache
+def samples_on(device):
+    """Return the samples of the fake-quantize family on a device, made once."""
+    return tuple(samples(device))
