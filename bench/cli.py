@@ -20,6 +20,8 @@ from .report import RESULTS, show, write
 from .run import Row, run_case
 from .suites import SUITES
 
+#: More cases than any suite has.
+_MOST_CASES = 1000
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -126,11 +128,13 @@ class _Run:
 
 
 def failed_cases(journal: Path) -> set[str]:
-    """Return the keys of the cases of a journal that were begun, but gave something wrong or not all they should."""
-    records = read(journal, "begin", "row")
+    """Return the keys of a journal's cases that gave something wrong, or nothing, or had no time left for them."""
+    records = read(journal, "begin", "row", "cut")
     bad = {r["key"] for r in records if r["kind"] == "row" and r["row"]["status"] in ("wrong", "failed")}
     finished = {r["key"] for r in records if r["kind"] == "row"}
-    return bad | {r["key"] for r in records if r["kind"] == "begin" and r["key"] not in finished}
+    bad |= {r["key"] for r in records if r["kind"] == "begin" and r["key"] not in finished}
+    cut = [r for r in records if r["kind"] == "cut"]
+    return bad | {f"{r['suite']} {index}" for r in cut for index in range(r["before"], _MOST_CASES)}
 
 
 def _verdict(rows: Sequence[Row]) -> int:
@@ -147,7 +151,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny shapes, for tests; recorded only with --out")
     parser.add_argument("--out", type=Path, help="one JSON file for all rows instead of one per suite")
     parser.add_argument("--journal", type=Path, help="JSON lines instead; cases that it has begun are left out")
-    parser.add_argument("--again", type=Path, help="only the cases that failed according to this journal")
+    parser.add_argument("--again", type=Path, help="only what failed or had no time left according to this journal")
     parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["fp32", "bf16"], help="dtypes of the weights")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--budget", type=float, help="seconds of timing per case (8, or 2 on CUDA)")
