@@ -117,13 +117,23 @@ def allocating(op: Op, out_impl: Callable[..., None]) -> Callable[..., Outputs |
 
 
 def checked(op: Op, impl: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an implementation behind the checks of the fake rule, for those that do not allocate by it."""
+    """Return an implementation behind the checks of the fake rule, for those that do not allocate by it.
+
+    Its outputs are never views, as those of a kernel never are: autograd refuses to change a view in place.
+    """
 
     def run(*args: Any) -> Any:
         op.fake(*args)
-        return impl(*args)
+        outputs = impl(*args)
+        if isinstance(outputs, tuple):
+            return tuple(_not_a_view(t) for t in outputs)
+        return _not_a_view(outputs) if isinstance(outputs, Tensor) else outputs
 
     return run
+
+
+def _not_a_view(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor._is_view() else tensor
 
 
 def canonical(op: Op, impl: Callable[..., None], any_strides: tuple[str, ...] = ()) -> Callable[..., None]:

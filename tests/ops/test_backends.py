@@ -12,7 +12,7 @@ import torch
 import qatkernels as qk
 from qatkernels.backends import IMPLS, extension
 from qatkernels.ops import noise
-from qatkernels.ops._op import OPS
+from qatkernels.ops._op import OPS, as_tuple, checked
 from qatkernels.ops.fake_quantize import FLOATS
 from qatkernels.ops.samples import (
     GRIDS,
@@ -214,3 +214,10 @@ def test_an_isa_that_is_not_there_is_an_error():
     with pytest.raises(ValueError, match=f"isa is 'mmx', must be one of {ISAS[-1]}"):
         extension().use_isa("mmx")
     assert extension().build_info()["isa"] in ISAS
+
+
+@pytest.mark.parametrize("op", FAMILY)
+def test_the_reference_returns_no_views(op):
+    """SQuAT changes a quantized weight in place, which autograd refuses of a view."""
+    outputs = checked(OPS[op], OPS[op].reference)(*make(qk.seq(2), (6, 8), torch.float32, "row").args(op))
+    assert not any(t._is_view() for t in as_tuple(outputs))
