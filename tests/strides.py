@@ -18,13 +18,16 @@ CONTIGUOUS = {
 
 
 def views(t):
-    """Views of several layouts; all but the last have the values of ``t``, no two neighbours have one address apart."""
+    """Strided views, each with whether it has the values of ``t``; there are none of one element."""
+    if t.numel() < 2:
+        return []
     other = torch.full_like(t, torch.nan if t.is_floating_point() else 1)
-    yield "every other element", torch.stack([t, other], -1)[..., 0]
+    found = [("every other element", torch.stack([t, other], -1)[..., 0], True)]
     if t.ndim > 1:
-        yield "transposed", t.mT.contiguous().mT
-        yield "a slice of longer rows", torch.cat([t, other], -1)[..., : t.shape[-1]]
-    yield "repeated", t[..., :1].expand_as(t)
+        found.append(("transposed", t.mT.contiguous().mT, True))
+        found.append(("a slice of longer rows", torch.cat([t, other], -1)[..., : t.shape[-1]], True))
+    found.append(("repeated", t[..., :1].expand_as(t), False))
+    return [view for view in found if not view[1].is_contiguous()]
 
 
 def run(impl, op, args, out):
@@ -56,39 +59,44 @@ def check_strides(op, backend, device="cpu"):
     """Hold one backend's results for strided arguments against those for contiguous ones of equal values.
 
     Kernels must give the same bits. The reference is plain PyTorch, whose sums depend on the layout: there it is a
-    bound far below what one wrong element makes.
+    bound far below what one wrong element makes. The `_out` form meets every layout, the other, which calls it, one.
     """
     tried = set()
     serves = CONDITIONS.get(op, {}).get(backend, lambda *args: True)
     for args in complete_calls(op, device):
-        for i, (name, t) in enumerate(zip(OPS[op].parameters, args, strict=True)):
-            if not isinstance(t, torch.Tensor):
-                continue
-            tried.add(name)
-            for layout, view in views(t) if t.numel() > 1 else ():
-                if view.is_contiguous():
-                    continue
-                for impl, out in forms(op, backend):
-                    if serves(*args):
-                        what = f"{op}{'_out' if out else ''} on {backend}, {name}: {layout}"
-                        check_one(op, backend, impl, out, args, i, name, view, what)
-    tensors = {name for name, kind in OPS[op].parameters.items() if kind.startswith("Tensor")}
-    assert tried == tensors, f"complete_calls of {op} in qatkernels/ops/samples.py leaves out {tensors - tried}"
+        tensors = {name: i for i, name in enumerate(OPS[op].parameters) if isinstance(args[i], torch.Tensor)}
+        tried |= set(tensors)
+        if not serves(*args):
+            continue
+        for (impl, out), first in zip(reversed(forms(op, backend)), (False, True), strict=False):
+            expected = run(impl, op, copied(args), out)
+            for name, i in tensors.items():
+                for layout, view, same in views(args[i])[: 1 if first else None]:
+                    what = f"{op}{'_out' if out else ''} on {backend}, {name}: {layout}"
+                    given = copied(args, i, view)
+                    if (op, name) in CONTIGUOUS:
+                        check_refused(op, backend, given)
+                        continue
+                    wanted = expected if same else run(impl, op, copied(args, i, view.contiguous()), out)
+                    for a, e in zip(run(impl, op, given, out), wanted, strict=True):
+                        assert_equal(a, e, backend != "reference", what)
+    wanted = {name for name, kind in OPS[op].parameters.items() if kind.startswith("Tensor")}
+    assert tried == wanted, f"complete_calls of {op} in qatkernels/ops/samples.py leaves out {wanted - tried}"
 
 
-def check_one(op, backend, impl, out, args, i, name, view, what):
-    given, copy = (tuple(v if j == i else clone(a) for j, a in enumerate(args)) for v in (view, view.contiguous()))
-    if (op, name) in CONTIGUOUS:
-        with pytest.raises((RuntimeError, ValueError), match="contiguous"):
-            (IMPLS[op][backend] if backend != "reference" else getattr(torch.ops.qatkernels, op))(*given)
-        return
-    actual, expected = run(impl, op, given, out), run(impl, op, copy, out)
-    for a, e in zip(actual, expected, strict=True):
-        assert_equal(a, e, backend != "reference", what)
+def copied(args, index=None, replacement=None):
+    """Return arguments that an op in place may change, one of them replaced."""
+    given = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    if index is not None:
+        given[index] = replacement
+    return tuple(given)
 
 
-def clone(a):
-    return a.clone() if isinstance(a, torch.Tensor) else a
+def check_refused(op, backend, args):
+    """The reference refuses where it is registered; its function is the bare meaning."""
+    impl = IMPLS[op][backend] if backend != "reference" else getattr(torch.ops.qatkernels, op)
+    with pytest.raises((RuntimeError, ValueError), match="contiguous"):
+        impl(*args)
 
 
 def check_strided_outputs(op, backend, device="cpu"):
