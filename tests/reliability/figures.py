@@ -36,7 +36,7 @@ def table(part: str) -> str:
     columns = [c for c in columns if c[1] != "failures" or not any(field == "wrong" for _, field in COLUMNS[part])]
     lines = ["| | " + " | ".join(heading for heading, _ in columns) + " |", "|---|" + "---:|" * len(columns)]
     for name, found in results.items():
-        known = {**found, "failures": len(found["failures"]), "seed": found["about"]["seed"]}
+        known = {**found, "failures": len(found["failures"]), "seed": str(found["about"]["seed"])}
         lines.append(f"| `{name}` | " + " | ".join(_cell(known[field]) for _, field in columns) + " |")
     machines: dict[str, None] = {}
     for found in results.values():
