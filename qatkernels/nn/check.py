@@ -90,7 +90,7 @@ class CheckReport:
             lines += [f"{label}: {layer.name or 'the model'} {text}" for layer in self.layers for text in pick(layer)]
             lines += [f"{label}: {text}" for text in pick(self)]
         broken = len(self.problems) + sum(len(layer.problems) for layer in self.layers)
-        lines.append(f"{len(self.layers)} layers checked, {broken or 'no'} problem{'' if broken == 1 else 's'} found")
+        lines.append(f"{len(self.layers)} layers checked, {broken or 'no'} problem{'s' * (broken > 1)} found")
         return "\n".join(lines)
 
 
@@ -160,7 +160,7 @@ def check(model: nn.Module, *inputs: Any, loss_fn: Callable[[Any], Tensor] | Non
                 )
 
     layers = {**quantized, **packed}
-    with untouched(model, gradients=True), _kept(quantized), _counted(layers, rows), torch.random.fork_rng():
+    with _kept(quantized), untouched(model, gradients=True), _counted(layers, rows), torch.random.fork_rng():
         first = not model.training  # so that the last forward is in the mode that the model was in
         for training in (first, not first):
             if training or not waiting:

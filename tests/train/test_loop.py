@@ -338,6 +338,6 @@ def test_scales_at_the_floor_are_logged_and_warned_of_once(tiny) -> None:
     assert counts[-1] > 0
     warnings = [line for line in said if "have fallen to the smallest value" in line]
     assert len(warnings) == 1
-    assert "--scale-lr (0.02)" in warnings[0]
+    assert "--scale-lr below 0.02" in warnings[0]
     assert sum("note" in e for e in entries) == 1
     assert all("scales_at_floor" not in e for e in entries if e["phase"] == "fp")
