@@ -333,9 +333,9 @@ def test_bad_calls(message):
 def test_a_weight_of_another_kind():
     weight, ends = torch.randn(6, 16), torch.tensor([3], dtype=torch.int32)
     layer = qk.PackedLinear(scaled_weight(qk.lsq(4), (6, 16)))
-    for given, name in ((weight, "Tensor"), (layer.weight, "PackedBuffers"), (None, "NoneType")):
+    for given, name in ((weight, "a tensor"), (layer.weight, "PackedBuffers"), (None, "None")):
         for call in (qk.lowbit_linear, lambda x, w: qk.grouped_lowbit_linear(x, w, ends)):
-            with pytest.raises(TypeError, match=f"weight is {name}, must be a PackedWeight"):
+            with pytest.raises(TypeError, match=f"weight is {name}.*, must be a PackedWeight"):
                 call(torch.randn(3, 16), given)
 
 

@@ -72,7 +72,7 @@ def _winq() -> Callable[[int], None]:
         method.gradient(closure)
         optimizer.step()
         method.after_step()
-        if number % 100 == 0:
+        if number % 100 == 1:
             method.log()
 
     return step
@@ -93,7 +93,7 @@ def _squat() -> Callable[[int], None]:
         method.gradient(closure)
         optimizer.step()
         method.after_step()
-        if number % 100 == 0:
+        if number % 100 == 1:
             method.log()
 
     return step

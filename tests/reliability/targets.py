@@ -359,8 +359,8 @@ class Result(Run):
         if case % 2:
             self.said.clear()
             return loop._finished(self.run, self.phase)
-        model, described = generate.load_trained(self.out / "w2")
-        return {**bits_of(model.state_dict()), "described": json.dumps(described)}
+        trained = sources.load_trained(self.out / "w2")
+        return {**bits_of(trained.model.state_dict()), "described": json.dumps(trained.about)}
 
     def prepare(self) -> None:
         """Both."""
