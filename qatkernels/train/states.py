@@ -137,7 +137,7 @@ def restore(
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        reason = error.args[0] if isinstance(error, KeyError) else error
+        reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
         raise CheckpointError(
             f"{path} does not fit this model ({reason}); delete it to start that phase again"
         ) from error
