@@ -137,7 +137,8 @@ class LearnedActivation(Float32Scales):
 
     The first training batch initializes them: ``2 * mean(abs(x)) / sqrt(qmax)`` (Esser et al., 2020), or the range of
     the batch with an offset. A batch that holds inf or NaN is quantized with scales from its finite elements, and the
-    next batch initializes them again: a loop with a GradScaler skips the step of such a batch and goes on.
+    next batch initializes them again: a loop with a GradScaler skips the step of such a batch and goes on. So it is
+    after a batch of zeros alone, which says nothing about a scale.
 
     Whether the scale is initialized is in the buffer ``initialized`` and nowhere else, so whatever fills the tensors of
     a model (a state dict, an average of weights, DDP's broadcast, torch.distributed.checkpoint) gives an initialized
@@ -229,7 +230,7 @@ class LearnedActivation(Float32Scales):
             zero_point = self.grid.init_zero_point(x, scale).to(self.zero_point.dtype)
             self.zero_point.copy_(torch.where(self.initialized, self.zero_point, zero_point))
         self.scale.copy_(torch.where(self.initialized, self.scale, scale.to(self.scale.dtype)))
-        self.initialized.logical_or_(finite.all() & scale.isfinite())
+        self.initialized.logical_or_(finite.all() & scale.isfinite() & x.any())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` fake-quantized, in the dtype that the linear layer computes in.
@@ -265,9 +266,10 @@ class LearnedActivation(Float32Scales):
         self._initialize(x)
         if self.calibrating and not torch.compiler.is_compiling() and not self.ready:
             bad = x.numel() - int(x.isfinite().sum())
+            what = f"{bad} of {x.numel()} elements that are inf or NaN (or their mean is)" if x.any() else "only zeros"
             raise ValueError(
-                f"x, the input, has {bad} of {x.numel()} elements that are inf or NaN (or their mean is), from which "
-                "an activation scale cannot be calibrated: calibrate with another batch"
+                f"x, the input, has {what}, from which an activation scale cannot be calibrated: calibrate with "
+                "another batch"
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -19,6 +19,7 @@ from .pack_model import packed_modules
 from .packed_linear import Packed
 from .quantize_model import quantized_modules
 from .quantized import Quantized, reparametrization
+from .replaced import message, replaced_layers
 from .replay import untouched
 
 #: A learned scale that is so many times larger or smaller than one made from the present weights does not fit them.
@@ -101,8 +102,9 @@ def check(model: nn.Module, *inputs: Any, loss_fn: Callable[[Any], Tensor] | Non
 
     It looks for layers that are never called, layers whose scales get no gradient (the model reads ``layer.weight``
     itself, as transformers' Mamba does), scales at the floor or not finite, scales that do not fit their weights,
-    weights that the model changes in place (as RWKV does between training and evaluation), and for parametrizations,
-    pruning and adapters on top of quantized layers.
+    quantized layers that something replaced by plain ones (``resize_token_embeddings`` of transformers), weights that
+    the model changes in place (as RWKV does between training and evaluation), and for parametrizations, pruning and
+    adapters on top of quantized layers.
 
     The model runs in training mode with a backward, and in eval mode without. Its parameters, gradients, buffers, modes
     and torch's random state are afterwards as before.
@@ -126,7 +128,7 @@ def check(model: nn.Module, *inputs: Any, loss_fn: Callable[[Any], Tensor] | Non
     if not quantized and not packed:
         raise ValueError("model has no quantized and no packed layer: call quantize_model first")
     rows = {name: LayerCheck(name, _kind(layer)) for name, layer in {**quantized, **packed}.items()}
-    report = CheckReport(list(rows.values()))
+    report = CheckReport(list(rows.values()), [message(*item) for item in replaced_layers(model).items()])
     for name, layer in quantized.items():
         _look_at_scales(rows[name], layer)
         _look_on_top(rows[name], layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ from .grouped_quant_linear import GroupedQuantLinear
 from .packed_linear import GroupedPackedLinear, Packed, PackedBuffers, PackedLinear
 from .quant_linear import QuantLinear
 from .quantized import reparametrization
+from .replaced import message, replaced_layers
 
 #: How a layer is packed, by its type or a base of it: ``packer(layer, weight=buffers)`` returns the new layer. Such a
 #: layer has QuantLinear's attributes. Another kind of layer is another entry.
@@ -33,6 +35,8 @@ def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) ->
         model: a model from :func:`quantize_model`, trained; changed in place.
         scale_dtype: dtype that scales are stored in: float32 (exact), bfloat16 or float16. Codes do not depend on it.
 
+    A warning names a layer that was quantized and that something has replaced by a plain one since: it stays as it is.
+
     Returns:
         ``model``, or the new layer if the model itself is a quantized layer. :func:`packed_modules` lists the layers.
 
@@ -42,6 +46,8 @@ def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) ->
     found = {m: p for m in model.modules() if (p := _packer(m)) is not None}
     if not found:
         raise ValueError("the model has no quantized layer, quantize_model makes them")
+    for item in replaced_layers(model).items():
+        warnings.warn(message(*item), stacklevel=2)
     names = {module: name for name, module in model.named_modules()}
     packed: dict[tuple[int, ...], PackedBuffers] = {}
     kept: list[tuple[Tensor | None, ...]] = []  # so that no id is used again

@@ -12,6 +12,7 @@ from .config import QuantConfig
 from .quant_conv1d import QuantConv1D, is_conv1d, transpose_
 from .quant_linear import QuantLinear
 from .quantized import Quantized
+from .replaced import remember
 from .report import Survey, listed, survey
 from .selection import EXCLUDE, Left, Rules, check_uncompiled, check_unwrapped, choose, names_of
 
@@ -91,6 +92,7 @@ def quantize_model(
     model = replacements.get(model, model)
     _share_scales(model, {*replacements.values(), *changed})
     _leave_fast_path(model)
+    remember(model)
     for layer, found in wanted.items():
         if layer in replacements or layer in changed:
             logger.info("quantized %s: %s", names[layer], found)

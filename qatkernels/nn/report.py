@@ -16,6 +16,7 @@ from .config import QuantConfig
 from .packed_linear import Packed
 from .quant_linear import qualified_name
 from .quantized import Quantized
+from .replaced import replaced_layers
 from .selection import ATTENTION, EXCLUDE, Left, Rules, adapters, choose, is_candidate, names_of
 
 #: How stacked experts are kept, by qualified name of their class: True for ``[E, K, N]``, False for ``[E, N, K]``.
@@ -135,6 +136,8 @@ def survey(
     """
     if rules is None or chosen is None:
         chosen = choose(model, Rules(QuantConfig(), None, EXCLUDE), requantize=True)
+        since = Left("was quantized, and something replaced it by a plain layer since", loud=True)
+        chosen.update(dict.fromkeys(replaced_layers(model).values(), since))
     names, never = names_of(model), adapters(model)
     holders: dict[int, list[tuple[nn.Module, str, Tensor]]] = {}
     rows: list[ReportRow] = []

@@ -219,6 +219,20 @@ def test_a_first_batch_that_is_not_finite_does_not_count(config, bad, compiled):
         assert_same_bits(layer.act.zero_point, twin.act.zero_point)
 
 
+@pytest.mark.parametrize("config", LEARNED, ids=["lsq", "lsq+"])
+def test_a_first_batch_of_zeros_does_not_count(config):
+    layer, twin = (QuantLinear(16, 12, config=config) for _ in range(2))
+    zeros, x = torch.zeros(5, 16), torch.randn(5, 16)
+    layer(zeros)
+    assert not layer.act.initialized
+    with pytest.raises(ValueError, match="x, the input, has only zeros, from which an activation scale cannot"):
+        calibrate(layer, zeros)
+    layer(x)
+    twin(x)
+    assert layer.act.initialized
+    assert_same_bits(layer.act.scale, twin.act.scale)
+
+
 def test_compiles_twice_and_never_again():
     torch._dynamo.reset()
     layer = QuantLinear(16, 12, config=LEARNED[0])

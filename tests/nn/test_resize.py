@@ -1,5 +1,7 @@
 """transformers' resize_token_embeddings, which puts a new nn.Linear in place of the head."""
 
+import copy
+
 import pytest
 import torch
 
@@ -30,7 +32,6 @@ def test_with_the_head_in_full_precision():
 
 
 def test_a_quantized_head_has_to_be_quantized_again():
-    """As docs/training.md says: nothing tells a layer that another one took its place."""
     model = quantized(exclude=())
     weight = model.lm_head.weight.detach().clone()
     model.resize_token_embeddings(48, mean_resizing=False)
@@ -39,6 +40,24 @@ def test_a_quantized_head_has_to_be_quantized_again():
     assert isinstance(model.lm_head, QuantLinear)
     assert torch.equal(model.lm_head.weight[:40], weight)
     assert model(TOKENS).logits.shape[-1] == 48
+    assert qk.check(model, TOKENS).ok
+
+
+def test_a_replaced_head_is_noticed():
+    whole = torch.nn.ModuleDict({"inner": copy.deepcopy(quantized(exclude=()))})
+    whole["inner"].resize_token_embeddings(48, mean_resizing=False)
+    cause = "lm_head was quantized, and something replaced it by a Linear in full precision"
+    problems = qk.check(whole["inner"], TOKENS).problems
+    assert len(problems) == 1
+    assert problems[0].startswith(cause)
+    assert "quantize_model(model, config, include='lm_head', exclude=())" in problems[0]
+    row = next(r for r in qk.quantization_report(whole).rows if r.name == "inner.lm_head.weight")
+    assert (row.status, row.reason) == (
+        "full precision",
+        "was quantized, and something replaced it by a plain layer since",
+    )
+    with pytest.warns(UserWarning, match="^inner." + cause):
+        qk.pack_model(whole)
 
 
 def test_a_packed_head_is_refused_by_name():
