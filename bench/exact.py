@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatkernels.grid import MIN_SCALE, Grid
+from qatkernels.grids import MIN_SCALE, Grid
 from qatkernels.ops import noise
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.samples import Sample

@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qatkernels.hessian import HessianOperator
 from qatkernels.nn import QuantConfig, quantize_model, quantized_weights
 from qatkernels.ops import cross_entropy
-from qatkernels.train.model import ModelConfig, Transformer
-from qatkernels.train.sources import EXCLUDED
+from qatkernels.trainer.demo_model import ModelConfig, Transformer
+from qatkernels.trainer.models import EXCLUDED
 
 Times = Callable[[Tensor], Tensor]
 

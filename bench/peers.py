@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatkernels.grid import MIN_SCALE, Grid
+from qatkernels.grids import MIN_SCALE, Grid
 from qatkernels.ops._op import as_tuple
 from qatkernels.ops.samples import Sample
 

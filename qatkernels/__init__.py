@@ -2,7 +2,8 @@
 
 from . import backends
 from .files import CheckpointError
-from .grid import Grid, affine, binary, lsq, make_grid, paretoq, seq, ternary
+from .formats import load_packed, save_packed
+from .grids import Grid, affine, binary, lsq, make_grid, paretoq, seq, ternary
 from .nn import (
     GroupedPackedLinear,
     GroupedQuantLinear,
@@ -12,7 +13,6 @@ from .nn import (
     QuantizationReport,
     QuantLinear,
     check,
-    load_packed,
     load_weights,
     pack_model,
     param_groups,
@@ -20,7 +20,6 @@ from .nn import (
     quantize_model,
     quantized_modules,
     quantized_weights,
-    save_packed,
     scales_at_floor,
     warm_up,
 )

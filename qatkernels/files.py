@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 
@@ -142,6 +140,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | 
     Raises:
         CheckpointError: if it cannot be written.
     """
+    from safetensors.torch import save as to_bytes
+
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     text = json.dumps(dict(header or {}))
     write(path, to_bytes(tensors, {"header": text, "sha256": digest(tensors, text)}))
@@ -156,15 +156,12 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: if the file is missing, unreadable, cut short, changed, or not from here.
     """
-    try:
-        with explained("read", path), safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if not {"header", "sha256"} <= metadata.keys():
-                raise CheckpointError(f"{path} is not a file of qatkernels: it has no header, or no digest of it")
-            # Cloned: a mapped file may be replaced or truncated under its tensors.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise DamagedError(path, error) from error
+    with open_tensors(path) as file:
+        metadata = file.metadata() or {}
+        if not {"header", "sha256"} <= metadata.keys():
+            raise CheckpointError(f"{path} is not a file of qatkernels: it has no header, or no digest of it")
+        # Cloned: a mapped file may be replaced or truncated under its tensors.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     if metadata["sha256"] != digest(tensors, metadata["header"]):
         raise DamagedError(path, "its digest does not match")
     return tensors, _parsed(path, metadata["header"])
@@ -176,9 +173,23 @@ def header(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if the file is missing, unreadable, cut short, or not from here.
     """
+    with open_tensors(path) as file:
+        return _parsed(path, (file.metadata() or {}).get("header", "null"))
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open any safetensors file to read, as ``safetensors.safe_open`` does.
+
+    Raises:
+        CheckpointError: if it is missing or unreadable.
+        DamagedError: if it is no such file.
+    """
+    from safetensors import SafetensorError, safe_open  # here: who only trains needs torch alone
+
     try:
         with explained("read", path), safe_open(path, framework="pt") as file:
-            return _parsed(path, (file.metadata() or {}).get("header", "null"))
+            yield file
     except SafetensorError as error:
         raise DamagedError(path, error) from error
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import qatkernels as qk
-from qatkernels.grid import MIN_SCALE
+from qatkernels.grids import MIN_SCALE
 from qatkernels.ops.fake_quantize import FLOATS
 from qatkernels.ops.packing import SCALES
 

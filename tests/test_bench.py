@@ -128,7 +128,7 @@ def test_wrong_results_are_not_speeds(tmp_path):
 def test_a_code_that_is_off_by_one_is_seen():
     from bench.exact import errors, expected, settled
     from bench.suites.fake_quantize import TOLERANCE
-    from qatkernels.grid import lsq
+    from qatkernels.grids import lsq
     from qatkernels.ops._op import OPS
     from qatkernels.ops.samples import make
 

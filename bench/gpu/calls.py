@@ -26,7 +26,7 @@ PROFILED = ("gemv", "decode", "backward")
 #: Names of the hand-written CUDA kernels begin so.
 CUDA_KERNELS = "kernel_substring=qk4cuda"
 #: The end-to-end study of a real model, where there is one.
-STUDY = ROOT / "bench/reproduce/real_model.py"
+STUDY = ROOT / "studies/real_model.py"
 
 _GPU = (sys.executable, "-m", "bench.gpu")
 
@@ -86,7 +86,7 @@ def second(call: Call, after: Path) -> None:
         one = (*_GPU, "profile", kernel, *_dry(call))
         call.run_under(Step(f"ncu {kernel}", one, 40, log="ncu.txt"), profiler)
     if STUDY.exists():
-        study = (sys.executable, "-m", "bench.reproduce.real_model", "--journal", str(call.journal.path), *_dry(call))
+        study = (sys.executable, "-m", "studies.real_model", "--journal", str(call.journal.path), *_dry(call))
         call.run(Step("study", study, 120))
     else:
         call.skip("study", f"there is no study of a real model in this checkout ({STUDY.relative_to(ROOT)})")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qatkernels import backends
-from qatkernels.grid import Grid, lsq, seq
+from qatkernels.grids import Grid, lsq, seq
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.samples import Sample, make
 

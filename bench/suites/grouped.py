@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatkernels.grid import Grid, paretoq
+from qatkernels.grids import Grid, paretoq
 from qatkernels.nn import GroupedQuantLinear, QuantConfig, QuantLinear
 from qatkernels.ops import PackedWeight, grouped_lowbit_linear, lowbit_linear
 from qatkernels.ops.samples import Sample, weights

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qatkernels.hessian import spectrum
-from qatkernels.train.model import ModelConfig
+from qatkernels.trainer.demo_model import ModelConfig
 
 from .. import hessian as tools
 from ..case import Call, Case, Missing, Settings, attempt

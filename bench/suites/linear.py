@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatkernels.grid import Grid, paretoq
+from qatkernels.grids import Grid, paretoq
 from qatkernels.nn import QuantConfig, QuantLinear
 from qatkernels.ops.samples import Sample, draw, weights
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qatkernels.grid import Grid, paretoq
+from qatkernels.grids import Grid, paretoq
 from qatkernels.ops import PackedWeight, lowbit_linear
 from qatkernels.ops.samples import draw, weights
 

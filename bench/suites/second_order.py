@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qatkernels import ops
-from qatkernels.grid import lsq
+from qatkernels.grids import lsq
 from qatkernels.nn import QuantConfig, QuantLinear
 from qatkernels.ops._op import OPS
 from qatkernels.ops.samples import Sample, draw, make

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from qatkernels.grid import paretoq
+from qatkernels.grids import paretoq
 from qatkernels.ops import PackedWeight, lowbit_linear
 from qatkernels.ops.samples import weights
 

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatkernels.grid import paretoq
+from qatkernels.grids import paretoq
+from qatkernels.methods import SQuAT, WinQ
 from qatkernels.nn import QuantConfig, QuantLinear, quantize_model, quantized_modules
 from qatkernels.ops import perturb_swap_, perturbation_norms, reset_
 from qatkernels.ops.samples import Sample, weights
-from qatkernels.train import SQuAT, TrainConfig, WinQ, loop
-from qatkernels.train.data import Corpus
-from qatkernels.train.parallel import Processes
-from qatkernels.train.phases import Phase
+from qatkernels.trainer import TrainConfig, loop
+from qatkernels.trainer.data import Corpus
+from qatkernels.trainer.parallel import Processes
+from qatkernels.trainer.phases import Phase
 
 from ..case import Call, Case, Settings, built, bytes_of
 from ..exact import expected, settle
@@ -26,7 +27,7 @@ from ..exact import expected, settle
 #: The released scripts' noise; where it is drawn it costs the same whatever it is.
 NOISE = 1e-3
 #: Why a step's result is not compared here.
-TESTED = "tests/train compares it"
+TESTED = "tests/methods compares it"
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """Quantized layers: drop-in modules over the ops."""
 
+from .._moved import moved
 from .activation import DynamicActivation, LearnedActivation, calibrate
 from .check import CheckReport, LayerCheck, check
 from .config import QuantConfig
 from .grouped_quant_linear import GroupedQuantLinear
 from .load_weights import load_weights
 from .pack_model import PACKERS, model_bytes, pack_model, packed_modules, warm_up
-from .packed_file import load_packed, save_packed
 from .packed_linear import GroupedPackedLinear, PackedBuffers, PackedLinear
 from .param_groups import param_groups, scales_at_floor
 from .quant_conv1d import QuantConv1D
@@ -31,7 +31,6 @@ __all__ = [
     "ReportRow",
     "calibrate",
     "check",
-    "load_packed",
     "load_weights",
     "model_bytes",
     "pack_model",
@@ -41,7 +40,8 @@ __all__ = [
     "quantize_model",
     "quantized_modules",
     "quantized_weights",
-    "save_packed",
     "scales_at_floor",
     "warm_up",
 ]
+
+__getattr__ = moved(__name__, dict.fromkeys(("load_packed", "save_packed"), "qatkernels.formats"))

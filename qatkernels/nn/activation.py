@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from ..grid import Grid
+from ..grids import Grid
 from ..ops import fake_quantize, fake_quantize_dynamic
 
 

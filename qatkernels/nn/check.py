@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..grid import MIN_SCALE
+from ..grids import MIN_SCALE
 from .activation import LearnedActivation
 from .floor import count_at_floor, local_part
 from .pack_model import packed_modules

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..arguments import is_integer, is_real
-from ..grid import Grid, affine, lsq, make_grid
+from ..grids import Grid, affine, lsq, make_grid
 
 ACT_SCHEMES = ("dynamic", "lsq", "lsq+")
 SCALE_INITS = ("max", "mean", "lsq", "range")

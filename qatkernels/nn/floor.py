@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..grid import MIN_SCALE
+from ..grids import MIN_SCALE
 
 
 def count_at_floor(weight: Tensor, scale: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..grid import Grid
+from ..grids import Grid
 from ..ops.lowbit_linear import product
 from ..ops.packing import PackedWeight
 from .activation import DynamicActivation, Float32Scales, autocast_dtype

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
-from ..grid import Grid
+from ..grids import Grid
 from ..ops import fake_quantize, quantize
 from .activation import DynamicActivation, Float32Scales, LearnedActivation
 from .config import QuantConfig

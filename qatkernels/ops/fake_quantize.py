@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_dtype, check_optional_reals, check_optional_tensors, check_reals, check_tensors
-from ..grid import MIN_SCALE, Grid, GridConstants, check_grid, check_group_size
+from ..grids import MIN_SCALE, Grid, GridConstants, check_grid, check_group_size
 from . import noise
 from ._op import Function, check_out, define
 

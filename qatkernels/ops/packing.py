@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from ..arguments import check_dtype, check_integers, check_optional_tensors, check_tensors
-from ..grid import MIN_SCALE, Grid, check_grid
+from ..grids import MIN_SCALE, Grid, check_grid
 from ._op import define
 from .fake_quantize import check_layout
 from .quantize import dequantize, quantize

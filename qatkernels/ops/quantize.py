@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_dtype, check_tensors
-from ..grid import MIN_SCALE, Grid, GridConstants
+from ..grids import MIN_SCALE, Grid, GridConstants
 from ._op import define
 from .fake_quantize import FLOATS, Rows, check_call, check_layout
 

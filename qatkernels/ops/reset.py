@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_reals
-from ..grid import Grid
+from ..grids import Grid
 from ._op import define
 from .fake_quantize import Rows, check_call, check_layout
 

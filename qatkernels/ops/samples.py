@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grid import Grid, affine, binary, lsq, seq, ternary
+from ..grids import Grid, affine, binary, lsq, seq, ternary
 from .noise import make_seed
 
 #: One grid of each kind, and the widths at the ends.

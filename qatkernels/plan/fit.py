@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import optimize
 
+from ..extras import missing
 from .formula import Array, ExtrapolationWarning, PlanError
 from .law import COEFFICIENTS, TERMS, LossLaw, features, jacobian, terms
 
@@ -277,6 +277,7 @@ class _Problem:
         """Return the best point found from several starts."""
         points = [self._start(random) for _ in range(_SCREENED)]
         improved = self.descend(np.stack(self._best(points, max(_IMPROVED, starts))))
+        optimize = _scipy_optimize()
         bounds = optimize.Bounds(self.low, self.high)
         options = {"maxiter": 300, "maxcor": 30}
         found = [
@@ -293,7 +294,7 @@ class _Problem:
         point = np.zeros(len(COEFFICIENTS))
         point[_EXPONENTS] = np.log(0.4) + 0.8 * random.standard_normal(len(_EXPONENTS))
         loss = np.exp(self.target)
-        amplitudes, _ = optimize.nnls(terms(self.x, point).T / loss[:, None], np.ones_like(loss))
+        amplitudes, _ = _scipy_optimize().nnls(terms(self.x, point).T / loss[:, None], np.ones_like(loss))
         point[_AMPLITUDES] = np.log(np.maximum(amplitudes, 1e-4 * np.median(loss)))
         return np.clip(point, self.low, self.high)
 
@@ -386,3 +387,12 @@ def select(runs: Mapping[str, Sequence[Any]], **wanted: Any) -> dict[str, list[A
     count = len(next(iter(runs.values())))
     kept = [i for i in range(count) if all(str(runs[name][i]) == str(value) for name, value in wanted.items())]
     return {name: [column[i] for i in kept] for name, column in runs.items()}
+
+
+def _scipy_optimize() -> Any:
+    """Return scipy's optimizers. Imported here, since formula and schedules are of use without them."""
+    try:
+        from scipy import optimize
+    except ImportError as error:
+        raise missing("fitting a law", "plan", error) from error
+    return optimize

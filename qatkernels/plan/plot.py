@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backend_bases import FigureCanvasBase
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
+from ..extras import missing
+from ..plotting import COLOURS, INK, QUIET, tidy
+from ..units import human
 from .decide import wasted_tokens
 from .fit import LossFit
 from .formula import ExtrapolationWarning, PlanError, optimal_qat_fraction, tokens_per_parameter_byte
 from .law import LossLaw
-from .units import human
 
-#: Okabe and Ito's colours, as in the training's pictures.
-COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")
-INK, QUIET = "#222222", "#8a8a8a"
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.backend_bases import FigureCanvasBase
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+except ImportError as error:
+    raise missing("a picture", "plot", error) from error
 
 
 def draw(path: str | Path, params: float, tokens: float, bits: list[float], law: LossLaw | None = None) -> None:
@@ -47,13 +49,6 @@ def draw(path: str | Path, params: float, tokens: float, bits: list[float], law:
     for one in axes:
         tidy(one)
     figure.savefig(path)
-
-
-def tidy(axes: Axes) -> None:
-    """Give a panel the look of all of ours."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#ebebeb", linewidth=0.8)
-    axes.set_axisbelow(True)
 
 
 def _loss(axes: Axes, params: float, tokens: float, bits: list[float], law: LossLaw) -> None:
@@ -103,31 +98,6 @@ def _fraction(axes: Axes, params: float, tokens: float, bits: list[float], law: 
     axes.set_ylabel("best share of quantized tokens")
     axes.set_title("Best share", loc="left", fontweight="bold")
     axes.legend(frameon=False)
-
-
-def draw_schedules(path: str | Path, steps: int = 1000, qat_steps: int = 300) -> None:
-    """Draw the classic and the fused schedule with each shape of decay."""
-    from ..train.schedules import DECAYS, classic, fused
-
-    figure = Figure(figsize=(12, 4), dpi=150, layout="constrained")
-    first, warmup = steps - qat_steps, steps // 20
-    both: tuple[tuple[str, Any, dict[str, int]], ...] = (
-        ("Classic", classic, {"cooldown": first // 5}), ("Fused", fused, {}),
-    )  # fmt: skip
-    for axes, (title, schedule, parts) in zip(figure.subplots(1, 2, sharey=True), both, strict=True):
-        axes.axvspan(first, steps, color="#f2f2f2", zorder=0)
-        for colour, shape in zip(COLOURS, DECAYS, strict=False):
-            parts |= {"warmup": warmup, "rewarmup": qat_steps // 10}
-            rates = [schedule(step, steps, qat_steps, shape=shape, **parts) for step in range(steps + 1)]
-            axes.plot(rates, color=colour, linewidth=2, label=shape)
-        axes.text(first + 8, 1.06, "quantized", color=QUIET)
-        axes.set_title(title, loc="left", fontweight="bold")
-        axes.set_xlabel("step")
-        axes.set_ylim(0, 1.15)
-        tidy(axes)
-        axes.legend(frameon=False, loc="center left")
-    figure.axes[0].set_ylabel("learning rate, share of the peak")
-    figure.savefig(path)
 
 
 def draw_optima(path: str | Path, fit: LossFit) -> None:

@@ -1,26 +1,16 @@
-"""The reference training loop, meant to be read and copied, and WinQ and SQuAT, parts for any loop."""
+"""The old place of :mod:`qatkernels.methods` and :mod:`qatkernels.trainer`."""
 
-from .checkpoint import CheckpointError
-from .config import ConfigError, TrainConfig, resumed
-from .data import DataError
-from .loop import DivergedError, Interrupted, train
-from .report import show
-from .squat import SQuAT
-from .stats import GridStats
-from .winq import WinQ, hadamard
+from .._moved import moved
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "DivergedError",
-    "GridStats",
-    "Interrupted",
-    "SQuAT",
-    "TrainConfig",
-    "WinQ",
-    "hadamard",
-    "resumed",
-    "show",
+_METHODS = ("GridStats", "SQuAT", "WinQ", "hadamard")
+_TRAINER = (
+    "CheckpointError", "ConfigError", "DataError", "DivergedError", "Interrupted", "TrainConfig", "resumed", "show",
     "train",
-]
+)  # fmt: skip
+_MODULES = ("data", "loop", "parallel", "phases", "toml")
+
+__getattr__ = moved(
+    __name__,
+    dict.fromkeys(_METHODS, "qatkernels.methods") | dict.fromkeys(_TRAINER, "qatkernels.trainer"),
+    {name: f"qatkernels.trainer.{name}" for name in _MODULES},
+)

@@ -3,7 +3,7 @@
 import torch
 
 import qatkernels as qk
-from qatkernels.grid import MIN_SCALE
+from qatkernels.grids import MIN_SCALE
 from qatkernels.ops._op import OPS
 from qatkernels.ops.packing import PackedWeight
 from qatkernels.ops.samples import MANY

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from qatkernels.grid import GridConstants
+from qatkernels.grids import GridConstants
 
 ROOT = Path(__file__).parents[2]
 HOST = Path(__file__).parent / "host"

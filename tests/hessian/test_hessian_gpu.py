@@ -8,7 +8,7 @@ import torch
 from qatkernels.hessian import HessianOperator, eigs, spectrum, trace
 from qatkernels.nn import QuantConfig, quantize_model
 from qatkernels.ops import cross_entropy
-from qatkernels.train.model import ModelConfig, Transformer
+from qatkernels.trainer.demo_model import ModelConfig, Transformer
 from tests.implementations import GPU
 
 pytestmark = pytest.mark.gpu

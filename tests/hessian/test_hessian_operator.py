@@ -18,7 +18,7 @@ from qatkernels.hessian import HessianOperator, eigs, hvp, spectrum, trace
 from qatkernels.hessian.checkpoint import blocks, checkpointed
 from qatkernels.nn import QuantConfig, quantize_model, quantized_weights
 from qatkernels.ops import cross_entropy
-from qatkernels.train.model import ModelConfig, Transformer
+from qatkernels.trainer.demo_model import ModelConfig, Transformer
 
 
 def loss_fn(model, batch):

@@ -14,7 +14,7 @@ from torch import nn
 from qatkernels.hessian import hvp
 from qatkernels.nn import GroupedQuantLinear, QuantConfig, quantize_model, quantized_weights
 from qatkernels.ops import cross_entropy
-from qatkernels.train.model import ModelConfig, Transformer
+from qatkernels.trainer.demo_model import ModelConfig, Transformer
 
 #: One configuration of each kind of weight quantizer, and of activations.
 CONFIGS = {

@@ -6,11 +6,12 @@ import shutil
 import pytest
 import torch
 
-from bench.reproduce import spectra as study
+from qatkernels import files
 from qatkernels.cli import main
 from qatkernels.hessian import HessianOperator, Spectrum, spectrum
 from qatkernels.nn import quantized_weights
-from qatkernels.train import CheckpointError, ConfigError, TrainConfig, checkpoint, data, spectra, train
+from qatkernels.trainer import CheckpointError, ConfigError, TrainConfig, data, spectra, train
+from studies import spectra as study
 
 OPTIONS = ["--probes", "2", "--steps", "8", "--windows", "3", "--device", "cpu"]
 
@@ -75,7 +76,7 @@ def test_it_is_the_spectrum_of_the_trained_weights(run, tmp_path):
         config = spectra.configured([str(run / phase), *OPTIONS, "--seed", "3", "--out", str(tmp_path / phase)])
         report = spectra.run(config, say=lambda _: None)
         loaded = spectra.load(run / phase)
-        weights, _ = checkpoint.load(run / phase / "model.safetensors")
+        weights, _ = files.load(run / phase / "model.safetensors")
         assert all(torch.equal(value, weights[name]) for name, value in loaded.model.state_dict().items())
         corpus = data.load(run.parent / "text.txt", 16)
         torch.manual_seed(3)
@@ -157,14 +158,14 @@ def test_bad_input(run, arguments, words, capsys, tmp_path, request):
 
 def test_models_of_others_are_refused(run, tmp_path, capsys):
     stranger = tmp_path / "stranger.safetensors"
-    checkpoint.save(stranger, {"w": torch.ones(2)}, {"made": "elsewhere"})
+    files.save(stranger, {"w": torch.ones(2)}, {"made": "elsewhere"})
     with pytest.raises(CheckpointError, match="is no model that `qatkernels train` wrote"):
         spectra.load(stranger)
     broken = tmp_path / "w4"
     shutil.copytree(run / "w4", broken)
-    tensors, header = checkpoint.load(broken / "model.safetensors")
+    tensors, header = files.load(broken / "model.safetensors")
     tensors["norm.weight"].fill_(torch.nan)
-    checkpoint.save(broken / "model.safetensors", tensors, header)
+    files.save(broken / "model.safetensors", tensors, header)
     assert main(["spectrum", str(broken), *OPTIONS, "--out", str(tmp_path / "out")]) == 2
     assert "holds NaN or infinity" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="give a checkpoint"):

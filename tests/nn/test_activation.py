@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from qatkernels.grid import affine, lsq
+from qatkernels.grids import affine, lsq
 from qatkernels.nn import (
     LearnedActivation,
     QuantConfig,
@@ -22,7 +22,7 @@ from qatkernels.nn import (
     pack_model,
     quantize_model,
 )
-from qatkernels.train.parallel import leave
+from qatkernels.trainer.parallel import leave
 from tests.compare import assert_same_bits
 
 

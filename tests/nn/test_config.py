@@ -4,7 +4,7 @@ import re
 import pytest
 import torch
 
-from qatkernels.grid import affine, lsq, seq
+from qatkernels.grids import affine, lsq, seq
 from qatkernels.nn import QuantConfig
 from qatkernels.nn.config import SCALE_INITS
 

@@ -21,7 +21,7 @@ from qatkernels.nn import (
     quantized_modules,
     quantized_weights,
 )
-from qatkernels.train.parallel import leave
+from qatkernels.trainer.parallel import leave
 from tests.compare import assert_same_bits
 
 

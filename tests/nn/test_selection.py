@@ -22,7 +22,7 @@ from qatkernels.nn import (
     quantize_model,
     quantized_modules,
 )
-from qatkernels.train.parallel import leave
+from qatkernels.trainer.parallel import leave
 from tests.compare import assert_same_bits
 
 

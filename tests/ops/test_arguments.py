@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import qatkernels as qk
-from qatkernels import grid as grids
-from qatkernels import ops
+from qatkernels import grids, ops
 
 W, SCALE, GRID = torch.randn(4, 8), torch.rand(4) + 0.1, qk.lsq(4)
 AFFINE, ZERO = qk.affine(4), torch.ones(4)
@@ -63,10 +62,10 @@ METHODS = {
 
 
 def public():
-    """Return what users call of qatkernels.ops and qatkernels.grid, by name."""
+    """Return what users call of qatkernels.ops and qatkernels.grids, by name."""
     names = {name: getattr(ops, name) for name in ops.__all__}
     names |= {name: getattr(qk, name) for name in qk.__all__}
-    own = ("qatkernels.ops", "qatkernels.grid", "qatkernels.backends")
+    own = ("qatkernels.ops", "qatkernels.grids", "qatkernels.backends")
     found = {n: f for n, f in names.items() if f.__module__.startswith(own) and n != "Grid"}
     return {n: f for n, f in (found | METHODS).items() if n not in UNTYPED}
 

@@ -14,15 +14,7 @@ from qatkernels.backends import IMPLS, extension
 from qatkernels.ops import noise
 from qatkernels.ops._op import OPS, as_tuple, checked
 from qatkernels.ops.fake_quantize import FLOATS
-from qatkernels.ops.samples import (
-    GRIDS,
-    SEVENTH,
-    basis_calls,
-    logits_calls,
-    make,
-    perturbations,
-    weights,
-)
+from qatkernels.ops.samples import GRIDS, SEVENTH, basis_calls, logits_calls, make, perturbations, weights
 from tests.compare import assert_same_bits, check_first_output, check_sample, run_in_place, run_out, special_calls
 from tests.implementations import implementations, moved, samples_on
 from tests.isas import ISAS, using

@@ -13,13 +13,7 @@ from qatkernels.ops._op import OPS
 from qatkernels.ops.fake_quantize import FLOATS
 from qatkernels.ops.lowbit_linear import LowbitLinear
 from tests.compare import assert_same_bits, assert_within, torch_compile_blamed
-from tests.lowbit import (
-    Case,
-    activations,
-    expected_linear,
-    expected_transposed,
-    scaled_weight,
-)
+from tests.lowbit import Case, activations, expected_linear, expected_transposed, scaled_weight
 
 GRADIENT_GRIDS = [qk.binary(), qk.ternary(), qk.seq(2), qk.lsq(4), qk.affine(3)]
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import qatkernels as qk
-from qatkernels.grid import MIN_SCALE
+from qatkernels.grids import MIN_SCALE
 from qatkernels.ops._op import OPS
 from qatkernels.ops.fake_quantize import FLOATS
 from qatkernels.ops.packing import SCALES, code_dtype, row_bytes, store_scale

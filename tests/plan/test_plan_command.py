@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.reproduce.plan_recovery import PLANTED, table
 from qatkernels import cli
-from qatkernels.plan import command
+from qatkernels.cli import plan as command
+from studies.plan_recovery import PLANTED, table
 
 ASK = ["plan", "--params", "1.2B", "--tokens", "100B", "--bits", "2"]
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qatkernels.cli import _train_parser
-from qatkernels.plan import command, optimal_qat_fraction
-from qatkernels.train import TrainConfig
+from qatkernels.cli import plan as command
+from qatkernels.cli.train import parser as train_parser
+from qatkernels.plan import optimal_qat_fraction
+from qatkernels.trainer import TrainConfig
 
 TEXT = (Path(__file__).parents[2] / "docs" / "planner.md").read_text()
 COMMANDS = re.findall(r"^    (?:\$ )?qatkernels (plan|train) ([^#\n]*)", TEXT, re.MULTILINE)
@@ -18,7 +19,7 @@ COMMANDS = re.findall(r"^    (?:\$ )?qatkernels (plan|train) ([^#\n]*)", TEXT, r
 
 @pytest.mark.parametrize(("name", "arguments"), COMMANDS)
 def test_command(name: str, arguments: str) -> None:
-    parser = command.parser() if name == "plan" else _train_parser(TrainConfig)
+    parser = command.parser() if name == "plan" else train_parser(TrainConfig)
     parser.parse_args(shlex.split(arguments))
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from bench.reproduce.plan_recovery import PLANTED, QUESTIONS, table
 from qatkernels.plan import ExtrapolationWarning, FitError, fit_loss_law, measured_optima, read_runs
 from qatkernels.plan.fit import select
 from qatkernels.plan.law import COEFFICIENTS
+from studies.plan_recovery import PLANTED, QUESTIONS, table
 
 TRUE = PLANTED.optimal_fraction(*QUESTIONS)
 

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qatkernels import units
 from qatkernels.plan import (
     ExtrapolationWarning,
     optimal_qat_fraction,
     tokens_per_parameter_byte,
     tokens_per_parameter_byte_at,
-    units,
 )
 
 #: N, D, B, S and the fraction, from the formula by hand.

@@ -49,17 +49,17 @@ class Command:
 
 def trained(folder: Path) -> dict[str, Any]:
     """Return what a run leaves: weights, log and report, without times."""
-    from qatkernels.train import checkpoint
+    from qatkernels import files
 
     out = folder / "run"
     left: dict[str, Any] = {}
     for phase in sorted(path for path in out.iterdir() if path.is_dir()):
         if (names := sorted(p.name for p in phase.iterdir())) != ["config.json", "model.safetensors"]:
             raise Wrong(f"{phase.name} holds {names}")
-        tensors, _ = checkpoint.load(phase / "model.safetensors")
-        left[phase.name] = {name: checkpoint.digest({"": tensor}) for name, tensor in tensors.items()}
+        tensors, _ = files.load(phase / "model.safetensors")
+        left[phase.name] = {name: files.digest({"": tensor}) for name, tensor in tensors.items()}
     left["log"] = (out / "log.jsonl").read_text()
-    report = checkpoint.read_json(out / "report.json")
+    report = files.read_json(out / "report.json")
     for row in report["rows"]:
         row.pop("seconds")
         row.pop("tokens_per_second")
@@ -75,10 +75,10 @@ def contents(*names: str) -> Callable[[Path], dict[str, Any]]:
 
 def analysed(folder: Path) -> dict[str, Any]:
     """Return what `spectrum` leaves."""
-    from qatkernels.train import checkpoint
+    from qatkernels import files
 
     out = folder / "spectrum"
-    report = checkpoint.read_json(out / "report.json")
+    report = files.read_json(out / "report.json")
     report.pop("machine")
     return {
         "report": report, "files": sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.name != ".lock"),
@@ -128,15 +128,14 @@ def warm() -> None:
     import torch.distributed.checkpoint
     import torch.distributed.fsdp
 
-    from bench.reproduce import plan_recovery  # noqa: F401
-    from qatkernels.hessian import report
-    from qatkernels.plan import command, plot  # noqa: F401
-    from qatkernels.train import generate, loop, spectra  # noqa: F401
-    from qatkernels.train import report as train_report
+    from qatkernels.plan import plot
+    from qatkernels.trainer import generate, loop, spectra, spectra_report  # noqa: F401
+    from qatkernels.trainer import report as train_report
+    from studies import plan_recovery  # noqa: F401
 
     torch.set_num_threads(1)
     # A picture takes longer to draw than everything else, and is drawn from what is compared here.
-    train_report.plot = report.plot = plot.draw = _no_picture
+    train_report.plot = spectra_report.plot = plot.draw = _no_picture
     if (threads := len(os.listdir("/proc/self/task"))) > 1:
         raise RuntimeError(f"{threads} threads before the first fork, must be one: set OMP_NUM_THREADS=1")
 

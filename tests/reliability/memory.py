@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import qatkernels as qk
 from qatkernels.backends import extension
 from qatkernels.hessian import HessianOperator
+from qatkernels.methods import SQuAT, WinQ
 from qatkernels.nn import QuantConfig, quantized_weights
-from qatkernels.train import SQuAT, WinQ
 
 from .runner import Campaign
 

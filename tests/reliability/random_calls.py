@@ -19,13 +19,13 @@ from torch import Tensor
 
 import qatkernels as qk
 from qatkernels.backends import IMPLS, extension
-from qatkernels.grid import Grid
+from qatkernels.grids import Grid
 from qatkernels.ops import noise
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.fake_quantize import FLOATS
 from qatkernels.ops.packing import SCALES
 from qatkernels.ops.samples import Sample
-from tests.compare import (
+from tests.compare import (  # fmt: skip
     assert_same_bits,
     assert_within,
     check_gram_schmidt,
@@ -35,7 +35,7 @@ from tests.compare import (
     check_rows,
     check_sample,
     run_out,
-)  # fmt: skip
+)
 from tests.lowbit import Case, activations, by_expert, rounded_bound
 
 from .runner import Campaign

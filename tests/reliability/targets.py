@@ -22,29 +22,29 @@ import tomllib
 import torch
 from torch import Tensor
 
-from qatkernels import cli
+from qatkernels import cli, files
+from qatkernels.cli import plan as command
 from qatkernels.nn import QuantConfig
-from qatkernels.plan import command, fit
-from qatkernels.plan.units import count
-from qatkernels.train import (
+from qatkernels.plan import fit
+from qatkernels.trainer import (  # fmt: skip
     CheckpointError,
     ConfigError,
     TrainConfig,
-    checkpoint,
+    checkpoints,
     data,
     generate,
     loop,
+    models,
     report,
-    sources,
     spectra,
-    states,
     toml,
     train,
-)  # fmt: skip
-from qatkernels.train import config as settings_of
-from qatkernels.train.parallel import Processes
-from qatkernels.train.phases import phases
-from qatkernels.train.signals import Stop
+)
+from qatkernels.trainer import config as settings_of
+from qatkernels.trainer.parallel import Processes
+from qatkernels.trainer.phases import phases
+from qatkernels.trainer.signals import Stop
+from qatkernels.units import count
 
 from . import mutate, tiny
 from .runner import Wrong
@@ -108,7 +108,7 @@ def difference(found: Any, wanted: Any) -> str:
 
 def bits_of(tensors: dict[str, Any]) -> dict[str, str]:
     """Return a digest of each tensor: dtype, shape and bits."""
-    return {name: checkpoint.digest({"": t.detach()}) for name, t in tensors.items() if isinstance(t, Tensor)}
+    return {name: files.digest({"": t.detach()}) for name, t in tensors.items() if isinstance(t, Tensor)}
 
 
 def decoded(content: bytes) -> dict[str, Tensor]:
@@ -131,7 +131,7 @@ def resealed(content: bytes, draw: random.Random) -> bytes:
     about = mutate.mutated_value(about, draw)
     text = json.dumps(about)
     header["__metadata__"] = {
-        "header": text, "sha256": checkpoint.digest(decoded(content), text)
+        "header": text, "sha256": files.digest(decoded(content), text)
     }  # fmt: skip
     return mutate.join_safetensors(header, data_)
 
@@ -243,7 +243,7 @@ class State(Run):
         stats.load_state_dict({})
         progress = loop._resumed(training)
         return {
-            **vars(progress), **bits_of(states.snapshot(training.model, training.optimizer)),
+            **vars(progress), **bits_of(checkpoints.snapshot(training.model, training.optimizer)),
             **bits_of({f"codes.{k}": v for k, v in stats.state_dict().items()}),
             "method now": training.method.state_dict(),
         }  # fmt: skip
@@ -295,7 +295,7 @@ class Sharded(Target):
         self.model(torch.ones(2, 16)).sum().backward()
         self.optimizer.step()
         header = {"first": 3, "step": 4, "seconds": 0.5, "start": 2.0, "held_out": 1.5, "method": {}}
-        states.save(self.folder, 4, self.model, self.optimizer, header, 2, self.group)
+        checkpoints.save(self.folder, 4, self.model, self.optimizer, header, 2, self.group)
         (self.state,) = self.folder.glob("state-*")
         self.contents = {path: path.read_bytes() for path in sorted(self.state.iterdir())}
         self.file = self.state / "state.json"
@@ -322,11 +322,11 @@ class Sharded(Target):
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.zero_()
-        header = states.restore(self.state, self.model, self.optimizer, self.group)
+        header = checkpoints.restore(self.state, self.model, self.optimizer, self.group)
         for path, whole in self.contents.items():
             path.write_bytes(whole)
         tensors = {k: v.to_local() if hasattr(v, "to_local") else v
-                   for k, v in states.snapshot(self.model, self.optimizer).items()}  # fmt: skip
+                   for k, v in checkpoints.snapshot(self.model, self.optimizer).items()}  # fmt: skip
         return {**header, **bits_of(tensors)}
 
     def right(self, content: bytes, found: Any) -> str | None:
@@ -359,7 +359,7 @@ class Result(Run):
         if case % 2:
             self.said.clear()
             return loop._finished(self.run, self.phase)
-        trained = sources.load_trained(self.out / "w2")
+        trained = models.load_trained(self.out / "w2")
         return {**bits_of(trained.model.state_dict()), "described": json.dumps(trained.about)}
 
     def prepare(self) -> None:
@@ -390,7 +390,7 @@ class Ritz(Run):
         self.analysis = spectra.configured([*arguments, "--out", str(self.folder / "spectrum")])
         spectra.run(self.analysis, say=lambda line: None)
         (self.file,) = (self.folder / "spectrum" / "ritz").iterdir()
-        self.identity = checkpoint.read_json(self.file)["identity"]
+        self.identity = files.read_json(self.file)["identity"]
 
     def read(self, case: int) -> Any:
         """Ask for what was found before; None is computed anew."""
@@ -538,7 +538,7 @@ class Toml(Target):
 
 def write_table(path: Path) -> None:
     """Write a table of runs that a law can be fitted to."""
-    from bench.reproduce.plan_recovery import table
+    from studies.plan_recovery import table
 
     columns = table("small", 0.005, 0)
     keep = [i for i, (n, b) in enumerate(zip(columns["params"], columns["bits"], strict=True)) if n < 1e9 and b != 6]
@@ -598,7 +598,7 @@ class External(Target):
         torch.manual_seed(0)
         transformers.LlamaForCausalLM(config).save_pretrained(self.folder / "llama")
         self.file = self.folder / "llama" / "model.safetensors"
-        self.model = sources.build(sources.describe(str(self.folder / "llama"), TrainConfig().shape))
+        self.model = models.build(models.describe(str(self.folder / "llama"), TrainConfig().shape))
 
     def prepare(self) -> None:
         """What does not fit is named with its folder."""
@@ -608,10 +608,10 @@ class External(Target):
     def read(self, case: int) -> Any:
         """Start from the weights as a run does."""
         source = str(self.file.parent)
-        weights = sources.initial_weights(source)
+        weights = models.initial_weights(source)
         if weights is None:
             raise Wrong("weights are drawn although there are some")
-        sources.fill(self.model, weights, source)
+        models.fill(self.model, weights, source)
         return bits_of(self.model.state_dict())
 
     def right(self, content: bytes, found: Any) -> str | None:

@@ -1,0 +1,284 @@
+"""Packed models as files: one safetensors file with everything, which a stranger's bytes cannot turn into code.
+
+The header says which layers are packed and how; the tensors are the model's state dict, each once. Both are covered by
+a digest. docs/packing.md describes the format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import files
+from ..files import CheckpointError
+from ..grids import make_grid
+from ..nn.activation import Float32Scales, LearnedActivation
+from ..nn.pack_model import packed_modules
+from ..nn.packed_linear import KINDS, Packed, PackedBuffers
+from ..nn.quant_conv1d import is_conv1d
+from ..ops.fake_quantize import FLOATS
+from ..ops.packing import PackedWeight
+
+FORMAT, VERSION = "qatkernels-packed", 1
+
+
+def save_packed(model: nn.Module, path: str | Path, config: Mapping[str, Any] | None = None) -> None:
+    """Write a packed model to one file, atomically.
+
+    Args:
+        model: a model from :func:`pack_model`, on any device.
+        path: destination.
+        config: what :func:`load_packed` hands to the function that builds the model; JSON-able.
+
+    Raises:
+        ValueError: if no layer is packed, ``config`` is not JSON-able, or the model holds what is no tensor.
+        CheckpointError: if the file cannot be written.
+    """
+    if not packed_modules(model):
+        raise ValueError("the model has no packed layer, pack_model makes them")
+    first: dict[int, str] = {}  # canonical name by tensor
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    said = _layouts(model)  # by the header
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name in said:
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the state dict holds {type(value).__name__} as {name}, must hold tensors only")
+        if (known := first.setdefault(id(value), name)) == name:
+            tensors[name] = value
+        else:
+            aliases[name] = known
+    layers: dict[nn.Module, dict[str, Any]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Packed):
+            entry = layers.setdefault(module, {"names": [], **_described(module, f"{name}.".lstrip("."))})
+            entry["names"].append(name)
+            entry["weight"] = first[id(module.weight.packed)].removesuffix("packed")
+    header = {
+        "format": FORMAT, "version": VERSION, "config": dict(config or {}), "layers": list(layers.values()),
+        "aliases": aliases,
+    }  # fmt: skip
+    try:
+        files.save(Path(path), tensors, header)
+    except TypeError as error:
+        raise ValueError(f"config is {config!r}, must be JSON-able: {error}") from error
+
+
+def _layouts(model: nn.Module) -> dict[str, Tensor]:
+    """Return the entries of the state dict that say what codes and scales are."""
+    return {
+        f"{name}._extra_state": module.get_extra_state()
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Float32Scales)
+    }
+
+
+def _described(module: Packed, prefix: str) -> dict[str, Any]:
+    """Return what a file says of a layer besides its tensors."""
+    act = module.act
+    if act is not None and type(act) is not LearnedActivation:
+        raise ValueError(f"{prefix}act is a {type(act).__qualname__}, must be a LearnedActivation to be saved")
+    grid = module.grid
+    present: dict[str, Any] = {}
+    if module.bias is not None:
+        present["bias"] = "trains" if module.bias.requires_grad else "frozen"
+    if module.weight.zero_point is not None:
+        present["zero_point"] = True
+    present["dtype"] = str(module.weight.dtype).removeprefix("torch.")
+    return {
+        "kind": module.kind,
+        "scheme": grid.scheme,
+        "bits": grid.bits,
+        "cols": module.weight.cols,
+        "act_bits": module.act_bits,
+        "act": None if act is None else {
+            "scheme": act.grid.scheme, "bits": act.grid.bits, "offset": act.zero_point is not None,
+        },
+        **present,
+    }  # fmt: skip
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or isinstance(value, float)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
+
+
+_DTYPES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
+_Fields = dict[str, tuple[Callable[[Any], bool], str]]
+#: What each field of a header must be: a test and words. Of those of a layer, `_OPTIONAL` may be absent.
+_HEADER: _Fields = {
+    "config": (lambda v: isinstance(v, dict), "an object"),
+    "layers": (lambda v: isinstance(v, list) and all(isinstance(e, dict) for e in v), "a list of objects"),
+    "aliases": (lambda v: isinstance(v, dict) and all(isinstance(e, str) for e in v.values()), "an object of names"),
+}
+_LAYER: _Fields = {
+    "names": (_is_names, "a list of names"),
+    "kind": (lambda v: isinstance(v, str) and v in KINDS, f"one of {sorted(KINDS)}"),
+    "weight": (lambda v: isinstance(v, str), "a text"),
+    "scheme": (lambda v: isinstance(v, str), "a text"),
+    "bits": (_is_number, "a number"),
+    "cols": (lambda v: _is_whole(v) and v >= 0, "a whole number of at least 0"),
+    "act_bits": (lambda v: v is None or (_is_whole(v) and 2 <= v <= 8), "null or 2 to 8"),
+    "act": (lambda v: v is None or isinstance(v, dict), "null or an object"),
+}
+_OPTIONAL: _Fields = {
+    "bias": (lambda v: v in ("trains", "frozen"), "'trains' or 'frozen'"),
+    "zero_point": (lambda v: v is True, "true"),
+    "dtype": (lambda v: v in _DTYPES, f"one of {_DTYPES}"),
+}
+_ACT: _Fields = {
+    "scheme": (lambda v: isinstance(v, str), "a text"),
+    "bits": (_is_number, "a number"),
+    "offset": (lambda v: isinstance(v, bool), "true or false"),
+}
+
+
+def _check(header: dict[str, Any]) -> None:
+    """Raise ValueError or KeyError unless every field of a header is there and of its kind."""
+
+    def expect(where: str, found: dict[str, Any], fields: _Fields) -> None:
+        for name, (allowed, wanted) in fields.items():
+            if not allowed(found[name]):
+                raise ValueError(f"{where}{name} is {found[name]!r:.80}, must be {wanted}")
+
+    expect("", header, _HEADER)
+    for i, layer in enumerate(header["layers"]):
+        expect(f"layers[{i}].", layer, _LAYER)
+        expect(f"layers[{i}].", layer, {name: field for name, field in _OPTIONAL.items() if name in layer})
+        if layer["act"] is not None:
+            expect(f"layers[{i}].act.", layer["act"], _ACT)
+
+
+def load_packed(
+    path: str | Path, build: Callable[[dict[str, Any]], nn.Module], *, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Return the model of a file that :func:`save_packed` wrote, in eval mode.
+
+    Args:
+        path: the file.
+        build: makes the model as it was before quantization from the ``config`` that was saved: the same names, with
+            any module where a packed layer goes. Its weights do not matter. Not on the meta device.
+        device: where the model goes.
+
+    Returns:
+        The model, with the dtypes it was saved with.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, of another format or version, or does not fit the model that
+            ``build`` makes. The message names the file and the reason. An error of ``build`` comes through as it is.
+    """
+    path = Path(path)
+    tensors, header = files.load(path)
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a packed model: its format is {header.get('format')!r}, not {FORMAT!r}")
+    if not _is_whole(found := header.get("version")) or found != VERSION:
+        raise CheckpointError(f"{path} is version {found!r} of the format, this qatkernels reads {VERSION}")
+    with _blamed(path):
+        _check(header)
+        state = tensors | {alias: tensors[name] for alias, name in header["aliases"].items()}
+    model = build(header["config"])
+    with _blamed(path):
+        model = _with_packed_layers(model, header["layers"], state)
+        _fill(model, state)
+    return model.to(device).eval()
+
+
+@contextmanager
+def _blamed(path: Path) -> Iterator[None]:
+    """Turn errors of reading a file's content into one that names the file."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise CheckpointError(f"{path} does not fit this model: {reason}") from error
+
+
+def _with_packed_layers(model: nn.Module, layers: list[dict[str, Any]], state: dict[str, Tensor]) -> nn.Module:
+    """Put packed layers where a file says they are."""
+    weights: dict[str, PackedBuffers] = {}
+    biases: dict[int, nn.Parameter] = {}
+    for entry in layers:
+        prefix = entry["weight"]
+        if prefix not in weights:
+            weights[prefix] = PackedBuffers(_packed_weight(entry, prefix, state))
+            weights[prefix].layer = entry["names"][0]
+            weights[prefix].dtype = getattr(torch, entry.get("dtype", "float32"))
+        layer = None
+        for name in entry["names"]:
+            old = model.get_submodule(name)
+            layer = layer or _layer(entry, weights[prefix], old, state, biases)
+            if not name:
+                return layer
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+    return model
+
+
+def _part(state: dict[str, Tensor], name: str, there: bool) -> Tensor | None:
+    """Return a tensor that may be absent, unless the header says that it is there; earlier files do not say so."""
+    return state[name] if there else state.get(name)
+
+
+def _packed_weight(entry: dict[str, Any], prefix: str, state: dict[str, Tensor]) -> PackedWeight:
+    zero_point = _part(state, f"{prefix}zero_point", "zero_point" in entry)
+    grid = make_grid(entry["scheme"], entry["bits"])
+    weight = PackedWeight(state[f"{prefix}packed"], state[f"{prefix}scale"], zero_point, grid, entry["cols"])
+    if not all(t is None or t.isfinite().all() for t in (weight.scale, zero_point)):
+        raise ValueError(f"{prefix}scale or its zero point is not finite")
+    if grid.levels < 1 << grid.storage_bits and weight.packed.numel():
+        most = int(weight.codes().amax())
+        if most > grid.code_max:
+            raise ValueError(f"{prefix}packed has a code {most}, must be {grid.code_min} to {grid.code_max}")
+    return weight
+
+
+def _layer(
+    entry: dict[str, Any], weight: PackedBuffers, old: nn.Module, state: dict[str, Tensor],
+    biases: dict[int, nn.Parameter],
+) -> Packed:  # fmt: skip
+    """Return a packed layer in place of the one that was built, whose weight, where it has one, says the shape."""
+    name, kind = entry["names"][0], KINDS[entry["kind"]]
+    built = getattr(old, "weight", None)
+    if isinstance(built, Tensor):
+        shape = built.t().shape if is_conv1d(old) else built.shape
+        if shape != weight.shape:
+            raise ValueError(f"{name} has shape {tuple(weight.shape)} in the file and {tuple(shape)} in the model")
+    bias, stored = None, _part(state, f"{name}.bias".lstrip("."), "bias" in entry)
+    if isinstance(built, Tensor) and hasattr(old, "bias") and (old.bias is None) != (stored is None):
+        raise ValueError(f"{name or 'the layer'} has a bias in the {'model' if stored is None else 'file'} only")
+    if stored is not None:
+        if stored.dtype not in FLOATS:
+            raise ValueError(f"the bias of {name or 'the layer'} is {stored.dtype}, must be one of {FLOATS}")
+        trains = entry.get("bias") != "frozen"
+        bias = biases.setdefault(id(stored), nn.Parameter(torch.empty_like(stored), requires_grad=trains))
+    act = None
+    if (described := entry["act"]) is not None:
+        grid = make_grid(described["scheme"], described["bits"])
+        act = LearnedActivation(weight.cols, grid, offset=described["offset"])
+    return kind(weight, bias, act=act, act_bits=entry["act_bits"])
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy a file's tensors into a model, in the dtypes that they have there."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device, build the model on a real one")
+        if name in state and tensor.dtype != (dtype := state[name].dtype):
+            if not {tensor.dtype, dtype} <= set(FLOATS):
+                wanted = f"one of {FLOATS}" if tensor.dtype in FLOATS else tensor.dtype
+                raise ValueError(f"{name} is {dtype}, must be {wanted}")
+            tensor.data = tensor.data.to(dtype)
+    model.load_state_dict(_layouts(model) | state)

@@ -1,0 +1,265 @@
+"""WinQ and SQuAT under transformers' Trainer (``pip install qatkernels[hf]``).
+
+    model = quantize_model(model, QuantConfig(bits=2), exclude="lm_head")
+    winq = WinQCallback(reset_every=60_000, reset_weight=0.4, noise_std=1e-3)
+    SQuATTrainer(model, args, train_dataset=data, callbacks=[winq], squat={"rho": 0.05}).train()
+
+Either works without the other. Both begin at the Trainer's global step, so that a resumed run goes on without a state
+of theirs, and both add what they know to the Trainer's logs. A callback works in any Trainer, but cannot reach
+reporters that come before it, nor learn that training failed: WinQ without SQuAT is best off in a :class:`QATTrainer`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..extras import missing
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise missing("qatkernels.integrations.transformers", "hf", error) from error
+
+from ..methods.squat import SQuAT
+from ..methods.winq import WinQ
+from ..nn import param_groups, quantized_modules, scales_at_floor
+from ..nn.activation import scales_of
+from ..nn.floor import floor_message
+
+
+class WinQCallback(TrainerCallback):
+    """WinQ as a callback of any Trainer: noise while it trains, resets after optimizer steps.
+
+    In a Trainer that is no :class:`QATTrainer`, reporters such as TensorBoard's do not get its numbers (the log history
+    does), and the noise stays on if ``train()`` raises an error, until ``callback.winq.remove()``.
+
+    Args:
+        reset_every: as :class:`~qatkernels.methods.WinQ`'s, in optimizer steps.
+        reset_weight: the weight on the **quantized** value. The callback released with the paper takes the weight on
+            the full-precision value instead: its 0.2 is 0.8 here.
+        noise_std: as WinQ's.
+        scale_noise_std: as WinQ's.
+        two_sided: as WinQ's; needs a :class:`QATTrainer`, which takes the passes.
+        samples: as WinQ's; more than one need a :class:`QATTrainer`.
+        last_reset: as WinQ's, in optimizer steps.
+        rotation: as WinQ's.
+
+    Attributes:
+        winq: the :class:`~qatkernels.methods.WinQ` of the present run, None before the first.
+    """
+
+    def __init__(
+        self,
+        *,
+        reset_every: int | None,
+        reset_weight: float,
+        noise_std: float,
+        scale_noise_std: float | None = None,
+        two_sided: bool = False,
+        samples: int = 1,
+        last_reset: int | None = None,
+        rotation: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.settings: dict[str, Any] = {
+            "reset_every": reset_every,
+            "reset_weight": reset_weight,
+            "noise_std": noise_std,
+            "scale_noise_std": scale_noise_std,
+            "two_sided": two_sided,
+            "samples": samples,
+            "last_reset": last_reset,
+            "rotation": rotation,
+        }
+        self.winq: WinQ | None = None
+        self.passes_taken = False  # by a QATTrainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Turn the noise on; raises ValueError where WinQ does."""
+        winq = WinQ(model, **self.settings)
+        if winq.passes > 1 and not self.passes_taken:
+            winq.remove()
+            raise ValueError(
+                f"two_sided is {winq.two_sided} and samples {winq.samples}, must be False and 1 unless the Trainer is "
+                "a QATTrainer"
+            )
+        self.winq = winq
+        steps, every, last = state.global_step, self.winq.reset_every, self.winq.last_reset
+        resets = min(steps, steps if last is None else last) // every if every else 0
+        self.winq.load_state_dict({"steps": steps, "resets": resets})
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Reset if it is time, before a checkpoint of this step is written."""
+        if self.winq is not None:
+            self.winq.after_step()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Add flips, distance to the grid and resets to a training log."""
+        if logs is not None:
+            state.log_history[-1].update(self.add_to(logs))
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Turn the noise off."""
+        if self.winq is not None:
+            self.winq.remove()
+
+    def add_to(self, logs: dict[str, float]) -> dict[str, float]:
+        """Add what WinQ sees to a training log that does not have it, and return that."""
+        if self.winq is None or "loss" not in logs or "winq/flips" in logs:
+            return {}
+        found = self.winq.log()
+        logs.update(found)
+        return found
+
+
+class QATTrainer(Trainer):
+    """A Trainer for quantized models: scales do not decay, and have a learning rate that fits their size.
+
+    Training logs have ``scales_at_floor``, the number of scales that fell to the smallest value, with a warning once
+    (:func:`qatkernels.scales_at_floor`). With a :class:`WinQCallback`, its numbers reach every reporter, an error turns
+    the noise off, and a step averages over as many passes as it asks for.
+
+    Args:
+        *args: the Trainer's.
+        scale_lr: learning rate of scales and zero points; None as for :func:`qatkernels.param_groups`. The Trainer's
+            schedule applies to it. An optimizer that the Trainer is given stays as it is.
+        **kwargs: the Trainer's.
+    """
+
+    def __init__(self, *args: Any, scale_lr: float | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scale_lr = scale_lr
+        self._warned_of_floor = False
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Return the Trainer's optimizer, with groups of their own for scales."""
+        given = self.optimizer is not None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        model: Any = args[0] if args else kwargs.get("model") or self.model
+        if not given and quantized_modules(model):
+            self._give_scales_groups(optimizer, param_groups(model, lr=self.args.learning_rate, scale_lr=self.scale_lr))
+        return optimizer
+
+    @staticmethod
+    def _give_scales_groups(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+        """Move scales out of the optimizer's groups into new ones with their learning rates and no decay."""
+        rates = {id(p): group["lr"] for group in groups if group["name"] == "scales" for p in group["params"]}
+        for group in list(optimizer.param_groups):
+            by_rate: dict[float, list[Tensor]] = {}
+            for p in group["params"]:
+                if id(p) in rates:
+                    by_rate.setdefault(rates[id(p)], []).append(p)
+            group["params"] = [p for p in group["params"] if id(p) not in rates]
+            for rate, scales in by_rate.items():
+                optimizer.add_param_group({**group, "params": scales, "lr": rate, "weight_decay": 0.0})
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the Trainer's choice without scales and zero points of weights and activations."""
+        scales = set(map(id, scales_of(model)))
+        kept = {name for name, p in model.named_parameters() if id(p) in scales}
+        return [name for name in super().get_decay_parameter_names(model) if name not in kept]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss, the mean of those of WinQ's passes."""
+
+        def closure() -> Tensor:  # a loss may take its labels out of the batch
+            loss: Tensor = super(QATTrainer, self).training_step(model, copy.copy(inputs), *args, **kwargs)
+            return loss
+
+        several = next((c.winq for c in self._winq() if c.winq is not None and c.winq.passes > 1), None)
+        if several is None:
+            return closure()
+        several.model = model  # wrapped only now
+        loss: Tensor = several.gradient(closure, accumulate=True)
+        return loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as any Trainer does."""
+        for callback in self._winq():
+            callback.passes_taken = True
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self._winq():
+                callback.on_train_end()
+                callback.passes_taken = False
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add WinQ's log to a training log, before the callbacks get it in their order."""
+        for callback in self._winq():
+            callback.add_to(logs)
+        model: Any = self.model
+        if "loss" in logs and (layers := quantized_modules(model)):
+            count = sum(scales_at_floor(model).values())
+            logs["scales_at_floor"] = float(count)
+            if count and not self._warned_of_floor:
+                self._warned_of_floor = True
+                total = sum(layer.scale.numel() for layer in layers.values())
+                warnings.warn(f"{floor_message(count, total)}, or a smaller scale_lr of the Trainer", stacklevel=2)
+        super().log(logs, *args, **kwargs)
+
+    def _winq(self) -> list[WinQCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, WinQCallback)]
+
+
+class _AfterStep(TrainerCallback):
+    """Begins SQuAT anew with each training, and counts its steps."""
+
+    def __init__(self, trainer: SQuATTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer.squat = None
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if self.trainer.squat is not None:
+            self.trainer.squat.after_step()
+
+
+class SQuATTrainer(QATTrainer):
+    """A Trainer whose every training step is SQuAT's: two passes, one at perturbed weights.
+
+    With ``gradient_accumulation_steps`` each micro-batch is perturbed along its own gradient, and all micro-batches of
+    a step serve the same objective; several processes average the gradients of each.
+
+    Args:
+        *args: the Trainer's.
+        squat: keyword arguments of :class:`~qatkernels.methods.SQuAT`.
+        **kwargs: the Trainer's.
+
+    Attributes:
+        squat: the SQuAT of the model being trained, None before the first step.
+    """
+
+    def __init__(self, *args: Any, squat: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._settings = dict(squat or {})
+        self.squat: SQuAT | None = None
+        self.add_callback(_AfterStep(self))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss at the quantized weights, gradients left for the Trainer's optimizer."""
+        if self.squat is None:
+            self.squat = SQuAT(model, **self._settings)
+            self.squat.load_state_dict({"steps": self.state.global_step})
+
+        def closure() -> Tensor:
+            return super(SQuATTrainer, self).training_step(model, inputs, *args, **kwargs)
+
+        loss: Tensor = self.squat.gradient(closure, accumulate=True)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add SQuAT's log to a training log."""
+        if self.squat is not None and "loss" in logs:
+            logs.update(self.squat.log())
+        super().log(logs, *args, **kwargs)

@@ -1,0 +1,7 @@
+"""Training methods for any loop: WinQ and SQuAT, and what they count. Needs torch alone."""
+
+from .squat import SQuAT
+from .stats import GridStats
+from .winq import WinQ, hadamard
+
+__all__ = ["GridStats", "SQuAT", "WinQ", "hadamard"]

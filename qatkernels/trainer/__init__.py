@@ -1,0 +1,30 @@
+"""The reference application: trains in full precision, then quantized, from a configuration and crash-safe.
+
+Needs the extra ``train``: its progress and its tables are rich's, its pictures matplotlib's.
+"""
+
+from ..extras import missing
+
+try:
+    import matplotlib  # noqa: F401
+    import rich  # noqa: F401
+except ImportError as error:
+    raise missing("qatkernels.trainer", "train", error) from error
+
+from ..files import CheckpointError
+from .config import ConfigError, TrainConfig, resumed
+from .data import DataError
+from .loop import DivergedError, Interrupted, train
+from .report import show
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "Interrupted",
+    "TrainConfig",
+    "resumed",
+    "show",
+    "train",
+]

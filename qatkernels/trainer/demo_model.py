@@ -1,0 +1,201 @@
+"""A small decoder-only transformer over bytes, in plain nn.Linear that `quantize_model` can replace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..methods.values import check_count
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a :class:`Transformer`.
+
+    Attributes:
+        width: features of the residual stream.
+        depth: number of blocks.
+        heads: attention heads; ``width / heads`` must be even, for the rotary positions.
+        context: longest sequence.
+        vocab: number of tokens; 256 for bytes.
+    """
+
+    width: int = 192
+    depth: int = 3
+    heads: int = 3
+    context: int = 256
+    vocab: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "context", "vocab"):
+            check_count(name, getattr(self, name), 1)
+        if self.width % (2 * self.heads):
+            raise ValueError(f"heads is {self.heads}, twice that must divide the width ({self.width})")
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalization (Zhang and Sennrich, 2019) in the dtype of its input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension of ``x``."""
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), 1e-6)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary positions (Su et al., 2021) to ``x`` ``[batch, heads, time, features]``."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class Cache:
+    """Keys and values of the tokens that a model has seen, so that the next token costs one position.
+
+    Args:
+        config: shape of the model; the cache holds ``config.context`` positions.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.length = 0
+        self._layers: dict[int, Tensor] = {}
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values ``[batch, heads, time, features]`` of one layer and return all of them."""
+        if layer not in self._layers:
+            batch, heads, _, features = k.shape
+            self._layers[layer] = k.new_empty(2, batch, heads, self.config.context, features)
+        end = self.length + k.shape[2]
+        keys, values = self._layers[layer]
+        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+    """Return the attention, causal if ``seen`` does not say who sees what; all ``[batch, heads, time, features]``.
+
+    Autocast to bfloat16 stops here on a CPU: over 128 bytes torch's two passes take 12 ms in it, 3 ms in float32.
+    """
+    if q.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=seen, is_causal=seen is None)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        """Map ``x`` ``[batch, time, width]`` with the angles' ``cos`` and ``sin`` ``[time, features / 2]``."""
+        batch, time, width = x.shape
+        q, k, v = self.qkv(x).view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, seen = rotate(q, cos, sin), rotate(k, cos, sin), None
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+            # Position i of these is position length + i of all, and sees as many.
+            seen = torch.ones(time, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
+        y = attend(q, k, v, seen)
+        return self.out(y.transpose(1, 2).reshape(batch, time, width))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, 2020), with about as many weights as two layers with four times the width between them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = -(-config.width * 8 // 3 // 32) * 32
+        self.gate_up = nn.Linear(config.width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the last dimension of ``x``."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each on the normalized residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm, self.mlp_norm = RMSNorm(config.width), RMSNorm(config.width)
+        self.attention, self.mlp = Attention(config), MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        """Map ``x`` ``[batch, time, width]``; the rest as in :class:`Attention`."""
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache, layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """A byte-level language model.
+
+    Args:
+        config: its shape. Weights are drawn from torch's default generator.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = RMSNorm(config.width)
+        self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
+        half = config.width // config.heads // 2
+        angles = torch.outer(torch.arange(config.context), 1e4 ** (-torch.arange(half) / half))
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for name, module in self.blocks.named_modules():
+            if isinstance(module, nn.Linear):
+                # What writes to the residual stream starts smaller, so that its variance does not grow with depth.
+                depth = 2 * self.config.depth if name.endswith((".out", ".down")) else 1
+                nn.init.normal_(module.weight, std=(module.in_features * depth) ** -0.5)
+        for outer in (self.embedding, self.lm_head):
+            nn.init.normal_(outer.weight, std=0.02)
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return next-token logits.
+
+        Args:
+            tokens: int64 ``[batch, time]``, ``time`` at most ``config.context``.
+            cache: what came before these tokens; they are appended to it. Without one they are the whole sequence.
+
+        Returns:
+            ``[batch, time, vocab]``, in autocast's dtype where that is on.
+
+        Raises:
+            ValueError: if the sequence is longer than the context.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        if end > self.config.context:
+            after = f" after the {start} of the cache" if start else ""
+            room = self.config.context - start
+            raise ValueError(f"tokens has {tokens.shape[1]} positions{after}, must have at most {room}")
+        x = self.embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        cos, sin = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, cache, layer)
+        if cache is not None:
+            cache.length = end
+        return self.lm_head(self.norm(x))

@@ -1,0 +1,97 @@
+"""Where a run keeps its state: the files of `qatkernels.files`, and one process at a time in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..files import (
+    CheckpointError,
+    DamagedError,
+    digest,
+    explained,
+    header,
+    load,
+    read_json,
+    rename,
+    save,
+    sweep,
+    write,
+    write_json,
+)
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "CheckpointError",
+    "DamagedError",
+    "digest",
+    "exclusive",
+    "explained",
+    "header",
+    "load",
+    "read_json",
+    "remove_run",
+    "rename",
+    "save",
+    "sweep",
+    "write",
+    "write_json",
+]
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Create a folder and keep other processes that ask the same out of it; a kill frees it.
+
+    What a kill left half written goes: it takes room and is of no use.
+
+    Raises:
+        CheckpointError: if it is in use or cannot be created.
+    """
+    with explained("written", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    with lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{folder} is in use by another run; wait for it or give another --out"
+                ) from error
+            sweep(folder)
+        yield
+
+
+#: Folders of `qatkernels.trainer.phases`, and of the studies in studies.
+_PHASE = re.compile(r"fp\d*|cooled\d+|w\d(\.\d+)?(a\d)?(-.*)?")
+
+
+def of_run(out: Path) -> list[Path]:
+    """Return what the phases of a run left in its folder."""
+    names = ("config.json", "model.safetensors", "state*", "step-*.safetensors")
+    folders = [folder for folder in sorted(out.glob("*")) if _PHASE.fullmatch(folder.name)]
+    return [path for folder in folders for name in names for path in folder.glob(name)]
+
+
+def remove_run(out: Path) -> None:
+    """Delete the checkpoints and the log of the run in a folder, and nothing else.
+
+    Raises:
+        CheckpointError: if a file cannot be deleted.
+    """
+    if not (out / "run.json").exists():
+        return
+    with explained("deleted", out):
+        for path in of_run(out):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (out / "log.jsonl").unlink(missing_ok=True)
+        # Last: without it the phases would be taken for finished ones of whatever run comes next.
+        (out / "run.json").unlink()

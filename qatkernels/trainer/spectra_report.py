@@ -1,0 +1,211 @@
+"""Spectra of several checkpoints as a table, as JSON and as a picture.
+
+An *entry* is a dictionary with ``name``, ``phase``, ``step``, ``bits``, ``bits_per_byte``, ``clamped``,
+``gradient_norm_ratio``, ``sharpness`` and ``spectrum`` (:meth:`Spectrum.to_dict`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from ..hessian import Spectrum
+from ..plotting import COLOURS, INK
+
+#: Bins of the density on a logarithmic axis: four per decade, of either sign, and what is closer to zero.
+_FINEST, _COARSEST, _PER_DECADE = -6, 4, 4
+
+
+#: Thresholds of the near-zero mass in a report, from WinQ's to one that few steps resolve.
+THRESHOLDS = (1.5e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+
+
+def masses(found: Spectrum) -> list[dict[str, Any]]:
+    """Return near-zero and negative mass at several thresholds: value, standard error, and what the steps allow."""
+
+    def mass(low: float, high: float) -> dict[str, float | None]:
+        least, most = found.bounds(low, high)
+        return found.mass(low, high).to_dict() | {"least": least, "most": most}
+
+    return [{"below": t, "near_zero": mass(-t, t), "negative": mass(-math.inf, -t)} for t in THRESHOLDS]
+
+
+def bins(found: Spectrum) -> dict[str, list[float]]:
+    """Return the mass in logarithmic bins: edges, mean over the probes, standard error."""
+    decades = torch.arange(_FINEST * _PER_DECADE, _COARSEST * _PER_DECADE + 1, dtype=torch.float64) / _PER_DECADE
+    edges = torch.cat([-(10**decades).flip(0), 10**decades])
+    masses = torch.stack(
+        [torch.histogram(t, edges, weight=w).hist for t, w in zip(found.ritz, found.weights, strict=True)]
+    )
+    used = masses.sum(0).nonzero().flatten()
+    first, last = int(used[0]), int(used[-1]) + 1
+    masses = masses[:, first:last]
+    error = masses.std(0) / len(masses) ** 0.5 if len(masses) > 1 else torch.zeros_like(masses[0])
+    rows = {"edges": edges[first : last + 1], "mass": masses.mean(0), "error": error}
+    return {name: [float(f"{x:.4g}") for x in row.tolist()] for name, row in rows.items()}
+
+
+def summary(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry with bins in place of every Ritz value."""
+    found = entry["spectrum"]
+    short = {k: v for k, v in found.items() if k not in ("ritz", "weights", "residuals")}
+    rest = {k: v for k, v in entry.items() if k not in ("identity", "spectrum")}
+    spectrum = Spectrum.from_dict(found)
+    return rest | {"spectrum": short | {"masses": masses(spectrum), "bins": bins(spectrum)}}
+
+
+def write(report: dict[str, Any]) -> bytes:
+    """Return a report as JSON, lists of numbers on one line each."""
+    text = json.dumps(report, indent=1, allow_nan=False)
+    return (re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n").encode()
+
+
+def line(entry: dict[str, Any]) -> str:
+    """Return one checkpoint's result as a line of text."""
+    found = entry["spectrum"]
+    return (
+        f"eigenvalues {found['lambda_min']:.4g} ... {found['lambda_max']:.4g}, near zero "
+        f"{_percent(found['near_zero_mass'])} (steps allow {_range(found['near_zero_bounds'])}), "
+        f"negative {_percent(found['negative_mass'])}"
+    )
+
+
+def _range(bounds: list[float]) -> str:
+    least, most = (100 * x for x in bounds)
+    return f"{least:.1f}-{most:.1f}"
+
+
+def _percent(estimate: dict[str, float | None], unit: str = "%") -> str:
+    error = estimate["error"]
+    return f"{100 * (estimate['value'] or 0):.2f}{unit}" + ("" if error is None else f" ± {100 * error:.2f}")
+
+
+def table(report: dict[str, Any]) -> Table:
+    """Return the report as a table for the terminal."""
+    near = report["settings"]["near_zero"]
+    result = Table(
+        box=SIMPLE_HEAD, title_justify="left",
+        title=f"Hessian of the loss in nats at the quantized weights; near zero: below {near:g}; ± standard error;\n"
+        "allowed: what the Lanczos steps leave open",
+    )  # fmt: skip
+    names = (
+        "checkpoint", "step", "smallest", "largest", "near zero %", "allowed", "negative %", "allowed", "trace",
+        "sharpness", "gradient",
+    )  # fmt: skip
+    for name in names:
+        result.add_column(name, justify="left" if name == "checkpoint" else "right", no_wrap=True)
+    for entry in report["checkpoints"]:
+        found = entry["spectrum"]
+        trace, sharp = found["trace"], entry["sharpness"]
+        result.add_row(
+            entry["name"], str(entry["step"]), f"{found['lambda_min']:.4g}", f"{found['lambda_max']:.4g}",
+            _percent(found["near_zero_mass"], ""), _range(found["near_zero_bounds"]),
+            _percent(found["negative_mass"], ""), _range(found["negative_bounds"]),
+            f"{trace['value']:.4g}" + ("" if trace["error"] is None else f" ± {trace['error']:.2g}"),
+            f"{sharp.get('quantized', sharp['latent']):.3g}", f"{entry['gradient_norm_ratio']:.3g}",
+        )  # fmt: skip
+    return result
+
+
+def plot(entries: list[dict[str, Any]], path: Path) -> None:
+    """Draw densities, and near-zero mass and extreme eigenvalues over training, into a PNG file."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault(entry["phase"], []).append(entry)
+    alone = [group[0] for group in groups.values() if len(group) == 1]
+    several = {name: group for name, group in groups.items() if len(group) > 1}
+    figure = Figure(figsize=(13, 8), dpi=130, layout="constrained")
+    upper, lower = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    # One panel for each run with several checkpoints; the others are together, or the reference in each.
+    panels = list(several.values()) or [alone]
+    axes = upper.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    spectra = {id(e): Spectrum.from_dict(e["spectrum"]) for e in entries}
+    for panel, group in zip(axes, panels, strict=True):
+        shown = [*alone, *group] if several else group
+        sigma, low, high, outside = _window([spectra[id(entry)] for entry in shown])
+        for index, entry in enumerate(shown):
+            colour: Any = INK
+            if not several:
+                colour = COLOURS[index % len(COLOURS)]
+            elif index >= len(alone):
+                colour = colormaps["viridis"](0.9 * (index - len(alone)) / max(len(group) - 1, 1))
+            _draw_density(panel, spectra[id(entry)], torch.linspace(low, high, 2000).double(), sigma, colour, entry)
+        panel.set_title(group[0]["phase"] if several else "densities", loc="left", fontweight="bold")
+        panel.legend(frameon=False, fontsize=8)
+        panel.set_xlabel("eigenvalue" + (f" (from {outside[0]:.3g} to {outside[1]:.3g})" if outside else ""))
+    axes[0].set_ylabel("density (log scale)")
+    mass, extremes = lower.subplots(1, 2)
+    _draw_training(mass, extremes, groups)
+    for ax in figure.get_axes():
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="#ebebeb", linewidth=0.8)
+        ax.set_axisbelow(True)
+    figure.savefig(path)
+
+
+def _window(found: list[Spectrum]) -> tuple[float, float, float, tuple[float, float] | None]:
+    """Return width of the Gaussians and limits that suit most spectra, and the extremes if they lie outside."""
+    spreads = sorted(s.lambda_max - s.lambda_min for s in found)
+    most = max(3 * spreads[(len(spreads) - 1) // 2], 1e-6)
+    shown = [s for s in found if s.lambda_max - s.lambda_min <= most]
+    low, high = min(s.lambda_min for s in shown), max(s.lambda_max for s in shown)
+    extremes = min(s.lambda_min for s in found), max(s.lambda_max for s in found)
+    sigma = max(0.01 * (high - low), 1e-6)
+    return sigma, low - 5 * sigma, high + 5 * sigma, extremes if len(shown) < len(found) else None
+
+
+def _label(entry: dict[str, Any]) -> str:
+    return f"{entry['phase']}, step {entry['step']}"
+
+
+def _draw_density(
+    axes: Axes, found: Spectrum, grid: torch.Tensor, sigma: float, colour: Any, entry: dict[str, Any]
+) -> None:
+    points, density, error = found.density(grid, sigma)
+    axes.plot(points, density, color=colour, linewidth=1.4, label=_label(entry))
+    if len(found.ritz) > 1:
+        axes.fill_between(
+            points, (density - error).clamp_min(1e-12), density + error, color=colour, alpha=0.2, linewidth=0
+        )
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=1e-7)
+
+
+def _draw_training(mass: Axes, extremes: Axes, groups: dict[str, list[dict[str, Any]]]) -> None:
+    """Near-zero mass, and the largest and smallest eigenvalue, over the steps of each run."""
+    curves = any(len(group) > 1 for group in groups.values())
+    for index, (name, group) in enumerate(groups.items()):
+        found = [entry["spectrum"] for entry in group]
+        values = [100 * f["near_zero_mass"]["value"] for f in found]
+        largest, smallest = [f["lambda_max"] for f in found], [-min(f["lambda_min"], 0.0) for f in found]
+        if curves and len(group) == 1:  # what the others started from
+            mass.axhline(values[0], color=INK, linewidth=1, linestyle="--", label=name)
+            extremes.axhline(largest[0], color=INK, linewidth=1, linestyle="--", label=name)
+            extremes.axhline(smallest[0], color=INK, linewidth=1, linestyle=":")
+            continue
+        colour = COLOURS[index % len(COLOURS)]
+        steps = [entry["step"] for entry in group]
+        errors = [100 * (f["near_zero_mass"]["error"] or 0) for f in found]
+        allowed = [[100 * bound for bound in f["near_zero_bounds"]] for f in found]
+        shifted = [step + (index - 0.5 * len(groups)) * 0.004 * max(steps) for step in steps]
+        mass.vlines(shifted, *zip(*allowed, strict=True), color=colour, linewidth=4, alpha=0.25)
+        mass.errorbar(shifted, values, errors, color=colour, marker="o", markersize=4, capsize=2, label=name)
+        extremes.plot(steps, largest, color=colour, marker="o", markersize=4, label=name)
+        extremes.plot(steps, smallest, color=colour, marker="v", markersize=4, linestyle=":")
+    near = next(iter(groups.values()))[0]["spectrum"]["near_zero"]
+    mass.set_title(f"% of eigenvalues below {near:g}; bars: what the steps allow", loc="left", fontweight="bold")
+    extremes.set_title("largest eigenvalue; dotted: minus the smallest", loc="left", fontweight="bold")
+    extremes.set_yscale("log")
+    for axes in (mass, extremes):
+        axes.set_xlabel("training steps of the run")
+        axes.legend(frameon=False)

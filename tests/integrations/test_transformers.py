@@ -1,0 +1,324 @@
+"""Real Trainers on a tiny model."""
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.compare import assert_same_bits
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from qatkernels import QuantConfig, param_groups, quantize_model, quantized_modules  # noqa: E402
+from qatkernels.integrations.transformers import QATTrainer, SQuATTrainer, WinQCallback  # noqa: E402
+from qatkernels.methods import SQuAT, WinQ, hadamard  # noqa: E402
+
+STEPS = 6
+
+
+def make_model(bits=2):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=16, tie_word_embeddings=False,
+    )  # fmt: skip
+    return quantize_model(transformers.LlamaForCausalLM(config), QuantConfig(bits=bits), exclude="lm_head")
+
+
+def dataset(size=8):
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(32, (size, 12), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def arguments(folder, **kwargs):
+    defaults = {
+        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 8, "use_cpu": True,
+        "report_to": [], "logging_steps": 1, "save_strategy": "no", "learning_rate": 3e-3, "disable_tqdm": True,
+        "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0, "seed": 3,
+    }  # fmt: skip
+    return transformers.TrainingArguments(**{**defaults, **kwargs})
+
+
+def train(trainer_class, model, folder, callbacks=(), extra=None, resume=None, **kwargs):
+    trainer = trainer_class(
+        model=model,
+        args=arguments(folder, **kwargs),
+        train_dataset=dataset(),
+        callbacks=list(callbacks),
+        **(extra or {}),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def own_loop(step, trainer=QATTrainer):
+    """The loop that the Trainer runs on one batch over and over, by hand."""
+    model = make_model().train()
+    parameters = param_groups(model, lr=3e-3) if issubclass(trainer, QATTrainer) else model.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0)
+    batch = {key: torch.stack([row[key] for row in dataset()]) for key in ("input_ids", "labels")}
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        return loss
+
+    run = step(model, optimizer)
+    for _ in range(STEPS):
+        run(closure)
+    return model
+
+
+def assert_close(model, other):
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_winq_callback(tmp_path):
+    settings = {"reset_every": 2, "reset_weight": 0.5, "noise_std": 0.0}
+    callback, model = WinQCallback(**settings), make_model()
+    trainer = train(transformers.Trainer, model, tmp_path, [callback])
+    assert callback.winq.steps == STEPS
+    assert callback.winq.resets == 3
+
+    def step(model, optimizer):
+        winq = WinQ(model, **settings)
+        return lambda closure: (closure(), optimizer.step(), winq.after_step())
+
+    assert_close(model, own_loop(step, transformers.Trainer))
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == STEPS
+    assert all(0 <= entry["winq/flips"] < 1 and entry["winq/distance"] > 0 for entry in logs)
+    assert any(entry["winq/flips"] > 0 for entry in logs)
+    assert logs[-1]["winq/resets"] == 3
+
+
+@pytest.mark.parametrize("several", [{"two_sided": True}, {"samples": 2}])
+def test_several_passes(tmp_path, several):
+    """QATTrainer takes WinQ's passes; another Trainer would take one."""
+    settings = {"reset_every": None, "reset_weight": 0.0, "noise_std": 0.0, **several}
+    callback, model = WinQCallback(**settings), make_model()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    train(QATTrainer, model, tmp_path, [callback])
+    assert len(calls) == 2 * STEPS
+    assert_close(model, own_loop(lambda model, optimizer: lambda closure: (closure(), optimizer.step())))
+    for one in (WinQCallback(**settings), callback):
+        with pytest.raises(ValueError, match="must be False and 1 unless the Trainer is a QATTrainer"):
+            train(transformers.Trainer, make_model(), tmp_path, [one])
+
+
+def layer(model):
+    return next(iter(quantized_modules(model).values()))
+
+
+@pytest.mark.parametrize("scale_lr", [None, 1e-6])
+def test_scales_have_their_own_learning_rate(tmp_path, scale_lr):
+    model = make_model()
+    trainer = QATTrainer(model=model, args=arguments(tmp_path), train_dataset=dataset(), scale_lr=scale_lr)
+    trainer.create_optimizer()
+    rates = {id(p): g["lr"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert set(rates) == {id(p) for p in model.parameters()}
+    wanted = {id(p): g["lr"] for g in param_groups(model, lr=3e-3, scale_lr=scale_lr) for p in g["params"]}
+    assert rates == wanted
+    before = rates[id(layer(model).scale)]
+    assert before == 1e-6 if scale_lr else before < 3e-3
+    trainer.train()
+    assert "scales_at_floor" in trainer.state.log_history[0]
+
+
+def test_a_given_optimizer_stays_as_it_is(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    trainer = QATTrainer(model=model, args=arguments(tmp_path), train_dataset=dataset(), optimizers=(optimizer, None))
+    trainer.create_optimizer()
+    assert len(optimizer.param_groups) == 1
+
+
+def test_scales_at_the_floor_are_warned_of_once(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        layer(model).scale[:2] = -1.0
+    trainer = QATTrainer(
+        model=model, args=arguments(tmp_path, max_steps=3), train_dataset=dataset(), scale_lr=0.0
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="2 of .* scales have fallen") as caught:
+        trainer.train()
+    assert len([w for w in caught if "a smaller scale_lr of the Trainer" in str(w.message)]) == 1
+    assert {e["scales_at_floor"] for e in trainer.state.log_history if "loss" in e} == {2.0}
+
+
+def test_scales_are_not_decayed(tmp_path):
+    model = make_model()
+    trainer = QATTrainer(model=model, args=arguments(tmp_path, weight_decay=0.1), train_dataset=dataset())
+    trainer.create_optimizer()
+    decayed = {id(p) for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    assert "model.layers.0.self_attn.q_proj.weight" in names
+    assert not any(name.endswith("scale") for name in names)
+
+
+def test_sharpness_does_not_depend_on_accumulation(tmp_path):
+    found = []
+    for parts in (1, 4):
+        args = arguments(
+            tmp_path, per_device_train_batch_size=8 // parts, gradient_accumulation_steps=parts, max_steps=1
+        )
+        trainer = SQuATTrainer(model=make_model(), args=args, train_dataset=dataset(1) * 8)
+        trainer.train()
+        found += [entry["squat/sharpness"] for entry in trainer.state.log_history if "squat/sharpness" in entry]
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+class Reporter(transformers.TrainerCallback):
+    """What an integration such as TensorBoard's is to a Trainer: a callback that comes before others."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))
+
+
+@pytest.mark.parametrize("trainer_class", [QATTrainer, SQuATTrainer])
+def test_reporters_get_the_numbers_of_winq(tmp_path, trainer_class):
+    reporter = Reporter()
+    callback = WinQCallback(reset_every=2, reset_weight=0.5, noise_std=1e-3)
+    trainer = train(trainer_class, make_model(), tmp_path, [reporter, callback])
+    seen = [logs for logs in reporter.seen if "loss" in logs]
+    assert len(seen) == STEPS
+    assert all({"winq/flips", "winq/distance", "winq/resets"} <= set(logs) for logs in seen)
+    assert any(logs["winq/flips"] > 0 for logs in seen)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["winq/flips"] for entry in history] == [logs["winq/flips"] for logs in seen]
+
+
+def test_an_error_turns_the_noise_off(tmp_path):
+    class Breaks(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("planned")
+
+    model, callback = make_model(), WinQCallback(reset_every=None, reset_weight=0.0, noise_std=1e-3)
+    with pytest.raises(RuntimeError, match="planned"):
+        train(QATTrainer, model, tmp_path, [callback, Breaks()])
+    assert all(layer.noise_std == layer.scale_noise_std == 0 for layer in quantized_modules(model).values())
+
+
+def test_last_reset_and_rotation(tmp_path):
+    """No reset after the last one, also in a run that is taken up again; the rotation is WinQ's."""
+    settings = {"reset_every": 2, "reset_weight": 0.5, "noise_std": 0.0, "last_reset": 2}
+    callback = WinQCallback(**settings, rotation=hadamard)
+    train(QATTrainer, make_model(), tmp_path, [callback], save_strategy="steps", save_steps=4)
+    assert (callback.winq.resets, callback.winq.rotation) == (1, hadamard)
+    again = WinQCallback(**settings)
+    train(QATTrainer, make_model(), tmp_path, [again], resume=str(tmp_path / "checkpoint-4"))
+    assert (again.winq.steps, again.winq.resets) == (STEPS, 1)
+
+
+def test_noise_is_on_in_training_and_off_after(tmp_path):
+    seen = []
+    model = make_model()
+    layer = next(iter(quantized_modules(model).values()))
+    layer.register_forward_hook(lambda module, *_: seen.append((module.training, module.noise_std)))
+    train(transformers.Trainer, model, tmp_path, [WinQCallback(reset_every=None, reset_weight=0.0, noise_std=1e-3)])
+    assert seen == [(True, 1e-3)] * STEPS
+    assert layer.noise_std == 0
+
+
+def test_a_resumed_winq_run_is_the_same(tmp_path):
+    settings = {"reset_every": 4, "reset_weight": 0.5, "noise_std": 1e-3}
+    whole, part = make_model(), make_model()
+    callback = WinQCallback(**settings)
+    train(transformers.Trainer, whole, tmp_path / "whole", [WinQCallback(**settings)])
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    train(transformers.Trainer, part, tmp_path / "part", [WinQCallback(**settings)], **saving)
+    again = make_model()
+    checkpoint = str(tmp_path / "part/checkpoint-3")
+    train(transformers.Trainer, again, tmp_path / "part", [callback], resume=checkpoint, **saving)
+    assert (callback.winq.steps, callback.winq.resets) == (STEPS, 1)
+    for name, value in whole.state_dict().items():
+        assert_same_bits(part.state_dict()[name], value, name)
+        assert_same_bits(again.state_dict()[name], value, name)
+
+
+@pytest.mark.parametrize("settings", [{}, {"target": "latent", "norm": "asam", "rho": 0.5}, {"minibatch": "next"}])
+def test_squat_trainer(tmp_path, settings):
+    model = make_model()
+    trainer = train(SQuATTrainer, model, tmp_path, extra={"squat": settings})
+    assert_close(model, own_loop(lambda model, optimizer: SQuAT(model, optimizer, **settings).step))
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == STEPS
+    assert all({"squat/sharpness", "squat/perturbation_norm", "squat/flips"} <= set(entry) for entry in logs)
+    assert any(entry["squat/flips"] > 0 for entry in logs)
+
+
+def test_accumulation_and_clipping(tmp_path):
+    """Micro-batches of a step serve one objective; with `next` the weights stay in every other step."""
+    model, seen = make_model(), []
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    kwargs = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0}
+    train(SQuATTrainer, model, tmp_path, [Watch()], {"squat": {"minibatch": "next"}}, **kwargs)
+    assert len(seen) == STEPS
+    for step, (before, after) in enumerate(pairwise(seen), start=1):
+        for name, value in after.items():
+            is_scale = name.endswith(".scale")
+            assert torch.equal(before[name], value) != (is_scale == (step % 2 == 1)), (step, name)
+
+
+#: What torchrun starts twice: the Trainer accumulates within DDP's no_sync.
+_RANK = """
+import sys, torch, torch.distributed as dist
+from qatkernels.trainer.parallel import leave
+from tests.integrations.test_transformers import QATTrainer, SQuATTrainer, WinQCallback, make_model, train
+model = make_model()
+callbacks = [WinQCallback(reset_every=None, reset_weight=0.0, noise_std=1e-3, two_sided=sys.argv[2] == "QATTrainer")]
+train(globals()[sys.argv[2]], model, sys.argv[1], callbacks, per_device_train_batch_size=2,
+      gradient_accumulation_steps=2, max_steps=2)
+own = torch.cat([p.detach().flatten() for p in model.parameters()])
+every = [torch.empty_like(own) for _ in range(2)]
+dist.all_gather(every, own)
+assert torch.equal(*every), (every[0] - every[1]).abs().max()
+dist.barrier()
+leave(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not torch.distributed.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("trainer", ["QATTrainer", "SQuATTrainer"])
+def test_replicas_of_two_processes_stay_the_same(tmp_path, trainer):
+    (tmp_path / "rank.py").write_text(_RANK)
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(tmp_path / "rank.py"), str(tmp_path), trainer],
+        env={**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("bits", [2, 4], ids=["SEQ", "LSQ"])
+def test_both_at_once(tmp_path, bits):
+    callback, model = WinQCallback(reset_every=2, reset_weight=0.5, noise_std=1e-3), make_model(bits)
+    trainer = train(SQuATTrainer, model, tmp_path, [callback], {"squat": {"target": "latent"}}, bf16=True)
+    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert {"winq/resets", "winq/flips", "squat/sharpness", "squat/distance"} <= set(last)
+    assert callback.winq.resets == 3
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_an_unquantized_model_is_refused(tmp_path):
+    callback = WinQCallback(reset_every=2, reset_weight=0.5, noise_std=1e-3)
+    with pytest.raises(ValueError, match="no quantized layer"):
+        train(transformers.Trainer, transformers.LlamaForCausalLM(make_model().config), tmp_path, [callback])

@@ -1,0 +1,79 @@
+"""What an import needs, and names at their old places."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+_WITHOUT = """
+import sys
+for name in {missing!r}:
+    sys.modules[name] = None  # so that importing it raises ImportError
+{code}
+"""
+
+
+def run_without(missing, code):
+    return subprocess.run(
+        [sys.executable, "-c", _WITHOUT.format(missing=missing, code=code)], capture_output=True, text=True, check=False
+    )
+
+
+def test_methods_need_torch_alone():
+    missing = ["numpy", "scipy", "rich", "matplotlib", "safetensors", "transformers", "triton"]
+    code = """
+import torch
+from qatkernels import QuantConfig, quantize_model
+from qatkernels.methods import WinQ
+model = quantize_model(torch.nn.Sequential(torch.nn.Linear(16, 8)), QuantConfig(2))
+winq = WinQ(model, reset_every=1, reset_weight=0.4, noise_std=1e-3)
+winq.gradient(lambda: model(torch.ones(2, 16)).sum().backward())
+winq.after_step()
+"""
+    done = run_without(missing, code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "code", "extra"),
+    [
+        ("rich", "import qatkernels.trainer", "train"),
+        ("matplotlib", "import qatkernels.trainer", "train"),
+        ("matplotlib", "import qatkernels.plan.plot", "plot"),
+        ("scipy", "from qatkernels.plan import fit; fit._scipy_optimize()", "plan"),
+        ("transformers", "import qatkernels.integrations.transformers", "hf"),
+    ],
+)
+def test_a_missing_package_names_its_extra(missing, code, extra):
+    done = run_without([missing], code)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(("ImportError", "ModuleNotFoundError"))
+    assert f"pip install 'qatkernels[{extra}]'" in last
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "new"),
+    [
+        ("qatkernels.train", "WinQ", "qatkernels.methods"),
+        ("qatkernels.train", "SQuAT", "qatkernels.methods"),
+        ("qatkernels.train", "TrainConfig", "qatkernels.trainer"),
+        ("qatkernels.train.schedules", "wsd", "qatkernels.methods.schedules"),
+        ("qatkernels.train.hf", "WinQCallback", "qatkernels.integrations.transformers"),
+        ("qatkernels.nn", "save_packed", "qatkernels.formats"),
+        ("qatkernels.grid", "lsq", "qatkernels.grids"),
+    ],
+)
+def test_old_places_still_work(old, name, new):
+    if "transformers" in new:
+        pytest.importorskip("transformers")
+    with pytest.warns(DeprecationWarning, match=f"{old}.{name} is now in {new}"):
+        found = getattr(importlib.import_module(old), name)
+    assert found is getattr(importlib.import_module(new), name)
+
+
+def test_a_module_at_its_old_place():
+    with pytest.warns(DeprecationWarning, match=r"qatkernels\.train\.phases is now qatkernels\.trainer\.phases"):
+        from qatkernels.train import phases
+    assert phases is importlib.import_module("qatkernels.trainer.phases")

@@ -1,0 +1,310 @@
+"""Models that a run starts from: an earlier run's and those of transformers, with bytes or with a tokenizer."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qatkernels import cli, files, load_packed, quantized_modules
+from qatkernels.trainer import CheckpointError, ConfigError, TrainConfig, data, generate, loop, models, spectra, train
+from tests.compare import assert_same_bits
+
+from .conftest import options, outcome
+
+transformers = pytest.importorskip("transformers")
+
+
+def run(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return train(TrainConfig(**{**settings, **changes}), say=lambda line: None)
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    return files.load(folder / "model.safetensors")[0]
+
+
+@pytest.fixture
+def tiny_hf(tiny: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in tiny.items() if k not in ("width", "depth", "heads")}
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A folder with the configuration of a tiny model, without weights."""
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def test_a_configuration_of_transformers(tiny_hf: dict[str, Any], llama: Path, tmp_path: Path) -> None:
+    """It is trained, quantized but for its head, packed and taken up again, like the demo."""
+    report = run(tiny_hf, model=str(llama), steps=40, qat_steps=30, lr=1e-2, qat_lr=5e-3)
+    (row,) = report["rows"]
+    assert report["curves"]["fp"]["held_out"][0][1] == pytest.approx(8, abs=0.1)
+    assert row["full_precision"] < 5
+    assert row["qat"] < row["round_to_nearest"]
+    left = models.load_trained(Path(tiny_hf["out"]) / "w2")
+    model, described = left.model, left.about
+    assert isinstance(model, transformers.LlamaForCausalLM)
+    assert described["exclude"] == ["lm_head"]
+    names = set(quantized_modules(model))
+    assert names == {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
+    assert cli.main(["pack", f"{tiny_hf['out']}/w2", str(tmp_path / "packed.safetensors")]) == 0
+    packed = load_packed(tmp_path / "packed.safetensors", lambda config: models.build(config["model"])).eval()
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(packed(tokens).logits, model.eval()(tokens).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(CheckpointError, match=r"holds a LlamaForCausalLM, must be a model of"):
+        generate.load(tmp_path / "packed.safetensors")
+
+
+@pytest.mark.parametrize("name", ["llama", "llama/config.json"])
+def test_its_file_alone_is_enough(tiny_hf: dict[str, Any], llama: Path, name: str) -> None:
+    config = TrainConfig(**tiny_hf, model=str(llama.parent / name)).resolved()
+    assert config.described["transformers"]["hidden_size"] == 16
+    assert models.initial_weights(config.model) is None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_of_transformers(tiny_hf: dict[str, Any], llama: Path, tied: bool) -> None:
+    """Without steps in full precision QAT starts from just these, in float32, tied or not."""
+    config = transformers.AutoConfig.from_pretrained(llama)
+    config.tie_word_embeddings = tied
+    torch.manual_seed(5)
+    model = transformers.AutoModelForCausalLM.from_config(config).bfloat16()
+    model.save_pretrained(llama)
+    report = run(tiny_hf, model=str(llama), steps=0)
+    for name, value in trained(Path(tiny_hf["out"]) / "fp").items():
+        assert_same_bits(value, model.state_dict()[name].float(), name)
+    settings = TrainConfig(**{**tiny_hf, "model": str(llama), "steps": 0}).resolved()
+    windows = data.load(settings.data, settings.context).evaluation(settings.eval_windows, settings.context)
+    assert report["full_precision"]["full_precision"] == loop.evaluate(model.float(), windows, settings)
+    after = trained(Path(tiny_hf["out"]) / "w2")
+    assert not torch.equal(after["model.layers.0.mlp.up_proj.weight"], model.model.layers[0].mlp.up_proj.weight)
+    assert ("lm_head.weight" in after) is True
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"]) is tied
+
+
+def test_a_tokenizer(tiny_hf: dict[str, Any], llama: Path) -> None:
+    """Losses are per byte all the same, and the text is known by its tokenizer too."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["?"], show_progress=False)
+    tokenizer.train_from_iterator(["red is number 11\ngreen is number 22\nblue is number 33\n" * 9], trainer)
+    tokenizer.save(str(llama / "tokenizer.json"))
+    report = run(tiny_hf, model=str(llama))
+    corpus = data.load(tiny_hf["data"], 32, llama / "tokenizer.json")
+    assert corpus.train.dtype == torch.int32
+    assert 2 < corpus.bytes_per_token < 12
+    assert report["text"]["held_out_bytes"] == corpus.held_out_bytes
+    config = TrainConfig(**tiny_hf, model=str(llama)).resolved()
+    model = models.load_trained(Path(tiny_hf["out"]) / "fp").model
+    windows = corpus.evaluation(config.eval_windows, config.context)
+    with torch.no_grad():
+        nats = float(loop.mean_loss(model, windows, config))
+    wanted = nats / math.log(2) / corpus.bytes_per_token
+    assert report["full_precision"]["full_precision"] == pytest.approx(wanted, rel=1e-5)
+    assert corpus.sha256 != data.load(tiny_hf["data"], 32).sha256
+    assert (Path(tiny_hf["out"]) / "w2" / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["fp", "w2", "fp/model.safetensors", "fp/step-000012.safetensors"])
+def test_a_model_of_an_earlier_run(tiny: dict[str, Any], tmp_path: Path, name: str) -> None:
+    """Training goes on from its weights, of a quantized model the full-precision ones; its shape needs no options."""
+    run(tiny, keep_every=12)
+    path = Path(tiny["out"]) / name
+    later = {k: v for k, v in tiny.items() if k not in ("width", "depth", "heads")}
+    later |= {"out": str(tmp_path / "later"), "model": str(path)}
+    run(later, steps=0, bits=(1,), context=16)
+    before = files.load(path if path.suffix else path / "model.safetensors")[0]
+    after = trained(tmp_path / "later" / "fp")
+    assert after.keys() == {key for key in before if not key.endswith((".scale", "._extra_state"))}
+    assert all(torch.equal(after[key], before[key]) for key in after)
+    described = files.read_json(tmp_path / "later" / "w1" / "config.json")
+    assert described["model"]["width"] == tiny["width"]
+    assert described["model"]["context"] == 16
+
+
+class Scaled(transformers.LlamaForCausalLM):
+    """A causal language model with parameters that are called like ours."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.scale = torch.nn.Parameter(torch.tensor([1.5]))
+        self.model.norm.zero_point = torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * self.scale + self.model.norm.zero_point.sum()
+        return out
+
+
+@pytest.fixture
+def scaled(llama: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_config", lambda config, dtype: Scaled(config).to(dtype)
+    )
+    return llama
+
+
+def test_parameters_called_scale_are_the_models_own(tiny_hf: dict[str, Any], scaled: Path, tmp_path: Path) -> None:
+    """They train, are taken up by a later run, are packed, and count as parameters, unlike ours."""
+    torch.manual_seed(5)
+    Scaled(transformers.AutoConfig.from_pretrained(scaled)).save_pretrained(scaled)
+    report = run(tiny_hf, model=str(scaled), qat_lr=1e-2)
+    folder = Path(tiny_hf["out"]) / "w2"
+    before = trained(folder)
+    assert before["scale"] != 1.5
+    layers = [n for n, m in models.load_trained(folder).model.named_modules() if isinstance(m, torch.nn.Linear)]
+    quantized = [name for name in layers if name != "lm_head"]
+    ours = {f"{name}.{entry}" for name in quantized for entry in ("scale", "_extra_state")}
+    weights = models.initial_weights(str(folder))
+    assert weights is not None
+    assert weights.keys() == before.keys() - ours
+    assert ours <= before.keys()
+    count = sum(t.numel() for t in weights.values())
+    assert report["parameters"] == count
+    assert generate.pack(folder, tmp_path / "packed.safetensors")["parameters"] == count
+    packed = load_packed(tmp_path / "packed.safetensors", lambda config: models.build(config["model"]))
+    assert torch.equal(packed.scale, before["scale"])
+    run(tiny_hf, model=str(folder), steps=0, out=str(tmp_path / "later"))
+    assert torch.equal(trained(tmp_path / "later" / "fp")["scale"], before["scale"])
+
+
+def test_the_spectrum_of_a_model_of_transformers(
+    tiny_hf: dict[str, Any], llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the quantized weights, in windows as long as in training, per byte of text."""
+    run(tiny_hf, model=str(llama), keep_every=12)
+    out = Path(tiny_hf["out"])
+    few = ["--probes", "2", "--steps", "4", "--windows", "3", "--out", str(tmp_path / "spectrum")]
+    folders = [str(out / "fp"), str(out / "w2"), str(out / "fp" / "step-000012.safetensors")]
+    assert cli.main(["spectrum", *folders, *few]) == 0
+    report = json.loads((tmp_path / "spectrum" / "report.json").read_text())
+    assert report["text"]["context"] == tiny_hf["context"]
+    layers = quantized_modules(models.load_trained(out / "w2").model)
+    for entry in report["checkpoints"]:
+        assert entry["spectrum"]["n"] == sum(layer.weight.numel() for layer in layers.values())
+        assert entry["spectrum"]["lambda_min"] < entry["spectrum"]["lambda_max"]
+        assert 0 < entry["bits_per_byte"] < 9
+    loaded = spectra.load(out / "fp")
+    names = {name for name, p in loaded.model.named_parameters() if any(p is w for w in loaded.params)}
+    assert names == {f"{name}.weight" for name in layers}
+
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((out / "w2" / "model.safetensors").read_bytes())
+    capsys.readouterr()
+    assert cli.main(["spectrum", str(alone), *few, "--data", tiny_hf["data"]]) == 2
+    assert "--context is not given, and no run.json beside" in capsys.readouterr().err
+    assert cli.main(["spectrum", str(alone), *few, "--data", tiny_hf["data"], "--context", "65"]) == 2
+    assert "--context is 65, must be at most 64, the context of" in capsys.readouterr().err
+    assert cli.main(["spectrum", str(alone), *few, "--data", tiny_hf["data"], "--context", "8"]) == 0
+
+
+def test_resumed_from_a_model(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tiny)
+    later = {**tiny, "model": tiny["out"] + "/fp", "method": "winq"}
+    run(later, out=str(tmp_path / "whole"))
+    taken, learn = 0, loop.accumulated
+
+    def failing(*arguments: Any) -> torch.Tensor:
+        nonlocal taken
+        taken += 1
+        if taken in (18, 30):
+            raise RuntimeError("the machine is gone")
+        return learn(*arguments)
+
+    monkeypatch.setattr(loop, "accumulated", failing)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="gone"):
+            run(later, out=str(tmp_path / "part"))
+    run(later, out=str(tmp_path / "part"))
+    assert outcome(str(tmp_path / "part")) == outcome(str(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "nowhere"}, "--model is nowhere, must be demo, or hold a model: .* cannot be read: No such file"),
+        ({"model": "other"}, "which is neither of|which holds neither"),
+        ({"model": "llama", "context": 65}, "--context is 65, must be at most 64"),
+        ({"model": "small"}, "100 tokens are too few for bytes|whose 100 tokens are too few for bytes"),
+        ({"steps": 0}, "--steps is 0, must be at least 1"),
+    ],
+)
+def test_what_is_refused(
+    tiny_hf: dict[str, Any], llama: Path, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(llama.parent)
+    found = json.loads((llama / "config.json").read_text())
+    for name, content in (("other", {"a": 1}), ("small", {**found, "vocab_size": 100})):
+        Path(name).mkdir()
+        (Path(name) / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**{**tiny_hf, **changes}).resolved()
+
+
+def test_weights_of_another_shape_are_named(tiny_hf: dict[str, Any], llama: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(llama)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(llama)
+    found = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**found, "num_hidden_layers": 2}))
+    with pytest.raises(CheckpointError, match=r"does not fit the model: it has no model\.layers\.1\."):
+        run(tiny_hf, model=str(llama))
+
+
+def test_pickled_weights_are_not_replaced_by_new_ones(tiny_hf: dict[str, Any], llama: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--steps is 0, must be at least 1 with --model .*, which has no weights"):
+        run(tiny_hf, model=str(llama), steps=0)
+    (llama / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(ConfigError, match=r"whose weights are in pytorch_model\.bin, must be in \*\.safetensors"):
+        run(tiny_hf, model=str(llama))
+    assert TrainConfig(**tiny_hf, model=str(llama / "config.json")).resolved().steps == tiny_hf["steps"]
+
+
+def test_a_tokenizer_of_another_model(tiny_hf: dict[str, Any], llama: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    words = {"?": 0, "number": 300}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pytest.importorskip("tokenizers").pre_tokenizers.Whitespace()
+    tokenizer.save(str(llama / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"makes token 300 of --data, must be below 256, the vocab_size"):
+        run(tiny_hf, model=str(llama))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 300, b"\xff\xff\xff\xff\xff\xff\xff\x7f{}"])
+def test_damaged_weights_are_named(tiny_hf: dict[str, Any], llama: Path, content: bytes) -> None:
+    (llama / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        run(tiny_hf, model=str(llama))
+
+
+def test_runs_of_earlier_versions_go_on(tiny: dict[str, Any]) -> None:
+    """Options that a stored configuration does not know have their defaults."""
+    before = run(tiny)
+    path = Path(tiny["out"]) / "run.json"
+    stored = files.read_json(path)
+    for name in ("model", "parallel", "keep_last", "method"):
+        del stored[name]
+    files.write_json(path, stored)
+    assert run(tiny)["rows"] == before["rows"]
+    files.write_json(path, stored)
+    with pytest.raises(ConfigError, match=r"--method is winq, but the run in .* was started with qat"):
+        run(tiny, method="winq")
+
+
+def test_on_the_command_line(tiny_hf: dict[str, Any], llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", *options({**tiny_hf, "model": str(llama), "steps": 4, "qat_steps": 4})]) == 0
+    assert "bits" in capsys.readouterr().out
+    assert cli.main(["train", "--resume", "--out", tiny_hf["out"]]) == 0
+    assert asdict(TrainConfig())["model"] == "demo"
