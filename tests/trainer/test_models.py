@@ -94,9 +94,10 @@ def test_weights_of_transformers(tiny_hf: dict[str, Any], llama: Path, tied: boo
 
 def test_a_tokenizer(tiny_hf: dict[str, Any], llama: Path) -> None:
     """Losses are per byte all the same, and the text is known by its tokenizer too."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, pre_tokenizers, trainers
+    from tokenizers.models import BPE
 
-    tokenizer = Tokenizer(models.BPE(unk_token="?"))
+    tokenizer = Tokenizer(BPE(unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["?"], show_progress=False)
     tokenizer.train_from_iterator(["red is number 11\ngreen is number 22\nblue is number 33\n" * 9], trainer)
