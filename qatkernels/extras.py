@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 
-def missing(part: str, extra: str, error: ImportError) -> ImportError:
+class MissingExtraError(ImportError):
+    """Packages of an extra are not installed; the message says which extra to install."""
+
+
+def missing(part: str, extra: str, error: ImportError) -> MissingExtraError:
     """Return the error of a part whose packages are not installed.
 
     Args:
@@ -11,4 +15,6 @@ def missing(part: str, extra: str, error: ImportError) -> ImportError:
         extra: the extra that installs what it needs.
         error: what the import said.
     """
-    return ImportError(f"{part} needs more packages ({error}): pip install 'qatkernels[{extra}]'", name=error.name)
+    return MissingExtraError(
+        f"{part} needs more packages ({error}): pip install 'qatkernels[{extra}]'", name=error.name
+    )

@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,10 +119,10 @@ class Training:
 def configured(preset: Preset, size: tuple[int, int, int], seed: int, out: Path) -> TrainConfig:
     """Return the configuration of one folder; its tokens, the smallest budget, decide the length of the warmup."""
     width, depth, heads = size
-    tokens = min(unit.steps for unit in preset.units) * preset.config.batch * preset.config.context
+    tokens = min(unit.steps for unit in preset.units) * preset.config.training.batch * preset.config.shape.context
     name = f"{width}x{depth}-seed{seed}"
-    return replace(
-        preset.config, width=width, depth=depth, heads=heads, seed=seed, tokens=tokens, out=str(out / name),
+    return preset.config.changed(
+        width=width, depth=depth, heads=heads, seed=seed, tokens=tokens, out=str(out / name),
         bits=preset.bits, schedule="classic", qat_fraction=0.5,
     ).resolved()  # fmt: skip
 
@@ -149,7 +149,7 @@ def trainings(preset: Preset, config: TrainConfig, unit: Unit) -> Iterator[Train
 
 
 def _start_of_cooldown(config: TrainConfig, full: int) -> int:
-    return full - max(int(config.cooldown * full), 1)
+    return full - max(int(config.training.cooldown * full), 1)
 
 
 def _constant(trunk: dict[int, Phase], full: int) -> tuple[Phase, ...]:
@@ -171,8 +171,8 @@ def sweep(preset: Preset, out: Path, text: str | None, deadline: float) -> int:
     """
     left = 0
     for unit, seed, size in order(preset):
-        config = replace(configured(preset, size, seed, out), data=text)
-        corpus = data.load(config.data, config.context)
+        config = configured(preset, size, seed, out).changed(data=text)
+        corpus = data.load(config.data, config.shape.context)
         for training in trainings(preset, config, unit):
             missing = [p for p in training.phases if not (Path(config.out) / p.name / "config.json").exists()]
             if missing and time.monotonic() > deadline:
@@ -197,7 +197,7 @@ def rows(preset: Preset, out: Path) -> list[dict[str, Any]]:
     found = []
     for unit, seed, size in order(preset):
         config = configured(preset, size, seed, out)
-        params, step = quantized_parameters(config), config.batch * config.context
+        params, step = quantized_parameters(config), config.training.batch * config.shape.context
         for training in trainings(preset, config, unit):
             path = Path(config.out) / training.phases[-1].name / "config.json"
             if path.exists():
@@ -211,7 +211,7 @@ def rows(preset: Preset, out: Path) -> list[dict[str, Any]]:
                     "loss": round(result["bits_per_byte"], 6),
                     "seed": seed,
                     "schedule": training.schedule,
-                    "shape": config.decay,
+                    "shape": config.training.decay,
                     "fraction": training.fraction,
                     "model": f"{size[0]}x{size[1]}",
                     "round_to_nearest": round(result["start_bits_per_byte"], 6) if last.bits else "",
@@ -231,7 +231,7 @@ def write_table(preset: Preset, out: Path) -> None:
 
 def describe(name: str, preset: Preset, corpus: data.Corpus, left: int) -> dict[str, Any]:
     """Return what the numbers were measured on, and with which settings."""
-    config = asdict(preset.config)
+    config = preset.config.settings()
     for unused in ("out", "data", "width", "depth", "heads", "seed", "steps", "qat_steps", "tokens", "qat_fraction"):
         del config[unused]
     return {
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with run_folder.exclusive(out):
             left = sweep(preset, out, options.data, time.monotonic() + 60 * options.minutes)
-            corpus = data.load(options.data, preset.config.context)
+            corpus = data.load(options.data, preset.config.shape.context)
             files.write_json(out / "sweep.json", describe(options.preset, preset, corpus, left))
     except Interrupted as stop:
         print(f"{stop}; the same command goes on from here", file=sys.stderr)

@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ import torch
 
 from bench.machine import cpu_model, git_state, machines
 from qatkernels import files
+from qatkernels.methods.winq import WinQConfig
 from qatkernels.trainer import Interrupted, TrainConfig, data, loop, run_folder
 from qatkernels.trainer.methods import MethodConfig
 from qatkernels.trainer.phases import Phase, own_decay, phases, quantized_from
@@ -164,20 +165,20 @@ class Training:
 
 def configured(preset: Preset, seed: int, out: Path, text: str | None) -> TrainConfig:
     """Return the configuration of a seed's folder."""
-    return replace(preset.config, seed=seed, out=str(out / f"seed{seed}"), data=text).resolved()
+    return preset.config.changed(seed=seed, out=str(out / f"seed{seed}"), data=text).resolved()
 
 
 def training(
     preset: Preset, seed: int, bits: float, act_bits: int | None, variant: str, resets: Resets, steps: int, out: Path
 ) -> Training:
     """Return one training; its phase starts from the end of the seed's phase in full precision."""
-    config, kind = replace(configured(preset, seed, out, None), qat_steps=steps), VARIANTS[variant]
+    config, kind = configured(preset, seed, out, None).changed(qat_steps=steps), VARIANTS[variant]
     every = max(round(resets.period * steps), 1) if kind.resets else 0
     method = MethodConfig(
-        "winq" if kind.noise or kind.resets else "qat", reset_every=every, reset_weight=resets.weight,
-        noise_std=preset.noise_std if kind.noise else 0.0,
+        "winq" if kind.noise or kind.resets else "qat",
+        WinQConfig(every, resets.weight, noise_std=preset.noise_std if kind.noise else 0.0),
     )  # fmt: skip
-    rate = own_decay(replace(config, schedule=kind.schedule, cooldown=0.2), steps)
+    rate = own_decay(config.changed(schedule=kind.schedule, cooldown=0.2), steps)
     name = f"w{bits:g}{'' if act_bits is None else f'a{act_bits}'}-{steps}-{variant}"
     if every:
         name += f"-{every}-{resets.weight:g}"
@@ -201,7 +202,7 @@ def result(t: Training, out: Path) -> dict[str, Any] | None:
 
 def run(t: Training, config: TrainConfig) -> dict[str, Any]:
     """Train, and return the result."""
-    corpus = data.load(config.data, config.context)
+    corpus = data.load(config.data, config.shape.context)
     loop.run_phases(config, corpus, [phases(config)[0], t.phase], lambda line: None)
     folder = Path(config.out)
     found, resets = files.read_json(folder / t.phase.name / "config.json")["result"], VARIANTS[t.variant].resets
@@ -319,7 +320,7 @@ def describe(name: str, preset: Preset, out: Path, corpus: data.Corpus, earlier:
         "noise_std": preset.noise_std,
         "text": {"sha256": corpus.sha256, "train_bytes": len(corpus.train), "held_out_bytes": len(corpus.held_out)},
         "config": {
-            k: v for k, v in asdict(preset.config).items() if k not in ("out", "data", "seed", "bits", "method")
+            k: v for k, v in preset.config.settings().items() if k not in ("out", "data", "seed", "bits", "method")
         },
     }
 
@@ -350,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = {0, *(seed for part in preset.parts for seed in part.seeds)}
     if not set(options.seeds or ()) <= known:
         parser.error(f"--seeds is {options.seeds}, must be of {sorted(known)}")
-    corpus = data.load(options.data, preset.config.context)
+    corpus = data.load(options.data, preset.config.shape.context)
     try:
         with run_folder.exclusive(out):
             made = describe(options.preset, preset, out, corpus, options.earlier)

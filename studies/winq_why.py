@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 
 from bench.machine import cpu_model, git_state, versions
 from qatkernels import files
+from qatkernels.methods.winq import WinQConfig
 from qatkernels.nn import quantized_modules
 from qatkernels.plotting import COLOURS, tidy
 from qatkernels.trainer import Interrupted, TrainConfig, data, loop, run_folder, spectra
@@ -105,20 +106,21 @@ ASKED = {
 def configured(preset: str, t: Trial, out: Path, text: str | None) -> TrainConfig:
     """Return the configuration of a trial's folder."""
     config, steps, *_ = ASKED[preset]
-    return replace(
-        config, seed=1, steps=round(t.start * config.steps), qat_steps=steps, stats_every=max(steps // 48, 1),
+    return config.changed(
+        seed=1, steps=round(t.start * config.training.steps), qat_steps=steps, stats_every=max(steps // 48, 1),
         keep_every=steps // 4, out=str(out / f"start{t.start:g}"), data=text,
     ).resolved()  # fmt: skip
 
 
 def phase_of(config: TrainConfig, t: Trial) -> Phase:
     """Return the QAT of a trial."""
-    steps = config.qat_steps
+    steps = config.training.qat_steps
     phase = quantized_from(config, BITS, steps, phases(config)[0])
     every = round((t.at or 0) * steps)
-    method = MethodConfig("winq" if t.at or t.noise else "qat", reset_every=every, reset_weight=t.weight,
-                          reset_until=(every + 0.5) / steps, noise_std=t.noise)  # fmt: skip
-    schedule = replace(config, schedule=t.schedule, cooldown=0.2)
+    method = MethodConfig("winq" if t.at or t.noise else "qat", WinQConfig(
+        reset_every=every, reset_weight=t.weight, reset_until=(every + 0.5) / steps, noise_std=t.noise
+    ))  # fmt: skip
+    schedule = config.changed(schedule=t.schedule, cooldown=0.2)
     return replace(phase, name=t.name, lr=t.rate * phase.lr, rate=own_decay(schedule, steps), method=method)
 
 
@@ -139,7 +141,7 @@ def study(preset: str, out: Path, text: str | None, deadline: float) -> list[dic
         if not (folder / "config.json").exists():
             if time.monotonic() > deadline:
                 return None
-            corpus = data.load(config.data, config.context)
+            corpus = data.load(config.data, config.shape.context)
             loop.run_phases(config, corpus, [phases(config)[0], phase], lambda line: None)
             print(f"{t.question}, {t.name}", flush=True)
         entries = [e for e in Log(Path(config.out) / "log.jsonl").entries() if e["phase"] == t.name]

@@ -49,8 +49,15 @@ def test_a_missing_package_names_its_extra(missing, code, extra):
     done = run_without([missing], code)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(("ImportError", "ModuleNotFoundError"))
+    assert last.startswith("qatkernels.extras.MissingExtraError")
     assert f"pip install 'qatkernels[{extra}]'" in last
+
+
+def test_a_command_without_its_extra_is_one_line():
+    done = run_without(["rich"], "import sys\nfrom qatkernels.cli import main\nsys.exit(main(['train', '--help']))")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("pip install 'qatkernels[train]'")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import torch
 
+from ..options import AT_LEAST_1, check, option
+from .arguments import add_options, made
 from .common import BROKEN, fail
 
+LONG = f"""\
+Look for what makes training go wrong without an error. Runs a model that
+`qatkernels train` or `pack` left forward and backward on random tokens, and
+prints a table of its quantized layers. The exit code is {BROKEN} if there is a
+problem.
+"""
 
-def run(argv: Sequence[str]) -> int:
-    """Look for what makes training go wrong without an error."""
-    from ..files import CheckpointError
-    from ..nn import check as look
-    from ..trainer import generate as job
-    from ..trainer import models
 
-    parser = argparse.ArgumentParser(
-        prog="qatkernels check",
-        description=f"{run.__doc__} Runs a model that `qatkernels train` or `pack` left forward and backward on "
-        f"random tokens, and prints a table of its quantized layers. The exit code is {BROKEN} if there is a problem.",
-    )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="file of `pack`, or a folder such as runs/demo/w2")
-    parser.add_argument(
-        "--tokens", type=int, default=64, metavar="N", help="tokens to run it on (default: %(default)s)"
-    )
-    args = parser.parse_args(argv)
-    if args.tokens < 1:
-        return fail(f"--tokens is {args.tokens}, must be at least 1")
+@dataclass(frozen=True)
+class CheckConfig:
+    """What `qatkernels check` is asked for."""
+
+    model: str = option(MISSING, "file of `pack`, or a folder such as runs/demo/w2", metavar="MODEL", positional=True)
+    tokens: int = option(64, "tokens to run it on", AT_LEAST_1)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each setting."""
+    add_options(parser, CheckConfig)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table."""
+    from .. import check as look
+    from ..trainer import CheckpointError, generate, models
+
     try:
-        model, described = job.opened(args.model)
+        config = made(args, CheckConfig)
+        model, described = generate.opened(Path(config.model))
         vocabulary, longest = models.limits(described)
-        tokens = args.tokens if longest is None else min(args.tokens, longest)
+        tokens = config.tokens if longest is None else min(config.tokens, longest)
         drawn = torch.randint(vocabulary or 2, (2, tokens), generator=torch.Generator().manual_seed(0))
         report = look(model, drawn)
     except (CheckpointError, ValueError) as error:

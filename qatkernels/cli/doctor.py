@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 
 from .common import BROKEN
 
+LONG = f"""\
+Say which backend serves which op here, what is missing, and how to get it. The
+exit code is {BROKEN} if something is broken.
+"""
 
-def run(argv: Sequence[str]) -> int:
-    """Say which backend serves which op here, what is missing, and how to get it."""
-    from .. import doctor as job
 
-    parser = argparse.ArgumentParser(
-        prog="qatkernels doctor", description=f"{run.__doc__} The exit code is {BROKEN} if something is broken."
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args(argv)
-    found = job.diagnosis()
-    print(json.dumps(found, indent=2) if args.json else job.prescription(found))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("--json", action="store_true", default=False, help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the diagnosis."""
+    from .. import doctor
+
+    found = doctor.diagnosis()
+    print(json.dumps(found, indent=2) if args.json else doctor.prescription(found))
     return BROKEN if found["broken"] else 0

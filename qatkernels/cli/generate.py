@@ -7,51 +7,67 @@ import codecs
 import os
 import sys
 import time
-from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import torch
 
+from ..methods.values import check_seed
+from ..options import AT_LEAST_0, AT_LEAST_1, ConfigError, check, option
+from ..units import human
+from .arguments import add_options, made
 from .common import fail
 
+LONG = "Write text with a trained model, packed or not."
 
-def run(argv: Sequence[str]) -> int:
-    """Write text with a trained model, packed or not."""
-    from ..files import CheckpointError
-    from ..methods.values import check_seed
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What `qatkernels generate` is asked for."""
+
+    model: str = option(MISSING, "file of `pack`, or a folder such as runs/demo/w2", metavar="MODEL", positional=True)
+    prompt: str = option("def ", "text to go on from")
+    tokens: int = option(200, "bytes to write", AT_LEAST_1)
+    temperature: float = option(
+        0.0, "0 takes the likeliest byte, 1 draws from the distribution", AT_LEAST_0, metavar="T"
+    )
+    seed: int = option(0, "seed of the draws")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.prompt:
+            raise ConfigError("--prompt is empty, must have at least one byte")
+        try:
+            check_seed("--seed", self.seed)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each setting."""
+    add_options(parser, GenerateConfig)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write text to the standard output, and the speed to the standard error."""
+    from ..trainer import CheckpointError
     from ..trainer import generate as job
-    from ..units import human
 
-    parser = argparse.ArgumentParser(prog="qatkernels generate", description=run.__doc__)
-    parser.add_argument("model", metavar="MODEL", type=Path, help="file of `pack`, or a folder such as runs/demo/w2")
-    parser.add_argument("--prompt", default="def ", help="text to go on from (default: %(default)r)")
-    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="bytes to write (default: %(default)s)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T",
-        help="0 takes the likeliest byte, 1 draws from the distribution (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if args.tokens < 1 or not 0 <= args.temperature < float("inf") or not args.prompt:
-        return fail("--tokens must be at least 1, --temperature finite and at least 0, --prompt not empty")
     try:
-        check_seed("--seed", args.seed)
-    except ValueError as error:
-        return fail(error)
-    try:
-        model = job.load(args.model)
-    except CheckpointError as error:
+        config = made(args, GenerateConfig)
+        model = job.load(Path(config.model))
+    except (ConfigError, CheckpointError) as error:
         return fail(error)
     # The bytes that were given, which need not be text, as the model's need not be.
-    prompt, decoder = os.fsencode(args.prompt), codecs.getincrementaldecoder("utf-8")("replace")
+    prompt, decoder = os.fsencode(config.prompt), codecs.getincrementaldecoder("utf-8")("replace")
     _show(decoder.decode(prompt))
-    draws = torch.Generator().manual_seed(args.seed)
+    draws = torch.Generator().manual_seed(config.seed)
     began = time.perf_counter()
-    for token, _ in job.generate(model, prompt, args.tokens, temperature=args.temperature, generator=draws):
+    for token, _ in job.generate(model, prompt, config.tokens, temperature=config.temperature, generator=draws):
         _show(decoder.decode(bytes([token])))
     seconds = time.perf_counter() - began
     _show(decoder.decode(b"", final=True) + "\n")
-    print(f"{args.tokens} tokens, {human(args.tokens / seconds)} tokens/s", file=sys.stderr)
+    print(f"{config.tokens} tokens, {human(config.tokens / seconds)} tokens/s", file=sys.stderr)
     return 0
 
 

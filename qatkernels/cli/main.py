@@ -1,8 +1,11 @@
-"""The command line: subcommands, each in the module of its name, with ``run(arguments)`` that returns the exit code."""
+"""The command line: subcommands, each in the module of its name.
+
+A module has ``LONG``, a description, maybe ``EPILOG`` and ``USAGE``; ``add_arguments(parser)``; and ``run(args)``, which returns the
+exit code.
+"""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import signal
@@ -10,6 +13,9 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from ..extras import MissingExtraError
+from .arguments import Parser
+from .common import fail
 
 #: Subcommands by name, and their line in `qatkernels --help`. A module is imported when its command is called, since
 #: some need what others do without.
@@ -24,24 +30,43 @@ COMMANDS = {
 }
 
 
+def parsers(argv: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser, and that of each command; only that of the command in ``argv`` has its arguments."""
+    parser = Parser(
+        prog="qatkernels", description="Train and run neural networks at 1 to 8 bits.",
+        epilog="`qatkernels COMMAND --help` explains one.",
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"qatkernels {__version__}")
+    below = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    found: dict[str, Parser] = {}
+    asked = next((word for word in argv if not word.startswith("-")), None)
+    for name, line in COMMANDS.items():
+        found[name] = below.add_parser(name, help=line, description=line)
+        if name == asked:
+            module = importlib.import_module(f".{name}", __package__)
+            found[name].description = module.LONG
+            found[name].epilog = getattr(module, "EPILOG", None)
+            found[name].usage = getattr(module, "USAGE", None)
+            module.add_arguments(found[name])
+            found[name].set_defaults(run=module.run)
+    return parser, found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
         The exit code: 0, 1 if something is broken, 2 for bad usage or input, 128 + n where signal n stopped it.
     """
-    parser = argparse.ArgumentParser(
-        prog="qatkernels", description="Train and run neural networks at 1 to 8 bits.",
-        epilog="commands:\n" + "\n".join(f"  {name:<8} {line}" for name, line in COMMANDS.items())
-        + "\n\n`qatkernels COMMAND --help` explains one.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"qatkernels {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        code: int = importlib.import_module(f".{args.command}", __package__).run(args.arguments)
+        parser, commands = parsers(argv)
+        args, rest = parser.parse_known_args(argv)
+        if rest:
+            commands[args.command].unknown(rest)
+        code: int = args.run(args)
+    except MissingExtraError as error:
+        return fail(error)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of a pipe left, as `| head` does

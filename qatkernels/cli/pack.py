@@ -3,37 +3,54 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from ..options import check, option
+from .arguments import add_options, made
 from .common import fail
 
-_PACK = """\
+LONG = """\
 Write a model of `qatkernels train` as one file: the codes of its quantized
 layers at their width, their scales, and everything else as it is.
 """
 
 
-def run(argv: Sequence[str]) -> int:
-    """Pack a trained model into a small file."""
-    from ..files import CheckpointError
-    from ..trainer import generate as job
+@dataclass(frozen=True)
+class PackConfig:
+    """What `qatkernels pack` is asked for."""
 
-    parser = argparse.ArgumentParser(prog="qatkernels pack", description=_PACK)
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="folder of a low-bit model, such as runs/demo/w2")
-    parser.add_argument("out", metavar="OUT", type=Path, help="file to write")
-    parser.add_argument(
-        "--scale-dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-        help="dtype of the stored scales (default: %(default)s, in which nothing is lost)",
-    )  # fmt: skip
-    args = parser.parse_args(argv)
+    checkpoint: str = option(
+        MISSING, "folder of a low-bit model, such as runs/demo/w2", metavar="CKPT", positional=True
+    )
+    out: str = option(MISSING, "file to write", metavar="OUT", positional=True)
+    scale_dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "dtype of the stored scales; in float32 nothing is lost", metavar="DTYPE"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each setting."""
+    add_options(parser, PackConfig)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Pack a model, and say how large it is."""
+    from ..trainer import CheckpointError, generate
+
     try:
-        size = job.pack(args.checkpoint, args.out, getattr(torch, args.scale_dtype))
+        config = made(args, PackConfig)
+        size = generate.pack(Path(config.checkpoint), Path(config.out), getattr(torch, config.scale_dtype))
     except (CheckpointError, ValueError) as error:
         return fail(error)
     for dtype, width in (("float32", 4), ("bfloat16", 2)):
         full = width * size["parameters"]
-        print(f"{args.out}: {size['disk']:,} bytes, {full / size['disk']:.1f} times smaller than in {dtype} ({full:,})")
+        ratio = full / size["disk"]
+        print(f"{config.out}: {size['disk']:,} bytes, {ratio:.1f} times smaller than in {dtype} ({full:,})")
     return 0

@@ -7,23 +7,26 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import files, units
 from ..files import CheckpointError
+from ..options import AT_LEAST_0, AT_LEAST_1, ConfigError, check, option
 from ..plan.decide import best_bits_under_memory, full_precision_parity, wasted_tokens
 from ..plan.fit import FitError, LossFit, fit_loss_law, read_runs, select
 from ..plan.formula import PlanError, optimal_qat_fraction, tokens_per_parameter_byte
 from ..plan.law import LossLaw
+from .arguments import add_options, made
 from .common import fail
 
-_DESCRIPTION = """\
+LONG = """\
 Say how many tokens to train in full precision and how many quantized. The share
 is the paper's formula, a function of the tokens for each byte of weights; with
 runs of your own a law of the loss is fitted, whose optimum is given beside it.
 """
-_EPILOG = """\
+EPILOG = """\
 examples:
   qatkernels plan --params 1.2B --tokens 100B --bits 2
   qatkernels plan --params 1.2B --tokens 100B --bits 2 4 --plot plan.png
@@ -38,74 +41,87 @@ columns of runs.csv:
 FUSED_FROM = 3
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command's arguments."""
-    result = argparse.ArgumentParser(
-        prog="qatkernels plan", description=_DESCRIPTION, epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True)
+class PlanConfig:
+    """What `qatkernels plan` is asked for."""
+
+    params: int = option(MISSING, "parameters, such as 1.2B", AT_LEAST_1, parse=units.count)
+    tokens: int = option(MISSING, "tokens of both phases, such as 100B", AT_LEAST_1, parse=units.count)
+    bits: tuple[float, ...] = option(MISSING, "bit widths to plan for")
+    fraction: float = option(0.1, "another share of QAT, of which to say what it wastes")
+    runs: str | None = option(None, "table of runs to fit a law to", metavar="CSV")
+    law: str | None = option(None, "a law that --save wrote, instead of --runs", metavar="JSON")
+    where: tuple[str, ...] = option((), "rows of --runs to use", metavar="COLUMN=VALUE")
+    resamples: int = option(200, "bootstrap fits", AT_LEAST_0)
+    seed: int = option(0, "seed of the fit")
+    save: str | None = option(None, "write the law fitted to --runs", metavar="JSON")
+    memory: int | None = option(
+        None,
+        "also say which bit width is best if the weights fill so much memory, such as 300MB, at the compute 6·N·D; "
+        "needs a law",
+        AT_LEAST_1, parse=units.size, metavar="SIZE",
     )  # fmt: skip
-    result.add_argument("--params", type=units.count, required=True, metavar="N", help="parameters, such as 1.2B")
-    result.add_argument("--tokens", type=units.count, required=True, metavar="N", help="tokens of both phases: 100B")
-    result.add_argument("--bits", type=float, nargs="+", required=True, metavar="B", help="bit widths to plan for")
-    result.add_argument("--fraction", type=float, default=0.1, metavar="X",
-                        help="another share of QAT, of which to say what it wastes (default: 0.1)")  # fmt: skip
-    source = result.add_mutually_exclusive_group()
-    source.add_argument("--runs", metavar="CSV", help="table of runs to fit a law to")
-    source.add_argument("--law", metavar="JSON", help="a law that --save wrote")
-    result.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="rows of --runs to use")
-    result.add_argument("--resamples", type=int, default=200, metavar="N", help="bootstrap fits (default: 200)")
-    result.add_argument("--seed", type=int, default=0, help="of the fit (default: 0)")
-    result.add_argument("--save", metavar="JSON", help="write the law fitted to --runs")
-    result.add_argument("--memory", type=units.size, metavar="SIZE",
-                        help="also say which bit width is best if the weights fill so much memory, such as "
-                        "300MB, at the compute 6·N·D; needs a law")  # fmt: skip
-    result.add_argument("--plot", metavar="PNG", help="draw the law and the optimum")
-    result.add_argument("--json", action="store_true", help="print one JSON object")
-    return result
+    plot: str | None = option(None, "draw the law and the optimum", metavar="PNG")
+    json: bool = option(False, "print one JSON object")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.runs and self.law:
+            raise ConfigError("--runs and --law are both given, must be one of them")
+        if self.save and not self.runs:
+            raise ConfigError("--save needs --runs, to which the law is fitted")
+        if self.memory and not (self.runs or self.law):
+            raise ConfigError("--memory needs a law: give --runs or --law")
 
 
-def run(argv: Sequence[str]) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each setting."""
+    add_options(parser, PlanConfig)
+
+
+def run(args: argparse.Namespace) -> int:
     """Answer on the standard output; warnings go to the standard error."""
-    args = parser().parse_args(argv)
     try:
-        answered, warned = _answer(args)
-    except (PlanError, CheckpointError) as error:
+        config = made(args, PlanConfig)
+        answered, warned = answer(config)
+    except (ConfigError, PlanError, CheckpointError) as error:
         return fail(error)
     for message in warned:
         print(f"qatkernels: warning: {message}", file=sys.stderr)
-    print(json.dumps(answered, indent=2) if args.json else text(answered))
+    print(json.dumps(answered, indent=2) if config.json else text(answered))
     return 0
 
 
-def _answer(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Return the plan and the warnings on the way to it."""
+def answer(config: PlanConfig) -> tuple[dict[str, Any], list[str]]:
+    """Return the plan and the warnings on the way to it.
+
+    Raises:
+        PlanError: if an argument or the content of a file cannot be used.
+        CheckpointError: if a file cannot be read or written.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        law, fit = _law(args)
-        answered = plan(args.params, args.tokens, args.bits, law, fit, args.fraction, args.memory)
-        if args.plot:
+        law, fit = _law(config)
+        answered = plan(config.params, config.tokens, config.bits, law, fit, config.fraction, config.memory)
+        if config.plot:
             from ..plan.plot import draw  # matplotlib takes half a second to import
 
-            with files.explained("written", Path(args.plot)):
-                draw(args.plot, args.params, args.tokens, args.bits, law)
+            with files.explained("written", Path(config.plot)):
+                draw(config.plot, config.params, config.tokens, list(config.bits), law)
     return answered, list(dict.fromkeys(str(warning.message) for warning in caught))
 
 
-def _law(args: argparse.Namespace) -> tuple[LossLaw | None, LossFit | None]:
-    if args.save and not args.runs:
-        raise PlanError("--save needs --runs, to which the law is fitted")
-    if args.memory and not (args.runs or args.law):
-        raise PlanError("--memory needs a law: give --runs or --law")
-    if args.law:
-        stored = files.read_json(Path(args.law))
+def _law(config: PlanConfig) -> tuple[LossLaw | None, LossFit | None]:
+    if config.law:
+        stored = files.read_json(Path(config.law))
         try:
             return LossLaw.from_dict(stored["coefficients"]), None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"--law {args.law} holds no law ({error})") from error
-    if not args.runs:
+            raise PlanError(f"--law {config.law} holds no law ({error})") from error
+    if not config.runs:
         return None, None
-    runs: dict[str, list[Any]] = read_runs(args.runs)
-    for condition in args.where:
+    runs: dict[str, list[Any]] = read_runs(config.runs)
+    for condition in config.where:
         column, equals, value = condition.partition("=")
         if not equals or column not in runs:
             raise PlanError(f"--where {condition} is not COLUMN=VALUE with a column of {', '.join(runs)}")
@@ -113,11 +129,11 @@ def _law(args: argparse.Namespace) -> tuple[LossLaw | None, LossFit | None]:
         if not runs[column]:
             raise PlanError(f"--where {condition} leaves no runs")
     try:
-        fit = fit_loss_law(runs, seed=args.seed, resamples=args.resamples)
+        fit = fit_loss_law(runs, seed=config.seed, resamples=config.resamples)
     except FitError as error:
-        raise FitError(f"--runs {args.runs}: {error}") from error
-    if args.save:
-        files.write_json(Path(args.save), fit.to_dict(), sealed=True)
+        raise FitError(f"--runs {config.runs}: {error}") from error
+    if config.save:
+        files.write_json(Path(config.save), fit.to_dict(), sealed=True)
     return fit.law, fit
 
 

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
 
+from .arguments import add_options, made
 from .common import fail
 
+LONG = """\
+Estimate the spectrum of the Hessian of the training loss at checkpoints of
+`qatkernels train`, with respect to the quantized weights, by stochastic
+Lanczos quadrature.
+"""
+EPILOG = """\
+written to --out:
+  report.json    extreme eigenvalues, masses, traces, sharpness, and the density by bins
+  spectra.png    densities, and near-zero mass and largest eigenvalue over training
+  ritz/          Ritz values and weights of each checkpoint; a second call computes only what is missing
 
-def run(argv: Sequence[str]) -> int:
-    """Estimate the Hessian's spectrum at checkpoints."""
+examples:
+  qatkernels spectrum runs/demo/w4 runs/demo/w2 runs/demo/w1
+  qatkernels spectrum runs/demo/w2 --probes 5 --steps 40 --windows 4
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each setting."""
+    from ..trainer.spectra import SpectrumConfig
+
+    add_options(parser, SpectrumConfig)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Analyse checkpoints, and show the table."""
     from ..hessian import NotFiniteError
     from ..trainer import CheckpointError, ConfigError, DataError, spectra
 
     try:
-        config = spectra.configured(argv)
+        config = made(args, spectra.SpectrumConfig)
         report = spectra.run(config)
     except (ConfigError, DataError, CheckpointError, NotFiniteError) as error:
         return fail(error)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import quantized_modules, quantized_weights
-from ..nn.perturbation import ascent, perturbed
+from ..nn.perturbation import ETA, RHO, ascent, perturbed
 from ..nn.quantized import check_weights
 from ..nn.replay import RandomState, check_calibrated
 from ..ops import perturbation_norms
@@ -41,10 +41,10 @@ class Sharpness(NamedTuple):
 def sharpness(
     model: nn.Module,
     loss: LossFn,
-    rho: float = 0.05,
+    rho: float = RHO,
     *,
     norm: str = "l2",
-    eta: float = 0.01,
+    eta: float = ETA,
     target: str = "latent",
     params: Sequence[Tensor] | None = None,
 ) -> Sharpness:

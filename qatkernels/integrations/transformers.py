@@ -27,7 +27,7 @@ except ImportError as error:
     raise missing("qatkernels.integrations.transformers", "hf", error) from error
 
 from ..methods.squat import SQuAT
-from ..methods.winq import WinQ
+from ..methods.winq import WinQ, WinQConfig
 from ..nn import param_groups, quantized_modules, scales_at_floor
 from ..nn.activation import scales_of
 from ..nn.floor import floor_message
@@ -61,8 +61,8 @@ class WinQCallback(TrainerCallback):
         reset_weight: float,
         noise_std: float,
         scale_noise_std: float | None = None,
-        two_sided: bool = False,
-        samples: int = 1,
+        two_sided: bool = WinQConfig.two_sided,
+        samples: int = WinQConfig.samples,
         last_reset: int | None = None,
         rotation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -24,16 +25,42 @@ from torch.distributed.tensor import DTensor
 
 from ..nn import quantized_modules
 from ..nn.activation import scales_of
-from ..nn.perturbation import ascent, perturbed
+from ..nn.perturbation import ETA, RHO, ascent, perturbed
 from ..nn.quantized import Quantized
 from ..nn.replay import RandomState, untouched
 from ..ops import perturb_swap_, perturbation_norms
+from ..options import AT_LEAST_0, AT_LEAST_1, check, option
 from .grads import apart, own, run, take
 from .shards import check_parameters, layers_by_weight, plain, total
 from .stats import GridStats
 from .values import check_closure, check_count, check_size
 
 Closure = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class SQuATConfig:
+    """Settings of :class:`SQuAT`.
+
+    Raises:
+        ConfigError: if a value is out of range.
+    """
+
+    rho: float = option(RHO, "radius of the perturbation", AT_LEAST_0)
+    target: Literal["quantized", "latent"] = option(
+        "quantized", "what is perturbed: quantized (after rounding) or latent (before)"
+    )
+    norm: Literal["l2", "asam"] = option("l2", "norm of the perturbation: l2 or asam")
+    eta: float = option(ETA, "added to every weight's size under asam", AT_LEAST_0)
+    scale_every: int = option(1, "sharpness steps between steps of the scales", AT_LEAST_1)
+    minibatch: Literal["same", "next"] = option("same", "batch of the step of the scales: same or next")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> SQuAT:
+        """Return SQuAT for a quantized model."""
+        return SQuAT(model, optimizer, **{entry.name: getattr(self, entry.name) for entry in fields(self)})
 
 
 class SQuAT:
@@ -81,12 +108,12 @@ class SQuAT:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
         *,
-        rho: float = 0.05,
-        target: Literal["quantized", "latent"] = "quantized",
-        norm: Literal["l2", "asam"] = "l2",
-        eta: float = 0.01,
-        scale_every: int = 1,
-        minibatch: Literal["same", "next"] = "same",
+        rho: float = SQuATConfig.rho,
+        target: Literal["quantized", "latent"] = SQuATConfig.target,
+        norm: Literal["l2", "asam"] = SQuATConfig.norm,
+        eta: float = SQuATConfig.eta,
+        scale_every: int = SQuATConfig.scale_every,
+        minibatch: Literal["same", "next"] = SQuATConfig.minibatch,
     ) -> None:
         for name, given, allowed in (
             ("target", target, ("quantized", "latent")),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,12 +20,50 @@ from ..nn import quantized_modules
 from ..nn.quantized import Quantized
 from ..nn.replay import RandomState, untouched
 from ..ops import reset_
+from ..options import AT_LEAST_0, AT_LEAST_1, SHARE, check, option
 from .grads import Grads, add_, apart, put, run, take
 from .shards import check_parameters, layers_by_weight, locals_of, plain
 from .stats import GridStats
 from .values import check_closure, check_count, check_size, is_number
 
 Closure = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class WinQConfig:
+    """Settings of WinQ for a run of known length; :class:`WinQ` says more of those that both have.
+
+    Attributes:
+        reset_every: a quarter of the steps if None (inferred: the paper resets 2 to 5 times in a run).
+        reset_until: ours.
+
+    Raises:
+        ConfigError: if a value is out of range.
+    """
+
+    reset_every: int | None = option(
+        None, "steps of QAT between resets, 0 for none; a quarter of them if not given", AT_LEAST_0
+    )
+    reset_weight: float = option(0.4, "weight of a reset on the quantized value, in [0, 1]", SHARE)
+    reset_until: float = option(1.0, "share of QAT after which there are no more resets", SHARE)
+    noise_std: float = option(1e-3, "standard deviation of the noise on weights", AT_LEAST_0)
+    scale_noise_std: float | None = option(
+        None, "standard deviation of the noise on scales; that on weights if not given", AT_LEAST_0
+    )
+    two_sided: bool = option(False, "average the gradient over the noise and its mirror image")
+    samples: int = option(1, "draws of the noise that a step averages over", AT_LEAST_1)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def start(self, model: nn.Module, steps: int) -> WinQ:
+        """Return WinQ for a quantized model that is about to be trained for ``steps`` steps."""
+        every = max(steps // 4, 1) if self.reset_every is None else self.reset_every
+        return WinQ(
+            model, reset_every=every or None, reset_weight=self.reset_weight, noise_std=self.noise_std,
+            scale_noise_std=self.scale_noise_std, two_sided=self.two_sided, samples=self.samples,
+            last_reset=int(self.reset_until * steps),
+        )  # fmt: skip
 
 
 class WinQ:
@@ -74,8 +113,8 @@ class WinQ:
         reset_weight: float,
         noise_std: float,
         scale_noise_std: float | None = None,
-        two_sided: bool = False,
-        samples: int = 1,
+        two_sided: bool = WinQConfig.two_sided,
+        samples: int = WinQConfig.samples,
         last_reset: int | None = None,
         rotation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:

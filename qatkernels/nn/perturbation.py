@@ -13,6 +13,9 @@ from ..ops import perturb_
 if TYPE_CHECKING:
     from .quantized import Quantized
 
+#: Radius of a perturbation (Foret et al., 2021), and what ASAM adds to a weight's size (Kwon et al., 2021), by default.
+RHO, ETA = 0.05, 0.01
+
 #: What a forward adds to its quantized weight: a tensor like the weight, which autograd sees; or the last three
 #: arguments of :func:`qatkernels.ops.perturb_` (gradient, factor, eta), which autograd does not see and which takes no
 #: memory.

@@ -37,10 +37,10 @@ def build_model(config: TrainConfig, phase: Phase, seed: int) -> nn.Module:
 
 def build_optimizer(model: nn.Module, config: TrainConfig, phase: Phase) -> torch.optim.Optimizer:
     """Return AdamW over the groups of :func:`qatkernels.param_groups`; each keeps its peak learning rate as "peak"."""
-    groups = grouped(model, phase.lr, phase.weight_decay, [(config.scale_lr, scales_of(model))])
+    groups = grouped(model, phase.lr, phase.weight_decay, [(config.training.scale_lr, scales_of(model))])
     for group in groups:
         group["peak"] = group["lr"]
-    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
+    return torch.optim.AdamW(groups, betas=(config.training.beta1, config.training.beta2), fused=True)
 
 
 def described(config: TrainConfig, phase: Phase, model: nn.Module, result: dict[str, Any]) -> dict[str, Any]:

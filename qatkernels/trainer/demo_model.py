@@ -9,31 +9,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..methods.values import check_count
+from ..options import AT_LEAST_1, ConfigError, check, option
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a :class:`Transformer`.
+    """Shape of a :class:`Transformer`; ``vocab`` is the number of tokens, 256 for bytes.
 
-    Attributes:
-        width: features of the residual stream.
-        depth: number of blocks.
-        heads: attention heads; ``width / heads`` must be even, for the rotary positions.
-        context: longest sequence.
-        vocab: number of tokens; 256 for bytes.
+    Raises:
+        ConfigError: if a number is out of range, or ``width / heads`` is odd, which rotary positions cannot be.
     """
 
-    width: int = 192
-    depth: int = 3
-    heads: int = 3
-    context: int = 256
+    width: int = option(192, "features of the residual stream", AT_LEAST_1)
+    depth: int = option(3, "transformer blocks", AT_LEAST_1)
+    heads: int = option(3, "attention heads", AT_LEAST_1)
+    context: int = option(128, "bytes that a window predicts", AT_LEAST_1)
     vocab: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "context", "vocab"):
-            check_count(name, getattr(self, name), 1)
+        check(self)
+        check_count("vocab", self.vocab, 1)
         if self.width % (2 * self.heads):
-            raise ValueError(f"heads is {self.heads}, twice that must divide the width ({self.width})")
+            raise ConfigError(f"--heads is {self.heads}, twice that must divide --width ({self.width})")
 
 
 class RMSNorm(nn.Module):

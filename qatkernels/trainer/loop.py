@@ -20,7 +20,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from ..methods.shards import plain, whole
 from ..methods.values import check_count, is_number
 from ..nn.activation import scales_of
 from ..nn.floor import floor_message
+from ..options import flag, settings_of
 from . import checkpoints, data, models, report, run_folder
 from .build import build_model, build_optimizer, described, sizes
 from .config import ConfigError, TrainConfig, read_run
@@ -87,13 +88,13 @@ def train(config: TrainConfig, *, restart: bool = False, say: Callable[[str], No
     """
     config = config.resolved()
     with joined(config.parallel, config.device) as group:
-        corpus = data.load(config.data, config.context, models.tokenizer(config.model))
+        corpus = data.load(config.data, config.shape.context, models.tokenizer(config.model))
         out, plan = Path(config.out), phases(config)
         with run_folder.exclusive(out) if group.first else contextlib.nullcontext():
             if restart and group.first:
                 run_folder.remove_run(out)
             results, log = run_phases(config, corpus, plan, say, group)
-            made = report.write(out, asdict(config), corpus, results, log) if group.first else {}
+            made = report.write(out, config.settings(), corpus, results, log) if group.first else {}
             found: dict[str, Any] = group.gathered(made)[0]
             return found
 
@@ -118,10 +119,11 @@ def run_phases(
         Interrupted: on SIGINT or SIGTERM, after a checkpoint.
     """
     out = Path(config.out)
-    if config.batch % group.size or config.batch // group.size < config.accumulate:
+    batch, parts = config.training.batch, config.training.accumulate
+    if batch % group.size or batch // group.size < parts:
         raise ConfigError(
-            f"--batch is {config.batch}, must be a multiple of the {group.size} processes, and at least --accumulate "
-            f"({config.accumulate}) times as many"
+            f"--batch is {batch}, must be a multiple of the {group.size} processes, and at least --accumulate "
+            f"({parts}) times as many"
         )
     vocab, _ = models.limits(config.described)
     largest = max(int(corpus.train.max()), int(corpus.held_out.max()))
@@ -133,7 +135,7 @@ def run_phases(
     if group.first:
         _open_run(out, config, corpus)
     group.wait()
-    log = report.Log(out / "log.jsonl", group.first, out / "tensorboard" if config.tensorboard else None)
+    log = report.Log(out / "log.jsonl", group.first, out / "tensorboard" if config.evaluation.tensorboard else None)
     if not group.first:
         say = _nothing
     with Stop() as stop, report.Display(sum(phase.steps for phase in plan), say) as display:
@@ -150,7 +152,7 @@ def _nothing(line: str) -> None:
 
 def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:
     """Write run.json, or compare with the one that is there."""
-    now = {**asdict(config), "bits": list(config.bits), "data_sha256": corpus.sha256}
+    now = {**config.settings(), "bits": list(config.bits), "data_sha256": corpus.sha256}
     path = out / "run.json"
     if not path.exists() and (left := run_folder.of_run(out)):
         raise ConfigError(
@@ -159,11 +161,12 @@ def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:
         )
     if path.exists():
         before = read_run(path)
-        free = {entry.name for entry in fields(config) if entry.metadata["resumable"]}
-        defaults = {entry.name: entry.default for entry in fields(config)}  # of what an earlier version did not know
+        known = settings_of(TrainConfig)
+        free = {name for name, setting in known.items() if setting.field.metadata["resumable"]}
+        defaults = {name: setting.field.default for name, setting in known.items()}  # an earlier version lacks some
         for name in now.keys() - free:
             if (was := before.get(name, defaults.get(name))) != now[name]:
-                option = "the text of --data" if name == "data_sha256" else f"--{name.replace('_', '-')}"
+                option = "the text of --data" if name == "data_sha256" else flag(name)
                 raise ConfigError(
                     f"{option} is {now[name]}, but the run in {out} was started with {was}; "
                     "give the same, another --out, or --restart to start over"
@@ -209,11 +212,11 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
     config, training = run.config, begin(run, phase)
     progress = _resumed(training)
     run.display.begin(phase.name, progress.step)
-    windows = run.corpus.evaluation(config.eval_windows, config.context)
+    windows = run.corpus.evaluation(config.evaluation.eval_windows, config.shape.context)
     if progress.step == 0:  # of a quantized phase this is round-to-nearest: nothing has been trained at this width
         progress.start = progress.held_out = _held_out(training, windows, 0)
         run.log.add(phase=phase.name, step=0, held_out=progress.start)
-        if config.keep_every is not None:
+        if config.evaluation.keep_every is not None:
             _keep(training, 0)
 
     while progress.step < phase.steps:
@@ -223,7 +226,12 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
         last, stop = progress.step == phase.steps, run.group.any(run.stop.number or 0)
         logged, evaluated, saved, kept = (
             every is not None and progress.step % every == 0
-            for every in (config.log_every, config.eval_every, config.save_every, config.keep_every)
+            for every in (
+                config.evaluation.log_every,
+                config.evaluation.eval_every,
+                config.evaluation.save_every,
+                config.evaluation.keep_every,
+            )
         )
         entry = {"phase": phase.name, "step": progress.step}
         if (logged or evaluated or saved or kept or last or stop) and training.guard.found():  # waits for the device
@@ -237,7 +245,11 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
 
         if saved or kept or last or stop:
             _check_weights(training, progress.step)
-        if phase.bits is not None and config.stats_every and progress.step % config.stats_every == 0:
+        if (
+            phase.bits is not None
+            and config.evaluation.stats_every
+            and progress.step % config.evaluation.stats_every == 0
+        ):
             entry |= run.group.means(training.method.log())
         if evaluated or last:
             progress.held_out = _held_out(training, windows, progress.step)
@@ -247,13 +259,15 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
         if entry.get("scales_at_floor") and not progress.warned:
             progress.warned = True
             _warn_of_floor(training, entry)
-        run.display.step(phase.name, entry, config.batch * config.context * progress.step / progress.seconds)
+        run.display.step(
+            phase.name, entry, config.training.batch * config.shape.context * progress.step / progress.seconds
+        )
         if last:
             break
         if kept:
             _keep(training, progress.step)
         if stop or saved:
-            _save(training, progress, config.keep_last)
+            _save(training, progress, config.evaluation.keep_last)
             run.stop_if_asked()
     return _finish(training, progress)
 
@@ -263,7 +277,7 @@ def take_step(training: Training, step: int) -> Tensor:
     for group in training.optimizer.param_groups:
         group["lr"] = group["peak"] * training.phase.rate(step)
     loss = gradient(training, step)
-    norm = nn.utils.clip_grad_norm_(training.model.parameters(), training.run.config.clip)
+    norm = nn.utils.clip_grad_norm_(training.model.parameters(), training.run.config.training.clip)
     training.guard.see(step + 1, loss, whole(norm))
     training.optimizer.step()
     # The optimizer stands still from a bad step on, and so do resets; only one that is due waits for the device.
@@ -276,7 +290,7 @@ def gradient(training: Training, step: int) -> Tensor:
     """Leave the gradient of a step in ``.grad``, and return the loss over the whole batch, in nats."""
     run, phase, config = training.run, training.phase, training.run.config
     torch.manual_seed(_seed(config.seed, *(("fp", phase.first + step) if phase.bits is None else ("qat", step))))
-    windows = run.group.share(run.corpus.batch(config.batch, config.context))
+    windows = run.group.share(run.corpus.batch(config.training.batch, config.shape.context))
     loss: Tensor = training.method.gradient(
         lambda: accumulated(training.wrapped, windows, training.optimizer, config, run.group)
     )
@@ -293,7 +307,7 @@ def accumulated(
     """Leave the gradient of the mean loss of the windows in ``.grad``, part by part, and return the loss."""
     optimizer.zero_grad()
     total = torch.zeros((), device=config.device)
-    parts = windows.chunk(config.accumulate)
+    parts = windows.chunk(config.training.accumulate)
     for i, part in enumerate(parts):
         with group.synchronized(model, last=i == len(parts) - 1):
             loss = mean_loss(model, part, config) * (len(part) / len(windows))
@@ -434,7 +448,7 @@ def _delete(run: Run, *paths: Path) -> None:
 def _warn_of_floor(training: Training, entry: dict[str, Any]) -> None:
     count, total = entry["scales_at_floor"], sum(s.numel() for s in scales_of(training.model))
     when = f" by step {entry['step']} of {training.phase.name}"
-    message = f"{floor_message(count, total, when)}, here --scale-lr below {training.run.config.scale_lr:g}"
+    message = f"{floor_message(count, total, when)}, here --scale-lr below {training.run.config.training.scale_lr:g}"
     training.run.display.note(message)
     training.run.log.add(phase=training.phase.name, step=entry["step"], note=message)
 
@@ -498,7 +512,9 @@ def _finish(training: Training, progress: _Progress) -> dict[str, Any]:
         "start_bits_per_byte": progress.start,
         "bits_per_byte": progress.held_out,
         "seconds": seconds,
-        "tokens_per_second": run.config.batch * run.config.context * phase.steps / seconds if seconds else 0.0,
+        "tokens_per_second": run.config.training.batch * run.config.shape.context * phase.steps / seconds
+        if seconds
+        else 0.0,
         **sizes(model),
     }
     about = described(run.config, phase, model, result)

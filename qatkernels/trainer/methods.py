@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from ..methods.squat import SQuAT
+from ..methods.squat import SQuATConfig
 from ..methods.stats import GridStats
-from ..methods.winq import Closure, WinQ
+from ..methods.winq import Closure, WinQConfig
 
 #: Methods by the name on the command line.
 METHODS = ("qat", "winq", "squat")
@@ -82,46 +82,22 @@ class QAT:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """A method and its settings; those of other methods are ignored. See :class:`WinQ` and :class:`SQuAT`.
+    """A method, and the settings of each.
 
     Attributes:
         name: one of ``METHODS``.
-        reset_every: steps between WinQ's resets; a quarter of the phase if None (inferred: the paper resets 2 to 5
-            times in a run). 0 for no resets.
-        reset_until: share of the phase after which there are no more resets (ours).
+        winq: used by ``winq`` alone.
+        squat: used by ``squat`` alone.
     """
 
     name: str = "qat"
-    reset_every: int | None = None
-    reset_weight: float = 0.4
-    reset_until: float = 1.0
-    noise_std: float = 1e-3
-    scale_noise_std: float | None = None
-    two_sided: bool = False
-    samples: int = 1
-    rho: float = 0.05
-    target: Literal["quantized", "latent"] = "quantized"
-    norm: Literal["l2", "asam"] = "l2"
-    eta: float = 0.01
-    scale_every: int = 1
-    minibatch: Literal["same", "next"] = "same"
+    winq: WinQConfig = field(default_factory=WinQConfig)
+    squat: SQuATConfig = field(default_factory=SQuATConfig)
 
     def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Method:
-        """Return the method for a quantized model that is about to be trained for ``steps`` steps.
-
-        Raises:
-            ValueError: if a setting is out of range.
-        """
+        """Return the method for a quantized model that is about to be trained for ``steps`` steps."""
         if self.name == "winq":
-            every = max(steps // 4, 1) if self.reset_every is None else self.reset_every
-            return WinQ(
-                model, reset_every=every or None, reset_weight=self.reset_weight, noise_std=self.noise_std,
-                scale_noise_std=self.scale_noise_std, two_sided=self.two_sided, samples=self.samples,
-                last_reset=int(self.reset_until * steps),
-            )  # fmt: skip
+            return self.winq.start(model, steps)
         if self.name == "squat":
-            return SQuAT(
-                model, optimizer, rho=self.rho, target=self.target, norm=self.norm, eta=self.eta,
-                scale_every=self.scale_every, minibatch=self.minibatch,
-            )  # fmt: skip
+            return self.squat.start(model, optimizer)
         return QAT(model)

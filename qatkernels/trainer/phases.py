@@ -66,10 +66,17 @@ def phases(config: TrainConfig) -> list[Phase]:
     Raises:
         ConfigError: if the parts of the schedule do not fit into the steps, or no fraction is known for a width.
     """
-    if config.schedule in OWN_DECAY:
-        first = Phase("fp", None, config.steps, config.lr, config.weight_decay, own_decay(config, config.steps))
-        quantized = (quantized_from(config, bits, config.qat_steps, first) for bits in config.bits)
-        return [first, *(replace(phase, rate=own_decay(config, config.qat_steps)) for phase in quantized)]
+    if config.training.schedule in OWN_DECAY:
+        first = Phase(
+            "fp",
+            None,
+            config.training.steps,
+            config.training.lr,
+            config.training.weight_decay,
+            own_decay(config, config.training.steps),
+        )
+        quantized = (quantized_from(config, bits, config.training.qat_steps, first) for bits in config.bits)
+        return [first, *(replace(phase, rate=own_decay(config, config.training.qat_steps)) for phase in quantized)]
     splits = {bits: steps_of(config, bits) for bits in config.bits}
     cooldowns = {full: _cooldown(config, full) for full, _ in splits.values()}
     trunk = trunk_parts(config, sorted({full - cooldown for full, cooldown in cooldowns.items()}))
@@ -85,15 +92,15 @@ def steps_of(config: TrainConfig, bits: float) -> tuple[int, int]:
     Raises:
         ConfigError: if the formula for the fraction has no answer, or the tokens are fewer than two steps.
     """
-    if config.tokens is None:
-        return config.steps, config.qat_steps
+    if config.training.tokens is None:
+        return config.training.steps, config.training.qat_steps
     try:
-        fraction = config.qat_fraction
+        fraction = config.training.qat_fraction
         if not isinstance(fraction, float):
-            fraction = optimal_qat_fraction(quantized_parameters(config), config.tokens, bits)
-        return split(round(config.tokens / (config.batch * config.context)), fraction)
+            fraction = optimal_qat_fraction(quantized_parameters(config), config.training.tokens, bits)
+        return split(round(config.training.tokens / (config.training.batch * config.shape.context)), fraction)
     except ValueError as error:
-        raise ConfigError(f"--tokens {config.tokens} at {bits:g} bits: {error}") from error
+        raise ConfigError(f"--tokens {config.training.tokens} at {bits:g} bits: {error}") from error
 
 
 def quantized_parameters(config: TrainConfig) -> int:
@@ -107,18 +114,19 @@ def quantized_parameters(config: TrainConfig) -> int:
 
 def own_decay(config: TrainConfig, steps: int) -> Callable[[int], float]:
     """Return the schedule of a phase that warms up and decays on its own."""
-    warmup = int(config.warmup * steps)
-    if config.schedule == "cosine":
+    warmup = int(config.training.warmup * steps)
+    if config.training.schedule == "cosine":
         return lambda step: cosine(step, steps, warmup)
-    return lambda step: wsd(step, steps, warmup, int(config.cooldown * steps), shape=config.decay)
+    return lambda step: wsd(step, steps, warmup, int(config.training.cooldown * steps), shape=config.training.decay)
 
 
 def _cooldown(config: TrainConfig, full: int) -> int:
     """Return the steps of the cooldown in a full-precision phase of ``full``."""
-    warmup, cooldown = _warmup(config), int(config.cooldown * full) if config.schedule == "classic" else 0
+    schedule, warmup = config.training.schedule, _warmup(config)
+    cooldown = int(config.training.cooldown * full) if schedule == "classic" else 0
     if full - cooldown < max(warmup, 1):
         raise ConfigError(
-            f"--schedule {config.schedule} leaves {full} steps in full precision, fewer than the warmup ({warmup}) "
+            f"--schedule {schedule} leaves {full} steps in full precision, fewer than the warmup ({warmup}) "
             f"and the cooldown ({cooldown}) need; lower --qat-fraction, --warmup or --cooldown, or give more --tokens"
         )
     return cooldown
@@ -126,10 +134,10 @@ def _cooldown(config: TrainConfig, full: int) -> int:
 
 def _warmup(config: TrainConfig) -> int:
     """Return the steps of the first warmup, the same for all bit widths."""
-    total = config.steps + config.qat_steps
-    if config.tokens is not None:
-        total = round(config.tokens / (config.batch * config.context))
-    return int(config.warmup * total)
+    total = config.training.steps + config.training.qat_steps
+    if config.training.tokens is not None:
+        total = round(config.training.tokens / (config.training.batch * config.shape.context))
+    return int(config.training.warmup * total)
 
 
 def trunk_parts(config: TrainConfig, stops: list[int]) -> dict[int, Phase]:
@@ -142,7 +150,7 @@ def trunk_parts(config: TrainConfig, stops: list[int]) -> dict[int, Phase]:
             classic, steps=stop, qat_steps=0, warmup=_warmup(config)
         ))  # fmt: skip
         before = parts[stop] = Phase(
-            f"fp{stop}", None, stop - first, config.lr, config.weight_decay, rate,
+            f"fp{stop}", None, stop - first, config.training.lr, config.training.weight_decay, rate,
             before.name if before else None, goes_on=before is not None, kept=True, first=first,
         )  # fmt: skip
     return parts
@@ -153,19 +161,27 @@ def cooled_from(config: TrainConfig, trunk: Phase, cooldown: int) -> Phase:
     first = trunk.first + trunk.steps
     full = first + cooldown
     rate = functools.partial(_shifted, by=first, rate=functools.partial(
-        classic, steps=full, qat_steps=0, warmup=_warmup(config), cooldown=cooldown, shape=config.decay
+        classic, steps=full, qat_steps=0, warmup=_warmup(config), cooldown=cooldown, shape=config.training.decay
     ))  # fmt: skip
     return Phase(
-        f"cooled{full}", None, cooldown, config.lr, config.weight_decay, rate, trunk.name, goes_on=True, first=first
+        f"cooled{full}",
+        None,
+        cooldown,
+        config.training.lr,
+        config.training.weight_decay,
+        rate,
+        trunk.name,
+        goes_on=True,
+        first=first,
     )
 
 
 def quantized_from(config: TrainConfig, bits: float, steps: int, start: Phase) -> Phase:
     """Return QAT at one width from the end of another phase: re-warmup, then the decay."""
-    rewarmup = int(config.warmup * steps)
-    rate = functools.partial(fused, steps=steps, qat_steps=steps, rewarmup=rewarmup, shape=config.decay)
+    rewarmup = int(config.training.warmup * steps)
+    rate = functools.partial(fused, steps=steps, qat_steps=steps, rewarmup=rewarmup, shape=config.training.decay)
     return Phase(
-        f"w{bits:g}", bits, steps, config.qat_lr, 0.0, rate, start.name, first=start.first + start.steps,
+        f"w{bits:g}", bits, steps, config.training.qat_lr, 0.0, rate, start.name, first=start.first + start.steps,
         act_bits=config.act_bits, method=config.method_config,
     )  # fmt: skip
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -20,10 +19,11 @@ from ..hessian import HessianOperator, gradient_norm_ratio, sharpness, spectrum
 from ..hessian.lanczos import basis_bytes
 from ..methods.values import check_seed
 from ..nn import QuantConfig, quantize_model, quantized_modules, quantized_weights
+from ..nn.perturbation import RHO
 from ..ops import cross_entropy
+from ..options import AT_LEAST_1, POSITIVE, ConfigError, check, option
 from . import data, run_folder
 from . import spectra_report as pictures
-from .config import ConfigError
 from .models import DEMO, build, limits, load_trained, tokenizer
 from .report import _clock, _machine
 
@@ -32,43 +32,51 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch
 
 @dataclass(frozen=True)
 class SpectrumConfig:
-    """What `qatkernels spectrum` is asked for; `parser` describes the fields."""
+    """What `qatkernels spectrum` is asked for.
 
-    checkpoints: tuple[str, ...]
-    out: str = "runs/spectrum"
-    data: str | None = None
-    context: int | None = None
-    windows: int = 16
-    batches: int = 1
-    probes: int = 20
-    steps: int = 60
-    block: int = 1
-    seed: int = 0
-    near_zero: float = 1.5e-3
-    rho: float = 0.05
-    dtype: str = "float32"
-    basis_dtype: str | None = None
-    basis_device: str | None = None
-    engine: str = "reverse"
-    checkpointing: bool = False
-    device: str = "auto"
-    restart: bool = False
+    Raises:
+        ConfigError: if a setting cannot be used.
+    """
+
+    checkpoints: tuple[str, ...] = option(
+        MISSING, "folder with model.safetensors, or a .safetensors file", metavar="CKPT", positional=True
+    )
+    out: str = option("runs/spectrum", "folder for the results")
+    data: str | None = option(
+        None, "text file or folder; what the checkpoint was trained on if not given", metavar="PATH"
+    )
+    context: int | None = option(
+        None, "tokens in a window; as many as the checkpoints were trained with if not given", AT_LEAST_1
+    )
+    windows: int = option(16, "windows of text in a batch", AT_LEAST_1)
+    batches: int = option(1, "batches that the loss is the mean of", AT_LEAST_1)
+    probes: int = option(20, "random vectors", AT_LEAST_1)
+    steps: int = option(60, "Lanczos steps from each", AT_LEAST_1)
+    block: int = option(1, "probes that share a pass over the batches, and memory for as many bases", AT_LEAST_1)
+    seed: int = option(0, "seed of windows and probes")
+    near_zero: float = option(1.5e-3, "eigenvalues below this in magnitude are near zero", POSITIVE)
+    rho: float = option(RHO, "radius of the sharpness", POSITIVE)
+    dtype: Literal["float32", "float64"] = option("float32", "dtype of the products: float32 or float64")
+    basis_dtype: Literal["float32", "float64", "bfloat16"] | None = option(
+        None, "dtype that the Krylov basis is kept in: float32, float64 or bfloat16; --dtype if not given",
+        metavar="DTYPE",
+    )  # fmt: skip
+    basis_device: str | None = option(
+        None, "where the Krylov basis is kept, cpu say; --device if not given", metavar="DEVICE"
+    )
+    engine: Literal["reverse", "forward"] = option("reverse", "how products are computed: reverse or forward")
+    checkpointing: bool = option(False, "recompute the blocks' activations instead of keeping them")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "cpu, cuda, or auto: cuda where there is one")
+    restart: bool = option(False, "compute again what --out holds already")
 
     def __post_init__(self) -> None:
         if not self.checkpoints:
             raise ConfigError("give a checkpoint")
-        for name in ("windows", "batches", "probes", "steps", "block"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} is {getattr(self, name)}, must be at least 1")
-        if self.context is not None and self.context < 1:
-            raise ConfigError(f"--context is {self.context}, must be at least 1")
+        check(self)
         try:
             check_seed("--seed", self.seed)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        for name in ("near_zero", "rho"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, must be positive and finite")
         if self.basis_device is not None:
             try:
                 torch.empty(0, device=self.basis_device)
@@ -79,62 +87,6 @@ class SpectrumConfig:
             raise ConfigError("--device is cuda, but PyTorch sees no CUDA device; must be cpu or auto here")
         if self.checkpointing and self.engine != "reverse":
             raise ConfigError("--checkpointing is for --engine reverse")
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    found = argparse.ArgumentParser(
-        prog="qatkernels spectrum",
-        description="Estimate the spectrum of the Hessian of the training loss at checkpoints of `qatkernels train`,\n"
-        "with respect to the quantized weights, by stochastic Lanczos quadrature.",
-        epilog="written to --out:\n"
-        "  report.json    extreme eigenvalues, masses, traces, sharpness, and the density by bins\n"
-        "  spectra.png    densities, and near-zero mass and largest eigenvalue over training\n"
-        "  ritz/          Ritz values and weights of each checkpoint; a second call computes only what is missing\n\n"
-        "examples:\n"
-        "  qatkernels spectrum runs/demo/w4 runs/demo/w2 runs/demo/w1\n"
-        "  qatkernels spectrum runs/demo/w2 --probes 5 --steps 40 --windows 4",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    found.add_argument(
-        "checkpoints", nargs="+", metavar="CKPT", help="folder with model.safetensors, or a .safetensors file"
-    )
-    defaults = {entry.name: entry.default for entry in fields(SpectrumConfig)}
-
-    def option(name: str, text: str, **rest: Any) -> None:
-        default = defaults[name]
-        shown = "" if default is None or default is False else f" (default: {default})"
-        if default is False:
-            rest["action"] = "store_true"
-        else:
-            rest = {"type": str if default is None else type(default)} | rest
-        found.add_argument(f"--{name.replace('_', '-')}", help=text + shown, **rest)
-
-    option("out", "folder for the results")
-    option("data", "text file or folder; what the checkpoint was trained on if not given", metavar="PATH")
-    option(
-        "context",
-        "tokens in a window; as many as the checkpoints were trained with if not given",
-        type=int,
-        metavar="N",
-    )
-    option("windows", "windows of text in a batch", metavar="N")
-    option("batches", "batches that the loss is the mean of", metavar="N")
-    option("probes", "random vectors", metavar="N")
-    option("steps", "Lanczos steps from each", metavar="N")
-    option("block", "probes that share a pass over the batches, and memory for as many bases", metavar="N")
-    option("seed", "seed of windows and probes", metavar="N")
-    option("near_zero", "eigenvalues below this in magnitude are near zero", metavar="X")
-    option("rho", "radius of the sharpness", metavar="X")
-    option("dtype", "dtype of the products", choices=("float32", "float64"))
-    option("basis_dtype", "dtype that the Krylov basis is kept in; --dtype if not given", choices=tuple(_DTYPES))
-    option("basis_device", "where the Krylov basis is kept, cpu say; --device if not given", metavar="DEVICE")
-    option("engine", "how products are computed", choices=("reverse", "forward"))
-    option("checkpointing", "recompute the blocks' activations instead of keeping them")
-    option("device", "cpu, cuda, or auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
-    option("restart", "compute again what --out holds already")
-    return found
 
 
 @dataclass(frozen=True)
@@ -419,9 +371,3 @@ def show(report: dict[str, Any], out: str) -> None:
     console.width = max(console.width, 140)
     console.print(pictures.table(report))
     console.print(f"{out}/report.json, {out}/spectra.png", soft_wrap=True)
-
-
-def configured(argv: Sequence[str]) -> SpectrumConfig:
-    """Return the configuration that a command line asks for."""
-    given = vars(parser().parse_args(argv))
-    return SpectrumConfig(**{**given, "checkpoints": tuple(given["checkpoints"])})

@@ -8,12 +8,20 @@ import torch
 
 from qatkernels import files
 from qatkernels.cli import main
+from qatkernels.cli.arguments import made
+from qatkernels.cli.main import parsers
 from qatkernels.hessian import HessianOperator, Spectrum, spectrum
 from qatkernels.nn import quantized_weights
 from qatkernels.trainer import CheckpointError, ConfigError, TrainConfig, data, spectra, train
 from studies import spectra as study
 
 OPTIONS = ["--probes", "2", "--steps", "8", "--windows", "3", "--device", "cpu"]
+
+
+def configured(arguments):
+    """Return what a command line asks for."""
+    argv = ["spectrum", *arguments]
+    return made(parsers(argv)[0].parse_args(argv), spectra.SpectrumConfig)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,7 @@ def test_report_and_picture(run, tmp_path, capsys):
 def test_it_is_the_spectrum_of_the_trained_weights(run, tmp_path):
     """The same numbers from the pieces, for a quantized and for the full-precision model."""
     for phase in ("w2", "fp"):
-        config = spectra.configured([str(run / phase), *OPTIONS, "--seed", "3", "--out", str(tmp_path / phase)])
+        config = configured([str(run / phase), *OPTIONS, "--seed", "3", "--out", str(tmp_path / phase)])
         report = spectra.run(config, say=lambda _: None)
         loaded = spectra.load(run / phase)
         weights, _ = files.load(run / phase / "model.safetensors")
@@ -99,12 +107,12 @@ def test_options_reach_the_operator(run, tmp_path):
     )  # fmt: skip
     found = []
     for i, extra in enumerate(variants):
-        config = spectra.configured([str(run / "w4"), *OPTIONS, *extra, "--out", str(tmp_path / str(i))])
+        config = configured([str(run / "w4"), *OPTIONS, *extra, "--out", str(tmp_path / str(i))])
         found.append(spectra.run(config, say=lambda _: None)["checkpoints"][0]["spectrum"])
     for other in found[1:]:
         assert other["lambda_max"] == pytest.approx(found[0]["lambda_max"], rel=1e-3)
     assert found[3]["settings"]["basis_bytes"] * 2 == found[0]["settings"]["basis_bytes"]
-    config = spectra.configured([str(run / "w4"), *OPTIONS, "--batches", "3", "--out", str(tmp_path / "several")])
+    config = configured([str(run / "w4"), *OPTIONS, "--batches", "3", "--out", str(tmp_path / "several")])
     several = spectra.run(config, say=lambda _: None)["checkpoints"][0]["spectrum"]
     assert several["lambda_max"] != pytest.approx(found[0]["lambda_max"], rel=1e-3)
 

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qatkernels.cli import plan as command
-from qatkernels.cli.train import parser as train_parser
+from qatkernels.cli.main import parsers
 from qatkernels.plan import optimal_qat_fraction
-from qatkernels.trainer import TrainConfig
 
 TEXT = (Path(__file__).parents[2] / "docs" / "planner.md").read_text()
 COMMANDS = re.findall(r"^    (?:\$ )?qatkernels (plan|train) ([^#\n]*)", TEXT, re.MULTILINE)
@@ -19,8 +17,8 @@ COMMANDS = re.findall(r"^    (?:\$ )?qatkernels (plan|train) ([^#\n]*)", TEXT, r
 
 @pytest.mark.parametrize(("name", "arguments"), COMMANDS)
 def test_command(name: str, arguments: str) -> None:
-    parser = command.parser() if name == "plan" else train_parser(TrainConfig)
-    parser.parse_args(shlex.split(arguments))
+    argv = [name, *shlex.split(arguments)]
+    parsers(argv)[0].parse_args(argv)
 
 
 def test_there_are_commands() -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qatkernels import cli, files
-from qatkernels.cli import plan as command
+from qatkernels.cli import plan
 from qatkernels.nn import QuantConfig
 from qatkernels.plan import fit
 from qatkernels.trainer import (  # fmt: skip
@@ -36,11 +36,11 @@ from qatkernels.trainer import (  # fmt: skip
     loop,
     models,
     report,
+    resumed,
     spectra,
     toml,
     train,
 )
-from qatkernels.trainer import config as settings_of
 from qatkernels.trainer.parallel import Processes
 from qatkernels.trainer.phases import phases
 from qatkernels.trainer.signals import Stop
@@ -166,7 +166,7 @@ class Run(Target):
     def open(self, group: Processes | None = None) -> loop.Run:
         """Return what a phase works with."""
         self.said: list[str] = []
-        self.corpus = data.load(self.config.data, self.config.context)
+        self.corpus = data.load(self.config.data, self.config.shape.context)
         display = report.Display(1, self.said.append)
         display.__enter__()
         log = report.Log(self.out / "log.jsonl")
@@ -386,8 +386,9 @@ class Ritz(Run):
     def make(self) -> None:
         """Analyse a checkpoint."""
         super().make()
-        arguments = [str(self.out / "w2"), "--probes", "1", "--steps", "3", "--windows", "2", "--device", "cpu"]
-        self.analysis = spectra.configured([*arguments, "--out", str(self.folder / "spectrum")])
+        self.analysis = spectra.SpectrumConfig(
+            (str(self.out / "w2"),), str(self.folder / "spectrum"), probes=1, steps=3, windows=2, device="cpu"
+        )
         spectra.run(self.analysis, say=lambda line: None)
         (self.file,) = (self.folder / "spectrum" / "ritz").iterdir()
         self.identity = files.read_json(self.file)["identity"]
@@ -412,14 +413,13 @@ class Law(Target):
         """Fit a law to a table."""
         self.file = self.folder / "law.json"
         write_table(self.folder / "runs.csv")
-        asked = ["--params", "100M", "--tokens", "10B", "--bits", "2", "4"]
-        tiny.quietly(command.run, [*asked, "--runs", str(self.folder / "runs.csv"), "--resamples", "0", "--save",
-                                   str(self.file)])  # fmt: skip
-        self.arguments = [*asked, "--law", str(self.file), "--json"]
+        asked = {"params": 10**8, "tokens": 10**10, "bits": (2.0, 4.0)}
+        plan.answer(plan.PlanConfig(**asked, runs=str(self.folder / "runs.csv"), resamples=0, save=str(self.file)))
+        self.config = plan.PlanConfig(**asked, law=str(self.file))
 
     def read(self, case: int) -> Any:
         """Return what is answered."""
-        return tiny.quietly(command.run, self.arguments)[1]
+        return json.dumps(plan.answer(self.config)[0])
 
     def right(self, content: bytes, found: Any) -> str | None:
         """Without a digest it is a law that someone wrote, which is what it says."""
@@ -447,14 +447,14 @@ class Configuration(Run):
         """A range is named with its option, another value with the folder."""
         self.names = (str(self.file), f"in {self.out} was started", "--")
         self.wanted = self.read(0)
-        self.ours = {name: value for name, value in vars(self.config).items() if name != "described"}
+        self.ours = self.config.settings()
 
     def read(self, case: int) -> Any:
         """Take the run's settings, or compare ours with them."""
         if case % 2:
             loop._open_run(self.out, self.config, self.corpus)
-            return vars(self.config)
-        return {**vars(settings_of.resumed({"out": str(self.out)}))}
+            return self.config.settings()
+        return resumed({"out": str(self.out)}).settings()
 
     def right(self, content: bytes, found: Any) -> str | None:
         """Without a digest, as earlier versions wrote it, it is what it says."""
@@ -463,7 +463,6 @@ class Configuration(Run):
         if "digest" not in stored:
             wanted |= {key: tuple(v) if key == "bits" else v for key, v in stored.items() if key in wanted}
             wanted["out"] = self.wanted["out"]
-        found, wanted = ({k: v for k, v in one.items() if k != "described"} for one in (found, wanted))
         if found != wanted and not (found == self.ours and "digest" not in stored):
             raise Wrong(f"read as something else: {difference(found, wanted)}")
         return None
@@ -562,8 +561,8 @@ class Runs(Target):
     def read(self, case: int) -> Any:
         """Read it, and fit it now and then."""
         if case % _FIT_EVERY == _FIT_EVERY - 1:
-            args = ["--params", "100M", "--tokens", "10B", "--bits", "2", "--runs", str(self.file), "--resamples", "0"]
-            return tiny.quietly(command.run, args)[1] and None
+            plan.answer(plan.PlanConfig(10**8, 10**10, (2.0,), runs=str(self.file), resamples=0))
+            return None
         return fit.read_runs(self.file)
 
     def right(self, content: bytes, found: Any) -> str | None:

@@ -88,7 +88,7 @@ def test_a_deadline_leaves_the_rest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", plan.PRESETS, ids="preset-{}".format)
 def test_presets_are_consistent(name: str, tmp_path: Path) -> None:
     """Every training ends with its budget, and starts with phases that go on from each other."""
-    preset = replace(plan.PRESETS[name], config=replace(plan.PRESETS[name].config, device="cpu"))
+    preset = replace(plan.PRESETS[name], config=plan.PRESETS[name].config.changed(device="cpu"))
     for unit, seed, size in plan.order(preset):
         config = plan.configured(preset, size, seed, tmp_path)
         for training in plan.trainings(preset, config, unit):
@@ -111,8 +111,8 @@ def test_presets_cover_what_the_law_needs() -> None:
         assert {1, 2, 4} <= set(preset.bits)
         assert len({seed for unit in preset.units if len(unit.schedules) == 2 for seed in unit.seeds}) >= 3
     small, *_, large = plan.PRESETS["gpu"].sizes
-    config = replace(plan.PRESETS["gpu"].config, device="cpu")
-    counts = [quantized_parameters(replace(config, width=w, depth=d, heads=h)) for w, d, h in (small, large)]
+    config = plan.PRESETS["gpu"].config.changed(device="cpu")
+    counts = [quantized_parameters(config.changed(width=w, depth=d, heads=h)) for w, d, h in (small, large)]
     assert counts[0] < 1e6 < 2e7 < counts[1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qatkernels import files
+from qatkernels.options import flag, settings_of
 from qatkernels.trainer import CheckpointError, ConfigError, DivergedError, Interrupted, TrainConfig, loop, train
 from qatkernels.trainer.demo_model import ModelConfig, Transformer
 from qatkernels.trainer.models import EXCLUDED
@@ -64,7 +65,9 @@ def test_checkpoints_hold_what_was_evaluated(tiny: dict[str, Any]) -> None:
 
     report = run(tiny)
     config = TrainConfig(**tiny)
-    windows = data.load(config.data, config.context).evaluation(config.eval_windows, config.context)
+    windows = data.load(config.data, config.shape.context).evaluation(
+        config.evaluation.eval_windows, config.shape.context
+    )
     folder = Path(tiny["out"]) / "w2"
     described = files.read_json(folder / "config.json")
     model = Transformer(ModelConfig(**described["model"]))
@@ -282,9 +285,9 @@ def test_bad_settings(changes: dict[str, Any], message: str) -> None:
 
 def test_every_field_has_a_type_that_is_checked() -> None:
     """Nothing has the type of what is neither a number nor a string; a list of widths is as good as a tuple."""
-    for entry in fields(TrainConfig):
-        with pytest.raises(ConfigError, match=f"--{entry.name.replace('_', '-')} is b'', must be"):
-            TrainConfig(**{entry.name: b""})
+    for name in settings_of(TrainConfig):
+        with pytest.raises(ConfigError, match=f"{flag(name)} is b'', must be"):
+            TrainConfig(**{name: b""})
     assert TrainConfig(bits=[4, 2]) == TrainConfig(bits=(4, 2))  # type: ignore[arg-type]
 
 

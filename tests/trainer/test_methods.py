@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qatkernels import QuantConfig, quantize_model, quantized_modules
+from qatkernels.methods.winq import WinQConfig
 from qatkernels.trainer import ConfigError, Interrupted, TrainConfig, data, loop, train
 from qatkernels.trainer.demo_model import Transformer
 from qatkernels.trainer.methods import MethodConfig
@@ -103,7 +104,7 @@ def test_parts_of_a_batch_add_up(tiny: dict[str, Any]) -> None:
     config = TrainConfig(**tiny, accumulate=3).resolved()
     torch.manual_seed(0)
     model = Transformer(config.shape)
-    windows = torch.randint(256, (8, config.context + 1))
+    windows = torch.randint(256, (8, config.shape.context + 1))
     optimizer = torch.optim.SGD(model.parameters())
     loop.mean_loss(model, windows, config).backward()
     whole = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -119,7 +120,7 @@ def test_between_steps_nothing_weight_sized_is_held(tiny: dict[str, Any], way: d
     run({**tiny, "qat_steps": 1})
     config = TrainConfig(**{**tiny, **way}).resolved()
     phase = phases(config)[1]
-    corpus = data.load(config.data, config.context)
+    corpus = data.load(config.data, config.shape.context)
     before = {id(t) for t in tensors()}
     training = loop.begin(loop.Run(config, corpus, None, None, None, Processes()), phase)  # type: ignore[arg-type]
     for step in range(3):
@@ -142,7 +143,7 @@ def test_resets_by_default() -> None:
     model = quantize_model(torch.nn.Linear(4, 4), QuantConfig())
     method = MethodConfig("winq").start(model, torch.optim.SGD(model.parameters()), 100)
     assert method.reset_every == 25  # type: ignore[attr-defined]
-    assert MethodConfig("winq", reset_every=0).start(model, None, 100).reset_every is None  # type: ignore
+    assert MethodConfig("winq", WinQConfig(reset_every=0)).start(model, None, 100).reset_every is None  # type: ignore
 
 
 @pytest.mark.parametrize(

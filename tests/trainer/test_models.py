@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,7 @@ def test_a_tokenizer(tiny_hf: dict[str, Any], llama: Path) -> None:
     assert report["text"]["held_out_bytes"] == corpus.held_out_bytes
     config = TrainConfig(**tiny_hf, model=str(llama)).resolved()
     model = models.load_trained(Path(tiny_hf["out"]) / "fp").model
-    windows = corpus.evaluation(config.eval_windows, config.context)
+    windows = corpus.evaluation(config.evaluation.eval_windows, config.shape.context)
     with torch.no_grad():
         nats = float(loop.mean_loss(model, windows, config))
     wanted = nats / math.log(2) / corpus.bytes_per_token
@@ -308,4 +307,4 @@ def test_on_the_command_line(tiny_hf: dict[str, Any], llama: Path, capsys: pytes
     assert cli.main(["train", *options({**tiny_hf, "model": str(llama), "steps": 4, "qat_steps": 4})]) == 0
     assert "bits" in capsys.readouterr().out
     assert cli.main(["train", "--resume", "--out", tiny_hf["out"]]) == 0
-    assert asdict(TrainConfig())["model"] == "demo"
+    assert TrainConfig().settings()["model"] == "demo"

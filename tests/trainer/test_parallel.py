@@ -233,7 +233,7 @@ def test_one_process_is_a_group_of_one(tiny: dict[str, Any], tmp_path: Path, mon
     group.size = 3
     config = TrainConfig(**tiny).resolved()
     with pytest.raises(ConfigError, match="--batch is 4, must be a multiple of the 3 processes"):
-        loop.run_phases(config, data.load(config.data, config.context), phases(config), print, group)
+        loop.run_phases(config, data.load(config.data, config.shape.context), phases(config), print, group)
 
 
 def test_shares_are_everything_once() -> None:

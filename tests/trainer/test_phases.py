@@ -88,7 +88,9 @@ def test_each_phase_starts_from_the_right_checkpoint(tiny: dict[str, Any], sched
 
     config = by_tokens(tiny, schedule=schedule)
     report = quietly(config)
-    windows = data.load(config.data, config.context).evaluation(config.eval_windows, config.context)
+    windows = data.load(config.data, config.shape.context).evaluation(
+        config.evaluation.eval_windows, config.shape.context
+    )
     rounded = {}
     for name in ("fp42",) if schedule == "fused" else ("fp34", "cooled42"):
         model = Transformer(config.shape)
