@@ -34,6 +34,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/typos
 	git ls-files '*.cpp' '*.h' '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: setup
@@ -42,4 +43,4 @@ format: setup
 	git ls-files '*.cpp' '*.h' '*.cu' | xargs $(BIN)/clang-format -i
 
 clean:
-	rm -rf build $(VENV) qatkernels/*.so
+	rm -rf build dist qatkernels/*.so

@@ -34,8 +34,8 @@ from .ops import (
     quantize,
     unpack,
 )
+from .version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "Grid",

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends
+from . import backends
+from .version import __version__
 
 #: What the doctor says of a kind of installation.
 _KINDS = {

@@ -1,7 +1,7 @@
 """The command line: subcommands, each in the module of its name.
 
-A module has ``LONG``, a description, maybe ``EPILOG`` and ``USAGE``; ``add_arguments(parser)``; and ``run(args)``, which returns the
-exit code.
+A module has ``LONG``, a description; maybe ``USAGE`` and ``EPILOG``; ``add_arguments(parser)``; and ``run(args)``, which
+returns the exit code.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from .. import __version__
 from ..extras import MissingExtraError
+from ..version import __version__
 from .arguments import Parser
 from .common import fail
 

@@ -18,8 +18,8 @@ DEMO = "demo"
 #: Layers of the demo's model that stay in full precision, as in the papers.
 EXCLUDED = ("lm_head",)
 _STRANGE = "no model that `qatkernels train` wrote, or one of another version"
-#: Bytes that a stored model's rotary angles may take; no file holds them.
-_MAX_ANGLES = 2**30
+#: Bytes that the rotary angles of a stored model may take: a few numbers in a header ask for them, no file holds them.
+_MAX_ANGLES = 2**27
 
 
 def describe(model: str, shape: ModelConfig) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def _row(result: dict[str, Any], first: dict[str, Any], quantized_bytes: int) ->
 
 
 def _machine() -> dict[str, Any]:
-    from .. import __version__
+    from ..version import __version__
 
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {

@@ -187,7 +187,7 @@ class Packed(Run):
     def read(self, case: int) -> Any:
         """Return the model's tensors and what it answers."""
         model = generate.load(self.file)
-        logits = model(torch.tensor([[1, 2, 3, 250]]))
+        logits = model(torch.tensor([[1, 2, 3, 250]])[:, : model.config.context])  # a made-up header may say 1
         return {**bits_of(model.state_dict()), "logits": bits_of({"": logits})[""]}
 
     def right(self, content: bytes, found: Any) -> str | None:
