@@ -34,7 +34,7 @@ from .ops import (
     quantize,
     unpack,
 )
-from .version import __version__
+from .version import __version__ as __version__
 
 __all__ = [
     "CheckpointError",

@@ -1,7 +1,7 @@
 """The command line: subcommands, each in the module of its name.
 
-A module has ``LONG``, a description; maybe ``USAGE`` and ``EPILOG``; ``add_arguments(parser)``; and ``run(args)``, which
-returns the exit code.
+A module has ``LONG``, a description; maybe ``USAGE`` and ``EPILOG``; ``add_arguments(parser)``; and ``run(args)``,
+which returns the exit code.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ class HessianOperator:
         return (
             [(id(t), t._version) for t in (*self.source.parameters(), *self.source.buffers())],
             [module.training for module in modules],
-            [(layer.noise_std, layer.scale_noise_std) for layer in layers],
+            [(layer.quantizer.noise_std, layer.quantizer.scale_noise_std) for layer in layers],
         )
 
     def _random_state(self) -> RandomState:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import quantized_modules, quantized_weights
-from ..nn.perturbation import ETA, RHO, ascent, perturbed
 from ..nn.quantized import check_weights
+from ..nn.quantizer import ETA, RHO, ascent, perturbed
 from ..nn.replay import RandomState, check_calibrated
 from ..ops import perturbation_norms
 from .hvp import Scope, check_whole, checked_loss, gradient_of, scope_of

@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 
 from ..nn import quantized_modules
 from ..nn.activation import scales_of
-from ..nn.perturbation import ETA, RHO, ascent, perturbed
 from ..nn.quantized import Quantized
+from ..nn.quantizer import ETA, RHO, ascent, perturbed
 from ..nn.replay import RandomState, untouched
 from ..ops import perturb_swap_, perturbation_norms
 from ..options import AT_LEAST_0, AT_LEAST_1, check, option

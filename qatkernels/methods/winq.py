@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..nn import quantized_modules
 from ..nn.quantized import Quantized
+from ..nn.quantizer import modified
 from ..nn.replay import RandomState, untouched
 from ..ops import reset_
 from ..options import AT_LEAST_0, AT_LEAST_1, SHARE, check, option
@@ -138,6 +139,7 @@ class WinQ:
         self.stats = GridStats(model, rotation)
         self._layers = layers_by_weight(model)
         self._warned = False
+        self._noise = ExitStack()
         if rotation is not None:
             _check_rotation(rotation, self._layers)
         if reset_every is not None and not self._trained():
@@ -149,8 +151,13 @@ class WinQ:
         self._set_noise(1)
 
     def _set_noise(self, sign: float) -> None:
-        for module in quantized_modules(self.model).values():
-            module.noise_std, module.scale_noise_std = sign * self.noise_std, sign * self.scale_noise_std
+        self._noise.close()
+        layers, std, scale_std = (
+            quantized_modules(self.model).values(),
+            sign * self.noise_std,
+            sign * self.scale_noise_std,
+        )
+        self._noise.enter_context(modified(layers, noise_std=std, scale_noise_std=scale_std))
 
     def _trained(self) -> dict[str, Quantized]:
         return {name: module for name, module in self._layers.items() if module.weight.requires_grad}
@@ -173,7 +180,7 @@ class WinQ:
     def remove(self) -> None:
         """Turn the noise off for good."""
         self.noise_std = self.scale_noise_std = 0.0
-        self._set_noise(1)
+        self._noise.close()
 
     @property
     def due(self) -> bool:

@@ -19,6 +19,7 @@ from .pack_model import packed_modules
 from .packed_linear import Packed
 from .quantize_model import quantized_modules
 from .quantized import Quantized, reparametrization
+from .quantizer import initial_scale
 from .replaced import message, replaced_layers
 from .replay import untouched
 
@@ -263,7 +264,7 @@ def _look_at_scales(row: LayerCheck, layer: Quantized) -> None:
     if not weight.isfinite().all():
         row.problems.append("has weights that are not finite")
         return
-    fresh = layer._initial_scale(layer.config)[0]
+    fresh = initial_scale(layer.weight, layer.config)[0]
     alive = (fresh > MIN_SCALE) & scale.isfinite()
     if scale.shape == fresh.shape and alive.any():
         row.scale_ratio = float((scale[alive] / fresh[alive]).median())

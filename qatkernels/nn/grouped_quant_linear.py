@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..ops.grouped_linear import grouped_linear
 from .activation import autocast_dtype, compute_dtype
 from .config import QuantConfig
-from .perturbation import perturb
 from .quant_linear import why_not
 from .quantized import Quantized
 
@@ -152,8 +151,7 @@ class GroupedQuantLinear(Quantized):
         """
         if self.act is not None:
             x = self.act(x)
-        noise = (self.noise_std, self.scale_noise_std) if self.training else (0.0, 0.0)
-        weight = perturb(self._fake_quantized(compute_dtype(self.weight), *noise), self.perturbation)
+        weight = self._forward_weight(compute_dtype(self.weight))
         if (dtype := autocast_dtype(self.weight)) is not None:
             x, weight = x.to(dtype), weight.to(dtype)
         y = grouped_linear(x, weight, offsets)

@@ -17,7 +17,6 @@ from ..ops.noise import make_seed
 from ..ops.quant_linear import forward_mode_alone
 from .activation import compute_dtype
 from .config import QuantConfig
-from .perturbation import perturb
 from .quantized import Quantized, reparametrization
 
 if TYPE_CHECKING:
@@ -55,11 +54,8 @@ class QuantLinear(Quantized, nn.Linear):
             in ``model.bfloat16()`` and the like.
         zero_point: the same for affine grids, else None.
         act: quantizer of the input, or None.
-        noise_std: standard deviation of the noise on the weight in training forwards (WinQ), negative for the mirrored
-            noise of the same seed; not saved.
-        scale_noise_std: the same for the scales.
-        perturbation: what every forward adds to the quantized weight (:mod:`qatkernels.nn.perturbation`); None for
-            nothing. SQuAT and :func:`~qatkernels.hessian.sharpness` set it for as long as a pass takes. Not saved.
+        quantizer: how the weight is quantized now (:class:`~qatkernels.nn.quantizer.WeightQuantizer`); WinQ, SQuAT and
+            sharpness change that for a while.
 
     Raises:
         ValueError: if ``config.group_size`` does not divide ``in_features``.
@@ -118,26 +114,25 @@ class QuantLinear(Quantized, nn.Linear):
         """Return the output ``[..., N]`` for an input ``[..., K]``."""
         if self.act is not None:
             x = self.act(x)
-        noise = (self.noise_std, self.scale_noise_std) if self.training else (0.0, 0.0)
         dtype = compute_dtype(self.weight)
         pushing = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-        if pushing and self.perturbation is None and forward_mode_alone(x, *self.parameters(recurse=False)):
-            return self._pushed_forward(x, dtype or self.weight.dtype, *noise)
-        weight = perturb(self._fake_quantized(dtype, *noise), self.perturbation)
-        return F.linear(x, weight, self.bias)
+        if pushing and self.quantizer.added is None and forward_mode_alone(x, *self.parameters(recurse=False)):
+            return self._pushed_forward(x, dtype or self.weight.dtype)
+        return F.linear(x, self._forward_weight(dtype), self.bias)
 
-    def _pushed_forward(self, x: Tensor, dtype: torch.dtype, noise_std: float, scale_noise_std: float) -> Tensor:
+    def _pushed_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the output with its tangent, both from one read of the weight and of its tangent."""
+        quantizer, noise = self.quantizer, self.quantizer.noise(self.training)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(dtype)
         x2, along_x = forward_ad.unpack_dual(x.reshape(-1, self.in_features))
         held = (self.weight, self.scale, self.zero_point)
         weight, tangents = zip(*((None, None) if t is None else forward_ad.unpack_dual(t) for t in held), strict=True)
         if all(t is None for t in (along_x, *tangents)):
-            y = F.linear(x2, self._fake_quantized(dtype, noise_std, scale_noise_std))
+            y = F.linear(x2, quantizer.plain(*held, dtype, noise))
         else:
-            seed = make_seed(None, x.device) if noise_std or scale_noise_std else None
-            point = (*weight, seed, list(self.grid.constants), noise_std, scale_noise_std, self._grad_scale)
+            seed = make_seed(None, x.device) if any(noise) else None
+            point = (*weight, seed, list(quantizer.grid.constants), *noise, quantizer.grad_scale)
             y = forward_ad.make_dual(*quant_linear_dual(x2, along_x, *tangents, *point, False))
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(dtype)

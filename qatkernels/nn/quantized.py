@@ -16,11 +16,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from ..grids import Grid
-from ..ops import fake_quantize, quantize
 from .activation import DynamicActivation, Float32Scales, LearnedActivation
 from .config import QuantConfig
 from .floor import count_at_floor, floor_message, local_part
-from .perturbation import Perturbation
+from .quantizer import WeightQuantizer, initial_scale
 
 _16_BIT = (torch.bfloat16, torch.float16)
 
@@ -47,15 +46,24 @@ class Quantized(Float32Scales):
     scale: nn.Parameter
     zero_point: nn.Parameter | None
     act: DynamicActivation | LearnedActivation | None
-    grid: Grid
-    group_size: int | None
+    quantizer: WeightQuantizer
     in_features: int
     out_features: int
 
     @property
+    def grid(self) -> Grid:
+        """Grid of the weight."""
+        return self.quantizer.grid
+
+    @property
+    def group_size(self) -> int | None:
+        """Features that share a scale; None where a row does, or the tensor."""
+        return self.quantizer.group_size
+
+    @property
     def config(self) -> QuantConfig:
         """What the layer is quantized to. Read-only: :meth:`requantize` sets another one."""
-        return self._config
+        return self.quantizer.config
 
     @config.setter
     def config(self, config: QuantConfig) -> None:
@@ -65,9 +73,8 @@ class Quantized(Float32Scales):
         )
 
     def _quantize(self, config: QuantConfig) -> None:
-        self.noise_std = self.scale_noise_std = 0.0
-        self.perturbation: Perturbation | None = None
         self.act = None
+        self.quantizer = WeightQuantizer(config, self.weight.shape[-2:].numel())
         self._configure(config, trains=self.weight.requires_grad)
 
     def requantize(self, config: QuantConfig) -> None:
@@ -95,13 +102,12 @@ class Quantized(Float32Scales):
         """Set configuration, scales and the quantizer of the input; nothing changes if the configuration is refused."""
         if not isinstance(config, QuantConfig):
             raise ValueError(f"config is {config!r}, must be a QuantConfig")
-        initial = self._initial_scale(config)
+        initial = initial_scale(self.weight, config)
         for name, value in zip(("scale", "zero_point"), initial, strict=True):
             self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=trains))
         if self.act is None or _activation(config) != _activation(self.config):
             self.act = self._activation_quantizer(config)
-        self._config, self.grid, self.group_size = config, config.grid, config.group_size
-        self._grad_scale = self.grid.grad_scale(self.weight.shape[-2:].numel())  # of one expert, in a stack
+        self.quantizer.configure(config, self.weight.shape[-2:].numel())
 
     def _activation_quantizer(self, config: QuantConfig) -> DynamicActivation | LearnedActivation | None:
         if (act_grid := config.act_grid) is not None:
@@ -109,39 +115,17 @@ class Quantized(Float32Scales):
             return LearnedActivation(self.in_features, act_grid, offset=offset, device=device).train(self.training)
         return None if config.act_bits is None else DynamicActivation(config.act_bits).train(self.training)
 
-    def _initial_scale(self, config: QuantConfig) -> tuple[Tensor, Tensor | None]:
-        """Return scales, and zero points if the grid has them, from the weight."""
-        grid = config.grid
-        w: Tensor = self.weight
-        if config.per_tensor and w.ndim > 2:  # each expert is a tensor of its own
-            w = w.flatten(1)
-        per_tensor = config.per_tensor and w is self.weight
-        scale = grid.init_scale(w, config.group_size, per_tensor=per_tensor, method=config.scale_init)
-        zero_point = grid.init_zero_point(w, scale, config.group_size) if grid.has_zero_point else None
-        # One element, not a scalar: FSDP shards along the first dimension.
-        shape = scale.shape or (1,)
-        return scale.float().view(shape), None if zero_point is None else zero_point.float().view(shape)
-
     @torch.no_grad()
     def reset_scale(self) -> None:
         """Set scales and zero points to what they would be for a layer just made from the present weight."""
-        scale, zero_point = self._initial_scale(self.config)
+        scale, zero_point = initial_scale(self.weight, self.config)
         self.scale.copy_(scale)
         if self.zero_point is not None and zero_point is not None:
             self.zero_point.copy_(zero_point)
 
-    def _fake_quantized(self, dtype: torch.dtype | None, noise_std: float = 0, scale_noise_std: float = 0) -> Tensor:
-        return fake_quantize(
-            self.weight,
-            self.scale,
-            self.grid,
-            group_size=self.group_size,
-            zero_point=self.zero_point,
-            noise_std=noise_std,
-            scale_noise_std=scale_noise_std,
-            grad_scale=self._grad_scale,
-            dtype=dtype,
-        )
+    def _forward_weight(self, dtype: torch.dtype | None) -> Tensor:
+        """Return the weight that this forward multiplies with."""
+        return self.quantizer(self.weight, self.scale, self.zero_point, dtype, self.training)
 
     def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight ``[..., N, K]`` that an eval forward uses: no noise, differentiable.
@@ -149,12 +133,11 @@ class Quantized(Float32Scales):
         Args:
             dtype: bfloat16 or float16 for a float32 weight; the weight's dtype if None.
         """
-        return self._fake_quantized(dtype)
+        return self.quantizer.plain(self.weight, self.scale, self.zero_point, dtype)
 
-    @torch.no_grad()
     def codes(self) -> Tensor:
         """Return the integer codes of the weight, ``[..., N, K]``, int8 (uint8 for 8-bit affine)."""
-        return quantize(self.weight, self.scale, self.grid, group_size=self.group_size, zero_point=self.zero_point)
+        return self.quantizer.codes(self.weight, self.scale, self.zero_point)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         parts = (self._parameters.get("weight"), self.scale, self.zero_point)
@@ -172,10 +155,7 @@ class Quantized(Float32Scales):
         self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype, weight: Tensor, scale: Any, zero_point: Any
     ) -> None:
         """Warn of codes that change because the weight is rounded to 16 bits."""
-        before, after = (
-            quantize(w, scale, self.grid, group_size=self.group_size, zero_point=zero_point)
-            for w in (weight, weight.to(dtype))
-        )
+        before, after = (self.quantizer.codes(w, scale, zero_point) for w in (weight, weight.to(dtype)))
         if changed := int((before != after).sum()):
             # Every layer of a model is cast by the same function. So this warns once, and then nothing is counted.
             global _warned_of

@@ -19,7 +19,7 @@ from ..hessian import HessianOperator, gradient_norm_ratio, sharpness, spectrum
 from ..hessian.lanczos import basis_bytes
 from ..methods.values import check_seed
 from ..nn import QuantConfig, quantize_model, quantized_modules, quantized_weights
-from ..nn.perturbation import RHO
+from ..nn.quantizer import RHO
 from ..ops import cross_entropy
 from ..options import AT_LEAST_1, POSITIVE, ConfigError, check, option
 from . import data, run_folder

@@ -239,7 +239,7 @@ def test_losses_that_change_warn(engine):
     """Randomness that is not torch's, or state that is no buffer; dropout and noise are held fixed."""
     model, data = make(dropout=0.5)
     for layer in (model[0], model[3]):
-        layer.noise_std = 0.01
+        layer.quantizer.noise_std = 0.01
     v = torch.ones(80, dtype=torch.float64)
     random = np.random.default_rng(0)
     with pytest.warns(UserWarning, match="the loss changes from call to call.*although buffers"):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qatkernels.hessian import gradient_norm_ratio, sharpness
-from qatkernels.nn import GroupedQuantLinear, QuantConfig, quantize_model, quantized_weights
+from qatkernels.nn import GroupedQuantLinear, QuantConfig, quantize_model, quantized_modules, quantized_weights
 
 
 class Bowl(nn.Module):
@@ -61,7 +61,7 @@ def test_after_rounding(norm):
     assert wanted.value > 0
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
-    assert all("_fake_quantized" not in m.__dict__ for m in model.modules())
+    assert all(m.quantizer.added is None for m in quantized_modules(model).values())
 
 
 def test_latent_perturbations_of_a_quantized_model_that_cross_no_level():
@@ -123,7 +123,7 @@ def test_experts_are_perturbed_after_rounding(norm):
     found = sharpness(stack, lambda: F.cross_entropy(stack(x, offsets), y), 0.3, norm=norm, target="quantized")
     assert found == pytest.approx(wanted, rel=1e-6)
     assert wanted.value > 0
-    assert "_fake_quantized" not in stack.__dict__
+    assert stack.quantizer.added is None
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,9 @@ def test_an_error_turns_the_noise_off(tmp_path):
     model, callback = make_model(), WinQCallback(reset_every=None, reset_weight=0.0, noise_std=1e-3)
     with pytest.raises(RuntimeError, match="planned"):
         train(QATTrainer, model, tmp_path, [callback, Breaks()])
-    assert all(layer.noise_std == layer.scale_noise_std == 0 for layer in quantized_modules(model).values())
+    assert all(
+        layer.quantizer.noise_std == layer.quantizer.scale_noise_std == 0 for layer in quantized_modules(model).values()
+    )
 
 
 def test_last_reset_and_rotation(tmp_path):
@@ -226,10 +228,10 @@ def test_noise_is_on_in_training_and_off_after(tmp_path):
     seen = []
     model = make_model()
     layer = next(iter(quantized_modules(model).values()))
-    layer.register_forward_hook(lambda module, *_: seen.append((module.training, module.noise_std)))
+    layer.register_forward_hook(lambda module, *_: seen.append((module.training, module.quantizer.noise_std)))
     train(transformers.Trainer, model, tmp_path, [WinQCallback(reset_every=None, reset_weight=0.0, noise_std=1e-3)])
     assert seen == [(True, 1e-3)] * STEPS
-    assert layer.noise_std == 0
+    assert layer.quantizer.noise_std == 0
 
 
 def test_a_resumed_winq_run_is_the_same(tmp_path):

@@ -59,7 +59,7 @@ def written_out(model, x, target, norm, rho, eta=0.01):
 
     def forward(module, x):
         w = module.weight + steps[module.name] if target == "latent" else module.weight
-        y = fake_quantize(w, module.scale, module.grid, grad_scale=module._grad_scale)
+        y = fake_quantize(w, module.scale, module.grid, grad_scale=module.quantizer.grad_scale)
         return F.linear(x, y + (steps[module.name] if target == "quantized" else 0), module.bias)
 
     for name, module in quantized_modules(second).items():
@@ -122,7 +122,7 @@ def test_step_moves_everything(target):
     losses = [squat.step(closure_of(model, x, optimizer)).item() for _ in range(60)]
     assert losses[-1] < 0.7 * losses[0]
     assert all(not torch.equal(before[name], value) for name, value in model.named_parameters())
-    assert all(m.perturbation is None for m in quantized_modules(model).values())
+    assert all(m.quantizer.added is None for m in quantized_modules(model).values())
 
 
 class TestAlternation:

@@ -163,9 +163,9 @@ class TestNoise:
         first, *_ = quantized_modules(make_model()).values()
         model = nn.Sequential(first)
         WinQ(model, **NOISE)
-        assert (first.noise_std, first.scale_noise_std) == (0.01, 0.01)
+        assert (first.quantizer.noise_std, first.quantizer.scale_noise_std) == (0.01, 0.01)
         WinQ(model, **NOISE, scale_noise_std=0.0)
-        assert (first.noise_std, first.scale_noise_std) == (0.01, 0.0)
+        assert (first.quantizer.noise_std, first.quantizer.scale_noise_std) == (0.01, 0.0)
 
     def test_negative_noise_is_the_mirrored_one(self):
         w, scale, seed = torch.randn(4, 32), torch.ones(4), torch.tensor(9)
@@ -207,7 +207,7 @@ class TestGradient:
             for sign in (1, -1):
                 torch.set_rng_state(state)
                 for m in quantized_modules(model).values():
-                    m.noise_std = m.scale_noise_std = sign * 0.01
+                    m.quantizer.noise_std = m.quantizer.scale_noise_std = sign * 0.01
                 model.zero_grad()
                 losses.append(closure_of(model, x)().item())
                 for e, p in zip(expected, model.parameters(), strict=True):
@@ -268,14 +268,14 @@ class TestGradient:
         calls = []
 
         def closure():
-            calls.append(model[0].noise_std)
+            calls.append(model[0].quantizer.noise_std)
             if len(calls) == 2:
                 raise KeyError("planned")
 
         with pytest.raises(KeyError):
             winq.gradient(closure)
         assert calls == [0.01, -0.01]
-        assert model[0].noise_std == 0.01
+        assert model[0].quantizer.noise_std == 0.01
 
 
 def test_a_resumed_run_is_the_same():

@@ -29,8 +29,8 @@ def unfused(layer):
 
     class Plain(QuantLinear):
         def forward(self, x):
-            noise = (self.noise_std, self.scale_noise_std) if self.training else (0.0, 0.0)
-            return F.linear(x, self._fake_quantized(None, *noise), self.bias)
+            noise = (self.quantizer.noise_std, self.quantizer.scale_noise_std) if self.training else (0.0, 0.0)
+            return F.linear(x, self.quantizer.plain(self.weight, self.scale, self.zero_point, None, noise), self.bias)
 
     other = copy.deepcopy(layer)
     other.__class__ = Plain
@@ -77,7 +77,7 @@ def fused(monkeypatch):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_the_parts(name, noise, which, fused):
     layer = make_layer(name)
-    layer.noise_std = layer.scale_noise_std = noise
+    layer.quantizer.noise_std = layer.quantizer.scale_noise_std = noise
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     torch.testing.assert_close(push(layer, x, which), push(unfused(layer), x, which))
     assert fused

@@ -1,0 +1,167 @@
+"""How a layer quantizes its weight now: the grid, and what WinQ, SQuAT and sharpness change for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..grids import Grid
+from ..ops import fake_quantize, perturb_, quantize
+from .config import QuantConfig
+
+if TYPE_CHECKING:
+    from .quantized import Quantized
+
+#: Radius of a perturbation (Foret et al., 2021), and what ASAM adds to a weight's size (Kwon et al., 2021), by default.
+RHO, ETA = 0.05, 0.01
+
+#: What a forward adds to its quantized weight: a tensor like the weight, which autograd sees; or the last three
+#: arguments of :func:`qatkernels.ops.perturb_` (gradient, factor, eta), which autograd does not see and which takes no
+#: memory.
+Perturbation = Tensor | tuple[Tensor, Tensor, float | None]
+
+
+class WeightQuantizer:
+    """Quantizes the weight of one layer. The layer holds the tensors; this holds what is done with them.
+
+    Args:
+        config: what to quantize to.
+        numel: weights of the layer; of one expert, in a stack.
+
+    Attributes:
+        config: what to quantize to.
+        grid: its grid.
+        group_size: features that share a scale, or None.
+        grad_scale: factor of the scales' gradients (LSQ; Esser et al., 2020).
+        noise_std: standard deviation of the noise on the weight in training forwards (WinQ), negative for the mirrored
+            noise of the same seed.
+        scale_noise_std: the same for the scales.
+        added: what every forward adds to the quantized weight; None for nothing.
+
+    The last three change only within :meth:`modified`, and are not saved.
+    """
+
+    def __init__(self, config: QuantConfig, numel: int) -> None:
+        self.noise_std = self.scale_noise_std = 0.0
+        self.added: Perturbation | None = None
+        self.configure(config, numel)
+
+    def configure(self, config: QuantConfig, numel: int) -> None:
+        """Quantize to another configuration from now on; what :meth:`modified` changed stays so."""
+        self.config: QuantConfig = config
+        self.grid: Grid = config.grid
+        self.group_size: int | None = config.group_size
+        self.grad_scale: float = self.grid.grad_scale(numel)
+
+    @contextmanager
+    def modified(
+        self, *, noise_std: float | None = None, scale_noise_std: float | None = None, add: Perturbation | None = None
+    ) -> Iterator[None]:
+        """Quantize in another way within the context; what is None stays as it is.
+
+        Args:
+            noise_std: noise on the weight in training forwards.
+            scale_noise_std: noise on the scales.
+            add: what every forward adds to the quantized weight.
+        """
+        before = self.noise_std, self.scale_noise_std, self.added
+        self.noise_std = self.noise_std if noise_std is None else noise_std
+        self.scale_noise_std = self.scale_noise_std if scale_noise_std is None else scale_noise_std
+        self.added = self.added if add is None else add
+        try:
+            yield
+        finally:
+            self.noise_std, self.scale_noise_std, self.added = before
+
+    def noise(self, training: bool) -> tuple[float, float]:
+        """Return the noise on weight and scales in a forward."""
+        return (self.noise_std, self.scale_noise_std) if training else (0.0, 0.0)
+
+    def plain(
+        self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype | None = None,
+        noise: tuple[float, float] = (0.0, 0.0),
+    ) -> Tensor:  # fmt: skip
+        """Return the fake-quantized weight, without what is added to it.
+
+        Args:
+            weight: master weight ``[..., N, K]``.
+            scale: its scales.
+            zero_point: its zero points, for grids that have them.
+            dtype: bfloat16 or float16 for a float32 weight; the weight's dtype if None.
+            noise: on weight and scales.
+        """
+        return fake_quantize(
+            weight, scale, self.grid, group_size=self.group_size, zero_point=zero_point, noise_std=noise[0],
+            scale_noise_std=noise[1], grad_scale=self.grad_scale, dtype=dtype,
+        )  # fmt: skip
+
+    def __call__(
+        self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype | None, training: bool
+    ) -> Tensor:
+        """Return the weight that a forward multiplies with; arguments as for :meth:`plain`."""
+        quantized = self.plain(weight, scale, zero_point, dtype, self.noise(training))
+        if self.added is None:
+            return quantized
+        if isinstance(self.added, Tensor):
+            return quantized + self.added.to(quantized.dtype)
+        perturb_(quantized.detach(), *self.added)
+        return quantized
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """Return the integer codes of a weight."""
+        return quantize(weight, scale, self.grid, group_size=self.group_size, zero_point=zero_point)
+
+
+def initial_scale(weight: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor | None]:
+    """Return scales that fit a weight, and zero points if the grid has them.
+
+    Args:
+        weight: ``[N, K]``, or ``[E, N, K]``.
+        config: what to quantize to.
+    """
+    grid, w = config.grid, weight
+    if config.per_tensor and w.ndim > 2:  # each expert is a tensor of its own
+        w = w.flatten(1)
+    per_tensor = config.per_tensor and w is weight
+    scale = grid.init_scale(w, config.group_size, per_tensor=per_tensor, method=config.scale_init)
+    zero_point = grid.init_zero_point(w, scale, config.group_size) if grid.has_zero_point else None
+    # One element, not a scalar: FSDP shards along the first dimension.
+    shape = scale.shape or (1,)
+    return scale.float().view(shape), None if zero_point is None else zero_point.float().view(shape)
+
+
+@contextmanager
+def modified(layers: Iterable[Quantized], **changes: Any) -> Iterator[None]:
+    """Change how layers quantize within the context, all alike; :meth:`WeightQuantizer.modified` has the arguments."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.quantizer.modified(**changes))
+        yield
+
+
+@contextmanager
+def perturbed(layers: Iterable[tuple[Quantized, Perturbation]]) -> Iterator[None]:
+    """Perturb the quantized weight of layers in every forward within the context."""
+    with ExitStack() as stack:
+        for layer, perturbation in layers:
+            stack.enter_context(layer.quantizer.modified(add=perturbation))
+        yield
+
+
+def ascent(sums: Tensor, rho: float) -> tuple[Tensor, Tensor]:
+    """Return SAM's factor and the norm of its perturbation ``e = factor * T**2 * g``, ``factor = rho / norm(T * g)``.
+
+    Args:
+        sums: :func:`qatkernels.ops.perturbation_norms`, summed over all that is perturbed together.
+        rho: radius.
+    """
+    once, twice = sums.sqrt().unbind()
+    # Without a gradient there is no perturbation. The limit is far below any norm that a loss scale leads to, and its
+    # reciprocal is a float32 number.
+    factor = rho / once.clamp_min(1e-30)
+    return factor, factor * twice
