@@ -209,7 +209,7 @@ def run(t: Training, config: TrainConfig) -> dict[str, Any]:
     entries = [e for e in Log(folder / "log.jsonl").entries() if e["phase"] == t.phase.name and "held_out" in e]
     line = {
         "seed": t.seed, "bits": t.bits, "act_bits": t.act_bits or "", "steps": t.phase.steps, "variant": t.variant,
-        "reset_every": t.phase.method.reset_every or "", "reset_weight": t.resets.weight if resets else "",
+        "reset_every": t.phase.method.winq.reset_every or "", "reset_weight": t.resets.weight if resets else "",
         "loss": round(found["bits_per_byte"], 6), "seconds": round(found["seconds"], 1),
         "curve": [[e["step"], round(e["held_out"], 6)] for e in entries],
     }  # fmt: skip

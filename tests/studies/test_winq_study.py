@@ -93,7 +93,7 @@ def test_variants_differ_and_share_their_start(out: Path) -> None:
         assert len({curve[0][1] for curve in own}) == 1, "round-to-nearest is that of the seed"
         assert len({curve[-1][1] for curve in own}) > 1
     phase = winq.training(winq.PRESETS["test"], 1, 1, None, "plateau", winq.Resets(0.5, 0.4), 20, out).phase
-    assert (phase.method.reset_every, phase.method.noise_std) == (10, 0)
+    assert (phase.method.winq.reset_every, phase.method.winq.noise_std) == (10, 0)
     assert phase.rate(15) == 1 > phase.rate(19), "the rate falls over the last fifth"
 
 

@@ -142,9 +142,9 @@ def test_models_are_kept_along_the_way(tiny: dict[str, Any], monkeypatch: pytest
     steps = {"fp": range(0, 24, 6), "w2": range(0, 12, 6)}
     assert (tiny["steps"], tiny["qat_steps"]) == (24, 12)
     for phase, wanted in steps.items():
-        files = sorted((out / phase).glob("step-*"))
-        assert [f.name for f in files] == [f"step-{step:06d}.safetensors" for step in wanted]
-        for step, file in zip(wanted, files, strict=True):
+        kept = sorted((out / phase).glob("step-*"))
+        assert [f.name for f in kept] == [f"step-{step:06d}.safetensors" for step in wanted]
+        for step, file in zip(wanted, kept, strict=True):
             tensors, header = files.load(file)
             assert header["result"] == {
                 "phase": phase, "bits": None if phase == "fp" else 2, "first": 0 if phase == "fp" else 24, "steps": step

@@ -83,7 +83,9 @@ def test_weights_of_transformers(tiny_hf: dict[str, Any], llama: Path, tied: boo
     for name, value in trained(Path(tiny_hf["out"]) / "fp").items():
         assert_same_bits(value, model.state_dict()[name].float(), name)
     settings = TrainConfig(**{**tiny_hf, "model": str(llama), "steps": 0}).resolved()
-    windows = data.load(settings.data, settings.context).evaluation(settings.eval_windows, settings.context)
+    windows = data.load(settings.data, settings.shape.context).evaluation(
+        settings.evaluation.eval_windows, settings.shape.context
+    )
     assert report["full_precision"]["full_precision"] == loop.evaluate(model.float(), windows, settings)
     after = trained(Path(tiny_hf["out"]) / "w2")
     assert not torch.equal(after["model.layers.0.mlp.up_proj.weight"], model.model.layers[0].mlp.up_proj.weight)
@@ -268,7 +270,7 @@ def test_pickled_weights_are_not_replaced_by_new_ones(tiny_hf: dict[str, Any], l
     (llama / "pytorch_model.bin").write_bytes(b"a pickle")
     with pytest.raises(ConfigError, match=r"whose weights are in pytorch_model\.bin, must be in \*\.safetensors"):
         run(tiny_hf, model=str(llama))
-    assert TrainConfig(**tiny_hf, model=str(llama / "config.json")).resolved().steps == tiny_hf["steps"]
+    assert TrainConfig(**tiny_hf, model=str(llama / "config.json")).resolved().training.steps == tiny_hf["steps"]
 
 
 def test_a_tokenizer_of_another_model(tiny_hf: dict[str, Any], llama: Path) -> None:

@@ -46,7 +46,7 @@ def test_every_kind_of_value(tmp_path: Path) -> None:
         "qat_fraction": 0.25, "accumulate": 2, "schedule": "fused", "two_sided": True, "scale_noise_std": 0.0,
     }  # fmt: skip
     assert isinstance(found["lr"], float)
-    assert TrainConfig(**found).tokens == 10_000_000
+    assert TrainConfig(**found).training.tokens == 10_000_000
     assert toml.read(written(tmp_path, 'bits = 2\nqat-fraction = "auto"')) == {"bits": (2,), "qat_fraction": "auto"}
 
 
