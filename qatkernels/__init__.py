@@ -1,9 +1,9 @@
 """qatkernels: train and run neural networks at 1 to 8 bits."""
 
-from . import backends
+from . import backends, grids
+from ._moved import moved
 from .files import CheckpointError
 from .formats import load_packed, save_packed
-from .grids import Grid, affine, binary, lsq, make_grid, paretoq, seq, ternary
 from .nn import (
     GroupedPackedLinear,
     GroupedQuantLinear,
@@ -13,6 +13,7 @@ from .nn import (
     QuantizationReport,
     QuantLinear,
     check,
+    compile_kernels,
     load_weights,
     pack_model,
     param_groups,
@@ -21,7 +22,6 @@ from .nn import (
     quantized_modules,
     quantized_weights,
     scales_at_floor,
-    warm_up,
 )
 from .ops import (
     PackedWeight,
@@ -38,7 +38,6 @@ from .version import __version__ as __version__
 
 __all__ = [
     "CheckpointError",
-    "Grid",
     "GroupedPackedLinear",
     "GroupedQuantLinear",
     "PackedLinear",
@@ -47,23 +46,20 @@ __all__ = [
     "QuantConv1D",
     "QuantLinear",
     "QuantizationReport",
-    "affine",
-    "binary",
     "check",
+    "compile_kernels",
     "dequantize",
     "empty_cache",
     "fake_quantize",
     "fake_quantize_dynamic",
+    "grids",
     "grouped_lowbit_linear",
     "load_packed",
     "load_weights",
     "lowbit_linear",
-    "lsq",
-    "make_grid",
     "pack",
     "pack_model",
     "param_groups",
-    "paretoq",
     "quantization_report",
     "quantize",
     "quantize_model",
@@ -71,11 +67,15 @@ __all__ = [
     "quantized_weights",
     "save_packed",
     "scales_at_floor",
-    "seq",
-    "ternary",
     "unpack",
-    "warm_up",
 ]
 
 backends.install()
 empty_cache = backends.empty_cache
+
+_GRIDS = ("Grid", "affine", "binary", "lsq", "make_grid", "paretoq", "seq", "ternary")
+__getattr__ = moved(__name__, dict.fromkeys(_GRIDS, "qatkernels.grids"), renamed={"warm_up": "compile_kernels"})
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__", "formats", "hessian", "methods", "nn", "ops", "plan", "trainer"])

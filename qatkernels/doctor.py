@@ -186,7 +186,7 @@ def cure(name: str, here: Installation) -> str:
 def _built_for() -> str | None:
     """Return the torch that the extension was built for if it is not the one that runs."""
     with contextlib.suppress(ImportError):
-        from . import _C  # type: ignore[attr-defined]
+        from . import _C
 
         built: str = _C.build_info()["torch"]
         return built if built != torch.__version__ else None

@@ -51,7 +51,7 @@ def checks(device: torch.device) -> Iterator[Check]:
                 yield from part(device, dtype, shape, name)
     for form, shape in SHAPES.items():
         yield Check("normal", form, partial(_exact, "normal", (torch.tensor(-5), shape[0] * shape[1], 0), device))
-        for grid in (qk.lsq(4), qk.lsq(3)):
+        for grid in (qk.grids.lsq(4), qk.grids.lsq(3)):
             kind = f"{grid.scheme}{grid.bits} {form}"
             codes = partial(_codes, grid, shape)
             layout = (grid.code_min, grid.storage_bits)
@@ -68,14 +68,14 @@ def checks_on(device: torch.device) -> tuple[Check, ...]:
 def family(device, dtype, shape, name):
     """Fake quantization with zero points and without, with noise and without."""
     for op in FAMILY:
-        for grid, noise in ((qk.affine(4), False), (qk.seq(2), op != "quantize")):
+        for grid, noise in ((qk.grids.affine(4), False), (qk.grids.seq(2), op != "quantize")):
             sample = partial(make, grid, shape, dtype, device=device, noise=noise)
             yield Check(
                 op, f"{name} {grid.scheme}{grid.bits}", lambda f, o=op, s=sample: compare.check_sample(o, f, s())
             )
 
     def dequantize(impl):
-        sample = make(qk.affine(4), shape, dtype)
+        sample = make(qk.grids.affine(4), shape, dtype)
         codes = OPS["quantize"].reference(*sample.args("quantize"))
         _exact("dequantize", (codes, sample.scale, sample.zero_point, list(sample.grid.constants), dtype), device, impl)
 
@@ -107,7 +107,7 @@ def in_place(device, dtype, shape, name):
     """Resets and perturbations."""
 
     def reset(impl):
-        compare.check_in_place("reset_", impl, make(qk.affine(4), shape, dtype, device=device).args("reset_"))
+        compare.check_in_place("reset_", impl, make(qk.grids.affine(4), shape, dtype, device=device).args("reset_"))
 
     yield Check("reset_", name, reset)
     w, g = partial(weights, shape, dtype, device), partial(weights, shape, dtype, device, seed=1)
@@ -120,7 +120,11 @@ def in_place(device, dtype, shape, name):
 def products(device, dtype, shape, name):
     """Products with a packed weight, forward and transposed, and a layer with its tangent."""
     rows, cols = shape
-    for grid, group in ((qk.binary(), None), (qk.lsq(3), None), (qk.affine(4), 128 if shape is ALIGNED else None)):
+    for grid, group in (
+        (qk.grids.binary(), None),
+        (qk.grids.lsq(3), None),
+        (qk.grids.affine(4), 128 if shape is ALIGNED else None),
+    ):
         kind = f"{name} {grid.scheme}{grid.bits}"
         for tokens in (1, DECODED):
             call = partial(decoding.make, grid, tokens, rows, cols, group, dtype, device)
@@ -135,7 +139,7 @@ def products(device, dtype, shape, name):
     for transposed in (False, True):
 
         def dual(impl, transposed=transposed):
-            compare.check_linear_dual(impl, make(qk.affine(4), shape, dtype, device=device), 33, transposed)
+            compare.check_linear_dual(impl, make(qk.grids.affine(4), shape, dtype, device=device), 33, transposed)
 
         yield Check("quant_linear_dual", f"{name}{' transposed' if transposed else ''}", dual)
 

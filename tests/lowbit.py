@@ -18,8 +18,8 @@ from qatkernels.ops.packing import SCALES
 
 #: Every width of a stored code, every kind of offset.
 GRIDS = [
-    qk.binary(), qk.ternary(), *map(qk.seq, (2, 3, 4, 8)), *map(qk.lsq, (2, 3, 4, 5, 6, 7, 8)),
-    *map(qk.affine, (2, 3, 4, 8)),
+    qk.grids.binary(), qk.grids.ternary(), *map(qk.grids.seq, (2, 3, 4, 8)), *map(qk.grids.lsq, (2, 3, 4, 5, 6, 7, 8)),
+    *map(qk.grids.affine, (2, 3, 4, 8)),
 ]  # fmt: skip
 GRID_IDS = [f"{g.scheme}{g.bits}" for g in GRIDS]
 

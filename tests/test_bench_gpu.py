@@ -245,7 +245,7 @@ import qatkernels as qk
 from qatkernels.backends import IMPLS
 from qatkernels.ops.samples import make
 for tokens in (1, 2):
-    IMPLS["fake_quantize"]["triton"](*make(qk.lsq(4), (64, 256), torch.bfloat16).args("fake_quantize"))
+    IMPLS["fake_quantize"]["triton"](*make(qk.grids.lsq(4), (64, 256), torch.bfloat16).args("fake_quantize"))
 print(dict(fake_driver.kernels), fake_driver.failures)
 """
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import qatkernels as qk
+from qatkernels import grids
 from qatkernels.grids import MIN_SCALE, SCHEMES, GridConstants
 from qatkernels.ops.samples import GRIDS
 
@@ -13,12 +14,12 @@ from qatkernels.ops.samples import GRIDS
 @pytest.mark.parametrize(
     ("grid", "values"),
     [
-        (qk.binary(), (-1, 1)),
-        (qk.ternary(), (-2 / 3, 0, 2 / 3)),
-        (qk.seq(2), (-0.75, -0.25, 0.25, 0.75)),
-        (qk.lsq(2), (-2, -1, 0, 1)),
-        (qk.lsq(3), (-4, -3, -2, -1, 0, 1, 2, 3)),
-        (qk.affine(2), (0, 1, 2, 3)),
+        (grids.binary(), (-1, 1)),
+        (grids.ternary(), (-2 / 3, 0, 2 / 3)),
+        (grids.seq(2), (-0.75, -0.25, 0.25, 0.75)),
+        (grids.lsq(2), (-2, -1, 0, 1)),
+        (grids.lsq(3), (-4, -3, -2, -1, 0, 1, 2, 3)),
+        (grids.affine(2), (0, 1, 2, 3)),
     ],
     ids=lambda g: getattr(g, "scheme", ""),
 )
@@ -46,15 +47,15 @@ def test_codes_fit_their_bits(grid):
     [(1, "binary", 2), (1.58, "ternary", 3), (2, "seq", 4)] + [(b, "lsq", 2**b) for b in (3, 4, 5, 6, 8)],
 )
 def test_paretoq(bits, scheme, levels):
-    grid = qk.paretoq(bits)
+    grid = grids.paretoq(bits)
     assert (grid.scheme, grid.bits, grid.levels) == (scheme, bits, levels)
-    assert qk.make_grid("paretoq", bits) == grid
-    assert qk.make_grid(scheme, bits) == grid
-    assert hash(grid) == hash(qk.paretoq(bits))
+    assert grids.make_grid("paretoq", bits) == grid
+    assert grids.make_grid(scheme, bits) == grid
+    assert hash(grid) == hash(grids.paretoq(bits))
 
 
-@pytest.mark.parametrize("call", [lambda: qk.paretoq(7), lambda: qk.lsq(1), lambda: qk.lsq(9), lambda: qk.seq(2.5),
-                                  lambda: qk.affine(0), lambda: qk.binary(2), lambda: qk.ternary(2)])  # fmt: skip
+@pytest.mark.parametrize("call", [lambda: grids.paretoq(7), lambda: grids.lsq(1), lambda: grids.lsq(9), lambda: grids.seq(2.5),
+                                  lambda: grids.affine(0), lambda: grids.binary(2), lambda: grids.ternary(2)])  # fmt: skip
 def test_wrong_bits(call):
     with pytest.raises(ValueError, match="bits is"):
         call()
@@ -62,33 +63,33 @@ def test_wrong_bits(call):
 
 def test_unknown_scheme():
     with pytest.raises(ValueError, match=r"scheme is 'int4'.*affine"):
-        qk.make_grid("int4", 4)
+        grids.make_grid("int4", 4)
 
 
 def test_grad_scale():
     for bits, qmax in ((1, 1), (1.58, 1), (2, 1), (3, 3), (4, 7), (8, 127)):
-        assert qk.paretoq(bits).grad_scale(100) == pytest.approx(1 / math.sqrt(100 * qmax))
-    assert qk.affine(4).grad_scale(100) == pytest.approx(1 / math.sqrt(1500))
+        assert grids.paretoq(bits).grad_scale(100) == pytest.approx(1 / math.sqrt(100 * qmax))
+    assert grids.affine(4).grad_scale(100) == pytest.approx(1 / math.sqrt(1500))
 
 
 W = torch.tensor([[0.5, -1.0, 0.25, 0.25], [2.0, 1.0, -6.0, 3.0]])
 
 
 def test_init_scale():
-    torch.testing.assert_close(qk.binary().init_scale(W), torch.tensor([0.5, 3.0]))
-    torch.testing.assert_close(qk.ternary().init_scale(W), torch.tensor([1.0, 6.0]))
-    torch.testing.assert_close(qk.seq(2).init_scale(W), torch.tensor([1.0, 6.0]))
-    torch.testing.assert_close(qk.lsq(4).init_scale(W), torch.tensor([1.0, 6.0]) / 7)
-    torch.testing.assert_close(qk.lsq(4).init_scale(W, per_tensor=True), torch.tensor(6 / 7))
-    torch.testing.assert_close(qk.lsq(4).init_scale(W, 2), torch.tensor([[1.0, 0.25], [2.0, 6.0]]) / 7)
-    torch.testing.assert_close(qk.lsq(4).init_scale(W, method="lsq"), 2 * torch.tensor([0.5, 3.0]) / math.sqrt(7))
-    torch.testing.assert_close(qk.affine(4).init_scale(W), torch.tensor([1.5, 9.0]) / 15)
-    assert qk.lsq(4).init_scale(torch.zeros(2, 3)).tolist() == pytest.approx([MIN_SCALE] * 2)
-    assert qk.lsq(4).init_scale(W.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(grids.binary().init_scale(W), torch.tensor([0.5, 3.0]))
+    torch.testing.assert_close(grids.ternary().init_scale(W), torch.tensor([1.0, 6.0]))
+    torch.testing.assert_close(grids.seq(2).init_scale(W), torch.tensor([1.0, 6.0]))
+    torch.testing.assert_close(grids.lsq(4).init_scale(W), torch.tensor([1.0, 6.0]) / 7)
+    torch.testing.assert_close(grids.lsq(4).init_scale(W, per_tensor=True), torch.tensor(6 / 7))
+    torch.testing.assert_close(grids.lsq(4).init_scale(W, 2), torch.tensor([[1.0, 0.25], [2.0, 6.0]]) / 7)
+    torch.testing.assert_close(grids.lsq(4).init_scale(W, method="lsq"), 2 * torch.tensor([0.5, 3.0]) / math.sqrt(7))
+    torch.testing.assert_close(grids.affine(4).init_scale(W), torch.tensor([1.5, 9.0]) / 15)
+    assert grids.lsq(4).init_scale(torch.zeros(2, 3)).tolist() == pytest.approx([MIN_SCALE] * 2)
+    assert grids.lsq(4).init_scale(W.bfloat16()).dtype == torch.float32
 
 
 def test_affine_covers_the_weights():
-    grid = qk.affine(8)
+    grid = grids.affine(8)
     w = torch.randn(16, 64) + 0.3
     scale = grid.init_scale(w, 16)
     zero = grid.init_zero_point(w, scale, 16)
@@ -103,12 +104,12 @@ def test_affine_covers_the_weights():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: qk.lsq(4).init_scale(W, 3), "group_size is 3.*4"),
-        (lambda: qk.lsq(4).init_scale(W, 2, per_tensor=True), "per_tensor"),
-        (lambda: qk.lsq(4).init_scale(W, method="best"), "method is 'best'"),
-        (lambda: qk.lsq(4).init_scale(W.int()), "w is torch.int32"),
-        (lambda: qk.lsq(4).init_scale(torch.empty(0, 3)), r"w is.*\(0, 3\)"),
-        (lambda: qk.lsq(4).init_zero_point(W, W[:, 0]), "no zero point"),
+        (lambda: grids.lsq(4).init_scale(W, 3), "group_size is 3.*4"),
+        (lambda: grids.lsq(4).init_scale(W, 2, per_tensor=True), "per_tensor"),
+        (lambda: grids.lsq(4).init_scale(W, method="best"), "method is 'best'"),
+        (lambda: grids.lsq(4).init_scale(W.int()), "w is torch.int32"),
+        (lambda: grids.lsq(4).init_scale(torch.empty(0, 3)), r"w is.*\(0, 3\)"),
+        (lambda: grids.lsq(4).init_zero_point(W, W[:, 0]), "no zero point"),
     ],
 )
 def test_init_errors(call, words):

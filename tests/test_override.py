@@ -12,7 +12,7 @@ from qatkernels.backends import extension, fits
 SCRIPT = """
 import torch, qatkernels as qk
 from qatkernels import backends
-grid = qk.lsq(4)
+grid = qk.grids.lsq(4)
 print(backends.chosen("fake_quantize", "CPU"), qk.fake_quantize(torch.ones(2, 4), torch.ones(2), grid).sum().item())
 """
 

@@ -148,7 +148,7 @@ def probe() -> int:
     from ..codes import MISSED
 
     before = entries()
-    sample = make(qk.lsq(4), (8192, 8192), torch.bfloat16, device="cuda")
+    sample = make(qk.grids.lsq(4), (8192, 8192), torch.bfloat16, device="cuda")
     IMPLS["fake_quantize"]["triton"](*sample.args("fake_quantize"))
     torch.cuda.synchronize()
     new = entries() - before

@@ -16,7 +16,7 @@ Run = Callable[[], Any]
 
 
 def _packed(backend: str, shape: tuple[int, int], device: torch.device) -> Run:
-    grid, w = qk.lsq(4), weights(shape, torch.float32, device)
+    grid, w = qk.grids.lsq(4), weights(shape, torch.float32, device)
     packed = PackedWeight.from_float(w, grid.init_scale(w), grid)
     x = draw((1, shape[1]), torch.bfloat16, device)
     args = (x, packed.packed, packed.scale, None, None, None, list(grid.constants), grid.code_min, 4, None)
@@ -24,7 +24,7 @@ def _packed(backend: str, shape: tuple[int, int], device: torch.device) -> Run:
 
 
 def _backward(backend: str, shape: tuple[int, int], device: torch.device) -> Run:
-    args = make(qk.lsq(4), shape, torch.bfloat16, device=device).args("fake_quantize_backward")
+    args = make(qk.grids.lsq(4), shape, torch.bfloat16, device=device).args("fake_quantize_backward")
     return lambda: IMPLS["fake_quantize_backward"][backend](*args)
 
 

@@ -6,7 +6,7 @@ from .check import CheckReport, LayerCheck, check
 from .config import QuantConfig
 from .grouped_quant_linear import GroupedQuantLinear
 from .load_weights import load_weights
-from .pack_model import PACKERS, model_bytes, pack_model, packed_modules, warm_up
+from .pack_model import PACKERS, compile_kernels, model_bytes, pack_model, packed_modules
 from .packed_linear import GroupedPackedLinear, PackedBuffers, PackedLinear
 from .param_groups import param_groups, scales_at_floor
 from .quant_conv1d import QuantConv1D
@@ -31,6 +31,7 @@ __all__ = [
     "ReportRow",
     "calibrate",
     "check",
+    "compile_kernels",
     "load_weights",
     "model_bytes",
     "pack_model",
@@ -41,7 +42,10 @@ __all__ = [
     "quantized_modules",
     "quantized_weights",
     "scales_at_floor",
-    "warm_up",
 ]
 
-__getattr__ = moved(__name__, dict.fromkeys(("load_packed", "save_packed"), "qatkernels.formats"))
+__getattr__ = moved(
+    __name__,
+    dict.fromkeys(("load_packed", "save_packed"), "qatkernels.formats"),
+    renamed={"warm_up": "compile_kernels"},
+)

@@ -108,7 +108,7 @@ def _packer(module: nn.Module) -> Callable[..., nn.Module] | None:
     return next((PACKERS[base] for base in type(module).__mro__ if base in PACKERS), None)
 
 
-def warm_up(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
+def compile_kernels(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
     """Compile the kernels that a packed model will launch on its GPU, so that no request waits for a compiler.
 
     Each layer's configurations are launched once, for any number of tokens; layers of equal shape cost one compilation.
@@ -130,10 +130,10 @@ def warm_up(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
         raise ValueError("the model has no packed layer, pack_model makes them")
     if "triton" not in dict(order("lowbit_linear", "CUDA")):
         return 0
-    from ..triton.lowbit_linear import warm_up as compile_kernels
+    from ..triton.lowbit_linear import warm_up
 
     on_gpu = [layer for layer in layers.values() if layer.weight.packed.is_cuda]
     for layer in on_gpu:
         bias = layer.bias if isinstance(layer, PackedLinear) else None
-        compile_kernels(layer.weight.value, dtype, bias=bias, act_bits=layer.act_bits)
+        warm_up(layer.weight.value, dtype, bias=bias, act_bits=layer.act_bits)
     return len(on_gpu)

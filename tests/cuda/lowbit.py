@@ -9,8 +9,8 @@ from qatkernels.ops.packing import PackedWeight
 from qatkernels.ops.samples import MANY
 
 GRIDS = (
-    qk.binary(), qk.ternary(), qk.seq(2), qk.seq(7), qk.seq(8),
-    *(qk.lsq(bits) for bits in range(2, 9)), *(qk.affine(bits) for bits in (2, 3, 4, 8)),
+    qk.grids.binary(), qk.grids.ternary(), qk.grids.seq(2), qk.grids.seq(7), qk.grids.seq(8),
+    *(qk.grids.lsq(bits) for bits in range(2, 9)), *(qk.grids.affine(bits) for bits in (2, 3, 4, 8)),
 )  # fmt: skip
 
 

@@ -31,13 +31,13 @@ def backend(request):
 def test_real_sizes(op, backend, dtype, granularity):
     for shape in ((4096, 4096), (1000, 11008)):
         if isinstance(granularity, str) or shape[1] % granularity == 0:
-            sample = make(qk.affine(4), shape, dtype, granularity, GPU, noise=op != "quantize")
+            sample = make(qk.grids.affine(4), shape, dtype, granularity, GPU, noise=op != "quantize")
             check_sample(op, IMPLS[f"{op}_out"][backend], sample)
 
 
 def test_backends_agree_with_the_reference_on_the_cpu(backend):
     """Noise and codes are the same bits on either side of the bus."""
-    for grid in (qk.binary(), qk.seq(2), qk.lsq(4)):
+    for grid in (qk.grids.binary(), qk.grids.seq(2), qk.grids.lsq(4)):
         there = make(grid, (256, 513), torch.float32, "row", GPU, noise=True)
         here = tuple(a.cpu() if isinstance(a, torch.Tensor) else a for a in there.args("fake_quantize"))
         (y,) = run_out("fake_quantize", IMPLS["fake_quantize_out"][backend], there.args("fake_quantize"))
@@ -59,7 +59,7 @@ def test_dynamic(backend, dtype, shape):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_dequantize(backend, dtype):
     for granularity in ("tensor", "row", 64):
-        sample = make(qk.affine(8), (512, 1024), dtype, granularity, GPU)
+        sample = make(qk.grids.affine(8), (512, 1024), dtype, granularity, GPU)
         codes = OPS["quantize"].reference(*sample.args("quantize"))
         args = (codes, sample.scale, sample.zero_point, list(sample.grid.constants), dtype)
         (w,) = run_out("dequantize", IMPLS["dequantize_out"][backend], args)
@@ -68,7 +68,7 @@ def test_dequantize(backend, dtype):
 
 def test_the_scale_gradient_repeats(backend):
     for granularity in ("tensor", "row", 32):
-        args = make(qk.affine(4), (2048, 8192), torch.bfloat16, granularity, GPU).args("fake_quantize_backward")
+        args = make(qk.grids.affine(4), (2048, 8192), torch.bfloat16, granularity, GPU).args("fake_quantize_backward")
         first, *others = (IMPLS["fake_quantize_backward"][backend](*args) for _ in range(5))
         for other in others:
             for a, b in zip(first, other, strict=True):
@@ -79,7 +79,7 @@ def test_the_scale_gradient_repeats(backend):
 @pytest.mark.parametrize("op", FAMILY)
 def test_runs_on_the_current_stream(op, backend):
     """Inputs that a side stream is still waiting to write are read after they are written."""
-    sample = make(qk.lsq(4), (1024, 1024), torch.float32, "tensor", GPU)
+    sample = make(qk.grids.lsq(4), (1024, 1024), torch.float32, "tensor", GPU)
     args = sample.args(op)
     late = [torch.zeros_like(a) if isinstance(a, torch.Tensor) else a for a in args]
     IMPLS[op][backend](*late)  # compiled before, so that the side stream is not waited for
@@ -98,7 +98,7 @@ def test_runs_on_the_current_stream(op, backend):
 
 @pytest.mark.parametrize("op", FAMILY[:3])
 def test_graph_replays_with_another_seed(op, backend):
-    sample = make(qk.seq(2), (512, 2048), torch.bfloat16, "tensor", GPU, noise=True)
+    sample = make(qk.grids.seq(2), (512, 2048), torch.bfloat16, "tensor", GPU, noise=True)
     args = sample.args(op)
     IMPLS[op][backend](*args)
     torch.cuda.synchronize()
@@ -117,7 +117,7 @@ def test_graph_replays_with_another_seed(op, backend):
 
 
 def test_no_call_waits_for_the_device(backend):
-    calls = {op: make(qk.lsq(4), (64, 256), torch.float32, "tensor", GPU).args(op) for op in FAMILY}
+    calls = {op: make(qk.grids.lsq(4), (64, 256), torch.float32, "tensor", GPU).args(op) for op in FAMILY}
     calls["fake_quantize_dynamic"] = (weights((64, 256), torch.float32, GPU), 8)
     calls["normal"] = (torch.tensor(1, device=GPU), 1000, 0)
     for op, args in calls.items():
@@ -132,7 +132,7 @@ def test_no_call_waits_for_the_device(backend):
 
 def test_compiled_step_with_cuda_graphs():
     """torch.compile(mode="reduce-overhead") gives the eager forward and gradients, call after call."""
-    grid = qk.lsq(4)
+    grid = qk.grids.lsq(4)
     w = weights((256, 512), torch.float32, GPU).requires_grad_()
     scale = grid.init_scale(w).requires_grad_()
     seed = torch.tensor(0, device=GPU)
@@ -162,7 +162,7 @@ def test_more_than_two_to_the_31_elements(backend):
     tail = weights((5, cols), torch.bfloat16, GPU)
     w[-5:] = tail
     scale = torch.full((rows,), 0.01, device=GPU)
-    point = (None, None, list(qk.lsq(4).constants), 0.0, 0.0, 1.0)
+    point = (None, None, list(qk.grids.lsq(4).constants), 0.0, 0.0, 1.0)
     y = IMPLS["fake_quantize"][backend](w, scale, *point, None)
     assert_same_bits(y[-5:], OPS["fake_quantize"].reference(tail, scale[-5:], *point, None))
     del y
@@ -174,13 +174,13 @@ def test_more_than_two_to_the_31_elements(backend):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_runs_on_the_device_of_its_tensors(backend):
-    sample = make(qk.lsq(4), (64, 256), torch.float32, "row", "cuda:1")
+    sample = make(qk.grids.lsq(4), (64, 256), torch.float32, "row", "cuda:1")
     with torch.cuda.device(0):
         check_sample("fake_quantize", IMPLS["fake_quantize_out"][backend], sample)
 
 
 def test_tensors_on_two_devices_are_refused(backend):
-    sample = make(qk.lsq(4), (4, 64), torch.float32, "row", GPU)
+    sample = make(qk.grids.lsq(4), (4, 64), torch.float32, "row", GPU)
     args = list(sample.args("fake_quantize"))
     args[1] = args[1].cpu()
     with pytest.raises((RuntimeError, ValueError), match="scale"):

@@ -17,7 +17,7 @@ from tests.lowbit import GRID_IDS, GRIDS, Case, activations, cases, floored_case
 pytestmark = pytest.mark.gpu
 
 #: One grid for each width of a stored code: Triton compiles another kernel for every one.
-WIDTHS = [qk.binary(), qk.ternary(), qk.seq(2), *map(qk.lsq, (3, 4, 5, 6)), qk.affine(8)]
+WIDTHS = [qk.grids.binary(), qk.grids.ternary(), qk.grids.seq(2), *map(qk.grids.lsq, (3, 4, 5, 6)), qk.grids.affine(8)]
 #: Few tokens and many, within a tile and beyond it.
 SIZES = [(5, 17, 300), (33, 70, 520), (130, 96, 256)]
 OPERATIONS = ("lowbit_linear", "lowbit_linear_transposed")
@@ -56,7 +56,7 @@ def test_triton_on_float32(grid):
         check_triton(case)
 
 
-@pytest.mark.parametrize("grid", **names([qk.ternary(), qk.lsq(3), qk.affine(4)]))
+@pytest.mark.parametrize("grid", **names([qk.grids.ternary(), qk.grids.lsq(3), qk.grids.affine(4)]))
 def test_triton_by_expert(grid):
     for case in grouped_cases(grid, torch.bfloat16):
         check_triton(case)
@@ -64,7 +64,10 @@ def test_triton_by_expert(grid):
 
 def test_triton_in_float64():
     """There are no such tiles: dequantized, and multiplied by the library, or by the kernel of experts."""
-    for case in (*cases(qk.affine(4), torch.float64, SIZES[:1]), *list(grouped_cases(qk.lsq(3), torch.float64))[:2]):
+    for case in (
+        *cases(qk.grids.affine(4), torch.float64, SIZES[:1]),
+        *list(grouped_cases(qk.grids.lsq(3), torch.float64))[:2],
+    ):
         check_triton(case)
 
 
@@ -83,7 +86,7 @@ def test_cuda_on_few_tokens(grid, dtype):
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_any_number_of_tokens(act_bits):
     """Through the public function, whichever kernel it takes."""
-    weight = scaled_weight(qk.lsq(4), (96, 512), 128)
+    weight = scaled_weight(qk.grids.lsq(4), (96, 512), 128)
     for tokens in (*range(DECODED + 2), 16, 64, 130):
         case = Case(f"{tokens} tokens", weight, activations((tokens, 512), torch.bfloat16), act_bits=act_bits)
         args, expected, bound = case.call("lowbit_linear")
@@ -114,7 +117,7 @@ def test_decoding(grid, act_bits, linear):
 
 def test_decoding_what_has_just_been_written(linear):
     """Calls behind one another: each sees the weights and tokens written right before it, and waits for nothing."""
-    args = lowbit.make(qk.lsq(4), 1, 2048, 4096, 128, torch.bfloat16, GPU)
+    args = lowbit.make(qk.grids.lsq(4), 1, 2048, 4096, 128, torch.bfloat16, GPU)
     x, packed = args[0], args[1]
     sources = [(torch.roll(x, i, -1), torch.roll(packed, i, 0)) for i in range(8)]
     expected = []
@@ -136,7 +139,7 @@ def test_decoding_what_has_just_been_written(linear):
 
 
 def test_decoding_in_a_graph(linear):
-    args = lowbit.make(qk.seq(2), 2, 1024, 8192, None, torch.bfloat16, GPU)
+    args = lowbit.make(qk.grids.seq(2), 2, 1024, 8192, None, torch.bfloat16, GPU)
     linear(*args)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -156,7 +159,7 @@ def test_a_kernel_that_takes_few_tokens_passes_the_others_on(tokens, dtype):
     if "cuda" not in IMPLS["lowbit_linear"]:
         pytest.skip(f"no cuda backend: {MISSING.get('cuda')}")
     serves = CONDITIONS["lowbit_linear"]["cuda"]
-    args = lowbit.make(qk.affine(4), tokens, 70, 256, 64, dtype, GPU)
+    args = lowbit.make(qk.grids.affine(4), tokens, 70, 256, 64, dtype, GPU)
     assert serves(*args) == (tokens <= 8 and dtype != torch.float64)
     op = OPS["lowbit_linear"]
     y = by_call(op, [(IMPLS["lowbit_linear"]["cuda"], serves), (op.reference, None)])(*args)

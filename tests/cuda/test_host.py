@@ -54,13 +54,13 @@ LAYOUTS = [
 @pytest.mark.parametrize("op", FAMILY)
 @pytest.mark.parametrize(("shape", "granularity"), LAYOUTS)
 def test_layouts(op, shape, granularity):
-    check(op, make(qk.lsq(3), shape, torch.float32, granularity))
-    check(op, make(qk.affine(3), shape, torch.bfloat16, granularity, noise=op != "quantize"))
+    check(op, make(qk.grids.lsq(3), shape, torch.float32, granularity))
+    check(op, make(qk.grids.affine(3), shape, torch.bfloat16, granularity, noise=op != "quantize"))
 
 
 @pytest.mark.parametrize("op", FAMILY)
 def test_float64(op):
-    for grid in (qk.binary(), qk.seq(2), qk.affine(4)):
+    for grid in (qk.grids.binary(), qk.grids.seq(2), qk.grids.affine(4)):
         for granularity in ("row", "tensor", 8):
             sample = make(grid, (3, 400), torch.float64, granularity, noise=op != "quantize")
             check(op, sample)
@@ -74,7 +74,7 @@ def _float(t):
 @pytest.mark.parametrize("dtype", FLOATS[:3])
 @pytest.mark.parametrize("op", FAMILY)
 def test_misaligned_pointers(op, dtype):
-    sample = make(qk.seq(2), (4, 512), dtype, "row", noise=op != "quantize")
+    sample = make(qk.grids.seq(2), (4, 512), dtype, "row", noise=op != "quantize")
     check(op, replace(sample, w=misaligned(sample.w)))
     args = sample.args(op)
     outputs = tuple(misaligned(t) for t in run_out(op, on_host.IMPLS[op], args))
@@ -87,7 +87,7 @@ def test_misaligned_pointers(op, dtype):
 def test_the_scale_gradient_repeats():
     """Cut into pieces or not, the order of additions is fixed."""
     for shape, granularity in (((64, 4096), "tensor"), ((9, 2048), "row"), ((64, 64), 32)):
-        sample = make(qk.affine(4), shape, torch.float32, granularity)
+        sample = make(qk.grids.affine(4), shape, torch.float32, granularity)
         args, results = sample.args("fake_quantize_backward"), []
         for flag in (False, True):
             on_host.set_reversed(flag)
@@ -97,7 +97,7 @@ def test_the_scale_gradient_repeats():
 
 
 def test_each_tangent_alone():
-    sample = make(qk.affine(4), (6, 64), torch.float32, "row", noise=True)
+    sample = make(qk.grids.affine(4), (6, 64), torch.float32, "row", noise=True)
     sample.w[0, 3] = torch.nan
     args = sample.args("fake_quantize_jvp")
     for keep in range(3):
@@ -138,7 +138,7 @@ def test_special_values(grid, dtype):
 def test_codes_stay_in_a_range_without_zero():
     w = torch.tensor([[torch.nan, -9.0, 0.0, 2.0, 9.0, torch.inf, -torch.inf, 3.4]])
     for low, high in ((1, 5), (-6, -2), (200, 255)):
-        args = (w, torch.ones(1), None, list(qk.lsq(8).constants), low, high)
+        args = (w, torch.ones(1), None, list(qk.grids.lsq(8).constants), low, high)
         (codes,) = run_out("quantize", on_host.quantize, args)
         assert_same_bits(codes, OPS["quantize"].reference(*args))
 
@@ -190,7 +190,7 @@ def test_normals(numel, seed, stream):
 
 def test_empty_weights_give_zero_scale_gradients():
     w, scale = torch.empty(3, 0), torch.ones(3)
-    args = (w, w, scale, scale, None, list(qk.affine(4).constants), 0.0, 0.0, 1.0)
+    args = (w, w, scale, scale, None, list(qk.grids.affine(4).constants), 0.0, 0.0, 1.0)
     dw, ds, dz = run_out("fake_quantize_backward", on_host.fake_quantize_backward, args)
     assert dw.numel() == 0
     assert_same_bits(ds, torch.zeros(3))

@@ -19,7 +19,7 @@ from tests.cuda import on_host
 from tests.cuda.lowbit import GRIDS, make, reference
 
 #: Codes that are whole in bytes, that are not, and both sizes of code.
-SOME = (qk.binary(), qk.ternary(), qk.lsq(3), qk.affine(4), qk.lsq(8))
+SOME = (qk.grids.binary(), qk.grids.ternary(), qk.grids.lsq(3), qk.grids.affine(4), qk.grids.lsq(8))
 
 
 def name(grid):
@@ -61,14 +61,14 @@ def test_grids(grid, act_bits):
 
 
 @pytest.mark.parametrize("cols", [1, 5, 31, 40, 129, 520, 1001])
-@pytest.mark.parametrize("grid", [*SOME, qk.lsq(5), qk.lsq(7)], ids=name)
+@pytest.mark.parametrize("grid", [*SOME, qk.grids.lsq(5), qk.grids.lsq(7)], ids=name)
 def test_columns(grid, cols):
     """Rows that end anywhere in a byte, a word, 16 bytes, a stage."""
     check(make(grid, 1, 18, cols))
 
 
 @pytest.mark.parametrize("group_size", [1, 8, 10, 16, 24, 32, 40, 48, 64, 96, 192, 256, 320, 480, 960])
-@pytest.mark.parametrize("grid", [*SOME, qk.seq(2), qk.lsq(6)], ids=name)
+@pytest.mark.parametrize("grid", [*SOME, qk.grids.seq(2), qk.grids.lsq(6)], ids=name)
 def test_group_sizes(grid, group_size):
     """Every divisor: what granules fit, what lanes of a granule fit, and what nothing does."""
     cols = 1920 if 1920 % (2 * group_size) == 0 else 2 * group_size
@@ -80,7 +80,12 @@ def test_group_sizes(grid, group_size):
 @pytest.mark.parametrize("act_bits", [None, 4])
 def test_tokens(tokens, act_bits):
     """Up to three tiles of lines in a pass, and several passes."""
-    for grid, group_size in ((qk.lsq(4), None), (qk.binary(), 32), (qk.lsq(5), 128), (qk.ternary(), 20)):
+    for grid, group_size in (
+        (qk.grids.lsq(4), None),
+        (qk.grids.binary(), 32),
+        (qk.grids.lsq(5), 128),
+        (qk.grids.ternary(), 20),
+    ):
         check(make(grid, tokens, 9, 640, group_size, act_bits=act_bits, bias=torch.float32), name(grid))
 
 
@@ -90,7 +95,7 @@ def test_dtypes(dtype):
     for scale_dtype in (torch.float32, torch.bfloat16, torch.float16):
         for bias in (None, torch.float32, torch.bfloat16, torch.float16):
             for group_size in (64, 15):
-                check(make(qk.affine(4), 2, 11, 960, group_size, dtype, scale_dtype=scale_dtype, bias=bias))
+                check(make(qk.grids.affine(4), 2, 11, 960, group_size, dtype, scale_dtype=scale_dtype, bias=bias))
 
 
 @pytest.mark.parametrize("grid", SOME, ids=name)
@@ -148,7 +153,7 @@ def test_integers_are_exact(grid):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_magnitudes(dtype):
     """Tokens of zeros, of tiny and of huge numbers, and with one number far above the others."""
-    args = make(qk.lsq(4), 6, 18, 512, 64, dtype)
+    args = make(qk.grids.lsq(4), 6, 18, 512, 64, dtype)
     x = args[0].clone()
     x[0] = 0
     x[1] *= 1e-30
@@ -206,7 +211,7 @@ def at_the_end_of_memory(t):
     return flat.view(t.shape).copy_(t)
 
 
-@pytest.mark.parametrize("grid", [*SOME, qk.lsq(6)], ids=name)
+@pytest.mark.parametrize("grid", [*SOME, qk.grids.lsq(6)], ids=name)
 def test_nothing_beyond_the_inputs_is_read(grid):
     for cols, group_size in ((77, None), (96, None), (640, 64), (100, 10)):
         args = make(grid, 3, 7, cols, group_size, bias=torch.float32)
@@ -215,7 +220,7 @@ def test_nothing_beyond_the_inputs_is_read(grid):
 
 
 def test_what_is_served():
-    args = make(qk.lsq(4), 1, 8, 64)
+    args = make(qk.grids.lsq(4), 1, 8, 64)
     x = args[0]
     assert not on_host.lowbit_serves(*replaced(args, x=x.double()))
     assert not on_host.lowbit_serves(*replaced(args, x=x.expand(9, 64).contiguous()))
@@ -228,7 +233,7 @@ def test_what_is_not_served_goes_to_the_reference():
     """A build with CUDA and without Triton: more tokens, float64 and experts are products too."""
     stages = [(on_host.lowbit_linear, on_host.lowbit_serves), (OPS["lowbit_linear"].reference_out, None)]
     linear = by_call(OPS["lowbit_linear"], stages)
-    args = make(qk.affine(4), 9, 24, 64, 32, torch.float32, bias=torch.float32)
+    args = make(qk.grids.affine(4), 9, 24, 64, 32, torch.float32, bias=torch.float32)
     for x in (args[0][:8], args[0], args[0].double()):
         call = replaced(args, x=x)
         (y,) = run_out("lowbit_linear", linear, call)

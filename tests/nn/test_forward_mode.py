@@ -152,12 +152,12 @@ def test_weights_of_many_blocks(granularity):
     """More rows than a block holds: kernels start in the middle of the weight, of its scales and of its noise."""
     for shape in ((4400, 1056), (40, 20_000)):
         for _, impl, device in implementations("quant_linear_dual"):
-            sample = make(qk.affine(4), shape, granularity=granularity, device=device, noise=True)
+            sample = make(qk.grids.affine(4), shape, granularity=granularity, device=device, noise=True)
             check_linear_dual(impl, sample, 2, False)
 
 
 def test_opcheck():
-    sample = make(qk.affine(4), (6, 16), granularity=8)
+    sample = make(qk.grids.affine(4), (6, 16), granularity=8)
     for transposed in (False, True):
         x = torch.randn(3, 6 if transposed else 16)
         args = (x, torch.randn_like(x), *sample.tangents(), *sample.point, transposed)
@@ -177,7 +177,7 @@ def test_opcheck():
     ],
 )
 def test_errors(changed, words):
-    sample = make(qk.lsq(4), (6, 16))
+    sample = make(qk.grids.lsq(4), (6, 16))
     args = [torch.randn(3, 16), None, sample.tangents()[0], None, None, *sample.point, False]
     for i, value in changed.items():
         args[i] = value
@@ -189,7 +189,7 @@ def test_errors(changed, words):
 
 def test_double_backward_is_the_dual():
     """Cotangents (u, U) of the gradients of x and w: the gradient of g is the tangent along (u, U)."""
-    sample = make(qk.lsq(4), (6, 16), torch.float64)
+    sample = make(qk.grids.lsq(4), (6, 16), torch.float64)
     x, u = torch.randn(2, 3, 16, dtype=torch.float64)
     g, v = torch.randn(3, 6, dtype=torch.float64), sample.tangents()[0]
     leaves = [t.clone().requires_grad_() for t in (x, sample.w, g)]

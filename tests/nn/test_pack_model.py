@@ -127,7 +127,7 @@ def test_another_kind_of_layer_is_an_entry(monkeypatch):
     class Other(nn.Module):
         def __init__(self):
             super().__init__()
-            self.grid, self.group_size, self.zero_point, self.act, self.bias = qk.lsq(4), None, None, None, None
+            self.grid, self.group_size, self.zero_point, self.act, self.bias = qk.grids.lsq(4), None, None, None, None
             self.weight = nn.Parameter(torch.randn(3, 8, 16))
             self.scale = nn.Parameter(self.grid.init_scale(self.weight))
 
@@ -477,11 +477,11 @@ def test_a_failed_write_leaves_the_old_file(saved, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "model"]
 
 
-def test_warm_up_compiles_what_is_on_a_gpu(monkeypatch):
+def test_compile_kernels_compiles_what_is_on_a_gpu(monkeypatch):
     model = qk.pack_model(qk.quantize_model(Model(), QuantConfig(bits=4), exclude=["lm_head"]))
-    assert qk.warm_up(model) == 0, "nothing to compile on a CPU"
+    assert qk.compile_kernels(model) == 0, "nothing to compile on a CPU"
     with pytest.raises(ValueError, match="no packed layer, pack_model makes them"):
-        qk.warm_up(nn.Linear(2, 2))
+        qk.compile_kernels(nn.Linear(2, 2))
     calls = []
     kernels = types.SimpleNamespace(warm_up=lambda *args, **kwargs: calls.append((*args, kwargs)))
     monkeypatch.setitem(sys.modules, "qatkernels.triton.lowbit_linear", kernels)
@@ -491,7 +491,7 @@ def test_warm_up_compiles_what_is_on_a_gpu(monkeypatch):
         weight=types.SimpleNamespace(packed=types.SimpleNamespace(is_cuda=True), value="w"), bias="b", act_bits=8
     )
     monkeypatch.setattr(pack_model_module, "packed_modules", lambda _: {"a": layer})
-    assert qk.warm_up(model, torch.float16) == 1
+    assert qk.compile_kernels(model, torch.float16) == 1
     assert calls == [("w", torch.float16, {"bias": None, "act_bits": 8})]
     monkeypatch.setenv("QATKERNELS_BACKEND", "reference")
-    assert qk.warm_up(model, torch.float16) == 0, "kernels were compiled that no call reaches"
+    assert qk.compile_kernels(model, torch.float16) == 0, "kernels were compiled that no call reaches"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qatkernels as qk
+from qatkernels import grids
 from qatkernels.nn import LearnedActivation, PackedBuffers, QuantConfig, QuantLinear, calibrate
 from qatkernels.ops.packing import SCALES
 from tests.compare import assert_same_bits, assert_within
@@ -177,10 +178,10 @@ def layer_of(grid, cols=64, **kwargs):
 def test_a_state_of_another_layout_is_not_loaded():
     """Its tensors may have the same shapes and would be other numbers."""
     for mine, other, message in (
-        (layer_of(qk.seq(2)), layer_of(qk.seq(2), 63), "seq, 2 bits, 63 columns, must be seq, 2 bits, 64 columns"),
-        (layer_of(qk.ternary()), layer_of(qk.seq(2)), "seq, 2 bits, 64 columns, must be ternary, 1.58 bits"),
-        (layer_of(qk.seq(4)), layer_of(qk.lsq(4)), "lsq, 4 bits, 64 columns, must be seq, 4 bits"),
-        (layer_of(qk.lsq(4), scale_dtype=torch.bfloat16), layer_of(qk.lsq(4)),
+        (layer_of(grids.seq(2)), layer_of(grids.seq(2), 63), "seq, 2 bits, 63 columns, must be seq, 2 bits, 64 columns"),
+        (layer_of(grids.ternary()), layer_of(grids.seq(2)), "seq, 2 bits, 64 columns, must be ternary, 1.58 bits"),
+        (layer_of(grids.seq(4)), layer_of(grids.lsq(4)), "lsq, 4 bits, 64 columns, must be seq, 4 bits"),
+        (layer_of(grids.lsq(4), scale_dtype=torch.bfloat16), layer_of(grids.lsq(4)),
          r"weight\.scale is torch.float32, must be torch.bfloat16"),
     ):  # fmt: skip
         before = copy.deepcopy(mine.state_dict())
@@ -192,7 +193,7 @@ def test_a_state_of_another_layout_is_not_loaded():
 
 
 def test_a_state_that_is_no_packed_weight():
-    layer = layer_of(qk.lsq(4))
+    layer = layer_of(grids.lsq(4))
     for name, value, message in (
         ("weight.packed", layer.weight.packed + 0.5, r"weight\.packed is torch.float32, must be torch.uint8"),
         ("weight.packed", layer.weight.packed.to(torch.int8), r"weight\.packed is torch.int8, must be torch.uint8"),
@@ -263,7 +264,7 @@ def test_compile(act):
 
 def test_bad_arguments():
     weight = PackedBuffers.from_quantized(QuantLinear(16, 12, config=QuantConfig(4)))
-    stack = qk.PackedWeight.from_float(torch.randn(2, 4, 8), torch.ones(2, 4), qk.lsq(4))
+    stack = qk.PackedWeight.from_float(torch.randn(2, 4, 8), torch.ones(2, 4), grids.lsq(4))
     for message, call in {
         "weight has shape .12, 16., must have 3": lambda: qk.GroupedPackedLinear(weight),
         "weight has shape .2, 4, 8., must have 2": lambda: qk.PackedLinear(stack),
@@ -288,7 +289,7 @@ def experts(count, rows, cols, grid, *, bias, group_size=None, act=None):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("group_size", [None, 8])
-@pytest.mark.parametrize("grid", [qk.seq(2), qk.affine(4)], ids=lambda g: g.scheme)
+@pytest.mark.parametrize("grid", [grids.seq(2), grids.affine(4)], ids=lambda g: g.scheme)
 def test_grouped(grid, group_size, dtype, bias):
     layer = experts(4, 6, 16, grid, bias=bias, group_size=group_size)
     packed = qk.GroupedPackedLinear.from_quantized(layer)
@@ -315,7 +316,7 @@ def test_grouped(grid, group_size, dtype, bias):
 
 
 def test_grouped_under_autocast_and_compiled():
-    packed = qk.GroupedPackedLinear.from_quantized(experts(3, 6, 16, qk.lsq(4), bias=True))
+    packed = qk.GroupedPackedLinear.from_quantized(experts(3, 6, 16, grids.lsq(4), bias=True))
     x, offsets = torch.randn(7, 16), torch.tensor([2, 2, 7], dtype=torch.int32)
     with torch.autocast("cpu", torch.bfloat16):
         assert packed(x, offsets).dtype == torch.bfloat16

@@ -9,8 +9,8 @@ import torch
 import qatkernels as qk
 from qatkernels import grids, ops
 
-W, SCALE, GRID = torch.randn(4, 8), torch.rand(4) + 0.1, qk.lsq(4)
-AFFINE, ZERO = qk.affine(4), torch.ones(4)
+W, SCALE, GRID = torch.randn(4, 8), torch.rand(4) + 0.1, qk.grids.lsq(4)
+AFFINE, ZERO = qk.grids.affine(4), torch.ones(4)
 PACKED = qk.PackedWeight.from_float(W, SCALE, GRID)
 STACK = qk.PackedWeight.from_float(W.view(2, 2, 8), SCALE.view(2, 2), GRID)
 OFFSETS = torch.tensor([1, 2], dtype=torch.int32)

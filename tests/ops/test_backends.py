@@ -95,8 +95,8 @@ def test_normals(numel, seed, stream):
 
 @pytest.mark.parametrize("op", FAMILY)
 def test_threads_and_launch_shape_change_no_bit(op):
-    sample = make(qk.affine(4), (37, 5000), torch.float32, "row", noise=op != "quantize")
-    whole = make(qk.seq(2), (300, 1000), torch.float32, "tensor", noise=op != "quantize")
+    sample = make(qk.grids.affine(4), (37, 5000), torch.float32, "row", noise=op != "quantize")
+    whole = make(qk.grids.seq(2), (300, 1000), torch.float32, "tensor", noise=op != "quantize")
     threads = torch.get_num_threads()
     for s in (sample, whole):
         results = []
@@ -159,7 +159,7 @@ def test_half_conversions(isa):
     bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
     h = bits.view(torch.float16).view(64, 1024)
     h = torch.where(h.isfinite(), h, torch.zeros_like(h))
-    grid = (list(qk.lsq(8).constants), 0.0, 0.0, 1.0)
+    grid = (list(qk.grids.lsq(8).constants), 0.0, 0.0, 1.0)
     one, jvp = torch.ones(64, 1), IMPLS["fake_quantize_jvp"]["cpp"]
     # A jvp with one tangent in w passes it through a load and a store.
     assert_same_bits(jvp(h, None, None, torch.zeros_like(h), one, None, None, *grid, None), h, isa)
@@ -211,5 +211,5 @@ def test_an_isa_that_is_not_there_is_an_error():
 @pytest.mark.parametrize("op", FAMILY)
 def test_the_reference_returns_no_views(op):
     """SQuAT changes a quantized weight in place, which autograd refuses of a view."""
-    outputs = checked(OPS[op], OPS[op].reference)(*make(qk.seq(2), (6, 8), torch.float32, "row").args(op))
+    outputs = checked(OPS[op], OPS[op].reference)(*make(qk.grids.seq(2), (6, 8), torch.float32, "row").args(op))
     assert not any(t._is_view() for t in as_tuple(outputs))

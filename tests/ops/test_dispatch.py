@@ -100,7 +100,7 @@ backends.IMPLS["lowbit_linear"]["cpp"] = counted
 backends.CONDITIONS["lowbit_linear"] = {"cpp": few}
 del backends.os.environ["QATKERNELS_BACKEND"]
 backends.register()  # so far the reference served every op
-grid = qk.lsq(4)
+grid = qk.grids.lsq(4)
 dense = qk.PackedWeight.from_float(torch.randn(16, 32), torch.full((16,), 0.3), grid)
 stack = qk.PackedWeight.from_float(torch.randn(2, 16, 32), torch.full((2, 16), 0.3), grid)
 for x in (torch.randn(8, 32), torch.randn(9, 32), torch.randn(3, 32, dtype=torch.float64)):

@@ -11,7 +11,7 @@ W, S = torch.randn(4, 12), torch.rand(4) + 0.1
 
 
 def fq(w=W, scale=S, grid=None, **kw):
-    return qk.fake_quantize(w, scale, grid or qk.lsq(4), **kw)
+    return qk.fake_quantize(w, scale, grid or qk.grids.lsq(4), **kw)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def fq(w=W, scale=S, grid=None, **kw):
         (lambda: fq(scale=S.bfloat16()), RuntimeError, r"scale is torch.bfloat16, must be torch.float32"),
         (lambda: fq(w=torch.ones(4, 12, dtype=torch.int32)), RuntimeError, r"w is torch.int32"),
         (lambda: fq(zero_point=S), ValueError, r"zero_point is given.*'lsq'"),
-        (lambda: fq(grid=qk.affine(4), zero_point=torch.zeros(3)), ValueError, r"zero_point has shape \(3,\)"),
+        (lambda: fq(grid=qk.grids.affine(4), zero_point=torch.zeros(3)), ValueError, r"zero_point has shape \(3,\)"),
         (lambda: fq(noise_std=float("inf")), ValueError, r"noise_std is inf"),
         (lambda: fq(noise_std=float("nan")), ValueError, r"noise_std is nan"),
         (lambda: fq(noise_std=0.1, seed=torch.tensor(1.0)), ValueError, r"seed is torch.float32"),
@@ -39,8 +39,8 @@ def fq(w=W, scale=S, grid=None, **kw):
         (lambda: fq(out=torch.empty(12, 4).t()), ValueError, r"out has strides.*contiguous"),
         (lambda: fq(w=W.clone().requires_grad_(), out=torch.empty(4, 12)), RuntimeError, r"out=.*no_grad"),
         (lambda: fq(w=torch.tensor(1.0), scale=torch.tensor(1.0), group_size=1), ValueError, r"group_size"),
-        (lambda: qk.quantize(W, torch.ones(5), qk.lsq(4)), ValueError, r"scale has shape"),
-        (lambda: qk.dequantize(W, S, qk.lsq(4)), RuntimeError, r"codes is"),
+        (lambda: qk.quantize(W, torch.ones(5), qk.grids.lsq(4)), ValueError, r"scale has shape"),
+        (lambda: qk.dequantize(W, S, qk.grids.lsq(4)), RuntimeError, r"codes is"),
         (lambda: qk.fake_quantize_dynamic(W, 1), RuntimeError, r"bits is 1"),
         (lambda: qk.fake_quantize_dynamic(W, 9), RuntimeError, r"bits is 9"),
         (lambda: qk.fake_quantize_dynamic(torch.tensor(1.0)), RuntimeError, r"x has no dimension"),
@@ -68,7 +68,7 @@ def test_out_is_written_and_returned():
 
 
 @pytest.mark.parametrize("shape", [(0, 12), (4, 0), (0,), (0, 0)])
-@pytest.mark.parametrize("grid", [qk.seq(2), qk.affine(4)], ids=["seq", "affine"])
+@pytest.mark.parametrize("grid", [qk.grids.seq(2), qk.grids.affine(4)], ids=["seq", "affine"])
 def test_empty(shape, grid):
     w = torch.empty(shape, requires_grad=True)
     scale = torch.ones(shape[:-1]).requires_grad_()
@@ -106,12 +106,12 @@ def test_more_than_two_to_the_31_elements():
     w = torch.full((n,), 0.5, dtype=torch.bfloat16)
     w[-1], w[-2], w[2**31 - 1] = -4.0, 0.25, 7.0
     scale = torch.tensor(0.5)
-    y = qk.fake_quantize(w, scale, qk.lsq(4), out=w)
+    y = qk.fake_quantize(w, scale, qk.grids.lsq(4), out=w)
     assert y[:3].tolist() == [0.5] * 3
     assert y[-3:].tolist() == [0.5, 0.0, -4.0]
     assert y[2**31 - 1].item() == 3.5
     ends = torch.tensor([0, 2**31 - 2, 2**31, n - 4])
     assert y[ends].tolist() == [0.5] * 4
-    codes = qk.quantize(w, scale, qk.lsq(4))
+    codes = qk.quantize(w, scale, qk.grids.lsq(4))
     assert codes[-3:].tolist() == [1, 0, -8]
     assert codes[2**31 - 1].item() == 7

@@ -56,7 +56,7 @@ def test_backward_is_the_published_rule(grid):
 
 def test_lsq_plus_offset_gradient():
     """y = s * clamp(round(x / s + z)) - s * z: the learned offset gets a gradient only where x is clipped."""
-    grid = qk.affine(3)
+    grid = qk.grids.affine(3)
     w = torch.linspace(-3, 3, 61, dtype=torch.float64)
     scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     zero = torch.tensor(2.25, dtype=torch.float64, requires_grad=True)
@@ -134,7 +134,7 @@ def test_hessian_holds_the_mask_constant(grid):
     torch.testing.assert_close(full, expected)
 
 
-@pytest.mark.parametrize("grid", [qk.seq(2), qk.affine(4)], ids=["seq", "affine"])
+@pytest.mark.parametrize("grid", [qk.grids.seq(2), qk.grids.affine(4)], ids=["seq", "affine"])
 def test_forward_over_forward(grid):
     """The curvature along a tangent: y is linear to second order, so only the square curves."""
     call, primals = _point(grid)
@@ -151,7 +151,7 @@ def test_forward_over_forward(grid):
     assert all(t.eq(0).all() for t in gradient[1])
 
 
-@pytest.mark.parametrize("grid", [qk.seq(2), qk.affine(4)], ids=["seq", "affine"])
+@pytest.mark.parametrize("grid", [qk.grids.seq(2), qk.grids.affine(4)], ids=["seq", "affine"])
 def test_vmap_equals_a_loop(grid):
     call, primals = _point(grid)
     batch = tuple(torch.randn(3, *p.shape, dtype=p.dtype) for p in primals)
@@ -176,8 +176,8 @@ def test_vmap_equals_a_loop(grid):
     "op", ["fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "fake_quantize_dual", "quantize"]
 )
 def test_opcheck(op):
-    chosen = [make(qk.seq(2), (4, 8), noise=op != "quantize"), make(qk.affine(4), (4, 8), granularity=4)]
-    chosen += [make(qk.lsq(4), (4, 8), out_dtype=torch.bfloat16)] if op != "quantize" else []
+    chosen = [make(qk.grids.seq(2), (4, 8), noise=op != "quantize"), make(qk.grids.affine(4), (4, 8), granularity=4)]
+    chosen += [make(qk.grids.lsq(4), (4, 8), out_dtype=torch.bfloat16)] if op != "quantize" else []
     for sample in chosen:
         args = [
             a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
@@ -191,7 +191,7 @@ def test_opcheck(op):
 
 
 def test_opcheck_of_the_others():
-    w, scale, grid = torch.randn(4, 8), torch.rand(4) + 0.1, qk.lsq(4)
+    w, scale, grid = torch.randn(4, 8), torch.rand(4) + 0.1, qk.grids.lsq(4)
     codes = qk.quantize(w, scale, grid)
     point = (codes, scale.requires_grad_(), None, list(grid.constants), torch.float32)
     opcheck(torch.ops.qatkernels.dequantize.default, point)
@@ -199,7 +199,9 @@ def test_opcheck_of_the_others():
     opcheck(torch.ops.qatkernels.normal.default, (torch.tensor(3), 10, 0))
 
 
-@pytest.mark.parametrize("grid", [qk.binary(), qk.seq(2), qk.lsq(4), qk.affine(4)], ids=lambda g: g.scheme)
+@pytest.mark.parametrize(
+    "grid", [qk.grids.binary(), qk.grids.seq(2), qk.grids.lsq(4), qk.grids.affine(4)], ids=lambda g: g.scheme
+)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(grid, backend):
     """No graph break, and the same bits as eager, values and gradients."""
@@ -231,7 +233,7 @@ def test_compile(grid, backend):
 
 
 def test_dequantize_gradient():
-    grid = qk.affine(4)
+    grid = qk.grids.affine(4)
     codes = torch.randint(0, 16, (3, 8), dtype=torch.int8)
     scale = (torch.rand(3, 2, dtype=torch.float64) + 0.5).requires_grad_()
     zero = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
@@ -252,7 +254,7 @@ def test_dynamic_is_the_identity_to_gradients():
 
 
 def test_nothing_but_w_the_scales_and_the_seed_is_saved():
-    sample = make(qk.affine(4), (64, 64), noise=True)
+    sample = make(qk.grids.affine(4), (64, 64), noise=True)
     leaves = [t.clone().requires_grad_() for t in (sample.w, sample.scale, sample.zero_point)]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -265,15 +267,15 @@ def test_noise_is_redrawn_in_the_backward():
     """The gradient is that of the noisy point, not of the clean one."""
     w = torch.zeros(1, 4096, requires_grad=True)
     scale = torch.full((1,), 1.0, requires_grad=True)
-    y = qk.fake_quantize(w, scale, qk.seq(2), noise_std=1.0, seed=11)
+    y = qk.fake_quantize(w, scale, qk.grids.seq(2), noise_std=1.0, seed=11)
     (dw,) = torch.autograd.grad(y.sum(), w)
     noise = qk.ops.normal(torch.tensor(11), 4096)
     assert_same_bits(dw[0], (noise.abs() <= 0.99).float())
-    assert_same_bits(y.detach()[0], qk.fake_quantize(noise, scale.detach()[0], qk.seq(2)))
+    assert_same_bits(y.detach()[0], qk.fake_quantize(noise, scale.detach()[0], qk.grids.seq(2)))
 
 
 def test_seed_forms_and_generator():
-    w, scale, grid = torch.randn(8, 16), torch.rand(8) + 0.1, qk.lsq(3)
+    w, scale, grid = torch.randn(8, 16), torch.rand(8) + 0.1, qk.grids.lsq(3)
     noisy = {"noise_std": 0.3, "scale_noise_std": 0.1}
     a = qk.fake_quantize(w, scale, grid, seed=5, **noisy)
     assert_same_bits(a, qk.fake_quantize(w, scale, grid, seed=torch.tensor(5), **noisy))
@@ -311,7 +313,7 @@ def test_every_sample_backpropagates():
 
 def test_vmap_over_an_empty_batch():
     """As torch's own functions: an empty result, and gradients that are empty or zero."""
-    grid, scale = qk.lsq(4), torch.rand(4, requires_grad=True)
+    grid, scale = qk.grids.lsq(4), torch.rand(4, requires_grad=True)
     w = torch.empty(4, 0, 8, requires_grad=True)
     y = torch.vmap(lambda w: qk.fake_quantize(w, scale, grid), in_dims=1)(w)
     assert y.shape == (0, 4, 8)
@@ -330,7 +332,7 @@ def test_vmap_over_an_empty_batch():
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0), (0, 0)])
 def test_gradients_of_dequantize_without_elements(shape):
     scale, zero = (torch.ones(shape[0], requires_grad=True) for _ in range(2))
-    w = qk.dequantize(torch.empty(shape, dtype=torch.uint8), scale, qk.affine(4), zero_point=zero)
+    w = qk.dequantize(torch.empty(shape, dtype=torch.uint8), scale, qk.grids.affine(4), zero_point=zero)
     ds, dz = torch.autograd.grad(w.sum(), (scale, zero))
     assert torch.equal(ds, torch.zeros_like(scale))
     assert torch.equal(dz, torch.zeros_like(zero))

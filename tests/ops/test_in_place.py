@@ -49,7 +49,7 @@ class TestReset:
 
     @pytest.mark.backends
     def test_float64_and_rows_in_pieces(self):
-        for grid in (qk.binary(), qk.seq(2), qk.affine(4)):
+        for grid in (qk.grids.binary(), qk.grids.seq(2), qk.grids.affine(4)):
             for sample in (make(grid, (3, 40), torch.float64, 8), make(grid, (2, 40000)), make(grid, (3000, 5))):
                 for _, impl, device in implementations("reset_"):
                     check_in_place("reset_", impl, moved(sample.args("reset_"), device), sample.name)
@@ -57,8 +57,8 @@ class TestReset:
     def test_is_the_formula(self):
         w, scale = weights((16, 64), torch.float64), torch.rand(16, dtype=torch.float64) * 0.05 + 0.01
         before = w.clone()
-        assert reset_(w, scale, qk.lsq(3), 0.3) is w
-        expected = 0.7 * before + 0.3 * qk.fake_quantize(before, scale, qk.lsq(3))
+        assert reset_(w, scale, qk.grids.lsq(3), 0.3) is w
+        expected = 0.7 * before + 0.3 * qk.fake_quantize(before, scale, qk.grids.lsq(3))
         torch.testing.assert_close(w, expected, rtol=1e-14, atol=0)
 
     def test_the_ends(self):
@@ -98,7 +98,7 @@ class TestReset:
 
     def test_where_the_formula_alone_would_change_codes(self):
         """Eight bits with a zero point in bfloat16: quantized values are rounded to where they are other codes."""
-        grid, generator = qk.affine(8), torch.Generator().manual_seed(0)
+        grid, generator = qk.grids.affine(8), torch.Generator().manual_seed(0)
         scale, zero_point = torch.linspace(0.01, 0.02, 64), torch.arange(64.0)
         ties = torch.randint(256, (64, 512), generator=generator) + 0.5 - zero_point.view(-1, 1)
         w = (ties * scale.view(-1, 1)).bfloat16()
@@ -112,35 +112,35 @@ class TestReset:
 
     def test_non_finite_weights_stay(self):
         w = torch.tensor([[torch.nan, torch.inf, -torch.inf, 0.3]])
-        after = reset_(w.clone(), torch.tensor([0.25]), qk.lsq(4), 1.0)
+        after = reset_(w.clone(), torch.tensor([0.25]), qk.grids.lsq(4), 1.0)
         assert_same_bits(after, torch.tensor([[torch.nan, torch.inf, -torch.inf, 0.25]]))
-        assert_same_bits(reset_(w.clone(), torch.tensor([torch.nan]), qk.lsq(4), 0.5), w)
+        assert_same_bits(reset_(w.clone(), torch.tensor([torch.nan]), qk.grids.lsq(4), 0.5), w)
 
     def test_in_place_on_parameters_and_views(self):
         weight = torch.nn.Parameter(torch.randn(8, 16))
-        expected = reset_(weight.detach().clone(), torch.full((8,), 0.1), qk.lsq(4), 0.5)
+        expected = reset_(weight.detach().clone(), torch.full((8,), 0.1), qk.grids.lsq(4), 0.5)
         version = weight._version
-        reset_(weight, torch.full((8,), 0.1), qk.lsq(4), 0.5)
+        reset_(weight, torch.full((8,), 0.1), qk.grids.lsq(4), 0.5)
         assert_same_bits(weight.detach(), expected)
         assert weight._version > version
         base = torch.randn(16, 8)
-        expected = reset_(base.t().contiguous(), torch.full((8,), 0.1), qk.lsq(4), 0.5)
-        reset_(base.t(), torch.full((8,), 0.1), qk.lsq(4), 0.5)
+        expected = reset_(base.t().contiguous(), torch.full((8,), 0.1), qk.grids.lsq(4), 0.5)
+        reset_(base.t(), torch.full((8,), 0.1), qk.grids.lsq(4), 0.5)
         assert_same_bits(base.t().contiguous(), expected)
 
     def test_opcheck(self):
-        sample = make(qk.affine(4), (4, 24))
+        sample = make(qk.grids.affine(4), (4, 24))
         opcheck(torch.ops.qatkernels.reset_.default, sample.args("reset_"))
 
     def test_errors(self):
         w, scale = torch.randn(4, 12), torch.ones(4)
         for bad in (-0.1, 1.1, torch.nan):
             with pytest.raises(ValueError, match=r"quantized_weight is .*\[0, 1\]"):
-                reset_(w, scale, qk.lsq(4), bad)
+                reset_(w, scale, qk.grids.lsq(4), bad)
         with pytest.raises(ValueError, match="scale has shape"):
-            reset_(w, torch.ones(3), qk.lsq(4), 0.5)
+            reset_(w, torch.ones(3), qk.grids.lsq(4), 0.5)
         with pytest.raises(RuntimeError, match="contiguous"):
-            torch.ops.qatkernels.reset_(w.t(), torch.ones(12), None, list(qk.lsq(4).constants), 0.5)
+            torch.ops.qatkernels.reset_(w.t(), torch.ones(12), None, list(qk.grids.lsq(4).constants), 0.5)
 
 
 class TestPerturb:

@@ -29,7 +29,7 @@ from tests.lowbit import (
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: One grid for each width of a stored code.
-WIDTHS = [qk.binary(), qk.ternary(), qk.seq(2), *map(qk.lsq, (3, 4, 5, 6)), qk.affine(8)]
+WIDTHS = [qk.grids.binary(), qk.grids.ternary(), qk.grids.seq(2), *map(qk.grids.lsq, (3, 4, 5, 6)), qk.grids.affine(8)]
 OPERATIONS = ("lowbit_linear", "lowbit_linear_transposed")
 
 
@@ -88,7 +88,7 @@ def test_grouped(grid, dtype):
 
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_a_grouped_product_is_the_products_of_its_experts(act_bits):
-    weight, ends = scaled_weight(qk.lsq(4), (3, 8, 32)), [2, 2, 7]
+    weight, ends = scaled_weight(qk.grids.lsq(4), (3, 8, 32)), [2, 2, 7]
     x = activations((9, 32), torch.float32)
     y = qk.grouped_lowbit_linear(x, weight, torch.tensor(ends, dtype=torch.int32), act_bits=act_bits)
     for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -98,7 +98,7 @@ def test_a_grouped_product_is_the_products_of_its_experts(act_bits):
         assert_within(qk.lowbit_linear(x[start:end], one, act_bits=act_bits), expected, bound)
 
 
-@pytest.mark.parametrize("grid", [qk.binary(), qk.lsq(3), qk.affine(4)], ids=lambda g: g.scheme)
+@pytest.mark.parametrize("grid", [qk.grids.binary(), qk.grids.lsq(3), qk.grids.affine(4)], ids=lambda g: g.scheme)
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_any_leading_dimensions_strides_and_nothing(grid, act_bits):
     base = activations((6, 80), torch.float32)
@@ -126,7 +126,7 @@ def test_any_leading_dimensions_strides_and_nothing(grid, act_bits):
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("act_bits", [None, 8])
-@pytest.mark.parametrize("grid", [qk.seq(2), qk.lsq(4)], ids=lambda g: g.scheme)
+@pytest.mark.parametrize("grid", [qk.grids.seq(2), qk.grids.lsq(4)], ids=lambda g: g.scheme)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_stays_in_its_token(grid, act_bits, bad):
     for tokens in (3, 40):
@@ -145,7 +145,11 @@ def test_what_is_not_finite_stays_in_its_token(grid, act_bits, bad):
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("act_bits", [None, 8])
-@pytest.mark.parametrize("grid", [qk.binary(), qk.ternary(), qk.seq(2), qk.lsq(3), qk.lsq(4)], ids=lambda g: g.scheme)
+@pytest.mark.parametrize(
+    "grid",
+    [qk.grids.binary(), qk.grids.ternary(), qk.grids.seq(2), qk.grids.lsq(3), qk.grids.lsq(4)],
+    ids=lambda g: g.scheme,
+)
 def test_a_scale_that_is_not_finite_stays_in_its_row(grid, act_bits):
     """Also where a row ends within the columns that are multiplied at once."""
     others = torch.arange(9) != 4
@@ -168,7 +172,12 @@ def test_a_scale_that_is_not_finite_stays_in_its_row(grid, act_bits):
 @pytest.mark.parametrize("outlier", [1e2, 1e4])
 def test_an_outlier_on_a_small_weight(dtype, outlier):
     """Kernels that sum integers keep activations to 24 bits below the largest, whatever its weight is."""
-    for grid, group in ((qk.affine(4), None), (qk.lsq(4), 32), (qk.seq(2), 32), (qk.binary(), 32)):
+    for grid, group in (
+        (qk.grids.affine(4), None),
+        (qk.grids.lsq(4), 32),
+        (qk.grids.seq(2), 32),
+        (qk.grids.binary(), 32),
+    ):
         weight = scaled_weight(grid, (9, 64), group)
         if group is None:  # nothing at all meets the outlier
             codes = weight.codes().clone()
@@ -200,7 +209,7 @@ def test_a_scale_below_the_floor_acts_as_the_floor(grid, dtype):
 @pytest.mark.usefixtures("isa")
 def test_the_largest_activations_are_summed():
     """Activations whose partial sums no float32 holds, where the result fits."""
-    for grid in (qk.binary(), qk.ternary(), qk.seq(2), qk.lsq(2)):
+    for grid in (qk.grids.binary(), qk.grids.ternary(), qk.grids.seq(2), qk.grids.lsq(2)):
         codes = torch.full((3, 4), grid.code_min, dtype=torch.int8)
         codes[:, 2:] = grid.code_max
         packed = qk.pack(codes, grid)
@@ -216,7 +225,7 @@ def test_the_largest_activations_are_summed():
 def test_a_panel_of_few_rows_reads_its_own_scales():
     """Many tokens, and rows that end within the first sixteen of a panel: scales end with their rows."""
     for rows in (1, 5, 37):
-        for grid in (qk.lsq(4), qk.seq(2)):
+        for grid in (qk.grids.lsq(4), qk.grids.seq(2)):
             check(Case(f"{rows} rows", scaled_weight(grid, (rows, 64)), activations((13, 64), torch.bfloat16)))
 
 
@@ -224,7 +233,7 @@ def test_a_panel_of_few_rows_reads_its_own_scales():
 def test_large_activations_do_not_overflow_between():
     """Integer sums at their extremes: every product is the largest of its sign."""
     cols = 8192
-    for grid in (qk.lsq(8), qk.affine(8), qk.binary()):
+    for grid in (qk.grids.lsq(8), qk.grids.affine(8), qk.grids.binary()):
         for value in (grid.code_min, grid.code_max):
             w = (torch.full((3, cols), float(value)) + grid.offset) / grid.steps
             weight = qk.PackedWeight.from_float(w, torch.ones(3), grid)
@@ -235,7 +244,7 @@ def test_large_activations_do_not_overflow_between():
 @pytest.mark.parametrize("grouped", [False, True])
 def test_autocast_rounds_nothing(grouped):
     offsets = torch.tensor([1, 4], dtype=torch.int32) if grouped else None
-    weight = scaled_weight(qk.lsq(4), (2, 24, 40) if grouped else (24, 40))
+    weight = scaled_weight(qk.grids.lsq(4), (2, 24, 40) if grouped else (24, 40))
     case = Case("", weight, activations((5, 40), torch.float32), offsets=offsets)
     for op in OPERATIONS:
         args, expected, bound = case.call(op)
@@ -258,8 +267,12 @@ def _runs(case, isa):
 def test_number_of_threads_changes_no_bit(isa):
     """Of the product itself, in every dtype but float64; docs/packing.md says where the promise ends."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        every = [case for grid in (qk.ternary(), qk.lsq(3), qk.affine(4)) for case in cases(grid, dtype, LARGE)]
-        for case in [*every, *grouped_cases(qk.lsq(4), dtype)]:
+        every = [
+            case
+            for grid in (qk.grids.ternary(), qk.grids.lsq(3), qk.grids.affine(4))
+            for case in cases(grid, dtype, LARGE)
+        ]
+        for case in [*every, *grouped_cases(qk.grids.lsq(4), dtype)]:
             first, *others = _runs(case, isa)
             for other in others:
                 assert_same_bits(other, first, f"{isa} {case.name}")
@@ -270,7 +283,7 @@ def test_number_of_threads_changes_no_bit(isa):
 def test_a_token_does_not_depend_on_how_many_there_are(isa, act_bits):
     """Where sums are float32 products, added in one order."""
     kernel = IMPLS["lowbit_linear"]["cpp"]
-    for grid, group in product((qk.lsq(4), qk.lsq(3), qk.affine(4)), (None, 50)):
+    for grid, group in product((qk.grids.lsq(4), qk.grids.lsq(3), qk.grids.affine(4)), (None, 50)):
         weight = scaled_weight(grid, (70, 650), group, zero="any" if grid.has_zero_point else None)
         x = activations((43, 650), torch.float32)
         whole = kernel(*Case("", weight, x, act_bits=act_bits).call("lowbit_linear")[0])
@@ -298,8 +311,8 @@ def test_every_isa_is_within_the_bound(isa, isa_calls):
 
 
 def _bad_calls():
-    w, x = scaled_weight(qk.lsq(4), (6, 16), 8), torch.randn(3, 16)
-    stack, ends = scaled_weight(qk.lsq(4), (2, 6, 16)), torch.tensor([1, 3], dtype=torch.int32)
+    w, x = scaled_weight(qk.grids.lsq(4), (6, 16), 8), torch.randn(3, 16)
+    stack, ends = scaled_weight(qk.grids.lsq(4), (2, 6, 16)), torch.tensor([1, 3], dtype=torch.int32)
     linear, grouped = qk.lowbit_linear, qk.grouped_lowbit_linear
     return {
         "x is torch.int64": lambda: linear(x.long(), w),
@@ -332,7 +345,7 @@ def test_bad_calls(message):
 
 def test_a_weight_of_another_kind():
     weight, ends = torch.randn(6, 16), torch.tensor([3], dtype=torch.int32)
-    layer = qk.PackedLinear(scaled_weight(qk.lsq(4), (6, 16)))
+    layer = qk.PackedLinear(scaled_weight(qk.grids.lsq(4), (6, 16)))
     for given, name in ((weight, "a tensor"), (layer.weight, "PackedBuffers"), (None, "None")):
         for call in (qk.lowbit_linear, lambda x, w: qk.grouped_lowbit_linear(x, w, ends)):
             with pytest.raises(TypeError, match=f"weight is {name}.*, must be a PackedWeight"):
@@ -366,7 +379,7 @@ def test_an_input_a_few_columns_off(grid, cols):
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_bad_operands(op):
     """What a PackedWeight does not let through, given to the op itself."""
-    args = list(Case("", scaled_weight(qk.affine(4), (6, 16), 8, zero="any"), torch.randn(3, 16)).call(op)[0])
+    args = list(Case("", scaled_weight(qk.grids.affine(4), (6, 16), 8, zero="any"), torch.randn(3, 16)).call(op)[0])
     for i, value, message in (
         (1, args[1].to(torch.int8), "packed is torch.int8"),
         (2, args[2].double(), "scale is torch.float64"),
@@ -382,7 +395,7 @@ def test_bad_operands(op):
 
 
 def test_bad_out():
-    args, *_ = Case("", scaled_weight(qk.lsq(4), (6, 16)), torch.randn(3, 16)).call("lowbit_linear")
+    args, *_ = Case("", scaled_weight(qk.grids.lsq(4), (6, 16)), torch.randn(3, 16)).call("lowbit_linear")
     for backend, impl, device in implementations("lowbit_linear"):
         if backend == "reference":
             continue

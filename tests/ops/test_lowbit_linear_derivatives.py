@@ -15,7 +15,7 @@ from qatkernels.ops.lowbit_linear import LowbitLinear
 from tests.compare import assert_same_bits, assert_within, torch_compile_blamed
 from tests.lowbit import Case, activations, expected_linear, expected_transposed, scaled_weight
 
-GRADIENT_GRIDS = [qk.binary(), qk.ternary(), qk.seq(2), qk.lsq(4), qk.affine(3)]
+GRADIENT_GRIDS = [qk.grids.binary(), qk.grids.ternary(), qk.grids.seq(2), qk.grids.lsq(4), qk.grids.affine(3)]
 
 
 def _linear(grid, cols=12, shape=(4,)):
@@ -38,7 +38,7 @@ def test_gradcheck(grid, shape):
 
 
 def test_gradcheck_grouped():
-    weight, offsets = _linear(qk.seq(2), shape=(4, 3)), torch.tensor([2, 2, 5, 5], dtype=torch.int32)
+    weight, offsets = _linear(qk.grids.seq(2), shape=(4, 3)), torch.tensor([2, 2, 5, 5], dtype=torch.int32)
     x = torch.randn(6, 12, dtype=torch.float64, requires_grad=True)
 
     def call(x):
@@ -55,7 +55,7 @@ def test_gradcheck_grouped():
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_backward_and_forward_mode_in_every_dtype(dtype, act_bits):
     """With act_bits the derivative is that of the product without: the straight-through rule."""
-    weight = scaled_weight(qk.seq(2), (24, 40), 8)
+    weight = scaled_weight(qk.grids.seq(2), (24, 40), 8)
     x, g = activations((5, 40), dtype), activations((5, 24), dtype, seed=4)
     bias = activations((24,), torch.float32, seed=5)
 
@@ -81,7 +81,7 @@ def test_backward_and_forward_mode_in_every_dtype(dtype, act_bits):
 
 
 def test_gradients_of_the_ops_called_directly():
-    case = Case("", _linear(qk.lsq(4)), torch.randn(3, 12, dtype=torch.float64))
+    case = Case("", _linear(qk.grids.lsq(4)), torch.randn(3, 12, dtype=torch.float64))
     for op in ("lowbit_linear", "lowbit_linear_transposed"):
         args, *_ = case.call(op)
         first = args[0].double().requires_grad_()
@@ -91,7 +91,7 @@ def test_gradients_of_the_ops_called_directly():
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_nothing_of_the_input_is_saved(act_bits):
     """Fine-tuning over a packed base keeps no activation for its sake."""
-    weight, x = _linear(qk.lsq(4)), torch.randn(3, 12, requires_grad=True)
+    weight, x = _linear(qk.grids.lsq(4)), torch.randn(3, 12, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         qk.lowbit_linear(x, weight, torch.zeros(4), act_bits=act_bits)
@@ -99,7 +99,7 @@ def test_nothing_of_the_input_is_saved(act_bits):
 
 
 def test_codes_and_scales_get_no_gradient():
-    weight, x = _linear(qk.lsq(4)), torch.randn(3, 12, requires_grad=True)
+    weight, x = _linear(qk.grids.lsq(4)), torch.randn(3, 12, requires_grad=True)
     scale = weight.scale.clone().requires_grad_()
     qk.lowbit_linear(x, replace(weight, scale=scale)).sum().backward()
     assert x.grad is not None
@@ -110,7 +110,7 @@ def test_codes_and_scales_get_no_gradient():
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_vmap_equals_a_loop(act_bits, grouped):
     offsets = torch.tensor([1, 3], dtype=torch.int32) if grouped else None
-    weight = scaled_weight(qk.affine(4), (2, 6, 16) if grouped else (6, 16), 8, zero="any")
+    weight = scaled_weight(qk.grids.affine(4), (2, 6, 16) if grouped else (6, 16), 8, zero="any")
 
     def call(x):
         if offsets is not None:
@@ -128,7 +128,7 @@ def test_vmap_equals_a_loop(act_bits, grouped):
 
 
 def test_vmap_over_weights():
-    weight, x = scaled_weight(qk.seq(2), (3, 5, 16)), torch.randn(2, 16)
+    weight, x = scaled_weight(qk.grids.seq(2), (3, 5, 16)), torch.randn(2, 16)
     grid = (list(weight.grid.constants), weight.grid.code_min, weight.bits, None)
 
     def call(packed, scale):
@@ -143,7 +143,7 @@ def test_vmap_over_weights():
 def test_compile(backend, grouped):
     """No graph break, and the same bits as eager, values and gradients."""
     offsets = torch.tensor([1, 1, 5], dtype=torch.int32)
-    weight = scaled_weight(qk.affine(4), (3, 24, 32) if grouped else (24, 32), 8, zero="any")
+    weight = scaled_weight(qk.grids.affine(4), (3, 24, 32) if grouped else (24, 32), 8, zero="any")
 
     def step(x, bias):
         if grouped:
@@ -165,7 +165,7 @@ def test_compile(backend, grouped):
 @pytest.mark.parametrize("grouped", [False, True])
 def test_opcheck(grouped):
     offsets = torch.tensor([1, 3], dtype=torch.int32) if grouped else None
-    weight = scaled_weight(qk.affine(3), (2, 6, 16) if grouped else (6, 16), 8, zero="any")
+    weight = scaled_weight(qk.grids.affine(3), (2, 6, 16) if grouped else (6, 16), 8, zero="any")
     bias = None if grouped else torch.randn(6)
     for op, act_bits in (("lowbit_linear", None), ("lowbit_linear", 8), ("lowbit_linear_transposed", None)):
         args, *_ = Case("", weight, torch.randn(4, 16), bias, offsets, act_bits).call(op)

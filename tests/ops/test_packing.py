@@ -56,7 +56,7 @@ def check_packing(codes, grid, packed):
 
 @pytest.mark.parametrize(("bits", "stored"), WIDTHS.items())
 def test_bits_stored(bits, stored):
-    grid = qk.paretoq(bits)
+    grid = qk.grids.paretoq(bits)
     assert grid.storage_bits == stored
     assert qk.pack(random_codes(grid, (3, 40)), grid).shape == (3, 5 * stored)
 
@@ -64,8 +64,10 @@ def test_bits_stored(bits, stored):
 def test_worked_example():
     """The one of docs/packing.md."""
     codes = torch.tensor([[-4, -3, 3, 0, 1]], dtype=torch.int8)
-    assert qk.pack(codes, qk.lsq(3)).tolist() == [[0b11_001_000, 0b0_101_100_1]]
-    assert qk.pack(torch.tensor([[-1, 0, 1, 1, -1]], dtype=torch.int8), qk.ternary()).tolist() == [[0b10_10_01_00, 0]]
+    assert qk.pack(codes, qk.grids.lsq(3)).tolist() == [[0b11_001_000, 0b0_101_100_1]]
+    assert qk.pack(torch.tensor([[-1, 0, 1, 1, -1]], dtype=torch.int8), qk.grids.ternary()).tolist() == [
+        [0b10_10_01_00, 0]
+    ]
 
 
 @settings(max_examples=300, deadline=None)
@@ -95,7 +97,7 @@ def test_every_implementation(grid):
 @pytest.mark.backends
 @pytest.mark.parametrize("bits", [1, 3, 4, 8])
 def test_views(bits):
-    grid = qk.paretoq(bits)
+    grid = qk.grids.paretoq(bits)
     codes = random_codes(grid, (24, 24))
     for view in (codes.t(), codes[:, ::2], codes[:1].expand(5, 24), codes[3:, 5:]):
         check_packing(view, grid, packed_by_definition(view, grid.code_min, grid.storage_bits))
@@ -112,14 +114,14 @@ def test_any_bytes_unpack(grid):
 
 
 def test_opcheck():
-    codes = random_codes(qk.lsq(3), (4, 9))
-    packed = qk.pack(codes, qk.lsq(3))
+    codes = random_codes(qk.grids.lsq(3), (4, 9))
+    packed = qk.pack(codes, qk.grids.lsq(3))
     opcheck(torch.ops.qatkernels.pack.default, (codes, -4, 3))
     opcheck(torch.ops.qatkernels.unpack.default, (packed, -4, 3, 9))
 
 
 def test_bad_codes_and_bytes():
-    grid = qk.lsq(3)
+    grid = qk.grids.lsq(3)
     for codes, error, message in (
         (torch.tensor([[4]], dtype=torch.int8), ValueError, "codes are 4 to 4, must be -4 to 3"),
         (torch.tensor([[-5, 0]], dtype=torch.int8), ValueError, "codes are -5 to 0"),
@@ -195,12 +197,12 @@ def test_no_stored_scale_is_below_the_floor():
         assert (small.double() >= torch.tensor(MIN_SCALE, dtype=torch.float32).double()).all()
         assert small.unique().numel() == 1
     w, scale = torch.full((2, 8), 1e-6), torch.tensor([1e-7, -1.0])
-    packed = qk.PackedWeight.from_float(w, scale, qk.lsq(4))
-    assert_same_bits(packed.dequantize(), qk.fake_quantize(w, scale, qk.lsq(4)))
+    packed = qk.PackedWeight.from_float(w, scale, qk.grids.lsq(4))
+    assert_same_bits(packed.dequantize(), qk.fake_quantize(w, scale, qk.grids.lsq(4)))
 
 
 def test_bad_weights():
-    w, scale, grid = torch.randn(4, 16), torch.ones(4), qk.lsq(4)
+    w, scale, grid = torch.randn(4, 16), torch.ones(4), qk.grids.lsq(4)
     make = qk.PackedWeight.from_float
     good = make(w, scale, grid)
     for message, call in {
@@ -217,7 +219,7 @@ def test_bad_weights():
         "scale is torch.float64": lambda: qk.PackedWeight(good.packed, good.scale.double(), None, grid, 16),
         "scale has 3 columns": lambda: qk.PackedWeight(good.packed, good.scale.expand(4, 3), None, grid, 16),
         "zero_point is torch.float64": lambda: qk.PackedWeight(
-            good.packed, good.scale, good.scale.double(), qk.affine(4), 16
+            good.packed, good.scale, good.scale.double(), qk.grids.affine(4), 16
         ),
         "cols is -1, must be at least 0": lambda: qk.PackedWeight(good.packed[:, :0], good.scale, None, grid, -1),
     }.items():
@@ -226,12 +228,12 @@ def test_bad_weights():
 
 
 def test_arguments_of_another_kind():
-    w, scale, grid = torch.randn(4, 16), torch.ones(4), qk.lsq(4)
+    w, scale, grid = torch.randn(4, 16), torch.ones(4), qk.grids.lsq(4)
     make = qk.PackedWeight.from_float
     for message, call in {
         "w is 3, must be a tensor": lambda: make(3, scale, grid),
         "scale is 0.3, must be a tensor": lambda: make(w, 0.3, grid),
-        "zero_point is 8, must be a tensor": lambda: make(w, scale, qk.affine(4), zero_point=8),
+        "zero_point is 8, must be a tensor": lambda: make(w, scale, qk.grids.affine(4), zero_point=8),
         "grid is 4, must be a Grid": lambda: make(w, scale, 4),
     }.items():
         with pytest.raises(TypeError, match=message):
@@ -260,7 +262,7 @@ def test_what_has_no_code_is_an_error(grid, dtype):
 
 def test_values_that_cannot_be_looked_at():
     """On the meta device and while tracing, shapes are all there is."""
-    grid = qk.affine(4)
+    grid = qk.grids.affine(4)
 
     def make(w, scale, zero):
         return qk.PackedWeight.from_float(w, scale, grid, zero_point=zero)
@@ -276,13 +278,13 @@ def test_values_that_cannot_be_looked_at():
 
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0), (2, 0, 8)], ids=str)
 def test_empty_weights(shape):
-    packed = scaled_weight(qk.lsq(4), shape)
+    packed = scaled_weight(qk.grids.lsq(4), shape)
     assert packed.shape == shape
     assert packed.dequantize().shape == shape
 
 
 def test_copies_and_devices():
-    weight = scaled_weight(qk.affine(3), (5, 24), 8, torch.bfloat16, "any")
+    weight = scaled_weight(qk.grids.affine(3), (5, 24), 8, torch.bfloat16, "any")
     for other in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight)), weight.to("cpu")):
         assert_same_bits(other.dequantize(), weight.dequantize())
         assert other.grid == weight.grid

@@ -13,7 +13,7 @@ from qatkernels.backends import extension
 
 C = extension()
 pytestmark = pytest.mark.skipif(C is None, reason="the pool belongs to the compiled kernels")
-GRID = qk.lsq(4)
+GRID = qk.grids.lsq(4)
 MIB = 1 << 20
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import qatkernels as qk
+from qatkernels import grids
 from qatkernels.backends import IMPLS, extension
 from qatkernels.grids import Grid
 from qatkernels.ops import noise
@@ -42,7 +43,7 @@ from .runner import Campaign
 
 CASES = 200
 _GRIDS = [
-    qk.binary(), qk.ternary(), *map(qk.seq, range(2, 9)), *map(qk.lsq, range(2, 9)), *map(qk.affine, range(2, 9))
+    grids.binary(), grids.ternary(), *map(grids.seq, range(2, 9)), *map(grids.lsq, range(2, 9)), *map(grids.affine, range(2, 9))
 ]  # fmt: skip
 _SPECIAL = (0.0, -0.0, 1e-42, -1e-42, 3e38, -3e38, torch.inf, -torch.inf, torch.nan)
 

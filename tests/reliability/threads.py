@@ -31,7 +31,10 @@ def calls(seed: int) -> list[tuple[str, tuple[Any, ...]]]:
     """Return a call of every op that has a compiled kernel, two of whose results come from the pool's blocks."""
     drawn = Drawn(random.Random(seed))
     made: list[tuple[str, tuple[Any, ...]]] = []
-    for sample in (make(qk.affine(4), (513, 520), noise=True), make(qk.seq(2), (33, 64), torch.bfloat16, 16)):
+    for sample in (
+        make(qk.grids.affine(4), (513, 520), noise=True),
+        make(qk.grids.seq(2), (33, 64), torch.bfloat16, 16),
+    ):
         made += [(op, sample.args(op)) for op in ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp",
                                                   "fake_quantize_dual", "quantize", "reset_")]  # fmt: skip
         constants = list(sample.grid.constants)
@@ -45,15 +48,15 @@ def calls(seed: int) -> list[tuple[str, tuple[Any, ...]]]:
     made += [("unpack", (torch.ops.qatkernels.pack(drawn.whole(-4, 3, 30, 77).to(torch.int8), -4, 3), -4, 3, 77))]
     made += [(op, drawn.logits(op)) for op in OPS if op.startswith("cross_entropy")]
     made += [("gram_schmidt", (torch.randn(5, 900), torch.randn(900), torch.randn(5).double()))]
-    small = make(qk.lsq(4), (40, 64))
+    small = make(qk.grids.lsq(4), (40, 64))
     x = torch.randn(7, 64)
     made += [("quant_linear_dual", (x, x + 1, *small.tangents(), *small.point, False))]
     factor, w = torch.tensor(0.5), weights((30, 50), torch.float32)
     made += [(op, (w, w + 1, factor, 0.01)) for op in ("perturb_", "perturb_swap_")]
     made += [("perturbation_norms", (w, w + 1, 0.01))]
     for weight, tokens, act_bits in (
-        (drawn.weight(qk.lsq(4), 64, 256), 3, 8),
-        (drawn.weight(qk.ternary(), 33, 192), 20, None),
+        (drawn.weight(qk.grids.lsq(4), 64, 256), 3, 8),
+        (drawn.weight(qk.grids.ternary(), 33, 192), 20, None),
     ):
         grid = [list(weight.grid.constants), weight.grid.code_min, weight.bits]
         tensors = (weight.packed, weight.scale, weight.zero_point)
@@ -65,7 +68,7 @@ def calls(seed: int) -> list[tuple[str, tuple[Any, ...]]]:
         )
         g = activations((tokens, weight.shape[0]), torch.float32)
         made.append(("lowbit_linear_transposed", (g, *tensors, None, *grid, weight.cols)))
-    case = next(grouped_cases(qk.lsq(3), torch.float32))
+    case = next(grouped_cases(qk.grids.lsq(3), torch.float32))
     made.append(("lowbit_linear", case.call("lowbit_linear")[0]))
     ends = torch.tensor([2, 2, 7], dtype=torch.int32)
     xs, gs, ws = torch.randn(9, 6), torch.randn(9, 5), torch.randn(3, 5, 6)

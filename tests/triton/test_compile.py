@@ -68,33 +68,33 @@ def grouped(op, tokens, dtype=torch.bfloat16):
 
 MATRIX, FACTOR = torch.zeros(64, 4096), torch.tensor(0.5)
 CASES = {
-    "forward-fp32-row": family("fake_quantize", qk.seq(2), (64, 4096)),
-    "forward-bf16-row": family("fake_quantize", qk.lsq(4), (64, 4096), torch.bfloat16),
-    "forward-binary": family("fake_quantize", qk.binary(), (64, 4096), torch.bfloat16),
+    "forward-fp32-row": family("fake_quantize", qk.grids.seq(2), (64, 4096)),
+    "forward-bf16-row": family("fake_quantize", qk.grids.lsq(4), (64, 4096), torch.bfloat16),
+    "forward-binary": family("fake_quantize", qk.grids.binary(), (64, 4096), torch.bfloat16),
     "forward-fp32-to-bf16-group": family(
-        "fake_quantize", qk.affine(4), (64, 4096), granularity=128, out_dtype=torch.bfloat16
+        "fake_quantize", qk.grids.affine(4), (64, 4096), granularity=128, out_dtype=torch.bfloat16
     ),
-    "forward-noise": family("fake_quantize", qk.seq(2), (64, 4096), noise=True),
-    "forward-odd-noise": family("fake_quantize", qk.ternary(), (64, 1001), torch.float16, noise=True),
-    "backward-fp32-row": family("fake_quantize_backward", qk.seq(2), (64, 4096)),
-    "backward-bf16-row": family("fake_quantize_backward", qk.lsq(4), (64, 4096), torch.bfloat16),
-    "backward-bf16-long": family("fake_quantize_backward", qk.lsq(4), (4, 65536), torch.bfloat16),
-    "backward-group": family("fake_quantize_backward", qk.affine(4), (64, 4096), granularity=32),
-    "backward-tensor": family("fake_quantize_backward", qk.lsq(4), (512, 4096), granularity="tensor"),
-    "backward-noise": family("fake_quantize_backward", qk.binary(), (64, 4096), noise=True),
-    "jvp-fp32-row": family("fake_quantize_jvp", qk.seq(2), (64, 4096)),
-    "quantize-fp32-row": family("quantize", qk.lsq(4), (64, 4096)),
-    "reset-fp32-row": family("reset_", qk.seq(2), (64, 4096)),
-    "reset-bf16-group": family("reset_", qk.affine(4), (64, 4096), torch.bfloat16, 128),
+    "forward-noise": family("fake_quantize", qk.grids.seq(2), (64, 4096), noise=True),
+    "forward-odd-noise": family("fake_quantize", qk.grids.ternary(), (64, 1001), torch.float16, noise=True),
+    "backward-fp32-row": family("fake_quantize_backward", qk.grids.seq(2), (64, 4096)),
+    "backward-bf16-row": family("fake_quantize_backward", qk.grids.lsq(4), (64, 4096), torch.bfloat16),
+    "backward-bf16-long": family("fake_quantize_backward", qk.grids.lsq(4), (4, 65536), torch.bfloat16),
+    "backward-group": family("fake_quantize_backward", qk.grids.affine(4), (64, 4096), granularity=32),
+    "backward-tensor": family("fake_quantize_backward", qk.grids.lsq(4), (512, 4096), granularity="tensor"),
+    "backward-noise": family("fake_quantize_backward", qk.grids.binary(), (64, 4096), noise=True),
+    "jvp-fp32-row": family("fake_quantize_jvp", qk.grids.seq(2), (64, 4096)),
+    "quantize-fp32-row": family("quantize", qk.grids.lsq(4), (64, 4096)),
+    "reset-fp32-row": family("reset_", qk.grids.seq(2), (64, 4096)),
+    "reset-bf16-group": family("reset_", qk.grids.affine(4), (64, 4096), torch.bfloat16, 128),
     "perturb-fp32-to-bf16": ("perturb_", (MATRIX.bfloat16(), MATRIX, FACTOR, None)),
     "perturb-swap-asam": ("perturb_swap_", (MATRIX, MATRIX.clone(), FACTOR, 0.01)),
     "norms-asam": ("perturbation_norms", (MATRIX, MATRIX, 0.01)),
     "dynamic-bf16": ("fake_quantize_dynamic", (torch.zeros(64, 4096, dtype=torch.bfloat16), 8)),
-    "dual-bf16-row": family("fake_quantize_dual", qk.lsq(4), (64, 4096), torch.bfloat16),
-    "linear-dual-bf16-row": linear_dual(qk.lsq(4), (1024, 1024), torch.bfloat16),
-    "linear-dual-fp32-transposed": linear_dual(qk.seq(2), (1024, 1024), transposed=True),
+    "dual-bf16-row": family("fake_quantize_dual", qk.grids.lsq(4), (64, 4096), torch.bfloat16),
+    "linear-dual-bf16-row": linear_dual(qk.grids.lsq(4), (1024, 1024), torch.bfloat16),
+    "linear-dual-fp32-transposed": linear_dual(qk.grids.seq(2), (1024, 1024), transposed=True),
     "linear-dual-fp32-to-bf16-group": linear_dual(
-        qk.affine(4), (1024, 1024), granularity=128, out_dtype=torch.bfloat16
+        qk.grids.affine(4), (1024, 1024), granularity=128, out_dtype=torch.bfloat16
     ),
     "cross-entropy-fp32": of_logits("cross_entropy", torch.float32),
     "cross-entropy-bf16": of_logits("cross_entropy", torch.bfloat16),
@@ -225,17 +225,20 @@ WIDE_MMA = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SMALL_MMA = dict.fromkeys(ARCHITECTURES, "mma.sync")
 INTEGER_MMA = WIDE_MMA | {100: "mma.sync"}  # Blackwell's fifth generation has no int8 in Triton
 PRODUCTS = {
-    "few-row": (product("lowbit_linear", qk.seq(2), 1, None), SMALL_MMA),
-    "many-3-row": (product("lowbit_linear", qk.lsq(3), 1001, None), WIDE_MMA),
-    "many-zero-group": (product("lowbit_linear", qk.affine(4), 1001, 128), WIDE_MMA),
-    "many-integers": (product("lowbit_linear", qk.lsq(4), 1001, 128, act_bits=8), INTEGER_MMA),
-    "grouped": (product("lowbit_linear", qk.binary(), 701, 32, shape=(2, 256, 512), offsets=[300, 600]), WIDE_MMA),
-    "many-fp32": (product("lowbit_linear", qk.lsq(4), 1001, 128, torch.float32), None),
-    "transposed": (product("lowbit_linear_transposed", qk.lsq(4), 1001, 128), None),
+    "few-row": (product("lowbit_linear", qk.grids.seq(2), 1, None), SMALL_MMA),
+    "many-3-row": (product("lowbit_linear", qk.grids.lsq(3), 1001, None), WIDE_MMA),
+    "many-zero-group": (product("lowbit_linear", qk.grids.affine(4), 1001, 128), WIDE_MMA),
+    "many-integers": (product("lowbit_linear", qk.grids.lsq(4), 1001, 128, act_bits=8), INTEGER_MMA),
+    "grouped": (
+        product("lowbit_linear", qk.grids.binary(), 701, 32, shape=(2, 256, 512), offsets=[300, 600]),
+        WIDE_MMA,
+    ),
+    "many-fp32": (product("lowbit_linear", qk.grids.lsq(4), 1001, 128, torch.float32), None),
+    "transposed": (product("lowbit_linear_transposed", qk.grids.lsq(4), 1001, 128), None),
     # One element of output, whose sum programs share.
-    "one": (product("lowbit_linear", qk.lsq(4), 1, None, shape=(1, 1024)), SMALL_MMA),
-    "one-grouped": (product("lowbit_linear", qk.lsq(4), 1, None, shape=(1, 1, 1024), offsets=[1]), SMALL_MMA),
-    "one-transposed": (product("lowbit_linear_transposed", qk.lsq(4), 1, None, shape=(1024, 1)), None),
+    "one": (product("lowbit_linear", qk.grids.lsq(4), 1, None, shape=(1, 1024)), SMALL_MMA),
+    "one-grouped": (product("lowbit_linear", qk.grids.lsq(4), 1, None, shape=(1, 1, 1024), offsets=[1]), SMALL_MMA),
+    "one-transposed": (product("lowbit_linear_transposed", qk.grids.lsq(4), 1, None, shape=(1024, 1)), None),
 }
 
 
@@ -278,7 +281,7 @@ def test_the_number_of_tokens_is_not_compiled(experts, act_bits, monkeypatch):
         }
 
     for rows, cols in ((1, 1024), (256, 1024), (1024, 1)):
-        weight = scaled_weight(qk.lsq(4), (rows, cols) if experts is None else (experts, rows, cols))
+        weight = scaled_weight(qk.grids.lsq(4), (rows, cols) if experts is None else (experts, rows, cols))
         warm = keys(recorded(lambda w=weight: warm_up(w, act_bits=act_bits), monkeypatch))
         for tokens in (1, 2, 15, 16, 17, 512):
             ends = None if experts is None else torch.full((experts,), tokens, dtype=torch.int32)

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reaso
 
 FAMILY = ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "fake_quantize_dual", "quantize")
 #: A grid of the family whose steps have no exact reciprocal.
-SEVENTH = qk.Grid("seventh", 4, -7, 7, 7.0, 0.0, (-1.0, 1.0), (-1.0, 1.0), (-1.0, 1.0))
+SEVENTH = qk.grids.Grid("seventh", 4, -7, 7, 7.0, 0.0, (-1.0, 1.0), (-1.0, 1.0), (-1.0, 1.0))
 
 
 def triton_out(op):
@@ -56,7 +56,7 @@ def test_family(op, sample):
 
 
 @pytest.mark.parametrize("op", FAMILY)
-@pytest.mark.parametrize("grid", [qk.seq(2), qk.ternary(), qk.affine(4)], ids=lambda g: g.scheme)
+@pytest.mark.parametrize("grid", [qk.grids.seq(2), qk.grids.ternary(), qk.grids.affine(4)], ids=lambda g: g.scheme)
 def test_float64(op, grid):
     check_sample(op, triton_out(op), make(grid, (3, 40), torch.float64, "row", noise=True))
     check_sample(op, triton_out(op), make(grid, (3, 40), torch.float64, 8))
@@ -93,14 +93,14 @@ def test_the_rest_of_the_family_at_such_steps(dtype):
 @pytest.mark.parametrize("shape", [(1, 20000), (3, 16385), (70, 32), (5000, 1), (2, 3)])
 def test_shapes_of_every_tiling(op, shape):
     """Rows cut into chunks, rows bundled into tiles, partial tiles."""
-    check_sample(op, triton_out(op), make(qk.affine(4), shape, noise=op != "quantize"))
+    check_sample(op, triton_out(op), make(qk.grids.affine(4), shape, noise=op != "quantize"))
 
 
 @pytest.mark.parametrize("op", FAMILY)
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0)])
 def test_empty(op, shape):
     w, scale = torch.empty(shape), torch.ones(shape[0])
-    point = (w, scale, None, None, list(qk.lsq(4).constants), 0.0, 0.0, 1.0)
+    point = (w, scale, None, None, list(qk.grids.lsq(4).constants), 0.0, 0.0, 1.0)
     args = {
         "fake_quantize": (*point, None),
         "fake_quantize_backward": (torch.empty(shape), *point),
@@ -131,7 +131,7 @@ def test_outputs_that_do_not_fit(op):
 
 
 def test_backward_repeats_its_bits():
-    args = make(qk.lsq(4), (48, 32), noise=True).args("fake_quantize_backward")
+    args = make(qk.grids.lsq(4), (48, 32), noise=True).args("fake_quantize_backward")
     first, second = (run_out("fake_quantize_backward", triton_out("fake_quantize_backward"), args) for _ in range(2))
     for a, e in zip(first, second, strict=True):
         assert_same_bits(a, e)
@@ -193,11 +193,11 @@ def test_gram_schmidt_of_more_columns_than_programs_have_tiles(monkeypatch):
 @pytest.mark.parametrize(
     "sample",
     [
-        make(qk.lsq(4), (70, 48), torch.float32, "row", noise=True),
-        make(qk.affine(4), (6, 48), torch.float32, 16, out_dtype=torch.bfloat16),
-        make(qk.seq(2), (5, 37), torch.bfloat16, "tensor"),
-        make(qk.binary(), (5, 37), torch.float64, "row"),
-        make(qk.ternary(), (33, 16), torch.float16, "row"),
+        make(qk.grids.lsq(4), (70, 48), torch.float32, "row", noise=True),
+        make(qk.grids.affine(4), (6, 48), torch.float32, 16, out_dtype=torch.bfloat16),
+        make(qk.grids.seq(2), (5, 37), torch.bfloat16, "tensor"),
+        make(qk.grids.binary(), (5, 37), torch.float64, "row"),
+        make(qk.grids.ternary(), (33, 16), torch.float16, "row"),
     ],
     ids=lambda s: s.name,
 )

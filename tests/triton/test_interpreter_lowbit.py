@@ -77,7 +77,7 @@ def test_sizes_and_granularities(grid):
 
 @pytest.mark.parametrize("act_bits", [None, 8])
 @pytest.mark.parametrize("group", [None, 32, 24], ids=lambda g: f"group{g}")
-@pytest.mark.parametrize("grid", [qk.lsq(4), qk.affine(4)], ids=lambda g: g.scheme)
+@pytest.mark.parametrize("grid", [qk.grids.lsq(4), qk.grids.affine(4)], ids=lambda g: g.scheme)
 def test_where_scales_enter(grid, group, act_bits):
     """Scales per row, per tile and per element, with and without zero points, whole and not."""
     zero = "any" if grid.has_zero_point else None
@@ -89,7 +89,7 @@ def test_where_scales_enter(grid, group, act_bits):
 
 @pytest.mark.parametrize("group", [None, 32, 24], ids=lambda g: f"group{g}")
 def test_steps_without_an_exact_reciprocal(group):
-    grid = qk.Grid("seventh", 4, -7, 7, 7.0, 0.0, (-1.0, 1.0), (-1.0, 1.0), (-1.0, 1.0))
+    grid = qk.grids.Grid("seventh", 4, -7, 7, 7.0, 0.0, (-1.0, 1.0), (-1.0, 1.0), (-1.0, 1.0))
     weight = scaled_weight(grid, (20, 96), group)
     x = torch.eye(96)  # picks elements: the products are the weight itself, as dequantize gives it
     args = (x, weight.packed, weight.scale, None, None, None, weight.constants, grid.code_min, weight.bits, None)
@@ -98,9 +98,13 @@ def test_steps_without_an_exact_reciprocal(group):
 
 def test_beyond_a_tile():
     many = activations((70, 96), torch.bfloat16)
-    check(Case("many", scaled_weight(qk.seq(2), (70, 96)), many))
-    check(Case("many", scaled_weight(qk.lsq(3), (36, 96), 32), many, None, None, 8), OPERATIONS[:1])
-    check(Case("long", scaled_weight(qk.affine(8), (33, 1100)), activations((2, 1100), torch.float16), torch.ones(33)))
+    check(Case("many", scaled_weight(qk.grids.seq(2), (70, 96)), many))
+    check(Case("many", scaled_weight(qk.grids.lsq(3), (36, 96), 32), many, None, None, 8), OPERATIONS[:1])
+    check(
+        Case(
+            "long", scaled_weight(qk.grids.affine(8), (33, 1100)), activations((2, 1100), torch.float16), torch.ones(33)
+        )
+    )
 
 
 @pytest.mark.parametrize("grid", GRIDS[::2], ids=GRID_IDS[::2])
@@ -119,7 +123,7 @@ def test_float64_and_empty_stacks_do_not_look_at_offsets(monkeypatch):
     ends = torch.tensor([3, 3, 9], dtype=torch.int32)
     calls = []
     for name, rows, cols, tokens in (("float64", 24, 40, 11), ("no token", 24, 40, 0), ("no input", 24, 0, 11)):
-        weight = scaled_weight(qk.lsq(4), (3, rows, cols), None)
+        weight = scaled_weight(qk.grids.lsq(4), (3, rows, cols), None)
         last = torch.tensor([0, 0, 0], dtype=torch.int32) if not tokens else ends
         for act_bits in (None, 8) if cols else (None,):
             calls.append(Case(name, weight, activations((tokens, cols), torch.float64), None, last, act_bits))
@@ -131,14 +135,14 @@ def test_float64_and_empty_stacks_do_not_look_at_offsets(monkeypatch):
 
 def test_more_tiles_than_programs(monkeypatch):
     monkeypatch.setattr(lowbit_linear, "processors", lambda device: 2)
-    weight, ends = scaled_weight(qk.lsq(4), (3, 40, 32)), torch.tensor([17, 17, 40], dtype=torch.int32)
+    weight, ends = scaled_weight(qk.grids.lsq(4), (3, 40, 32)), torch.tensor([17, 17, 40], dtype=torch.int32)
     check(Case("two programs", weight, activations((45, 32), torch.float32), None, ends))
 
 
 @pytest.mark.parametrize("act_bits", [None, 8])
 @pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
 def test_what_is_not_finite_stays_in_its_token(act_bits, bad):
-    weight, x = scaled_weight(qk.lsq(4), (9, 70)), activations((3, 70), torch.float32)
+    weight, x = scaled_weight(qk.grids.lsq(4), (9, 70)), activations((3, 70), torch.float32)
     x[1] = 0.0
     expected, bound = expected_linear(x, weight, act_bits=act_bits)
     x[0, 5] = bad
@@ -149,13 +153,13 @@ def test_what_is_not_finite_stays_in_its_token(act_bits, bad):
     assert (y[1] == 0).all()
 
 
-@pytest.mark.parametrize("grid", [qk.seq(2), qk.affine(4)], ids=lambda g: g.scheme)
+@pytest.mark.parametrize("grid", [qk.grids.seq(2), qk.grids.affine(4)], ids=lambda g: g.scheme)
 def test_a_scale_below_the_floor_acts_as_the_floor(grid):
     for case in turns(floored_cases(grid, torch.bfloat16), grid, 3):
         check(case)
 
 
-@pytest.mark.parametrize("grid", [qk.lsq(8), qk.affine(8), qk.binary()], ids=lambda g: g.scheme)
+@pytest.mark.parametrize("grid", [qk.grids.lsq(8), qk.grids.affine(8), qk.grids.binary()], ids=lambda g: g.scheme)
 def test_extremes_of_integer_sums(grid, monkeypatch):
     """Every product is the largest of its sign; above the limit, tiles are summed in float32."""
     for limit, value in ((_products.MAX_INTEGERS, grid.code_min), (500, grid.code_max)):
@@ -166,7 +170,7 @@ def test_extremes_of_integer_sums(grid, monkeypatch):
 
 
 def test_views_leading_dimensions_and_nothing():
-    base, weight = activations((6, 80), torch.float32), scaled_weight(qk.lsq(3), (5, 40))
+    base, weight = activations((6, 80), torch.float32), scaled_weight(qk.grids.lsq(3), (5, 40))
     inputs = {
         "vector": base[0, :40], "three": base[:, :40].reshape(2, 3, 40), "columns apart": base[:, ::2],
         "repeated": base[:1, :40].expand(6, 40), "no token": base[:0, :40],
@@ -177,14 +181,14 @@ def test_views_leading_dimensions_and_nothing():
     check(Case("strided weight", strided, base[:, :40].double()))
     check(Case("strided weight", strided, base[:, :40]))
     for rows, cols in ((0, 40), (5, 0)):
-        check(Case(f"{rows}x{cols}", scaled_weight(qk.lsq(3), (rows, cols)), base[:, :cols], torch.ones(rows)))
+        check(Case(f"{rows}x{cols}", scaled_weight(qk.grids.lsq(3), (rows, cols)), base[:, :cols], torch.ones(rows)))
 
 
 @pytest.mark.parametrize(("op", "shape"), [("lowbit_linear", (9, 1000)), ("lowbit_linear_transposed", (300, 24))])
 def test_parts_of_sums_repeat_their_bits(op, shape, monkeypatch):
     splits, with_parts = [], lowbit_linear._with_parts
     monkeypatch.setattr(lowbit_linear, "_with_parts", lambda *args: (splits.append(args[1]), with_parts(*args)))
-    case = Case("", scaled_weight(qk.lsq(4), shape), activations((3, shape[1]), torch.float32))
+    case = Case("", scaled_weight(qk.grids.lsq(4), shape), activations((3, shape[1]), torch.float32))
     args = case.call(op)[0]
     assert_same_bits(run(op, args), run(op, args))
     assert splits[0] > 1
@@ -195,12 +199,12 @@ def test_warm_up_launches_every_configuration_once(monkeypatch):
     launched = []
     for name in OPERATIONS:
         monkeypatch.setattr(lowbit_linear, f"{name}_out", lambda x, *args, name=name: launched.append((name, len(x))))
-    lowbit_linear.warm_up(scaled_weight(qk.lsq(4), (64, 256), 32), act_bits=8)
+    lowbit_linear.warm_up(scaled_weight(qk.grids.lsq(4), (64, 256), 32), act_bits=8)
     assert len(launched) == len(set(launched))
     assert {("lowbit_linear", tokens) for tokens in (1, 17, 65)} < set(launched)
     assert {("lowbit_linear_transposed", tokens) for tokens in (1, 17)} < set(launched)
     launched.clear()
-    lowbit_linear.warm_up(scaled_weight(qk.lsq(4), (2, 64, 256), 32))
+    lowbit_linear.warm_up(scaled_weight(qk.grids.lsq(4), (2, 64, 256), 32))
     assert {("lowbit_linear", tokens) for tokens in (1, 33, 129)} < set(launched)
 
 
