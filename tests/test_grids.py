@@ -54,11 +54,16 @@ def test_paretoq(bits, scheme, levels):
     assert hash(grid) == hash(grids.paretoq(bits))
 
 
-@pytest.mark.parametrize("call", [lambda: grids.paretoq(7), lambda: grids.lsq(1), lambda: grids.lsq(9), lambda: grids.seq(2.5),
-                                  lambda: grids.affine(0), lambda: grids.binary(2), lambda: grids.ternary(2)])  # fmt: skip
-def test_wrong_bits(call):
+@pytest.mark.parametrize(
+    ("make", "bits"),
+    [
+        (grids.paretoq, 7), (grids.lsq, 1), (grids.lsq, 9), (grids.seq, 2.5), (grids.affine, 0), (grids.binary, 2),
+        (grids.ternary, 2),
+    ],
+)  # fmt: skip
+def test_wrong_bits(make, bits):
     with pytest.raises(ValueError, match="bits is"):
-        call()
+        make(bits)
 
 
 def test_unknown_scheme():

@@ -10,6 +10,7 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 import qatkernels as qk
@@ -442,7 +443,7 @@ def test_another_model_and_a_header_that_is_no_object(saved, tmp_path):
         qk.load_packed(saved[0], lambda _: Model().to("meta"))
     for text in (json.dumps([1]), "{", "[" * 100_000):
         digest = files.digest({}, text)
-        files.write(tmp_path / "x", files.to_bytes({}, {"header": text, "sha256": digest}))
+        files.write(tmp_path / "x", to_bytes({}, {"header": text, "sha256": digest}))
         with pytest.raises(CheckpointError, match=r"is damaged|must be a JSON object"):
             qk.load_packed(tmp_path / "x", build)
 

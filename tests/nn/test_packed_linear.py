@@ -178,7 +178,10 @@ def layer_of(grid, cols=64, **kwargs):
 def test_a_state_of_another_layout_is_not_loaded():
     """Its tensors may have the same shapes and would be other numbers."""
     for mine, other, message in (
-        (layer_of(grids.seq(2)), layer_of(grids.seq(2), 63), "seq, 2 bits, 63 columns, must be seq, 2 bits, 64 columns"),
+        (
+            layer_of(grids.seq(2)), layer_of(grids.seq(2), 63),
+            "seq, 2 bits, 63 columns, must be seq, 2 bits, 64 columns",
+        ),
         (layer_of(grids.ternary()), layer_of(grids.seq(2)), "seq, 2 bits, 64 columns, must be ternary, 1.58 bits"),
         (layer_of(grids.seq(4)), layer_of(grids.lsq(4)), "lsq, 4 bits, 64 columns, must be seq, 4 bits"),
         (layer_of(grids.lsq(4), scale_dtype=torch.bfloat16), layer_of(grids.lsq(4)),

@@ -43,7 +43,8 @@ from .runner import Campaign
 
 CASES = 200
 _GRIDS = [
-    grids.binary(), grids.ternary(), *map(grids.seq, range(2, 9)), *map(grids.lsq, range(2, 9)), *map(grids.affine, range(2, 9))
+    grids.binary(), grids.ternary(),
+    *(make(bits) for make in (grids.seq, grids.lsq, grids.affine) for bits in range(2, 9)),
 ]  # fmt: skip
 _SPECIAL = (0.0, -0.0, 1e-42, -1e-42, 3e38, -3e38, torch.inf, -torch.inf, torch.nan)
 
