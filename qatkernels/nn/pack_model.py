@@ -122,7 +122,7 @@ def warm_up(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
     layers = packed_modules(model)
     if not layers:
         raise ValueError("the model has no packed layer, pack_model makes them")
-    if "triton" not in dict(order("lowbit_linear", "CUDA")):
+    if "triton" not in {stage.backend for stage in order("lowbit_linear", "CUDA")}:
         return 0
     from ..triton.lowbit_linear import warm_up as compile_kernels
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import qatkernels as qk
-from qatkernels.backends import CONDITIONS, IMPLS, MISSING, by_call
+from qatkernels.backends import CONDITIONS, IMPLS, MISSING, Stage
 from qatkernels.ops._op import OPS
 from qatkernels.ops.fake_quantize import FLOATS
 from qatkernels.ops.samples import weights
+from tests.choices import choice
 from tests.compare import assert_same_bits, assert_within, run_out
 from tests.cuda import lowbit
 from tests.every_op import DECODED
@@ -158,8 +159,8 @@ def test_a_kernel_that_takes_few_tokens_passes_the_others_on(tokens, dtype):
     serves = CONDITIONS["lowbit_linear"]["cuda"]
     args = lowbit.make(qk.affine(4), tokens, 70, 256, 64, dtype, GPU)
     assert serves(*args) == (tokens <= 8 and dtype != torch.float64)
-    op = OPS["lowbit_linear"]
-    y = by_call(op, [(IMPLS["lowbit_linear"]["cuda"], serves), (op.reference, None)])(*args)
+    stages = [Stage("cuda", None, True), Stage("reference")]
+    y = choice(OPS["lowbit_linear"], "lowbit_linear", stages, "CUDA")(*args)
     assert_within(y, *lowbit.reference(args), f"{tokens} tokens of {dtype}")
     stack = (args[0], *(t[None] for t in args[1:4]), None, torch.tensor([tokens], dtype=torch.int32, device=GPU))
     assert not serves(*stack, *args[6:])
