@@ -2,8 +2,9 @@
 
 A call of a launcher checks its arguments, decides tiles and constants, and enters Triton, which binds the arguments of
 each kernel, specializes on them and looks for the compiled kernel. For calls that are alike all of that has the same
-outcome. The first of them is recorded: the tensors that it allocates, and the compiled kernels that it launches with
-their arguments. The others allocate and launch, nothing else.
+outcome. The second of them is recorded: the tensors that it allocates, and the compiled kernels that it launches with
+their arguments. Later ones allocate and launch, nothing else. The first is left alone, because recording costs three
+times what it does, and a call of many tokens may never come again.
 
 Two calls are alike if their keys are equal (:meth:`Planned.key`). The key has all that a launcher may look at, which is
 everything about a tensor but its numbers, and all that Triton specializes on: dtypes, whether an address is a multiple
@@ -53,6 +54,8 @@ _ALLOCATIONS = {
     _aten.empty.memory_format, _aten.new_empty.default, _aten.empty_like.default, _aten.empty_strided.default,
 }  # fmt: skip
 _thread = threading.local()
+#: What is known of a key without a plan: nothing, that it came once, that there is none.
+_UNKNOWN, _ONCE, _NONE = object(), object(), object()
 
 
 class Allocation(NamedTuple):
@@ -142,11 +145,11 @@ class Recording(TorchDispatchMode):
         x, y, z = (*grid, 1, 1)[:3]
         self.launches.append(Launch(kernel, (x, y, z), tuple(arguments), tuple(pointers)))
 
-    def plan(self, returned: Any) -> Plan | None:
-        """Return the plan of a call that returned this, or None if there is none."""
+    def plan(self, returned: Any) -> Plan | object:
+        """Return the plan of a call that returned this, or the mark of a call that has none."""
         results = (returned,) if isinstance(returned, Tensor) else tuple(returned or ())
         if not self.faithful or any(self.number.get(id(t), 0) < self.inputs for t in results):
-            return None
+            return _NONE
         numbers = tuple(self.number[id(t)] - self.inputs for t in results)
         return Plan(tuple(self.allocations), tuple(self.launches), numbers, isinstance(returned, Tensor))
 
@@ -161,7 +164,7 @@ class Planned:
 
     def __init__(self, op: Op, impl: Callable[..., Any]) -> None:
         self.impl = impl
-        self.plans: dict[Any, Plan | None] = {}
+        self.plans: dict[Any, Any] = {}  # by key: a plan, or one of the marks above
         kinds = [*op.parameters.values(), *("Tensor" for _ in op.outputs)]
         self.tensors = [i for i, kind in enumerate(kinds) if kind.startswith("Tensor")]
         self.lists = [i for i, kind in enumerate(kinds) if kind == "float[]"]
@@ -175,11 +178,12 @@ class Planned:
         active = driver.active
         device = active.get_current_device()
         key, addresses = self.key(device, args)
-        try:
-            plan = self.plans[key]
-        except KeyError:
-            return self._record(key, args)
-        if plan is None:
+        plan = self.plans.get(key, _UNKNOWN)
+        if not isinstance(plan, Plan):
+            if plan is _ONCE:
+                return self._record(key, args)
+            if plan is _UNKNOWN:
+                self._keep(key, _ONCE)
             return self.impl(*args)
         made = [prototype.new_empty_strided(shape, strides) for prototype, shape, strides in plan.allocations]
         for t in made:
@@ -227,10 +231,13 @@ class Planned:
             _thread.recording = former
         if former is not None:
             former.faithful = False
-        if len(self.plans) >= MOST:
-            self.plans.pop(next(iter(self.plans)), None)
         self.plans[key] = recording.plan(returned)
         return returned
+
+    def _keep(self, key: Any, what: Any) -> None:
+        if len(self.plans) >= MOST:
+            self.plans.pop(next(iter(self.plans)), None)
+        self.plans[key] = what
 
 
 def planned(op: Op, impl: Callable[..., Any]) -> Callable[..., Any]:
