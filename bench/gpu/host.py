@@ -13,17 +13,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ..suites.lowbit import DECODED
 from .target import CAPABILITY, FOLDER
 
 _SOURCE = Path(__file__).with_name("fake_runtime.cpp")
 _CALLS, _TURNS = 200, 40
-#: Most tokens that the decode kernel takes, a number of them for Triton's, and one that Triton splits.
+#: Few for the decode kernel, and more for Triton's.
 _TOKENS = (1, 8, 9, 512)
 
 
@@ -50,7 +52,7 @@ def build() -> Path:
     target = FOLDER / "libcuda.so.1"
     target.parent.mkdir(parents=True, exist_ok=True)
     options = ("-O2", "-shared", "-Xcompiler", "-fPIC", "--cudart", "none", "-Xlinker", "-soname,libcuda.so.1")
-    command = [nvcc, *options, "-o", target, _SOURCE]
+    command = [nvcc, *options, "-o", str(target), str(_SOURCE)]
     subprocess.run(command, check=True)
     return target
 
@@ -88,34 +90,25 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     weight = qk.PackedWeight(packed, torch.ones(1024, 1, device=device), None, grid, 1024)
     layer, plain = PackedLinear(weight), torch.zeros(1024, 1024, dtype=torch.bfloat16, device=device)
     for tokens in _TOKENS:
-        x = torch.zeros(tokens, 1024, dtype=torch.bfloat16, device=device)
+        x, name = torch.zeros(tokens, 1024, dtype=torch.bfloat16, device=device), f"lowbit_linear, {tokens} tokens"
         args = (x, weight.packed, weight.scale, None, None, None, list(grid.constants), grid.code_min, 4, None)
-        yield f"lowbit_linear, {tokens} tokens: PackedLinear", lambda x=x: layer(x)
-        yield f"lowbit_linear, {tokens} tokens: qk.lowbit_linear", lambda x=x: qk.lowbit_linear(x, weight)
+        yield f"{name}: PackedLinear", partial(layer, x)
+        yield f"{name}: qk.lowbit_linear", partial(qk.lowbit_linear, x, weight)
         for backend in ("triton", "cuda"):
-            if backend in IMPLS["lowbit_linear"] and (backend == "triton" or tokens <= 8):
-                run = IMPLS["lowbit_linear"][backend]
-                yield f"lowbit_linear, {tokens} tokens: {backend} alone", lambda f=run, a=args: f(*a)
+            if backend in IMPLS["lowbit_linear"] and (backend == "triton" or tokens <= DECODED):
+                yield f"{name}: {backend} alone", partial(IMPLS["lowbit_linear"][backend], *args)
     sample = make(grid, (64, 1024), torch.bfloat16, device=device)
-    forward = sample.args("fake_quantize")
-    yield (
-        "fake_quantize: qk.fake_quantize",
-        lambda: qk.fake_quantize(sample.w, sample.scale, sample.grid, seed=sample.seed),
-    )
-    for backend in ("triton", "cuda"):
-        if backend in IMPLS["fake_quantize"]:
-            yield f"fake_quantize: {backend} alone", lambda f=IMPLS["fake_quantize"][backend]: f(*forward)
-    backward = sample.args("fake_quantize_backward")
-    for backend in ("triton", "cuda"):
-        if backend in IMPLS["fake_quantize_backward"]:
-            run = IMPLS["fake_quantize_backward"][backend]
-            yield f"fake_quantize_backward: {backend} alone", lambda f=run: f(*backward)
+    yield "fake_quantize: qk.fake_quantize", partial(qk.fake_quantize, sample.w, sample.scale, sample.grid)
+    for op in ("fake_quantize", "fake_quantize_backward"):
+        for backend in ("triton", "cuda"):
+            if backend in IMPLS[op]:
+                yield f"{op}: {backend} alone", partial(IMPLS[op][backend], *sample.args(op))
     x = torch.zeros(1, 1024, dtype=torch.bfloat16, device=device)
-    yield "torch.add", lambda: torch.add(x, x)
+    yield "torch.add", partial(torch.add, x, x)
     if torch.cuda.get_device_name() != "no GPU":  # cuBLAS asks more of a device
-        yield "F.linear", lambda: F.linear(x, plain)
+        yield "F.linear", partial(F.linear, x, plain)
     few, small = torch.zeros(1, 8), torch.zeros(8, 8)
-    yield "F.linear of 1 x 8 on the CPU", lambda: F.linear(few, small)
+    yield "F.linear of 1 x 8 on the CPU", partial(F.linear, few, small)
 
 
 def _measure() -> None:
