@@ -7,10 +7,13 @@ only some calls says so in `CONDITIONS`, and passes the others on. The reference
 ``QATKERNELS_BACKEND=reference|cpp|triton|cuda`` puts a backend first for every op that has a kernel there; what its
 kernels do not take goes on in the usual order. A backend that is missing altogether is an error, never a silent
 substitute.
+
+The choice is made in C++, by the extension: a call that a C++ kernel takes never enters Python.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import re
@@ -24,8 +27,6 @@ import torch
 
 from .ops._op import LIBRARY, OPS, Op, allocating, checked, writing
 
-Condition = Callable[..., bool]
-
 
 @dataclass(frozen=True)
 class Rule:
@@ -33,24 +34,48 @@ class Rule:
 
     Attributes:
         backend: the backend.
-        when: says of the op's arguments, which nobody has checked yet, whether a call is one of them; all are if None.
+        rows: the calls are those whose first argument has at most so many rows (tokens); all calls if None.
     """
 
     backend: str
-    when: Condition | None = None
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A backend that calls of an op may reach.
+
+    Attributes:
+        backend: the backend.
+        rows: most rows of the first argument that it is asked for; any number if None.
+        asked: whether its kernel takes only some calls, and is asked for each.
+    """
+
+    backend: str
+    rows: int | None = None
+    asked: bool = False
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether no call goes on from here."""
+        return self.rows is None and not self.asked
 
 
 #: Backends by device, fastest first.
 PREFERENCE: dict[str, tuple[str, ...]] = {"CPU": ("cpp", "reference"), "CUDA": ("triton", "cuda", "reference")}
-#: Exceptions by op and device, first match first, each with its measurement in bench/results; there is none yet.
-RULES: dict[tuple[str, str], tuple[Rule, ...]] = {}
+#: Exceptions by op and device, first match first. A rule says whether it is measured (in bench/results) or estimated.
+RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
+    # Estimated, not measured: the machine code of the decode kernel reads 4 bits of 8192 x 28672 in about 48 µs and
+    # Triton's in about 90, 4096 x 4096 in 6-8 and about 10. It takes at most 8 tokens (docs/architecture.md).
+    ("lowbit_linear", "CUDA"): (Rule("cuda", rows=8),),
+}
 #: The backends that the extension holds, and their devices.
 COMPILED = {"cpp": "CPU", "cuda": "CUDA"}
 
 #: Every implementation present: ``IMPLS[op][backend]``; ``op`` is a name in ``torch.ops.qatkernels``.
 IMPLS: dict[str, dict[str, Callable[..., Any]]] = {}
-#: What kernels that take only some calls say of the op's arguments: ``CONDITIONS[op][backend]``.
-CONDITIONS: dict[str, dict[str, Condition]] = {}
+#: What says of an op's arguments whether a kernel that takes only some calls takes one: ``CONDITIONS[op][backend]``.
+CONDITIONS: dict[str, dict[str, Callable[..., bool]]] = {}
 #: Why a backend is absent, for `qatkernels doctor`.
 MISSING: dict[str, str] = {}
 
@@ -102,14 +127,16 @@ def _load() -> ModuleType | None:
     else:
         MISSING["cuda"] = "the extension was not built"
     try:
-        launchers = importlib.import_module("qatkernels.triton").load()
+        triton = importlib.import_module("qatkernels.triton")
+        launchers = triton.load()
     except ImportError as error:
         MISSING["triton"] = str(error)
         return compiled
     for name, launcher in launchers.items():
         if OPS[name].outputs:
-            IMPLS[f"{name}_out"]["triton"] = writing(OPS[name], launcher)
-        IMPLS[name]["triton"] = (allocating if OPS[name].outputs else checked)(OPS[name], launcher)
+            IMPLS[f"{name}_out"]["triton"] = triton.planned(OPS[name], writing(OPS[name], launcher))
+        whole = (allocating if OPS[name].outputs else checked)(OPS[name], launcher)
+        IMPLS[name]["triton"] = triton.planned(OPS[name], whole)
     return compiled
 
 
@@ -125,7 +152,7 @@ def _load_compiled(compiled: ModuleType, op: Op) -> None:
             table.setdefault(key, {})[backend] = getattr(torch.ops.qatkernels_cpp, op_name)
 
 
-def order(op: str, device: str) -> list[tuple[str, Condition | None]]:
+def order(op: str, device: str) -> list[Stage]:
     """Return the backends that calls of an op may reach, in the order in which a call tries them.
 
     Args:
@@ -133,24 +160,24 @@ def order(op: str, device: str) -> list[tuple[str, Condition | None]]:
         device: ``"CPU"`` or ``"CUDA"``.
 
     Returns:
-        Backends, each with the condition that a call must meet. The last one, and only it, has none.
+        Stages. The last one, and only it, takes all calls.
 
     Raises:
         RuntimeError: if QATKERNELS_BACKEND names a backend that is unknown or missing, or a rule one of another device.
     """
     forced = _forced(device)
     first = RULES.get((op, device), ()) if forced is None else (Rule(forced),)
-    stages: list[tuple[str, Condition | None]] = []
+    stages: list[Stage] = []
     for rule in (*first, *map(Rule, PREFERENCE[device])):
         if rule.backend not in PREFERENCE[device]:
             raise RuntimeError(
                 f"a rule for {op} on {device} names {rule.backend!r}, must be one of {PREFERENCE[device]}"
             )
-        if rule.backend in IMPLS[op]:
-            condition = _both(rule.when, CONDITIONS.get(op, {}).get(rule.backend))
-            stages.append((rule.backend, condition))
-            if condition is None:
-                break
+        if rule.backend not in IMPLS[op] or (rule.rows is not None and "cpp" in MISSING):
+            continue  # not here, or nobody to count rows
+        stages.append(Stage(rule.backend, rule.rows, rule.backend in CONDITIONS.get(op, {})))
+        if stages[-1].takes_all:
+            break
     return stages
 
 
@@ -169,35 +196,13 @@ def _forced(device: str) -> str | None:
     return forced
 
 
-def _both(a: Condition | None, b: Condition | None) -> Condition | None:
-    if a is None or b is None:
-        return a or b
-    return lambda *inputs: a(*inputs) and b(*inputs)
-
-
 def chosen(op: str, device: str) -> str:
     """Return the backend that calls of an op try first on a device type (``"CPU"`` or ``"CUDA"``).
 
     Raises:
         RuntimeError: if QATKERNELS_BACKEND names a backend that cannot serve it.
     """
-    return order(op, device)[0][0]
-
-
-def by_call(op: Op, stages: list[tuple[Callable[..., Any], Condition | None]]) -> Callable[..., Any]:
-    """Return an implementation of an op, or of its ``_out`` form, that passes each call to the first that takes it.
-
-    Args:
-        op: the op.
-        stages: implementations and their conditions, which see the arguments without the outputs; the last has none.
-    """
-    count = len(op.parameters)
-
-    def run(*args: Any) -> Any:
-        inputs = args[:count]
-        return next(impl for impl, condition in stages if condition is None or condition(*inputs))(*args)
-
-    return run
+    return order(op, device)[0].backend
 
 
 def register() -> None:
@@ -205,17 +210,56 @@ def register() -> None:
     for name, op in OPS.items():
         for device in PREFERENCE:
             stages = order(name, device)
-            backend, condition = stages[0]
+            backend = stages[0].backend
             for op_name in op.schemas:
-                if condition is not None:
-                    impls = {b: IMPLS[op_name][b] for b, _ in stages}
-                    if op_name == name and "reference" in impls:
-                        impls["reference"] = checked(op, op.reference)
-                    LIBRARY.impl(op_name, by_call(op, [(impls[b], c) for b, c in stages]), device)
+                if not stages[0].takes_all:
+                    compiled = importlib.import_module("qatkernels._C")
+                    compiled.choose("qatkernels", op_name, device, [named(op, op_name, s, device) for s in stages])
                 elif backend in COMPILED:
                     importlib.import_module("qatkernels._C").implement("qatkernels", op_name, device)
                 elif backend != "reference":
                     LIBRARY.impl(op_name, IMPLS[op_name][backend], device)
+
+
+def named(op: Op, op_name: str, stage: Stage, device: str) -> tuple[str, str | None, int | None]:
+    """Return a stage as the extension's choice takes it, by names of ops: what is written in Python becomes one.
+
+    Args:
+        op: the op.
+        op_name: its name, or that of its ``_out`` form.
+        stage: a stage of its order.
+        device: ``"CPU"`` or ``"CUDA"``, where the choice is to be made.
+
+    Returns:
+        The op to call, the op that says whether it takes a call if there is one, and the stage's limit of rows.
+    """
+    condition = f"{op.name}_serves"
+    if stage.backend in COMPILED:
+        return f"qatkernels_cpp::{op_name}", f"qatkernels_cpp::{condition}" if stage.asked else None, stage.rows
+    implementation = IMPLS[op_name][stage.backend]
+    if stage.backend == "reference" and op_name == op.name:
+        implementation = checked(op, op.reference)
+    name = _as_op(stage.backend, op.schemas[op_name], implementation, device)
+    if not stage.asked:
+        return name, None, stage.rows
+    asked = _as_op(stage.backend, f"{condition}({op.arguments}) -> bool", CONDITIONS[op.name][stage.backend], device)
+    return name, asked, stage.rows
+
+
+def _as_op(backend: str, schema: str, implementation: Callable[..., Any], device: str) -> str:
+    """Make an op of a Python function, in a namespace of its backend, and return its name."""
+    library, (name, signature) = _library(backend), schema.split("(", 1)
+    while hasattr(getattr(torch.ops, library.ns), name):
+        name += "_again"  # registered before, in a test: choices made then keep what they had
+    library.define(f"{name}({signature}")
+    library.impl(name, implementation, device)
+    return f"{library.ns}::{name}"
+
+
+@functools.cache
+def _library(backend: str) -> torch.library.Library:
+    """Return the namespace of a backend that is written in Python; as long as the process lives."""
+    return torch.library.Library(f"qatkernels_{backend}", "FRAGMENT")
 
 
 def install() -> None:

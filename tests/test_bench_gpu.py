@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,7 @@ def test_a_process_that_loses_its_gpu_is_started_again(tmp_path):
 
 PLANTED = """
 import os
+import shutil
 import sys
 import torch
 from bench import cli
@@ -267,3 +269,65 @@ def test_kernels_are_compiled_without_a_gpu(tmp_path):
     assert len(entries[1]) == 3  # the driver's utilities, the kernel, its launcher
     assert entries[2] == entries[1]
     assert len(list(tmp_path.rglob("*.cubin"))) == 1
+
+
+DECODING = """
+import collections, ctypes
+import torch
+from bench.gpu import fake_driver, host
+host.pretend()
+import qatkernels as qk
+from qatkernels import backends
+from tests.cuda.lowbit import make
+
+launches = ctypes.CDLL(None).fake_launches
+launches.restype = ctypes.c_long
+triton = collections.Counter()
+fake_driver._Counted.run = lambda *args: triton.update(["launch"])
+
+def who(call):
+    before = launches(), triton["launch"]
+    call()
+    return "cuda" * (launches() > before[0]) + "triton" * (triton["launch"] > before[1])
+
+assert backends.chosen("lowbit_linear", "CUDA") == "cuda"
+for grid in (qk.binary(), qk.lsq(3), qk.affine(4)):
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens, act_bits in ((1, None), (8, 8), (9, None), (130, 8)):
+            args = make(grid, tokens, 64, 256, 64, dtype, bias=dtype, act_bits=act_bits)
+            args = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
+            expected = "cuda" if tokens <= 8 else "triton"
+            for again in range(3):
+                assert who(lambda: torch.ops.qatkernels.lowbit_linear(*args)) == expected, (grid, dtype, tokens)
+            out = torch.empty(tokens, 64, dtype=dtype, device="cuda")
+            assert who(lambda: torch.ops.qatkernels.lowbit_linear_out(*args, out)) == expected
+            x = args[0].view(1, tokens, 256)
+            assert who(lambda: torch.ops.qatkernels.lowbit_linear(x, *args[1:])) == expected
+            if dtype == torch.float32:
+                assert who(lambda: torch.ops.qatkernels.lowbit_linear(*args[:4], None, None, *args[6:])) == expected
+    w = [t if t is None else t[None] for t in args[1:4]]
+    ends = torch.tensor([tokens], dtype=torch.int32, device="cuda")
+    assert who(lambda: torch.ops.qatkernels.lowbit_linear(args[0], *w, None, ends, *args[6:])) == "triton"
+weight = qk.PackedWeight(*args[1:4], grid, 256)
+x = torch.zeros(2, 256, dtype=torch.bfloat16, device="cuda")
+assert who(lambda: qk.lowbit_linear(x, weight)) == "cuda"
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_who_decodes_without_a_gpu():
+    """Tensors of a CUDA device that is not there, in a build with CUDA: the choice itself, up to the launch."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    from qatkernels import backends
+
+    if torch.version.cuda is None or "cuda" in backends.MISSING or shutil.which("nvcc") is None:
+        pytest.skip("needs a build with CUDA, and nvcc")
+    from bench.gpu import host
+
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "QATKERNELS_BACKEND")}
+    environment["LD_PRELOAD"] = str(host.build())
+    command = [sys.executable, "-W", "ignore", "-c", DECODING]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.stdout.strip() == "done", process.stdout + process.stderr

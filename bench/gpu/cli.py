@@ -95,6 +95,12 @@ def _profile(options: argparse.Namespace) -> int:
     return profile.main(options.kernel, dry=options.dry)
 
 
+def _host(options: argparse.Namespace) -> int:
+    from . import host
+
+    return host.main()
+
+
 def _probe(options: argparse.Namespace) -> int:
     from . import pack
 
@@ -188,6 +194,7 @@ def _parts(add: Any) -> None:
     profile.add_argument("kernel", choices=("gemv", "decode", "backward"))
     profile.add_argument("--dry", action="store_true", help="on the CPU")
     add("probe", "Say whether Triton finds in its cache what the pack brought.")
+    add("host", "Time what calls cost on the host; without a GPU with a runtime that launches nothing.")
 
 
 if __name__ == "__main__":

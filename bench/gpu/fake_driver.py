@@ -137,9 +137,15 @@ def install(capability: tuple[int, int], *, compiling: bool = True) -> None:
 
 
 def serve_cpu_tensors() -> None:
-    """Let torch's dispatcher take the Triton launchers for tensors of the CPU too; what they allocate is zero."""
+    """Let torch's dispatcher take the Triton launchers for tensors of the CPU too; what they allocate is zero.
+
+    Calls are not replayed: a plan allocates without zeros.
+    """
     from qatkernels.backends import IMPLS
     from qatkernels.ops._op import OPS, as_tuple
+    from qatkernels.triton import _plans
+
+    _plans.enabled = False
 
     def zeroed(fake: Any) -> Any:
         def outputs(*args: Any) -> Any:

@@ -1,7 +1,11 @@
 // The extension: ops declared from schemas that Python gives, so that there is one of each.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "../cpu/kernels.h"
@@ -54,6 +58,58 @@ void declare(const std::string& ns, const std::string& op, const std::string& sc
     if (serves(op, key)) implement(ns, op, key);
 }
 
+// A way to serve calls of an op: another op with its arguments, an op that says of a call whether that one takes it,
+// and how many rows the first argument may have. A call must meet what is there of both.
+struct Stage {
+  c10::OperatorHandle op;
+  std::optional<c10::OperatorHandle> serves;
+  std::optional<int64_t> rows;
+};
+using StageNames = std::tuple<std::string, std::optional<std::string>, std::optional<int64_t>>;
+
+// Passes each call to the first stage that takes it, on a stack of arguments, so that it is one for every op and nobody
+// enters Python to choose. Stages run below autograd, as the choice does.
+class Choice final : public c10::OperatorKernel {
+ public:
+  Choice(std::vector<Stage> stages, c10::DispatchKey key) : stages_(std::move(stages)), key_(key) {}
+
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) const {
+    const size_t arguments = op.schema().arguments().size();
+    for (const Stage& stage : stages_)
+      if (takes(stage, torch::jit::last(*stack, arguments))) return stage.op.redispatchBoxed(key_, stack);
+    TORCH_CHECK(false, "no backend takes this call of ", op.schema().name());
+  }
+
+ private:
+  bool takes(const Stage& stage, at::ArrayRef<c10::IValue> arguments) const {
+    if (stage.rows) {
+      const Tensor& t = arguments[0].toTensor();
+      if (t.dim() > 0 && c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)) > *stage.rows) return false;
+    }
+    if (!stage.serves) return true;
+    // Outputs are the last arguments; they are not looked at.
+    const auto inputs = arguments.slice(0, stage.serves->schema().arguments().size());
+    torch::jit::Stack asked(inputs.begin(), inputs.end());
+    stage.serves->redispatchBoxed(key_, &asked);
+    return asked.front().toBool();
+  }
+
+  std::vector<Stage> stages_;
+  c10::DispatchKeySet key_;
+};
+
+// Implements an op of a namespace by a choice between other ops.
+void choose(const std::string& ns, const std::string& op, c10::DispatchKey key, const std::vector<StageNames>& names) {
+  const auto found = [](const std::string& name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
+  };
+  std::vector<Stage> stages;
+  for (const auto& [served, serves, rows] : names)
+    stages.push_back({found(served), serves ? std::optional(found(*serves)) : std::nullopt, rows});
+  auto kernel = c10::BoxedKernel::makeFromFunctor(std::make_unique<Choice>(std::move(stages), key));
+  library(torch::Library::IMPL, ns, key).impl(op.c_str(), torch::CppFunction::makeFromBoxedKernel(std::move(kernel)));
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["version"] = QK_VERSION;
@@ -77,6 +133,12 @@ PYBIND11_MODULE(_C, m) {
         qk::implement(ns, op, c10::parseDispatchKey(device));
       },
       "Serve an op of a namespace on a device (\"CPU\" or \"CUDA\") with this extension's kernel.");
+  m.def(
+      "choose",
+      [](const std::string& ns, const std::string& op, const std::string& device,
+         const std::vector<qk::StageNames>& stages) { qk::choose(ns, op, c10::parseDispatchKey(device), stages); },
+      "Serve each call of an op of a namespace on a device by the first op of a list that takes it. Of each: its name, "
+      "the name of the op that says whether it takes a call or None, the most rows of the first argument or None.");
   m.def(
       "serves",
       [](const std::string& op, const std::string& device) { return qk::serves(op, c10::parseDispatchKey(device)); },

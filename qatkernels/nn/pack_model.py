@@ -128,7 +128,7 @@ def compile_kernels(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> in
     layers = packed_modules(model)
     if not layers:
         raise ValueError("the model has no packed layer, pack_model makes them")
-    if "triton" not in dict(order("lowbit_linear", "CUDA")):
+    if "triton" not in {stage.backend for stage in order("lowbit_linear", "CUDA")}:
         return 0
     from ..triton.lowbit_linear import warm_up
 

@@ -50,7 +50,8 @@ class PackedBuffers(Float32Scales):
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
         self.grid, self.cols = weight.grid, weight.cols
-        self.constants = list(weight.grid.constants)  # built once, not at every call
+        # Built once, not at every call.
+        self.constants, self.codes = list(weight.grid.constants), (weight.grid.code_min, weight.grid.storage_bits)
         self.dtype, self.layer = torch.float32, ""
         for name in self.uncast:
             self.register_buffer(name, getattr(weight, name))
@@ -145,8 +146,9 @@ class PackedBuffers(Float32Scales):
 
         A forward, so that hooks which bring the tensors of a module from elsewhere (offload) come before it.
         """
-        args = (self.packed, self.scale, self.zero_point, bias, offsets)
-        return product(x, *args, self.constants, self.grid.code_min, self.grid.storage_bits, act_bits, self.cols)
+        held = self._buffers  # not as attributes: each would cost as much as the choice of a kernel
+        weight = (held["packed"], held["scale"], held["zero_point"])
+        return product(x, *weight, bias, offsets, self.constants, *self.codes, act_bits, self.cols)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         """Describe the weight."""

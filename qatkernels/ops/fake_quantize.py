@@ -31,7 +31,7 @@ from torch import Tensor
 from ..arguments import check_dtype, check_optional_reals, check_optional_tensors, check_reals, check_tensors
 from ..grids import MIN_SCALE, Grid, GridConstants, check_grid, check_group_size
 from . import noise
-from ._op import Function, check_out, define
+from ._op import Function, check_out, define, nothing_to_differentiate
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -451,6 +451,8 @@ def fake_quantize(
         return out
     if torch.compiler.is_compiling():
         return torch.ops.qatkernels.fake_quantize(*args)
+    if nothing_to_differentiate(w, scale, zero_point):
+        return FakeQuantize.forward(*args)
     return FakeQuantize.apply(*args)
 
 

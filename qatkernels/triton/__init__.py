@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
+from typing import Any
+
+from ..ops._op import Op
 
 
 def load() -> dict[str, Callable[..., None]]:
@@ -15,4 +18,10 @@ def load() -> dict[str, Callable[..., None]]:
     """
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
+    importlib.import_module(f"{__name__}._plans").observe()
     return importlib.import_module(f"{__name__}._launchers").LAUNCHERS
+
+
+def planned(op: Op, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an implementation that runs launchers as one that replays calls like earlier ones."""
+    return importlib.import_module(f"{__name__}._plans").planned(op, implementation)

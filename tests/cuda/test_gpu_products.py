@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import qatkernels as qk
-from qatkernels.backends import CONDITIONS, IMPLS, MISSING, by_call
+from qatkernels.backends import CONDITIONS, IMPLS, MISSING, Stage
 from qatkernels.ops._op import OPS
 from qatkernels.ops.fake_quantize import FLOATS
 from qatkernels.ops.samples import weights
+from tests.choices import choice
 from tests.compare import assert_same_bits, assert_within, run_out
 from tests.cuda import lowbit
 from tests.every_op import DECODED
@@ -161,8 +162,35 @@ def test_a_kernel_that_takes_few_tokens_passes_the_others_on(tokens, dtype):
     serves = CONDITIONS["lowbit_linear"]["cuda"]
     args = lowbit.make(qk.grids.affine(4), tokens, 70, 256, 64, dtype, GPU)
     assert serves(*args) == (tokens <= 8 and dtype != torch.float64)
-    op = OPS["lowbit_linear"]
-    y = by_call(op, [(IMPLS["lowbit_linear"]["cuda"], serves), (op.reference, None)])(*args)
+    stages = [Stage("cuda", None, True), Stage("reference")]
+    y = choice(OPS["lowbit_linear"], "lowbit_linear", stages, "CUDA")(*args)
     assert_within(y, *lowbit.reference(args), f"{tokens} tokens of {dtype}")
     stack = (args[0], *(t[None] for t in args[1:4]), None, torch.tensor([tokens], dtype=torch.int32, device=GPU))
     assert not serves(*stack, *args[6:])
+
+
+@pytest.mark.skipif("cuda" not in IMPLS["lowbit_linear"] or "triton" not in IMPLS["lowbit_linear"], reason="needs both")
+@pytest.mark.parametrize("tokens", [1, DECODED, DECODED + 1, 64])
+def test_few_tokens_go_to_the_decode_kernel(tokens):
+    """The op's bits are those of one of the two, which do not round alike."""
+    args = lowbit.make(qk.lsq(4), tokens, 512, 2048, 128, torch.float32, GPU)
+    first, other = ("cuda", "triton") if tokens <= DECODED else ("triton", "cuda")
+    y = torch.ops.qatkernels.lowbit_linear(*args)
+    assert_same_bits(y, IMPLS["lowbit_linear"][first](*args))
+    if tokens <= DECODED:
+        assert not torch.equal(y, IMPLS["lowbit_linear"][other](*args))
+
+
+@pytest.mark.skipif("triton" not in IMPLS["lowbit_linear"], reason="needs Triton")
+@pytest.mark.parametrize("tokens", [1, 40, 300])
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_replayed_calls(tokens, act_bits):
+    """From the third call on a plan launches: other numbers at other places, the same results as without one."""
+    planned = IMPLS["lowbit_linear"]["triton"]
+    made = lowbit.make(qk.lsq(3), tokens, 96, 1024, 128, torch.bfloat16, GPU, bias=torch.bfloat16, act_bits=act_bits)
+    kept = []
+    for seed in range(5):
+        args = (weights(made[0].shape, torch.bfloat16, GPU, seed=seed), made[1].roll(seed, 0), *made[2:])
+        kept.append((planned(*args), getattr(planned, "impl", planned)(*args)))
+    for seed, (y, expected) in enumerate(kept):
+        assert_same_bits(y, expected, f"call {seed}")

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import qatkernels as qk
-from qatkernels.backends import by_call
+from qatkernels import backends
 from qatkernels.ops._op import OPS
+from tests.choices import choice
 from tests.compare import assert_same_bits, assert_within, run_out
 
 if shutil.which("g++") is None:
@@ -229,10 +230,18 @@ def test_what_is_served():
     assert run(replaced(args, x=x[:0])).shape == (0, 8)
 
 
-def test_what_is_not_served_goes_to_the_reference():
+@pytest.mark.skipif("cpp" in backends.MISSING, reason="the extension makes the choice")
+def test_what_is_not_served_goes_to_the_reference(monkeypatch):
     """A build with CUDA and without Triton: more tokens, float64 and experts are products too."""
-    stages = [(on_host.lowbit_linear, on_host.lowbit_serves), (OPS["lowbit_linear"].reference_out, None)]
-    linear = by_call(OPS["lowbit_linear"], stages)
+    op, served = OPS["lowbit_linear"], []
+
+    def kernel(*args):
+        served.append(len(args[0]))
+        on_host.lowbit_linear(*args)
+
+    monkeypatch.setitem(backends.IMPLS["lowbit_linear_out"], "triton", kernel)
+    monkeypatch.setitem(backends.CONDITIONS, "lowbit_linear", {"triton": on_host.lowbit_serves})
+    linear = choice(op, "lowbit_linear_out", [backends.Stage("triton", None, True), backends.Stage("reference")])
     args = make(qk.grids.affine(4), 9, 24, 64, 32, torch.float32, bias=torch.float32)
     for x in (args[0][:8], args[0], args[0].double()):
         call = replaced(args, x=x)
@@ -241,3 +250,4 @@ def test_what_is_not_served_goes_to_the_reference():
     experts = (args[0], *(t[None] for t in args[1:4]), None, torch.tensor([9], dtype=torch.int32), *args[6:])
     (y,) = run_out("lowbit_linear", linear, experts)
     assert_within(y, *reference(replaced(args, bias=None)), "experts")
+    assert served == [8]

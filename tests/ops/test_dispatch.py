@@ -8,123 +8,221 @@ import pytest
 import torch
 
 from qatkernels import backends
-from qatkernels.backends import Rule, by_call, order
+from qatkernels.backends import Rule, Stage, order
 from qatkernels.ops._op import OPS, Op
+from tests.choices import choice
+
+NAMES = ("reference", "cuda", "triton")
+#: Where the extension's own kernels are; here are two that it does not have.
+COMPILED = torch.library.Library("qatkernels_cpp", "FRAGMENT")
+COMPILED.define("toy(Tensor x, float[] grid) -> Tensor")
+COMPILED.define("toy_out(Tensor x, float[] grid, Tensor(a!) out) -> ()")
+COMPILED.define("toy_serves(Tensor x, float[] grid) -> bool")
+
+needs_extension = pytest.mark.skipif("cpp" in backends.MISSING, reason="the extension makes the choice")
+
+
+def answer(name):
+    """Return an implementation, in both forms, that says whose it is by a number."""
+    number = float(NAMES.index(name))
+
+    def run(x, grid, *out):
+        if not out:
+            return torch.full((), number)
+        out[0].fill_(number)
+        return None
+
+    return run
+
+
+def few(x, grid):
+    return len(x) <= 8 and x.dtype != torch.float64
+
+
+COMPILED.impl("toy", answer("cuda"), "CPU")
+COMPILED.impl("toy_out", answer("cuda"), "CPU")
+COMPILED.impl("toy_serves", few, "CPU")
 
 
 @pytest.fixture
 def toy(monkeypatch):
     """An op on two backends of a GPU, one of which takes at most eight rows."""
     monkeypatch.delenv("QATKERNELS_BACKEND", raising=False)
-
-    def answers(name):
-        return lambda x, *out: out[0].fill_(ord(name[0])) if out else name
-
-    op = Op("toy", "Tensor x", ("out",), answers("reference"), torch.empty_like)
-    names = ("reference", "cuda", "triton")
-    monkeypatch.setitem(backends.IMPLS, "toy", {name: answers(name) for name in names})
-    monkeypatch.setitem(backends.CONDITIONS, "toy", {"cuda": lambda x: len(x) <= 8 and x.dtype != torch.float64})
+    op = Op("toy", "Tensor x, float[] grid", ("out",), answer("reference"), lambda x, grid: x.new_empty(()))
+    monkeypatch.setitem(backends.IMPLS, "toy", {name: answer(name) for name in NAMES})
+    monkeypatch.setitem(backends.IMPLS, "toy_out", {name: answer(name) for name in NAMES})
+    monkeypatch.setitem(backends.CONDITIONS, "toy", {"cuda": few})
     return op
 
 
+def choice_of(op, op_name="toy", device="CUDA"):
+    """Return an op that passes calls on as the order of a device says, for tensors of a CPU."""
+    return choice(op, op_name, order("toy", device))
+
+
 def answers(op, device="CUDA"):
-    """Return who answers to a few rows, to many, and to a few of float64."""
-    run = by_call(op, [(backends.IMPLS[op.name][name], condition) for name, condition in order(op.name, device)])
-    return [run(torch.zeros(8)), run(torch.zeros(9)), run(torch.zeros(1, dtype=torch.float64))]
+    """Return who answers to eight rows, to three, to many, and to one of float64."""
+    run = choice_of(op, device=device)
+    calls = (torch.zeros(8, 1), torch.zeros(3, 2, 1)[:, 0], torch.zeros(9, 1), torch.zeros(1, 1, dtype=torch.float64))
+    return [NAMES[int(run(x, [1.0, 2.0]))] for x in calls]
 
 
+@needs_extension
 def test_the_usual_order(toy):
-    assert [name for name, _ in order("toy", "CUDA")] == ["triton"]
-    assert answers(toy) == ["triton"] * 3
-    assert answers(toy, "CPU") == ["reference"] * 3
+    assert order("toy", "CUDA") == [Stage("triton")]
+    assert answers(toy) == ["triton"] * 4
+    assert answers(toy, "CPU") == ["reference"] * 4
 
 
+@needs_extension
 def test_what_a_kernel_does_not_take_goes_on(toy, monkeypatch):
     monkeypatch.delitem(backends.IMPLS["toy"], "triton")
-    assert answers(toy) == ["cuda", "reference", "reference"]
+    assert answers(toy) == ["cuda", "cuda", "reference", "reference"]
     assert backends.chosen("toy", "CUDA") == "cuda"
 
 
+@needs_extension
 def test_a_forced_backend_is_the_first(toy, monkeypatch):
     monkeypatch.setattr(backends, "MISSING", {})
     monkeypatch.setenv("QATKERNELS_BACKEND", "cuda")
-    assert answers(toy) == ["cuda", "triton", "triton"]
+    assert answers(toy) == ["cuda", "cuda", "triton", "triton"]
     monkeypatch.setenv("QATKERNELS_BACKEND", "reference")
-    assert answers(toy) == ["reference"] * 3
+    assert answers(toy) == ["reference"] * 4
 
 
+@needs_extension
 def test_rules_come_before_the_usual_order(toy, monkeypatch):
     """A rule sends calls; the kernel may still pass them on."""
-    monkeypatch.setitem(backends.RULES, ("toy", "CUDA"), (Rule("cuda", lambda x: len(x) != 3),))
-    assert answers(toy) == ["cuda", "triton", "triton"]
-    run = by_call(toy, [(backends.IMPLS["toy"][name], condition) for name, condition in order("toy", "CUDA")])
-    assert run(torch.zeros(3)) == "triton"
+    monkeypatch.setitem(backends.RULES, ("toy", "CUDA"), (Rule("cuda", rows=3),))
+    assert order("toy", "CUDA") == [Stage("cuda", 3, True), Stage("triton")]
+    assert answers(toy) == ["triton", "cuda", "triton", "triton"]
+    monkeypatch.setitem(backends.RULES, ("toy", "CUDA"), (Rule("cuda"),))
+    assert answers(toy) == ["cuda", "cuda", "triton", "triton"]
+    monkeypatch.setitem(backends.RULES, ("toy", "CUDA"), (Rule("triton", rows=1), Rule("cuda"), Rule("reference")))
+    assert answers(toy) == ["cuda", "cuda", "reference", "triton"]
     monkeypatch.setitem(backends.RULES, ("toy", "CUDA"), (Rule("reference"),))
-    assert answers(toy) == ["reference"] * 3
+    assert answers(toy) == ["reference"] * 4
     monkeypatch.setitem(backends.RULES, ("toy", "CUDA"), (Rule("cpp"),))
     with pytest.raises(RuntimeError, match="a rule for toy on CUDA names 'cpp'"):
         order("toy", "CUDA")
 
 
-def test_conditions_do_not_see_outputs(toy):
-    out = torch.zeros(9)
-    fills = {name: lambda x, out, value=value: out.fill_(value) for value, name in enumerate(("cuda", "reference"), 1)}
-    by_call(toy, [(fills["cuda"], lambda x: len(x) <= 8), (fills["reference"], None)])(torch.zeros(9), out)
-    assert out.tolist() == [2.0] * 9
+@needs_extension
+def test_a_backend_in_python_may_take_some_calls_too(toy, monkeypatch):
+    monkeypatch.setitem(backends.CONDITIONS, "toy", {"triton": lambda x, grid: grid[1] == 2.0})
+    run = choice_of(toy)
+    assert [NAMES[int(run(torch.zeros(1, 1), [1.0, last]))] for last in (2.0, 3.0)] == ["triton", "cuda"]
+
+
+@needs_extension
+def test_rows_are_those_of_all_leading_dimensions(toy, monkeypatch):
+    monkeypatch.setitem(backends.CONDITIONS, "toy", {})
+    monkeypatch.setitem(backends.RULES, ("toy", "CUDA"), (Rule("cuda", rows=6),))
+    run = choice_of(toy)
+    shapes = ((7,), (2, 3, 9), (7, 1), (2, 4, 0), (0, 9, 2), ())
+    assert [NAMES[int(run(torch.zeros(s), []))] for s in shapes] == ["cuda", "cuda", "triton", "triton", "cuda", "cuda"]
+
+
+@needs_extension
+def test_conditions_do_not_see_outputs(toy, monkeypatch):
+    monkeypatch.setitem(backends.RULES, ("toy", "CUDA"), (Rule("cuda"),))
+    run = choice_of(toy, "toy_out")
+    for rows, name in ((8, "cuda"), (9, "triton")):
+        out = torch.full((2,), torch.nan)
+        run(torch.zeros(rows, 1), [], out)
+        assert out.tolist() == [NAMES.index(name)] * 2
+
+
+@needs_extension
+def test_a_choice_ends(toy):
+    with pytest.raises(RuntimeError, match="no backend takes this call of qatkernels_choices::"):
+        choice(toy, "toy", [Stage("cuda", None, True)])(torch.zeros(9, 1), [])
+    with pytest.raises(RuntimeError, match="qatkernels_cpp::absent"):
+        choice(Op("absent", "Tensor x", ("out",), None, None), "absent", [Stage("cuda")])
+
+
+@pytest.mark.parametrize("present", [("cuda", "triton"), ("cuda",), ("triton",), ()], ids="+".join)
+def test_decoding_goes_to_the_cuda_kernel(present, monkeypatch):
+    """Up to eight tokens; what it does not take of those, and all else, to Triton, or to the reference."""
+    monkeypatch.delenv("QATKERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "MISSING", {})
+    monkeypatch.setitem(backends.IMPLS, "lowbit_linear", dict.fromkeys((*present, "reference")))
+    monkeypatch.setitem(backends.CONDITIONS, "lowbit_linear", {"cuda": few})
+    first = [Stage("cuda", 8, True)] if "cuda" in present else []
+    rest = [Stage("triton")] if "triton" in present else [Stage("cuda", None, True)] * len(first) + [Stage("reference")]
+    assert order("lowbit_linear", "CUDA") == first + rest
+
+
+def test_without_an_extension_nobody_counts_rows(toy, monkeypatch):
+    monkeypatch.setattr(backends, "MISSING", {"cpp": "not built"})
+    monkeypatch.setitem(backends.RULES, ("toy", "CUDA"), (Rule("reference", rows=1),))
+    assert order("toy", "CUDA") == [Stage("triton")]
 
 
 def test_on_a_cpu_no_call_is_looked_at():
     """There the cost of a choice would be paid by every call."""
     for op in OPS:
-        for _, condition in order(op, "CPU"):
-            assert condition is None, op
+        assert all(stage.takes_all for stage in order(op, "CPU")), op
 
 
 _SCRIPT = """
+import sys
 import torch
 import qatkernels as qk
 from qatkernels import backends
 from qatkernels.ops._op import OPS
 
-def few(x, packed, scale, zero_point, bias, offsets, *rest):
-    asked.append(x.shape[0])
-    return x.shape[0] <= 8 and x.dtype != torch.float64 and offsets is None
+def counted(*args):
+    taken.append(args[0].shape[0])
+    return meaning(*args)
 
-def counted(x, *rest):
-    taken.append(x.shape[0])
-    return kernel(x, *rest)
-
-asked, taken = [], []
-kernel = backends.IMPLS["lowbit_linear"]["cpp"]
-backends.IMPLS["lowbit_linear"]["cpp"] = counted
-backends.CONDITIONS["lowbit_linear"] = {"cpp": few}
+taken, op = [], OPS["lowbit_linear"]
+meaning = op.reference
+object.__setattr__(op, "reference", counted)
+backends.PREFERENCE["CPU"] = ("reference", "cpp")
+backends.RULES["lowbit_linear", "CPU"] = (backends.Rule("cpp", rows=8),)
 del backends.os.environ["QATKERNELS_BACKEND"]
 backends.register()  # so far the reference served every op
 grid = qk.grids.lsq(4)
 dense = qk.PackedWeight.from_float(torch.randn(16, 32), torch.full((16,), 0.3), grid)
 stack = qk.PackedWeight.from_float(torch.randn(2, 16, 32), torch.full((2, 16), 0.3), grid)
-for x in (torch.randn(8, 32), torch.randn(9, 32), torch.randn(3, 32, dtype=torch.float64)):
+for x in (torch.randn(8, 32), torch.randn(9, 32), torch.randn(2, 4, 32, dtype=torch.float64), torch.randn(0, 32)):
     expected = x.double() @ dense.dequantize().double().T
     torch.testing.assert_close(qk.lowbit_linear(x, dense).double(), expected, rtol=1e-4, atol=1e-4)
-offsets = torch.tensor([1, 3], dtype=torch.int32)
-assert qk.grouped_lowbit_linear(x.float(), stack, offsets).shape == (3, 16)
+offsets = torch.tensor([1, 10], dtype=torch.int32)
+assert qk.grouped_lowbit_linear(torch.ones(10, 32), stack, offsets).shape == (10, 16)
 out = torch.full((9, 16), torch.nan)
 constants = (list(grid.constants), grid.code_min, 4, None)
 torch.ops.qatkernels.lowbit_linear_out(torch.ones(9, 32), dense.packed, dense.scale, None, None, None, *constants, out)
 assert out.isfinite().all()
-try:
-    qk.lowbit_linear(torch.ones(9, 32), dense, torch.ones(3))
-except RuntimeError as error:
-    assert "bias is torch.float32 of shape (3,)" in str(error), error
-else:
-    raise AssertionError("a bias that does not fit was taken")
-print(asked, taken)
+for rows in (8, 9):
+    try:
+        qk.lowbit_linear(torch.ones(rows, 32), dense, torch.ones(3))
+    except RuntimeError as error:
+        assert "bias is torch.float32 of shape (3,)" in str(error), error
+    else:
+        raise AssertionError("a bias that does not fit was taken")
+x = torch.randn(8, 32, requires_grad=True)
+torch.autograd.gradcheck(lambda x: qk.lowbit_linear(x, dense), x.double().detach().requires_grad_())
+y = torch.compile(lambda x: qk.lowbit_linear(x, dense), backend="eager", fullgraph=True)(x)
+assert torch.equal(y, qk.lowbit_linear(x, dense))
+entered = []
+sys.setprofile(lambda frame, event, arg: entered.append(frame.f_code) if event == "call" else None)
+torch.ops.qatkernels.lowbit_linear.default  # what follows is looked up by now
+before = len(entered)
+with torch.no_grad():
+    qk.lowbit_linear(x, dense)
+sys.setprofile(None)
+inside = [code for code in entered[before:] if code.co_filename.endswith(("backends.py", "ops/_op.py"))]
+assert {code.co_name for code in inside} <= {"run", "nothing_to_differentiate"}, inside
+print(taken)
 """
 
 
 @pytest.mark.skipif("cpp" not in backends.IMPLS["lowbit_linear"], reason="needs the compiled kernels")
-def test_the_dispatcher_asks_at_every_call():
+def test_the_dispatcher_chooses_at_every_call():
+    """A C++ kernel for few tokens and a backend in Python behind it; the first is reached without Python."""
     environment = {**os.environ, "QATKERNELS_BACKEND": "reference"}
     run = subprocess.run([sys.executable, "-c", _SCRIPT], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "[8, 9, 3, 3, 9, 9] [8]"
+    assert run.stdout.strip() == "[9, 10, 9]"
