@@ -291,7 +291,7 @@ def who(call):
     return "cuda" * (launches() > before[0]) + "triton" * (triton["launch"] > before[1])
 
 assert backends.chosen("lowbit_linear", "CUDA") == "cuda"
-for grid in (qk.binary(), qk.lsq(3), qk.affine(4)):
+for grid in (qk.grids.binary(), qk.grids.lsq(3), qk.grids.affine(4)):
     for dtype in (torch.float32, torch.bfloat16):
         for tokens, act_bits in ((1, None), (8, 8), (9, None), (130, 8)):
             args = make(grid, tokens, 64, 256, 64, dtype, bias=dtype, act_bits=act_bits)

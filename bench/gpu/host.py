@@ -85,7 +85,7 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     from qatkernels.nn.packed_linear import PackedLinear
     from qatkernels.ops.samples import make
 
-    device, grid = torch.device("cuda"), qk.lsq(4)
+    device, grid = torch.device("cuda"), qk.grids.lsq(4)
     packed = torch.zeros(1024, 512, dtype=torch.uint8, device=device)
     weight = qk.PackedWeight(packed, torch.ones(1024, 1, device=device), None, grid, 1024)
     layer, plain = PackedLinear(weight), torch.zeros(1024, 1024, dtype=torch.bfloat16, device=device)

@@ -133,7 +133,9 @@ class Numbers(nn.Module):
         return F.linear(x, self.weight)
 
 
-@pytest.mark.parametrize(("grid", "group_size"), [(qk.seq(2), None), (qk.lsq(4), 32)], ids=["2 bits", "4 bits"])
+@pytest.mark.parametrize(
+    ("grid", "group_size"), [(qk.grids.seq(2), None), (qk.grids.lsq(4), 32)], ids=["2 bits", "4 bits"]
+)
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_steps_of_a_small_model(grid, group_size, sequences):
     """The step that a GPU captures below, with the weights packed and in full."""
@@ -149,7 +151,9 @@ def test_steps_of_a_small_model(grid, group_size, sequences):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("grid", "group_size"), [(qk.seq(2), None), (qk.lsq(4), 128)], ids=["2 bits", "4 bits"])
+@pytest.mark.parametrize(
+    ("grid", "group_size"), [(qk.grids.seq(2), None), (qk.grids.lsq(4), 128)], ids=["2 bits", "4 bits"]
+)
 @pytest.mark.parametrize("sequences", [1, 8])
 def test_a_step_of_a_1b_model_in_a_graph(grid, group_size, sequences):
     """Replays are the eager steps; nothing in a step waits for the device, or it could not be captured."""

@@ -173,7 +173,7 @@ def test_a_kernel_that_takes_few_tokens_passes_the_others_on(tokens, dtype):
 @pytest.mark.parametrize("tokens", [1, DECODED, DECODED + 1, 64])
 def test_few_tokens_go_to_the_decode_kernel(tokens):
     """The op's bits are those of one of the two, which do not round alike."""
-    args = lowbit.make(qk.lsq(4), tokens, 512, 2048, 128, torch.float32, GPU)
+    args = lowbit.make(qk.grids.lsq(4), tokens, 512, 2048, 128, torch.float32, GPU)
     first, other = ("cuda", "triton") if tokens <= DECODED else ("triton", "cuda")
     y = torch.ops.qatkernels.lowbit_linear(*args)
     assert_same_bits(y, IMPLS["lowbit_linear"][first](*args))
@@ -187,7 +187,9 @@ def test_few_tokens_go_to_the_decode_kernel(tokens):
 def test_replayed_calls(tokens, act_bits):
     """From the third call on a plan launches: other numbers at other places, the same results as without one."""
     planned = IMPLS["lowbit_linear"]["triton"]
-    made = lowbit.make(qk.lsq(3), tokens, 96, 1024, 128, torch.bfloat16, GPU, bias=torch.bfloat16, act_bits=act_bits)
+    made = lowbit.make(
+        qk.grids.lsq(3), tokens, 96, 1024, 128, torch.bfloat16, GPU, bias=torch.bfloat16, act_bits=act_bits
+    )
     kept = []
     for seed in range(5):
         args = (weights(made[0].shape, torch.bfloat16, GPU, seed=seed), made[1].roll(seed, 0), *made[2:])

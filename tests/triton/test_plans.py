@@ -86,7 +86,7 @@ for check in jobs:
 
 ALIKE = """
 from qatkernels.ops.samples import make
-grid = qk.lsq(4)
+grid = qk.grids.lsq(4)
 
 def linear(tokens=1, cols=256, dtype=torch.bfloat16, group=None, bias=None, act=None, offset=0, constants=None):
     rows = 64
@@ -179,7 +179,7 @@ print(type(IMPLS["fake_quantize"]["triton"]).__name__)
 HOOKS = """
 from qatkernels.ops.samples import make
 from triton import knobs
-args = make(qk.lsq(4), (64, 256), torch.float32).args('fake_quantize')
+args = make(qk.grids.lsq(4), (64, 256), torch.float32).args('fake_quantize')
 planned, seen = IMPLS['fake_quantize']['triton'], []
 planned(*args)
 planned(*args)
@@ -204,7 +204,7 @@ from qatkernels.ops.samples import make
 _plans.MOST = 3
 planned = IMPLS['fake_quantize']['triton']
 for rows in (1, 2, 3, 4, 5, 2, 5):
-    planned(*make(qk.lsq(4), (rows, 64), torch.float32).args('fake_quantize'))
+    planned(*make(qk.grids.lsq(4), (rows, 64), torch.float32).args('fake_quantize'))
     assert len(planned.plans) <= 3
 assert [key[2][0] for key in planned.plans] == [4, 5, 2], planned.plans.keys()
 """
