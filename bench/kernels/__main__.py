@@ -27,7 +27,7 @@ def measured(name: str, architecture: int = ARCHITECTURE) -> dict[str, Any]:
     """Return what is known of the kernel of one case."""
     from .ahead import compiled, disassembly, recorded_launches, resources
     from .cases import CASES, on
-    from .sass import counts, hot, parsed, resident
+    from .sass import counts, hot, parsed, resident, usual
 
     op, args, start = CASES[name]()
     with on(architecture):
@@ -48,8 +48,8 @@ def measured(name: str, architecture: int = ARCHITECTURE) -> dict[str, Any]:
         "stages": launch[2].get("num_stages"),
         "tile": tile,
         "blocks": resident(registers, shared, warps, architecture),
-        "all": counts(code),
-        "loop": counts(hot(code)),
+        "all": counts(usual(code)),
+        "loop": counts(usual(hot(code))),
     }
 
 

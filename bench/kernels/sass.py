@@ -90,6 +90,21 @@ def width(instruction: Instruction) -> int:
     return 4
 
 
+def usual(code: Sequence[Instruction]) -> list[Instruction]:
+    """Return code without what is jumped over unless a division is a hard one: it calls a subroutine, left out too."""
+    calls = [i for i in code if i.base == "CALL"]
+    subroutines = [int(found[1], 16) for i in calls if (found := _TARGET.search(i.operands.rstrip()))]
+    end = min(
+        (a for a in subroutines if not calls or a > calls[-1].address), default=code[-1].address + 1 if code else 0
+    )
+    rare: set[int] = set()
+    for i in code:
+        target = i.jumps_to
+        if target is not None and target > i.address and any(i.address < c.address < target for c in calls):
+            rare |= {j.address for j in code if i.address < j.address < target}
+    return [i for i in code if i.address < end and i.address not in rare]
+
+
 def counts(code: Sequence[Instruction]) -> dict[str, Any]:
     """Return how many instructions there are, by class, and global loads and stores by their width in bytes."""
 
