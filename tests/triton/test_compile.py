@@ -31,7 +31,7 @@ def family(op, *args, **kwargs):
     return op, sample.args(op)
 
 
-def linear_dual(*args, tokens=256, transposed=False, **kwargs):
+def linear_dual(*args, tokens=64, transposed=False, **kwargs):
     sample = make(*args, **kwargs)
     x = torch.zeros(tokens, sample.w.shape[0 if transposed else 1], dtype=sample.dtype or sample.w.dtype)
     return "quant_linear_dual", (x, x, sample.tangents()[0], None, None, *sample.point, transposed)
@@ -164,12 +164,25 @@ PRODUCTS = {
     "many-zero-group": (product("lowbit_linear", qk.affine(4), 1001, 128), WIDE_MMA),
     "many-integers": (product("lowbit_linear", qk.lsq(4), 1001, 128, act_bits=8), INTEGER_MMA),
     "grouped": (product("lowbit_linear", qk.binary(), 701, 32, shape=(2, 256, 512), offsets=[300, 600]), WIDE_MMA),
-    "many-fp32": (product("lowbit_linear", qk.lsq(4), 1001, 128, torch.float32), None),
-    "transposed": (product("lowbit_linear_transposed", qk.lsq(4), 1001, 128), None),
+    "many-6-row": (product("lowbit_linear", qk.lsq(6), 1001, None), WIDE_MMA),
+    "some-group": (product("lowbit_linear", qk.lsq(4), 64, 128), WIDE_MMA),
+    "some-8-row": (product("lowbit_linear", qk.seq(8), 64, None), WIDE_MMA),
+    "few-5-group": (product("lowbit_linear", qk.lsq(5), 16, 32), SMALL_MMA),
+    "many-fp32": (product("lowbit_linear", qk.lsq(4), 1001, 128, torch.float32), WIDE_MMA),
+    "many-fp32-row": (product("lowbit_linear", qk.affine(4), 1001, None, torch.float32), WIDE_MMA),
+    "few-fp32": (product("lowbit_linear", qk.seq(2), 3, None, torch.float32), SMALL_MMA),
+    "many-element": (product("lowbit_linear", qk.lsq(4), 1001, 8), None),
+    "transposed": (product("lowbit_linear_transposed", qk.lsq(4), 1001, 128), WIDE_MMA),
+    "transposed-zero": (product("lowbit_linear_transposed", qk.affine(4), 1001, 128, shape=(1024, 1024)), WIDE_MMA),
+    "transposed-3": (product("lowbit_linear_transposed", qk.lsq(3), 64, None, shape=(1024, 1024)), WIDE_MMA),
+    "transposed-fp32": (product("lowbit_linear_transposed", qk.seq(2), 1001, None, torch.float32), WIDE_MMA),
+    "transposed-few": (product("lowbit_linear_transposed", qk.binary(), 1, None), SMALL_MMA),
+    "transposed-element": (product("lowbit_linear_transposed", qk.lsq(4), 1001, 8), None),
     # One element of output, whose sum programs share.
     "one": (product("lowbit_linear", qk.lsq(4), 1, None, shape=(1, 1024)), SMALL_MMA),
     "one-grouped": (product("lowbit_linear", qk.lsq(4), 1, None, shape=(1, 1, 1024), offsets=[1]), SMALL_MMA),
-    "one-transposed": (product("lowbit_linear_transposed", qk.lsq(4), 1, None, shape=(1024, 1)), None),
+    "odd-3": (product("lowbit_linear", qk.lsq(3), 1001, None, shape=(256, 1001)), WIDE_MMA),
+    "one-transposed": (product("lowbit_linear_transposed", qk.lsq(4), 1, None, shape=(1024, 1)), SMALL_MMA),
 }
 
 
