@@ -82,7 +82,7 @@ def divide_rows(a, b, TINY: tl.constexpr):
 
     The scheme and what it rests on are those of csrc/cuda/divide.h: two corrections by an exact remainder, and division
     again where one of four is NaN. If not ``TINY``, a quotient of 0 < abs(a) < 2^-100 is only known to be below 2^-39,
-    all that rounding asks. The interpreter divides.
+    all that rounding asks. A zero may lose its sign, which no caller looks at. The interpreter divides.
     """
     if INTERPRETED or a.dtype == tl.float64:
         return divide(a, tl.broadcast_to(b, a.shape))
