@@ -90,6 +90,13 @@ def choose(capability: tuple[int, int], kind: str, tokens: int) -> Config:
     return next(c for c in CONFIGS if c.capability <= capability and c.kind == kind and tokens <= c.tokens)
 
 
+def by_elements(config: Config) -> Config:
+    """Return a configuration for tiles that are loaded element by element, whose addresses take registers."""
+    if config.block_m * config.block_k <= 64 * 64:
+        return config
+    return replace(config, block_n=min(config.block_n, 64), block_k=min(config.block_k, 64), warps=8)
+
+
 def common_block(block: int, size: int, least: int) -> int | None:
     """Return the largest power of two up to ``block`` that divides ``size``, or None if it is below ``least``."""
     common = min(block, size & -size)

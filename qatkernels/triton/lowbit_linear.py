@@ -60,6 +60,7 @@ from ._products import (
     MIN_BLOCK,
     NARROW,
     Config,
+    by_elements,
     choose,
     common_block,
     distinct,
@@ -368,8 +369,11 @@ def _plan(device: torch.device, dtype: torch.dtype, w: _Weight, tokens: int) -> 
             scales, parts, config = BY_ELEMENT, 1, choose(capability(device), "ieee", each)
         else:
             config = replace(config, block_k=block)
-    if (scales == BY_TILE and (w.zero is not None or parts > 1)) or not w.whole_words(config.block_k):
+    words = w.whole_words(config.block_k)
+    if (scales == BY_TILE and (w.zero is not None or parts > 1)) or not words:
         config = replace(config, block_n=min(config.block_n, NARROW))
+    if w.cols * dtype.itemsize % 16 or not words:
+        config = by_elements(config)
     return fitted(config, tokens, w.outputs, w.cols, least), scales, _dot(dtype, scales, parts), parts
 
 
@@ -383,6 +387,8 @@ def _plan_transposed(device: torch.device, dtype: torch.dtype, w: _Weight, token
             scales, parts, config = BY_ELEMENT, 1, choose(capability(device), "ieee", each)
         else:
             config = replace(config, block_n=block)
+    if w.outputs * dtype.itemsize % 16:
+        config = by_elements(config)
     if parts > 1 and dtype != torch.float32 and w.outputs >= ENOUGH_TERMS:
         parts = 2
     return fitted(config, tokens, w.cols, w.outputs, MIN_BLOCK[False]), scales, _dot(dtype, scales, parts), parts

@@ -182,6 +182,11 @@ PRODUCTS = {
     "one": (product("lowbit_linear", qk.lsq(4), 1, None, shape=(1, 1024)), SMALL_MMA),
     "one-grouped": (product("lowbit_linear", qk.lsq(4), 1, None, shape=(1, 1, 1024), offsets=[1]), SMALL_MMA),
     "odd-3": (product("lowbit_linear", qk.lsq(3), 1001, None, shape=(256, 1001)), WIDE_MMA),
+    "odd-64": (product("lowbit_linear", qk.lsq(4), 64, None, shape=(256, 1001)), WIDE_MMA),
+    "odd-fp32": (product("lowbit_linear", qk.lsq(4), 1001, None, torch.float32, shape=(256, 1001)), WIDE_MMA),
+    "odd-transposed": (product("lowbit_linear_transposed", qk.lsq(4), 1001, None, shape=(1001, 256)), WIDE_MMA),
+    "odd-group": (product("lowbit_linear", qk.lsq(5), 1001, 33, shape=(256, 1023)), None),
+    "odd-bytes": (product("lowbit_linear", qk.lsq(3), 1001, None, shape=(256, 1000)), WIDE_MMA),
     "one-transposed": (product("lowbit_linear_transposed", qk.lsq(4), 1, None, shape=(1024, 1)), SMALL_MMA),
 }
 
