@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..gpu.target import ROOT
 
 DOCS, RESULTS = ROOT / "docs/benchmarks.md", ROOT / "bench/results/kernels-sm90.json"
 BEGIN = "<!-- made by `python -m bench.kernels docs`: begin -->"
-_HEAD = ("kernel", "tile", "registers", "blocks", "instructions", "of them: matrix", "FP32/BF16 math", "conversions",
+_HEAD = ("kernel", "tile", "warps", "registers", "blocks", "instructions", "products each", "of them: matrix", "FP32/BF16 math", "conversions",
          "loads, bytes each")  # fmt: skip
 
 
@@ -41,11 +42,18 @@ def _both(before: str, after: str) -> str:
 def _cells(found: dict[str, Any]) -> tuple[str, ...]:
     loop, tile = found["loop"], found["tile"]
     sizes = [str(tile[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "R", "C", "T", "N", "K") if k in tile]
+    products = "-"
+    if "BLOCK_K" in tile:
+        products = f"{math.prod(tile[f'BLOCK_{c}'] for c in 'MNK') / 32 / found['warps'] / loop['instructions']:.1f}"
     return (
-        " x ".join(sizes) or "-", str(found["registers"]), str(found["blocks"]),
-        *(str(loop[key]) for key in ("instructions", "matrix", "fma")),
-        str(loop["conversion"] + loop["special"] + loop["division"]), _loads(loop),
-    )  # fmt: skip
+        " x ".join(sizes) or "-",
+        *(str(found[key]) for key in ("warps", "registers", "blocks")),
+        str(loop["instructions"]),
+        products,
+        *(str(loop[key]) for key in ("matrix", "fma")),
+        str(loop["conversion"] + loop["special"] + loop["division"]),
+        _loads(loop),
+    )
 
 
 def _loads(loop: dict[str, Any]) -> str:
