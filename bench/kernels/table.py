@@ -12,8 +12,10 @@ from ..gpu.target import ROOT
 
 DOCS, RESULTS = ROOT / "docs/benchmarks.md", ROOT / "bench/results/kernels-sm90.json"
 BEGIN = "<!-- made by `python -m bench.kernels docs`: begin -->"
-_HEAD = ("kernel", "tile", "warps", "registers", "blocks", "instructions", "products each", "of them: matrix", "FP32/BF16 math", "conversions",
-         "loads, bytes each")  # fmt: skip
+_HEAD = (
+    "kernel", "tile", "warps", "registers", "blocks", "instructions", "products each", "of them: matrix",
+    "FP32/BF16 math", "conversions", "loads, bytes each",
+)  # fmt: skip
 
 
 def update(docs: Path, results: Path) -> None:

@@ -103,6 +103,15 @@ def test_beyond_a_tile():
     check(Case("long", scaled_weight(qk.affine(8), (33, 1100)), activations((2, 1100), torch.float16), torch.ones(33)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("grid", [qk.lsq(3), qk.affine(4)], ids=lambda g: g.scheme)
+def test_gradients_of_many_outputs(grid, dtype):
+    """Enough terms for two parts of a float32 number, where the gradient has 16 bits."""
+    zero = "any" if grid.has_zero_point else None
+    weight = scaled_weight(grid, (lowbit_linear.ENOUGH_TERMS, 64), 32, torch.float32, zero)
+    check(Case("many", weight, activations((3, 64), dtype)), OPERATIONS[1:])
+
+
 @pytest.mark.parametrize("grid", GRIDS[::2], ids=GRID_IDS[::2])
 def test_grouped(grid):
     for case in turns(grouped_cases(grid, DTYPES[(GRIDS.index(grid) + 1) % 3]), grid, 1):
