@@ -1,11 +1,13 @@
 """One element's meaning in Triton: the mirror of ops/fake_quantize.py and ops/noise.py, equal to them bit for bit.
 
-Every operation is rounded on its own, or says `fused`: launch with `OPTIONS`, divide by `tl.div_rn`, take roots by
-`tl.sqrt_rn`. ``GRID`` is `Grid.constants` as a compile-time tuple, so what a scheme does not need folds away.
+Every operation is rounded on its own, or says `fused`: launch with `OPTIONS`, divide by `tl.div_rn` or
+:func:`divide_rows`, take roots by `tl.sqrt_rn`. ``GRID`` is `Grid.constants` as a compile-time tuple, so what a scheme
+does not need folds away.
 """
 
 from __future__ import annotations
 
+import math
 import os
 
 import triton
@@ -55,6 +57,60 @@ def divide(a, b):
     return tl.div_rn(a, b)
 
 
+def _quotients(also_tiny: bool) -> str:
+    """PTX of four quotients $0 ... $3 of $4 ... $7 by $8 ... $11, whose reciprocals are $12 ... $15."""
+    lines = [".reg .pred again, tiny;", ".reg .f32 rest, minus;", "setp.ne.f32 again, $8, $8;"]
+    for i in range(4):
+        q, a, b, y = f"${i}", f"${i + 4}", f"${i + 8}", f"${i + 12}"
+        lines += [f"mul.rn.f32 {q}, {a}, {y};", f"neg.f32 minus, {b};"]
+        lines += [f"fma.rn.f32 rest, minus, {q}, {a};", f"fma.rn.f32 {q}, rest, {y}, {q};"] * 2
+        lines += [f"setp.nan.or.f32 again, {q}, {q}, again;"]
+        if also_tiny:
+            lines += [f"abs.f32 rest, {a};", "setp.lt.f32 tiny, rest, 0f0D800000;"]
+            lines += [f"setp.ne.and.f32 tiny, {a}, 0f00000000, tiny;", "or.pred again, again, tiny;"]
+    lines += ["@!again bra done;", *(f"div.rn.f32 ${i}, ${i + 4}, ${i + 8};" for i in range(4)), "done:"]
+    return "{" + " ".join(lines) + "}"
+
+
+QUOTIENTS, QUOTIENTS_TINY = tl.constexpr(_quotients(False)), tl.constexpr(_quotients(True))
+QUOTIENT_REGISTERS = tl.constexpr(",".join(["=&f"] * 4 + ["f"] * 12))
+
+
+@triton.jit
+def divide_rows(a, b, TINY: tl.constexpr):
+    """Quotients of ``[R, C]`` by ``[R, 1]``, correctly rounded, with one reciprocal for a row.
+
+    The scheme and what it rests on are those of csrc/cuda/divide.h: two corrections by an exact remainder, and division
+    again where one of four is NaN. If not ``TINY``, a quotient of 0 < abs(a) < 2^-100 is only known to be below 2^-39,
+    all that rounding asks. A zero may lose its sign, which no caller looks at. The interpreter divides.
+    """
+    if INTERPRETED or a.dtype == tl.float64:
+        return divide(a, tl.broadcast_to(b, a.shape))
+    else:
+        inverse = tl.div_rn(tl.full(b.shape, 1.0, tl.float32), b)
+        inverse = tl.where((b >= 2.0**-60) & (b <= 2.0**20), inverse, float("nan"))
+        return tl.inline_asm_elementwise(
+            QUOTIENTS_TINY if TINY else QUOTIENTS, QUOTIENT_REGISTERS,
+            [a, tl.broadcast_to(b, a.shape), tl.broadcast_to(inverse, a.shape)],
+            dtype=tl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+
+
+@triton.constexpr_function
+def exactly_invertible(x):
+    """Whether x is a power of two, by whose reciprocal a product is the quotient."""
+    return math.frexp(x)[0] == 0.5
+
+
+@triton.jit
+def by_steps(x, STEPS: tl.constexpr):
+    """Quotient of x and a compile-time number, correctly rounded."""
+    if exactly_invertible(STEPS):
+        return x if STEPS == 1 else x * tl.full((), 1 / STEPS, x.dtype)
+    else:
+        return divide(x, tl.full(x.shape, STEPS, x.dtype))
+
+
 @triton.jit
 def round_half_even(x):
     """For magnitudes far below 2**22, which clamped values are; NaN stays."""
@@ -89,7 +145,7 @@ def code_of(w, r, zero, GRID: tl.constexpr):
 @triton.jit
 def value_of(code, scale, zero, GRID: tl.constexpr):
     """The dequantized value of a code."""
-    step = divide(scale, tl.full(scale.shape, GRID[1], scale.dtype))
+    step = by_steps(scale, GRID[1])
     return (code + (constant(GRID[2], code) - zero)) * step
 
 

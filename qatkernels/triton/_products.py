@@ -13,9 +13,9 @@ from typing import Any
 
 import triton
 
-PROGRAMS = 128  # as many programs as keep a GPU busy; fewer tiles than that are split along the sum
+PROGRAMS = 264  # two for each processor of an H100; fewer tiles than that are split along the sum
 MIN_BLOCK = {True: 32, False: 16}  # the smallest side of a tile along the sum, of integer products and of others
-ZERO_COLUMNS = 32  # of a tile that corrects each step by zero points, which takes registers
+NARROW = 32  # columns of a tile that takes registers: zero points or parts at each step, codes by bytes
 MAX_INTEGERS = 65536  # products of -127 ... 127 and 0 ... 255 that 32 bits can sum
 
 
@@ -25,7 +25,8 @@ class Config:
 
     Attributes:
         capability: compute capability from which on it applies.
-        ieee: whether it is for products in float32, which have no tensor core, or for 8-bit and 16-bit ones.
+        kind: what is multiplied: ``"rows"`` 8-bit or 16-bit numbers, scaled at the end; ``"groups"`` the same, scaled
+            at each step; ``"parts"`` float32 numbers in parts; ``"ieee"`` float32 numbers without tensor cores.
         tokens: up to so many tokens, of an expert on average.
         block_m: rows of an output tile.
         block_n: columns of an output tile.
@@ -36,7 +37,7 @@ class Config:
     """
 
     capability: tuple[int, int]
-    ieee: bool
+    kind: str
     tokens: float
     block_m: int
     block_n: int
@@ -49,27 +50,51 @@ class Config:
 ANY = float("inf")
 #: For each kind: the newest capability first, then the fewest tokens first.
 CONFIGS = (
-    Config((10, 0), False, 16, 16, 32, 128, 4, 4, 16),
-    Config((10, 0), False, 64, 64, 64, 64, 4, 3, 8),
-    Config((10, 0), False, ANY, 128, 64, 32, 8, 3, 4),
-    Config((9, 0), False, 16, 16, 32, 128, 4, 4, 16),
-    Config((9, 0), False, 64, 64, 64, 128, 4, 3, 8),
-    Config((9, 0), False, ANY, 128, 64, 64, 8, 3, 4),
-    Config((8, 0), False, 16, 16, 32, 128, 4, 4, 16),
-    Config((8, 0), False, 64, 64, 64, 64, 4, 3, 8),
-    Config((8, 0), False, ANY, 128, 64, 64, 8, 3, 4),
+    Config((10, 0), "rows", 16, 16, 32, 128, 4, 4, 16),
+    Config((10, 0), "rows", 64, 64, 64, 64, 4, 3, 8),
+    Config((10, 0), "rows", ANY, 128, 64, 32, 8, 3, 4),
+    Config((10, 0), "groups", 16, 16, 32, 128, 4, 4, 16),
+    Config((10, 0), "groups", 64, 64, 32, 64, 4, 3, 8),
+    Config((10, 0), "groups", ANY, 64, 32, 64, 4, 3, 4),
+    Config((10, 0), "parts", 16, 16, 64, 32, 4, 3, 16),
+    Config((10, 0), "parts", ANY, 64, 64, 32, 4, 3, 8),
+    # 4 warps of 128 columns: two blocks, of which one multiplies while the other one decodes.
+    Config((9, 0), "rows", 16, 16, 32, 128, 4, 4, 16),
+    Config((9, 0), "rows", 64, 64, 64, 128, 4, 3, 8),
+    Config((9, 0), "rows", ANY, 128, 128, 64, 4, 3, 4),
+    Config((9, 0), "groups", 16, 16, 32, 128, 4, 4, 16),
+    Config((9, 0), "groups", 64, 64, 64, 128, 4, 3, 8),
+    Config((9, 0), "groups", ANY, 128, 64, 128, 8, 2, 4),
+    Config((9, 0), "parts", 16, 16, 128, 32, 4, 3, 16),
+    Config((9, 0), "parts", 64, 64, 64, 64, 4, 3, 8),
+    Config((9, 0), "parts", ANY, 128, 128, 64, 8, 3, 4),
+    Config((8, 0), "rows", 16, 16, 32, 128, 4, 4, 16),
+    Config((8, 0), "rows", 64, 64, 64, 64, 4, 3, 8),
+    Config((8, 0), "rows", ANY, 128, 64, 64, 8, 3, 4),
+    Config((8, 0), "groups", 16, 16, 32, 128, 4, 4, 16),
+    Config((8, 0), "groups", 64, 64, 64, 64, 4, 3, 8),
+    Config((8, 0), "groups", ANY, 128, 64, 64, 8, 3, 4),
+    Config((8, 0), "parts", 16, 16, 64, 32, 4, 3, 16),
+    Config((8, 0), "parts", ANY, 64, 64, 32, 4, 3, 8),
     # Triton 3.6 takes float32 tiles of 64 rows to Blackwell's tensor cores, as TF32, whatever precision is asked for.
-    Config((10, 0), True, 16, 16, 32, 32, 4, 2, 16),
-    Config((10, 0), True, ANY, 32, 64, 16, 4, 2, 4),
-    Config((8, 0), True, 16, 16, 32, 32, 4, 2, 16),
-    Config((8, 0), True, ANY, 64, 64, 16, 8, 2, 4),
+    Config((10, 0), "ieee", 16, 16, 32, 32, 4, 2, 16),
+    Config((10, 0), "ieee", ANY, 32, 64, 16, 4, 2, 4),
+    Config((8, 0), "ieee", 16, 16, 32, 32, 4, 2, 16),
+    Config((8, 0), "ieee", ANY, 64, 64, 16, 8, 2, 4),
 )  # fmt: skip
 
 
-def choose(capability: tuple[int, int], ieee: bool, tokens: int) -> Config:
+def choose(capability: tuple[int, int], kind: str, tokens: int) -> Config:
     """Return the first row of the table that fits; devices older than every row get the oldest ones."""
     capability = max(capability, min(c.capability for c in CONFIGS))
-    return next(c for c in CONFIGS if c.capability <= capability and c.ieee == ieee and tokens <= c.tokens)
+    return next(c for c in CONFIGS if c.capability <= capability and c.kind == kind and tokens <= c.tokens)
+
+
+def by_elements(config: Config) -> Config:
+    """Return a configuration for tiles that are loaded element by element, whose addresses take registers."""
+    if config.block_m * config.block_k <= 64 * 64:
+        return config
+    return replace(config, block_n=min(config.block_n, 64), block_k=min(config.block_k, 64), warps=8)
 
 
 def common_block(block: int, size: int, least: int) -> int | None:

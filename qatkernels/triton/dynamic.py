@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._element import OPTIONS, divide, from_element, round_half_even, select_high, select_low, to_element
+from ._element import OPTIONS, divide, divide_rows, from_element, round_half_even, select_high, select_low, to_element
 from ._launchers import launches
 from ._rows import compute_type, tiling
 
@@ -45,7 +45,7 @@ def fake_quantize_dynamic_kernel(
     for start in range(0, cols, C):
         mask = exists & (start + column < cols)
         x = from_element(tl.load(x_ptr + row * cols + start + column, mask, other=0.0), COMPUTE)
-        r = divide(x, tl.broadcast_to(scale, x.shape))
+        r = divide_rows(x, scale, False)
         limit = tl.full(r.shape, QMAX, COMPUTE)
         y = (round_half_even(select_high(select_low(r, -limit), limit)) + 0.0) * scale
         tl.store(y_ptr + row * cols + start + column, to_element(y, y_ptr.dtype.element_ty), mask)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._element import code_of, constant, divide, from_element, to_element, value_of
+from ._element import by_steps, code_of, constant, divide_rows, from_element, to_element, value_of
 from ._launchers import launches
 from ._rows import load_scale, load_weight, point, rows_of_program, shape_of, tiling
 
@@ -17,7 +17,7 @@ from ._rows import load_scale, load_weight, point, rows_of_program, shape_of, ti
 @triton.jit
 def slopes_of(w, scale, zero, GRID: tl.constexpr):
     """Where r is below and above the pass-through range, and dy/ds."""
-    return slopes_at(divide(w, tl.broadcast_to(scale, w.shape)), w, zero, GRID)
+    return slopes_at(divide_rows(w, scale, True), w, zero, GRID)
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def slopes_at(r, w, zero, GRID: tl.constexpr):
     below = r < constant(GRID[5], r) - zero
     above = r > constant(GRID[6], r) - zero
     code = code_of(w, r, zero, GRID)
-    level = divide(code + (constant(GRID[2], r) - zero), tl.full(w.shape, GRID[1], w.dtype))
+    level = by_steps(code + (constant(GRID[2], r) - zero), GRID[1])
     inside = level - r * constant(GRID[9], r)
     beyond = tl.where(below, constant(GRID[7], r) - zero, constant(GRID[8], r) - zero)
     return below | above, tl.where(below | above, beyond, inside)
@@ -43,7 +43,7 @@ def fake_quantize_fwd_kernel(
     columns = chunk.to(tl.int64) * C + tl.arange(0, C)
     mask = exists & (columns < cols)[None, :]
     w = load_weight(w_ptr, seed_ptr, row, columns, cols, mask, noise_std, R, C, COMPUTE, NOISE, BY_EIGHT)
-    code = code_of(w, divide(w, tl.broadcast_to(scale, w.shape)), zero, GRID)
+    code = code_of(w, divide_rows(w, scale, False), zero, GRID)
     y = value_of(code, scale, zero, GRID)
     tl.store(y_ptr + row * cols + columns[None, :], to_element(y, y_ptr.dtype.element_ty), mask)
 
@@ -91,7 +91,7 @@ def fake_quantize_jvp_kernel(
     mask = exists & (columns < cols)[None, :]
     offset = row * cols + columns[None, :]
     w = load_weight(w_ptr, seed_ptr, row, columns, cols, mask, noise_std, R, C, COMPUTE, NOISE, BY_EIGHT)
-    r = divide(w, tl.broadcast_to(scale, w.shape))
+    r = divide_rows(w, scale, True)
     beyond, slope = slopes_at(r, w, zero, GRID)
     if VALUE:
         value = value_of(code_of(w, r, zero, GRID), scale, zero, GRID)

@@ -9,18 +9,21 @@ float32 sums.
 ``code`` is the stored, unsigned one and ``shift`` what makes it a value: smallest code + offset - zero point. Without a
 zero point the shift is a number known at compile time, it enters the codes where they stay exact (twice it, and half
 the scale, for the half-integer codes of grids without a zero), and the sums of x fall away. Groups that no tile divides
-are dequantized element by element and multiplied in float32, as float32 activations are in any case.
+are dequantized element by element and multiplied in float32, without tensor cores.
 
-The transposed product has scales along its sum: codes are dequantized and multiplied in float32.
+The transposed product has scales along its sum: they multiply g, in float32. A float32 number, such a product or an
+activation, is the sum of three that bfloat16 holds, each of which tensor cores multiply with the codes; where a sum of
+float32 has an error of its own that is larger by far, two are enough.
 
 Experts are found on the device: a program sees every offset, counts tiles and takes every n-th; rows of nobody are the
 tiles of one expert more. Sums of few tokens are shared by several programs, whose parts a second kernel adds in order:
 no atomics, the same bits every time. In float64 a weight is dequantized as a whole and multiplied by the library, or by
 the kernel of `grouped_linear.py` where there are experts, which reads the offsets on the device too.
 
-The floor of T tokens: 2 T N K operations at the rate of the operands (8 or 16 bits on tensor cores, multiply-adds for
-float32 and the transposed product), or the bytes of x, y, and the codes and scales of the experts that have tokens over
-the bandwidth, whichever takes longer. Compiled ahead of time and interpreted; neither run nor measured on a GPU.
+The floor of T tokens: 2 T N K operations at the rate of the operands (8 or 16 bits on tensor cores; three times as many
+for float32 activations, two or three times for the transposed product), or the bytes of x, y, and the codes and scales
+of the experts that have tokens over the bandwidth, whichever takes longer. Compiled ahead of time and interpreted;
+neither run nor measured on a GPU.
 """
 
 from __future__ import annotations
@@ -38,11 +41,11 @@ from torch import Tensor
 from ..ops._op import as_tuple
 from ..ops.lowbit_linear import FORWARD, TRANSPOSED, unpacked
 from ..ops.packing import PackedWeight, row_bytes
+from ._codes import by_words, group_of, load_operands
 from ._element import (
     INTERPRETED,
-    MIN_SCALE,
     OPTIONS,
-    divide,
+    divide_rows,
     from_element,
     round_half_even,
     select_high,
@@ -50,15 +53,28 @@ from ._element import (
     to_element,
 )
 from ._launchers import launches
-from ._products import CONFIGS, MAX_INTEGERS, MIN_BLOCK, ZERO_COLUMNS, Config, choose, common_block, distinct, fitted
+from ._lowbit import load_scales, locate, multiply, scaled, segments, steps_of
+from ._products import (
+    CONFIGS,
+    MAX_INTEGERS,
+    MIN_BLOCK,
+    NARROW,
+    Config,
+    by_elements,
+    choose,
+    common_block,
+    distinct,
+    fitted,
+)
 from ._rows import tiling
 from .dynamic import token_scale
 from .grouped_linear import grouped_linear_out, grouped_linear_transposed_out
-from .packing import load_codes
 
 BY_ROW, BY_TILE, BY_ELEMENT = 0, 1, 2  # where scales enter
 _BY_ROW, _BY_TILE = tl.constexpr(BY_ROW), tl.constexpr(BY_TILE)
 REDUCE = 1024  # elements that a program of the second kernel adds
+#: Terms of a sum from which on two parts of bfloat16 are enough for a float32 number: their error is a quarter of its.
+ENOUGH_TERMS = 1024
 SWIZZLE = tl.constexpr(8)  # rows of tiles that programs walk together, for the cache
 
 
@@ -75,7 +91,7 @@ def quantize_tokens_kernel(
     for start in range(0, cols, C):
         mask = exists & (start + column < cols)
         x = from_element(tl.load(x_ptr + row * cols + start + column, mask, other=0.0), tl.float32)
-        r = divide(x, tl.broadcast_to(scale, x.shape))
+        r = divide_rows(x, scale, False)
         limit = tl.full(r.shape, QMAX, tl.float32)
         code = tl.where(finite, round_half_even(select_high(select_low(r, -limit), limit)), 0.0)
         tl.store(codes_ptr + row * cols + start + column, code.to(tl.int8), mask)
@@ -94,67 +110,12 @@ def reduce_kernel(parts_ptr, bias_ptr, y_ptr, numel, cols, SPLIT: tl.constexpr, 
     tl.store(y_ptr + index, to_element(y, y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
-def segments(offsets_ptr, rows, experts, GROUPED: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """First row, last row and tiles of each expert, of ``[EXPERTS]``; what follows the last one is nobody's."""
-    expert = tl.arange(0, EXPERTS)
-    start, end = expert * 0, expert * 0 + rows
-    if GROUPED:
-        end = tl.load(offsets_ptr + expert, expert < experts, other=rows)
-        start = tl.load(offsets_ptr + expert - 1, (expert > 0) & (expert <= experts), other=0)
-        start = tl.where(expert > experts, rows, start)
-        start, end = tl.maximum(start, 0), tl.minimum(end, rows)  # bad offsets must not leave the tensors
-    tiles = (tl.maximum(end - start, 0) + BLOCK_M - 1) // BLOCK_M
-    return start, end, tiles
-
-
-@triton.jit
-def locate(tile, start, end, tiles, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The expert of a tile of rows, the first row of the tile and the last of the expert."""
-    index = tl.arange(0, EXPERTS)
-    until = tl.cumsum(tiles, 0)
-    expert = tl.sum((until <= tile).to(tl.int32), 0)
-    mine = index == expert
-    first = tl.sum(tl.where(mine, start + (tile - until + tiles) * BLOCK_M, 0), 0)
-    return expert, first, tl.sum(tl.where(mine, end, 0), 0)
-
-
-@triton.jit
-def load_steps(scale_ptr, zero_ptr, index, mask, STEPS: tl.constexpr, SHIFT: tl.constexpr, ZERO: tl.constexpr):
-    """What multiplies a stored code, and what is added to it before."""
-    scale = from_element(tl.load(scale_ptr + index, mask, other=1.0), tl.float32)
-    scale = tl.where(scale < MIN_SCALE, tl.full(scale.shape, MIN_SCALE, tl.float32), scale)
-    shift = tl.full(scale.shape, SHIFT, tl.float32)
-    if ZERO:
-        shift -= tl.load(zero_ptr + index, mask, other=0.0)
-    return divide(scale, tl.full(scale.shape, STEPS, tl.float32)), shift
-
-
-@triton.jit
-def operand(codes, DOT: tl.constexpr, FACTOR: tl.constexpr, ADD: tl.constexpr):
-    """Stored codes as an operand, which holds them exactly."""
-    if DOT.is_int():
-        return (codes.to(tl.int16) * FACTOR + ADD).to(tl.int8)
-    if ADD == 0:
-        return codes.to(DOT)
-    return (codes.to(tl.float32) + ADD).to(DOT)
-
-
-@triton.jit
-def scaled(sums, total, step, shift, ADD: tl.constexpr, SUMS: tl.constexpr):
-    """Sums of codes ``[M, N]`` as sums of values, with the sums of x ``[M]``, steps and shifts ``[N]``."""
-    if SUMS:
-        if ADD != 0:
-            sums -= (total * ADD)[:, None]
-        return (sums.to(tl.float32) + total.to(tl.float32)[:, None] * shift[None, :]) * step[None, :]
-    return sums.to(tl.float32) * step[None, :]
-
-
 @triton.jit(do_not_specialize=["rows"])
 def lowbit_linear_kernel(
     x_ptr, packed_ptr, scale_ptr, zero_ptr, bias_ptr, offsets_ptr, token_scale_ptr, y_ptr,
-    rows, outputs, cols, row_bytes, groups, group_size, experts,
-    BITS: tl.constexpr, STEPS: tl.constexpr, SHIFT: tl.constexpr, ZERO: tl.constexpr, DOT: tl.constexpr,
+    rows, outputs, cols, row_bytes, groups, experts,
+    BITS: tl.constexpr, STEPS: tl.constexpr, SHIFT: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr,
+    WORDS: tl.constexpr, UNITS: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr,
     FACTOR: tl.constexpr, ADD: tl.constexpr, SUMS: tl.constexpr, SCALES: tl.constexpr,
     BIAS: tl.constexpr, ACT: tl.constexpr, GROUPED: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
@@ -180,38 +141,40 @@ def lowbit_linear_kernel(
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), SUM if SCALES == _BY_ROW else tl.float32)
         total = tl.zeros((BLOCK_M,), SUM)
+        if SCALES == _BY_TILE:
+            index = weight_row * groups + first * BLOCK_K // GROUP
+            scale, zero = load_scales(scale_ptr, zero_ptr, index, valid & (first < last), ZERO)
         for block in range(first, last):
             k = block * BLOCK_K + tl.arange(0, BLOCK_K)
             x_mask = exists[:, None] & (k < cols)[None, :]
-            x = from_element(tl.load(x_ptr + row[:, None] * cols + k[None, :], x_mask, other=0), DOT)
-            codes = load_codes(
-                packed_ptr + weight_row[:, None] * row_bytes, valid[:, None], block * (BLOCK_K * BITS // 8), row_bytes,
-                BITS, BLOCK_K,
+            x = tl.load(x_ptr + row[:, None] * cols + k[None, :], x_mask, other=0)
+            x = from_element(x, DOT if PARTS == 1 else tl.float32)
+            w = load_operands(
+                packed_ptr, weight_row, valid, block * (BLOCK_K * BITS // 8), row_bytes, BITS, WORDS, UNITS,
+                BLOCK_N, BLOCK_K, DOT, FACTOR, ADD,
             )  # fmt: skip
             if SCALES == _BY_ROW:
-                w = operand(codes, DOT, FACTOR, ADD)
-                acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee", out_dtype=SUM)
+                acc = multiply(x, w, acc, PARTS, DOT, SUM)
                 if SUMS:
                     total += tl.sum(x.to(SUM), 1)
             elif SCALES == _BY_TILE:
-                w = operand(codes, DOT, FACTOR, ADD)
-                index = weight_row * groups + block * BLOCK_K // group_size
-                step, shift = load_steps(scale_ptr, zero_ptr, index, valid, STEPS, SHIFT, ZERO)
-                sums = tl.dot(x, tl.trans(w), input_precision="ieee", out_dtype=SUM)
+                step, shift = steps_of(scale, zero, STEPS, SHIFT, ZERO)
+                index = weight_row * groups + (block + 1) * BLOCK_K // GROUP
+                scale, zero = load_scales(scale_ptr, zero_ptr, index, valid & (block + 1 < last), ZERO)
+                sums = multiply(x, w, tl.zeros((BLOCK_M, BLOCK_N), SUM), PARTS, DOT, SUM)
                 if SUMS:
                     total = tl.sum(x.to(SUM), 1)
                 acc += scaled(sums, total, step, shift, ADD, SUMS)
             else:
-                index = weight_row[:, None] * groups + (k // group_size)[None, :]
-                step, shift = load_steps(
-                    scale_ptr, zero_ptr, index, valid[:, None] & (k < cols)[None, :], STEPS, SHIFT, ZERO
-                )
-                w = (codes.to(tl.float32) + shift) * step
-                acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+                index = weight_row[None, :] * groups + (k // GROUP)[:, None]
+                scale, zero = load_scales(scale_ptr, zero_ptr, index, valid[None, :] & (k < cols)[:, None], ZERO)
+                step, shift = steps_of(scale, zero, STEPS, SHIFT, ZERO)
+                acc = multiply(x, (w + shift) * step, acc, PARTS, DOT, SUM)
 
         y = acc
         if SCALES == _BY_ROW:
-            step, shift = load_steps(scale_ptr, zero_ptr, weight_row, valid, STEPS, SHIFT, ZERO)
+            scale, zero = load_scales(scale_ptr, zero_ptr, weight_row, valid, ZERO)
+            step, shift = steps_of(scale, zero, STEPS, SHIFT, ZERO)
             y = scaled(acc, total, step, shift, ADD, SUMS)
         if ACT:
             y *= tl.load(token_scale_ptr + row, exists & (expert < experts), other=0.0)[:, None]
@@ -224,9 +187,10 @@ def lowbit_linear_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def lowbit_linear_transposed_kernel(
     g_ptr, packed_ptr, scale_ptr, zero_ptr, offsets_ptr, x_ptr,
-    rows, outputs, cols, row_bytes, groups, group_size, experts,
-    BITS: tl.constexpr, STEPS: tl.constexpr, SHIFT: tl.constexpr, ZERO: tl.constexpr, SCALES: tl.constexpr,
-    GROUPED: tl.constexpr, EXPERTS: tl.constexpr,
+    rows, outputs, cols, row_bytes, groups, experts,
+    BITS: tl.constexpr, STEPS: tl.constexpr, SHIFT: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr,
+    WORDS: tl.constexpr, UNITS: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr,
+    ADD: tl.constexpr, SUMS: tl.constexpr, SCALES: tl.constexpr, GROUPED: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Here ``cols`` are the output's columns, cut by ``BLOCK_N``, ``outputs`` the terms of a sum, by ``BLOCK_K``."""
@@ -247,21 +211,34 @@ def lowbit_linear_transposed_kernel(
         last = tl.where(expert < experts, last, first)
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
         for block in range(first, last):
             n = block * BLOCK_K + tl.arange(0, BLOCK_K)
-            valid = (n < outputs)[:, None]
-            weight_row = (expert.to(tl.int64) * outputs + n)[:, None]
-            g_mask = exists[:, None] & (n < outputs)[None, :]
+            valid = n < outputs
+            weight_row = expert.to(tl.int64) * outputs + n
+            g_mask = exists[:, None] & valid[None, :]
             g = from_element(tl.load(g_ptr + row[:, None] * outputs + n[None, :], g_mask, other=0.0), tl.float32)
-            codes = load_codes(
-                packed_ptr + weight_row * row_bytes, valid, col_tile * (BLOCK_N * BITS // 8), row_bytes, BITS, BLOCK_N
-            )
+            w = tl.trans(
+                load_operands(
+                    packed_ptr, weight_row, valid, col_tile * (BLOCK_N * BITS // 8), row_bytes, BITS, WORDS, UNITS,
+                    BLOCK_K, BLOCK_N, DOT, 1, ADD,
+                )
+            )  # fmt: skip
             if SCALES == _BY_TILE:
-                index, mask = weight_row * groups + col_tile * BLOCK_N // group_size, valid
+                index = weight_row * groups + col_tile * BLOCK_N // GROUP
+                scale, zero = load_scales(scale_ptr, zero_ptr, index, valid, ZERO)
+                step, shift = steps_of(scale, zero, STEPS, SHIFT, ZERO)
+                g *= step[None, :]
+                if SUMS:
+                    total += tl.sum(g * shift[None, :], 1)
             else:
-                index, mask = weight_row * groups + (k // group_size)[None, :], valid & (k < cols)[None, :]
-            step, shift = load_steps(scale_ptr, zero_ptr, index, mask, STEPS, SHIFT, ZERO)
-            acc = tl.dot(g, (codes.to(tl.float32) + shift) * step, acc, input_precision="ieee")
+                index = weight_row[:, None] * groups + (k // GROUP)[None, :]
+                scale, zero = load_scales(scale_ptr, zero_ptr, index, valid[:, None] & (k < cols)[None, :], ZERO)
+                step, shift = steps_of(scale, zero, STEPS, SHIFT, ZERO)
+                w = (w + shift) * step
+            acc = multiply(g, w, acc, PARTS, DOT, tl.float32)
+        if SUMS:
+            acc += total[:, None]
 
         place = (row + part.to(tl.int64) * rows)[:, None] * cols + k[None, :]
         tl.store(x_ptr + place, to_element(acc, x_ptr.dtype.element_ty), exists[:, None] & (k < cols)[None, :])
@@ -309,6 +286,7 @@ class _Weight:
         self.group_size = cols // self.groups
         self.experts = 1 if offsets is None else packed.shape[0]
         self.steps, self.shift = grid[1], code_min + grid[2]
+        self.row_bytes = row_bytes(cols, bits)
 
     @property
     def pointers(self) -> tuple[Tensor, ...]:
@@ -318,15 +296,23 @@ class _Weight:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Run-time sizes."""
-        return self.outputs, self.cols, row_bytes(self.cols, self.bits), self.groups, self.group_size, self.experts
+        return self.outputs, self.cols, self.row_bytes, self.groups, self.experts
 
-    @property
-    def constants(self) -> dict[str, Any]:
-        """Compile-time arguments that both kernels share."""
+    def whole_words(self, columns: int) -> bool:
+        """Whether tiles of so many columns are loaded as words, and not as bytes."""
+        return by_words(self.bits, self.row_bytes, self.packed.data_ptr(), columns)
+
+    def constants(self, columns: int) -> dict[str, Any]:
+        """Compile-time arguments that both kernels share; ``columns`` of the weight are in a tile."""
         grouped = self.offsets is not None
+        words, units = group_of(self.bits)
+        words = words if self.whole_words(columns) else 0
+        # In one group of all columns every tile is in the first.
+        group = self.group_size if self.groups > 1 else 1 << 30
         return {
             "BITS": self.bits, "STEPS": self.steps, "SHIFT": self.shift, "ZERO": self.zero is not None,
-            "GROUPED": grouped, "EXPERTS": triton.next_power_of_2(self.experts + 1) if grouped else 1,
+            "GROUP": group, "WORDS": words, "UNITS": units, "GROUPED": grouped,
+            "EXPERTS": triton.next_power_of_2(self.experts + 1) if grouped else 1,
         }  # fmt: skip
 
     def programs(self, config: Config, tokens: int, columns: int) -> int:
@@ -368,32 +354,50 @@ def _quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-_DOTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
+_DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
 
 
-def _plan(device: torch.device, dtype: torch.dtype, w: _Weight, tokens: int) -> tuple[Config, int, Any]:
-    """Return the configuration of a product, where scales enter, and the type of the operands."""
-    integer, dot, each = dtype == torch.int8, _DOTS[dtype], triton.cdiv(tokens, w.experts)
-    least, config = MIN_BLOCK[integer], choose(capability(device), dtype == torch.float32, each)
-    scales = BY_TILE if integer and w.cols > MAX_INTEGERS else BY_ROW
+def _plan(device: torch.device, dtype: torch.dtype, w: _Weight, tokens: int) -> tuple[Config, int, Any, int]:
+    """Return the configuration of a product, where scales enter, the type of the operands and the parts of x."""
+    integer, each = dtype == torch.int8, triton.cdiv(tokens, w.experts)
+    least, parts = MIN_BLOCK[integer], 3 if dtype == torch.float32 else 1
+    scales = BY_TILE if w.groups > 1 or (integer and w.cols > MAX_INTEGERS) else BY_ROW
+    config = choose(capability(device), "parts" if parts > 1 else "rows" if scales == BY_ROW else "groups", each)
     if w.groups > 1:
         block = common_block(config.block_k, w.group_size, least)
-        scales = BY_ELEMENT if block is None else BY_TILE
-        config = choose(capability(device), True, each) if block is None else replace(config, block_k=block)
-    if scales == BY_TILE and w.zero is not None:
-        config = replace(config, block_n=min(config.block_n, ZERO_COLUMNS))
-    if scales == BY_ELEMENT or (INTERPRETED and dot == tl.bfloat16):  # the interpreter multiplies bfloat16 as integers
-        dot = tl.float32
-    return fitted(config, tokens, w.outputs, w.cols, least), scales, dot
+        if block is None:
+            scales, parts, config = BY_ELEMENT, 1, choose(capability(device), "ieee", each)
+        else:
+            config = replace(config, block_k=block)
+    words = w.whole_words(config.block_k)
+    if (scales == BY_TILE and (w.zero is not None or parts > 1)) or not words:
+        config = replace(config, block_n=min(config.block_n, NARROW))
+    if w.cols * dtype.itemsize % 16 or not words:
+        config = by_elements(config)
+    return fitted(config, tokens, w.outputs, w.cols, least), scales, _dot(dtype, scales, parts), parts
 
 
-def _plan_transposed(device: torch.device, w: _Weight, tokens: int) -> tuple[Config, int]:
-    """Return the configuration of a transposed product, and where scales enter."""
-    config, scales = choose(capability(device), True, triton.cdiv(tokens, w.experts)), BY_TILE
+def _plan_transposed(device: torch.device, dtype: torch.dtype, w: _Weight, tokens: int) -> tuple[Config, int, Any, int]:
+    """Return the configuration of a transposed product, where scales enter, the type of operands and the parts of g."""
+    each, scales = triton.cdiv(tokens, w.experts), BY_TILE
+    config, parts = choose(capability(device), "parts", each), 3
     if w.groups > 1:
         block = common_block(config.block_n, w.group_size, MIN_BLOCK[False])
-        config, scales = (config, BY_ELEMENT) if block is None else (replace(config, block_n=block), BY_TILE)
-    return fitted(config, tokens, w.cols, w.outputs, MIN_BLOCK[False]), scales
+        if block is None:
+            scales, parts, config = BY_ELEMENT, 1, choose(capability(device), "ieee", each)
+        else:
+            config = replace(config, block_n=block)
+    if w.outputs * dtype.itemsize % 16:
+        config = by_elements(config)
+    if parts > 1 and dtype != torch.float32 and w.outputs >= ENOUGH_TERMS:
+        parts = 2
+    return fitted(config, tokens, w.cols, w.outputs, MIN_BLOCK[False]), scales, _dot(dtype, scales, parts), parts
+
+
+def _dot(dtype: torch.dtype, scales: int, parts: int) -> Any:
+    """Return the type of operands; the interpreter would multiply bfloat16 as integers."""
+    dot = tl.float32 if scales == BY_ELEMENT else tl.bfloat16 if parts > 1 else _DOTS[dtype]
+    return tl.float32 if INTERPRETED and dot == tl.bfloat16 else dot
 
 
 @launches("lowbit_linear")
@@ -417,16 +421,18 @@ def lowbit_linear_out(
     token_scale = w.scale
     if act_bits is not None:
         x, token_scale = _quantize_tokens(x, act_bits)
-    config, scales, dot = _plan(x.device, x.dtype, w, tokens)
-    factor, add, sums = whole_codes(w.shift, bits, zero_point is not None, dot == tl.int8)
+    config, scales, dot, parts = _plan(x.device, x.dtype, w, tokens)
+    factor, add, sums = (1, 0.0, False)
+    if scales != BY_ELEMENT:
+        factor, add, sums = whole_codes(w.shift, bits, zero_point is not None, dot == tl.int8)
     alone = bias is not None and config.split == 1
-    constants = w.constants | {"STEPS": w.steps * factor}
+    constants = w.constants(config.block_k) | {"STEPS": w.steps * factor}
 
     def launch(target: Tensor) -> None:
         lowbit_linear_kernel[(w.programs(config, tokens, w.outputs),)](
             x, *w.pointers, bias if alone else w.scale, w.scale if offsets is None else w.offsets, token_scale, target,
-            tokens, *w.sizes, **constants, DOT=dot, FACTOR=factor, ADD=add, SUMS=sums, SCALES=scales, BIAS=alone,
-            ACT=act_bits is not None, **_blocks(config),
+            tokens, *w.sizes, **constants, DOT=dot, PARTS=parts, FACTOR=factor, ADD=add, SUMS=sums, SCALES=scales,
+            BIAS=alone, ACT=act_bits is not None, **_blocks(config),
         )  # fmt: skip
 
     _with_parts(y, config.split, bias, launch)
@@ -449,12 +455,13 @@ def lowbit_linear_transposed_out(
     w = _Weight(packed, scale, zero_point, offsets, grid, code_min, bits, cols)
     g, y = g.view(-1, w.outputs), out.view(-1, cols)
     tokens = g.shape[0]
-    config, scales = _plan_transposed(g.device, w, tokens)
+    config, scales, dot, parts = _plan_transposed(g.device, g.dtype, w, tokens)
+    add, sums = (0.0, False) if scales == BY_ELEMENT else whole_codes(w.shift, bits, zero_point is not None, False)[1:]
 
     def launch(target: Tensor) -> None:
         lowbit_linear_transposed_kernel[(w.programs(config, tokens, cols),)](
-            g, *w.pointers, w.scale if offsets is None else w.offsets, target, tokens, *w.sizes, **w.constants,
-            SCALES=scales, **_blocks(config),
+            g, *w.pointers, w.scale if offsets is None else w.offsets, target, tokens, *w.sizes,
+            **w.constants(config.block_n), DOT=dot, PARTS=parts, ADD=add, SUMS=sums, SCALES=scales, **_blocks(config),
         )  # fmt: skip
 
     _with_parts(y, config.split, None, launch)
@@ -487,6 +494,6 @@ def warm_up(
     for tokens in distinct(lambda t: _plan(weight.device, codes, w, t)):
         x = torch.zeros(tokens, cols, dtype=dtype, device=weight.device)
         lowbit_linear_out(x, *parts, bias, offsets, *grid, act_bits, x.new_empty(tokens, rows))
-    for tokens in distinct(lambda t: _plan_transposed(weight.device, w, t)):
+    for tokens in distinct(lambda t: _plan_transposed(weight.device, dtype, w, t)):
         g = torch.zeros(tokens, rows, dtype=dtype, device=weight.device)
         lowbit_linear_transposed_out(g, *parts, offsets, *grid, cols, g.new_empty(tokens, cols))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._element import code_of, divide, from_element, to_element, value_of
+from ._element import code_of, divide_rows, from_element, to_element, value_of
 from ._launchers import launches
 from ._rows import load_scale, point, rows_of_program, shape_of, tiling
 
@@ -24,7 +24,7 @@ def quantize_kernel(
     mask = exists & (columns < cols)[None, :]
     offset = row * cols + columns[None, :]
     w = from_element(tl.load(w_ptr + offset, mask, other=0.0), COMPUTE)
-    code = code_of(w, divide(w, tl.broadcast_to(scale, w.shape)), zero, GRID)
+    code = code_of(w, divide_rows(w, scale, False), zero, GRID)
     code = tl.where(code == code, code, 0.0)
     code = tl.minimum(tl.maximum(code, CODE_MIN), CODE_MAX)
     tl.store(codes_ptr + offset, code.to(tl.int32).to(codes_ptr.dtype.element_ty), mask)

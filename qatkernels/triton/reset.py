@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._element import code_of, divide, from_element, to_element, value_of
+from ._element import code_of, divide_rows, from_element, to_element, value_of
 from ._launchers import launches
 from ._rows import load_scale, point, rows_of_program, shape_of, tiling
 
@@ -24,11 +24,11 @@ def reset_kernel(
     offset = row * cols + columns[None, :]
     element = tl.load(w_ptr + offset, mask, other=0.0)
     w = from_element(element, COMPUTE)
-    code = code_of(w, divide(w, tl.broadcast_to(scale, w.shape)), zero, GRID)
+    code = code_of(w, divide_rows(w, scale, False), zero, GRID)
     y = value_of(code, scale, zero, GRID)
     moved = to_element(w * tl.full((), KEEP, COMPUTE) + y * tl.full((), MOVE, COMPUTE), w_ptr.dtype.element_ty)
     again = from_element(moved, COMPUTE)
-    same = code_of(again, divide(again, tl.broadcast_to(scale, w.shape)), zero, GRID) == code
+    same = code_of(again, divide_rows(again, scale, False), zero, GRID) == code
     tl.store(w_ptr + offset, tl.where(same, moved, element), mask)
 
 

@@ -190,6 +190,7 @@ def test_gram_schmidt_of_more_columns_than_programs_have_tiles(monkeypatch):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("most_tokens", [64, 128], ids=["parts", "fused"])
 @pytest.mark.parametrize(
     "sample",
     [
@@ -201,7 +202,9 @@ def test_gram_schmidt_of_more_columns_than_programs_have_tiles(monkeypatch):
     ],
     ids=lambda s: s.name,
 )
-def test_quant_linear_dual(sample, transposed):
+def test_quant_linear_dual(sample, most_tokens, transposed, monkeypatch):
+    """More tokens than a tile has, by the kernel and by its parts."""
+    monkeypatch.setattr("qatkernels.triton.quant_linear.MOST_TOKENS", most_tokens)
     check_linear_dual(triton_out("quant_linear_dual"), sample, 70, transposed)
 
 
