@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import qatkernels as qk
-from qatkernels.grid import Grid
+from qatkernels.grids import Grid
 from qatkernels.ops.packing import row_bytes
 
 #: An op, its arguments, and the start of the name of the kernel that is measured.
@@ -76,44 +76,45 @@ def _gram(rows: int, dtype: torch.dtype) -> Call:
 def _cases() -> dict[str, Callable[[], Call]]:
     bf16, fp32 = torch.bfloat16, torch.float32
     found: dict[str, Callable[[], Call]] = {
-        "forward, 4 bits, bf16": lambda: _family("fake_quantize", qk.lsq(4), bf16),
-        "forward, 4 bits, fp32": lambda: _family("fake_quantize", qk.lsq(4), fp32),
-        "forward, 2 bits, noise, bf16": lambda: _family("fake_quantize", qk.seq(2), bf16, noise=True),
-        "backward, 4 bits, bf16": lambda: _family("fake_quantize_backward", qk.lsq(4), bf16),
-        "backward, 2 bits, bf16": lambda: _family("fake_quantize_backward", qk.seq(2), bf16),
-        "backward, 4 bits, fp32": lambda: _family("fake_quantize_backward", qk.lsq(4), fp32),
+        "forward, 4 bits, bf16": lambda: _family("fake_quantize", qk.grids.lsq(4), bf16),
+        "forward, 4 bits, fp32": lambda: _family("fake_quantize", qk.grids.lsq(4), fp32),
+        "forward, 2 bits, noise, bf16": lambda: _family("fake_quantize", qk.grids.seq(2), bf16, noise=True),
+        "backward, 4 bits, bf16": lambda: _family("fake_quantize_backward", qk.grids.lsq(4), bf16),
+        "backward, 2 bits, bf16": lambda: _family("fake_quantize_backward", qk.grids.seq(2), bf16),
+        "backward, 4 bits, fp32": lambda: _family("fake_quantize_backward", qk.grids.lsq(4), fp32),
         "backward, 4 bits with zero points in 128, bf16": lambda: _family(
-            "fake_quantize_backward", qk.affine(4), bf16, 128
+            "fake_quantize_backward", qk.grids.affine(4), bf16, 128
         ),
-        "forward mode, 4 bits, bf16": lambda: _family("fake_quantize_jvp", qk.lsq(4), bf16),
-        "quantize, 4 bits, fp32": lambda: _family("quantize", qk.lsq(4), fp32),
+        "forward mode, 4 bits, bf16": lambda: _family("fake_quantize_jvp", qk.grids.lsq(4), bf16),
+        "quantize, 4 bits, fp32": lambda: _family("quantize", qk.grids.lsq(4), fp32),
         "dynamic, 8 bits, bf16": lambda: ("fake_quantize_dynamic", (torch.empty(2048, SQUARE, dtype=bf16), 8), ""),
         "gram_schmidt, 60 rows, fp32": lambda: _gram(60, fp32),
         "gram_schmidt, 16 rows, fp32": lambda: _gram(16, fp32),
         "gram_schmidt, 250 rows, bf16": lambda: _gram(250, bf16),
-        "layer in forward mode, 4 bits, 64 tokens, bf16": lambda: _dual(qk.lsq(4), bf16, 64),
+        "layer in forward mode, 4 bits, 64 tokens, bf16": lambda: _dual(qk.grids.lsq(4), bf16, 64),
     }
-    grids = {"1": qk.binary(), "1.58": qk.ternary(), "2": qk.seq(2), "8": qk.lsq(8)}
-    grids |= {str(bits): qk.lsq(bits) for bits in range(3, 8)}
+    grids = {"1": qk.grids.binary(), "1.58": qk.grids.ternary(), "2": qk.grids.seq(2), "8": qk.grids.lsq(8)}
+    grids |= {str(bits): qk.grids.lsq(bits) for bits in range(3, 8)}
     for bits, grid in sorted(grids.items()):
         for tokens in (1, 64, 2048):
             found[f"product, {bits} bits, {tokens} tokens"] = lambda g=grid, t=tokens: _product("lowbit_linear", g, t)
     for tokens in (1, 64, 2048):
-        for name, grid, group in (("in 128", qk.lsq(4), 128), ("in 32", qk.lsq(4), 32),
-                                  ("with zero points in 128", qk.affine(4), 128)):  # fmt: skip
+        for name, grid, group in (("in 128", qk.grids.lsq(4), 128), ("in 32", qk.grids.lsq(4), 32),
+                                  ("with zero points in 128", qk.grids.affine(4), 128)):  # fmt: skip
             found[f"product, 4 bits {name}, {tokens} tokens"] = lambda g=grid, n=group, t=tokens: _product(
                 "lowbit_linear", g, t, n
             )
         found[f"product, 4 bits, {tokens} tokens, fp32"] = lambda t=tokens: _product(
-            "lowbit_linear", qk.lsq(4), t, None, fp32
+            "lowbit_linear", qk.grids.lsq(4), t, None, fp32
         )
         found[f"product, 4 bits in 128, {tokens} tokens, A8"] = lambda t=tokens: _product(
-            "lowbit_linear", qk.lsq(4), t, 128, act_bits=8
+            "lowbit_linear", qk.grids.lsq(4), t, 128, act_bits=8
         )
         for name, grid, group, dtype in (
-            ("4 bits", qk.lsq(4), None, bf16), ("3 bits", qk.lsq(3), None, bf16),
-            ("4 bits in 128", qk.lsq(4), 128, bf16),
-            ("4 bits with zero points in 128", qk.affine(4), 128, bf16), ("4 bits, fp32", qk.lsq(4), None, fp32),
+            ("4 bits", qk.grids.lsq(4), None, bf16), ("3 bits", qk.grids.lsq(3), None, bf16),
+            ("4 bits in 128", qk.grids.lsq(4), 128, bf16),
+            ("4 bits with zero points in 128", qk.grids.affine(4), 128, bf16),
+            ("4 bits, fp32", qk.grids.lsq(4), None, fp32),
         ):  # fmt: skip
             found[f"transposed product, {name}, {tokens} tokens"] = lambda g=grid, n=group, d=dtype, t=tokens: _product(
                 "lowbit_linear_transposed", g, t, n, d

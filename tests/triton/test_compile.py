@@ -159,35 +159,41 @@ WIDE_MMA = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SMALL_MMA = dict.fromkeys(ARCHITECTURES, "mma.sync")
 INTEGER_MMA = WIDE_MMA | {100: "mma.sync"}  # Blackwell's fifth generation has no int8 in Triton
 PRODUCTS = {
-    "few-row": (product("lowbit_linear", qk.seq(2), 1, None), SMALL_MMA),
-    "many-3-row": (product("lowbit_linear", qk.lsq(3), 1001, None), WIDE_MMA),
-    "many-zero-group": (product("lowbit_linear", qk.affine(4), 1001, 128), WIDE_MMA),
-    "many-integers": (product("lowbit_linear", qk.lsq(4), 1001, 128, act_bits=8), INTEGER_MMA),
-    "grouped": (product("lowbit_linear", qk.binary(), 701, 32, shape=(2, 256, 512), offsets=[300, 600]), WIDE_MMA),
-    "many-6-row": (product("lowbit_linear", qk.lsq(6), 1001, None), WIDE_MMA),
-    "some-group": (product("lowbit_linear", qk.lsq(4), 64, 128), WIDE_MMA),
-    "some-8-row": (product("lowbit_linear", qk.seq(8), 64, None), WIDE_MMA),
-    "few-5-group": (product("lowbit_linear", qk.lsq(5), 16, 32), SMALL_MMA),
-    "many-fp32": (product("lowbit_linear", qk.lsq(4), 1001, 128, torch.float32), WIDE_MMA),
-    "many-fp32-row": (product("lowbit_linear", qk.affine(4), 1001, None, torch.float32), WIDE_MMA),
-    "few-fp32": (product("lowbit_linear", qk.seq(2), 3, None, torch.float32), SMALL_MMA),
-    "many-element": (product("lowbit_linear", qk.lsq(4), 1001, 8), None),
-    "transposed": (product("lowbit_linear_transposed", qk.lsq(4), 1001, 128), WIDE_MMA),
-    "transposed-zero": (product("lowbit_linear_transposed", qk.affine(4), 1001, 128, shape=(1024, 1024)), WIDE_MMA),
-    "transposed-3": (product("lowbit_linear_transposed", qk.lsq(3), 64, None, shape=(1024, 1024)), WIDE_MMA),
-    "transposed-fp32": (product("lowbit_linear_transposed", qk.seq(2), 1001, None, torch.float32), WIDE_MMA),
-    "transposed-few": (product("lowbit_linear_transposed", qk.binary(), 1, None), SMALL_MMA),
-    "transposed-element": (product("lowbit_linear_transposed", qk.lsq(4), 1001, 8), None),
+    "few-row": (product("lowbit_linear", qk.grids.seq(2), 1, None), SMALL_MMA),
+    "many-3-row": (product("lowbit_linear", qk.grids.lsq(3), 1001, None), WIDE_MMA),
+    "many-zero-group": (product("lowbit_linear", qk.grids.affine(4), 1001, 128), WIDE_MMA),
+    "many-integers": (product("lowbit_linear", qk.grids.lsq(4), 1001, 128, act_bits=8), INTEGER_MMA),
+    "grouped": (
+        product("lowbit_linear", qk.grids.binary(), 701, 32, shape=(2, 256, 512), offsets=[300, 600]),
+        WIDE_MMA,
+    ),
+    "many-6-row": (product("lowbit_linear", qk.grids.lsq(6), 1001, None), WIDE_MMA),
+    "some-group": (product("lowbit_linear", qk.grids.lsq(4), 64, 128), WIDE_MMA),
+    "some-8-row": (product("lowbit_linear", qk.grids.seq(8), 64, None), WIDE_MMA),
+    "few-5-group": (product("lowbit_linear", qk.grids.lsq(5), 16, 32), SMALL_MMA),
+    "many-fp32": (product("lowbit_linear", qk.grids.lsq(4), 1001, 128, torch.float32), WIDE_MMA),
+    "many-fp32-row": (product("lowbit_linear", qk.grids.affine(4), 1001, None, torch.float32), WIDE_MMA),
+    "few-fp32": (product("lowbit_linear", qk.grids.seq(2), 3, None, torch.float32), SMALL_MMA),
+    "many-element": (product("lowbit_linear", qk.grids.lsq(4), 1001, 8), None),
+    "transposed": (product("lowbit_linear_transposed", qk.grids.lsq(4), 1001, 128), WIDE_MMA),
+    "transposed-zero": (
+        product("lowbit_linear_transposed", qk.grids.affine(4), 1001, 128, shape=(1024, 1024)),
+        WIDE_MMA,
+    ),
+    "transposed-3": (product("lowbit_linear_transposed", qk.grids.lsq(3), 64, None, shape=(1024, 1024)), WIDE_MMA),
+    "transposed-fp32": (product("lowbit_linear_transposed", qk.grids.seq(2), 1001, None, torch.float32), WIDE_MMA),
+    "transposed-few": (product("lowbit_linear_transposed", qk.grids.binary(), 1, None), SMALL_MMA),
+    "transposed-element": (product("lowbit_linear_transposed", qk.grids.lsq(4), 1001, 8), None),
     # One element of output, whose sum programs share.
-    "one": (product("lowbit_linear", qk.lsq(4), 1, None, shape=(1, 1024)), SMALL_MMA),
-    "one-grouped": (product("lowbit_linear", qk.lsq(4), 1, None, shape=(1, 1, 1024), offsets=[1]), SMALL_MMA),
-    "odd-3": (product("lowbit_linear", qk.lsq(3), 1001, None, shape=(256, 1001)), WIDE_MMA),
-    "odd-64": (product("lowbit_linear", qk.lsq(4), 64, None, shape=(256, 1001)), WIDE_MMA),
-    "odd-fp32": (product("lowbit_linear", qk.lsq(4), 1001, None, torch.float32, shape=(256, 1001)), WIDE_MMA),
-    "odd-transposed": (product("lowbit_linear_transposed", qk.lsq(4), 1001, None, shape=(1001, 256)), WIDE_MMA),
-    "odd-group": (product("lowbit_linear", qk.lsq(5), 1001, 33, shape=(256, 1023)), None),
-    "odd-bytes": (product("lowbit_linear", qk.lsq(3), 1001, None, shape=(256, 1000)), WIDE_MMA),
-    "one-transposed": (product("lowbit_linear_transposed", qk.lsq(4), 1, None, shape=(1024, 1)), SMALL_MMA),
+    "one": (product("lowbit_linear", qk.grids.lsq(4), 1, None, shape=(1, 1024)), SMALL_MMA),
+    "one-grouped": (product("lowbit_linear", qk.grids.lsq(4), 1, None, shape=(1, 1, 1024), offsets=[1]), SMALL_MMA),
+    "odd-3": (product("lowbit_linear", qk.grids.lsq(3), 1001, None, shape=(256, 1001)), WIDE_MMA),
+    "odd-64": (product("lowbit_linear", qk.grids.lsq(4), 64, None, shape=(256, 1001)), WIDE_MMA),
+    "odd-fp32": (product("lowbit_linear", qk.grids.lsq(4), 1001, None, torch.float32, shape=(256, 1001)), WIDE_MMA),
+    "odd-transposed": (product("lowbit_linear_transposed", qk.grids.lsq(4), 1001, None, shape=(1001, 256)), WIDE_MMA),
+    "odd-group": (product("lowbit_linear", qk.grids.lsq(5), 1001, 33, shape=(256, 1023)), None),
+    "odd-bytes": (product("lowbit_linear", qk.grids.lsq(3), 1001, None, shape=(256, 1000)), WIDE_MMA),
+    "one-transposed": (product("lowbit_linear_transposed", qk.grids.lsq(4), 1, None, shape=(1024, 1)), SMALL_MMA),
 }
 
 
@@ -230,7 +236,7 @@ def test_the_number_of_tokens_is_not_compiled(experts, act_bits):
         }
 
     for rows, cols in ((1, 1024), (256, 1024), (1024, 1)):
-        weight = scaled_weight(qk.lsq(4), (rows, cols) if experts is None else (experts, rows, cols))
+        weight = scaled_weight(qk.grids.lsq(4), (rows, cols) if experts is None else (experts, rows, cols))
         warm = keys(recorded(lambda w=weight: warm_up(w, act_bits=act_bits)))
         for tokens in (1, 2, 15, 16, 17, 512):
             ends = None if experts is None else torch.full((experts,), tokens, dtype=torch.int32)

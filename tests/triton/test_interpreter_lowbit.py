@@ -108,7 +108,7 @@ def test_beyond_a_tile():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("grid", [qk.lsq(3), qk.affine(4)], ids=lambda g: g.scheme)
+@pytest.mark.parametrize("grid", [qk.grids.lsq(3), qk.grids.affine(4)], ids=lambda g: g.scheme)
 def test_gradients_of_many_outputs(grid, dtype):
     """Enough terms for two parts of a float32 number, where the gradient has 16 bits."""
     zero = "any" if grid.has_zero_point else None
