@@ -1,4 +1,4 @@
-// The one choice of an ISA.
+// The one choice of an ISA. CMake says which of them are built (QK_HAVE_<isa>, QK_COMPILED_ISAS).
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -19,10 +19,16 @@
 namespace qk {
 
 QK_DECLARE(baseline)
-#if defined(__x86_64__)
+#ifdef QK_HAVE_avx2
 QK_DECLARE(avx2)
+#endif
+#ifdef QK_HAVE_avx512
 QK_DECLARE(avx512)
+#endif
+#ifdef QK_HAVE_avx512_icelake
 QK_DECLARE(avx512_icelake)
+#endif
+#ifdef QK_HAVE_avx512_bf16
 QK_DECLARE(avx512_bf16)
 #endif
 
@@ -33,14 +39,20 @@ const struct {
   const Kernels& table;
   bool present;
 } isas[] = {
-#if defined(__x86_64__)
 #define QK_HAS(feature) (__builtin_cpu_supports(feature) != 0)
 #define QK_AVX2 (QK_HAS("avx2") && QK_HAS("fma") && QK_HAS("f16c"))
 #define QK_AVX512 (QK_AVX2 && QK_HAS("avx512f") && QK_HAS("avx512bw") && QK_HAS("avx512dq") && QK_HAS("avx512vl"))
 #define QK_ICELAKE (QK_AVX512 && QK_HAS("avx512vnni") && QK_HAS("avx512vbmi"))
+#ifdef QK_HAVE_avx512_bf16
     {avx512_bf16::table, QK_ICELAKE&& QK_HAS("avx512bf16")},
+#endif
+#ifdef QK_HAVE_avx512_icelake
     {avx512_icelake::table, QK_ICELAKE},
+#endif
+#ifdef QK_HAVE_avx512
     {avx512::table, QK_AVX512},
+#endif
+#ifdef QK_HAVE_avx2
     {avx2::table, QK_AVX2},
 #endif
     {baseline::table, true},
@@ -74,11 +86,7 @@ std::atomic<const Kernels*> chosen{nullptr};
 
 }  // namespace
 
-#if defined(__x86_64__)
-const char* compiled_isas() { return "baseline avx2 avx512 avx512_icelake avx512_bf16"; }
-#else
-const char* compiled_isas() { return "baseline"; }
-#endif
+const char* compiled_isas() { return QK_COMPILED_ISAS; }
 
 bool has_isa(const char* name) {
   for (const auto& isa : isas)
