@@ -28,7 +28,7 @@ def models(config: TrainConfig, steps: list[int]) -> list[Path]:
     found = [out / "fp"]
     for bits in config.bits:
         folder = out / f"w{bits:g}"
-        kept = [folder / f"step-{step:06d}.safetensors" for step in steps if step < config.qat_steps]
+        kept = [folder / f"step-{step:06d}.safetensors" for step in steps if step < config.training.qat_steps]
         found += [*kept, folder]
     return found
 

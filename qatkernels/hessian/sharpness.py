@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..nn import quantized_modules, quantized_weights
 from ..nn.quantized import check_weights
-from ..nn.quantizer import ETA, RHO, ascent, perturbed
+from ..nn.quantizer import ETA, RHO, ascent, modified
 from ..nn.replay import RandomState, check_calibrated
 from ..ops import perturbation_norms
 from .hvp import Scope, check_whole, checked_loss, gradient_of, scope_of
@@ -124,7 +124,7 @@ def _quantized(model: nn.Module, loss: LossFn, rho: float, norm: str, eta: float
     # Layers that share a weight share what is added to it.
     first = {id(layer.weight): layer for layer in reversed(layers)}
     offsets = {key: torch.zeros_like(layer.weight).requires_grad_() for key, layer in first.items()}
-    with perturbed((layer, offsets[id(layer.weight)]) for layer in layers):
+    with modified((layer, {"add": offsets[id(layer.weight)]}) for layer in layers):
         before, grads = _value_and_gradient(loss, list(offsets.values()), scope)
         with torch.no_grad():
             at = [layer.quantized_weight() for layer in first.values()]

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from ..nn import quantized_modules
 from ..nn.activation import scales_of
 from ..nn.quantized import Quantized
-from ..nn.quantizer import ETA, RHO, ascent, perturbed
+from ..nn.quantizer import ETA, RHO, ascent, modified
 from ..nn.replay import RandomState, untouched
 from ..ops import perturb_swap_, perturbation_norms
 from ..options import AT_LEAST_0, AT_LEAST_1, check, option
@@ -280,7 +280,7 @@ class SQuAT:
         if any(isinstance(g, DTensor) for g in grads.values()):
             raise ValueError("target is 'quantized' with a sharded weight, must be 'latent' under FSDP2")
         found = [(m, grads.get(id(m.weight))) for m in quantized_modules(self.model).values()]
-        with perturbed((m, (g.contiguous(), factor.to(g.device), eta)) for m, g in found if g is not None):
+        with modified((m, {"add": (g.contiguous(), factor.to(g.device), eta)}) for m, g in found if g is not None):
             yield
 
     @contextmanager

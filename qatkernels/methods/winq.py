@@ -152,12 +152,8 @@ class WinQ:
 
     def _set_noise(self, sign: float) -> None:
         self._noise.close()
-        layers, std, scale_std = (
-            quantized_modules(self.model).values(),
-            sign * self.noise_std,
-            sign * self.scale_noise_std,
-        )
-        self._noise.enter_context(modified(layers, noise_std=std, scale_noise_std=scale_std))
+        changes = {"noise_std": sign * self.noise_std, "scale_noise_std": sign * self.scale_noise_std}
+        self._noise = modified((layer, changes) for layer in quantized_modules(self.model).values())
 
     def _trained(self) -> dict[str, Quantized]:
         return {name: module for name, module in self._layers.items() if module.weight.requires_grad}

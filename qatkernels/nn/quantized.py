@@ -74,7 +74,7 @@ class Quantized(Float32Scales):
 
     def _quantize(self, config: QuantConfig) -> None:
         self.act = None
-        self.quantizer = WeightQuantizer(config, self.weight.shape[-2:].numel())
+        self.quantizer = WeightQuantizer()
         self._configure(config, trains=self.weight.requires_grad)
 
     def requantize(self, config: QuantConfig) -> None:

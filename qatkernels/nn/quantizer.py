@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,9 +28,7 @@ Perturbation = Tensor | tuple[Tensor, Tensor, float | None]
 class WeightQuantizer:
     """Quantizes the weight of one layer. The layer holds the tensors; this holds what is done with them.
 
-    Args:
-        config: what to quantize to.
-        numel: weights of the layer; of one expert, in a stack.
+    :meth:`configure` says what to quantize to, before anything else.
 
     Attributes:
         config: what to quantize to.
@@ -45,37 +43,36 @@ class WeightQuantizer:
     The last three change only within :meth:`modified`, and are not saved.
     """
 
-    def __init__(self, config: QuantConfig, numel: int) -> None:
+    config: QuantConfig
+    grid: Grid
+    group_size: int | None
+    grad_scale: float
+
+    def __init__(self) -> None:
         self.noise_std = self.scale_noise_std = 0.0
         self.added: Perturbation | None = None
-        self.configure(config, numel)
 
     def configure(self, config: QuantConfig, numel: int) -> None:
-        """Quantize to another configuration from now on; what :meth:`modified` changed stays so."""
-        self.config: QuantConfig = config
-        self.grid: Grid = config.grid
-        self.group_size: int | None = config.group_size
-        self.grad_scale: float = self.grid.grad_scale(numel)
+        """Quantize to a configuration from now on; what :meth:`modified` changed stays so.
 
-    @contextmanager
+        Args:
+            config: what to quantize to.
+            numel: weights of the layer; of one expert, in a stack.
+        """
+        self.config, self.grid, self.group_size = config, config.grid, config.group_size
+        self.grad_scale = self.grid.grad_scale(numel)
+
     def modified(
         self, *, noise_std: float | None = None, scale_noise_std: float | None = None, add: Perturbation | None = None
-    ) -> Iterator[None]:
-        """Quantize in another way within the context; what is None stays as it is.
+    ) -> AbstractContextManager[None]:
+        """Return a context in which this quantizes in another way; what is None stays as it is.
 
         Args:
             noise_std: noise on the weight in training forwards.
             scale_noise_std: noise on the scales.
             add: what every forward adds to the quantized weight.
         """
-        before = self.noise_std, self.scale_noise_std, self.added
-        self.noise_std = self.noise_std if noise_std is None else noise_std
-        self.scale_noise_std = self.scale_noise_std if scale_noise_std is None else scale_noise_std
-        self.added = self.added if add is None else add
-        try:
-            yield
-        finally:
-            self.noise_std, self.scale_noise_std, self.added = before
+        return _Modified(self, {"noise_std": noise_std, "scale_noise_std": scale_noise_std, "added": add})
 
     def noise(self, training: bool) -> tuple[float, float]:
         """Return the noise on weight and scales in a forward."""
@@ -135,22 +132,33 @@ def initial_scale(weight: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor |
     return scale.float().view(shape), None if zero_point is None else zero_point.float().view(shape)
 
 
-@contextmanager
-def modified(layers: Iterable[Quantized], **changes: Any) -> Iterator[None]:
-    """Change how layers quantize within the context, all alike; :meth:`WeightQuantizer.modified` has the arguments."""
+class _Modified(AbstractContextManager[None]):
+    """Sets attributes of a quantizer, and sets them back.
+
+    No generator makes it: one that nobody holds any more is closed, and the noise of WinQ would end with the object.
+    """
+
+    def __init__(self, quantizer: WeightQuantizer, changes: dict[str, Any]) -> None:
+        self.quantizer, self.changes = quantizer, {name: v for name, v in changes.items() if v is not None}
+
+    def __enter__(self) -> None:
+        self.before = {name: getattr(self.quantizer, name) for name in self.changes}
+        vars(self.quantizer).update(self.changes)
+
+    def __exit__(self, *_: object) -> None:
+        vars(self.quantizer).update(self.before)
+
+
+def modified(layers: Iterable[tuple[Quantized, dict[str, Any]]]) -> ExitStack:
+    """Change how layers quantize, and return a context whose end changes it back.
+
+    Args:
+        layers: each with the keyword arguments of :meth:`WeightQuantizer.modified`.
+    """
     with ExitStack() as stack:
-        for layer in layers:
+        for layer, changes in layers:
             stack.enter_context(layer.quantizer.modified(**changes))
-        yield
-
-
-@contextmanager
-def perturbed(layers: Iterable[tuple[Quantized, Perturbation]]) -> Iterator[None]:
-    """Perturb the quantized weight of layers in every forward within the context."""
-    with ExitStack() as stack:
-        for layer, perturbation in layers:
-            stack.enter_context(layer.quantizer.modified(add=perturbation))
-        yield
+        return stack.pop_all()
 
 
 def ascent(sums: Tensor, rho: float) -> tuple[Tensor, Tensor]:

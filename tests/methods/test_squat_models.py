@@ -11,8 +11,7 @@ from torch.nn.utils import parametrizations, prune
 from qatkernels import QuantConfig, quantize_model
 from qatkernels.methods import GridStats, SQuAT, WinQ
 from tests.compare import assert_same_bits
-
-from .test_squat import closure_of, make_model
+from tests.methods.test_squat import closure_of, make_model
 
 
 @pytest.fixture(autouse=True)

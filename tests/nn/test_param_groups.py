@@ -146,7 +146,7 @@ def test_scales_at_the_floor_are_counted():
     assert scales_at_floor(model) == {}
     with torch.no_grad():
         model[0].scale[2, 1] = -0.5
-        model[0].scale[3, 0] = qk.grid.MIN_SCALE
+        model[0].scale[3, 0] = qk.grids.MIN_SCALE
         model[0].weight[4, :8] = 0  # a group of zeros has the smallest scale, and loses nothing by it
-        model[0].scale[4, 0] = qk.grid.MIN_SCALE
+        model[0].scale[4, 0] = qk.grids.MIN_SCALE
     assert scales_at_floor(model) == {"0": 2}

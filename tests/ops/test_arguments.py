@@ -66,7 +66,10 @@ def public():
     names = {name: getattr(ops, name) for name in ops.__all__}
     names |= {name: getattr(qk, name) for name in qk.__all__}
     own = ("qatkernels.ops", "qatkernels.grids", "qatkernels.backends")
-    found = {n: f for n, f in names.items() if f.__module__.startswith(own) and n != "Grid"}
+    names |= {
+        name: getattr(qk.grids, name) for name in ("affine", "binary", "lsq", "make_grid", "paretoq", "seq", "ternary")
+    }
+    found = {n: f for n, f in names.items() if getattr(f, "__module__", "").startswith(own)}
     return {n: f for n, f in (found | METHODS).items() if n not in UNTYPED}
 
 

@@ -285,9 +285,9 @@ def test_errors_are_one_line_and_exit_code_2(
         (["generate", str(empty)], "config.json cannot be read"),
         (["generate", str(tmp_path / "none")], "cannot be read"),
         (["generate", str(run / "w2" / "model.safetensors")], "is not a packed model"),
-        (["generate", str(run / "w2"), "--tokens", "0"], "--tokens must be at least 1"),
-        (["generate", str(run / "w2"), "--temperature", "-1"], "--temperature finite and at least 0"),
-        (["generate", str(run / "w2"), "--prompt", ""], "--prompt not empty"),
+        (["generate", str(run / "w2"), "--tokens", "0"], "--tokens is 0, must be at least 1"),
+        (["generate", str(run / "w2"), "--temperature", "-1"], "--temperature is -1.0, must be at least 0 and finite"),
+        (["generate", str(run / "w2"), "--prompt", ""], "--prompt is empty"),
         (["generate", str(run / "w2"), "--seed", "9" * 23], f"--seed is {'9' * 23}, must be -2**63 to 2**64 - 1"),
         (["generate", str(run / "w2"), "--seed", str(-(2**63) - 1)], "must be -2**63 to 2**64 - 1"),
     ):

@@ -177,7 +177,7 @@ def test_a_state_of_another_kind(
 def test_a_kill_before_states_are_deleted(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The phase is finished, and what it no longer needs goes with the next call."""
     with monkeypatch.context() as patch:
-        patch.setattr(loop.states, "remove", lambda path: None)
+        patch.setattr(loop.checkpoints, "remove", lambda path: None)
         run(tiny)
     assert list((Path(tiny["out"]) / "fp").glob("state-*"))
     run(tiny)
