@@ -24,7 +24,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --ignore tests/triton
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/triton/test_interpreter.py tests/triton/test_interpreter_lowbit.py
-	$(BIN)/python -m pytest -q -n 2 tests/triton/test_compile.py
+	$(BIN)/python -m pytest -q -n 2 tests/triton/test_compile.py tests/triton/test_divide.py tests/triton/test_plans.py
 
 bench: setup
 	$(BIN)/python -m bench --peers
