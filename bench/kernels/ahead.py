@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from qatkernels.backends import IMPLS
 from qatkernels.ops._op import OPS, as_tuple
+from qatkernels.triton import _plans
 
 #: Triton's own assembler and disassemblers.
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -34,12 +35,13 @@ Launch = tuple[Any, dict[str, Any], dict[str, Any]]
 
 @contextmanager
 def _recording(launches: list[tuple[Any, Any, Any]]) -> Iterator[None]:
-    run = triton.JITFunction.run
+    run, replays = triton.JITFunction.run, _plans.enabled
+    _plans.enabled = False  # each call is launched by Triton
     triton.JITFunction.run = lambda self, *a, grid, warmup, **k: launches.append((self, a, k))
     try:
         yield
     finally:
-        triton.JITFunction.run = run
+        triton.JITFunction.run, _plans.enabled = run, replays
 
 
 def recorded(call: Callable[[], Any]) -> list[Launch]:
