@@ -1,11 +1,11 @@
-# make demo | test | bench | lint: each sets up .venv first where needed. PYTHON chooses the interpreter.
+# make demo | test | fast | bench | lint: each sets up .venv first where needed. PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt requirements-dev.txt $(shell find csrc -type f -name '*.[ch]*')
 
-.PHONY: setup demo test bench lint format clean
+.PHONY: setup demo test fast bench lint format clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,10 @@ test: setup
 	$(BIN)/python -m pytest -q -n 2 --ignore tests/triton
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/triton/test_interpreter.py tests/triton/test_interpreter_lowbit.py
 	$(BIN)/python -m pytest -q -n 2 tests/triton/test_compile.py tests/triton/test_divide.py tests/triton/test_plans.py
+
+# What takes seconds, on every change.
+fast: setup
+	$(BIN)/python -m pytest -q -n 2 -m "not slow" --ignore tests/triton
 
 bench: setup
 	$(BIN)/python -m bench --peers

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import slow
 from tests.implementations import HAS_GPU
 from tests.isas import ISAS, using
 
@@ -24,6 +25,10 @@ settings.load_profile("ci" if os.environ.get("CI") else "any machine")
 
 
 def pytest_collection_modifyitems(items):
+    listed = slow.names()
+    for item in items:
+        if slow.function_of(item.nodeid) in listed:
+            item.add_marker(pytest.mark.slow)
     if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
