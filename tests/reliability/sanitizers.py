@@ -3,7 +3,8 @@
 ``address``: AddressSanitizer and UndefinedBehaviorSanitizer. ``debug``: -O0 and the assertions of the C++ library.
 ``lto``: link-time optimization, where two definitions of a name that differ are an error. ``thread``: ThreadSanitizer
 on eight Python threads that use all kernels and the pool at once (`threads.py`); torch and Python are not instrumented,
-so that what they do with memory is not looked at, while their locks still order what ours does.
+so that what they do with memory is not looked at, while their locks still order what ours does. ISAS in the environment
+("avx2|avx512") builds some ISAs only, and TREE keeps the builds in a folder, as `.ci/fault-builds` says.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def _tested(campaign: Campaign, kind: str) -> dict[str, Any]:
     if done.returncode or reports:
         said = (reports or (done.stdout + done.stderr).strip().splitlines() or ["nothing"])[-1]
         campaign.fail(kind, 0, f"exit code {done.returncode}: {said[:300]}")
+    built = ["baseline", *filter(None, os.environ.get("ISAS", "avx2|avx512|avx512_icelake|avx512_bf16").split("|"))]
     return {
-        "tests": tests, "outcome": summary[-1] if summary else "", "reports": len(reports),
+        "isas": built, "tests": tests, "outcome": summary[-1] if summary else "", "reports": len(reports),
         "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
