@@ -78,4 +78,4 @@ __getattr__ = moved(__name__, dict.fromkeys(_GRIDS, "qatkernels.grids"), renamed
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__", "formats", "hessian", "methods", "nn", "ops", "plan", "trainer"])
+    return sorted([*__all__, "__version__", "formats", "nn", "ops"])

@@ -236,6 +236,8 @@ class Settings:
             elif name in known:
                 holder = known[name].holder
                 (own if holder is None else inside[holder])[name] = value
+            elif name in tables:
+                raise TypeError(f"{name} is {value!r}, must be a {tables[name].__name__}: it is a table of settings")
             else:
                 raise TypeError(f"{type(self).__name__} has no setting {name!r}")
         for name, kind in tables.items():

@@ -18,7 +18,7 @@ namespace qk {
 
 constexpr double kMinScale = 1e-5;
 
-// Grid.constants of qatkernels/grid.py.
+// Grid.constants of qatkernels/grids.py.
 template <class T>
 struct Grid {
   T steps, offset, low, high, pass_low, pass_high, below, above, residual;

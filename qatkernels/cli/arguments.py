@@ -53,7 +53,7 @@ def _add(group: Any, name: str, setting: Setting) -> None:
     several = typing.get_origin(setting.hint) is tuple
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
     text = about["help"]
-    if default is not MISSING and default not in (None, False, ()):
+    if default is not MISSING and default is not None and default is not False and default != ():
         text += f" (default: {shown})"
     text = text.replace("%", "%%")
     if kind is bool:

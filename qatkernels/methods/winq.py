@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,7 +139,6 @@ class WinQ:
         self.stats = GridStats(model, rotation)
         self._layers = layers_by_weight(model)
         self._warned = False
-        self._noise = ExitStack()
         if rotation is not None:
             _check_rotation(rotation, self._layers)
         if reset_every is not None and not self._trained():
@@ -151,9 +150,9 @@ class WinQ:
         self._set_noise(1)
 
     def _set_noise(self, sign: float) -> None:
-        self._noise.close()
+        # Nothing to go back to: the noise of a WinQ that was here before must not return.
         changes = {"noise_std": sign * self.noise_std, "scale_noise_std": sign * self.scale_noise_std}
-        self._noise = modified((layer, changes) for layer in quantized_modules(self.model).values())
+        modified((layer, changes) for layer in quantized_modules(self.model).values())
 
     def _trained(self) -> dict[str, Quantized]:
         return {name: module for name, module in self._layers.items() if module.weight.requires_grad}
@@ -174,9 +173,9 @@ class WinQ:
         return self.samples * (2 if self.two_sided else 1)
 
     def remove(self) -> None:
-        """Turn the noise off for good."""
+        """Turn the noise off for good, that of another WinQ on the same model too."""
         self.noise_std = self.scale_noise_std = 0.0
-        self._noise.close()
+        self._set_noise(1)
 
     @property
     def due(self) -> bool:

@@ -23,6 +23,8 @@ from .quantizer import WeightQuantizer, initial_scale
 
 _16_BIT = (torch.bfloat16, torch.float16)
 
+#: What was an attribute of layers, and how `WeightQuantizer.modified` calls it.
+_ON_QUANTIZER = {"noise_std": "noise_std", "scale_noise_std": "scale_noise_std", "perturbation": "add"}
 #: Whether a layer has warned of scales at the floor.
 _warned_of_floor = False
 #: The function that casts the layers of the model that was warned of last.
@@ -59,6 +61,12 @@ class Quantized(Float32Scales):
     def group_size(self) -> int | None:
         """Features that share a scale; None where a row does, or the tensor."""
         return self.quantizer.group_size
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _ON_QUANTIZER:  # else an old script would train without noise, and without a word
+            way = f"layer.quantizer.modified({_ON_QUANTIZER[name]}=...)"
+            raise AttributeError(f"{name} cannot be assigned to a layer: use {way}")
+        super().__setattr__(name, value)
 
     @property
     def config(self) -> QuantConfig:

@@ -9,6 +9,7 @@ _TRAINER = (
 )  # fmt: skip
 _MODULES = ("data", "loop", "parallel", "phases", "toml")
 
+__all__ = [*_METHODS, *_TRAINER]
 __getattr__ = moved(
     __name__,
     dict.fromkeys(_METHODS, "qatkernels.methods") | dict.fromkeys(_TRAINER, "qatkernels.trainer"),

@@ -3,5 +3,5 @@
 from .._moved import moved
 
 __getattr__ = moved(
-    __name__, dict.fromkeys(("classic", "cosine", "fused", "split", "wsd"), "qatkernels.methods.schedules")
+    __name__, dict.fromkeys(("DECAYS", "classic", "cosine", "fused", "split", "wsd"), "qatkernels.methods.schedules")
 )

@@ -137,7 +137,7 @@ class TrainConfig(Settings):
         None, "text file or folder; this Python's standard library sources if not given", resumable=True
     )
     bits: tuple[float, ...] = option(
-        (4, 2, 1.58, 1), "bit widths to train; more may be added later", parse=bit_width, resumable=True
+        (4, 2, 1.58, 1), "bit widths to train; more may be added later", parse=bit_width, resumable=True, metavar="BITS"
     )
     model: str = option(
         models.DEMO,

@@ -61,6 +61,8 @@ def _value(path: str | Path, name: str, setting: Setting, value: Any) -> Any:
             value = tuple(value) if isinstance(value, list) else (value,)
         elif parse is not None and not isinstance(value, bool):
             value = parse(str(value))
+        elif isinstance(value, str) and plain_type(setting.hint) in (int, float):
+            value = plain_type(setting.hint)(value)
         elif plain_type(setting.hint) is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
     except (ValueError, OverflowError):

@@ -168,8 +168,9 @@ class Planned:
         kinds = [*op.parameters.values(), *("Tensor" for _ in op.outputs)]
         self.tensors = [i for i, kind in enumerate(kinds) if kind.startswith("Tensor")]
         self.lists = [i for i, kind in enumerate(kinds) if kind == "float[]"]
-        self.floats = [i for i, kind in enumerate(kinds) if kind == "float"]
-        self.others = [i for i, kind in enumerate(kinds) if not kind.startswith(("Tensor", "float"))]
+        self.floats = [i for i, kind in enumerate(kinds) if kind in ("float", "float?")]
+        known = {*self.tensors, *self.lists, *self.floats}
+        self.others = [i for i in range(len(kinds)) if i not in known]
 
     def __call__(self, *args: Any) -> Any:
         """Call the implementation, or do what it did for a call like this one."""
@@ -213,7 +214,10 @@ class Planned:
         for i in self.lists:
             numbers.extend(args[i])
         for i in self.floats:
-            numbers.append(args[i])
+            if args[i] is None:
+                key.append(i)  # which argument is None; the others are numbers
+            else:
+                numbers.append(args[i])
         key.append(numbers.tobytes())
         for i in self.others:
             key.append(args[i])

@@ -159,6 +159,17 @@ class TestNoise:
             warnings.simplefilter("error")
             WinQ(model, **NOISE).after_step()
 
+    def test_removed_with_one_before_it(self):
+        """As in a notebook's cell that runs twice."""
+        model = make_model()
+        first = WinQ(model, **NOISE)
+        second = WinQ(model, **{**NOISE, "noise_std": 0.05})
+        assert model[0].quantizer.noise_std == 0.05
+        second.remove()
+        assert model[0].quantizer.noise_std == 0
+        first.remove()
+        assert model[0].quantizer.noise_std == 0
+
     def test_of_scales_is_that_of_weights_unless_given(self):
         first, *_ = quantized_modules(make_model()).values()
         model = nn.Sequential(first)

@@ -447,3 +447,10 @@ def test_dynamic_activations():
     layer = QuantLinear(16, 12, config=QuantConfig(4, act_bits=8))
     x = torch.randn(2, 3, 16)
     assert_same_bits(layer(x), F.linear(fake_quantize_dynamic(x, 8), layer.quantized_weight(), layer.bias))
+
+
+@pytest.mark.parametrize("name", ["noise_std", "scale_noise_std", "perturbation"])
+def test_what_belongs_to_the_quantizer_cannot_be_assigned_to_the_layer(name):
+    layer = QuantLinear(4, 4, config=QuantConfig(2))
+    with pytest.raises(AttributeError, match=rf"{name} cannot be assigned to a layer: use layer\.quantizer\.modified"):
+        setattr(layer, name, 0.1)

@@ -212,3 +212,26 @@ assert [key[2][0] for key in planned.plans] == [4, 5, 2], planned.plans.keys()
 
 def test_the_oldest_plan_makes_room():
     run(MANY)
+
+
+def test_every_argument_is_in_the_key():
+    """A plan that did not look at one would launch the kernel of another call."""
+    import torch
+
+    from qatkernels.ops._op import OPS
+    from qatkernels.triton import LAUNCHERS
+    from qatkernels.triton._plans import Planned
+
+    values = {
+        "Tensor": (torch.ones(4), torch.ones(8)), "Tensor?": (torch.ones(4), None), "float": (0.5, 0.25),
+        "float?": (0.5, 0.25, None), "float[]": ([1.0, 2.0], [1.0, 3.0]), "int": (1, 2), "int?": (1, 2, None),
+        "bool": (True, False), "ScalarType?": (torch.float32, torch.bfloat16, None),
+        "ScalarType": (torch.float32, torch.int8),
+    }  # fmt: skip
+    for name in LAUNCHERS:
+        op = OPS[name]
+        kinds = [kind.replace("(a!)", "").replace("(b!)", "") for kind in op.parameters.values()]
+        planned, first = Planned(op, lambda *args: None), [values[kind][0] for kind in kinds]
+        for i, kind in enumerate(kinds):
+            keys = [planned.key(0, tuple([*first[:i], value, *first[i + 1 :]]))[0] for value in values[kind]]
+            assert len(set(keys)) == len(keys), (name, list(op.parameters)[i])
