@@ -219,7 +219,7 @@ def test_every_argument_is_in_the_key():
     import torch
 
     from qatkernels.ops._op import OPS
-    from qatkernels.triton import LAUNCHERS
+    from qatkernels.triton._launchers import LAUNCHERS
     from qatkernels.triton._plans import Planned
 
     values = {
@@ -228,6 +228,7 @@ def test_every_argument_is_in_the_key():
         "bool": (True, False), "ScalarType?": (torch.float32, torch.bfloat16, None),
         "ScalarType": (torch.float32, torch.int8),
     }  # fmt: skip
+    assert "perturb_" in LAUNCHERS
     for name in LAUNCHERS:
         op = OPS[name]
         kinds = [kind.replace("(a!)", "").replace("(b!)", "") for kind in op.parameters.values()]
