@@ -15,7 +15,7 @@ from pathlib import Path
 
 LIST = Path(__file__).with_suffix(".txt")
 #: Seconds from which the cases of a function together count as slow, in a run of two processes on two cores.
-SLOW = 6.0
+SLOW = 3.0
 
 
 def names() -> set[str]:
