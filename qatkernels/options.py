@@ -119,10 +119,10 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], show: Callable[[str], str] = repr) -> str:
     """Return the end of a message about an unknown name: the known name that is most like it, if there is one."""
     near = difflib.get_close_matches(name, list(known), 1, 0.5)
-    return f"; did you mean {near[0].replace('_', '-')!r}?" if near else ""
+    return f"; did you mean {show(near[0].replace('_', '-'))}?" if near else ""
 
 
 def check(settings: Any) -> None:

@@ -25,10 +25,8 @@ class Parser(argparse.ArgumentParser):
         """End with an error about arguments that no option takes."""
         known = [name[2:] for name in self._option_string_actions if name.startswith("--")]
         first = arguments[0]
-        hint = nearest(first[2:].partition("=")[0], known) if first.startswith("--") else ""
-        self.error(
-            f"unrecognized arguments: {' '.join(arguments)}{hint.replace('mean ', 'mean --').replace(chr(39), '')}"
-        )
+        hint = nearest(first[2:].partition("=")[0], known, flag) if first.startswith("--") else ""
+        self.error(f"unrecognized arguments: {' '.join(arguments)}{hint}")
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type, *, title: str | None = None) -> None:

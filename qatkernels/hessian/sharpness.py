@@ -124,7 +124,7 @@ def _quantized(model: nn.Module, loss: LossFn, rho: float, norm: str, eta: float
     # Layers that share a weight share what is added to it.
     first = {id(layer.weight): layer for layer in reversed(layers)}
     offsets = {key: torch.zeros_like(layer.weight).requires_grad_() for key, layer in first.items()}
-    with modified((layer, {"add": offsets[id(layer.weight)]}) for layer in layers):
+    with modified((layer, offsets[id(layer.weight)]) for layer in layers):
         before, grads = _value_and_gradient(loss, list(offsets.values()), scope)
         with torch.no_grad():
             at = [layer.quantized_weight() for layer in first.values()]

@@ -280,7 +280,7 @@ class SQuAT:
         if any(isinstance(g, DTensor) for g in grads.values()):
             raise ValueError("target is 'quantized' with a sharded weight, must be 'latent' under FSDP2")
         found = [(m, grads.get(id(m.weight))) for m in quantized_modules(self.model).values()]
-        with modified((m, {"add": (g.contiguous(), factor.to(g.device), eta)}) for m, g in found if g is not None):
+        with modified((m, (g.contiguous(), factor.to(g.device), eta)) for m, g in found if g is not None):
             yield
 
     @contextmanager

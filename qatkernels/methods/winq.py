@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ..nn import quantized_modules
 from ..nn.quantized import Quantized
-from ..nn.quantizer import modified
 from ..nn.replay import RandomState, untouched
 from ..ops import reset_
 from ..options import AT_LEAST_0, AT_LEAST_1, SHARE, check, option
@@ -150,9 +149,8 @@ class WinQ:
         self._set_noise(1)
 
     def _set_noise(self, sign: float) -> None:
-        # Nothing to go back to: the noise of a WinQ that was here before must not return.
-        changes = {"noise_std": sign * self.noise_std, "scale_noise_std": sign * self.scale_noise_std}
-        modified((layer, changes) for layer in quantized_modules(self.model).values())
+        for layer in quantized_modules(self.model).values():
+            layer.quantizer.set_noise(sign * self.noise_std, sign * self.scale_noise_std)
 
     def _trained(self) -> dict[str, Quantized]:
         return {name: module for name, module in self._layers.items() if module.weight.requires_grad}

@@ -23,8 +23,12 @@ from .quantizer import WeightQuantizer, initial_scale
 
 _16_BIT = (torch.bfloat16, torch.float16)
 
-#: What was an attribute of layers, and how `WeightQuantizer.modified` calls it.
-_ON_QUANTIZER = {"noise_std": "noise_std", "scale_noise_std": "scale_noise_std", "perturbation": "add"}
+#: What was an attribute of layers, and what takes its place.
+_ON_QUANTIZER = {
+    "noise_std": "layer.quantizer.set_noise(noise_std, scale_noise_std)",
+    "scale_noise_std": "layer.quantizer.set_noise(noise_std, scale_noise_std)",
+    "perturbation": "layer.quantizer.modified(add=...)",
+}
 #: Whether a layer has warned of scales at the floor.
 _warned_of_floor = False
 #: The function that casts the layers of the model that was warned of last.
@@ -64,8 +68,7 @@ class Quantized(Float32Scales):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _ON_QUANTIZER:  # else an old script would train without noise, and without a word
-            way = f"layer.quantizer.modified({_ON_QUANTIZER[name]}=...)"
-            raise AttributeError(f"{name} cannot be assigned to a layer: use {way}")
+            raise AttributeError(f"{name} cannot be assigned to a layer: use {_ON_QUANTIZER[name]}")
         super().__setattr__(name, value)
 
     @property

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class WeightQuantizer:
         scale_noise_std: the same for the scales.
         added: what every forward adds to the quantized weight; None for nothing.
 
-    The last three change only within :meth:`modified`, and are not saved.
+    The last three are not saved. :meth:`set_noise` changes the noise, :meth:`modified` what is added.
     """
 
     config: QuantConfig
@@ -53,7 +53,7 @@ class WeightQuantizer:
         self.added: Perturbation | None = None
 
     def configure(self, config: QuantConfig, numel: int) -> None:
-        """Quantize to a configuration from now on; what :meth:`modified` changed stays so.
+        """Quantize to a configuration from now on; noise and what is added stay.
 
         Args:
             config: what to quantize to.
@@ -62,17 +62,22 @@ class WeightQuantizer:
         self.config, self.grid, self.group_size = config, config.grid, config.group_size
         self.grad_scale = self.grid.grad_scale(numel)
 
-    def modified(
-        self, *, noise_std: float | None = None, scale_noise_std: float | None = None, add: Perturbation | None = None
-    ) -> AbstractContextManager[None]:
-        """Return a context in which this quantizes in another way; what is None stays as it is.
+    def set_noise(self, noise_std: float, scale_noise_std: float) -> None:
+        """Set the noise of training forwards from now on, as WinQ does from its constructor to its removal."""
+        self.noise_std, self.scale_noise_std = noise_std, scale_noise_std
+
+    @contextmanager
+    def modified(self, add: Perturbation) -> Iterator[None]:
+        """Add something to the quantized weight in every forward within the context.
 
         Args:
-            noise_std: noise on the weight in training forwards.
-            scale_noise_std: noise on the scales.
-            add: what every forward adds to the quantized weight.
+            add: what to add.
         """
-        return _Modified(self, {"noise_std": noise_std, "scale_noise_std": scale_noise_std, "added": add})
+        before, self.added = self.added, add
+        try:
+            yield
+        finally:
+            self.added = before
 
     def noise(self, training: bool) -> tuple[float, float]:
         """Return the noise on weight and scales in a forward."""
@@ -132,33 +137,13 @@ def initial_scale(weight: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor |
     return scale.float().view(shape), None if zero_point is None else zero_point.float().view(shape)
 
 
-class _Modified(AbstractContextManager[None]):
-    """Sets attributes of a quantizer, and sets them back.
-
-    No generator makes it: one that nobody holds any more is closed, and the noise of WinQ would end with the object.
-    """
-
-    def __init__(self, quantizer: WeightQuantizer, changes: dict[str, Any]) -> None:
-        self.quantizer, self.changes = quantizer, {name: v for name, v in changes.items() if v is not None}
-
-    def __enter__(self) -> None:
-        self.before = {name: getattr(self.quantizer, name) for name in self.changes}
-        vars(self.quantizer).update(self.changes)
-
-    def __exit__(self, *_: object) -> None:
-        vars(self.quantizer).update(self.before)
-
-
-def modified(layers: Iterable[tuple[Quantized, dict[str, Any]]]) -> ExitStack:
-    """Change how layers quantize, and return a context whose end changes it back.
-
-    Args:
-        layers: each with the keyword arguments of :meth:`WeightQuantizer.modified`.
-    """
+@contextmanager
+def modified(layers: Iterable[tuple[Quantized, Perturbation]]) -> Iterator[None]:
+    """Add something to the quantized weight of each layer in every forward within the context."""
     with ExitStack() as stack:
-        for layer, changes in layers:
-            stack.enter_context(layer.quantizer.modified(**changes))
-        return stack.pop_all()
+        for layer, perturbation in layers:
+            stack.enter_context(layer.quantizer.modified(add=perturbation))
+        yield
 
 
 def ascent(sums: Tensor, rho: float) -> tuple[Tensor, Tensor]:
