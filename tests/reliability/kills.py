@@ -1,8 +1,8 @@
 """kill -9 at random moments, then the same command again: what it ends with is what an undisturbed one ends with.
 
 One process imports everything and forks every other from itself, so that a case takes as long as its training does.
-It starts no thread: a fork would leave its locks behind. Each case is a folder of its own, killed one to three times in
-one of three ways: at a moment drawn from the time that an undisturbed run takes; while an unfinished file is there; or,
+It starts no thread: a fork would leave its locks behind. Each case is a folder of its own, killed one to three times, in
+three ways by turns: at a moment drawn from the time that an undisturbed run takes; while an unfinished file is there; or,
 by the process itself, at a call drawn from those that write, rename, flush and delete.
 """
 
@@ -29,6 +29,8 @@ CASES = 100
 #: A command that takes longer than this many times its undisturbed time, and a minute, hangs.
 PATIENCE = 20
 _CALLS = ("fsync", "replace", "unlink", "open", "mkdir")
+#: How a command is killed, in turn, so that a few cases have each of them.
+_WAYS = ("call", "moment", "file", "moment")
 
 
 @dataclass
@@ -258,12 +260,14 @@ def whole(command: Command, folder: Path, patience: float) -> dict[str, Any]:
     return command.outcome(folder)
 
 
-def kill(command: Command, folder: Path, draw: random.Random, seconds: float, counts: dict[str, int]) -> None:
-    """Start a command and kill it; one that is over before is not counted."""
-    way = draw.choice(("moment", "moment", "file", "call"))
+def kill(
+    command: Command, folder: Path, way: str, draw: random.Random, seconds: float, counts: dict[str, int]
+) -> None:
+    """Start a command and kill it in one of `_WAYS`; one that is over before is not counted."""
     if way == "call":
         call = draw.choice(_CALLS)
-        dies = call, draw.randint(1, 3 if call in ("mkdir", "unlink") else 10)
+        # Early calls more often than late ones: a short command makes few.
+        dies = call, draw.randint(1, draw.choice((1, 3, 10)))
         codes = finish(start(command, folder, dies), PATIENCE * seconds + 60, grace=2)
         counts[way if -signal.SIGKILL in codes else "over before"] += 1
         return
@@ -335,8 +339,8 @@ def _killed(campaign: Campaign, name: str, command: Command, shared: Path) -> di
         folder.mkdir()
         cases += 1
         try:
-            for _ in range(draw.choice((1, 1, 2, 3))):
-                kill(command, folder, draw, seconds, counts)
+            for again in range(draw.choice((1, 1, 2, 3))):
+                kill(command, folder, _WAYS[(case + again) % len(_WAYS)], draw, seconds, counts)
             found = whole(command, folder, PATIENCE * seconds + 60)
             _compare(found, wanted)
         except Wrong as wrong:

@@ -31,9 +31,9 @@ def kills(tmp_path: Path, seed: int, cases: int, *names: str) -> dict[str, dict[
 
 def test_one_process(tmp_path: Path) -> None:
     results = kills(tmp_path, 14, 4, "train", "winq", "squat", "pack", "spectrum", "plan")
-    assert sum(found["kills"] for found in results.values()) > 20
-    assert sum(found["while a file was written"] + found["call"] for found in results.values()) > 3
     assert all(found["kills"] > 0 for found in results.values())
+    # Which kills at a moment come in time depends on the machine. Which calls a command makes does not.
+    assert sum(found["call"] for found in results.values()) > 3
 
 
 def test_two_processes(tmp_path: Path) -> None:
