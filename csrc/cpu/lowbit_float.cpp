@@ -46,7 +46,7 @@ QK_HD void transpose(Bytes (&rows)[16]) {
 struct Factors {
   F32 offset, scale;
 
-  Factors(const LowbitLinear& call, int64_t first_row, int64_t rows, int64_t group) {
+  __attribute__((noinline)) Factors(const LowbitLinear& call, int64_t first_row, int64_t rows, int64_t group) {
     alignas(64) float offsets[kLanes] = {}, scales[kLanes] = {};
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (first_row + r) * call.groups + group;
@@ -60,46 +60,70 @@ struct Factors {
   }
 };
 
+// Code `Index` of eight, of which `Bits` registers hold the bytes: it lies in one byte of its row or in two neighbours.
+template <int Bits, int Index>
+QK_HD U32 code_at(const Bytes* eight) {
+  constexpr int byte = Index * Bits / 8, shift = Index * Bits % 8;
+  U32 code = bytes_to_uint(eight[byte]);
+  if constexpr (shift + Bits > 8) code = code | bytes_to_uint(eight[byte + 1]) << 8;
+  if constexpr (shift > 0) code = code >> shift;
+  if constexpr (shift + Bits != 8) code = code & U32((1u << Bits) - 1);
+  return code;
+}
+
+template <class F, int... I>
+QK_HD void for_constants(std::integer_sequence<int, I...>, F f) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+
 // Columns [first, first + n) of up to sixteen rows as numbers, a column every kPanel floats; first is a multiple of
-// kColumns. Eight codes are `Bits` bytes, so a code lies in one byte of its row or in two neighbours.
+// kColumns.
 template <int Bits>
-void decode(const LowbitLinear& call, int64_t first_row, int64_t rows, int64_t first, int64_t n, float* out) {
+__attribute__((noinline)) void decode(const LowbitLinear& call, int64_t first_row, int64_t rows, int64_t first,
+                                      int64_t n, float* out) {
   const int64_t stride = row_bytes(call.cols, Bits), bytes = row_bytes(n, Bits), size = call.cols / call.groups;
   const uint8_t* const packed = call.packed + first_row * stride + first / 8 * Bits;
   Bytes columns[kColumns / 8 * Bits];  // of bytes
   for (int64_t at = 0; at < bytes; at += 16) {
     Bytes part[16];
-    for (int64_t r = 0; r < 16; ++r) {
-      const uint8_t* const from = packed + r * stride + at;
-      part[r] = Bytes{};
-      if (r < rows && at + 16 <= bytes)
-        std::memcpy(&part[r], from, 16);
-      else if (r < rows)
-        std::memcpy(&part[r], from, static_cast<size_t>(bytes - at));
+    if (rows == 16 && at + 16 <= bytes) {
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < 16; ++r) std::memcpy(&part[r], packed + r * stride + at, 16);
+    } else {
+      std::memset(part, 0, sizeof part);
+      for (int64_t r = 0; r < rows; ++r)
+        std::memcpy(&part[r], packed + r * stride + at, static_cast<size_t>(std::min<int64_t>(16, bytes - at)));
     }
     transpose(part);
     std::memcpy(columns + at, part, sizeof part);
   }
   for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(packed + r * stride + kColumns / 8 * Bits);
+  constexpr std::make_integer_sequence<int, 8> eight{};
   const F32 low(static_cast<float>(call.code_min));
   int64_t group = first / size, left = (group + 1) * size - first;  // columns of the group that are still to come
   Factors factors(call, first_row, rows, group);
-  for (int64_t column = 0; column < n;) {
-    const Bytes* const eight = columns + column / 8 * Bits;
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j, ++column, --left) {
-      if (column == n) return;
-      if (left == 0) {
-        factors = Factors(call, first_row, rows, ++group);
-        left = size;
-      }
-      const int byte = j * Bits / 8, shift = j * Bits % 8;
-      U32 code = bytes_to_uint(eight[byte]);
-      if (shift + Bits > 8) code = code | bytes_to_uint(eight[byte + 1]) << 8;
-      if (shift > 0) code = code >> shift;
-      if (shift + Bits != 8) code = code & U32((1u << Bits) - 1);
-      store(out + column * kPanel, (to_float(code) + low + factors.offset) * factors.scale);
+  const auto next_group = [&] {
+    factors = Factors(call, first_row, rows, ++group);
+    left = size;
+  };
+  for (int64_t column = 0; column < n; column += 8) {
+    const Bytes* const from = columns + column / 8 * Bits;
+    const auto put = [&](auto i) QK_INLINE_LAMBDA {
+      const F32 code = to_float(code_at<Bits, i>(from)) + low;
+      store(out + (column + i) * kPanel, (code + factors.offset) * factors.scale);
+    };
+    if (left == 0) next_group();
+    if (left >= 8 && column + 8 <= n) {
+      for_constants(eight, put);
+      left -= 8;
+      continue;
     }
+    for_constants(eight, [&](auto i) {
+      if (column + i >= n) return;
+      if (left == 0) next_group();
+      put(i);
+      --left;
+    });
   }
 }
 
