@@ -117,17 +117,21 @@ def test_a_child_forked_while_another_thread_allocates_runs_kernels():
     """As DataLoader's workers do: on one thread, which torch sets in them."""
     w, stop = torch.randn(512, 1024), threading.Event()
     expected = quantized(w)
+    # Results in turn too large and too small for the memory of the one before: the pool frees that, and is busy with it
+    # for a good part of each call.
+    sizes = [torch.randn(rows, 1024) for rows in (8192, 20480)]
+    scales = [GRID.init_scale(large) for large in sizes]
 
     def allocate():
         while not stop.is_set():
-            C.empty_cache()  # holds the pool for as long as freeing takes
-            quantized(w)
+            for large, scale in zip(sizes, scales, strict=True):
+                qk.fake_quantize(large, scale, GRID)
 
     others = [threading.Thread(target=allocate) for _ in range(2)]
     for thread in others:
         thread.start()
     try:
-        for _ in range(20):
+        for _ in range(40):
             child = os.fork()
             if child == 0:
                 torch.set_num_threads(1)
