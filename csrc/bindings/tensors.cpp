@@ -32,8 +32,12 @@ std::string name_of(at::ScalarType type) {
 
 std::string shown(at::IntArrayRef values) {
   std::string text = "(";
-  for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : "") + std::to_string(values[i]);
-  return text + (values.size() == 1 ? ",)" : ")");
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (i) text += ", ";
+    text += std::to_string(values[i]);
+  }
+  text += values.size() == 1 ? ",)" : ")";
+  return text;
 }
 std::string shown(const Tensor& t) { return shown(t.sizes()); }
 
