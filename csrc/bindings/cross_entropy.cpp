@@ -7,7 +7,7 @@
 namespace qk {
 namespace {
 
-using Kernel = void (*)(const CrossEntropy&, int64_t, int64_t);
+using Kernel = void (*)(const CrossEntropyCall&, int64_t, int64_t);
 
 at::ScalarType number_type(const Tensor& logits) {
   return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -15,7 +15,7 @@ at::ScalarType number_type(const Tensor& logits) {
 
 // A call and the contiguous tensors it points into.
 struct Rows {
-  CrossEntropy call{};
+  CrossEntropyCall call{};
   Tensor logits, targets, tangent;
   std::vector<Tensor> kept;
 

@@ -3,38 +3,40 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
-#include "point.h"
+#include "quant_args.h"
 #include "run.h"
 #include "tensors.h"
 
 namespace qk {
-static int64_t units_of(const Point& at) { return at.rows > 0 && at.cols > 0 ? Units(at.rows, at.cols).count() : 0; }
-
-static void run_on_cpu(const Forward& call) {
-  parallel(units_of(call.at), [&](int64_t begin, int64_t end) { kernels().forward(call, begin, end); });
+static int64_t units_of(const QuantArgs& args) {
+  return args.rows > 0 && args.cols > 0 ? Units(args.rows, args.cols).count() : 0;
 }
-static void run_on_cpu(const Backward& call) {
-  const Units units(call.at.rows, call.at.cols);
+
+static void run_on_cpu(const FakeQuantizeCall& call) {
+  parallel(units_of(call.args), [&](int64_t begin, int64_t end) { kernels().forward(call, begin, end); });
+}
+static void run_on_cpu(const FakeQuantizeBackwardCall& call) {
+  const Units units(call.args.rows, call.args.cols);
   std::vector<double> partial(units.pieces_per_row > 1 ? 2 * units.rows * units.pieces_per_row : 0);
-  parallel(units_of(call.at),
+  parallel(units_of(call.args),
            [&](int64_t begin, int64_t end) { kernels().backward(call, partial.data(), begin, end); });
   kernels().finish_backward(call, partial.data());
 }
-static void run_on_cpu(const Jvp& call) {
-  parallel(units_of(call.at), [&](int64_t begin, int64_t end) { kernels().jvp(call, begin, end); });
+static void run_on_cpu(const FakeQuantizeJvpCall& call) {
+  parallel(units_of(call.args), [&](int64_t begin, int64_t end) { kernels().jvp(call, begin, end); });
 }
-static void run_on_cpu(const Quantize& call) {
-  parallel(units_of(call.at), [&](int64_t begin, int64_t end) { kernels().quantize(call, begin, end); });
+static void run_on_cpu(const QuantizeCall& call) {
+  parallel(units_of(call.args), [&](int64_t begin, int64_t end) { kernels().quantize(call, begin, end); });
 }
-static void run_on_cpu(const Dequantize& call) {
-  parallel(units_of(call.at), [&](int64_t begin, int64_t end) { kernels().dequantize(call, begin, end); });
+static void run_on_cpu(const DequantizeCall& call) {
+  parallel(units_of(call.args), [&](int64_t begin, int64_t end) { kernels().dequantize(call, begin, end); });
 }
-static void run_on_cpu(const Dynamic& call) {
+static void run_on_cpu(const FakeQuantizeDynamicCall& call) {
   parallel(
       call.rows, [&](int64_t begin, int64_t end) { kernels().dynamic(call, begin, end); },
       std::max<int64_t>(1, kUnitElements / std::max<int64_t>(call.cols, 1)));
 }
-static void run_on_cpu(const Normal& call) {
+static void run_on_cpu(const NormalCall& call) {
   parallel((call.numel + kNoiseSpan - 1) / kNoiseSpan,
            [&](int64_t begin, int64_t end) { kernels().normal(call, begin, end); });
 }
@@ -45,8 +47,8 @@ void fake_quantize_dynamic_out(const Tensor& x_, int64_t bits, Tensor out) {
   check_output("out", out, x_, x_.scalar_type());
   const Tensor x = x_.contiguous();
   const int64_t cols = x.size(-1), rows = cols ? x.numel() / cols : 0;
-  const Dynamic call{x.const_data_ptr(), out.mutable_data_ptr(),    rows, cols,
-                     dtype_of("x", x),   static_cast<int32_t>(bits)};
+  const FakeQuantizeDynamicCall call{x.const_data_ptr(), out.mutable_data_ptr(),    rows, cols,
+                                     dtype_of("x", x),   static_cast<int32_t>(bits)};
   run(call, x.device());
 }
 
@@ -65,7 +67,7 @@ void fake_quantize_out(const Tensor& w, const Tensor& scale, const OptionalTenso
   check_y_type(w, dtype.value_or(w.scalar_type()));
   check_output("out", out, w, dtype.value_or(w.scalar_type()));
   const Held held(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, grad_scale);
-  const Forward call{held.at, out.mutable_data_ptr(), dtype_of("out", out)};
+  const FakeQuantizeCall call{held.args, out.mutable_data_ptr(), dtype_of("out", out)};
   run(call, held.device());
 }
 Tensor fake_quantize(const Tensor& w, const Tensor& scale, const OptionalTensor& zero_point, const OptionalTensor& seed,
@@ -88,12 +90,12 @@ void fake_quantize_backward_out(const Tensor& g_, const Tensor& w, const Tensor&
   if (zero_point) check_output("dz", dz, scale, scale.scalar_type());
   const Held held(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, grad_scale);
   const Tensor g = g_.contiguous();
-  const Backward call{held.at,
-                      g.const_data_ptr(),
-                      dtype_of("g", g),
-                      dw.mutable_data_ptr(),
-                      ds.mutable_data_ptr(),
-                      zero_point ? dz.mutable_data_ptr() : nullptr};
+  const FakeQuantizeBackwardCall call{held.args,
+                                      g.const_data_ptr(),
+                                      dtype_of("g", g),
+                                      dw.mutable_data_ptr(),
+                                      ds.mutable_data_ptr(),
+                                      zero_point ? dz.mutable_data_ptr() : nullptr};
   if (w.numel() == 0) {
     ds.zero_();
     if (zero_point) dz.zero_();
@@ -164,7 +166,8 @@ void quantize_out(const Tensor& w, const Tensor& scale, const OptionalTensor& ze
                   int64_t code_min, int64_t code_max, Tensor out) {
   check_output("out", out, w, code_type(code_min, code_max));
   const Held held(w, scale, zero_point, std::nullopt, grid);
-  const Quantize call{held.at, out.mutable_data_ptr(), static_cast<int32_t>(code_min), static_cast<int32_t>(code_max)};
+  const QuantizeCall call{held.args, out.mutable_data_ptr(), static_cast<int32_t>(code_min),
+                          static_cast<int32_t>(code_max)};
   run(call, held.device());
 }
 Tensor quantize(const Tensor& w, const Tensor& scale, const OptionalTensor& zero_point, Constants grid,
@@ -182,8 +185,8 @@ void dequantize_out(const Tensor& codes, const Tensor& scale, const OptionalTens
   TORCH_CHECK(scale.scalar_type() == at::kFloat || dtype == at::kDouble, "scale is ", name_of(scale.scalar_type()),
               ", must be torch.float32 (torch.float64 is allowed with a float64 dtype)");
   const Held held(codes, scale, zero_point, std::nullopt, grid);
-  const Dequantize call{held.at, held.at.w, codes.scalar_type() == at::kByte, out.mutable_data_ptr(),
-                        dtype_of("out", out)};
+  const DequantizeCall call{held.args, held.args.w, codes.scalar_type() == at::kByte, out.mutable_data_ptr(),
+                            dtype_of("out", out)};
   run(call, held.device());
 }
 Tensor dequantize(const Tensor& codes, const Tensor& scale, const OptionalTensor& zero_point, Constants grid,
@@ -204,8 +207,8 @@ void normal_out(const Tensor& seed, int64_t numel, int64_t stream, Tensor out) {
   TORCH_CHECK(out.is_contiguous() && out.scalar_type() == at::kFloat && out.dim() == 1 && out.numel() == numel,
               "out must be a contiguous float32 tensor with ", numel, " elements");
   check_device("out", out, seed.device());
-  const Normal call{seed.const_data_ptr<int64_t>(), out.mutable_data_ptr<float>(), numel,
-                    static_cast<uint32_t>(stream)};
+  const NormalCall call{seed.const_data_ptr<int64_t>(), out.mutable_data_ptr<float>(), numel,
+                        static_cast<uint32_t>(stream)};
   run(call, seed.device());
 }
 Tensor normal(const Tensor& seed, int64_t numel, int64_t stream) {

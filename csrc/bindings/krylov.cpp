@@ -9,7 +9,7 @@
 namespace qk {
 static int64_t size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
 
-static void run_on_cpu(const GramSchmidt& call) {
+static void run_on_cpu(const GramSchmidtCall& call) {
   const KrylovUnits units(call.rows, call.cols, size_of(call.basis_type));
   std::vector<double> partial(units.count() * (call.rows + 1));
   parallel(units.count(),
@@ -47,16 +47,16 @@ void gram_schmidt_out(const Tensor& basis_, const Tensor& w_, const OptionalTens
     TORCH_CHECK(at::isFloatingType(h_->scalar_type()), "h is ", name_of(h_->scalar_type()), ", must be real numbers");
     h = h_->to(at::kDouble).contiguous();
   }
-  const GramSchmidt call{basis.const_data_ptr(),
-                         w.const_data_ptr(),
-                         h_ ? h.const_data_ptr<double>() : nullptr,
-                         w_new.mutable_data_ptr(),
-                         dots.mutable_data_ptr<double>(),
-                         sq.mutable_data_ptr<double>(),
-                         basis.size(0),
-                         basis.size(1),
-                         basis_type,
-                         w_type};
+  const GramSchmidtCall call{basis.const_data_ptr(),
+                             w.const_data_ptr(),
+                             h_ ? h.const_data_ptr<double>() : nullptr,
+                             w_new.mutable_data_ptr(),
+                             dots.mutable_data_ptr<double>(),
+                             sq.mutable_data_ptr<double>(),
+                             basis.size(0),
+                             basis.size(1),
+                             basis_type,
+                             w_type};
   run_here(call, w.device());
 }
 std::tuple<Tensor, Tensor, Tensor> gram_schmidt(const Tensor& basis, const Tensor& w, const OptionalTensor& h) {

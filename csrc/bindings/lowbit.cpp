@@ -42,8 +42,8 @@ void pack_out(const Tensor& codes_, int64_t code_min, int64_t bits, Tensor out) 
   const Tensor codes = codes_.contiguous();
   const int64_t cols = codes.size(-1), rows = cols ? codes.numel() / cols : 0;
   check_shape("out", out, with_last(codes, row_bytes(cols, static_cast<int>(bits))), at::kByte);
-  const Pack call{codes.const_data_ptr(),         out.mutable_data_ptr<uint8_t>(), rows, cols,
-                  static_cast<int32_t>(code_min), static_cast<int32_t>(bits)};
+  const PackCall call{codes.const_data_ptr(),         out.mutable_data_ptr<uint8_t>(), rows, cols,
+                      static_cast<int32_t>(code_min), static_cast<int32_t>(bits)};
   parallel(
       rows, [&](int64_t begin, int64_t end) { kernels().pack(call, begin, end); },
       std::max<int64_t>(1, kUnitElements / std::max<int64_t>(cols, 1)));
@@ -71,8 +71,8 @@ void unpack_out(const Tensor& packed_, int64_t code_min, int64_t bits, int64_t c
   const Tensor packed = packed_.contiguous();
   check_shape("out", out, with_last(packed, cols), type);
   const int64_t rows = cols ? out.numel() / cols : 0;
-  const Unpack call{packed.const_data_ptr<uint8_t>(), out.mutable_data_ptr(),    rows, cols,
-                    static_cast<int32_t>(code_min),   static_cast<int32_t>(bits)};
+  const UnpackCall call{packed.const_data_ptr<uint8_t>(), out.mutable_data_ptr(),    rows, cols,
+                        static_cast<int32_t>(code_min),   static_cast<int32_t>(bits)};
   parallel(
       rows, [&](int64_t begin, int64_t end) { kernels().unpack(call, begin, end); },
       std::max<int64_t>(1, kUnitElements / std::max<int64_t>(cols, 1)));
@@ -87,7 +87,7 @@ Tensor unpack(const Tensor& packed, int64_t code_min, int64_t bits, int64_t cols
 
 // A weight, checked, in the fields of a call that describe it, and the tensors they point into.
 struct Weight {
-  LowbitLinear call{};
+  LowbitLinearCall call{};
   Tensor packed, scale, zero_point, offsets;
   std::vector<Expert> experts;  // that have tokens
 
@@ -153,7 +153,7 @@ struct Weight {
   Tensor numbers(int64_t expert, at::ScalarType type) const {
     const bool wide = type == at::kDouble;
     const Tensor w = allocate({call.rows, call.cols}, wide ? at::kFloat : type, packed.device());
-    LowbitLinear one = call;
+    LowbitLinearCall one = call;
     const int64_t row = expert * call.rows;
     one.packed += row * packed.size(-1);
     one.scale = static_cast<const char*>(call.scale) + row * call.groups * scale.element_size();
@@ -183,7 +183,7 @@ void multiply_numbers(const Weight& w, const Tensor& x, const Tensor& y, bool tr
 }
 
 // Fills in what a product has beside the weight; returns the bias that the call points into.
-Tensor add_operands(LowbitLinear& call, const Tensor& x, const OptionalTensor& bias_, bool grouped,
+Tensor add_operands(LowbitLinearCall& call, const Tensor& x, const OptionalTensor& bias_, bool grouped,
                     std::optional<int64_t> act_bits) {
   TORCH_CHECK(!act_bits || (2 <= *act_bits && *act_bits <= 8), "act_bits is ", act_bits.value_or(0),
               ", must be None or 2 to 8");
@@ -223,7 +223,7 @@ void lowbit_linear_out(const Tensor& x_, const Tensor& packed, const Tensor& sca
   const int64_t cols = x.size(-1);
   Weight w("x", x, packed, scale, zero_point, offsets, grid, code_min, bits, cols);
   check_shape("out", out, with_last(x, w.call.rows), x.scalar_type());
-  LowbitLinear& call = w.call;
+  LowbitLinearCall& call = w.call;
   const Tensor bias = add_operands(call, x, bias_, offsets.has_value(), act_bits);
   call.y = out.mutable_data_ptr();
 #if defined(QK_WITH_CUDA)

@@ -6,7 +6,7 @@
 #include <numeric>
 
 #include "../cpu/kernels.h"
-#include "point.h"
+#include "quant_args.h"
 #include "tensors.h"
 
 namespace qk {
@@ -16,11 +16,11 @@ namespace {
 constexpr int64_t kBlockBytes = 32 << 20;
 
 // Rows of the weight [rows, cols] that begin and end with units of the kernel and are about as many as a block holds.
-int64_t rows_of_block(const Point& at, int64_t rows, int64_t cols, int64_t element_bytes) {
-  const Units units(at.rows, at.cols);
+int64_t rows_of_block(const QuantArgs& args, int64_t rows, int64_t cols, int64_t element_bytes) {
+  const Units units(args.rows, args.cols);
   const bool cut = units.pieces_per_row > 1;
-  if (cut && at.rows > 1 && at.cols % kUnitElements != 0) return rows;  // units of several sizes
-  const int64_t unit = cut ? kUnitElements : units.rows_per_unit * at.cols;
+  if (cut && args.rows > 1 && args.cols % kUnitElements != 0) return rows;  // units of several sizes
+  const int64_t unit = cut ? kUnitElements : units.rows_per_unit * args.cols;
   const int64_t step = unit / std::gcd(unit, cols);
   const int64_t wanted = kBlockBytes / (2 * cols * element_bytes);
   return std::min(rows, std::max<int64_t>(1, wanted / step) * step);
@@ -52,9 +52,9 @@ void quant_linear_dual_out(const Tensor& x, const OptionalTensor& tangent_x, con
   const Tangents along(tangent_w, tangent_scale, tangent_zero_point, held);
   const bool moves = tangent_w || tangent_scale || tangent_zero_point;
   const int64_t rows = w.size(0), cols = w.size(1), element = c10::elementSize(x.scalar_type());
-  const Units units(held.at.rows, held.at.cols);
+  const Units units(held.args.rows, held.args.cols);
   // The blocks' parts of a transposed product would have to be added, in 16 bits rounded each time.
-  const int64_t block = transposed || w.numel() == 0 ? rows : rows_of_block(held.at, rows, cols, element);
+  const int64_t block = transposed || w.numel() == 0 ? rows : rows_of_block(held.args, rows, cols, element);
   const Tensor value = allocate({block, cols}, x.scalar_type(), w.device()), slope = moves ? like(value) : Tensor();
   for (int64_t first = 0; first < rows; first += block) {
     const int64_t count = std::min(block, rows - first);
@@ -66,8 +66,8 @@ void quant_linear_dual_out(const Tensor& x, const OptionalTensor& tangent_x, con
     const auto origin = [&](const Tensor& t) {
       return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) - first * cols * element);
     };
-    const Jvp jvp = along.call(moves ? origin(slope) : nullptr, dtype_of("x", x), origin(value));
-    const Forward forward{held.at, origin(value), dtype_of("x", x)};
+    const FakeQuantizeJvpCall jvp = along.call(moves ? origin(slope) : nullptr, dtype_of("x", x), origin(value));
+    const FakeQuantizeCall forward{held.args, origin(value), dtype_of("x", x)};
     parallel(end - begin, [&](int64_t from, int64_t to) {
       moves ? kernels().jvp(jvp, begin + from, begin + to) : kernels().forward(forward, begin + from, begin + to);
     });

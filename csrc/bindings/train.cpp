@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
-#include "point.h"
+#include "quant_args.h"
 #include "tensors.h"
 
 namespace qk {
@@ -22,8 +22,8 @@ void reset_(Tensor w, const Tensor& scale, const OptionalTensor& zero_point, Con
               ", must be in [0, 1]");
   const Held held(w, scale, zero_point, std::nullopt, grid);
   if (w.numel() == 0) return;
-  const Reset call{held.at, w.mutable_data_ptr(), quantized_weight};
-  parallel(Units(held.at.rows, held.at.cols).count(),
+  const ResetCall call{held.args, w.mutable_data_ptr(), quantized_weight};
+  parallel(Units(held.args.rows, held.args.cols).count(),
            [&](int64_t begin, int64_t end) { kernels().reset(call, begin, end); });
 }
 
@@ -43,15 +43,15 @@ void perturb(const Tensor& w, const Tensor& g, const Tensor& factor, std::option
   TORCH_CHECK(factor.scalar_type() == at::kFloat && factor.numel() == 1 && factor.device().is_cpu(), "factor is ",
               name_of(factor.scalar_type()), " of shape ", factor.sizes(), ", must be one float32 on a CPU");
   TORCH_CHECK(!eta || (*eta >= 0 && std::isfinite(*eta)), "eta is ", eta.value_or(0), ", must be finite and >= 0");
-  const Perturb call{w.mutable_data_ptr(),
-                     const_cast<void*>(g.const_data_ptr()),  // written if swapped, and then mutable
-                     factor.const_data_ptr<float>(),
-                     w.numel(),
-                     dtype_of("w", w),
-                     dtype_of("g", g),
-                     eta.value_or(0),
-                     eta.has_value(),
-                     swap};
+  const PerturbCall call{w.mutable_data_ptr(),
+                         const_cast<void*>(g.const_data_ptr()),  // written if swapped, and then mutable
+                         factor.const_data_ptr<float>(),
+                         w.numel(),
+                         dtype_of("w", w),
+                         dtype_of("g", g),
+                         eta.value_or(0),
+                         eta.has_value(),
+                         swap};
   parallel(units_of(w.numel()), [&](int64_t begin, int64_t end) { kernels().perturb(call, begin, end); });
 }
 void perturb_(Tensor w, const Tensor& g, const Tensor& factor, std::optional<double> eta) {
@@ -68,9 +68,9 @@ void perturbation_norms_out(const Tensor& g, const OptionalTensor& w, double eta
               "out must be a contiguous float64 tensor with 2 elements on a CPU");
   const int64_t units = units_of(g.numel());
   std::vector<double> partial(2 * units);
-  const PerturbationNorms call{g.const_data_ptr(), w ? w->const_data_ptr() : nullptr,
-                               g.numel(),          w ? dtype_of("w", *w) : dtype_of("g", g),
-                               dtype_of("g", g),   eta};
+  const PerturbationNormsCall call{g.const_data_ptr(), w ? w->const_data_ptr() : nullptr,
+                                   g.numel(),          w ? dtype_of("w", *w) : dtype_of("g", g),
+                                   dtype_of("g", g),   eta};
   parallel(units, [&](int64_t begin, int64_t end) { kernels().perturbation_norms(call, partial.data(), begin, end); });
   double once = 0, twice = 0;
   for (int64_t unit = 0; unit < units; ++unit) {

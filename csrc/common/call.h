@@ -10,7 +10,7 @@ namespace qk {
 enum class DType : int32_t { f32, bf16, f16, f64 };
 
 // A weight as rows that share a scale, and the grid. All pointers are contiguous; null where the argument is absent.
-struct Point {
+struct QuantArgs {
   const void* w;
   const void* scale;       // [rows]
   const void* zero_point;  // [rows]
@@ -21,48 +21,48 @@ struct Point {
   double noise_std, scale_noise_std, grad_scale;
 };
 
-struct Forward {
-  Point at;
+struct FakeQuantizeCall {
+  QuantArgs args;
   void* y;
   DType y_type;
 };
 
-struct Backward {
-  Point at;
+struct FakeQuantizeBackwardCall {
+  QuantArgs args;
   const void* g;
   DType g_type;
   void *dw, *ds, *dz;  // of w's type and of scale's type; dz is null without a zero point
 };
 
-struct Jvp {
-  Point at;
+struct FakeQuantizeJvpCall {
+  QuantArgs args;
   const void *tangent_w, *tangent_scale, *tangent_zero_point;  // each may be null
   void* y;
   DType y_type;
-  void* value;  // of y's type, what Forward gives; may be null, and is on CUDA
+  void* value;  // of y's type, what FakeQuantizeCall gives; may be null, and is on CUDA
 };
 
-struct Quantize {
-  Point at;
+struct QuantizeCall {
+  QuantArgs args;
   void* codes;  // uint8 if code_max > 127, else int8
   int32_t code_min, code_max;
 };
 
-struct Dequantize {
-  Point at;  // w is unused
+struct DequantizeCall {
+  QuantArgs args;  // w is unused
   const void* codes;
   bool codes_unsigned;
   void* y;
   DType y_type;
 };
 
-struct Reset {
-  Point at;
-  void* w;  // at.w, to be changed
+struct ResetCall {
+  QuantArgs args;
+  void* w;  // args.w, to be changed
   double quantized_weight;
 };
 
-struct Perturb {
+struct PerturbCall {
   void *w, *g;
   const float* factor;
   int64_t numel;
@@ -71,14 +71,14 @@ struct Perturb {
   bool adaptive, swap;
 };
 
-struct PerturbationNorms {
+struct PerturbationNormsCall {
   const void *g, *w;  // w is null where it does not count
   int64_t numel;
   DType w_type, g_type;
   double eta;
 };
 
-struct Dynamic {
+struct FakeQuantizeDynamicCall {
   const void* x;
   void* y;
   int64_t rows, cols;
@@ -87,7 +87,7 @@ struct Dynamic {
 };
 
 // w_new = w - basis^T h, dots = basis w_new, sq = w_new . w_new.
-struct GramSchmidt {
+struct GramSchmidtCall {
   const void *basis, *w;
   const double* h;  // [rows]; null: w_new is w
   void* w_new;      // may be w
@@ -98,7 +98,7 @@ struct GramSchmidt {
 
 // Softmax cross-entropy of rows [rows, cols]. lse and everything of one number per row are float64 for float64 logits,
 // else float32. Outputs may be null, and may be the logits or the tangent.
-struct CrossEntropy {
+struct CrossEntropyCall {
   const void *logits, *tangent;
   const int64_t* targets;
   const void *lse, *g, *tangent_g;  // tangent_g may be null
@@ -108,7 +108,7 @@ struct CrossEntropy {
   DType type;
 };
 
-struct Normal {
+struct NormalCall {
   const int64_t* seed;
   float* out;
   int64_t numel;
@@ -116,14 +116,14 @@ struct Normal {
 };
 
 // Codes and their stored form. Rows are packed one by one.
-struct Pack {
+struct PackCall {
   const void* codes;  // [rows, cols], int8 or uint8
   uint8_t* packed;    // [rows, row_bytes]
   int64_t rows, cols;
   int32_t code_min, bits;
 };
 
-struct Unpack {
+struct UnpackCall {
   const uint8_t* packed;
   void* codes;
   int64_t rows, cols;
@@ -131,7 +131,7 @@ struct Unpack {
 };
 
 // A product with packed weights: y = x W^T + bias, expert by expert.
-struct LowbitLinear {
+struct LowbitLinearCall {
   const void* x;            // [tokens, cols], contiguous
   const uint8_t* packed;    // [experts, rows, row_bytes]
   const void* scale;        // [experts, rows, groups]

@@ -16,7 +16,7 @@ constexpr int64_t kSpan = 1024;
 
 enum class Target { valid, ignored, outside };
 
-Target target_of(const CrossEntropy& call, int64_t row) {
+Target target_of(const CrossEntropyCall& call, int64_t row) {
   const int64_t target = call.targets[row];
   if (target == call.ignore_index) return Target::ignored;
   return 0 <= target && target < call.cols ? Target::valid : Target::outside;
@@ -78,7 +78,7 @@ double log_sum_exp(const X* x, int64_t cols) {
 
 }  // namespace
 
-void cross_entropy(const CrossEntropy& call, int64_t begin, int64_t end) {
+void cross_entropy(const CrossEntropyCall& call, int64_t begin, int64_t end) {
   with_types(call.type, call.type, [&](auto types) {
     using T = typename decltype(types)::C;
     using X = typename decltype(types)::w;
@@ -105,7 +105,7 @@ void cross_entropy(const CrossEntropy& call, int64_t begin, int64_t end) {
 namespace {
 
 // Whether an output is too large to be wanted in the caches. In place it is there already.
-bool passes_caches(const CrossEntropy& call, const void* out, int64_t element_bytes) {
+bool passes_caches(const CrossEntropyCall& call, const void* out, int64_t element_bytes) {
   return out != call.logits && out != call.tangent && call.rows * call.cols * element_bytes >= kTooLarge;
 }
 
@@ -119,7 +119,7 @@ QK_HD void for_lines(const X* out, int64_t n, F f) {
 
 }  // namespace
 
-void cross_entropy_backward(const CrossEntropy& call, int64_t begin, int64_t end) {
+void cross_entropy_backward(const CrossEntropyCall& call, int64_t begin, int64_t end) {
   with_types(call.type, call.type, [&](auto types) {
     using T = typename decltype(types)::C;
     using X = typename decltype(types)::w;
@@ -146,7 +146,7 @@ void cross_entropy_backward(const CrossEntropy& call, int64_t begin, int64_t end
   });
 }
 
-void cross_entropy_hvp(const CrossEntropy& call, int64_t begin, int64_t end) {
+void cross_entropy_hvp(const CrossEntropyCall& call, int64_t begin, int64_t end) {
   with_types(call.type, call.type, [&](auto types) {
     using T = typename decltype(types)::C;
     using X = typename decltype(types)::w;

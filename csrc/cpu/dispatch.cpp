@@ -12,7 +12,7 @@
 #define QK_DECLARE(isa)                                              \
   namespace isa {                                                    \
   QK_KERNELS(QK_FUNCTION)                                            \
-  int64_t lowbit_memory(const LowbitLinear&);                        \
+  int64_t lowbit_memory(const LowbitLinearCall&);                    \
   constexpr Kernels table{#isa QK_KERNELS(QK_ENTRY), lowbit_memory}; \
   }
 

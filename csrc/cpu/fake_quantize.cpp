@@ -6,15 +6,15 @@
 namespace qk {
 namespace QK_ISA {
 
-void forward(const Forward& call, int64_t begin, int64_t end) {
-  with_types(call.at.w_type, call.y_type, [&](auto types) {
+void forward(const FakeQuantizeCall& call, int64_t begin, int64_t end) {
+  with_types(call.args.w_type, call.y_type, [&](auto types) {
     using T = typename decltype(types)::C;
     using W = typename decltype(types)::w;
     using Y = typename decltype(types)::y;
     Y* const y = static_cast<Y*>(call.y);
-    const bool streaming = streams(y, Units(call.at.rows, call.at.cols));
-    Weights<T, W> weights(call.at);
-    for_rows<T>(call.at, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const Row<T>& row) {
+    const bool streaming = streams(y, Units(call.args.rows, call.args.cols));
+    Weights<T, W> weights(call.args);
+    for_rows<T>(call.args, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const Row<T>& row) {
       weights.for_spans(
           first, last,
           [&](int64_t i, auto count, const Vec<T>& w)
@@ -25,17 +25,17 @@ void forward(const Forward& call, int64_t begin, int64_t end) {
   });
 }
 
-void backward(const Backward& call, double* partial, int64_t begin, int64_t end) {
-  const Units units(call.at.rows, call.at.cols);
-  with_types(call.at.w_type, call.g_type, [&](auto types) {
+void backward(const FakeQuantizeBackwardCall& call, double* partial, int64_t begin, int64_t end) {
+  const Units units(call.args.rows, call.args.cols);
+  with_types(call.args.w_type, call.g_type, [&](auto types) {
     using T = typename decltype(types)::C;
     using W = typename decltype(types)::w;
     using Y = typename decltype(types)::y;
     const Y* const g = static_cast<const Y*>(call.g);
     W* const dw = static_cast<W*>(call.dw);
     const bool streaming = streams(dw, units), shifted = call.dz != nullptr;
-    Weights<T, W> weights(call.at);
-    for_rows<T>(call.at, begin, end, [&](int64_t r, int64_t piece, int64_t first, int64_t last, const Row<T>& row) {
+    Weights<T, W> weights(call.args);
+    for_rows<T>(call.args, begin, end, [&](int64_t r, int64_t piece, int64_t first, int64_t last, const Row<T>& row) {
       double total_s = 0, total_z = 0;
       Vec<T> sum_s(T(0)), sum_z(T(0));
       weights.for_spans(
@@ -53,8 +53,8 @@ void backward(const Backward& call, double* partial, int64_t begin, int64_t end)
             sum_s = sum_z = Vec<T>(T(0));
           });
       if (units.pieces_per_row == 1) {
-        write_scale(call.ds, call.at.scale_type, r, total_s * call.at.grad_scale);
-        if (shifted) write_scale(call.dz, call.at.scale_type, r, total_z * call.at.grad_scale);
+        write_scale(call.ds, call.args.scale_type, r, total_s * call.args.grad_scale);
+        if (shifted) write_scale(call.dz, call.args.scale_type, r, total_z * call.args.grad_scale);
       } else {
         double* const out = partial + 2 * (r * units.pieces_per_row + piece);
         out[0] = total_s;
@@ -65,8 +65,8 @@ void backward(const Backward& call, double* partial, int64_t begin, int64_t end)
   });
 }
 
-void finish_backward(const Backward& call, const double* partial) {
-  const Units units(call.at.rows, call.at.cols);
+void finish_backward(const FakeQuantizeBackwardCall& call, const double* partial) {
+  const Units units(call.args.rows, call.args.cols);
   if (units.pieces_per_row == 1) return;
   for (int64_t row = 0; row < units.rows; ++row) {
     double total_s = 0, total_z = 0;
@@ -74,22 +74,22 @@ void finish_backward(const Backward& call, const double* partial) {
       total_s += partial[2 * (row * units.pieces_per_row + piece)];
       total_z += partial[2 * (row * units.pieces_per_row + piece) + 1];
     }
-    write_scale(call.ds, call.at.scale_type, row, total_s * call.at.grad_scale);
-    if (call.dz) write_scale(call.dz, call.at.scale_type, row, total_z * call.at.grad_scale);
+    write_scale(call.ds, call.args.scale_type, row, total_s * call.args.grad_scale);
+    if (call.dz) write_scale(call.dz, call.args.scale_type, row, total_z * call.args.grad_scale);
   }
 }
 
-void jvp(const Jvp& call, int64_t begin, int64_t end) {
-  with_types(call.at.w_type, call.y_type, [&](auto types) {
+void jvp(const FakeQuantizeJvpCall& call, int64_t begin, int64_t end) {
+  with_types(call.args.w_type, call.y_type, [&](auto types) {
     using T = typename decltype(types)::C;
     using W = typename decltype(types)::w;
     using Y = typename decltype(types)::y;
     const W* const tangent_w = static_cast<const W*>(call.tangent_w);
     Y *const y = static_cast<Y*>(call.y), *const value = static_cast<Y*>(call.value);
-    Weights<T, W> weights(call.at);
-    for_rows<T>(call.at, begin, end, [&](int64_t r, int64_t, int64_t first, int64_t last, const Row<T>& row) {
+    Weights<T, W> weights(call.args);
+    for_rows<T>(call.args, begin, end, [&](int64_t r, int64_t, int64_t first, int64_t last, const Row<T>& row) {
       const auto tangent = [&](const void* p) {
-        return p ? static_cast<T>(read_scale(p, call.at.scale_type, r)) * static_cast<T>(call.at.grad_scale) : T(0);
+        return p ? static_cast<T>(read_scale(p, call.args.scale_type, r)) * static_cast<T>(call.args.grad_scale) : T(0);
       };
       const Vec<T> along_s(tangent(call.tangent_scale)), along_z(tangent(call.tangent_zero_point));
       weights.for_spans(

@@ -37,27 +37,27 @@ constexpr int64_t kPanel = 32;  // rows of a weight that are multiplied together
 // dynamic's and cross_entropy's units are rows, normal's kNoiseSpan elements. gram_schmidt leaves rows + 1 partial sums
 // for each unit. The units of pack, unpack and dequantize_packed are rows (of all experts), those of lowbit_prepare
 // tokens, and those of lowbit_multiply the panels of one expert after another.
-#define QK_KERNELS(KERNEL)                                                                                \
-  KERNEL(forward, (const Forward&, int64_t begin, int64_t end))                                           \
-  KERNEL(backward, (const Backward&, double* partial, int64_t begin, int64_t end))                        \
-  KERNEL(finish_backward, (const Backward&, const double* partial))                                       \
-  KERNEL(jvp, (const Jvp&, int64_t begin, int64_t end))                                                   \
-  KERNEL(quantize, (const Quantize&, int64_t begin, int64_t end))                                         \
-  KERNEL(dequantize, (const Dequantize&, int64_t begin, int64_t end))                                     \
-  KERNEL(dynamic, (const Dynamic&, int64_t begin, int64_t end))                                           \
-  KERNEL(normal, (const Normal&, int64_t begin, int64_t end))                                             \
-  KERNEL(pack, (const Pack&, int64_t begin, int64_t end))                                                 \
-  KERNEL(unpack, (const Unpack&, int64_t begin, int64_t end))                                             \
-  KERNEL(dequantize_packed, (const LowbitLinear&, void* out, DType, int64_t begin, int64_t end))          \
-  KERNEL(lowbit_prepare, (const LowbitLinear&, void* memory, int64_t begin, int64_t end))                 \
-  KERNEL(lowbit_multiply, (const LowbitLinear&, void* memory, const Expert*, int64_t begin, int64_t end)) \
-  KERNEL(gram_schmidt, (const GramSchmidt&, double* partial, int64_t begin, int64_t end))                 \
-  KERNEL(cross_entropy, (const CrossEntropy&, int64_t begin, int64_t end))                                \
-  KERNEL(cross_entropy_backward, (const CrossEntropy&, int64_t begin, int64_t end))                       \
-  KERNEL(cross_entropy_hvp, (const CrossEntropy&, int64_t begin, int64_t end))                            \
-  KERNEL(reset, (const Reset&, int64_t begin, int64_t end))                                               \
-  KERNEL(perturb, (const Perturb&, int64_t begin, int64_t end))                                           \
-  KERNEL(perturbation_norms, (const PerturbationNorms&, double* partial, int64_t begin, int64_t end))
+#define QK_KERNELS(KERNEL)                                                                                    \
+  KERNEL(forward, (const FakeQuantizeCall&, int64_t begin, int64_t end))                                      \
+  KERNEL(backward, (const FakeQuantizeBackwardCall&, double* partial, int64_t begin, int64_t end))            \
+  KERNEL(finish_backward, (const FakeQuantizeBackwardCall&, const double* partial))                           \
+  KERNEL(jvp, (const FakeQuantizeJvpCall&, int64_t begin, int64_t end))                                       \
+  KERNEL(quantize, (const QuantizeCall&, int64_t begin, int64_t end))                                         \
+  KERNEL(dequantize, (const DequantizeCall&, int64_t begin, int64_t end))                                     \
+  KERNEL(dynamic, (const FakeQuantizeDynamicCall&, int64_t begin, int64_t end))                               \
+  KERNEL(normal, (const NormalCall&, int64_t begin, int64_t end))                                             \
+  KERNEL(pack, (const PackCall&, int64_t begin, int64_t end))                                                 \
+  KERNEL(unpack, (const UnpackCall&, int64_t begin, int64_t end))                                             \
+  KERNEL(dequantize_packed, (const LowbitLinearCall&, void* out, DType, int64_t begin, int64_t end))          \
+  KERNEL(lowbit_prepare, (const LowbitLinearCall&, void* memory, int64_t begin, int64_t end))                 \
+  KERNEL(lowbit_multiply, (const LowbitLinearCall&, void* memory, const Expert*, int64_t begin, int64_t end)) \
+  KERNEL(gram_schmidt, (const GramSchmidtCall&, double* partial, int64_t begin, int64_t end))                 \
+  KERNEL(cross_entropy, (const CrossEntropyCall&, int64_t begin, int64_t end))                                \
+  KERNEL(cross_entropy_backward, (const CrossEntropyCall&, int64_t begin, int64_t end))                       \
+  KERNEL(cross_entropy_hvp, (const CrossEntropyCall&, int64_t begin, int64_t end))                            \
+  KERNEL(reset, (const ResetCall&, int64_t begin, int64_t end))                                               \
+  KERNEL(perturb, (const PerturbCall&, int64_t begin, int64_t end))                                           \
+  KERNEL(perturbation_norms, (const PerturbationNormsCall&, double* partial, int64_t begin, int64_t end))
 
 // Columns of a basis in blocks, two of which stay in the second cache level while all rows pass; and these in units.
 struct KrylovUnits {
@@ -80,7 +80,7 @@ struct Kernels {
 #define QK_MEMBER(name, arguments) void(*name) arguments;
   QK_KERNELS(QK_MEMBER)
 #undef QK_MEMBER
-  int64_t (*lowbit_memory)(const LowbitLinear&);  // bytes that lowbit_prepare fills for lowbit_multiply
+  int64_t (*lowbit_memory)(const LowbitLinearCall&);  // bytes that lowbit_prepare fills for lowbit_multiply
 };
 
 constexpr int64_t kNoiseSpan = 1024;  // elements drawn at once, a multiple of 64

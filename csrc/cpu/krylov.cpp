@@ -115,7 +115,7 @@ void round_block(double* x, int64_t n, W* to, double* sums) {
 }
 
 template <class B, class W>
-void gram_schmidt_of(const GramSchmidt& call, double* partial, int64_t begin, int64_t end) {
+void gram_schmidt_of(const GramSchmidtCall& call, double* partial, int64_t begin, int64_t end) {
   const KrylovUnits units(call.rows, call.cols, sizeof(B));
   std::vector<double> x(units.block), sums((call.rows + 1) * kLanes);
   const W* const from = static_cast<const W*>(call.w);
@@ -142,7 +142,7 @@ void gram_schmidt_of(const GramSchmidt& call, double* partial, int64_t begin, in
 
 }  // namespace
 
-void gram_schmidt(const GramSchmidt& call, double* partial, int64_t begin, int64_t end) {
+void gram_schmidt(const GramSchmidtCall& call, double* partial, int64_t begin, int64_t end) {
   const auto with = [&](auto w) {
     using W = decltype(w);
     if (call.basis_type == DType::f32) return gram_schmidt_of<float, W>(call, partial, begin, end);

@@ -20,21 +20,21 @@ int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 // What tables may take, for all tokens: they stream through the second cache level for every few rows.
 constexpr int64_t kTableBytes = 4 << 20;
 
-int64_t table_bytes(const LowbitLinear& call) {
+int64_t table_bytes(const LowbitLinearCall& call) {
   return (call.cols + chunk_codes(call.bits) - 1) / chunk_codes(call.bits) * 16 * kWordTables;
 }
 
 // Whether sums are looked up. Their error is measured by the lowest code's magnitude, which must be the largest one of
 // the grid (ternary has no code 3). At 2 bits an entry serves two activations only, and products of bfloat16 are as
 // fast.
-[[maybe_unused]] bool has_tables(const LowbitLinear& call) {
+[[maybe_unused]] bool has_tables(const LowbitLinearCall& call) {
   const double low = call.code_min + call.offset;
   return !call.act_bits && !call.zero_point && low < 0 && -2 * low >= (1 << call.bits) - 2 &&
          (call.bits == 1 || (call.bits == 2 && call.x_type != DType::bf16)) &&
          call.tokens * table_bytes(call) <= kTableBytes;
 }
 
-Path path_of(const LowbitLinear& call) {
+Path path_of(const LowbitLinearCall& call) {
   [[maybe_unused]] const bool whole_words = call.groups == 1 || call.cols / call.groups % word_codes(call.bits) == 0;
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
   if (whole_words) {
@@ -110,7 +110,7 @@ void take_digit(float* x, float* digit, int64_t n) {
 // Up to here taking the codes apart again for every four lines is faster than transposing them once, at 4096 x 4096.
 constexpr int64_t kFewLines = 12;
 
-Activations::Activations(const LowbitLinear& call, void* memory) : path(path_of(call)) {
+Activations::Activations(const LowbitLinearCall& call, void* memory) : path(path_of(call)) {
   const int64_t chunk = path == Path::kFloat ? kLanes : chunk_codes(call.bits);
   padded = (call.cols + chunk - 1) / chunk * chunk;
   digits = path == Path::kFours && !call.act_bits ? kDigits : 1;
@@ -135,9 +135,9 @@ Activations::Activations(const LowbitLinear& call, void* memory) : path(path_of(
   bytes = at - static_cast<char*>(memory);
 }
 
-int64_t lowbit_memory(const LowbitLinear& call) { return Activations(call, nullptr).bytes; }
+int64_t lowbit_memory(const LowbitLinearCall& call) { return Activations(call, nullptr).bytes; }
 
-void lowbit_prepare(const LowbitLinear& call, void* memory, int64_t begin, int64_t end) {
+void lowbit_prepare(const LowbitLinearCall& call, void* memory, int64_t begin, int64_t end) {
   const Activations a(call, memory);
   const int64_t size = call.cols / call.groups;
   std::vector<float> numbers(a.padded + kLanes), digit(a.digits > 1 ? a.padded : 0);
@@ -189,7 +189,7 @@ namespace {
 // Digits, scales of tokens, bias, and the dtype of the output.
 template <class Y>
 void finish(const RowBlock& b, const float* sums, Y* y) {
-  const LowbitLinear& call = b.call;
+  const LowbitLinearCall& call = b.call;
   const Activations& a = b.activations;
   float bias[kPanel] = {};
   if (call.bias)
@@ -210,7 +210,7 @@ void finish(const RowBlock& b, const float* sums, Y* y) {
 
 }  // namespace
 
-void lowbit_multiply(const LowbitLinear& call, void* memory, const Expert* experts, int64_t begin, int64_t end) {
+void lowbit_multiply(const LowbitLinearCall& call, void* memory, const Expert* experts, int64_t begin, int64_t end) {
   const Activations activations(call, memory);
   constexpr decltype(&multiply_fours) paths[] = {multiply_float, multiply_pairs, multiply_fours, multiply_tables};
   const auto multiply = paths[static_cast<int>(activations.path)];

@@ -47,7 +47,7 @@ struct Activations {
   float* units;    // [lines, groups] what the integers in tables count, or null
   int64_t bytes;   // of the memory
 
-  Activations(const LowbitLinear& call, void* memory);
+  Activations(const LowbitLinearCall& call, void* memory);
   // Between lines, in bytes: never a power of two, which would send them all to the same few lines of the cache.
   int64_t stride() const { return line_bytes + 64; }
   const char* line(int64_t i) const { return x + i * stride(); }
@@ -55,7 +55,7 @@ struct Activations {
 
 // Some rows of one expert times lines of its tokens.
 struct RowBlock {
-  const LowbitLinear& call;
+  const LowbitLinearCall& call;
   const Activations& activations;
   int64_t first_line, lines;
   int64_t first_row, rows;  // counted over all experts; at most kPanel, or several panels for tables and float32
@@ -70,9 +70,9 @@ void multiply_float(const RowBlock& block, float* sums, void* scratch);
 void multiply_pairs(const RowBlock& block, float* sums, void* scratch);
 void multiply_fours(const RowBlock& block, float* sums, void* scratch);
 // The same from sums in tables; the sums of a panel follow all those of the one before.
-void write_tables(const LowbitLinear& call, const float* x, const Activations& to, char* line, float* units);
+void write_tables(const LowbitLinearCall& call, const float* x, const Activations& to, char* line, float* units);
 void multiply_tables(const RowBlock& block, float* sums, void* scratch);
-int64_t scratch_bytes(const LowbitLinear& call);
+int64_t scratch_bytes(const LowbitLinearCall& call);
 
 }  // namespace QK_ISA
 }  // namespace qk

@@ -46,7 +46,7 @@ QK_HD void transpose(Bytes (&rows)[16]) {
 struct Factors {
   F32 offset, scale;
 
-  __attribute__((noinline)) Factors(const LowbitLinear& call, int64_t first_row, int64_t rows, int64_t group) {
+  __attribute__((noinline)) Factors(const LowbitLinearCall& call, int64_t first_row, int64_t rows, int64_t group) {
     alignas(64) float offsets[kLanes] = {}, scales[kLanes] = {};
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (first_row + r) * call.groups + group;
@@ -79,7 +79,7 @@ QK_HD void for_constants(std::integer_sequence<int, I...>, F f) {
 // Columns [first, first + n) of up to sixteen rows as numbers, a column every kPanel floats; first is a multiple of
 // kColumns.
 template <int Bits>
-__attribute__((noinline)) void decode(const LowbitLinear& call, int64_t first_row, int64_t rows, int64_t first,
+__attribute__((noinline)) void decode(const LowbitLinearCall& call, int64_t first_row, int64_t rows, int64_t first,
                                       int64_t n, float* out) {
   const int64_t stride = row_bytes(call.cols, Bits), bytes = row_bytes(n, Bits), size = call.cols / call.groups;
   const uint8_t* const packed = call.packed + first_row * stride + first / 8 * Bits;

@@ -76,7 +76,7 @@ QK_HD void write_word(const float* x, const __m512 level[4 / Bits], char* to) {
 }
 
 template <int Bits>
-void write(const LowbitLinear& call, const float* x, const Activations& a, char* line, float* units) {
+void write(const LowbitLinearCall& call, const float* x, const Activations& a, char* line, float* units) {
   constexpr int count = 4 / Bits;
   const double low = call.code_min + call.offset;
   __m512 level[count];
@@ -180,7 +180,7 @@ void read_chunk(const RowBlock& b, int64_t chunk, __m512i* to) {
 
 template <int Bits>
 void multiply(const RowBlock& b, float* sums, float* scratch) {
-  const LowbitLinear& call = b.call;
+  const LowbitLinearCall& call = b.call;
   const Activations& a = b.activations;
   const int64_t chunks = a.padded / chunk_codes(Bits), groups = call.groups;
   const int64_t group_words = groups == 1 ? chunks * 16 : call.cols / groups / word_codes(Bits);
@@ -209,7 +209,7 @@ void multiply(const RowBlock& b, float* sums, float* scratch) {
 
 }  // namespace
 
-void write_tables(const LowbitLinear& call, const float* x, const Activations& to, char* line, float* units) {
+void write_tables(const LowbitLinearCall& call, const float* x, const Activations& to, char* line, float* units) {
   call.bits == 1 ? write<1>(call, x, to, line, units) : write<2>(call, x, to, line, units);
 }
 void multiply_tables(const RowBlock& block, float* sums, void* scratch) {
@@ -217,7 +217,7 @@ void multiply_tables(const RowBlock& block, float* sums, void* scratch) {
   block.call.bits == 1 ? multiply<1>(block, sums, aside) : multiply<2>(block, sums, aside);
 }
 #else
-void write_tables(const LowbitLinear&, const float*, const Activations&, char*, float*) {}
+void write_tables(const LowbitLinearCall&, const float*, const Activations&, char*, float*) {}
 void multiply_tables(const RowBlock&, float*, void*) {}
 #endif
 

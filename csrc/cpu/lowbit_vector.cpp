@@ -63,7 +63,7 @@ struct Pairs {
   }
   static QK_HD __m512 number(Sum acc) { return acc; }
   // What the sum of activations is to be multiplied with, but for the zero point.
-  static float rest(const LowbitLinear&) { return 0.0f; }
+  static float rest(const LowbitLinearCall&) { return 0.0f; }
 
   template <int Bits>
   struct Operands {
@@ -73,7 +73,8 @@ struct Pairs {
     __m512i levels[tables];
     __m512 low;
 
-    explicit Operands(const LowbitLinear& call) : low(_mm512_set1_ps(static_cast<float>(call.code_min + call.offset))) {
+    explicit Operands(const LowbitLinearCall& call)
+        : low(_mm512_set1_ps(static_cast<float>(call.code_min + call.offset))) {
       for (int t = 0; t < tables; ++t) {
         alignas(64) uint16_t table[32];
         for (int i = 0; i < 32; ++i) {
@@ -111,12 +112,12 @@ struct Fours {
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
   }
   static QK_HD __m512 number(Sum acc) { return _mm512_cvtepi32_ps(acc); }
-  static float rest(const LowbitLinear& call) { return static_cast<float>(call.offset + call.code_min); }
+  static float rest(const LowbitLinearCall& call) { return static_cast<float>(call.offset + call.code_min); }
 
   template <int Bits>
   struct Operands {
     static constexpr int count = word_codes(Bits) / 4;
-    explicit Operands(const LowbitLinear&) {}
+    explicit Operands(const LowbitLinearCall&) {}
     QK_HD __m512i get(__m512i word, int j) const {
       if constexpr (Bits == 1 || Bits == 2 || Bits == 4)
         return _mm512_and_si512(j ? _mm512_srli_epi32(word, static_cast<unsigned>(Bits * j)) : word,
@@ -134,7 +135,7 @@ QK_HD __m512i broadcast(const char* x, int64_t i) {
 }
 
 // The factors of `rows` rows, [rows, groups], and up to fifteen floats more.
-void write_scales(const LowbitLinear& call, int64_t first_row, int64_t rows, float* to) {
+void write_scales(const LowbitLinearCall& call, int64_t first_row, int64_t rows, float* to) {
   const int64_t n = rows * call.groups;
   for (int64_t i = 0; i < n; i += 16)
     _mm512_storeu_ps(to + i, scales_at(call, first_row * call.groups + i, first_lanes(n - i)));
@@ -152,7 +153,7 @@ void multiply_rows(const RowBlock& b, float* sums, float* scratch) {
   using Operands = typename Kind::template Operands<Bits>;
   constexpr int kRows = Lines > 2 ? 2 : Lines == 2 ? 4 : 8;  // at once: independent sums, and activations loaded once
   constexpr int64_t codes = chunk_codes(Bits), bytes = codes * Bits / 8;
-  const LowbitLinear& call = b.call;
+  const LowbitLinearCall& call = b.call;
   const Operands operands(call);
   const int64_t stride = row_bytes(call.cols, Bits), chunks = b.activations.padded / codes, groups = call.groups;
   const int64_t size = groups == 1 ? chunks * codes : call.cols / groups;
@@ -307,7 +308,7 @@ void multiply_tiles(std::integer_sequence<int, Less...>, const Piece& p, int64_t
 template <int Bits, class Kind>
 void multiply_many(const RowBlock& b, float* sums, float* scratch) {
   using Operands = typename Kind::template Operands<Bits>;
-  const LowbitLinear& call = b.call;
+  const LowbitLinearCall& call = b.call;
   const Operands operands(call);
   const int64_t stride = row_bytes(call.cols, Bits), chunks = b.activations.padded / chunk_codes(Bits);
   const int64_t groups = call.groups;
@@ -385,7 +386,7 @@ void multiply(const RowBlock& b, float* sums, void* scratch) {
 
 }  // namespace
 
-int64_t scratch_bytes(const LowbitLinear& call) { return 4 * (16 * kDecoded + 64 * call.groups); }
+int64_t scratch_bytes(const LowbitLinearCall& call) { return 4 * (16 * kDecoded + 64 * call.groups); }
 
 void write_fours(const float* x, const Activations& to, int bits, char* line) {
   with_bits(bits, [&](auto b) { Writer<uint8_t>::write<b>(x, to, reinterpret_cast<int32_t*>(line)); });
@@ -395,7 +396,7 @@ void write_pairs(const float* x, const Activations& to, int bits, char* line) {
 }
 void multiply_fours(const RowBlock& block, float* sums, void* scratch) { multiply<Fours>(block, sums, scratch); }
 #else
-int64_t scratch_bytes(const LowbitLinear&) { return 0; }
+int64_t scratch_bytes(const LowbitLinearCall&) { return 0; }
 void write_pairs(const float*, const Activations&, int, char*) {}
 void write_fours(const float*, const Activations&, int, char*) {}
 void multiply_fours(const RowBlock&, float*, void*) {}

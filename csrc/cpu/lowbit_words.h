@@ -50,7 +50,7 @@ QK_HD void load_words(const uint8_t* rows, int64_t stride, int64_t count, int64_
 }
 
 // Sixteen scales, as many as `valid` says, divided by the steps.
-QK_HD __m512 scales_at(const LowbitLinear& call, int64_t at, __mmask16 valid) {
+QK_HD __m512 scales_at(const LowbitLinearCall& call, int64_t at, __mmask16 valid) {
   __m512 v;
   switch (call.scale_type) {
     case DType::bf16:
@@ -71,7 +71,7 @@ QK_HD __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>(n >= 16 ?
 // The factors of each group for the sixteen rows from `row` on, [groups, 16]: scales, and `base` less the zero points
 // unless `rest` is null.
 inline void gather_factors(const RowBlock& b, int64_t row, float* scale, float* rest, float base) {
-  const LowbitLinear& call = b.call;
+  const LowbitLinearCall& call = b.call;
   const int64_t rows = std::min<int64_t>(16, b.first_row + b.rows - row);
   if (call.groups == 1 && !rest) return _mm512_store_ps(scale, scales_at(call, row, first_lanes(rows)));
   for (int64_t g = 0; g < call.groups; g += 16) {

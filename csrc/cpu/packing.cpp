@@ -8,7 +8,7 @@
 namespace qk {
 namespace QK_ISA {
 
-void pack(const Pack& call, int64_t begin, int64_t end) {
+void pack(const PackCall& call, int64_t begin, int64_t end) {
   const int64_t bytes = row_bytes(call.cols, call.bits);
   const uint8_t* const codes = static_cast<const uint8_t*>(call.codes);
   const auto low = static_cast<uint8_t>(call.code_min);
@@ -28,7 +28,7 @@ void pack(const Pack& call, int64_t begin, int64_t end) {
   }
 }
 
-void unpack(const Unpack& call, int64_t begin, int64_t end) {
+void unpack(const UnpackCall& call, int64_t begin, int64_t end) {
   const int64_t bytes = row_bytes(call.cols, call.bits);
   uint8_t* const codes = static_cast<uint8_t*>(call.codes);
   const auto low = static_cast<uint8_t>(call.code_min);
@@ -45,7 +45,7 @@ void unpack(const Unpack& call, int64_t begin, int64_t end) {
 }
 
 // Units: rows of all experts.
-void dequantize_packed(const LowbitLinear& call, void* out, DType type, int64_t begin, int64_t end) {
+void dequantize_packed(const LowbitLinearCall& call, void* out, DType type, int64_t begin, int64_t end) {
   float lanes[kSpan + kLanes];
   const auto put = [&](auto* to) {
     for (int64_t r = begin; r < end; ++r)

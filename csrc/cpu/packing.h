@@ -120,7 +120,7 @@ inline float read_float(const void* p, DType type, int64_t i) {
   }
 }
 
-inline float scale_of(const LowbitLinear& call, int64_t row, int64_t group) {
+inline float scale_of(const LowbitLinearCall& call, int64_t row, int64_t group) {
   constexpr float least = static_cast<float>(kMinScale);
   const float scale = read_float(call.scale, call.scale_type, row * call.groups + group);
   return (scale < least ? least : scale) / static_cast<float>(call.steps);  // NaN stays
@@ -130,7 +130,7 @@ constexpr int64_t kSpan = 512;  // codes that are turned into numbers at once, a
 
 // Writes the numbers of codes first ... first + count - 1 of a row (counted over all experts) and up to 15 more floats;
 // first is a multiple of eight, count at most kSpan.
-inline void dequantize_span(const LowbitLinear& call, int64_t row, int64_t first, int64_t count, float* out) {
+inline void dequantize_span(const LowbitLinearCall& call, int64_t row, int64_t first, int64_t count, float* out) {
   uint8_t bytes[kSpan + 64];
   with_bits(call.bits, [&](auto bits) {
     unpack_codes<bits>(call.packed + row * row_bytes(call.cols, bits), first, count, bytes);

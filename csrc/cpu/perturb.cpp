@@ -22,7 +22,7 @@ void for_units(int64_t numel, int64_t first, int64_t last, F f) {
 
 }  // namespace
 
-void perturb(const Perturb& call, int64_t begin, int64_t end) {
+void perturb(const PerturbCall& call, int64_t begin, int64_t end) {
   with_types(call.g_type, call.w_type, [&](auto types) {
     using T = typename decltype(types)::C;
     using G = typename decltype(types)::w;
@@ -45,7 +45,7 @@ void perturb(const Perturb& call, int64_t begin, int64_t end) {
   });
 }
 
-void perturbation_norms(const PerturbationNorms& call, double* partial, int64_t begin, int64_t end) {
+void perturbation_norms(const PerturbationNormsCall& call, double* partial, int64_t begin, int64_t end) {
   with_types(call.g_type, call.w_type, [&](auto types) {
     using T = typename decltype(types)::C;
     using G = typename decltype(types)::w;

@@ -21,14 +21,14 @@ QK_HD void put_codes(uint8_t* p, const Vec<T>& code, int64_t n) {
 
 }  // namespace
 
-void quantize(const Quantize& call, int64_t begin, int64_t end) {
-  with_types(call.at.w_type, call.at.w_type, [&](auto types) {
+void quantize(const QuantizeCall& call, int64_t begin, int64_t end) {
+  with_types(call.args.w_type, call.args.w_type, [&](auto types) {
     using T = typename decltype(types)::C;
     using W = typename decltype(types)::w;
-    Weights<T, W> weights(call.at);
+    Weights<T, W> weights(call.args);
     const Vec<T> low{T(call.code_min)}, high{T(call.code_max)};
     uint8_t* const codes = static_cast<uint8_t*>(call.codes);
-    for_rows<T>(call.at, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const Row<T>& row) {
+    for_rows<T>(call.args, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const Row<T>& row) {
       weights.for_spans(
           first, last,
           [&](int64_t i, auto count, const Vec<T>& w) QK_INLINE_LAMBDA {
@@ -42,12 +42,12 @@ void quantize(const Quantize& call, int64_t begin, int64_t end) {
   });
 }
 
-void dequantize(const Dequantize& call, int64_t begin, int64_t end) {
+void dequantize(const DequantizeCall& call, int64_t begin, int64_t end) {
   with_types(call.y_type, call.y_type, [&](auto types) {
     using T = typename decltype(types)::C;
     using Y = typename decltype(types)::y;
     Y* const y = static_cast<Y*>(call.y);
-    for_rows<T>(call.at, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const Row<T>& row) {
+    for_rows<T>(call.args, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const Row<T>& row) {
       for_lanes(last - first, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
         T lanes[kLanes] = {};
         if (call.codes_unsigned) {
@@ -88,7 +88,7 @@ T largest(const X* x, int64_t n) {
 
 }  // namespace
 
-void dynamic(const Dynamic& call, int64_t begin, int64_t end) {
+void dynamic(const FakeQuantizeDynamicCall& call, int64_t begin, int64_t end) {
   with_types(call.type, call.type, [&](auto types) {
     using T = typename decltype(types)::C;
     using X = typename decltype(types)::w;
@@ -107,7 +107,7 @@ void dynamic(const Dynamic& call, int64_t begin, int64_t end) {
   });
 }
 
-void normal(const Normal& call, int64_t begin, int64_t end) {
+void normal(const NormalCall& call, int64_t begin, int64_t end) {
   NoiseSpan noise;
   for (int64_t span = begin; span < end; ++span) {
     const int64_t first = span * kNoiseSpan, n = std::min(kNoiseSpan, call.numel - first);

@@ -20,13 +20,13 @@ QK_HD Vec<T> rounded(const Vec<T>& x) {
 
 }  // namespace
 
-void reset(const Reset& call, int64_t begin, int64_t end) {
-  with_types(call.at.w_type, call.at.w_type, [&](auto types) {
+void reset(const ResetCall& call, int64_t begin, int64_t end) {
+  with_types(call.args.w_type, call.args.w_type, [&](auto types) {
     using T = typename decltype(types)::C;
     using W = typename decltype(types)::w;
     W* const w = static_cast<W*>(call.w);
     const Vec<T> keep(static_cast<T>(1 - call.quantized_weight)), move(static_cast<T>(call.quantized_weight));
-    for_rows<T>(call.at, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const Row<T>& row) {
+    for_rows<T>(call.args, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const Row<T>& row) {
       const Vec<T> scale(row.scale);
       for_lanes(last - first, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
         const Vec<T> old = get(w + first + i, count), code = code_of(old, old / scale, row);

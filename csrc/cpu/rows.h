@@ -106,21 +106,21 @@ bool streams(const T* p, const Units& units) {
 // Calls f(row, piece, begin, end, Row<T>) for each row or piece of a row of units [first, last); begin and end are
 // positions in the flat tensor.
 template <class T, class F>
-void for_rows(const Point& at, int64_t first, int64_t last, F f) {
-  const Units units(at.rows, at.cols);
-  const Grid<T> grid = at.grid.as<T>();
+void for_rows(const QuantArgs& args, int64_t first, int64_t last, F f) {
+  const Units units(args.rows, args.cols);
+  const Grid<T> grid = args.grid.as<T>();
   NoiseSpan noise;
   for (int64_t unit = first; unit < last; ++unit) {
     const int64_t piece = unit % units.pieces_per_row;
     const int64_t row_begin = unit / units.pieces_per_row * units.rows_per_unit;
     const int64_t row_end = std::min(row_begin + units.rows_per_unit, units.rows);
-    const float* drawn = at.seed && at.scale_noise_std != 0
-                             ? noise.draw(*at.seed, row_begin, row_end - row_begin, kScaleStream)
+    const float* drawn = args.seed && args.scale_noise_std != 0
+                             ? noise.draw(*args.seed, row_begin, row_end - row_begin, kScaleStream)
                              : nullptr;
     for (int64_t row = row_begin; row < row_end; ++row) {
-      T scale = static_cast<T>(read_scale(at.scale, at.scale_type, row));
-      if (drawn) scale += static_cast<T>(drawn[row - row_begin] * static_cast<float>(at.scale_noise_std));
-      const T zero = at.zero_point ? static_cast<T>(read_scale(at.zero_point, at.scale_type, row)) : T(0);
+      T scale = static_cast<T>(read_scale(args.scale, args.scale_type, row));
+      if (drawn) scale += static_cast<T>(drawn[row - row_begin] * static_cast<float>(args.scale_noise_std));
+      const T zero = args.zero_point ? static_cast<T>(read_scale(args.zero_point, args.scale_type, row)) : T(0);
       const int64_t begin = row * units.cols + piece * kUnitElements;
       const int64_t end = std::min(begin + kUnitElements, (row + 1) * units.cols);
       f(row, piece, begin, end, Row<T>(grid, scale, zero));
@@ -132,15 +132,16 @@ void for_rows(const Point& at, int64_t first, int64_t last, F f) {
 template <class T, class W>
 class Weights {
  public:
-  explicit Weights(const Point& at) : at_(at), w_(static_cast<const W*>(at.w)), noisy_(at.seed && at.noise_std != 0) {}
+  explicit Weights(const QuantArgs& args)
+      : args_(args), w_(static_cast<const W*>(args.w)), noisy_(args.seed && args.noise_std != 0) {}
 
   // Calls f(i, count, w) for the lanes at positions i of [begin, end), and after each span calls done().
   template <class F, class G>
   QK_HD void for_spans(int64_t begin, int64_t end, F f, G done) {
     for (int64_t start = begin; start < end; start += kNoiseSpan) {
       const int64_t n = std::min(kNoiseSpan, end - start);
-      const float* drawn = noisy_ ? noise_.draw(*at_.seed, start, n, kWeightStream) : nullptr;
-      const F32 std_dev(static_cast<float>(at_.noise_std));
+      const float* drawn = noisy_ ? noise_.draw(*args_.seed, start, n, kWeightStream) : nullptr;
+      const F32 std_dev(static_cast<float>(args_.noise_std));
       for_lanes(n, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
         Vec<T> w = get(w_ + start + i, count);
         if (noisy_) {
@@ -155,7 +156,7 @@ class Weights {
   }
 
  private:
-  const Point& at_;
+  const QuantArgs& args_;
   const W* w_;
   bool noisy_;
   NoiseSpan noise_;

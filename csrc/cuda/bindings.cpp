@@ -18,11 +18,11 @@ void on(c10::Device device, F f) {
 
 }  // namespace
 
-void run(const Forward& call, c10::Device device) {
+void run(const FakeQuantizeCall& call, c10::Device device) {
   on(device, [&](cudaStream_t stream) { return fake_quantize(call, stream); });
 }
 
-void run(const Backward& call, c10::Device device) {
+void run(const FakeQuantizeBackwardCall& call, c10::Device device) {
   on(device, [&](cudaStream_t stream) {
     // Freed to the stream's own pool, so what the stream runs next may use it again.
     const auto bytes = static_cast<int64_t>(fake_quantize_backward_workspace(call));
@@ -31,29 +31,29 @@ void run(const Backward& call, c10::Device device) {
   });
 }
 
-void run(const Jvp& call, c10::Device device) {
+void run(const FakeQuantizeJvpCall& call, c10::Device device) {
   on(device, [&](cudaStream_t stream) { return fake_quantize_jvp(call, stream); });
 }
 
-void run(const Quantize& call, c10::Device device) {
+void run(const QuantizeCall& call, c10::Device device) {
   on(device, [&](cudaStream_t stream) { return quantize(call, stream); });
 }
 
-void run(const Dequantize& call, c10::Device device) {
+void run(const DequantizeCall& call, c10::Device device) {
   on(device, [&](cudaStream_t stream) { return dequantize(call, stream); });
 }
 
-void run(const Dynamic& call, c10::Device device) {
+void run(const FakeQuantizeDynamicCall& call, c10::Device device) {
   on(device, [&](cudaStream_t stream) { return fake_quantize_dynamic(call, stream); });
 }
 
-void run(const Normal& call, c10::Device device) {
+void run(const NormalCall& call, c10::Device device) {
   on(device, [&](cudaStream_t stream) { return normal(call, stream); });
 }
 
-bool can_run(const LowbitLinear& call) { return lowbit_gemv_serves(call); }
+bool can_run(const LowbitLinearCall& call) { return lowbit_gemv_serves(call); }
 
-void run(const LowbitLinear& call, c10::Device device) {
+void run(const LowbitLinearCall& call, c10::Device device) {
   on(device, [&](cudaStream_t stream) {
     size_t bytes = 0;
     const cudaError_t error = lowbit_gemv_workspace(call, &bytes);

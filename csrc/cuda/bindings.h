@@ -7,16 +7,16 @@
 
 namespace qk::cuda {
 
-void run(const Forward& call, c10::Device device);
-void run(const Backward& call, c10::Device device);
-void run(const Jvp& call, c10::Device device);
-void run(const Quantize& call, c10::Device device);
-void run(const Dequantize& call, c10::Device device);
-void run(const Dynamic& call, c10::Device device);
-void run(const Normal& call, c10::Device device);
+void run(const FakeQuantizeCall& call, c10::Device device);
+void run(const FakeQuantizeBackwardCall& call, c10::Device device);
+void run(const FakeQuantizeJvpCall& call, c10::Device device);
+void run(const QuantizeCall& call, c10::Device device);
+void run(const DequantizeCall& call, c10::Device device);
+void run(const FakeQuantizeDynamicCall& call, c10::Device device);
+void run(const NormalCall& call, c10::Device device);
 
 // Whether there is a kernel for a call; without one it may not be run.
-bool can_run(const LowbitLinear& call);
-void run(const LowbitLinear& call, c10::Device device);
+bool can_run(const LowbitLinearCall& call);
+void run(const LowbitLinearCall& call, c10::Device device);
 
 }  // namespace qk::cuda

@@ -1,5 +1,5 @@
-// Dynamic activation quantization: a token's scale from its largest magnitude, in one read where the token fits in
-// registers.
+// FakeQuantizeDynamicCall activation quantization: a token's scale from its largest magnitude, in one read where the
+// token fits in registers.
 #include <cfloat>
 
 #include "kernels.h"
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-cudaError_t fake_quantize_dynamic(const Dynamic& call, cudaStream_t stream) {
+cudaError_t fake_quantize_dynamic(const FakeQuantizeDynamicCall& call, cudaStream_t stream) {
   if (call.rows * call.cols == 0) return cudaSuccess;
   return with_types(call.type, call.type, [&](auto types) {
     using T = typename decltype(types)::T;

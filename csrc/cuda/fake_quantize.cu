@@ -176,45 +176,45 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // Calls f(noise, zero, long) with the booleans of a call as types.
 template <class F>
-cudaError_t with_flags(const Point& at, bool is_long, F f) {
-  return with_bool(is_noisy(at), [&](auto noise) {
-    return with_bool(at.zero_point,
+cudaError_t with_flags(const QuantArgs& args, bool is_long, F f) {
+  return with_bool(is_noisy(args), [&](auto noise) {
+    return with_bool(args.zero_point,
                      [&](auto zero) { return with_bool(is_long, [&](auto long_) { return f(noise, zero, long_); }); });
   });
 }
 
-cudaError_t fake_quantize(const Forward& call, cudaStream_t stream) {
-  const Point& at = call.at;
-  const int u = in_flight(1, is_noisy(at));
-  if (at.rows * at.cols == 0) return cudaSuccess;
-  return with_types(at.w_type, call.y_type, [&](auto types) {
+cudaError_t fake_quantize(const FakeQuantizeCall& call, cudaStream_t stream) {
+  const QuantArgs& args = call.args;
+  const int u = in_flight(1, is_noisy(args));
+  if (args.rows * args.cols == 0) return cudaSuccess;
+  return with_types(args.w_type, call.y_type, [&](auto types) {
     using Ts = decltype(types);
     auto* const y = static_cast<typename Ts::Y*>(call.y);
     const auto start = [&](auto v) {
-      const Layout layout(at.rows, at.cols, v, u, true);
-      return with_flags(at, layout.is_long, [&](auto noise, auto zero, auto long_) {
+      const Layout layout(args.rows, args.cols, v, u, true);
+      return with_flags(args, layout.is_long, [&](auto noise, auto zero, auto long_) {
         return launch(fake_quantize_kernel<Ts, noise, zero, v, long_>, layout.blocks(), kThreads, 0, stream,
-                      Weight<typename Ts::T>(at), layout, y);
+                      Weight<typename Ts::T>(args), layout, y);
       });
     };
-    return with_vector<typename Ts::W>(at.cols, start, static_cast<const typename Ts::W*>(at.w), y);
+    return with_vector<typename Ts::W>(args.cols, start, static_cast<const typename Ts::W*>(args.w), y);
   });
 }
 
 // Calls f(types, v, layout) as the backward is going to run.
 template <class F>
-static cudaError_t with_backward(const Backward& call, F f) {
-  const int u = in_flight(2, is_noisy(call.at));
-  return with_types(call.at.w_type, call.g_type, [&](auto types) {
+static cudaError_t with_backward(const FakeQuantizeBackwardCall& call, F f) {
+  const int u = in_flight(2, is_noisy(call.args));
+  return with_types(call.args.w_type, call.g_type, [&](auto types) {
     using Ts = decltype(types);
-    const auto start = [&](auto v) { return f(types, v, Layout(call.at.rows, call.at.cols, v, u, true)); };
-    return with_vector<typename Ts::W>(call.at.cols, start, static_cast<const typename Ts::W*>(call.at.w),
+    const auto start = [&](auto v) { return f(types, v, Layout(call.args.rows, call.args.cols, v, u, true)); };
+    return with_vector<typename Ts::W>(call.args.cols, start, static_cast<const typename Ts::W*>(call.args.w),
                                        static_cast<const typename Ts::Y*>(call.g),
                                        static_cast<const typename Ts::W*>(call.dw));
   });
 }
 
-size_t fake_quantize_backward_workspace(const Backward& call) {
+size_t fake_quantize_backward_workspace(const FakeQuantizeBackwardCall& call) {
   size_t bytes = 0;
   with_backward(call, [&](auto types, auto, const Layout& layout) {
     if (layout.pieces > 1) bytes = 2 * layout.rows * layout.pieces * sizeof(typename decltype(types)::T);
@@ -223,43 +223,43 @@ size_t fake_quantize_backward_workspace(const Backward& call) {
   return bytes;
 }
 
-cudaError_t fake_quantize_backward(const Backward& call, void* workspace, cudaStream_t stream) {
-  const Point& at = call.at;
-  if (at.rows * at.cols == 0) {
-    const size_t bytes = at.rows * (at.scale_type == DType::f64 ? sizeof(double) : sizeof(float));
+cudaError_t fake_quantize_backward(const FakeQuantizeBackwardCall& call, void* workspace, cudaStream_t stream) {
+  const QuantArgs& args = call.args;
+  if (args.rows * args.cols == 0) {
+    const size_t bytes = args.rows * (args.scale_type == DType::f64 ? sizeof(double) : sizeof(float));
     const cudaError_t error = cudaMemsetAsync(call.ds, 0, bytes, stream);
     return error || !call.dz ? error : cudaMemsetAsync(call.dz, 0, bytes, stream);
   }
   return with_backward(call, [&](auto types, auto v, const Layout& layout) {
     using Ts = decltype(types);
     using T = typename Ts::T;
-    const Weight<T> weight(at);
+    const Weight<T> weight(args);
     const Gradients<T> out{call.dw, call.ds, call.dz, static_cast<T*>(workspace)};
-    const cudaError_t error = with_flags(at, layout.is_long, [&](auto noise, auto zero, auto long_) {
+    const cudaError_t error = with_flags(args, layout.is_long, [&](auto noise, auto zero, auto long_) {
       return launch(fake_quantize_backward_kernel<Ts, noise, zero, v, long_>, layout.blocks(), kThreads, 0, stream,
                     weight, layout, static_cast<const typename Ts::Y*>(call.g), out);
     });
     if (error || layout.pieces == 1) return error;
-    return launch(fake_quantize_backward_finish_kernel<T>, at.rows, kThreads, 0, stream, weight, layout.pieces, out);
+    return launch(fake_quantize_backward_finish_kernel<T>, args.rows, kThreads, 0, stream, weight, layout.pieces, out);
   });
 }
 
-cudaError_t fake_quantize_jvp(const Jvp& call, cudaStream_t stream) {
-  const Point& at = call.at;
-  const int u = in_flight(2, is_noisy(at));
-  if (at.rows * at.cols == 0) return cudaSuccess;
-  return with_types(at.w_type, call.y_type, [&](auto types) {
+cudaError_t fake_quantize_jvp(const FakeQuantizeJvpCall& call, cudaStream_t stream) {
+  const QuantArgs& args = call.args;
+  const int u = in_flight(2, is_noisy(args));
+  if (args.rows * args.cols == 0) return cudaSuccess;
+  return with_types(args.w_type, call.y_type, [&](auto types) {
     using Ts = decltype(types);
     auto* const y = static_cast<typename Ts::Y*>(call.y);
     const auto* const tangent_w = static_cast<const typename Ts::W*>(call.tangent_w);
     const auto start = [&](auto v) {
-      const Layout layout(at.rows, at.cols, v, u, true);
-      return with_flags(at, layout.is_long, [&](auto noise, auto zero, auto long_) {
+      const Layout layout(args.rows, args.cols, v, u, true);
+      return with_flags(args, layout.is_long, [&](auto noise, auto zero, auto long_) {
         return launch(fake_quantize_jvp_kernel<Ts, noise, zero, v, long_>, layout.blocks(), kThreads, 0, stream,
-                      Weight<typename Ts::T>(at), layout, tangent_w, call.tangent_scale, call.tangent_zero_point, y);
+                      Weight<typename Ts::T>(args), layout, tangent_w, call.tangent_scale, call.tangent_zero_point, y);
       });
     };
-    return with_vector<typename Ts::W>(at.cols, start, static_cast<const typename Ts::W*>(at.w), tangent_w, y);
+    return with_vector<typename Ts::W>(args.cols, start, static_cast<const typename Ts::W*>(args.w), tangent_w, y);
   });
 }
 

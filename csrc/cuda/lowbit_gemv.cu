@@ -350,12 +350,12 @@ cudaError_t with_bits(int bits, F f, std::integer_sequence<int, Bits...>) {
 
 }  // namespace
 
-bool lowbit_gemv_serves(const LowbitLinear& call) {
+bool lowbit_gemv_serves(const LowbitLinearCall& call) {
   return call.tokens <= kMostTokens && call.cols > 0 && !call.offsets && call.x_type != DType::f64 &&
          (!call.bias || call.bias_type != DType::f64);
 }
 
-cudaError_t lowbit_gemv_workspace(const LowbitLinear& call, size_t* bytes) {
+cudaError_t lowbit_gemv_workspace(const LowbitLinearCall& call, size_t* bytes) {
   *bytes = 0;
   if (call.tokens == 0 || call.rows == 0) return cudaSuccess;
   Device device;
@@ -366,7 +366,7 @@ cudaError_t lowbit_gemv_workspace(const LowbitLinear& call, size_t* bytes) {
   return cudaSuccess;
 }
 
-cudaError_t lowbit_gemv(const LowbitLinear& call, void* workspace, cudaStream_t stream) {
+cudaError_t lowbit_gemv(const LowbitLinearCall& call, void* workspace, cudaStream_t stream) {
   if (!lowbit_gemv_serves(call)) return cudaErrorInvalidValue;
   if (call.tokens == 0 || call.rows == 0) return cudaSuccess;
   Device device;

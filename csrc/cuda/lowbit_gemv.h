@@ -101,14 +101,14 @@ struct Device {
 };
 
 struct LowbitPlan {
-  const LowbitLinear& call;
+  const LowbitLinearCall& call;
   const Device& device;
   const LowbitLayout layout;
   int64_t group_cols;
   bool any, split;
   int digits, most_tiles, pass_tokens;
 
-  LowbitPlan(const LowbitLinear& c, const Device& d)
+  LowbitPlan(const LowbitLinearCall& c, const Device& d)
       : call(c), device(d), layout(c.bits), group_cols(c.cols / c.groups) {
     const bool by_granule = call.groups == 1 || group_cols % layout.granule_cols == 0;
     split = !by_granule && call.bits != 8 && group_cols % layout.lane_cols == 0;

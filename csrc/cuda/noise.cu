@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-cudaError_t normal(const Normal& call, cudaStream_t stream) {
+cudaError_t normal(const NormalCall& call, cudaStream_t stream) {
   if (call.numel == 0) return cudaSuccess;
   const int64_t per_block = 4 * kThreads;
   return launch(normal_kernel, (call.numel + per_block - 1) / per_block, kThreads, 0, stream, call.seed, call.out,

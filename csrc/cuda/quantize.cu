@@ -63,42 +63,42 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// Starts kernel<zero, v, long> for the rows of a Point, whose wide operand has elements of Wide.
+// Starts kernel<zero, v, long> for the rows of a QuantArgs, whose wide operand has elements of Wide.
 template <class Wide, class F, class... Pointers>
-static cudaError_t with_rows(const Point& at, F f, Pointers... pointers) {
-  if (at.rows * at.cols == 0) return cudaSuccess;
+static cudaError_t with_rows(const QuantArgs& args, F f, Pointers... pointers) {
+  if (args.rows * args.cols == 0) return cudaSuccess;
   const auto start = [&](auto v) {
-    const Layout layout(at.rows, at.cols, v, kInFlight, true);
-    return with_bool(at.zero_point, [&](auto zero) {
+    const Layout layout(args.rows, args.cols, v, kInFlight, true);
+    return with_bool(args.zero_point, [&](auto zero) {
       return with_bool(layout.is_long, [&](auto long_) { return f(zero, v, long_, layout); });
     });
   };
-  return with_vector<Wide>(at.cols, start, pointers...);
+  return with_vector<Wide>(args.cols, start, pointers...);
 }
 
-cudaError_t quantize(const Quantize& call, cudaStream_t stream) {
-  return with_types(call.at.w_type, call.at.w_type, [&](auto types) {
+cudaError_t quantize(const QuantizeCall& call, cudaStream_t stream) {
+  return with_types(call.args.w_type, call.args.w_type, [&](auto types) {
     using T = typename decltype(types)::T;
     using W = typename decltype(types)::W;
     const auto start = [&](auto zero, auto v, auto long_, const Layout& layout) {
-      return launch(quantize_kernel<T, W, zero, v, long_>, layout.blocks(), kThreads, 0, stream, Weight<T>(call.at),
+      return launch(quantize_kernel<T, W, zero, v, long_>, layout.blocks(), kThreads, 0, stream, Weight<T>(call.args),
                     layout, static_cast<uint8_t*>(call.codes), call.code_min, call.code_max);
     };
-    return with_rows<W>(call.at, start, static_cast<const W*>(call.at.w), static_cast<const uint8_t*>(call.codes));
+    return with_rows<W>(call.args, start, static_cast<const W*>(call.args.w), static_cast<const uint8_t*>(call.codes));
   });
 }
 
-cudaError_t dequantize(const Dequantize& call, cudaStream_t stream) {
+cudaError_t dequantize(const DequantizeCall& call, cudaStream_t stream) {
   return with_types(call.y_type, call.y_type, [&](auto types) {
     using T = typename decltype(types)::T;
     using Y = typename decltype(types)::Y;
     const uint8_t* const codes = static_cast<const uint8_t*>(call.codes);
     Y* const y = static_cast<Y*>(call.y);
     const auto start = [&](auto zero, auto v, auto long_, const Layout& layout) {
-      return launch(dequantize_kernel<T, Y, zero, v, long_>, layout.blocks(), kThreads, 0, stream, Weight<T>(call.at),
+      return launch(dequantize_kernel<T, Y, zero, v, long_>, layout.blocks(), kThreads, 0, stream, Weight<T>(call.args),
                     layout, codes, call.codes_unsigned ? 0 : 128, y);
     };
-    return with_rows<Y>(call.at, start, codes, y);
+    return with_rows<Y>(call.args, start, codes, y);
   });
 }
 

@@ -1,4 +1,4 @@
-// A Point as kernels take it, and the choice of their template arguments.
+// A QuantArgs as kernels take it, and the choice of their template arguments.
 #pragma once
 
 #include "../common/call.h"
@@ -74,16 +74,16 @@ struct Weight {
   float noise_std, scale_noise_std;
   bool wide;  // scale and zero point are float64
 
-  explicit Weight(const Point& at)
-      : w(at.w),
-        scale(at.scale),
-        zero_point(at.zero_point),
-        seed(at.seed),
-        grid(at.grid.as<T>()),
-        grad_scale(static_cast<T>(at.grad_scale)),
-        noise_std(static_cast<float>(at.noise_std)),
-        scale_noise_std(static_cast<float>(at.scale_noise_std)),
-        wide(at.scale_type == DType::f64) {}
+  explicit Weight(const QuantArgs& args)
+      : w(args.w),
+        scale(args.scale),
+        zero_point(args.zero_point),
+        seed(args.seed),
+        grid(args.grid.as<T>()),
+        grad_scale(static_cast<T>(args.grad_scale)),
+        noise_std(static_cast<float>(args.noise_std)),
+        scale_noise_std(static_cast<float>(args.scale_noise_std)),
+        wide(args.scale_type == DType::f64) {}
 
   template <bool Zero>
   __device__ __forceinline__ Scale<T> read(int64_t r) const {
@@ -149,7 +149,7 @@ cudaError_t with_bool(bool value, F f) {
   return value ? f(std::true_type{}) : f(std::false_type{});
 }
 
-inline bool is_noisy(const Point& at) { return at.seed && (at.noise_std != 0 || at.scale_noise_std != 0); }
+inline bool is_noisy(const QuantArgs& args) { return args.seed && (args.noise_std != 0 || args.scale_noise_std != 0); }
 
 template <int V, class T>
 bool aligned(const T* p) {

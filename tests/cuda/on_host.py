@@ -35,7 +35,7 @@ class Grid(Structure):
     )
 
 
-class Point(Structure):
+class QuantArgs(Structure):
     _fields_ = (
         ("w", c_void_p), ("scale", c_void_p), ("zero_point", c_void_p), ("seed", c_void_p),
         ("rows", c_int64), ("cols", c_int64), ("w_type", c_int32), ("scale_type", c_int32), ("grid", Grid),
@@ -43,42 +43,48 @@ class Point(Structure):
     )  # fmt: skip
 
 
-class Forward(Structure):
-    _fields_ = (("at", Point), ("y", c_void_p), ("y_type", c_int32))
+class FakeQuantizeCall(Structure):
+    _fields_ = (("args", QuantArgs), ("y", c_void_p), ("y_type", c_int32))
 
 
-class Backward(Structure):
+class FakeQuantizeBackwardCall(Structure):
     _fields_ = (
-        ("at", Point), ("g", c_void_p), ("g_type", c_int32), ("dw", c_void_p), ("ds", c_void_p), ("dz", c_void_p),
+        ("args", QuantArgs), ("g", c_void_p), ("g_type", c_int32), ("dw", c_void_p), ("ds", c_void_p), ("dz", c_void_p),
     )  # fmt: skip
 
 
-class Jvp(Structure):
+class FakeQuantizeJvpCall(Structure):
     _fields_ = (
-        ("at", Point), ("tangent_w", c_void_p), ("tangent_scale", c_void_p), ("tangent_zero_point", c_void_p),
+        ("args", QuantArgs), ("tangent_w", c_void_p), ("tangent_scale", c_void_p), ("tangent_zero_point", c_void_p),
         ("y", c_void_p), ("y_type", c_int32), ("value", c_void_p),
     )  # fmt: skip
 
 
-class Quantize(Structure):
-    _fields_ = (("at", Point), ("codes", c_void_p), ("code_min", c_int32), ("code_max", c_int32))
+class QuantizeCall(Structure):
+    _fields_ = (("args", QuantArgs), ("codes", c_void_p), ("code_min", c_int32), ("code_max", c_int32))
 
 
-class Dequantize(Structure):
-    _fields_ = (("at", Point), ("codes", c_void_p), ("codes_unsigned", c_bool), ("y", c_void_p), ("y_type", c_int32))
+class DequantizeCall(Structure):
+    _fields_ = (
+        ("args", QuantArgs),
+        ("codes", c_void_p),
+        ("codes_unsigned", c_bool),
+        ("y", c_void_p),
+        ("y_type", c_int32),
+    )
 
 
-class Dynamic(Structure):
+class FakeQuantizeDynamicCall(Structure):
     _fields_ = (
         ("x", c_void_p), ("y", c_void_p), ("rows", c_int64), ("cols", c_int64), ("type", c_int32), ("bits", c_int32),
     )  # fmt: skip
 
 
-class Normal(Structure):
+class NormalCall(Structure):
     _fields_ = (("seed", c_void_p), ("out", c_void_p), ("numel", c_int64), ("stream", c_uint32))
 
 
-class LowbitLinear(Structure):
+class LowbitLinearCall(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "packed", "scale", "zero_point", "bias", "offsets", "y")),
         *((name, c_int64) for name in ("tokens", "rows", "cols", "groups", "experts")),
@@ -143,12 +149,12 @@ class Guarded:
         self.out.copy_(inside.clone().view(self.out.dtype).view(self.out.shape))
 
 
-def point(w, scale, zero_point, seed, grid, noise_std=0.0, scale_noise_std=0.0, grad_scale=1.0):
+def quant_args(w, scale, zero_point, seed, grid, noise_std=0.0, scale_noise_std=0.0, grad_scale=1.0):
     assert all(t is None or t.is_contiguous() for t in (w, scale, zero_point, seed))
     by_sign, *constants = grid
     rows = scale.numel()
     cols = w.numel() // rows if rows else 0
-    return Point(
+    return QuantArgs(
         pointer(w), pointer(scale), pointer(zero_point), pointer(seed), rows, cols, DTYPES.get(w.dtype, 0),
         DTYPES[scale.dtype], Grid(*constants, by_sign != 0), noise_std, scale_noise_std, grad_scale,
     )  # fmt: skip
@@ -164,14 +170,14 @@ def run(name, call, outputs, *rest):
 def fake_quantize(*args):
     *at, dtype, out = args
     y = Guarded(out)
-    run("fake_quantize", Forward(point(*at), y.pointer, DTYPES[dtype or at[0].dtype]), [y])
+    run("fake_quantize", FakeQuantizeCall(quant_args(*at), y.pointer, DTYPES[dtype or at[0].dtype]), [y])
 
 
 def fake_quantize_backward(g, *args):
     *at, dw, ds, dz = args
     outputs = [Guarded(t) for t in (dw, ds) + (() if at[2] is None else (dz,))]
     pointers = [o.pointer for o in outputs] + [None]
-    call = Backward(point(*at), pointer(g), DTYPES[g.dtype], *pointers[:3])
+    call = FakeQuantizeBackwardCall(quant_args(*at), pointer(g), DTYPES[g.dtype], *pointers[:3])
     workspace = torch.full((library().fake_quantize_backward_workspace(byref(call)),), 0xFF, dtype=torch.uint8)
     run("fake_quantize_backward", call, outputs, c_void_p(workspace.data_ptr()))
 
@@ -179,38 +185,44 @@ def fake_quantize_backward(g, *args):
 def fake_quantize_jvp(*args):
     *tangents, out = args[:3] + args[-1:]
     at, dtype, y = args[3:-2], args[-2], Guarded(out)
-    call = Jvp(point(*at), *(pointer(t) for t in tangents), y.pointer, DTYPES[dtype or at[0].dtype])
+    call = FakeQuantizeJvpCall(
+        quant_args(*at), *(pointer(t) for t in tangents), y.pointer, DTYPES[dtype or at[0].dtype]
+    )
     run("fake_quantize_jvp", call, [y])
 
 
 def quantize(w, scale, zero_point, grid, code_min, code_max, out):
     codes = Guarded(out)
-    run("quantize", Quantize(point(w, scale, zero_point, None, grid), codes.pointer, code_min, code_max), [codes])
+    run(
+        "quantize",
+        QuantizeCall(quant_args(w, scale, zero_point, None, grid), codes.pointer, code_min, code_max),
+        [codes],
+    )
 
 
 def dequantize(codes, scale, zero_point, grid, dtype, out):
     y = Guarded(out)
-    at = point(codes, scale, zero_point, None, grid)
-    run("dequantize", Dequantize(at, pointer(codes), codes.dtype == torch.uint8, y.pointer, DTYPES[dtype]), [y])
+    args = quant_args(codes, scale, zero_point, None, grid)
+    run("dequantize", DequantizeCall(args, pointer(codes), codes.dtype == torch.uint8, y.pointer, DTYPES[dtype]), [y])
 
 
 def fake_quantize_dynamic(x, bits, out):
     y = Guarded(out)
     cols = x.shape[-1]
     rows = x.numel() // cols if cols else 0
-    run("fake_quantize_dynamic", Dynamic(pointer(x), y.pointer, rows, cols, DTYPES[x.dtype], bits), [y])
+    run("fake_quantize_dynamic", FakeQuantizeDynamicCall(pointer(x), y.pointer, rows, cols, DTYPES[x.dtype], bits), [y])
 
 
 def normal(seed, numel, stream, out):
     z = Guarded(out)
-    run("normal", Normal(pointer(seed), z.pointer, numel, stream), [z])
+    run("normal", NormalCall(pointer(seed), z.pointer, numel, stream), [z])
 
 
 def lowbit_call(x, packed, scale, zero_point, bias, offsets, grid, code_min, bits, act_bits, y):
     assert all(t is None or t.is_contiguous() for t in (x, packed, scale, zero_point, bias, offsets))
     cols = x.shape[-1]
     experts = 1 if offsets is None else offsets.numel()
-    return LowbitLinear(
+    return LowbitLinearCall(
         pointer(x), pointer(packed), pointer(scale), pointer(zero_point), pointer(bias), pointer(offsets), y,
         x.numel() // max(cols, 1), packed.shape[-2], cols, scale.shape[-1], experts, DTYPES[x.dtype],
         DTYPES[scale.dtype], DTYPES[x.dtype if bias is None else bias.dtype], grid[1], grid[2], code_min, bits,

@@ -7,18 +7,20 @@ extern "C" {
 
 void set_reversed(bool reversed) { on_host::reversed = reversed; }
 
-int fake_quantize(const qk::Forward* call) { return qk::cuda::fake_quantize(*call, nullptr); }
-int fake_quantize_jvp(const qk::Jvp* call) { return qk::cuda::fake_quantize_jvp(*call, nullptr); }
-int quantize(const qk::Quantize* call) { return qk::cuda::quantize(*call, nullptr); }
-int dequantize(const qk::Dequantize* call) { return qk::cuda::dequantize(*call, nullptr); }
-int fake_quantize_dynamic(const qk::Dynamic* call) { return qk::cuda::fake_quantize_dynamic(*call, nullptr); }
-int normal(const qk::Normal* call) { return qk::cuda::normal(*call, nullptr); }
+int fake_quantize(const qk::FakeQuantizeCall* call) { return qk::cuda::fake_quantize(*call, nullptr); }
+int fake_quantize_jvp(const qk::FakeQuantizeJvpCall* call) { return qk::cuda::fake_quantize_jvp(*call, nullptr); }
+int quantize(const qk::QuantizeCall* call) { return qk::cuda::quantize(*call, nullptr); }
+int dequantize(const qk::DequantizeCall* call) { return qk::cuda::dequantize(*call, nullptr); }
+int fake_quantize_dynamic(const qk::FakeQuantizeDynamicCall* call) {
+  return qk::cuda::fake_quantize_dynamic(*call, nullptr);
+}
+int normal(const qk::NormalCall* call) { return qk::cuda::normal(*call, nullptr); }
 
-bool lowbit_gemv_serves(const qk::LowbitLinear* call) { return qk::cuda::lowbit_gemv_serves(*call); }
-int lowbit_gemv_workspace(const qk::LowbitLinear* call, size_t* bytes) {
+bool lowbit_gemv_serves(const qk::LowbitLinearCall* call) { return qk::cuda::lowbit_gemv_serves(*call); }
+int lowbit_gemv_workspace(const qk::LowbitLinearCall* call, size_t* bytes) {
   return qk::cuda::lowbit_gemv_workspace(*call, bytes);
 }
-int lowbit_gemv(const qk::LowbitLinear* call, void* workspace) {
+int lowbit_gemv(const qk::LowbitLinearCall* call, void* workspace) {
   return qk::cuda::lowbit_gemv(*call, workspace, nullptr);
 }
 void set_device(int multiprocessors, int shared) {
@@ -26,10 +28,10 @@ void set_device(int multiprocessors, int shared) {
   on_host::most_shared = shared;
 }
 
-size_t fake_quantize_backward_workspace(const qk::Backward* call) {
+size_t fake_quantize_backward_workspace(const qk::FakeQuantizeBackwardCall* call) {
   return qk::cuda::fake_quantize_backward_workspace(*call);
 }
-int fake_quantize_backward(const qk::Backward* call, void* workspace) {
+int fake_quantize_backward(const qk::FakeQuantizeBackwardCall* call, void* workspace) {
   return qk::cuda::fake_quantize_backward(*call, workspace, nullptr);
 }
 
