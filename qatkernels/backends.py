@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from .ops._op import LIBRARY, OPS, Op, allocating, checked, writing
+from .ops._op import LIBRARY, OPS, Kernel, Op
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _load() -> ModuleType | None:
     for name, op in OPS.items():
         IMPLS[name] = {"reference": op.reference}
         if op.outputs:
-            IMPLS[f"{name}_out"] = {"reference": op.reference_out}
+            IMPLS[f"{name}_out"] = {"reference": op.run_reference_out}
     compiled = extension()
     if compiled is not None:
         if not compiled.build_info()["cuda_archs"]:
@@ -133,16 +133,17 @@ def _load() -> ModuleType | None:
         MISSING["triton"] = str(error)
         return compiled
     for name, launcher in launchers.items():
+        kernel = Kernel(OPS[name], launcher)
         if OPS[name].outputs:
-            IMPLS[f"{name}_out"]["triton"] = triton.planned(OPS[name], writing(OPS[name], launcher))
-        whole = (allocating if OPS[name].outputs else checked)(OPS[name], launcher)
-        IMPLS[name]["triton"] = triton.planned(OPS[name], whole)
+            IMPLS[f"{name}_out"]["triton"] = triton.planned(OPS[name], kernel.writing)
+        IMPLS[name]["triton"] = triton.planned(OPS[name], kernel.allocating)
     return compiled
 
 
 def _load_compiled(compiled: ModuleType, op: Op) -> None:
     """Declare what the extension holds of an op: its kernels, and their conditions."""
     condition = f"{op.name}_serves"
+    compiled.state(op.name, f"{op.name}({op.arguments}) -> ()", op.contract.text)
     for op_name, schema in {**op.schemas, condition: f"{condition}({op.arguments}) -> bool"}.items():
         served = [backend for backend, device in COMPILED.items() if compiled.serves(op_name, device)]
         if served:
@@ -238,7 +239,7 @@ def named(op: Op, op_name: str, stage: Stage, device: str) -> tuple[str, str | N
         return f"qatkernels_cpp::{op_name}", f"qatkernels_cpp::{condition}" if stage.asked else None, stage.rows
     implementation = IMPLS[op_name][stage.backend]
     if stage.backend == "reference" and op_name == op.name:
-        implementation = checked(op, op.reference)
+        implementation = op.run_reference
     name = _as_op(stage.backend, op.schemas[op_name], implementation, device)
     if not stage.asked:
         return name, None, stage.rows

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import qatkernels as qk
 from qatkernels.grids import MIN_SCALE
-from qatkernels.ops.fake_quantize import FLOATS
+from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.packing import SCALES
 
 #: Every width of a stored code, every kind of offset.

@@ -8,14 +8,6 @@ from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.samples import complete_calls
 from tests.compare import assert_same_bits, poisoned
 
-#: Arguments that are changed in place, or read beside one that is: refused unless they are contiguous.
-CONTIGUOUS = {
-    ("reset_", "w"),
-    ("perturb_", "w"), ("perturb_", "g"),
-    ("perturb_swap_", "w"), ("perturb_swap_", "g"),
-    ("perturbation_norms", "g"), ("perturbation_norms", "w"),
-}  # fmt: skip
-
 
 def views(t):
     """Strided views, each with whether it has the values of ``t``; there are none of one element."""
@@ -33,7 +25,7 @@ def views(t):
 def run(impl, op, args, out):
     """Return what an implementation writes: its outputs, and what it changes in place."""
     if out:
-        outputs = poisoned(OPS[op].fake(*args))
+        outputs = poisoned(OPS[op].meta(*args))
         impl(*args, *as_tuple(outputs))
     else:
         outputs = impl(*args)
@@ -74,7 +66,7 @@ def check_strides(op, backend, device="cpu"):
                 for layout, view, same in views(args[i])[: 1 if first else None]:
                     what = f"{op}{'_out' if out else ''} on {backend}, {name}: {layout}"
                     given = copied(args, i, view)
-                    if (op, name) in CONTIGUOUS:
+                    if "!" in OPS[op].parameters[name]:  # changed in place: refused unless it is contiguous
                         check_refused(op, backend, given)
                         continue
                     wanted = expected if same else run(impl, op, copied(args, i, view.contiguous()), out)
@@ -103,10 +95,10 @@ def check_strided_outputs(op, backend, device="cpu"):
     """An output that is not contiguous is refused, and nothing around it is touched."""
     args = complete_calls(op, device)[0]
     impl = IMPLS[f"{op}_out"][backend]
-    for i, output in enumerate(as_tuple(OPS[op].fake(*args))):
+    for i, output in enumerate(as_tuple(OPS[op].meta(*args))):
         if output.numel() < 2:
             continue
-        outputs = list(as_tuple(OPS[op].fake(*args)))
+        outputs = list(as_tuple(OPS[op].meta(*args)))
         memory = torch.zeros((*output.shape, 2), dtype=output.dtype, device=output.device)
         outputs[i] = memory[..., 0]
         with pytest.raises((RuntimeError, ValueError), match=r"contiguous"):

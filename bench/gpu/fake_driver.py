@@ -147,9 +147,9 @@ def serve_cpu_tensors() -> None:
 
     _plans.enabled = False
 
-    def zeroed(fake: Any) -> Any:
+    def zeroed(meta: Any) -> Any:
         def outputs(*args: Any) -> Any:
-            found = fake(*args)
+            found = meta(*args)
             for out in as_tuple(found):
                 out.set_(torch.zeros_like(out))  # no page of it is touched until somebody writes there
             return found
@@ -157,7 +157,7 @@ def serve_cpu_tensors() -> None:
         return outputs
 
     for op in OPS.values():
-        object.__setattr__(op, "fake", zeroed(op.fake))
+        op.contract.meta = zeroed(op.contract.meta)  # type: ignore[method-assign]
     global _library
     _library = torch.library.Library("qatkernels", "IMPL")
     for name, implementations in IMPLS.items():

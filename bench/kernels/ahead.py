@@ -60,7 +60,7 @@ def recorded(call: Callable[[], Any]) -> list[Launch]:
 def recorded_launches(op: str, args: tuple[Any, ...]) -> list[Launch]:
     """Return each launch that an op leads to."""
     implementation = IMPLS[f"{op}_out" if OPS[op].outputs else op]["triton"]
-    return recorded(lambda: implementation(*args, *as_tuple(OPS[op].fake(*args))))
+    return recorded(lambda: implementation(*args, *as_tuple(OPS[op].meta(*args))))
 
 
 def specialized(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:

@@ -74,7 +74,7 @@ def build(problem: Problem, settings: Settings) -> Case:
         calls.append(Call("qatkernels.fake_quantize", public(sample)))
     if settings.peers:
         calls += peers.of_op(p.op, sample, args)
-    outputs = as_tuple(OPS[p.op].fake(*args))
+    outputs = as_tuple(OPS[p.op].meta(*args))
     variant = ("noise " if p.noise else "") + (f"to {str(p.out_dtype)[6:]}" if p.out_dtype else "")
     inputs = [a for a in args if isinstance(a, torch.Tensor)]
     return Case(
@@ -104,7 +104,7 @@ def ours(op: str, args: tuple[Any, ...], device: torch.device) -> Iterator[Call 
 
 
 def _into(backend: str, impl: Any, op: str, args: tuple[Any, ...]) -> Call:
-    outputs = as_tuple(OPS[op].fake(*args))
+    outputs = as_tuple(OPS[op].meta(*args))
     for out in outputs:
         # Poison: what the call does not write must not pass.
         out.fill_(float("nan") if out.is_floating_point() else 113)

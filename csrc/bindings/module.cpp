@@ -11,52 +11,10 @@
 #include "../cpu/kernels.h"
 #include "../cpu/pool.h"
 #include "build_info.h"
-#include "tensors.h"
+#include "registry.h"
 
 namespace qk {
 namespace {
-
-const Ops& ops() {
-  static const Ops all = [] {
-    Ops made;
-    add_cross_entropy(made);
-    add_fake_quantize(made);
-    add_grouped(made);
-    add_lowbit(made);
-    add_krylov(made);
-    add_quant_linear(made);
-    add_train(made);
-    return made;
-  }();
-  return all;
-}
-
-bool serves(const std::string& op, c10::DispatchKey key) {
-  const auto found = ops().find(op);
-#if defined(QK_WITH_CUDA)
-  if (key == c10::DispatchKey::CUDA) return found != ops().end() && found->second.cuda;
-#endif
-  return found != ops().end() && key == c10::DispatchKey::CPU && found->second.cpu;
-}
-
-// Registrations live as long as the process, as those of TORCH_LIBRARY do.
-torch::Library& library(torch::Library::Kind kind, const std::string& ns, std::optional<c10::DispatchKey> key) {
-  static auto& libraries = *new std::vector<std::unique_ptr<torch::Library>>;
-  libraries.push_back(std::make_unique<torch::Library>(kind, ns, key, __FILE__, __LINE__));
-  return *libraries.back();
-}
-
-void implement(const std::string& ns, const std::string& op, c10::DispatchKey key) {
-  TORCH_CHECK(serves(op, key), "this build has no kernel for ", op, " on ", key);
-  library(torch::Library::IMPL, ns, key).impl(op.c_str(), ops().at(op).make());
-}
-
-// Declares an op by its schema in a namespace of this extension's own and implements it on every device built for.
-void declare(const std::string& ns, const std::string& op, const std::string& schema) {
-  library(torch::Library::FRAGMENT, ns, std::nullopt).def(torch::schema(schema.c_str()));
-  for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA})
-    if (serves(op, key)) implement(ns, op, key);
-}
 
 // A way to serve calls of an op: another op with its arguments, an op that says of a call whether that one takes it,
 // and how many rows the first argument may have. A call must meet what is there of both.
@@ -83,7 +41,7 @@ class Choice final : public c10::OperatorKernel {
  private:
   bool takes(const Stage& stage, at::ArrayRef<c10::IValue> arguments) const {
     if (stage.rows) {
-      const Tensor& t = arguments[0].toTensor();
+      const at::Tensor& t = arguments[0].toTensor();
       if (t.dim() > 0 && c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)) > *stage.rows) return false;
     }
     if (!stage.serves) return true;
@@ -126,6 +84,7 @@ pybind11::dict build_info() {
 }  // namespace qk
 
 PYBIND11_MODULE(_C, m) {
+  m.def("state", &qk::state, "State the contract of an op: its name, its schema without outputs, and the text.");
   m.def("declare", &qk::declare, "Declare an op by its schema in a namespace of the extension, implemented.");
   m.def(
       "implement",

@@ -13,14 +13,6 @@ void run(const Call& call, at::Device device) {
 #if defined(QK_WITH_CUDA)
   if (device.is_cuda()) return cuda::run(call, device);
 #endif
-  TORCH_CHECK(device.is_cpu(), "no kernels for ", device, " in this build");
-  run_on_cpu(call);
-}
-
-// For ops that only the CPU serves from here.
-template <class Call>
-void run_here(const Call& call, at::Device device) {
-  TORCH_CHECK(device.is_cpu(), "no C++ kernel for ", device);
   run_on_cpu(call);
 }
 

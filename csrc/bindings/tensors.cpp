@@ -4,6 +4,7 @@
 #include <ATen/ops/from_blob.h>
 
 #include "../cpu/pool.h"
+#include "text.h"
 
 namespace qk {
 
@@ -30,18 +31,17 @@ std::string name_of(at::ScalarType type) {
   }
 }
 
-std::string shown(at::IntArrayRef values) {
+std::string shape_string(at::IntArrayRef sizes) {
   std::string text = "(";
-  for (size_t i = 0; i < values.size(); ++i) {
+  for (size_t i = 0; i < sizes.size(); ++i) {
     if (i) text += ", ";
-    text += std::to_string(values[i]);
+    text += std::to_string(sizes[i]);
   }
-  text += values.size() == 1 ? ",)" : ")";
+  text += sizes.size() == 1 ? ",)" : ")";
   return text;
 }
-std::string shown(const Tensor& t) { return shown(t.sizes()); }
 
-DType dtype_of(const char* name, const Tensor& t) {
+DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat:
       return DType::f32;
@@ -52,8 +52,7 @@ DType dtype_of(const char* name, const Tensor& t) {
     case at::kDouble:
       return DType::f64;
     default:
-      TORCH_CHECK(false, name, " is ", name_of(t.scalar_type()),
-                  ", must be torch.float32, torch.bfloat16, torch.float16 or torch.float64");
+      TORCH_INTERNAL_ASSERT(false, "not a floating point tensor: ", name_of(t.scalar_type()));
   }
 }
 
@@ -70,24 +69,13 @@ Tensor like(const Tensor& t, OptionalType type) {
 }
 
 Grid<double> grid_of(Constants c) {
-  TORCH_CHECK(c.size() == 10, "grid has ", c.size(), " constants, must be Grid.constants");
+  TORCH_INTERNAL_ASSERT(c.size() == 10);
   return {c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[0] != 0};
-}
-
-void check_device(const char* name, const Tensor& t, at::Device device) {
-  TORCH_CHECK(t.device() == device, name, " is on ", t.device(), ", must be on ", device, " like the others");
-}
-
-void check_offsets(const Tensor& offsets, int64_t experts) {
-  TORCH_CHECK(offsets.scalar_type() == at::kInt && offsets.dim() == 1 && offsets.size(0) == experts, "offsets is ",
-              name_of(offsets.scalar_type()), " of shape ", shown(offsets),
-              ", must be torch.int32 with one element for each of ", experts, " experts");
 }
 
 std::vector<Expert> experts_of(const Tensor& offsets, int64_t rows, const char* name) {
   std::vector<Expert> experts;
-  const Tensor held = offsets.contiguous();
-  const at::ArrayRef<int32_t> ends(held.const_data_ptr<int32_t>(), held.numel());
+  const at::ArrayRef<int32_t> ends(offsets.const_data_ptr<int32_t>(), offsets.numel());
   int64_t start = 0;
   for (size_t e = 0; e < ends.size(); start = ends[e++]) {
     TORCH_CHECK_VALUE(start <= ends[e] && ends[e] <= rows, "offsets is [", c10::Join(", ", ends),
@@ -95,13 +83,6 @@ std::vector<Expert> experts_of(const Tensor& offsets, int64_t rows, const char* 
     if (start < ends[e]) experts.push_back({static_cast<int64_t>(e), start, ends[e]});
   }
   return experts;
-}
-
-void check_output(const char* name, const Tensor& out, const Tensor& shaped, at::ScalarType type) {
-  check_device(name, out, shaped.device());
-  TORCH_CHECK(out.is_contiguous() && out.sizes() == shaped.sizes() && out.scalar_type() == type, name, " is ",
-              name_of(out.scalar_type()), " of shape ", out.sizes(), ", must be contiguous ", name_of(type),
-              " of shape ", shaped.sizes());
 }
 
 }  // namespace qk

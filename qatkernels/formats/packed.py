@@ -21,7 +21,7 @@ from ..nn.activation import Float32Scales, LearnedActivation
 from ..nn.pack_model import packed_modules
 from ..nn.packed_linear import KINDS, Packed, PackedBuffers
 from ..nn.quant_conv1d import is_conv1d
-from ..ops.fake_quantize import FLOATS
+from ..ops.contract import FLOATS
 from ..ops.packing import PackedWeight
 
 FORMAT, VERSION = "qatkernels-packed", 1

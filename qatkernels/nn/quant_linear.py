@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..ops import quant_linear_dual
-from ..ops.fake_quantize import FLOATS
+from ..ops.contract import FLOATS
 from ..ops.noise import make_seed
 from ..ops.quant_linear import forward_mode_alone
 from .activation import compute_dtype

@@ -1,18 +1,17 @@
-"""How an op is declared: one schema, one reference, one shape rule; any number of faster implementations.
+"""How an op is declared: a schema, a contract, a reference; any number of faster implementations.
 
 An op is a plain function in PyTorch (the *reference*: its meaning, and the kernel that runs where nothing faster is
-installed) and a *fake rule* that checks shapes and dtypes and returns empty outputs. Both go to ``torch.library``.
-Every op has a twin named ``<op>_out`` that writes into tensors the caller supplies; ops that change their arguments in
-place have no outputs, a name that ends in ``_``, and no twin.
+installed) and a *contract* (`contract.py`): what its arguments must be and what its outputs are. Both go to
+``torch.library``. Every op has a twin named ``<op>_out`` that writes into tensors the caller supplies; ops that change
+their arguments in place have no outputs, a name that ends in ``_``, and no twin.
 
-`backends.py` overrides the reference per device. Kernels only implement the ``_out`` twin; :func:`allocating` makes the
-op itself out of it and the fake rule. An op in place is what a kernel implements as it is. A kernel that was given to
-:func:`canonical` never sees strides: its inputs are contiguous, and what it writes is refused unless it is.
+`backends.py` overrides the reference per device. A kernel is written in one form only: the ``_out`` twin, or the op
+itself if it works in place. :class:`Kernel` puts it behind the contract, makes its inputs contiguous, and makes the op
+that allocates its outputs out of it.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from .contract import Contract
 
 LIBRARY = torch.library.Library("qatkernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -36,16 +37,19 @@ class Op:
     Attributes:
         name: name in ``torch.ops.qatkernels``.
         arguments: argument list of the schema; what the op changes is marked ``Tensor(a!)``.
-        outputs: names of the outputs; none if it works in place.
+        contract: what the arguments must be and what the outputs are.
         reference: the meaning, in plain PyTorch.
-        fake: shape and dtype rule; allocates empty outputs.
     """
 
     name: str
     arguments: str
-    outputs: tuple[str, ...]
+    contract: Contract
     reference: Callable[..., Outputs | None]
-    fake: Callable[..., Outputs | None]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs; none if the op works in place."""
+        return self.contract.outputs
 
     @property
     def schemas(self) -> dict[str, str]:
@@ -62,12 +66,35 @@ class Op:
     @cached_property
     def parameters(self) -> dict[str, str]:
         """Types of the arguments by name, as the schema has them: ``Tensor``, ``Tensor?``, ``Tensor(a!)``, ``int``."""
-        return {name: kind for kind, name in (part.split() for part in self.arguments.split(", "))}
+        return _parameters(self.arguments)
 
-    def reference_out(self, *args: Any) -> None:
-        """Write what the reference returns into the outputs at the end of ``args``."""
-        inputs, out = args[: -len(self.outputs)], args[-len(self.outputs) :]
-        check_outputs(self, out, self.fake(*inputs))
+    def split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Split the arguments of the ``_out`` twin into those of the op and the outputs."""
+        return args[: len(self.parameters)], args[len(self.parameters) :]
+
+    def meta(self, *args: Any) -> Any:
+        """Check the arguments, as for every call, and return outputs that nothing was written into."""
+        return self.contract.meta(*args)
+
+    def meta_out(self, *args: Any) -> None:
+        """Check the arguments of the ``_out`` twin."""
+        self.contract.check_outputs(*self.split(args))
+
+    def run_reference(self, *args: Any) -> Outputs | None:
+        """Check the arguments and run the reference.
+
+        Outputs are never views, as those of a kernel never are: autograd refuses to change a view in place.
+        """
+        self.contract.check(args)
+        outputs = self.reference(*args)
+        if isinstance(outputs, tuple):
+            return tuple(_not_a_view(t) for t in outputs)
+        return None if outputs is None else _not_a_view(outputs)
+
+    def run_reference_out(self, *args: Any) -> None:
+        """Check the arguments and write what the reference returns into the outputs at the end of ``args``."""
+        inputs, out = self.split(args)
+        self.contract.check_outputs(inputs, out)
         for destination, source in zip(out, as_tuple(self.reference(*inputs)), strict=True):
             destination.copy_(source)
 
@@ -76,138 +103,75 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
+def _parameters(arguments: str) -> dict[str, str]:
+    return {name: kind for kind, name in (part.split() for part in arguments.split(", "))}
+
+
 def as_tuple(outputs: Outputs | None) -> tuple[Tensor, ...]:
     """Return the outputs of an op as a tuple, also where there is one."""
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs or ())
 
 
-def define(
-    name: str,
-    arguments: str,
-    outputs: tuple[str, ...],
-    *,
-    reference: Callable[..., Outputs | None],
-    fake: Callable[..., Outputs | None],
-) -> Op:
-    """Declare an op and its ``_out`` twin in ``torch.ops.qatkernels``, with the reference as their fallback."""
-    if bool(outputs) == name.endswith("_"):
-        raise ValueError(f"op {name!r} has outputs {outputs}: ops in place, and only they, end in '_' and have none")
-    op = OPS[name] = Op(name, arguments, outputs, reference, fake)
+def define(name: str, arguments: str, contract: str, *, reference: Callable[..., Outputs | None]) -> Op:
+    """Declare an op and its ``_out`` twin in ``torch.ops.qatkernels``, with the reference as their fallback.
 
-    def fake_out(*args: Any) -> None:
-        check_outputs(op, args[-len(outputs) :], fake(*args[: -len(outputs)]))
-
-    for op_name, schema in op.schemas.items():
-        LIBRARY.define(schema, tags=_TAGS)
-        meaning = checked(op, reference) if op_name == name else op.reference_out
-        LIBRARY.impl(op_name, meaning, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"qatkernels::{op_name}", fake if op_name == name else fake_out, lib=LIBRARY)
-    return op
-
-
-def allocating(op: Op, out_impl: Callable[..., None]) -> Callable[..., Outputs | None]:
-    """Return the allocating form of an ``_out`` implementation."""
-
-    def impl(*args: Any) -> Outputs | None:
-        outputs = op.fake(*args)
-        out_impl(*args, *as_tuple(outputs))
-        return outputs
-
-    return impl
-
-
-def checked(op: Op, impl: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an implementation behind the checks of the fake rule, for those that do not allocate by it.
-
-    Its outputs are never views, as those of a kernel never are: autograd refuses to change a view in place.
+    Args:
+        name: name of the op.
+        arguments: argument list of the schema.
+        contract: what the arguments must be and what the outputs are, in the language of `contract.py`.
+        reference: the meaning, in plain PyTorch.
     """
-
-    def run(*args: Any) -> Any:
-        op.fake(*args)
-        outputs = impl(*args)
-        if isinstance(outputs, tuple):
-            return tuple(_not_a_view(t) for t in outputs)
-        return _not_a_view(outputs) if isinstance(outputs, Tensor) else outputs
-
-    return run
+    op = Op(name, arguments, Contract(contract, _parameters(arguments)), reference)
+    if bool(op.outputs) == name.endswith("_"):
+        raise ValueError(f"op {name!r} has outputs {op.outputs}: ops in place, and only they, end in '_' and have none")
+    OPS[name] = op
+    twins = (op.run_reference, op.meta), (op.run_reference_out, op.meta_out)
+    for (op_name, schema), (meaning, meta) in zip(op.schemas.items(), twins, strict=False):
+        LIBRARY.define(schema, tags=_TAGS)
+        LIBRARY.impl(op_name, meaning, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"qatkernels::{op_name}", meta, lib=LIBRARY)
+    return op
 
 
 def _not_a_view(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor._is_view() else tensor
 
 
-def canonical(op: Op, impl: Callable[..., None], any_strides: tuple[str, ...] = ()) -> Callable[..., None]:
-    """Return an implementation that gets contiguous tensors whatever it is called with, so that it needs no strides.
+class Kernel:
+    """A kernel that is written in Python, behind the contract of its op.
 
-    This is the one place that sees to it. What the op changes in place is not copied: it must be contiguous, and so
-    must the outputs.
+    This is the one place that sees to strides: inputs are made contiguous, whatever a call has. What the op changes in
+    place must be contiguous, and so must the outputs; the contract says so.
 
     Args:
         op: the op.
-        impl: its ``_out`` form, or the op itself if it works in place.
-        any_strides: names of arguments that ``impl`` takes as they are, because it reads their strides.
+        run: its ``_out`` form, or the op itself if it works in place.
     """
-    kinds = op.parameters
-    unknown = set(any_strides) - set(kinds)
-    if unknown:
-        raise ValueError(f"{op.name} has no argument {sorted(unknown)}, it has {list(kinds)}")
-    copied = [i for i, name in enumerate(kinds) if kinds[name] in ("Tensor", "Tensor?") and name not in any_strides]
-    written = {i: name for i, (name, kind) in enumerate(kinds.items()) if "!" in kind}
-    written |= {len(kinds) + i: name for i, name in enumerate(op.outputs)}
 
-    @functools.wraps(impl)
-    def run(*args: Any) -> None:
+    def __init__(self, op: Op, run: Callable[..., None]) -> None:
+        kinds = op.parameters
+        strided = op.contract.strided
+        self.op, self.run = op, run
+        self._copied = [i for i, n in enumerate(kinds) if kinds[n] in ("Tensor", "Tensor?") and n not in strided]
+
+    def launch(self, *args: Any) -> None:
+        """Run with arguments that are checked already."""
         given = list(args)
-        for i, name in written.items():
-            if not given[i].is_contiguous():
-                raise ValueError(f"{name} has strides {given[i].stride()}, must be contiguous")
-        for i in copied:
+        for i in self._copied:
             if given[i] is not None:
                 given[i] = given[i].contiguous()
-        impl(*given)
+        self.run(*given)
 
-    return run
+    def allocating(self, *args: Any) -> Any:
+        """Run the op: check the arguments and return new outputs, or change them in place."""
+        outputs = self.op.contract.meta(*args)
+        self.launch(*args, *as_tuple(outputs))
+        return outputs
 
-
-def writing(op: Op, out_impl: Callable[..., None]) -> Callable[..., None]:
-    """Return an ``_out`` implementation behind the checks of the fake rule, which allocate nothing."""
-
-    def impl(*args: Any) -> None:
-        inputs, out = args[: len(op.parameters)], args[len(op.parameters) :]
-        device = check_one_device(op, inputs)
-        described = (a.to("meta") if isinstance(a, Tensor) else a for a in inputs)
-        check_outputs(op, out, op.fake(*described), device)
-        out_impl(*args)
-
-    return impl
-
-
-def check_one_device(op: Op, inputs: tuple[Any, ...]) -> torch.device:
-    """Return the device of an op's inputs, or raise RuntimeError if they are on several."""
-    (first, like), *others = ((n, a) for n, a in zip(op.parameters, inputs, strict=True) if isinstance(a, Tensor))
-    for name, t in others:
-        torch._check(
-            t.device == like.device,
-            lambda name=name, t=t: f"{name} is on {t.device}, must be on {like.device} like {first}",
-        )
-    return like.device
-
-
-def check_outputs(op: Op, out: tuple[Tensor, ...], wanted: Outputs | None, device: torch.device | None = None) -> None:
-    """Raise ValueError unless the outputs are contiguous and like the wanted ones, on ``device`` if it is given."""
-    for name, given, w in zip(op.outputs, out, as_tuple(wanted), strict=True):
-        check_out(name, given, w.shape, w.dtype, device or w.device)
-
-
-def check_out(name: str, given: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ValueError unless ``given`` is a contiguous tensor of this shape, dtype and device."""
-    if given.shape != shape or given.dtype != dtype or given.device != device:
-        raise ValueError(
-            f"{name} is {given.dtype} of shape {tuple(given.shape)} on {given.device}, "
-            f"must be {dtype} of shape {tuple(shape)} on {device}"
-        )
-    if not given.is_contiguous():
-        raise ValueError(f"{name} has strides {given.stride()}, must be contiguous")
+    def writing(self, *args: Any) -> None:
+        """Run the ``_out`` twin."""
+        self.op.contract.check_outputs(*self.op.split(args))
+        self.launch(*args)
 
 
 def nothing_to_differentiate(*tensors: Tensor | None) -> bool:

@@ -26,8 +26,6 @@ from torch import Tensor
 from ..arguments import check_integers, check_strings, check_tensors
 from ._op import Composite, Function, define
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 def number_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which rows of logits are computed with."""
@@ -105,84 +103,68 @@ def _hvp(*args: Any) -> tuple[Tensor, Tensor]:
     return dual_of(*args)[1:]
 
 
-def check_targets(rows: int, targets: Tensor, device: torch.device) -> None:
-    """The contract of targets, for real and fake tensors alike."""
-    torch._check(
-        targets.dtype == torch.int64 and targets.shape == (rows,) and targets.device == device,
-        lambda: f"targets is {targets.dtype} of shape {tuple(targets.shape)} on {targets.device}, "
-        f"must be torch.int64 of shape ({rows},) on {device}",
-    )
-
-
-def check_numbers(name: str, t: Tensor | None, like: Tensor) -> None:
-    """The contract of what has one number for each row of ``like``."""
-    dtype = number_dtype(like.dtype)
-    torch._check(
-        t is None or (t.dtype == dtype and t.shape == like.shape[:1] and t.device == like.device),
-        lambda: f"{name} is {t.dtype} of shape {tuple(t.shape)} on {t.device}, "  # type: ignore[union-attr]
-        f"must be {dtype} of shape ({like.shape[0]},) on {like.device}",
-    )
-
-
-def _numbers(logits: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape[0], dtype=number_dtype(logits.dtype))
-
-
-def _check(logits: Tensor, targets: Tensor, tangent: Tensor | None = None, **numbers: Tensor | None) -> None:
-    torch._check(logits.dtype in FLOATS, lambda: f"logits is {logits.dtype}, must be one of {FLOATS}")
-    torch._check(
-        logits.ndim == 2 and logits.shape[1] > 0,
-        lambda: f"logits has shape {tuple(logits.shape)}, must be [tokens, vocabulary], the vocabulary not empty",
-    )
-    check_targets(logits.shape[0], targets, logits.device)
-    torch._check(
-        tangent is None
-        or (tangent.shape == logits.shape and tangent.dtype == logits.dtype and tangent.device == logits.device),
-        lambda: "tangent must have the shape, dtype and device of logits",
-    )
-    for name, t in numbers.items():
-        check_numbers(name, t, logits)
-
-
-def _fake_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    _check(logits, targets)
-    return _numbers(logits), _numbers(logits)
-
-
-def _fake_jvp(tangent: Tensor, logits: Tensor, lse: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    _check(logits, targets, tangent, lse=lse)
-    return _numbers(logits)
-
-
-def _fake_backward(g: Tensor, logits: Tensor, lse: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    _check(logits, targets, g=g, lse=lse)
-    return logits.new_empty(logits.shape)
-
-
-def _fake_hvp(tangent: Tensor, tangent_g: Any, g: Tensor, logits: Tensor, lse: Tensor, targets: Tensor, _: int) -> Any:
-    _check(logits, targets, tangent, tangent_g=tangent_g, g=g, lse=lse)
-    return logits.new_empty(logits.shape), _numbers(logits)
-
-
-def _fake_dual(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tangent_grad, tangent_loss = _fake_hvp(*args)
-    return torch.empty_like(tangent_grad), tangent_grad, tangent_loss
-
-
 _POINT = "Tensor logits, Tensor lse, Tensor targets, int ignore_index"
+#: The contract of targets, of which there is one for each of T tokens.
+TARGETS = "targets: int64 [T]"
+_LOGITS = f"""
+    logits: float [T, V]
+    require V > 0; logits has shape ({{T}}, {{V}}), must be [tokens, vocabulary], the vocabulary not empty
+    {TARGETS}
+"""
+_SECOND = f"""
+    {_LOGITS}
+    tangent: like(logits) [T, V]
+    tangent_g: wide(logits) [T]
+    g: wide(logits) [T]
+    lse: wide(logits) [T]
+"""
 FORWARD = define(
-    "cross_entropy", "Tensor logits, Tensor targets, int ignore_index", ("loss", "lse"),
-    reference=_forward, fake=_fake_forward,
+    "cross_entropy", "Tensor logits, Tensor targets, int ignore_index",
+    f"""
+    {_LOGITS}
+    -> loss: wide(logits) [T]
+    -> lse: wide(logits) [T]
+    """,
+    reference=_forward,
 )  # fmt: skip
-JVP = define("cross_entropy_jvp", f"Tensor tangent, {_POINT}", ("tangent_loss",), reference=jvp_of, fake=_fake_jvp)
-BACKWARD = define("cross_entropy_backward", f"Tensor g, {_POINT}", ("grad",), reference=_backward, fake=_fake_backward)
+JVP = define(
+    "cross_entropy_jvp", f"Tensor tangent, {_POINT}",
+    f"""
+    {_LOGITS}
+    tangent: like(logits) [T, V]
+    lse: wide(logits) [T]
+    -> tangent_loss: wide(logits) [T]
+    """,
+    reference=jvp_of,
+)  # fmt: skip
+BACKWARD = define(
+    "cross_entropy_backward", f"Tensor g, {_POINT}",
+    f"""
+    {_LOGITS}
+    g: wide(logits) [T]
+    lse: wide(logits) [T]
+    -> grad: like(logits) [T, V]
+    """,
+    reference=_backward,
+)  # fmt: skip
 HVP = define(
-    "cross_entropy_hvp", f"Tensor tangent, Tensor? tangent_g, Tensor g, {_POINT}", ("tangent_grad", "tangent_loss"),
-    reference=_hvp, fake=_fake_hvp,
+    "cross_entropy_hvp", f"Tensor tangent, Tensor? tangent_g, Tensor g, {_POINT}",
+    f"""
+    {_SECOND}
+    -> tangent_grad: like(logits) [T, V]
+    -> tangent_loss: wide(logits) [T]
+    """,
+    reference=_hvp,
 )  # fmt: skip
 DUAL = define(
     "cross_entropy_dual", f"Tensor tangent, Tensor? tangent_g, Tensor g, {_POINT}",
-    ("grad", "tangent_grad", "tangent_loss"), reference=dual_of, fake=_fake_dual,
+    f"""
+    {_SECOND}
+    -> grad: like(logits) [T, V]
+    -> tangent_grad: like(logits) [T, V]
+    -> tangent_loss: wide(logits) [T]
+    """,
+    reference=dual_of,
 )  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..arguments import check_integers, check_tensors
 from ._op import Function, define
-from .fake_quantize import FLOATS
 
 
 def _reference(x: Tensor, bits: int) -> Tensor:
@@ -28,14 +27,15 @@ def _reference(x: Tensor, bits: int) -> Tensor:
     return ((codes + 0.0) * scale).to(x.dtype)
 
 
-def _fake(x: Tensor, bits: int) -> Tensor:
-    torch._check(x.dtype in FLOATS, lambda: f"x is {x.dtype}, must be one of {FLOATS}")
-    torch._check(x.ndim > 0, lambda: "x has no dimension, must have at least one")
-    torch._check(2 <= bits <= 8, lambda: f"bits is {bits}, must be 2 to 8")
-    return x.new_empty(x.shape)
-
-
-DYNAMIC = define("fake_quantize_dynamic", "Tensor x, int bits", ("out",), reference=_reference, fake=_fake)
+DYNAMIC = define(
+    "fake_quantize_dynamic", "Tensor x, int bits",
+    """
+    x: float [*T, K]
+    require 2 <= bits <= 8; bits is {bits}, must be 2 to 8
+    -> out: like(x) [*T, K]
+    """,
+    reference=_reference,
+)  # fmt: skip
 
 
 class FakeQuantizeDynamic(Function):

@@ -31,9 +31,8 @@ from torch import Tensor
 from ..arguments import check_dtype, check_optional_reals, check_optional_tensors, check_reals, check_tensors
 from ..grids import MIN_SCALE, Grid, GridConstants, check_grid, check_group_size
 from . import noise
-from ._op import Function, check_out, define, nothing_to_differentiate
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from ._op import Function, define, nothing_to_differentiate
+from .contract import check_out
 
 
 class Rows:
@@ -162,95 +161,57 @@ def _dual(*args: Any) -> tuple[Tensor, Tensor]:
     return _forward(*args[3:]), _jvp(*args)
 
 
-def check_call(w: Tensor, scale: Tensor, zero_point: Tensor | None, seed: Tensor | None, grid: list[float]) -> None:
-    """The contract of the op, for real and fake tensors alike."""
-    torch._check(w.dtype in FLOATS, lambda: f"w is {w.dtype}, must be one of {FLOATS}")
-    torch._check(
-        scale.dtype == torch.float32 or (scale.dtype == w.dtype == torch.float64),
-        lambda: f"scale is {scale.dtype}, must be torch.float32 (torch.float64 is allowed with a float64 w)",
-    )
-    torch._check(scale.device == w.device, lambda: f"scale is on {scale.device}, must be on w's {w.device}")
-    torch._check(
-        w.numel() == 0 or (scale.numel() > 0 and w.numel() % scale.numel() == 0),
-        lambda: f"scale has {scale.numel()} elements, must divide the {w.numel()} elements of w",
-    )
-    if zero_point is not None:
-        torch._check(
-            zero_point.shape == scale.shape and zero_point.dtype == scale.dtype and zero_point.device == scale.device,
-            lambda: f"zero_point is {zero_point.dtype} of shape {tuple(zero_point.shape)} on {zero_point.device}, "
-            f"must be like scale, {scale.dtype} of shape {tuple(scale.shape)} on {scale.device}",
-        )
-    if seed is not None:
-        torch._check(
-            seed.dtype == torch.int64 and seed.numel() == 1 and seed.device == w.device,
-            lambda: f"seed is {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}, "
-            f"must be an int64 tensor with one element on {w.device}",
-        )
-    torch._check(
-        len(grid) == len(GridConstants._fields), lambda: f"grid has {len(grid)} constants, must be Grid.constants"
-    )
-
-
-def _output_dtype(w: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    dtype = dtype or w.dtype
-    torch._check(
-        dtype == w.dtype or (w.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)),
-        lambda: f"dtype is {dtype}, must be w's {w.dtype}, or a 16-bit float for a float32 w",
-    )
-    return dtype
-
-
-def _fake_forward(w: Tensor, scale: Tensor, zero_point: Any, seed: Any, grid: Any, *rest: Any) -> Tensor:
-    check_call(w, scale, zero_point, seed, grid)
-    return w.new_empty(w.shape, dtype=_output_dtype(w, rest[-1]))
-
-
-def _fake_backward(g: Tensor, w: Tensor, scale: Tensor, zero_point: Any, seed: Any, grid: Any, *_: Any) -> Any:
-    check_call(w, scale, zero_point, seed, grid)
-    torch._check(g.shape == w.shape, lambda: f"g has shape {tuple(g.shape)}, must be {tuple(w.shape)} like w")
-    _output_dtype(w, g.dtype)
-    dz = scale.new_empty(0) if zero_point is None else scale.new_empty(scale.shape)
-    return w.new_empty(w.shape), scale.new_empty(scale.shape), dz
-
-
-def _fake_jvp(
-    tangent_w: Any, tangent_scale: Any, tangent_zero_point: Any,
-    w: Tensor, scale: Tensor, zero_point: Any, seed: Any, grid: Any, *rest: Any,
-) -> Tensor:  # fmt: skip
-    check_call(w, scale, zero_point, seed, grid)
-    for name, tangent, primal in (
-        ("tangent_w", tangent_w, w),
-        ("tangent_scale", tangent_scale, scale),
-        ("tangent_zero_point", tangent_zero_point, zero_point),
-    ):
-        torch._check(
-            tangent is None or (primal is not None and tangent.shape == primal.shape and tangent.dtype == primal.dtype),
-            lambda name=name: f"{name} must have the shape and dtype of what it is the tangent of",
-        )
-    return w.new_empty(w.shape, dtype=_output_dtype(w, rest[-1]))
-
-
-def _fake_dual(*args: Any) -> tuple[Tensor, Tensor]:
-    tangent = _fake_jvp(*args)
-    return torch.empty_like(tangent), tangent
-
-
 _CALL = "Tensor w, Tensor scale, Tensor? zero_point, Tensor? seed, float[] grid, float noise_std, float scale_noise_std"
-FORWARD = define(
-    "fake_quantize", f"{_CALL}, float grad_scale, ScalarType? dtype", ("out",), reference=_forward, fake=_fake_forward
-)
-BACKWARD = define(
-    "fake_quantize_backward", f"Tensor g, {_CALL}, float grad_scale", ("dw", "ds", "dz"),
-    reference=_backward, fake=_fake_backward,
-)  # fmt: skip
+#: Parts of contracts that several ops have: scales and grid of a weight; a weight; tangents of both.
+SCALES = """
+    require numel(S) == 0 or numel(R) > 0 and numel(S) % numel(R) == 0; scale has {numel(R)} elements, must divide the \
+{numel(S)} elements of the weight
+    zero_point: like(scale) [*R]
+    require len(grid) == 10; grid has {len(grid)} constants, must be Grid.constants
+"""
+WEIGHT = f"""
+    w: float [*S]
+    scale: scale(w) [*R]
+    {SCALES}
+    seed: int64 one
+"""
+TANGENTS = """
+    tangent_w: like(w) [*S]
+    tangent_scale: like(scale) [*R]
+    require tangent_zero_point is None or zero_point is not None; tangent_zero_point is given, must be None without a zero_point
+    tangent_zero_point: like(scale) [*R]
+"""
+_DUAL = f"""
+    {WEIGHT}
+    {TANGENTS}
+    dtype: narrow(w)
+    -> out: default(dtype, w) [*S]
+"""
 _TANGENTS = "Tensor? tangent_w, Tensor? tangent_scale, Tensor? tangent_zero_point"
-JVP = define(
-    "fake_quantize_jvp", f"{_TANGENTS}, {_CALL}, float grad_scale, ScalarType? dtype",
-    ("out",), reference=_jvp, fake=_fake_jvp,
+FORWARD = define(
+    "fake_quantize", f"{_CALL}, float grad_scale, ScalarType? dtype",
+    f"""
+    {WEIGHT}
+    dtype: narrow(w)
+    -> out: default(dtype, w) [*S]
+    """,
+    reference=_forward,
 )  # fmt: skip
+BACKWARD = define(
+    "fake_quantize_backward", f"Tensor g, {_CALL}, float grad_scale",
+    f"""
+    {WEIGHT}
+    g: narrow(w) [*S]
+    -> dw: like(w) [*S]
+    -> ds: like(scale) [*R]
+    -> dz: like(scale) [*R] if zero_point else [0]
+    """,
+    reference=_backward,
+)  # fmt: skip
+JVP = define("fake_quantize_jvp", f"{_TANGENTS}, {_CALL}, float grad_scale, ScalarType? dtype", _DUAL, reference=_jvp)
 DUAL = define(
     "fake_quantize_dual", f"{_TANGENTS}, {_CALL}, float grad_scale, ScalarType? dtype",
-    ("out", "tangent"), reference=_dual, fake=_fake_dual,
+    f"{_DUAL} -> tangent: default(dtype, w) [*S]", reference=_dual,
 )  # fmt: skip
 
 

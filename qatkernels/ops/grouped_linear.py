@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..arguments import check_tensors
 from ._op import Function, define, nothing_to_differentiate
-from .fake_quantize import FLOATS
 from .lowbit_linear import segments
 
 
@@ -54,51 +53,36 @@ def _outer(g: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     return w
 
 
-def _check(first: str, a: Tensor, second: str, b: Tensor, dims: int, offsets: Tensor) -> None:
-    torch._check(a.dtype in FLOATS, lambda: f"{first} is {a.dtype}, must be one of {FLOATS}")
-    torch._check(b.dtype == a.dtype, lambda: f"{second} is {b.dtype}, must be {a.dtype} like {first}")
-    for name, t, n in ((first, a, 2), (second, b, dims)):
-        torch._check(
-            t.ndim == n, lambda name=name, t=t, n=n: f"{name} has shape {tuple(t.shape)}, must have {n} dimensions"
-        )
-    experts = b.shape[0] if dims == 3 else offsets.shape[0]
-    torch._check(
-        offsets.dtype == torch.int32 and offsets.ndim == 1 and offsets.shape[0] == experts,
-        lambda: f"offsets is {offsets.dtype} of shape {tuple(offsets.shape)}, "
-        f"must be torch.int32 with one element for each of {experts} experts",
-    )
-    for name, t in ((second, b), ("offsets", offsets)):
-        torch._check(
-            t.device == a.device, lambda name=name, t=t: f"{name} is on {t.device}, must be on {a.device} like {first}"
-        )
-
-
-def _fake_forward(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    _check("x", x, "w", w, 3, offsets)
-    torch._check(x.shape[1] == w.shape[2], lambda: f"x has {x.shape[1]} columns, must be {w.shape[2]} like w")
-    return x.new_empty(x.shape[0], w.shape[1])
-
-
-def _fake_transposed(g: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    _check("g", g, "w", w, 3, offsets)
-    torch._check(g.shape[1] == w.shape[1], lambda: f"g has {g.shape[1]} columns, must be {w.shape[1]} like w's rows")
-    return g.new_empty(g.shape[0], w.shape[2])
-
-
-def _fake_outer(g: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    _check("g", g, "x", x, 2, offsets)
-    torch._check(g.shape[0] == x.shape[0], lambda: f"g has {g.shape[0]} rows, must be {x.shape[0]} like x")
-    return x.new_empty(offsets.shape[0], g.shape[1], x.shape[1])
-
-
 FORWARD = define(
-    "grouped_linear", "Tensor x, Tensor w, Tensor offsets", ("out",), reference=_forward, fake=_fake_forward
-)
-TRANSPOSED = define(
-    "grouped_linear_transposed", "Tensor g, Tensor w, Tensor offsets", ("out",),
-    reference=_transposed, fake=_fake_transposed,
+    "grouped_linear", "Tensor x, Tensor w, Tensor offsets",
+    """
+    x: float [T, K] strided
+    w: like(x) [E, N, K] strided
+    offsets: int32 [E]
+    -> out: like(x) [T, N]
+    """,
+    reference=_forward,
 )  # fmt: skip
-OUTER = define("grouped_outer", "Tensor g, Tensor x, Tensor offsets", ("out",), reference=_outer, fake=_fake_outer)
+TRANSPOSED = define(
+    "grouped_linear_transposed", "Tensor g, Tensor w, Tensor offsets",
+    """
+    g: float [T, N] strided
+    w: like(g) [E, N, K] strided
+    offsets: int32 [E]
+    -> out: like(g) [T, K]
+    """,
+    reference=_transposed,
+)  # fmt: skip
+OUTER = define(
+    "grouped_outer", "Tensor g, Tensor x, Tensor offsets",
+    """
+    g: float [T, N] strided
+    x: like(g) [T, K] strided
+    offsets: int32 [E]
+    -> out: like(x) [E, N, K]
+    """,
+    reference=_outer,
+)  # fmt: skip
 
 
 class _Bilinear(Function):

@@ -6,8 +6,6 @@ left over, and a last update.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -32,31 +30,18 @@ def _gram_schmidt(basis: Tensor, w: Tensor, h: Tensor | None) -> tuple[Tensor, T
     return w_new, dots, sq
 
 
-def _fake(basis: Tensor, w: Tensor, h: Any) -> tuple[Tensor, Tensor, Tensor]:
-    torch._check(
-        basis.dtype in (torch.float32, torch.bfloat16, torch.float64),
-        lambda: f"basis is {basis.dtype}, must be torch.float32, torch.bfloat16 or torch.float64",
-    )
-    torch._check(
-        w.dtype in (torch.float32, torch.float64), lambda: f"w is {w.dtype}, must be torch.float32 or torch.float64"
-    )
-    torch._check(
-        w.ndim == 1 and basis.ndim == 2 and basis.shape[1] == w.shape[0] and basis.device == w.device,
-        lambda: f"basis has shape {tuple(basis.shape)} on {basis.device} and w {tuple(w.shape)} on {w.device}, "
-        "must be [m, n] and [n] on one device",
-    )
-    torch._check(
-        h is None or (h.shape == basis.shape[:1] and h.is_floating_point() and h.device == w.device),
-        lambda: f"h is {h.dtype} of shape {tuple(h.shape)} on {h.device}, must be one real number for each of the "
-        f"{basis.shape[0]} rows of basis on {w.device}",
-    )
-    dots = torch.empty(basis.shape[0], dtype=torch.float64, device=w.device)
-    return w.new_empty(w.shape), dots, dots.new_empty(())
-
-
 GRAM_SCHMIDT = define(
-    "gram_schmidt", "Tensor basis, Tensor w, Tensor? h", ("w_new", "dots", "sq"), reference=_gram_schmidt, fake=_fake
-)
+    "gram_schmidt", "Tensor basis, Tensor w, Tensor? h",
+    """
+    basis: float32|bfloat16|float64 [M, N]
+    w: float32|float64 [N]
+    h: float [M]
+    -> w_new: like(w) [N]
+    -> dots: float64 [M]
+    -> sq: float64 []
+    """,
+    reference=_gram_schmidt,
+)  # fmt: skip
 
 
 def gram_schmidt(basis: Tensor, w: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

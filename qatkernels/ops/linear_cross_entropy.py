@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..arguments import check_integers, check_optional_integers, check_strings, check_tensors
 from ._op import Composite, Function, define
-from .cross_entropy import FLOATS, check_numbers, check_targets, dual_of, jvp_of, number_dtype, reduced
+from .cross_entropy import TARGETS, dual_of, jvp_of, number_dtype, reduced
 
 #: Logits in a chunk, unless the caller says otherwise: large enough for the products to run at full speed.
 CHUNK_ELEMENTS = 2**24
@@ -185,76 +185,64 @@ def _numbers(hidden: Tensor) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=number_dtype(hidden.dtype))
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, **numbers: Tensor | None) -> None:
-    torch._check(hidden.dtype in FLOATS, lambda: f"hidden is {hidden.dtype}, must be one of {FLOATS}")
-    torch._check(
-        hidden.ndim == 2 and weight.ndim == 2 and hidden.shape[1] == weight.shape[1] and weight.shape[0] > 0,
-        lambda: f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}, "
-        "must be [tokens, features] and [vocabulary, features]",
-    )
-    torch._check(
-        weight.dtype == hidden.dtype and weight.device == hidden.device,
-        lambda: f"weight is {weight.dtype} on {weight.device}, must be {hidden.dtype} on {hidden.device} like hidden",
-    )
-    torch._check(chunk > 0, lambda: f"chunk is {chunk}, must be positive")
-    check_targets(hidden.shape[0], targets, hidden.device)
-    for name, t in numbers.items():
-        check_numbers(name, t, hidden)
-
-
-def _check_tangents(
-    tangent_hidden: Tensor | None, tangent_weight: Tensor | None, hidden: Tensor, weight: Tensor
-) -> None:
-    for name, tangent, primal in (("hidden", tangent_hidden, hidden), ("weight", tangent_weight, weight)):
-        torch._check(
-            tangent is None or (tangent.shape == primal.shape and tangent.dtype == primal.dtype),
-            lambda name=name: f"tangent_{name} must have the shape and dtype of {name}",
-        )
-
-
-def _fake_forward(hidden: Tensor, weight: Tensor, targets: Tensor, _: int, chunk: int) -> tuple[Tensor, Tensor]:
-    _check(hidden, weight, targets, chunk)
-    return _numbers(hidden), _numbers(hidden)
-
-
-def _fake_backward(
-    g: Tensor, hidden: Tensor, weight: Tensor, lse: Tensor, targets: Tensor, _: int, chunk: int, *want: bool
-) -> tuple[Tensor, ...]:
-    _check(hidden, weight, targets, chunk, g=g, lse=lse)
-    return tuple(t.new_empty(t.shape if w else 0) for t, w in zip((hidden, weight), want, strict=True))
-
-
-def _fake_hvp(
-    tangent_hidden: Any, tangent_weight: Any, tangent_g: Any, g: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    check_numbers("tangent_g", tangent_g, hidden)
-    _check_tangents(tangent_hidden, tangent_weight, hidden, weight)
-    return (*_fake_backward(g, hidden, weight, *rest), _numbers(hidden))
-
-
-def _fake_jvp(
-    tangent_hidden: Any, tangent_weight: Any, hidden: Tensor, weight: Tensor, lse: Tensor, targets: Tensor,
-    _: int, chunk: int,
-) -> Tensor:  # fmt: skip
-    _check(hidden, weight, targets, chunk, lse=lse)
-    _check_tangents(tangent_hidden, tangent_weight, hidden, weight)
-    return _numbers(hidden)
-
-
 _POINT = "Tensor hidden, Tensor weight, Tensor lse, Tensor targets, int ignore_index, int chunk"
 _TANGENTS, _WANT = "Tensor? tangent_hidden, Tensor? tangent_weight", "bool want_hidden, bool want_weight"
+_PRODUCT = f"""
+    hidden: float [T, F]
+    weight: like(hidden) [V, F]
+    require V > 0; weight has shape ({{V}}, {{F}}), must be [vocabulary, features], the vocabulary not empty
+    require chunk > 0; chunk is {{chunk}}, must be positive
+    {TARGETS}
+"""
+_SECOND = """
+    tangent_hidden: like(hidden) [T, F]
+    tangent_weight: like(hidden) [V, F]
+"""
+_G = """
+    g: wide(hidden) [T]
+    lse: wide(hidden) [T]
+"""
 FORWARD = define(
     "linear_cross_entropy", "Tensor hidden, Tensor weight, Tensor targets, int ignore_index, int chunk",
-    ("loss", "lse"), reference=_forward, fake=_fake_forward,
+    f"""
+    {_PRODUCT}
+    -> loss: wide(hidden) [T]
+    -> lse: wide(hidden) [T]
+    """,
+    reference=_forward,
 )  # fmt: skip
 BACKWARD = define(
-    "linear_cross_entropy_backward", f"Tensor g, {_POINT}, {_WANT}", ("grad_hidden", "grad_weight"),
-    reference=_backward, fake=_fake_backward,
+    "linear_cross_entropy_backward", f"Tensor g, {_POINT}, {_WANT}",
+    f"""
+    {_PRODUCT}
+    {_G}
+    -> grad_hidden: like(hidden) [T, F] if want_hidden else [0]
+    -> grad_weight: like(hidden) [V, F] if want_weight else [0]
+    """,
+    reference=_backward,
 )  # fmt: skip
-JVP = define("linear_cross_entropy_jvp", f"{_TANGENTS}, {_POINT}", ("tangent_loss",), reference=_jvp, fake=_fake_jvp)
+JVP = define(
+    "linear_cross_entropy_jvp", f"{_TANGENTS}, {_POINT}",
+    f"""
+    {_PRODUCT}
+    {_SECOND}
+    lse: wide(hidden) [T]
+    -> tangent_loss: wide(hidden) [T]
+    """,
+    reference=_jvp,
+)  # fmt: skip
 HVP = define(
     "linear_cross_entropy_hvp", f"{_TANGENTS}, Tensor? tangent_g, Tensor g, {_POINT}, {_WANT}",
-    ("tangent_grad_hidden", "tangent_grad_weight", "tangent_loss"), reference=_hvp, fake=_fake_hvp,
+    f"""
+    {_PRODUCT}
+    {_SECOND}
+    tangent_g: wide(hidden) [T]
+    {_G}
+    -> tangent_grad_hidden: like(hidden) [T, F] if want_hidden else [0]
+    -> tangent_grad_weight: like(hidden) [V, F] if want_weight else [0]
+    -> tangent_loss: wide(hidden) [T]
+    """,
+    reference=_hvp,
 )  # fmt: skip
 
 

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from ..arguments import check_optional_integers, check_optional_tensors, check_tensors, wrong_type
 from ._op import Function, define, nothing_to_differentiate
-from .fake_quantize import FLOATS
-from .packing import SCALES, PackedWeight, check_bits, row_bytes
+from .packing import CODES, PackedWeight
 
 
 def unpacked(
@@ -95,85 +94,45 @@ def _transposed(
     return _by_expert(g.to(wide), w.mT, offsets).to(g.dtype)
 
 
-def _check(
-    name: str, x: Tensor, features: int, packed: Tensor, scale: Tensor, zero_point: Tensor | None,
-    offsets: Tensor | None, grid: list[float], code_min: int, bits: int, cols: int,
-) -> None:  # fmt: skip
-    """The contract of both ops, for real and fake tensors alike."""
-    check_bits(code_min, bits)
-    torch._check(x.dtype in FLOATS, lambda: f"{name} is {x.dtype}, must be one of {FLOATS}")
-    torch._check(scale.dtype in SCALES, lambda: f"scale is {scale.dtype}, must be one of {SCALES}")
-    dims = 2 if offsets is None else 3
-    torch._check(
-        packed.dtype == torch.uint8 and packed.ndim == dims and packed.shape[-1] == row_bytes(cols, bits),
-        lambda: f"packed is {packed.dtype} of shape {tuple(packed.shape)}, must be torch.uint8 with {dims} dimensions, "
-        f"the last {row_bytes(cols, bits)} for {cols} columns at {bits} bits",
-    )
-    torch._check(
-        scale.ndim == dims and scale.shape[:-1] == packed.shape[:-1] and scale.shape[-1] >= 1
-        and cols % scale.shape[-1] == 0,
-        lambda: f"scale has shape {tuple(scale.shape)}, must be {tuple(packed.shape[:-1])} and a divisor of {cols}",
-    )  # fmt: skip
-    torch._check(
-        zero_point is None or (zero_point.shape == scale.shape and zero_point.dtype == torch.float32),
-        lambda: f"zero_point must be torch.float32 of shape {tuple(scale.shape)} like scale",
-    )
-    torch._check(
-        x.ndim >= 1 and x.shape[-1] == features,
-        lambda: f"{name} has shape {tuple(x.shape)}, its last dimension must be {features}",
-    )
-    if offsets is not None:
-        torch._check(
-            offsets.dtype == torch.int32 and offsets.ndim == 1 and offsets.shape[0] == packed.shape[0],
-            lambda: f"offsets is {offsets.dtype} of shape {tuple(offsets.shape)}, "
-            f"must be torch.int32 with one element for each of {packed.shape[0]} experts",
-        )
-        torch._check(x.ndim == 2, lambda: f"{name} has shape {tuple(x.shape)}, must have two dimensions with offsets")
-    for label, t in (("packed", packed), ("scale", scale), ("zero_point", zero_point), ("offsets", offsets)):
-        torch._check(
-            t is None or t.device == x.device,
-            lambda label=label, t=t: f"{label} is on {t.device}, must be on {x.device} like {name}",
-        )
-    torch._check(len(grid) == 10, lambda: f"grid has {len(grid)} constants, must be Grid.constants")
-
-
-def _fake_forward(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Any, bias: Tensor | None, offsets: Any,
-    grid: list[float], code_min: int, bits: int, act_bits: int | None,
-) -> Tensor:  # fmt: skip
-    torch._check(x.ndim >= 1, lambda: "x has no dimension, must have at least one")
-    cols = x.shape[-1]
-    _check("x", x, cols, packed, scale, zero_point, offsets, grid, code_min, bits, cols)
-    torch._check(act_bits is None or 2 <= act_bits <= 8, lambda: f"act_bits is {act_bits}, must be None or 2 to 8")
-    rows = packed.shape[-2]
-    torch._check(bias is None or offsets is None, lambda: "bias must be None with offsets")
-    torch._check(
-        bias is None or (bias.shape == (rows,) and bias.dtype in FLOATS and bias.device == x.device),
-        lambda: f"bias is {bias.dtype} of shape {tuple(bias.shape)} on {bias.device}, "  # type: ignore[union-attr]
-        f"must be floating point of shape {(rows,)} on {x.device}",
-    )
-    return x.new_empty((*x.shape[:-1], rows))
-
-
-def _fake_transposed(
-    g: Tensor, packed: Tensor, scale: Tensor, zero_point: Any, offsets: Any,
-    grid: list[float], code_min: int, bits: int, cols: int,
-) -> Tensor:  # fmt: skip
-    _check("g", g, packed.shape[-2], packed, scale, zero_point, offsets, grid, code_min, bits, cols)
-    return g.new_empty((*g.shape[:-1], cols))
-
-
+#: Scales, zero points and grid of a packed weight of K columns.
+_WEIGHT = """
+    scale: float32|bfloat16|float16 [E if offsets, N, G]
+    require G > 0 and K % G == 0; scale has {G} columns, must divide the {K} of the weight
+    zero_point: float32 [E if offsets, N, G]
+    offsets: int32 [E]
+    require offsets is None or len(T) == 1; x or g has {len(T) + 1} dimensions, must have 2 with offsets
+    require len(grid) == 10; grid has {len(grid)} constants, must be Grid.constants
+"""
 FORWARD = define(
     "lowbit_linear",
     "Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor? offsets, float[] grid, "
     "int code_min, int bits, int? act_bits",
-    ("out",), reference=_forward, fake=_fake_forward,
+    f"""
+    {CODES}
+    require act_bits is None or 2 <= act_bits <= 8; act_bits is {{act_bits}}, must be None or 2 to 8
+    require bias is None or offsets is None; bias is given, must be None with offsets
+    x: float [*T, K]
+    packed: uint8 [E if offsets, N, row_bytes(K, bits)]
+    {_WEIGHT}
+    bias: float [N]
+    -> out: like(x) [*T, N]
+    """,
+    reference=_forward,
 )  # fmt: skip
 TRANSPOSED = define(
     "lowbit_linear_transposed",
     "Tensor g, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? offsets, float[] grid, int code_min, int bits, "
     "int cols",
-    ("out",), reference=_transposed, fake=_fake_transposed,
+    f"""
+    {CODES}
+    require cols >= 0; cols is {{cols}}, must be at least 0
+    let K = cols
+    packed: uint8 [E if offsets, N, row_bytes(K, bits)]
+    g: float [*T, N]
+    {_WEIGHT}
+    -> out: like(g) [*T, K]
+    """,
+    reference=_transposed,
 )  # fmt: skip
 
 

@@ -103,15 +103,15 @@ def _reference(seed: Tensor, numel: int, stream: int) -> Tensor:
     return torch.stack(pairs, dim=-1).reshape(-1)[:numel]
 
 
-def _fake(seed: Tensor, numel: int, stream: int) -> Tensor:
-    torch._check(
-        seed.dtype == torch.int64 and seed.numel() == 1, lambda: "seed must be an int64 tensor with one element"
-    )
-    torch._check(numel >= 0, lambda: f"numel is {numel}, must not be negative")
-    return seed.new_empty((numel,), dtype=torch.float32)
-
-
-NORMAL = define("normal", "Tensor seed, int numel, int stream", ("out",), reference=_reference, fake=_fake)
+NORMAL = define(
+    "normal", "Tensor seed, int numel, int stream",
+    """
+    seed: int64 one
+    require numel >= 0; numel is {numel}, must not be negative
+    -> out: float32 [numel]
+    """,
+    reference=_reference,
+)  # fmt: skip
 
 
 def normal(seed: Tensor, numel: int, stream: int = WEIGHT_STREAM) -> Tensor:

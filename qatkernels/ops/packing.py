@@ -21,16 +21,12 @@ from torch._subclasses.fake_tensor import is_fake
 from ..arguments import check_dtype, check_integers, check_optional_tensors, check_tensors
 from ..grids import MIN_SCALE, Grid, check_grid
 from ._op import define
+from .contract import row_bytes
 from .fake_quantize import check_layout
 from .quantize import dequantize, quantize
 
 BITS = range(1, 9)
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def row_bytes(cols: int, bits: int) -> int:
-    """Return how many bytes a row of codes takes."""
-    return (cols * bits + 7) // 8
 
 
 def code_dtype(code_min: int, bits: int) -> torch.dtype:
@@ -61,44 +57,36 @@ def _unpack(packed: Tensor, code_min: int, bits: int, cols: int) -> Tensor:
     return eights.flatten(-2)[..., :cols].contiguous()
 
 
-def check_bits(code_min: int, bits: int) -> None:
-    """The contract of a packed code, for real and fake tensors alike."""
-    torch._check(bits in BITS, lambda: f"bits is {bits}, must be 1 to 8")
-    torch._check(
-        code_min == 0 or -128 <= code_min <= min(0, 128 - (1 << bits)),
-        lambda: f"code_min is {code_min}, must be 0, or at least -128 with {bits} bits that end at 127 at most",
-    )
-
-
 def readable(t: Tensor) -> bool:
     """Whether a tensor has values that can be looked at: not on the meta device, and while nothing is traced."""
     return not (t.is_meta or torch.compiler.is_compiling() or is_fake(t))
 
 
-def _fake_pack(codes: Tensor, code_min: int, bits: int) -> Tensor:
-    check_bits(code_min, bits)
-    torch._check(
-        codes.dtype in (torch.int8, torch.uint8), lambda: f"codes is {codes.dtype}, must be torch.int8 or torch.uint8"
-    )
-    torch._check(codes.ndim > 0, lambda: "codes has no dimension, must have at least one")
-    return codes.new_empty((*codes.shape[:-1], row_bytes(codes.shape[-1], bits)), dtype=torch.uint8)
-
-
-def _fake_unpack(packed: Tensor, code_min: int, bits: int, cols: int) -> Tensor:
-    check_bits(code_min, bits)
-    torch._check(packed.dtype == torch.uint8, lambda: f"packed is {packed.dtype}, must be torch.uint8")
-    torch._check(cols >= 0, lambda: f"cols is {cols}, must be at least 0")
-    torch._check(
-        packed.ndim > 0 and packed.shape[-1] == row_bytes(cols, bits),
-        lambda: f"packed has shape {tuple(packed.shape)}, must end in {row_bytes(cols, bits)} for {cols} columns",
-    )
-    return packed.new_empty((*packed.shape[:-1], cols), dtype=code_dtype(code_min, bits))
-
-
-PACK = define("pack", "Tensor codes, int code_min, int bits", ("out",), reference=_pack, fake=_fake_pack)
+#: The contract of a packed code.
+CODES = """
+    require 1 <= bits <= 8; bits is {bits}, must be 1 to 8
+    require code_min == 0 or -128 <= code_min <= min(0, 128 - 2 ** bits); code_min is {code_min}, must be 0, or at \
+least -128 with {bits} bits that end at 127 at most
+"""
+PACK = define(
+    "pack", "Tensor codes, int code_min, int bits",
+    f"""
+    {CODES}
+    codes: int8|uint8 [*T, K]
+    -> out: uint8 [*T, row_bytes(K, bits)]
+    """,
+    reference=_pack,
+)  # fmt: skip
 UNPACK = define(
-    "unpack", "Tensor packed, int code_min, int bits, int cols", ("out",), reference=_unpack, fake=_fake_unpack
-)
+    "unpack", "Tensor packed, int code_min, int bits, int cols",
+    f"""
+    {CODES}
+    require cols >= 0; cols is {{cols}}, must be at least 0
+    packed: uint8 [*T, row_bytes(cols, bits)]
+    -> out: code(code_min + 2 ** bits - 1) [*T, cols]
+    """,
+    reference=_unpack,
+)  # fmt: skip
 
 
 def pack(codes: Tensor, grid: Grid) -> Tensor:

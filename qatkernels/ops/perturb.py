@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..arguments import check_optional_reals, check_optional_tensors, check_reals, check_tensors
 from ._op import define
-from .fake_quantize import FLOATS
 
 
 def _wide(t: Tensor) -> torch.dtype:
@@ -49,48 +48,39 @@ def _norms(g: Tensor, w: Tensor | None, eta: float) -> Tensor:
     return torch.stack([(once * size).square().sum(), (once * size * size).square().sum()])
 
 
-def _check(w: Tensor, g: Tensor, eta: float | None, mixed: bool) -> None:
-    torch._check(g.dtype in FLOATS, lambda: f"g is {g.dtype}, must be one of {FLOATS}")
-    narrow = (torch.bfloat16, torch.float16) if mixed and g.dtype == torch.float32 else ()
-    torch._check(
-        w.shape == g.shape and w.device == g.device and w.dtype in (g.dtype, *narrow),
-        lambda: f"w is {w.dtype} of shape {tuple(w.shape)} on {w.device}, must be like g, {g.dtype} of shape "
-        f"{tuple(g.shape)} on {g.device}" + (" (or a 16-bit float for a float32 g)" if mixed else ""),
-    )
-    torch._check(
-        w.is_contiguous() and g.is_contiguous(),
-        lambda: f"w has strides {w.stride()} and g {g.stride()}, must be contiguous",
-    )
-    torch._check(eta is None or 0 <= eta < float("inf"), lambda: f"eta is {eta}, must be finite and >= 0")
-
-
-def _fake_add(w: Tensor, g: Tensor, factor: Tensor, eta: float | None) -> None:
-    _check(w, g, eta, mixed=True)
-    _check_factor(g, factor)
-
-
-def _fake_swap(w: Tensor, g: Tensor, factor: Tensor, eta: float | None) -> None:
-    _check(w, g, eta, mixed=False)
-    _check_factor(g, factor)
-
-
-def _check_factor(g: Tensor, factor: Tensor) -> None:
-    torch._check(
-        factor.dtype == torch.float32 and factor.numel() == 1 and factor.device == g.device,
-        lambda: f"factor is {factor.dtype} of shape {tuple(factor.shape)} on {factor.device}, "
-        f"must be one float32 on {g.device}",
-    )
-
-
-def _fake_norms(g: Tensor, w: Tensor | None, eta: float) -> Tensor:
-    _check(g if w is None else w, g, eta, mixed=True)
-    return g.new_empty(2, dtype=torch.float64)
-
-
 _CALL = "Tensor factor, float? eta"
-PERTURB = define("perturb_", f"Tensor(a!) w, Tensor g, {_CALL}", (), reference=_add, fake=_fake_add)
-SWAP = define("perturb_swap_", f"Tensor(a!) w, Tensor(b!) g, {_CALL}", (), reference=_swap, fake=_fake_swap)
-NORMS = define("perturbation_norms", "Tensor g, Tensor? w, float eta", ("out",), reference=_norms, fake=_fake_norms)
+_POINT = """
+    require eta is None or 0 <= eta < inf; eta is {eta}, must be finite and >= 0
+    factor: float32 one
+"""
+PERTURB = define(
+    "perturb_", f"Tensor(a!) w, Tensor g, {_CALL}",
+    f"""
+    g: float [*S]
+    w: narrow(g) [*S]
+    {_POINT}
+    """,
+    reference=_add,
+)  # fmt: skip
+SWAP = define(
+    "perturb_swap_", f"Tensor(a!) w, Tensor(b!) g, {_CALL}",
+    f"""
+    g: float [*S]
+    w: like(g) [*S]
+    {_POINT}
+    """,
+    reference=_swap,
+)  # fmt: skip
+NORMS = define(
+    "perturbation_norms", "Tensor g, Tensor? w, float eta",
+    """
+    g: float [*S]
+    w: narrow(g) [*S]
+    require 0 <= eta < inf; eta is {eta}, must be finite and >= 0
+    -> out: float64 [2]
+    """,
+    reference=_norms,
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -99,7 +89,7 @@ def perturb_(w: Tensor, g: Tensor, factor: Tensor, eta: float | None = None) -> 
 
     Args:
         w: contiguous tensor of ``g``'s dtype, or a 16-bit one for a float32 ``g``.
-        g: the gradient, contiguous, of the shape of ``w``.
+        g: the gradient, of the shape of ``w``.
         factor: one float32 on the same device.
         eta: ASAM's, None for SAM.
 
@@ -149,8 +139,8 @@ def perturbation_norms(g: Tensor, w: Tensor | None = None, eta: float = 0.0) -> 
     norm of the perturbation.
 
     Args:
-        g: the gradient, contiguous.
-        w: what is perturbed, contiguous and like ``g`` (16-bit for a float32 ``g`` is allowed), or None.
+        g: the gradient.
+        w: what is perturbed, like ``g`` (16-bit for a float32 ``g`` is allowed), or None.
         eta: ASAM's.
 
     Returns:
@@ -163,6 +153,5 @@ def perturbation_norms(g: Tensor, w: Tensor | None = None, eta: float = 0.0) -> 
     check_tensors(g=g)
     check_optional_tensors(w=w)
     check_reals(eta=eta)
-    _check(g if w is None else w, g, eta, mixed=True)
     out: Tensor = torch.ops.qatkernels.perturbation_norms(g, w, eta)
     return out

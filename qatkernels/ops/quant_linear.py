@@ -17,7 +17,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from ._op import Composite, Function, define
-from .fake_quantize import DUAL, FakeQuantizeDual
+from .fake_quantize import DUAL, TANGENTS, WEIGHT, FakeQuantizeDual
 
 
 def _formula(quantize_dual: Any, x: Tensor, tangent_x: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
@@ -33,29 +33,21 @@ def _reference(*args: Any) -> tuple[Tensor, Tensor]:
     return _formula(DUAL.reference, *args)
 
 
-def _fake(x: Tensor, tangent_x: Any, *args: Any) -> tuple[Tensor, Tensor]:
-    *call, transposed = args
-    w = call[3]
-    torch._check(
-        w.ndim == 2 and x.ndim == 2 and x.shape[1] == w.shape[0 if transposed else 1] and x.device == w.device,
-        lambda: f"x has shape {tuple(x.shape)} on {x.device}, must be [tokens, {w.shape[0 if transposed else -1]}] "
-        f"for w of shape {tuple(w.shape)} on {w.device}" + (" and transposed" if transposed else ""),
-    )
-    torch._check(
-        tangent_x is None or (tangent_x.shape == x.shape and tangent_x.dtype == x.dtype),
-        lambda: "tangent_x must have the shape and dtype of x",
-    )
-    DUAL.fake(*call, x.dtype)
-    y = x.new_empty(x.shape[0], w.shape[1 if transposed else 0])
-    return y, torch.empty_like(y)
-
-
 QUANT_LINEAR_DUAL = define(
     "quant_linear_dual",
     "Tensor x, Tensor? tangent_x, Tensor? tangent_w, Tensor? tangent_scale, Tensor? tangent_zero_point, "
     "Tensor w, Tensor scale, Tensor? zero_point, Tensor? seed, float[] grid, float noise_std, float scale_noise_std, "
     "float grad_scale, bool transposed",
-    ("out", "tangent"), reference=_reference, fake=_fake,
+    f"""
+    {WEIGHT}
+    {TANGENTS}
+    w: float [N, K]
+    x: narrow(w) [T, N if transposed else K]
+    tangent_x: like(x) [T, N if transposed else K]
+    -> out: like(x) [T, K if transposed else N]
+    -> tangent: like(x) [T, K if transposed else N]
+    """,
+    reference=_reference,
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..arguments import check_dtype, check_tensors
 from ..grids import MIN_SCALE, Grid, GridConstants
 from ._op import define
-from .fake_quantize import FLOATS, Rows, check_call, check_layout
+from .fake_quantize import SCALES, Rows, check_layout
 
 
 def _code_dtype(code_max: int) -> torch.dtype:
@@ -26,17 +26,6 @@ def _quantize(
     return codes.to(_code_dtype(code_max)).view(w.shape)
 
 
-def _fake_quantize(
-    w: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], code_min: int, code_max: int
-) -> Tensor:
-    check_call(w, scale, zero_point, None, grid)
-    torch._check(
-        (-128 <= code_min <= code_max <= 127) or (0 <= code_min <= code_max <= 255),
-        lambda: f"code_min is {code_min} and code_max is {code_max}, must fit int8 or uint8",
-    )
-    return w.new_empty(w.shape, dtype=_code_dtype(code_max))
-
-
 def _dequantize(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], dtype: torch.dtype
 ) -> Tensor:
@@ -48,32 +37,29 @@ def _dequantize(
     return ((rows + offset) * (s / constants.steps)).to(dtype).view(codes.shape)
 
 
-def _fake_dequantize(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], dtype: torch.dtype
-) -> Tensor:
-    torch._check(
-        codes.dtype in (torch.int8, torch.uint8), lambda: f"codes is {codes.dtype}, must be torch.int8 or torch.uint8"
-    )
-    torch._check(dtype in FLOATS, lambda: f"dtype is {dtype}, must be one of {FLOATS}")
-    out = codes.new_empty(codes.shape, dtype=dtype)
-    check_call(out, scale, zero_point, None, grid)
-    return out
-
-
 QUANTIZE = define(
-    "quantize",
-    "Tensor w, Tensor scale, Tensor? zero_point, float[] grid, int code_min, int code_max",
-    ("out",),
+    "quantize", "Tensor w, Tensor scale, Tensor? zero_point, float[] grid, int code_min, int code_max",
+    f"""
+    w: float [*S]
+    scale: scale(w) [*R]
+    {SCALES}
+    require -128 <= code_min <= code_max <= 127 or 0 <= code_min <= code_max <= 255; code_min is {{code_min}} and \
+code_max is {{code_max}}, must fit int8 or uint8
+    -> out: code(code_max) [*S]
+    """,
     reference=_quantize,
-    fake=_fake_quantize,
-)
+)  # fmt: skip
 DEQUANTIZE = define(
-    "dequantize",
-    "Tensor codes, Tensor scale, Tensor? zero_point, float[] grid, ScalarType dtype",
-    ("out",),
+    "dequantize", "Tensor codes, Tensor scale, Tensor? zero_point, float[] grid, ScalarType dtype",
+    f"""
+    codes: int8|uint8 [*S]
+    dtype: float
+    scale: scale(dtype) [*R]
+    {SCALES}
+    -> out: default(dtype, codes) [*S]
+    """,
     reference=_dequantize,
-    fake=_fake_dequantize,
-)
+)  # fmt: skip
 
 
 def _dequantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

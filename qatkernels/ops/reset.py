@@ -17,7 +17,7 @@ from torch import Tensor
 from ..arguments import check_reals
 from ..grids import Grid
 from ._op import define
-from .fake_quantize import Rows, check_call, check_layout
+from .fake_quantize import SCALES, Rows, check_layout
 
 
 def _reference(w: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], quantized_weight: float) -> None:
@@ -29,15 +29,15 @@ def _reference(w: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[f
     w.copy_(torch.where(same, moved, rows.w.to(w.dtype)).view(w.shape))
 
 
-def _fake(w: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], quantized_weight: float) -> None:
-    check_call(w, scale, zero_point, None, grid)
-    torch._check(w.is_contiguous(), lambda: f"w has strides {w.stride()}, must be contiguous to change in place")
-    torch._check(0 <= quantized_weight <= 1, lambda: f"quantized_weight is {quantized_weight}, must be in [0, 1]")
-
-
 RESET = define(
-    "reset_", "Tensor(a!) w, Tensor scale, Tensor? zero_point, float[] grid, float quantized_weight", (),
-    reference=_reference, fake=_fake,
+    "reset_", "Tensor(a!) w, Tensor scale, Tensor? zero_point, float[] grid, float quantized_weight",
+    f"""
+    w: float [*S]
+    scale: scale(w) [*R]
+    {SCALES}
+    require 0 <= quantized_weight <= 1; quantized_weight is {{quantized_weight}}, must be in [0, 1]
+    """,
+    reference=_reference,
 )  # fmt: skip
 
 

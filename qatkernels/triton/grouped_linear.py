@@ -154,19 +154,19 @@ def _rows(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor, output: int, depth
     )  # fmt: skip
 
 
-@launches("grouped_linear", any_strides=("x", "w"))
+@launches("grouped_linear")
 def grouped_linear_out(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor) -> None:
     """Write y. Arguments as the op's."""
     _rows(x, w, offsets, out, 1, 2)
 
 
-@launches("grouped_linear_transposed", any_strides=("g", "w"))
+@launches("grouped_linear_transposed")
 def grouped_linear_transposed_out(g: Tensor, w: Tensor, offsets: Tensor, out: Tensor) -> None:
     """Write x. Arguments as the op's."""
     _rows(g, w, offsets, out, 2, 1)
 
 
-@launches("grouped_outer", any_strides=("g", "x"))
+@launches("grouped_outer")
 def grouped_outer_out(g: Tensor, x: Tensor, offsets: Tensor, out: Tensor) -> None:
     """Write w. Arguments as the op's."""
     experts, rows, columns = out.shape

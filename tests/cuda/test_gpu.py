@@ -8,7 +8,7 @@ import torch
 import qatkernels as qk
 from qatkernels.backends import IMPLS, MISSING
 from qatkernels.ops._op import OPS, as_tuple
-from qatkernels.ops.fake_quantize import FLOATS
+from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.samples import make, weights
 from tests.compare import assert_same_bits, assert_within, check_sample, run_out, scale_gradients
 from tests.implementations import GPU, GPU_BACKENDS

@@ -6,7 +6,7 @@ import torch
 import qatkernels as qk
 from qatkernels.backends import CONDITIONS, IMPLS, MISSING, Stage
 from qatkernels.ops._op import OPS
-from qatkernels.ops.fake_quantize import FLOATS
+from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.samples import weights
 from tests.choices import choice
 from tests.compare import assert_same_bits, assert_within, run_out

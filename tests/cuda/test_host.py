@@ -8,7 +8,7 @@ import torch
 
 import qatkernels as qk
 from qatkernels.ops._op import OPS, as_tuple
-from qatkernels.ops.fake_quantize import FLOATS
+from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.samples import GRIDS, SEVENTH, make, samples, weights
 from tests.compare import assert_same_bits, check_sample, run_out
 

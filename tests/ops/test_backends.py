@@ -12,8 +12,8 @@ import torch
 import qatkernels as qk
 from qatkernels.backends import IMPLS, extension
 from qatkernels.ops import noise
-from qatkernels.ops._op import OPS, as_tuple, checked
-from qatkernels.ops.fake_quantize import FLOATS
+from qatkernels.ops._op import OPS, as_tuple
+from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.samples import GRIDS, SEVENTH, basis_calls, logits_calls, make, perturbations, weights
 from tests.compare import assert_same_bits, check_first_output, check_sample, run_in_place, run_out, special_calls
 from tests.implementations import implementations, moved, samples_on
@@ -211,5 +211,5 @@ def test_an_isa_that_is_not_there_is_an_error():
 @pytest.mark.parametrize("op", FAMILY)
 def test_the_reference_returns_no_views(op):
     """SQuAT changes a quantized weight in place, which autograd refuses of a view."""
-    outputs = checked(OPS[op], OPS[op].reference)(*make(qk.grids.seq(2), (6, 8), torch.float32, "row").args(op))
+    outputs = OPS[op].run_reference(*make(qk.grids.seq(2), (6, 8), torch.float32, "row").args(op))
     assert not any(t._is_view() for t in as_tuple(outputs))

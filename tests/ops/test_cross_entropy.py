@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qatkernels.backends import IMPLS
 from qatkernels.ops import cross_entropy, linear_cross_entropy
-from qatkernels.ops.cross_entropy import FLOATS
+from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.linear_cross_entropy import default_chunk
 from qatkernels.ops.samples import logits_calls
 from tests.compare import assert_same_bits, check_rows, run_out, torch_compile_blamed

@@ -10,6 +10,7 @@ import torch
 from qatkernels import backends
 from qatkernels.backends import Rule, Stage, order
 from qatkernels.ops._op import OPS, Op
+from qatkernels.ops.contract import Contract
 from tests.choices import choice
 
 NAMES = ("reference", "cuda", "triton")
@@ -48,7 +49,8 @@ COMPILED.impl("toy_serves", few, "CPU")
 def toy(monkeypatch):
     """An op on two backends of a GPU, one of which takes at most eight rows."""
     monkeypatch.delenv("QATKERNELS_BACKEND", raising=False)
-    op = Op("toy", "Tensor x, float[] grid", ("out",), answer("reference"), lambda x, grid: x.new_empty(()))
+    contract = Contract("x: float\n-> out: float32 []", {"x": "Tensor", "grid": "float[]"})
+    op = Op("toy", "Tensor x, float[] grid", contract, answer("reference"))
     monkeypatch.setitem(backends.IMPLS, "toy", {name: answer(name) for name in NAMES})
     monkeypatch.setitem(backends.IMPLS, "toy_out", {name: answer(name) for name in NAMES})
     monkeypatch.setitem(backends.CONDITIONS, "toy", {"cuda": few})
@@ -138,7 +140,9 @@ def test_a_choice_ends(toy):
     with pytest.raises(RuntimeError, match="no backend takes this call of qatkernels_choices::"):
         choice(toy, "toy", [Stage("cuda", None, True)])(torch.zeros(9, 1), [])
     with pytest.raises(RuntimeError, match="qatkernels_cpp::absent"):
-        choice(Op("absent", "Tensor x", ("out",), None, None), "absent", [Stage("cuda")])
+        choice(
+            Op("absent", "Tensor x", Contract("-> out: like(x) []", {"x": "Tensor"}), None), "absent", [Stage("cuda")]
+        )
 
 
 @pytest.mark.parametrize("present", [("cuda", "triton"), ("cuda",), ("triton",), ()], ids="+".join)
@@ -199,7 +203,7 @@ for rows in (8, 9):
     try:
         qk.lowbit_linear(torch.ones(rows, 32), dense, torch.ones(3))
     except RuntimeError as error:
-        assert "bias is torch.float32 of shape (3,)" in str(error), error
+        assert "bias has shape (3,), must be (16,)" in str(error), error
     else:
         raise AssertionError("a bias that does not fit was taken")
 x = torch.randn(8, 32, requires_grad=True)

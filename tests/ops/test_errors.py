@@ -43,7 +43,7 @@ def fq(w=W, scale=S, grid=None, **kw):
         (lambda: qk.dequantize(W, S, qk.grids.lsq(4)), RuntimeError, r"codes is"),
         (lambda: qk.fake_quantize_dynamic(W, 1), RuntimeError, r"bits is 1"),
         (lambda: qk.fake_quantize_dynamic(W, 9), RuntimeError, r"bits is 9"),
-        (lambda: qk.fake_quantize_dynamic(torch.tensor(1.0)), RuntimeError, r"x has no dimension"),
+        (lambda: qk.fake_quantize_dynamic(torch.tensor(1.0)), RuntimeError, r"x has shape \(\), must be \(..., K\)"),
         (lambda: qk.fake_quantize_dynamic(W.int()), RuntimeError, r"x is|dtype is"),
     ],
 )

@@ -185,7 +185,7 @@ def test_opcheck(op):
         ]
         opcheck(getattr(torch.ops.qatkernels, op).default, tuple(args))
         plain = sample.args(op)
-        outputs = OPS[op].fake(*plain)
+        outputs = OPS[op].meta(*plain)
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         opcheck(getattr(torch.ops.qatkernels, f"{op}_out").default, (*plain, *outputs))
 

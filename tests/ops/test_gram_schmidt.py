@@ -76,8 +76,8 @@ B, W = torch.randn(3, 8), torch.randn(8)
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ((B, W[:7]), r"basis has shape"),
-        ((B[0], W), r"basis has shape"),
+        ((B, W[:7]), r"w has shape \(7,\), must be \(8,\)"),
+        ((B[0], W), r"basis has shape \(8,\), must be \(M, N\)"),
         ((B.half(), W), r"basis is torch.float16"),
         ((B, W.bfloat16()), r"w is torch.bfloat16"),
         ((B, W, torch.ones(2)), r"h (is|has)"),

@@ -9,7 +9,7 @@ from torch.func import jvp, vmap
 from torch.library import opcheck
 
 from qatkernels.backends import IMPLS
-from qatkernels.ops.fake_quantize import FLOATS
+from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.grouped_linear import GroupedLinear, GroupedLinearTransposed, GroupedOuter, grouped_linear
 from tests.compare import assert_same_bits, check_grouped, run_out
 from tests.compare import grouped_meaning as meaning
@@ -130,12 +130,12 @@ def test_bad_calls():
     good = offsets_of((2, 7))
     for error, message, args in (
         (RuntimeError, "x is torch.int64", (x.long(), w, good)),
-        (RuntimeError, "w is torch.float32, must be torch.float64 like x", (x, w.float(), good)),
+        (RuntimeError, "w is torch.float32, must be torch.float64", (x, w.float(), good)),
         (RuntimeError, r"x has shape \(7,\)", (x[0], w, good)),
         (RuntimeError, r"w has shape \(5, 7\)", (x, w[0], good)),
-        (RuntimeError, "x has 6 columns, must be 7", (x[:, :6], w, good)),
+        (RuntimeError, r"w has shape \(2, 5, 7\), must be \(E, N, 6\)", (x[:, :6], w, good)),
         (RuntimeError, "offsets is torch.int64", (x, w, good.long())),
-        (RuntimeError, "one element for each of 2 experts", (x, w, offsets_of((1, 2, 3)))),
+        (RuntimeError, r"offsets has shape \(3,\), must be \(2,\)", (x, w, offsets_of((1, 2, 3)))),
         (RuntimeError, "w is on meta", (x, w.to("meta"), good)),
         (ValueError, r"offsets is \[3, 2\], must ascend", (x, w, offsets_of((3, 2)))),
         (
@@ -144,7 +144,7 @@ def test_bad_calls():
             (x, w, offsets_of((3, 12))),
         ),
         (ValueError, r"offsets is \[-1, 3\], must ascend", (x, w, offsets_of((-1, 3)))),
-        (RuntimeError, r"offsets is torch.int32 of shape \(1, 2\)", (x, w, good[None])),
+        (RuntimeError, r"offsets has shape \(1, 2\), must be \(2,\)", (x, w, good[None])),
     ):
         for call in (grouped_linear, IMPLS["grouped_linear"].get("cpp")):
             if call is grouped_linear or (call is not None and "meta" not in message):  # torch's own error
@@ -152,9 +152,9 @@ def test_bad_calls():
                     call(*args)
     g, outer = operands("grouped_outer", 2)
     for op, message, args in (
-        ("grouped_linear_transposed", "g has 4 columns, must be 5 like w's rows", (g[:, :4], w, good)),
-        ("grouped_outer", "g has 9 rows, must be 11 like x", (g[:9], outer, good)),
-        ("grouped_outer", "x is torch.float32, must be torch.float64 like g", (g, outer.float(), good)),
+        ("grouped_linear_transposed", r"w has shape \(2, 5, 7\), must be \(E, 4, K\)", (g[:, :4], w, good)),
+        ("grouped_outer", r"x has shape \(11, 7\), must be \(9, K\)", (g[:9], outer, good)),
+        ("grouped_outer", "x is torch.float32, must be torch.float64", (g, outer.float(), good)),
         ("grouped_outer", "offsets is torch.float32", (g, outer, good.float())),
     ):
         for call in (getattr(torch.ops.qatkernels, op), IMPLS[op].get("cpp")):
@@ -162,6 +162,10 @@ def test_bad_calls():
                 with pytest.raises(RuntimeError, match=message):
                     call(*args)
     if "cpp" in IMPLS["grouped_linear"]:
-        for out in (torch.empty(11, 6).double(), torch.empty(11, 5), torch.empty(5, 11).double().T):
-            with pytest.raises(ValueError, match=r"out is .* must be contiguous torch.float64 of shape \(11, 5\)"):
+        for message, out in (
+            (r"out is .*, must be torch.float64 of shape \(11, 5\)", torch.empty(11, 6).double()),
+            (r"out is .*, must be torch.float64 of shape \(11, 5\)", torch.empty(11, 5)),
+            ("out has strides .1, 11., must be contiguous", torch.empty(5, 11).double().T),
+        ):
+            with pytest.raises(ValueError, match=message):
                 IMPLS["grouped_linear_out"]["cpp"](x, w, good, out)

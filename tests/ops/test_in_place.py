@@ -10,7 +10,7 @@ import qatkernels as qk
 from qatkernels.backends import IMPLS
 from qatkernels.ops import perturb_, perturb_swap_, perturbation_norms, reset_
 from qatkernels.ops._op import define
-from qatkernels.ops.fake_quantize import FLOATS
+from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.samples import GRIDS, make, perturbations, weights
 from tests.compare import assert_same_bits, assert_within, check_in_place, check_norms, run_out, special_calls
 from tests.implementations import implementations, moved, samples_on
@@ -212,12 +212,12 @@ class TestPerturb:
     def test_errors(self):
         w, g, factor = torch.randn(4, 4), torch.randn(4, 4), torch.tensor(1.0)
         for bad, words in (
-            ((w, g[:2], factor), "w is.*must be like g"),
+            ((w, g[:2], factor), "w has shape .*must be"),
             ((w.double(), g, factor), "w is torch.float64"),
             ((w.t(), g, factor), "strides"),
             ((w, g.int(), factor), "g is torch.int32"),
             ((w, g, factor.double()), "factor is torch.float64"),
-            ((w, g, torch.ones(2)), "factor is"),
+            ((w, g, torch.ones(2)), "factor has shape .2,., must have one element"),
             ((w, g, factor, -1.0), "eta is -1"),
         ):
             for function in (perturb_, perturb_swap_):
@@ -225,7 +225,7 @@ class TestPerturb:
                     function(*bad)
         with pytest.raises(RuntimeError, match=r"w is torch\.bfloat16"):
             perturb_swap_(w.bfloat16(), g, factor)
-        with pytest.raises(RuntimeError, match="like g"):
+        with pytest.raises(RuntimeError, match=r"w has shape \(2, 4\), must be \(4, 4\)"):
             perturbation_norms(g, w[:2])
 
 
@@ -237,6 +237,6 @@ def test_the_bound_of_the_norms_is_tight_enough_to_notice_one_element():
 
 
 def test_names_of_ops_in_place():
-    for name, outputs in (("makes_", ("out",)), ("changes", ())):
+    for name, contract in (("makes_", "-> out: like(x) []"), ("changes", "x: float [K]")):
         with pytest.raises(ValueError, match=name):
-            define(name, "Tensor x", outputs, reference=lambda x: x, fake=lambda x: x)
+            define(name, "Tensor x", contract, reference=lambda x: x)

@@ -10,7 +10,7 @@ from torch.func import jvp
 import qatkernels as qk
 from qatkernels.backends import IMPLS
 from qatkernels.ops._op import OPS
-from qatkernels.ops.fake_quantize import FLOATS
+from qatkernels.ops.contract import FLOATS
 from tests.compare import assert_same_bits, assert_within, run_out
 from tests.isas import FLOAT_ISAS
 from tests.lowbit import (
@@ -316,18 +316,18 @@ def _bad_calls():
     linear, grouped = qk.lowbit_linear, qk.grouped_lowbit_linear
     return {
         "x is torch.int64": lambda: linear(x.long(), w),
-        "x has no dimension": lambda: linear(torch.tensor(1.0), w),
+        "x has shape .., must be .\\.\\.\\., K.": lambda: linear(torch.tensor(1.0), w),
         "x has shape .3, 9., its last dimension must be 16 like the weight's": lambda: linear(x[:, :9], w),
         "x has shape .3, 15., its last dimension must be 16": lambda: grouped(x[:, :15], stack, ends),
         "act_bits is 9": lambda: linear(x, w, act_bits=9),
         "act_bits is 1": lambda: linear(x, w, act_bits=1),
-        "bias is torch.float32 of shape .5,": lambda: linear(x, w, torch.zeros(5)),
+        "bias has shape .5,., must be .6,.": lambda: linear(x, w, torch.zeros(5)),
         "bias is torch.int64": lambda: linear(x, w, torch.zeros(6, dtype=torch.int64)),
-        "must be torch.uint8 with 2 dimensions": lambda: linear(x, stack),
-        "must be torch.uint8 with 3 dimensions": lambda: grouped(x, w, ends),
+        "packed has shape .2, 6, 8., must be .N, 8.": lambda: linear(x, stack),
+        "packed has shape .6, 8., must be .E, N, 8.": lambda: grouped(x, w, ends),
         "offsets is torch.int64": lambda: grouped(x, stack, ends.long()),
-        "one element for each of 2 experts": lambda: grouped(x, stack, ends[:1]),
-        "x has shape .1, 3, 16., must have two dimensions": lambda: grouped(x[None], stack, ends),
+        "offsets has shape .1,., must be .2,.": lambda: grouped(x, stack, ends[:1]),
+        "x or g has 3 dimensions, must have 2 with offsets": lambda: grouped(x[None], stack, ends),
         "packed is on meta, must be on cpu": lambda: linear(x, w.to("meta")),
         "offsets is .2, 1., must ascend": lambda: grouped(x, stack, torch.tensor([2, 1], dtype=torch.int32)),
         "offsets is .-1, 3., must ascend": lambda: grouped(x, stack, torch.tensor([-1, 3], dtype=torch.int32)),
@@ -384,8 +384,8 @@ def test_bad_operands(op):
         (1, args[1].to(torch.int8), "packed is torch.int8"),
         (2, args[2].double(), "scale is torch.float64"),
         (2, args[2][:5], "scale has shape"),
-        (3, args[3][:, :1], "zero_point must be torch.float32 of shape"),
-        (3, args[3].double(), "zero_point must be torch.float32 of shape"),
+        (3, args[3][:, :1], "zero_point has shape .6, 1., must be .6, 2."),
+        (3, args[3].double(), "zero_point is torch.float64, must be torch.float32"),
         (-4, args[-4][:9], "grid has 9 constants"),
         (-3, 5, "code_min is 5"),
         (-2, 9, "bits is 9"),

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 import qatkernels as qk
 from qatkernels.ops._op import OPS
-from qatkernels.ops.fake_quantize import FLOATS
+from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.lowbit_linear import LowbitLinear
 from tests.compare import assert_same_bits, assert_within, torch_compile_blamed
 from tests.lowbit import Case, activations, expected_linear, expected_transposed, scaled_weight
@@ -171,4 +171,4 @@ def test_opcheck(grouped):
         args, *_ = Case("", weight, torch.randn(4, 16), bias, offsets, act_bits).call(op)
         graded = [a.clone().requires_grad_() if a is args[0] or (a is bias and a is not None) else a for a in args]
         opcheck(getattr(torch.ops.qatkernels, op).default, tuple(graded))
-        opcheck(getattr(torch.ops.qatkernels, f"{op}_out").default, (*args, OPS[op].fake(*args)))
+        opcheck(getattr(torch.ops.qatkernels, f"{op}_out").default, (*args, OPS[op].meta(*args)))

@@ -13,7 +13,7 @@ from torch.library import opcheck
 import qatkernels as qk
 from qatkernels.grids import MIN_SCALE
 from qatkernels.ops._op import OPS
-from qatkernels.ops.fake_quantize import FLOATS
+from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.packing import SCALES, code_dtype, row_bytes, store_scale
 from tests.compare import assert_same_bits, run_out
 from tests.implementations import implementations
@@ -126,13 +126,13 @@ def test_bad_codes_and_bytes():
         (torch.tensor([[4]], dtype=torch.int8), ValueError, "codes are 4 to 4, must be -4 to 3"),
         (torch.tensor([[-5, 0]], dtype=torch.int8), ValueError, "codes are -5 to 0"),
         (torch.tensor([[0]]), RuntimeError, "codes is torch.int64"),
-        (torch.tensor(0, dtype=torch.int8), RuntimeError, "codes has no dimension"),
+        (torch.tensor(0, dtype=torch.int8), RuntimeError, r"codes has shape \(\), must be \(..., K\)"),
     ):
         with pytest.raises(error, match=message):
             qk.pack(codes, grid)
     for packed, cols, message in (
         (torch.zeros(2, 3, dtype=torch.int8), 8, "packed is torch.int8"),
-        (torch.zeros(2, 3, dtype=torch.uint8), 9, r"packed has shape \(2, 3\), must end in 4 for 9 columns"),
+        (torch.zeros(2, 3, dtype=torch.uint8), 9, r"packed has shape \(2, 3\), must be \(..., 4\)"),
         (torch.tensor(0, dtype=torch.uint8), 1, "packed has shape"),
         (torch.zeros(2, 0, dtype=torch.uint8), -1, "cols is -1"),
     ):

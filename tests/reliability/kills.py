@@ -1,9 +1,9 @@
 """kill -9 at random moments, then the same command again: what it ends with is what an undisturbed one ends with.
 
 One process imports everything and forks every other from itself, so that a case takes as long as its training does.
-It starts no thread: a fork would leave its locks behind. Each case is a folder of its own, killed one to three times, in
-three ways by turns: at a moment drawn from the time that an undisturbed run takes; while an unfinished file is there; or,
-by the process itself, at a call drawn from those that write, rename, flush and delete.
+It starts no thread: a fork would leave its locks behind. Each case is a folder of its own, killed one to three times,
+in three ways by turns: at a moment drawn from the time that an undisturbed run takes; while an unfinished file is
+there; or, by the process itself, at a call drawn from those that write, rename, flush and delete.
 """
 
 from __future__ import annotations
@@ -260,9 +260,7 @@ def whole(command: Command, folder: Path, patience: float) -> dict[str, Any]:
     return command.outcome(folder)
 
 
-def kill(
-    command: Command, folder: Path, way: str, draw: random.Random, seconds: float, counts: dict[str, int]
-) -> None:
+def kill(command: Command, folder: Path, way: str, draw: random.Random, seconds: float, counts: dict[str, int]) -> None:
     """Start a command and kill it in one of `_WAYS`; one that is over before is not counted."""
     if way == "call":
         call = draw.choice(_CALLS)

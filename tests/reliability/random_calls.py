@@ -23,7 +23,7 @@ from qatkernels.backends import IMPLS, extension
 from qatkernels.grids import Grid
 from qatkernels.ops import noise
 from qatkernels.ops._op import OPS, as_tuple
-from qatkernels.ops.fake_quantize import FLOATS
+from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.packing import SCALES
 from qatkernels.ops.samples import Sample
 from tests.compare import (  # fmt: skip

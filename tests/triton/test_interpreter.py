@@ -12,7 +12,7 @@ import torch
 import qatkernels as qk
 from qatkernels.backends import IMPLS
 from qatkernels.ops._op import OPS, as_tuple
-from qatkernels.ops.fake_quantize import FLOATS
+from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.samples import (
     GRIDS,
     basis_calls,
@@ -124,7 +124,7 @@ def test_outputs_that_do_not_fit(op):
     check_strided_outputs(op, "triton")
     args = complete_calls(op)[0]
     for i in range(len(OPS[op].outputs)):
-        outputs = list(as_tuple(OPS[op].fake(*args)))
+        outputs = list(as_tuple(OPS[op].meta(*args)))
         for wrong in (outputs[i].new_zeros((*outputs[i].shape, 2)), outputs[i].to(torch.complex64)):
             with pytest.raises(ValueError, match=f"{OPS[op].outputs[i]} is .*must be"):
                 triton_out(op)(*args, *outputs[:i], wrong, *outputs[i + 1 :])

@@ -1,0 +1,47 @@
+// Kernels register themselves here, and here they become implementations of ops.
+//
+// A kernel is a function of the arguments of an op, then of its outputs, which it writes. It is called with arguments
+// that fit the op's contract and are contiguous (but for those that the contract calls strided), and with outputs that
+// fit. So it checks nothing of that again.
+#pragma once
+
+#include <torch/library.h>
+
+#include <string>
+
+namespace qk {
+
+// Adds a kernel to the table when the library is loaded.
+struct KernelEntry {
+  KernelEntry(const char* op, c10::DispatchKey key, c10::KernelFunction kernel);
+};
+
+#define QK_KERNEL_ENTRY(op, function, key)                                                       \
+  static const ::qk::KernelEntry op##_##key##_entry {                                            \
+    #op, c10::DispatchKey::key, c10::KernelFunction::makeFromUnboxedFunction(TORCH_FN(function)) \
+  }
+// A kernel `op` of this file, for the CPU or for both devices.
+#define QK_CPU_KERNEL(op) QK_KERNEL_ENTRY(op, op, CPU)
+#if defined(QK_WITH_CUDA)
+#define QK_CUDA_KERNEL(op, function) QK_KERNEL_ENTRY(op, function, CUDA)
+#define QK_KERNEL(op) \
+  QK_CPU_KERNEL(op);  \
+  QK_CUDA_KERNEL(op, op)
+#else
+#define QK_KERNEL(op) QK_CPU_KERNEL(op)
+#endif
+
+// The table, by names of ops in torch.ops: `<op>`, `<op>_out` with the outputs at the end of the arguments, and
+// `<op>_serves`, which says of a call whether a kernel takes it that takes only some.
+bool serves(const std::string& name, c10::DispatchKey key);
+// States the contract of an op, before it is declared or implemented.
+void state(const std::string& op, const std::string& schema, const std::string& contract);
+// Implements an op of a namespace on a device by the kernel.
+void implement(const std::string& ns, const std::string& name, c10::DispatchKey key);
+// Declares an op in a namespace of the extension's own and implements it on every device that has the kernel.
+void declare(const std::string& ns, const std::string& name, const std::string& schema);
+
+// Registrations live as long as the process, as those of TORCH_LIBRARY do.
+torch::Library& library(torch::Library::Kind kind, const std::string& ns, std::optional<c10::DispatchKey> key);
+
+}  // namespace qk
