@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .._torch_compat import tree_flatten, tree_unflatten
 from ..nn.replay import RandomState
 
 Run = Callable[..., Any]

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from .._torch_compat import tree_map
 from ..nn import quantized_modules, quantized_weights
 from ..nn.quantized import check_weights
 from ..nn.replay import RandomState, check_calibrated

@@ -12,6 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .._torch_compat import is_view
+
 Grads = list[Tensor | None]
 
 
@@ -19,7 +21,7 @@ def own(g: Tensor) -> Tensor:
     """Return a gradient in memory of its own: in a bucket of DDP's, the next pass would write over it."""
     if isinstance(g, DTensor) or g.layout != torch.strided:
         return g
-    shared = g._is_view() or g.untyped_storage().nbytes() > g.numel() * g.element_size()
+    shared = is_view(g) or g.untyped_storage().nbytes() > g.numel() * g.element_size()
     return g.clone() if shared else g
 
 

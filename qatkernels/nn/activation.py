@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 
+from .._torch_compat import is_fake
 from ..grids import Grid
 from ..ops import fake_quantize, fake_quantize_dynamic
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .._torch_compat import in_forward_mode
 from ..ops import quant_linear_dual
 from ..ops.contract import FLOATS
 from ..ops.noise import make_seed
@@ -115,7 +116,7 @@ class QuantLinear(Quantized, nn.Linear):
         if self.act is not None:
             x = self.act(x)
         dtype = compute_dtype(self.weight)
-        pushing = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+        pushing = not torch.compiler.is_compiling() and in_forward_mode()
         if pushing and self.quantizer.added is None and forward_mode_alone(x, *self.parameters(recurse=False)):
             return self._pushed_forward(x, dtype or self.weight.dtype)
         return F.linear(x, self._forward_weight(dtype), self.bias)

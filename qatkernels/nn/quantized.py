@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
+from .._torch_compat import is_fake
 from ..grids import Grid
 from .activation import DynamicActivation, Float32Scales, LearnedActivation
 from .config import QuantConfig

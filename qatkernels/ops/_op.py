@@ -12,16 +12,15 @@ that allocates its outputs out of it.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from .._torch_compat import below_autograd, in_forward_mode, in_transform, is_view
 from .contract import Contract
 
 LIBRARY = torch.library.Library("qatkernels", "DEF")
@@ -39,12 +38,18 @@ class Op:
         arguments: argument list of the schema; what the op changes is marked ``Tensor(a!)``.
         contract: what the arguments must be and what the outputs are.
         reference: the meaning, in plain PyTorch.
+        overload: what torch calls, once the op is declared.
+        tensors_end: how many arguments there are up to the last tensor.
+        functions: the autograd Function of the op, if it has derivatives; it enters itself here.
     """
 
     name: str
     arguments: str
     contract: Contract
     reference: Callable[..., Outputs | None]
+    overload: Any = None
+    tensors_end: int = 0
+    functions: list[Any] = field(default_factory=list)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -67,6 +72,15 @@ class Op:
     def parameters(self) -> dict[str, str]:
         """Types of the arguments by name, as the schema has them: ``Tensor``, ``Tensor?``, ``Tensor(a!)``, ``int``."""
         return _parameters(self.arguments)
+
+    def call(self, *args: Any) -> Any:
+        """Call the op from a public function: with derivatives where somebody can ask for them."""
+        if torch.compiler.is_compiling():
+            return self.overload(*args)  # the rules of its derivatives are registered with torch
+        if differentiable(args[: self.tensors_end]):
+            return self.functions[0].apply(*args)
+        with below_autograd():
+            return self.overload(*args)
 
     def split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Split the arguments of the ``_out`` twin into those of the op and the outputs."""
@@ -103,6 +117,15 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
+def differentiable(args: tuple[Any, ...]) -> bool:
+    """Whether anybody can ask for derivatives of a call: gradients, forward mode or a transform of torch.func."""
+    if torch.is_grad_enabled():
+        for a in args:
+            if isinstance(a, Tensor) and a.requires_grad:
+                return True
+    return in_forward_mode() or in_transform()
+
+
 def _parameters(arguments: str) -> dict[str, str]:
     return {name: kind for kind, name in (part.split() for part in arguments.split(", "))}
 
@@ -130,11 +153,15 @@ def define(name: str, arguments: str, contract: str, *, reference: Callable[...,
         LIBRARY.define(schema, tags=_TAGS)
         LIBRARY.impl(op_name, meaning, "CompositeExplicitAutograd")
         torch.library.register_fake(f"qatkernels::{op_name}", meta, lib=LIBRARY)
+    # Plain attributes: Dynamo traces no cached property.
+    object.__setattr__(op, "overload", getattr(torch.ops.qatkernels, name).default)
+    tensors = [i for i, kind in enumerate(op.parameters.values()) if kind.startswith("Tensor")]
+    object.__setattr__(op, "tensors_end", tensors[-1] + 1)
     return op
 
 
 def _not_a_view(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor._is_view() else tensor
+    return tensor.clone() if is_view(tensor) else tensor
 
 
 class Kernel:
@@ -172,93 +199,3 @@ class Kernel:
         """Run the ``_out`` twin."""
         self.op.contract.check_outputs(*self.op.split(args))
         self.launch(*args)
-
-
-def nothing_to_differentiate(*tensors: Tensor | None) -> bool:
-    """Whether a Function around these tensors would only cost time: no gradient, no forward mode, no transform."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return False
-    return forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None
-
-
-def _with_zeros(t: Tensor, dim: int) -> Tensor:
-    """Return an empty batch with one element of zeros."""
-    return torch.cat([t, t.new_zeros([1 if i == dim % t.ndim else n for i, n in enumerate(t.shape)])], dim)
-
-
-class Function(torch.autograd.Function):
-    """An autograd Function whose vmap rule is a loop: a vmapped call equals the calls one by one, noise included."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls):
-            # apply() asks for the signature at every call; a stored one makes that free.
-            cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
-
-    @staticmethod
-    def run(op: Any, *args: Any) -> Any:
-        """Call an op from a forward, where autograd has nothing left to do."""
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        """Apply to each element of the batch and stack."""
-        size = info.batch_size
-        if size == 0:  # an element of zeros says what an element's results look like; none of it is returned
-            args = tuple(_with_zeros(a, d) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))
-        results = [
-            cls.apply(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)))
-            for i in range(max(size, 1))
-        ]
-        if isinstance(results[0], Tensor):
-            return torch.stack(results)[:size], 0
-        return tuple(torch.stack(column)[:size] for column in zip(*results, strict=True)), (0,) * len(results[0])
-
-
-class Composite(Function):
-    """Functions whose own derivatives are those of their formula in plain PyTorch, logits and all."""
-
-    @staticmethod
-    def keep(ctx: Any, inputs: tuple[Any, ...], tensors: int) -> None:
-        """Save the inputs; the first ``tensors`` are differentiable."""
-        ctx.differentiable, ctx.count = tensors, sum(t is None or isinstance(t, Tensor) for t in inputs)
-        ctx.save_for_backward(*inputs[: ctx.count])
-        ctx.save_for_forward(*inputs[: ctx.count])
-        ctx.settings = inputs[ctx.count :]
-
-    @staticmethod
-    def function(ctx: Any, formula: Any) -> tuple[Any, list[int]]:
-        """Return the formula as a function of the differentiable inputs that are there, and where they are."""
-        saved = list(ctx.saved_tensors)
-        present = [i for i in range(ctx.differentiable) if saved[i] is not None]
-
-        def call(*primals: Tensor) -> Any:
-            given = list(saved)
-            for i, p in zip(present, primals, strict=True):
-                given[i] = p
-            return formula(*given, *ctx.settings)
-
-        return call, present
-
-    @staticmethod
-    def pulled(ctx: Any, formula: Any, gs: Any) -> tuple[Any, ...]:
-        """Gradients of all inputs."""
-        call, present = Composite.function(ctx, formula)
-        grads: list[Any] = [None] * (ctx.count + len(ctx.settings))
-        pull = torch.func.vjp(call, *(ctx.saved_tensors[i] for i in present))[1]
-        for i, grad in zip(present, pull(gs), strict=True):
-            grads[i] = grad
-        return tuple(grads)
-
-    @staticmethod
-    def pushed(ctx: Any, formula: Any, tangents: Any) -> Any:
-        """Tangents of the outputs."""
-        call, present = Composite.function(ctx, formula)
-        # Contiguous, because forward mode takes no expanded tensors.
-        primals = tuple(ctx.saved_tensors[i].contiguous() for i in present)
-        along = tuple(
-            torch.zeros_like(p) if tangents[i] is None else tangents[i].contiguous()
-            for i, p in zip(present, primals, strict=True)
-        )
-        return torch.func.jvp(call, primals, along)[1]

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_integers, check_strings, check_tensors
-from ._op import Composite, Function, define
+from ._autograd import Composite, OpFunction
+from ._op import define
 
 
 def number_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -168,101 +169,75 @@ DUAL = define(
 )  # fmt: skip
 
 
-class CrossEntropy(Function):
+class CrossEntropy(OpFunction):
     """(loss, lse) of logits; lse is for the derivatives, and constant to autograd."""
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return Function.run(torch.ops.qatkernels.cross_entropy.default, *args)
+    op = FORWARD
+    saves = ("logits", "lse", "targets")
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        logits, targets, ctx.ignore_index = inputs
+    @classmethod
+    def keep(cls, ctx: Any, call: Any, output: tuple[Tensor, Tensor]) -> None:
+        """Let lse have no derivative."""
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(logits, output[1], targets)
-        ctx.save_for_forward(logits, output[1], targets)
-        ctx.set_materialize_grads(False)
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None, _: Any) -> Any:
-        if g is None:
-            return None, None, None
-        return CrossEntropyBackward.apply(g, *ctx.saved_tensors, ctx.ignore_index), None, None
+    @classmethod
+    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """The backward."""
+        return {} if gs[0] is None else {"logits": CrossEntropyBackward.of(kept, g=gs[0])}
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Any:
-        if tangent is None:
+    @classmethod
+    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+        """The jvp."""
+        if tangents.logits is None:
             return None, None
-        return CrossEntropyJvp.apply(tangent, *ctx.saved_tensors, ctx.ignore_index), None
+        return CrossEntropyJvp.of(kept, tangent=tangents.logits), None
 
 
-class CrossEntropyBackward(Function):
+class CrossEntropyBackward(OpFunction):
     """The gradient of logits from g: linear in g, and its derivative along logits is the hvp."""
 
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return Function.run(torch.ops.qatkernels.cross_entropy_backward.default, *args)
+    op = BACKWARD
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.ignore_index = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-        ctx.set_materialize_grads(False)
+    @classmethod
+    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """The hvp along the cotangent: it is symmetric in logits."""
+        along_logits, along_g = CrossEntropyHvp.of(kept, tangent=gs[0], tangent_g=None)
+        return {"g": along_g, "logits": along_logits}
 
-    @staticmethod
-    def backward(ctx: Any, v: Tensor | None) -> Any:
-        if v is None:
-            return (None,) * 5
-        along_logits, along_g = CrossEntropyHvp.apply(v, None, *ctx.saved_tensors, ctx.ignore_index)
-        return along_g, along_logits, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent_g: Tensor | None, tangent: Tensor | None, *_: Any) -> Any:
-        if tangent is None:
-            if tangent_g is None:
-                return None
-            return CrossEntropyBackward.apply(tangent_g, *ctx.saved_tensors[1:], ctx.ignore_index)
-        return CrossEntropyHvp.apply(tangent, tangent_g, *ctx.saved_tensors, ctx.ignore_index)[0]
+    @classmethod
+    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+        """The hvp, or where logits do not move the backward of the tangent."""
+        if tangents.logits is None:
+            return None if tangents.g is None else CrossEntropyBackward.of(kept, g=tangents.g)
+        return CrossEntropyHvp.of(kept, tangent=tangents.logits, tangent_g=tangents.g)[0]
 
 
-class CrossEntropyJvp(Function):
+class CrossEntropyJvp(OpFunction):
     """The tangent of the loss from the tangent of logits: linear in it, its transpose is the backward."""
 
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return Function.run(torch.ops.qatkernels.cross_entropy_jvp.default, *args)
+    op = JVP
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.ignore_index = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-        ctx.set_materialize_grads(False)
+    @classmethod
+    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """The backward, and the hvp."""
+        g, found = gs[0], {}
+        if cls.needs(ctx, "tangent"):
+            found["tangent"] = CrossEntropyBackward.of(kept, g=g)
+        if cls.needs(ctx, "logits"):
+            found["logits"] = CrossEntropyHvp.of(kept, tangent_g=None, g=g)[0]
+        return found
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Any:
-        if g is None:
-            return (None,) * 5
-        tangent, *point = ctx.saved_tensors
-        along_tangent = along_logits = None
-        if ctx.needs_input_grad[0]:
-            along_tangent = CrossEntropyBackward.apply(g, *point, ctx.ignore_index)
-        if ctx.needs_input_grad[1]:
-            along_logits = CrossEntropyHvp.apply(tangent, None, g, *point, ctx.ignore_index)[0]
-        return along_tangent, along_logits, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, second: Tensor | None, tangent: Tensor | None, *_: Any) -> Any:
-        first, *point = ctx.saved_tensors
+    @classmethod
+    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+        """The jvp of the second direction, and the curvature between the two."""
         total = None
-        if second is not None:
-            total = CrossEntropyJvp.apply(second, *point, ctx.ignore_index)
-        if tangent is not None:
+        if tangents.tangent is not None:
+            total = CrossEntropyJvp.of(kept, tangent=tangents.tangent)
+        if tangents.logits is not None:
             # The curvature between two directions: (p * (dz - p . dz)) . dz'.
-            ones = torch.ones_like(point[1])
-            curved, _ = CrossEntropyHvp.apply(first, None, ones, *point, ctx.ignore_index)
-            curvature = (curved.to(ones.dtype) * tangent.to(ones.dtype)).sum(1)
+            ones = torch.ones_like(kept.lse)
+            curved, _ = CrossEntropyHvp.of(kept, tangent_g=None, g=ones)
+            curvature = (curved.to(ones.dtype) * tangents.logits.to(ones.dtype)).sum(1)
             total = curvature if total is None else total + curvature
         return total
 
@@ -278,31 +253,9 @@ def _plain_hvp(
 class CrossEntropyHvp(Composite):
     """(tangent of the gradient, tangent of the loss)."""
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return Function.run(torch.ops.qatkernels.cross_entropy_hvp.default, *args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        Composite.keep(ctx, inputs, 4)
-
-    @staticmethod
-    def backward(ctx: Any, *gs: Any) -> Any:
-        return Composite.pulled(ctx, _plain_hvp, gs)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return Composite.pushed(ctx, _plain_hvp, tangents)
-
-
-for _op, _function in (
-    (FORWARD, CrossEntropy), (JVP, CrossEntropyJvp), (BACKWARD, CrossEntropyBackward), (HVP, CrossEntropyHvp),
-):  # fmt: skip
-    torch.library.register_autograd(
-        f"qatkernels::{_op.name}",
-        _function.backward,
-        setup_context=lambda ctx, inputs, output, f=_function: f.setup_context(ctx, inputs, output),
-    )
+    op = HVP
+    differentiable = ("tangent", "tangent_g", "g", "logits")
+    formula = staticmethod(_plain_hvp)
 
 
 def reduced(loss: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
@@ -347,6 +300,5 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, 
             f"{tuple(logits.shape)}"
         )
     args = (logits.reshape(targets.numel(), logits.shape[-1]), targets.reshape(-1), ignore_index)
-    call = torch.ops.qatkernels.cross_entropy if torch.compiler.is_compiling() else CrossEntropy.apply
-    loss = call(*args)[0].view(targets.shape)
+    loss = FORWARD.call(*args)[0].view(targets.shape)
     return reduced(loss, targets, ignore_index, reduction)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_integers, check_tensors
-from ._op import Function, define
+from ._autograd import OpFunction
+from ._op import define
 
 
 def _reference(x: Tensor, bits: int) -> Tensor:
@@ -38,27 +39,21 @@ DYNAMIC = define(
 )  # fmt: skip
 
 
-class FakeQuantizeDynamic(Function):
+class FakeQuantizeDynamic(OpFunction):
     """y = Q(x) with the identity as its derivative."""
 
-    @staticmethod
-    def forward(x: Tensor, bits: int) -> Tensor:
-        return Function.run(torch.ops.qatkernels.fake_quantize_dynamic.default, x, bits)
+    op = DYNAMIC
+    saves = ()
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+    @classmethod
+    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """The identity."""
+        return {"x": gs[0]}
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        return g, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
-        return tangent.clone()
-
-
-torch.library.register_autograd("qatkernels::fake_quantize_dynamic", FakeQuantizeDynamic.backward)
+    @classmethod
+    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+        """The identity, in memory of its own."""
+        return tangents.x.clone()
 
 
 def fake_quantize_dynamic(x: Tensor, bits: int = 8) -> Tensor:
@@ -78,6 +73,5 @@ def fake_quantize_dynamic(x: Tensor, bits: int = 8) -> Tensor:
     """
     check_tensors(x=x)
     check_integers(bits=bits)
-    if torch.compiler.is_compiling():
-        return torch.ops.qatkernels.fake_quantize_dynamic(x, bits)
-    return FakeQuantizeDynamic.apply(x, bits)
+    y: Tensor = DYNAMIC.call(x, bits)
+    return y

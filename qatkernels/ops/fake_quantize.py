@@ -31,7 +31,8 @@ from torch import Tensor
 from ..arguments import check_dtype, check_optional_reals, check_optional_tensors, check_reals, check_tensors
 from ..grids import MIN_SCALE, Grid, GridConstants, check_grid, check_group_size
 from . import noise
-from ._op import Function, define, nothing_to_differentiate
+from ._autograd import OpFunction
+from ._op import define
 from .contract import check_out
 
 
@@ -178,7 +179,8 @@ WEIGHT = f"""
 TANGENTS = """
     tangent_w: like(w) [*S]
     tangent_scale: like(scale) [*R]
-    require tangent_zero_point is None or zero_point is not None; tangent_zero_point is given, must be None without a zero_point
+    require tangent_zero_point is None or zero_point is not None; tangent_zero_point is given, must be None without \
+a zero_point
     tangent_zero_point: like(scale) [*R]
 """
 _DUAL = f"""
@@ -215,135 +217,125 @@ DUAL = define(
 )  # fmt: skip
 
 
-class _Linearized(Function):
-    """What the three Functions share: the point of linearization, saved for either mode."""
-
-    @staticmethod
-    def keep(ctx: Any, primals: tuple[Any, ...], dtype: torch.dtype) -> None:
-        """Save w, scale, zero point and seed; keep the settings and the dtype of y."""
-        tensors, ctx.settings = primals[:4], primals[4:8]
-        ctx.dtype = dtype
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def transposed(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of the first three inputs, which are or belong to (w, scale, zero_point)."""
-        needed = ctx.needs_input_grad[:3]
-        if g is None or not any(needed):
-            return None, None, None
-        grads = FakeQuantizeBackward.apply(g, *ctx.saved_tensors, *ctx.settings)
-        return tuple(grad if n else None for n, grad in zip(needed, (*grads, None), strict=False))
-
-    @staticmethod
-    def pushed(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor:
-        """Tangent of y; zeros and not None, which forward mode inside forward mode does not take."""
-        if all(t is None for t in tangents):
-            return torch.zeros_like(ctx.saved_tensors[0], dtype=ctx.dtype)
-        return FakeQuantizeJvp.apply(*tangents, *ctx.saved_tensors, *ctx.settings, ctx.dtype)
+_PRIMALS = ("w", "scale", "zero_point")
+_TANGENT_NAMES = tuple(f"tangent_{name}" for name in _PRIMALS)
 
 
-class FakeQuantize(_Linearized):
+def _pulled(kept: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of w, scale and zero point."""
+    dw, ds, *dz = FakeQuantizeBackward.of(kept, g=g)
+    return dw, ds, None if kept.zero_point is None else dz[0]
+
+
+def _pushed(kept: Any, dtype: torch.dtype, *tangents: Tensor | None) -> Tensor:
+    """Return the tangent of y; zeros and not None, which forward mode inside forward mode does not take."""
+    if all(t is None for t in tangents):
+        return torch.zeros_like(kept.w, dtype=dtype)
+    tangent: Tensor = FakeQuantizeJvp.of(kept, **dict(zip(_TANGENT_NAMES, tangents, strict=True)), dtype=dtype)
+    return tangent
+
+
+class FakeQuantize(OpFunction):
     """y = Q(w; scale, zero_point)."""
 
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return Function.run(torch.ops.qatkernels.fake_quantize.default, *args)
+    op = FORWARD
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _Linearized.keep(ctx, inputs, output.dtype)
+    @classmethod
+    def keep(cls, ctx: Any, call: Any, output: Tensor) -> None:
+        """Keep the dtype of y."""
+        ctx.dtype = output.dtype
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Any:
-        return *_Linearized.transposed(ctx, g), *[None] * 6
+    @classmethod
+    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """The backward."""
+        return dict(zip(_PRIMALS, _pulled(kept, gs[0]), strict=True))
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _Linearized.pushed(ctx, tangents[:3])
+    @classmethod
+    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Tensor:
+        """The jvp."""
+        return _pushed(kept, ctx.dtype, tangents.w, tangents.scale, tangents.zero_point)
 
 
-class FakeQuantizeBackward(_Linearized):
+class FakeQuantizeBackward(OpFunction):
     """(dw, ds[, dz]) from g: linear in g, so its transpose is the jvp and its own jvp is itself."""
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        dw, ds, dz = Function.run(torch.ops.qatkernels.fake_quantize_backward.default, *args)
-        return (dw, ds) if args[3] is None else (dw, ds, dz)
+    op = BACKWARD
+    saves = (*_PRIMALS, "seed")
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _Linearized.keep(ctx, inputs[1:], inputs[0].dtype)
+    @classmethod
+    def run(cls, *args: Any) -> Any:
+        """Call the op; without a zero point there is no dz."""
+        found = super().run(*args)
+        return found if args[cls._names.index("zero_point")] is not None else found[:2]
 
-    @staticmethod
-    def backward(ctx: Any, tw: Any, ts: Any, tz: Any = None) -> Any:
-        tangents = (tw, ts, None if ctx.saved_tensors[2] is None else tz)
-        if all(t is None for t in tangents):
-            return (None,) * 9
-        return _Linearized.pushed(ctx, tangents), *[None] * 8
+    @classmethod
+    def keep(cls, ctx: Any, call: Any, output: Any) -> None:
+        """Keep the dtype of g."""
+        ctx.dtype = call.g.dtype
 
-    @staticmethod
-    def jvp(ctx: Any, g: Any, *_: Any) -> Any:
-        if g is None:
-            return tuple(torch.zeros_like(t) for t in ctx.saved_tensors[:3] if t is not None)
-        return FakeQuantizeBackward.apply(g, *ctx.saved_tensors, *ctx.settings)
+    @classmethod
+    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """The jvp, as its own transpose."""
+        tw, ts, *tz = gs
+        tangents = (tw, ts, None if kept.zero_point is None else tz[0])
+        return {} if all(t is None for t in tangents) else {"g": _pushed(kept, ctx.dtype, *tangents)}
+
+    @classmethod
+    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+        """The backward of the tangent."""
+        if tangents.g is None:
+            held = (kept.w, kept.scale, kept.zero_point)
+            return tuple(torch.zeros_like(t) for t in held if t is not None)
+        return FakeQuantizeBackward.of(kept, g=tangents.g)
 
 
-class FakeQuantizeJvp(_Linearized):
+class FakeQuantizeJvp(OpFunction):
     """dy from (dw, ds, dz): linear in them, so its transpose is the backward and its own jvp is itself."""
 
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return Function.run(torch.ops.qatkernels.fake_quantize_jvp.default, *args)
+    op = JVP
+    saves = (*_PRIMALS, "seed")
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _Linearized.keep(ctx, inputs[3:], output.dtype)
+    @classmethod
+    def keep(cls, ctx: Any, call: Any, output: Tensor) -> None:
+        """Keep the dtype of dy."""
+        ctx.dtype = output.dtype
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Any:
-        return *_Linearized.transposed(ctx, g), *[None] * 9
+    @classmethod
+    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """The backward, as its own transpose."""
+        return dict(zip(_TANGENT_NAMES, _pulled(kept, gs[0]), strict=True))
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _Linearized.pushed(ctx, tangents[:3])
+    @classmethod
+    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Tensor:
+        """The jvp of the tangents."""
+        return _pushed(kept, ctx.dtype, *(getattr(tangents, name) for name in _TANGENT_NAMES))
 
 
-class FakeQuantizeDual(_Linearized):
+class FakeQuantizeDual(OpFunction):
     """(y, dy) from the tangents and the point: both rules at once."""
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return Function.run(torch.ops.qatkernels.fake_quantize_dual.default, *args)
+    op = DUAL
+    saves = (*_PRIMALS, "seed")
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _Linearized.keep(ctx, inputs[3:], output[0].dtype)
+    @classmethod
+    def keep(cls, ctx: Any, call: Any, output: tuple[Tensor, Tensor]) -> None:
+        """Keep the dtype of y."""
+        ctx.dtype = output[0].dtype
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None, tangent_g: Tensor | None) -> Any:
-        grads: list[Tensor | None] = []
-        for needed, upstream in ((ctx.needs_input_grad[:3], tangent_g), (ctx.needs_input_grad[3:6], g)):
-            some = upstream is not None and any(needed)
-            found = FakeQuantizeBackward.apply(upstream, *ctx.saved_tensors, *ctx.settings) if some else ()
-            grads += [grad if n else None for n, grad in zip(needed, (*found, None, None, None), strict=False)]
-        return *grads, *[None] * 6
+    @classmethod
+    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """The backward of either output."""
+        found: dict[str, Tensor | None] = {}
+        for names, g in zip((_PRIMALS, _TANGENT_NAMES), gs, strict=True):
+            if g is not None and cls.needs(ctx, *names):
+                found.update(zip(names, _pulled(kept, g), strict=True))
+        return found
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _Linearized.pushed(ctx, tangents[3:6]), _Linearized.pushed(ctx, tangents[:3])
-
-
-for _op, _function in (
-    (FORWARD, FakeQuantize), (BACKWARD, FakeQuantizeBackward), (JVP, FakeQuantizeJvp), (DUAL, FakeQuantizeDual),
-):  # fmt: skip
-    # torch.compile traces the ops themselves (Dynamo takes no Function that has a jvp); the rules are the same.
-    torch.library.register_autograd(
-        f"qatkernels::{_op.name}",
-        _function.backward,
-        setup_context=lambda ctx, inputs, output, f=_function: f.setup_context(ctx, inputs, output),
-    )
+    @classmethod
+    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> tuple[Tensor, Tensor]:
+        """The jvp of either output."""
+        first, second = ([getattr(tangents, name) for name in names] for names in (_PRIMALS, _TANGENT_NAMES))
+        return _pushed(kept, ctx.dtype, *first), _pushed(kept, ctx.dtype, *second)
 
 
 def fake_quantize(
@@ -410,11 +402,8 @@ def fake_quantize(
         check_out("out", out, w.shape, dtype or w.dtype, w.device)
         torch.ops.qatkernels.fake_quantize_out(*args, out)
         return out
-    if torch.compiler.is_compiling():
-        return torch.ops.qatkernels.fake_quantize(*args)
-    if nothing_to_differentiate(w, scale, zero_point):
-        return FakeQuantize.forward(*args)
-    return FakeQuantize.apply(*args)
+    y: Tensor = FORWARD.call(*args)
+    return y
 
 
 def check_layout(w: Tensor, scale: Tensor, grid: Grid, group_size: int | None, zero_point: Tensor | None) -> None:

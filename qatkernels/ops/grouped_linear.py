@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_tensors
-from ._op import Function, define, nothing_to_differentiate
+from ._autograd import OpFunction
+from ._op import define
 from .lowbit_linear import segments
 
 
@@ -85,89 +86,57 @@ OUTER = define(
 )  # fmt: skip
 
 
-class _Bilinear(Function):
-    """An op that is linear in each of two tensors; ``across`` gives what each of them meets in a backward."""
-
-    op: Any
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-        ctx.set_materialize_grads(False)
+class _Bilinear(OpFunction):
+    """An op that is linear in each of its first two arguments."""
 
     @classmethod
-    def product_rule(cls, ctx: Any, along_a: Tensor | None, along_b: Tensor | None) -> Tensor | None:
-        """Return the tangent."""
-        a, b, offsets = ctx.saved_tensors
-        terms = [cls.apply(along_a, b, offsets)] if along_a is not None else []
-        terms += [cls.apply(a, along_b, offsets)] if along_b is not None else []
+    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+        """The product rule."""
+        along = {name: getattr(tangents, name) for name in cls._names[:2]}
+        terms = [cls.of(kept, **{name: t}) for name, t in along.items() if t is not None]
         return sum(terms[1:], terms[0]) if terms else None
 
 
 class GroupedLinear(_Bilinear):
     """y = x W^T."""
 
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return Function.run(torch.ops.qatkernels.grouped_linear.default, *args)
+    op = FORWARD
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Any:
-        x, w, offsets = ctx.saved_tensors
-        dx = GroupedLinearTransposed.apply(g, w, offsets) if g is not None and ctx.needs_input_grad[0] else None
-        dw = GroupedOuter.apply(g, x, offsets) if g is not None and ctx.needs_input_grad[1] else None
-        return dx, dw, None
-
-    @staticmethod
-    def jvp(ctx: Any, along_x: Any, along_w: Any, _: Any) -> Any:
-        return GroupedLinear.product_rule(ctx, along_x, along_w)
+    @classmethod
+    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """Dx = g W, dW = g^T x."""
+        return {
+            "x": GroupedLinearTransposed.of(kept, g=gs[0]) if cls.needs(ctx, "x") else None,
+            "w": GroupedOuter.of(kept, g=gs[0]) if cls.needs(ctx, "w") else None,
+        }
 
 
 class GroupedLinearTransposed(_Bilinear):
     """x = g W."""
 
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return Function.run(torch.ops.qatkernels.grouped_linear_transposed.default, *args)
+    op = TRANSPOSED
 
-    @staticmethod
-    def backward(ctx: Any, u: Tensor | None) -> Any:
-        g, w, offsets = ctx.saved_tensors
-        dg = GroupedLinear.apply(u, w, offsets) if u is not None and ctx.needs_input_grad[0] else None
-        dw = GroupedOuter.apply(g, u, offsets) if u is not None and ctx.needs_input_grad[1] else None
-        return dg, dw, None
-
-    @staticmethod
-    def jvp(ctx: Any, along_g: Any, along_w: Any, _: Any) -> Any:
-        return GroupedLinearTransposed.product_rule(ctx, along_g, along_w)
+    @classmethod
+    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """Dg = u W^T, dW = g^T u."""
+        return {
+            "g": GroupedLinear.of(kept, x=gs[0]) if cls.needs(ctx, "g") else None,
+            "w": GroupedOuter.of(kept, x=gs[0]) if cls.needs(ctx, "w") else None,
+        }
 
 
 class GroupedOuter(_Bilinear):
     """W = g^T x."""
 
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return Function.run(torch.ops.qatkernels.grouped_outer.default, *args)
+    op = OUTER
 
-    @staticmethod
-    def backward(ctx: Any, u: Tensor | None) -> Any:
-        g, x, offsets = ctx.saved_tensors
-        dg = GroupedLinear.apply(x, u, offsets) if u is not None and ctx.needs_input_grad[0] else None
-        dx = GroupedLinearTransposed.apply(g, u, offsets) if u is not None and ctx.needs_input_grad[1] else None
-        return dg, dx, None
-
-    @staticmethod
-    def jvp(ctx: Any, along_g: Any, along_x: Any, _: Any) -> Any:
-        return GroupedOuter.product_rule(ctx, along_g, along_x)
-
-
-for _op, _function in ((FORWARD, GroupedLinear), (TRANSPOSED, GroupedLinearTransposed), (OUTER, GroupedOuter)):
-    torch.library.register_autograd(
-        f"qatkernels::{_op.name}",
-        _function.backward,
-        setup_context=lambda ctx, inputs, output, f=_function: f.setup_context(ctx, inputs, output),
-    )
+    @classmethod
+    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """Dg = x U^T, dx = g U."""
+        return {
+            "g": GroupedLinear.of(kept, w=gs[0]) if cls.needs(ctx, "g") else None,
+            "x": GroupedLinearTransposed.of(kept, w=gs[0]) if cls.needs(ctx, "x") else None,
+        }
 
 
 def grouped_linear(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
@@ -190,7 +159,5 @@ def grouped_linear(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
         RuntimeError: if a shape, dtype or device does not fit, naming the argument.
     """
     check_tensors(x=x, w=w, offsets=offsets)
-    op = torch.ops.qatkernels.grouped_linear.default
-    if torch.compiler.is_compiling():
-        return op(x, w, offsets)
-    return Function.run(op, x, w, offsets) if nothing_to_differentiate(x, w) else GroupedLinear.apply(x, w, offsets)
+    y: Tensor = FORWARD.call(x, w, offsets)
+    return y

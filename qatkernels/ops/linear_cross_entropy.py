@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_integers, check_optional_integers, check_strings, check_tensors
-from ._op import Composite, Function, define
+from ._autograd import Composite, OpFunction
+from ._op import define
 from .cross_entropy import TARGETS, dual_of, jvp_of, number_dtype, reduced
 
 #: Logits in a chunk, unless the caller says otherwise: large enough for the products to run at full speed.
@@ -246,71 +247,63 @@ HVP = define(
 )  # fmt: skip
 
 
-def _wanted(grads: Any, want: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
-    return tuple(grad if w else None for grad, w in zip(grads, want, strict=False))
-
-
-class LinearCrossEntropy(Function):
+class LinearCrossEntropy(OpFunction):
     """(loss, lse); lse is for the derivatives, and constant to autograd."""
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return Function.run(torch.ops.qatkernels.linear_cross_entropy.default, *args)
+    op = FORWARD
+    saves = ("hidden", "weight", "lse", "targets")
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        hidden, weight, targets, *ctx.settings = inputs
+    @classmethod
+    def keep(cls, ctx: Any, call: Any, output: tuple[Tensor, Tensor]) -> None:
+        """Let lse have no derivative."""
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(hidden, weight, output[1], targets)
-        ctx.save_for_forward(hidden, weight, output[1], targets)
-        ctx.set_materialize_grads(False)
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None, _: Any) -> Any:
-        want = tuple(ctx.needs_input_grad[:2])
-        if g is None or not any(want):
-            return (None,) * 5
-        grads = LinearCrossEntropyBackward.apply(g, *ctx.saved_tensors, *ctx.settings, *want)
-        return *_wanted(grads, want), None, None, None
+    @classmethod
+    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """The backward."""
+        want = {f"want_{name}": cls.needs(ctx, name) for name in ("hidden", "weight")}
+        if gs[0] is None or not any(want.values()):
+            return {}
+        return _wanted(LinearCrossEntropyBackward.of(kept, g=gs[0], **want), **want)
 
-    @staticmethod
-    def jvp(ctx: Any, tangent_hidden: Any, tangent_weight: Any, *_: Any) -> Any:
-        if tangent_hidden is None and tangent_weight is None:
+    @classmethod
+    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+        """The jvp."""
+        if tangents.hidden is None and tangents.weight is None:
             return None, None
-        return LinearCrossEntropyJvp.apply(tangent_hidden, tangent_weight, *ctx.saved_tensors, *ctx.settings), None
+        along = {"tangent_hidden": tangents.hidden, "tangent_weight": tangents.weight}
+        return LinearCrossEntropyJvp.of(kept, **along), None
 
 
-class LinearCrossEntropyBackward(Function):
+class LinearCrossEntropyBackward(OpFunction):
     """Gradients of hidden and weight from g; the derivative along (g, hidden, weight) is the hvp, in either mode."""
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return Function.run(torch.ops.qatkernels.linear_cross_entropy_backward.default, *args)
+    op = BACKWARD
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.settings, ctx.want = inputs[5:7], tuple(inputs[7:])
-        ctx.save_for_backward(*inputs[:5])
-        ctx.save_for_forward(*inputs[:5])
-        ctx.set_materialize_grads(False)
+    @classmethod
+    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """The hvp along the cotangents of the gradients that were wanted."""
+        along = _wanted(gs, kept.want_hidden, kept.want_weight)
+        if all(v is None for v in along.values()):
+            return {}
+        want = {f"want_{name}": cls.needs(ctx, name) for name in ("hidden", "weight")}
+        tangents = {f"tangent_{name}": v for name, v in along.items()}
+        *grads, along_g = LinearCrossEntropyHvp.of(kept, **tangents, tangent_g=None, **want)
+        return {"g": along_g, **_wanted(grads, **want)}
 
-    @staticmethod
-    def backward(ctx: Any, *vs: Any) -> Any:
-        vs = _wanted(vs, ctx.want)
-        if all(v is None for v in vs):
-            return (None,) * 9
-        want = tuple(ctx.needs_input_grad[1:3])
-        *grads, along_g = LinearCrossEntropyHvp.apply(*vs, None, *ctx.saved_tensors, *ctx.settings, *want)
-        return along_g, *_wanted(grads, want), *[None] * 6
+    @classmethod
+    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+        """The hvp, or where hidden and weight do not move the backward of the tangent."""
+        if tangents.hidden is None and tangents.weight is None:
+            return (None, None) if tangents.g is None else LinearCrossEntropyBackward.of(kept, g=tangents.g)
+        along = {"tangent_hidden": tangents.hidden, "tangent_weight": tangents.weight, "tangent_g": tangents.g}
+        return LinearCrossEntropyHvp.of(kept, **along)[:2]
 
-    @staticmethod
-    def jvp(ctx: Any, tangent_g: Any, tangent_hidden: Any, tangent_weight: Any, *_: Any) -> Any:
-        rest = (*ctx.saved_tensors, *ctx.settings, *ctx.want)
-        if tangent_hidden is None and tangent_weight is None:
-            if tangent_g is None:
-                return None, None
-            return LinearCrossEntropyBackward.apply(tangent_g, *rest[1:])
-        return LinearCrossEntropyHvp.apply(tangent_hidden, tangent_weight, tangent_g, *rest)[:2]
+
+def _wanted(pair: Any, want_hidden: bool, want_weight: bool) -> dict[str, Tensor | None]:
+    """Return what belongs to hidden and to weight by name, None where it is not wanted."""
+    hidden, weight = pair
+    return {"hidden": hidden if want_hidden else None, "weight": weight if want_weight else None}
 
 
 def _plain_point(
@@ -352,52 +345,17 @@ def _plain_hvp(
 class LinearCrossEntropyJvp(Composite):
     """The tangent of the loss."""
 
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return Function.run(torch.ops.qatkernels.linear_cross_entropy_jvp.default, *args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        Composite.keep(ctx, inputs, 4)
-
-    @staticmethod
-    def backward(ctx: Any, g: Any) -> Any:
-        return Composite.pulled(ctx, _plain_jvp, g)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return Composite.pushed(ctx, _plain_jvp, tangents)
+    op = JVP
+    differentiable = ("tangent_hidden", "tangent_weight", "hidden", "weight")
+    formula = staticmethod(_plain_jvp)
 
 
 class LinearCrossEntropyHvp(Composite):
     """Tangents of both gradients and of the loss."""
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return Function.run(torch.ops.qatkernels.linear_cross_entropy_hvp.default, *args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        Composite.keep(ctx, inputs, 6)
-
-    @staticmethod
-    def backward(ctx: Any, *gs: Any) -> Any:
-        return Composite.pulled(ctx, _plain_hvp, gs)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return Composite.pushed(ctx, _plain_hvp, tangents)
-
-
-for _op, _function in (
-    (FORWARD, LinearCrossEntropy), (BACKWARD, LinearCrossEntropyBackward),
-    (JVP, LinearCrossEntropyJvp), (HVP, LinearCrossEntropyHvp),
-):  # fmt: skip
-    torch.library.register_autograd(
-        f"qatkernels::{_op.name}",
-        _function.backward,
-        setup_context=lambda ctx, inputs, output, f=_function: f.setup_context(ctx, inputs, output),
-    )
+    op = HVP
+    differentiable = ("tangent_hidden", "tangent_weight", "tangent_g", "g", "hidden", "weight")
+    formula = staticmethod(_plain_hvp)
 
 
 def linear_cross_entropy(
@@ -450,7 +408,5 @@ def linear_cross_entropy(
         hidden.reshape(targets.numel(), hidden.shape[-1]), weight, targets.reshape(-1), ignore_index,
         chunk_tokens or default_chunk(weight.shape[0]),
     )  # fmt: skip
-    compiling = torch.compiler.is_compiling()
-    call = torch.ops.qatkernels.linear_cross_entropy if compiling else LinearCrossEntropy.apply
-    loss = call(*args)[0].view(targets.shape)
+    loss = FORWARD.call(*args)[0].view(targets.shape)
     return reduced(loss, targets, ignore_index, reduction)

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch_compat import without_autocast
 from ..arguments import check_optional_integers, check_optional_tensors, check_tensors, wrong_type
-from ._op import Function, define, nothing_to_differentiate
+from ._autograd import OpFunction
+from ._op import define
 from .packing import CODES, PackedWeight
 
 
@@ -48,7 +50,7 @@ def segments(offsets: Tensor, rows: int) -> list[tuple[int, int]]:
 
 
 def _by_expert(x: Tensor, w: Tensor, offsets: Tensor | None) -> Tensor:
-    with torch._C._DisableAutocast():  # sums are float32, also where autocast would have matmul round to 16 bits
+    with without_autocast():  # sums are float32, also where autocast would have matmul round to 16 bits
         if offsets is None:
             return x @ w.mT
         y = x.new_zeros(x.shape[0], w.shape[-2])
@@ -136,73 +138,54 @@ TRANSPOSED = define(
 )  # fmt: skip
 
 
-class LowbitLinear(Function):
+class LowbitLinear(OpFunction):
     """y = x W^T + bias; differentiable in x and bias."""
 
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return Function.run(torch.ops.qatkernels.lowbit_linear.default, *args)
+    op = FORWARD
+    saves = ("packed", "scale", "zero_point", "offsets")
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, packed, scale, zero_point, bias, offsets, *ctx.settings, _ = inputs
-        ctx.cols, ctx.shape, ctx.dtype = x.shape[-1], output.shape, output.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(packed, scale, zero_point, offsets)
-        ctx.save_for_forward(packed, scale, zero_point, offsets)
+    @classmethod
+    def keep(cls, ctx: Any, call: Any, output: Tensor) -> None:
+        """Keep of x and bias what shapes and dtypes need, not their values."""
+        ctx.cols, ctx.shape, ctx.dtype = call.x.shape[-1], output.shape, output.dtype
+        ctx.bias_dtype = None if call.bias is None else call.bias.dtype
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        dx = db = None
-        if ctx.needs_input_grad[0]:
-            dx = LowbitLinearTransposed.apply(g, *ctx.saved_tensors, *ctx.settings, ctx.cols)
-        if ctx.needs_input_grad[4]:
+    @classmethod
+    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """The product with the weight itself, and the sum over tokens."""
+        g, found = gs[0], {}
+        if cls.needs(ctx, "x"):
+            found["x"] = LowbitLinearTransposed.of(kept, g=g, cols=ctx.cols)
+        if cls.needs(ctx, "bias"):
             leading = tuple(range(g.ndim - 1))  # none of them would mean all to sum()
-            db = g.sum(leading, dtype=ctx.bias_dtype) if leading else g.to(ctx.bias_dtype)
-        return dx, None, None, None, db, *[None] * 5
+            found["bias"] = g.sum(leading, dtype=ctx.bias_dtype) if leading else g.to(ctx.bias_dtype)
+        return found
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Any, *rest: Any) -> Any:
-        packed, scale, zero_point, offsets = ctx.saved_tensors
-        bias = None if rest[3] is None else rest[3].to(ctx.dtype)
-        if tangent is None:
+    @classmethod
+    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+        """The unquantized product of the tangent."""
+        bias = None if tangents.bias is None else tangents.bias.to(ctx.dtype)
+        if tangents.x is None:
             return None if bias is None else bias.expand(ctx.shape)
-        y = LowbitLinear.apply(tangent, packed, scale, zero_point, None, offsets, *ctx.settings, None)
+        y = LowbitLinear.of(kept, x=tangents.x, bias=None, act_bits=None)
         return y if bias is None else y + bias
 
 
-class LowbitLinearTransposed(Function):
+class LowbitLinearTransposed(OpFunction):
     """x = g W; differentiable in g."""
 
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return Function.run(torch.ops.qatkernels.lowbit_linear_transposed.default, *args)
+    op = TRANSPOSED
+    saves = ("packed", "scale", "zero_point", "offsets")
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, packed, scale, zero_point, offsets, *ctx.settings, ctx.cols = inputs
-        ctx.save_for_backward(packed, scale, zero_point, offsets)
-        ctx.save_for_forward(packed, scale, zero_point, offsets)
+    @classmethod
+    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """The product with the transpose."""
+        return {"g": LowbitLinear.of(kept, x=gs[0], bias=None, act_bits=None)}
 
-    @staticmethod
-    def backward(ctx: Any, t: Tensor) -> Any:
-        packed, scale, zero_point, offsets = ctx.saved_tensors
-        dg = LowbitLinear.apply(t, packed, scale, zero_point, None, offsets, *ctx.settings, None)
-        return dg, *[None] * 8
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Any, *_: Any) -> Any:
-        if tangent is None:
-            return None
-        return LowbitLinearTransposed.apply(tangent, *ctx.saved_tensors, *ctx.settings, ctx.cols)
-
-
-for _op, _function in ((FORWARD, LowbitLinear), (TRANSPOSED, LowbitLinearTransposed)):
-    torch.library.register_autograd(
-        f"qatkernels::{_op.name}",
-        _function.backward,
-        setup_context=lambda ctx, inputs, output, f=_function: f.setup_context(ctx, inputs, output),
-    )
+    @classmethod
+    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+        """The product of the tangent."""
+        return None if tangents.g is None else LowbitLinearTransposed.of(kept, g=tangents.g)
 
 
 def product(
@@ -224,11 +207,8 @@ def product(
     """
     if x.ndim and x.shape[-1] != cols:
         raise RuntimeError(f"x has shape {tuple(x.shape)}, its last dimension must be {cols} like the weight's")
-    args = (x, packed, scale, zero_point, bias, offsets, grid, code_min, bits, act_bits)
-    op = torch.ops.qatkernels.lowbit_linear.default
-    if torch.compiler.is_compiling():
-        return op(*args)
-    return Function.run(op, *args) if nothing_to_differentiate(x, bias) else LowbitLinear.apply(*args)
+    y: Tensor = FORWARD.call(x, packed, scale, zero_point, bias, offsets, grid, code_min, bits, act_bits)
+    return y
 
 
 def _call(x: Tensor, w: PackedWeight, bias: Tensor | None, offsets: Tensor | None, act_bits: int | None) -> Tensor:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
+from .._torch_compat import is_fake
 from ..arguments import check_dtype, check_integers, check_optional_tensors, check_tensors
 from ..grids import MIN_SCALE, Grid, check_grid
 from ._op import define

@@ -13,10 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from ._op import Composite, Function, define
+from .._torch_compat import in_forward_mode, in_transform, innermost_transform_is_jvp
+from ._autograd import Composite
+from ._op import define
 from .fake_quantize import DUAL, TANGENTS, WEIGHT, FakeQuantizeDual
 
 
@@ -54,33 +55,15 @@ QUANT_LINEAR_DUAL = define(
 class QuantLinearDual(Composite):
     """(y, dy); its own derivatives are those of the formula over the dual of the weight."""
 
+    op = QUANT_LINEAR_DUAL
+    differentiable = (
+        "x", "tangent_x", "tangent_w", "tangent_scale", "tangent_zero_point", "w", "scale", "zero_point",
+    )  # fmt: skip
+
     @staticmethod
     def formula(*args: Any) -> tuple[Tensor, Tensor]:
         """The op by differentiable parts."""
-        return _formula(FakeQuantizeDual.apply, *args)
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return Function.run(torch.ops.qatkernels.quant_linear_dual.default, *args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        Composite.keep(ctx, inputs, 8)
-
-    @staticmethod
-    def backward(ctx: Any, *gs: Any) -> Any:
-        return Composite.pulled(ctx, QuantLinearDual.formula, gs)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return Composite.pushed(ctx, QuantLinearDual.formula, tangents)
-
-
-torch.library.register_autograd(
-    "qatkernels::quant_linear_dual",
-    QuantLinearDual.backward,
-    setup_context=lambda ctx, inputs, output: QuantLinearDual.setup_context(ctx, inputs, output),
-)
+        return _formula(FakeQuantizeDual.call, *args)
 
 
 def quant_linear_dual(*args: Any) -> tuple[Tensor, Tensor]:
@@ -94,7 +77,8 @@ def quant_linear_dual(*args: Any) -> tuple[Tensor, Tensor]:
     Returns:
         y and dy, ``[T, N]`` (``[T, K]`` if transposed), in the dtype of x.
     """
-    return QuantLinearDual.apply(*args)
+    y, tangent = QUANT_LINEAR_DUAL.call(*args)
+    return y, tangent
 
 
 def forward_mode_alone(*tensors: Tensor | None) -> bool:
@@ -103,8 +87,8 @@ def forward_mode_alone(*tensors: Tensor | None) -> bool:
     An autograd Function learns of tangents only after its forward. Where no graph is recorded they can be taken off the
     tensors instead, and value and tangent computed together.
     """
-    if forward_ad._current_level < 0:
+    if not in_forward_mode():
         return False  # no tangents anywhere
-    if torch._C._are_functorch_transforms_active():
-        return torch._C._functorch.peek_interpreter_stack().key() == torch._C._functorch.TransformType.Jvp
+    if in_transform():
+        return innermost_transform_is_jvp()
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..arguments import check_dtype, check_tensors
 from ..grids import MIN_SCALE, Grid, GridConstants
+from ._autograd import OpFunction
 from ._op import define
 from .fake_quantize import SCALES, Rows, check_layout
 
@@ -62,26 +63,23 @@ DEQUANTIZE = define(
 )  # fmt: skip
 
 
-def _dequantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    codes, scale, zero_point, grid, _ = inputs
-    ctx.save_for_backward(codes, scale, zero_point)
-    ctx.grid = grid
+class Dequantize(OpFunction):
+    """The weight from codes; differentiable in scale and zero point, to first order."""
 
+    op = DEQUANTIZE
 
-def _dequantize_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    codes, scale, zero_point = ctx.saved_tensors
-    constants = GridConstants(*ctx.grid)
-    shape = (scale.numel(), codes.numel() // max(scale.numel(), 1))
-    rows = (codes.reshape(shape).to(scale.dtype) + constants.offset) / constants.steps
-    g = g.reshape(shape).to(scale.dtype)
-    ds, dz = (g * rows).sum(-1).view(scale.shape), None
-    if zero_point is not None:
+    @classmethod
+    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """Sums over what shares a scale."""
+        scale, constants = kept.scale, GridConstants(*kept.grid)
+        shape = (scale.numel(), kept.codes.numel() // max(scale.numel(), 1))
+        rows = (kept.codes.reshape(shape).to(scale.dtype) + constants.offset) / constants.steps
+        g = gs[0].reshape(shape).to(scale.dtype)
+        ds = (g * rows).sum(-1).view(scale.shape)
+        if kept.zero_point is None:
+            return {"scale": ds}
         total = g.sum(-1).view(scale.shape) / constants.steps
-        ds, dz = ds - total * zero_point, -total * scale.clamp_min(MIN_SCALE)
-    return None, ds, dz, None, None
-
-
-torch.library.register_autograd("qatkernels::dequantize", _dequantize_backward, setup_context=_dequantize_setup)
+        return {"scale": ds - total * kept.zero_point, "zero_point": -total * scale.clamp_min(MIN_SCALE)}
 
 
 def quantize(
@@ -144,5 +142,5 @@ def dequantize(
     check_tensors(codes=codes)
     check_dtype(dtype)
     check_layout(codes, scale, grid, group_size, zero_point)
-    w: Tensor = torch.ops.qatkernels.dequantize(codes, scale, zero_point, list(grid.constants), dtype)
+    w: Tensor = DEQUANTIZE.call(codes, scale, zero_point, list(grid.constants), dtype)
     return w

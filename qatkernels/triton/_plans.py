@@ -30,11 +30,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from .._torch_compat import TorchDispatchMode
 from ..ops._op import Op
 from ._element import INTERPRETED
 

@@ -1,0 +1,48 @@
+"""What this package uses of torch's private functions, all in one place: each has a test in tests/test_compat.py.
+
+Known to work with torch 2.11 to 2.13. A version of torch that moves one of these fails here, at import or in that test.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+__all__ = [
+    "TorchDispatchMode", "below_autograd", "in_forward_mode", "in_transform", "innermost_transform_is_jvp", "is_fake",
+    "is_view", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten", "without_autocast",
+]  # fmt: skip
+
+
+# A context in which ops skip autograd: for the forward of an autograd Function, which stands in for it.
+below_autograd: Any = torch._C._AutoDispatchBelowAutograd
+# A context in which autocast casts nothing, on any device.
+without_autocast: Any = torch._C._DisableAutocast
+
+
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open."""
+    return forward_ad._current_level >= 0
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) is active."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def innermost_transform_is_jvp() -> bool:
+    """Whether the innermost active transform of torch.func is jvp."""
+    level = _functorch.peek_interpreter_stack()
+    return level is not None and level.key() == _functorch.TransformType.Jvp
+
+
+def is_view(t: Tensor) -> bool:
+    """Whether autograd takes a tensor for a view of another one."""
+    return bool(t._is_view())

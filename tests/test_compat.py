@@ -1,0 +1,81 @@
+"""What is used of torch's private functions does what this package takes it to do."""
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+from qatkernels import _torch_compat as compat
+
+
+def test_below_autograd():
+    x = torch.ones(2, requires_grad=True)
+    assert (x * 2).requires_grad
+    with compat.below_autograd():
+        assert not (x * 2).requires_grad
+    assert (x * 2).requires_grad
+
+
+def test_without_autocast():
+    x = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        with compat.without_autocast():
+            assert (x @ x).dtype == torch.float32
+
+
+def test_in_forward_mode():
+    assert not compat.in_forward_mode()
+    with forward_ad.dual_level():
+        assert compat.in_forward_mode()
+    assert not compat.in_forward_mode()
+
+
+def test_transforms():
+    seen = []
+
+    def note(x):
+        seen.append((compat.in_transform(), compat.innermost_transform_is_jvp(), compat.in_forward_mode()))
+        return x.sum()
+
+    x = torch.ones(2)
+    note(x)
+    torch.func.grad(note)(x)
+    torch.func.vmap(note)(x[None])
+    torch.func.jvp(note, (x,), (x,))
+    torch.func.jvp(torch.func.grad(note), (x,), (x,))
+    assert seen[0] == (False, False, False)
+    assert [found[:2] for found in seen[1:]] == [(True, False), (True, False), (True, True), (True, False)]
+    assert seen[3][2]
+
+
+def test_is_fake():
+    assert not compat.is_fake(torch.ones(2))
+    with FakeTensorMode():
+        assert compat.is_fake(torch.ones(2))
+
+
+def test_is_view():
+    x = torch.ones(2)
+    assert not compat.is_view(x)
+    assert compat.is_view(x[:1])
+
+
+def test_dispatch_mode():
+    seen = []
+
+    class Mode(compat.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        torch.ones(2) + 1
+    assert torch.ops.aten.add.Tensor in seen
+
+
+def test_trees():
+    tree = {"a": [1, (2, None)], "b": 3}
+    leaves, spec = compat.tree_flatten(tree)
+    assert leaves == compat.tree_leaves(tree) == [1, 2, None, 3]
+    assert compat.tree_unflatten(leaves, spec) == tree
+    assert compat.tree_map(lambda leaf: leaf, tree) == tree
