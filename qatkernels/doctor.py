@@ -127,8 +127,9 @@ def diagnosis() -> dict[str, Any]:
         "forced_backend": os.environ.get("QATKERNELS_BACKEND"),
         "extension": None if extension is None else extension.build_info(),
         "ops": {
-            name: {d: backends.chosen(name, d) for d in backends.PREFERENCE} | {"present": sorted(backends.IMPLS[name])}
-            for name in backends.OPS
+            name: {device: row[device][0].split(" ")[0] for device in backends.DEVICES}
+            | {"order": {device: row[device] for device in backends.DEVICES}, "present": row["present"]}
+            for name, row in backends.report().items()
         },
         "missing": {name: {"why": reason, "how": cure(name, here)} for name, reason in why.items()},
         "broken": broken,
@@ -210,10 +211,18 @@ def prescription(found: dict[str, Any]) -> str:
     lines += [f"extension    {'not there' if built is None else ', '.join(f'{k} {v}' for k, v in built.items() if v)}"]
     if found["forced_backend"]:
         lines += [f"QATKERNELS_BACKEND forces {found['forced_backend']!r}"]
-    devices = list(backends.PREFERENCE)
-    lines += ["", f"{'op':<{width}}  " + "".join(f"on {device:<12}" for device in devices) + "present"]
+    shown = {
+        name: [", then ".join(op["order"][device]) for device in backends.DEVICES] for name, op in found["ops"].items()
+    }
+    heads = [f"on {device}" for device in backends.DEVICES]
+    widths = [max(map(len, column)) for column in zip(heads, *shown.values(), strict=True)]
+    lines += [
+        "",
+        f"{'op':<{width}}  " + "  ".join(f"{h:<{w}}" for h, w in zip(heads, widths, strict=True)) + "  present",
+    ]
     for name, op in found["ops"].items():
-        lines += [f"{name:<{width}}  " + "".join(f"{op[d]:<15}" for d in devices) + ", ".join(op["present"])]
+        cells = "  ".join(f"{cell:<{w}}" for cell, w in zip(shown[name], widths, strict=True))
+        lines += [f"{name:<{width}}  {cells}  {', '.join(op['present'])}"]
     for name, entry in found["missing"].items():
         lines += ["", f"missing: {name} ({entry['why']})", f"  {entry['how']}"]
     lines += [f"\nBROKEN: {name}: {why}" for name, why in found["broken"].items()]

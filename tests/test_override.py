@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from qatkernels.backends import extension, fits
+from qatkernels.backends import Registry, extension, fits
+from qatkernels.backends.compiled import BACKENDS
 
 SCRIPT = """
 import torch, qatkernels as qk
@@ -70,6 +71,10 @@ def test_another_build_of_the_same_torch_keeps_the_kernels(monkeypatch):
     monkeypatch.setattr(torch, "__version__", f"{release}+other")
     assert (extension() is None) == cuda
     monkeypatch.setattr(torch, "__version__", "1.0.0")
-    monkeypatch.setattr("qatkernels.backends.MISSING", missing := {})
     assert extension() is None
-    assert "built for torch" in missing["cpp"]
+    found = Registry(ops={})
+    for backend in BACKENDS:
+        found.add(backend)
+    found.load()
+    assert "built for torch" in found.missing["cpp"]
+    assert "was not built" in found.missing["cuda"]

@@ -115,9 +115,9 @@ def install(capability: tuple[int, int], *, compiling: bool = True) -> None:
     driver.set_active(_Driver(capability))
     if compiling:
         compile_module((Path(nvidia.dirname) / "driver.c").read_text(), "cuda_utils")
-    package = importlib.import_module("qatkernels.triton")
+    package = importlib.import_module("qatkernels.backends.triton")
     for found in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"qatkernels.triton.{found.name}")
+        module = importlib.import_module(f"qatkernels.backends.triton.{found.name}")
         if hasattr(module, "capability"):
             module.capability = lambda device: capability
     compile_kernel = JITFunction._do_compile
@@ -142,8 +142,8 @@ def serve_cpu_tensors() -> None:
     Calls are not replayed: a plan allocates without zeros.
     """
     from qatkernels.backends import IMPLS
+    from qatkernels.backends.triton import _plans
     from qatkernels.ops._op import OPS, as_tuple
-    from qatkernels.triton import _plans
 
     _plans.enabled = False
 

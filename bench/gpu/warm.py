@@ -77,13 +77,11 @@ def _smoke() -> Iterator[Job]:
 def _rows() -> Iterator[Job]:
     """Every call of ours in the suites of the first call, at the shapes of a GPU."""
     _draw_nothing()
-    from qatkernels import backends
-
     from ..case import Settings
-    from ..suites import SUITES
+    from ..suites import SUITES, fake_quantize
     from .calls import SUITE_SECONDS
 
-    backends.PREFERENCE["CPU"] = ("triton",)  # what the suites list
+    fake_quantize.ONLY = ("triton",)
     settings = Settings(torch.device("cpu"), gpu_shapes=True)
     smaller = _smaller(settings)
     for name in SUITE_SECONDS:

@@ -19,8 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qatkernels.backends import IMPLS
+from qatkernels.backends.triton import _plans
 from qatkernels.ops._op import OPS, as_tuple
-from qatkernels.triton import _plans
 
 #: Triton's own assembler and disassemblers.
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"

@@ -21,7 +21,7 @@ SQUARE = 4096
 @contextmanager
 def on(architecture: int) -> Iterator[None]:
     """Let the launchers believe that they are on a GPU."""
-    module = importlib.import_module("qatkernels.triton.lowbit_linear")
+    module = importlib.import_module("qatkernels.backends.triton.lowbit_linear")
     known, module.capability = module.capability, lambda device: divmod(architecture, 10)
     try:
         yield

@@ -25,6 +25,9 @@ INT4 = lsq(4)
 #: Largest error by dtype of an output: a few roundings, or those of a row's sum in float32.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.int8: 0.0, torch.uint8: 0.0}
 
+#: Backends whose calls are listed, whatever the device; those of the device if empty. `bench/gpu/warm.py` sets it.
+ONLY: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -91,7 +94,7 @@ def ours(op: str, args: tuple[Any, ...], device: torch.device) -> Iterator[Call 
 
     The reference competes on a CPU only: a GPU has no time for it.
     """
-    for backend in backends.PREFERENCE[device.type.upper()]:
+    for backend in ONLY or backends.REGISTRY.preference(device.type.upper()):
         if backend == "reference" and device.type == "cuda":
             continue
         if backend not in backends.IMPLS[op]:

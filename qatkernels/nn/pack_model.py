@@ -130,7 +130,7 @@ def compile_kernels(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> in
         raise ValueError("the model has no packed layer, pack_model makes them")
     if "triton" not in {stage.backend for stage in order("lowbit_linear", "CUDA")}:
         return 0
-    from ..triton.lowbit_linear import warm_up
+    from ..backends.triton.lowbit_linear import warm_up
 
     on_gpu = [layer for layer in layers.values() if layer.weight.packed.is_cuda]
     for layer in on_gpu:

@@ -485,7 +485,7 @@ def test_compile_kernels_compiles_what_is_on_a_gpu(monkeypatch):
         qk.compile_kernels(nn.Linear(2, 2))
     calls = []
     kernels = types.SimpleNamespace(warm_up=lambda *args, **kwargs: calls.append((*args, kwargs)))
-    monkeypatch.setitem(sys.modules, "qatkernels.triton.lowbit_linear", kernels)
+    monkeypatch.setitem(sys.modules, "qatkernels.backends.triton.lowbit_linear", kernels)
     monkeypatch.setitem(backends.IMPLS["lowbit_linear"], "triton", None)
     monkeypatch.delenv("QATKERNELS_BACKEND", raising=False)
     layer = types.SimpleNamespace(

@@ -1,14 +1,19 @@
 """A call goes to the first backend of its order that takes it, and to the reference at the end."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from qatkernels import backends
-from qatkernels.backends import Rule, Stage, order
+from qatkernels.backends import Backend, Registry, Rule, Stage, order
+from qatkernels.backends.dispatch import choice as in_python
 from qatkernels.ops._op import OPS, Op
 from qatkernels.ops.contract import Contract
 from tests.choices import choice
@@ -46,89 +51,114 @@ COMPILED.impl("toy_serves", few, "CPU")
 
 
 @pytest.fixture
-def toy(monkeypatch):
+def registry(monkeypatch):
     """An op on two backends of a GPU, one of which takes at most eight rows."""
     monkeypatch.delenv("QATKERNELS_BACKEND", raising=False)
     contract = Contract("x: float\n-> out: float32 []", {"x": "Tensor", "grid": "float[]"})
-    op = Op("toy", "Tensor x, float[] grid", contract, answer("reference"))
-    monkeypatch.setitem(backends.IMPLS, "toy", {name: answer(name) for name in NAMES})
-    monkeypatch.setitem(backends.IMPLS, "toy_out", {name: answer(name) for name in NAMES})
-    monkeypatch.setitem(backends.CONDITIONS, "toy", {"cuda": few})
-    return op
+    found = Registry(ops={"toy": Op("toy", "Tensor x, float[] grid", contract, answer("reference"))})
+
+    def load(registry, name):
+        for form in ("toy", "toy_out"):
+            registry.enter(name, form, answer(name))
+
+    found.add(Backend("cpp", ("CPU",), lambda registry: None))
+    found.add(Backend("cuda", ("CUDA",), partial(load, name="cuda"), priority=1, compiled=True))
+    found.add(Backend("triton", ("CUDA",), partial(load, name="triton"), priority=2))
+    found.load()
+    found.enter("reference", "toy_out", answer("reference"))
+    found.conditions["toy"] = {"cuda": few}
+    return found
 
 
-def choice_of(op, op_name="toy", device="CUDA"):
+def choice_of(registry, op_name="toy", device="CUDA"):
     """Return an op that passes calls on as the order of a device says, for tensors of a CPU."""
-    return choice(op, op_name, order("toy", device))
+    return choice(registry.ops["toy"], op_name, registry.order("toy", device), registry=registry)
 
 
-def answers(op, device="CUDA"):
+def answers(registry, device="CUDA", run=None):
     """Return who answers to eight rows, to three, to many, and to one of float64."""
-    run = choice_of(op, device=device)
+    run = run or choice_of(registry, device=device)
     calls = (torch.zeros(8, 1), torch.zeros(3, 2, 1)[:, 0], torch.zeros(9, 1), torch.zeros(1, 1, dtype=torch.float64))
     return [NAMES[int(run(x, [1.0, 2.0]))] for x in calls]
 
 
 @needs_extension
-def test_the_usual_order(toy):
-    assert order("toy", "CUDA") == [Stage("triton")]
-    assert answers(toy) == ["triton"] * 4
-    assert answers(toy, "CPU") == ["reference"] * 4
+def test_the_usual_order(registry):
+    assert registry.order("toy", "CUDA") == [Stage("triton")]
+    assert answers(registry) == ["triton"] * 4
+    assert answers(registry, "CPU") == ["reference"] * 4
 
 
 @needs_extension
-def test_what_a_kernel_does_not_take_goes_on(toy, monkeypatch):
-    monkeypatch.delitem(backends.IMPLS["toy"], "triton")
-    assert answers(toy) == ["cuda", "cuda", "reference", "reference"]
-    assert backends.chosen("toy", "CUDA") == "cuda"
+def test_what_a_kernel_does_not_take_goes_on(registry):
+    del registry.implementations["toy"]["triton"]
+    assert answers(registry) == ["cuda", "cuda", "reference", "reference"]
+    assert registry.chosen("toy", "CUDA") == "cuda"
+    assert registry.report()["toy"] == {
+        "CPU": ["reference"], "CUDA": ["cuda (some calls)", "reference"], "present": ["cuda", "reference"],
+    }  # fmt: skip
 
 
 @needs_extension
-def test_a_forced_backend_is_the_first(toy, monkeypatch):
-    monkeypatch.setattr(backends, "MISSING", {})
+def test_a_forced_backend_is_the_first(registry, monkeypatch):
     monkeypatch.setenv("QATKERNELS_BACKEND", "cuda")
-    assert answers(toy) == ["cuda", "cuda", "triton", "triton"]
+    assert answers(registry) == ["cuda", "cuda", "triton", "triton"]
     monkeypatch.setenv("QATKERNELS_BACKEND", "reference")
-    assert answers(toy) == ["reference"] * 4
+    assert answers(registry) == ["reference"] * 4
 
 
 @needs_extension
-def test_rules_come_before_the_usual_order(toy, monkeypatch):
+def test_rules_come_before_the_usual_order(registry):
     """A rule sends calls; the kernel may still pass them on."""
-    monkeypatch.setitem(backends.RULES, ("toy", "CUDA"), (Rule("cuda", rows=3),))
-    assert order("toy", "CUDA") == [Stage("cuda", 3, True), Stage("triton")]
-    assert answers(toy) == ["triton", "cuda", "triton", "triton"]
-    monkeypatch.setitem(backends.RULES, ("toy", "CUDA"), (Rule("cuda"),))
-    assert answers(toy) == ["cuda", "cuda", "triton", "triton"]
-    monkeypatch.setitem(backends.RULES, ("toy", "CUDA"), (Rule("triton", rows=1), Rule("cuda"), Rule("reference")))
-    assert answers(toy) == ["cuda", "cuda", "reference", "triton"]
-    monkeypatch.setitem(backends.RULES, ("toy", "CUDA"), (Rule("reference"),))
-    assert answers(toy) == ["reference"] * 4
-    monkeypatch.setitem(backends.RULES, ("toy", "CUDA"), (Rule("cpp"),))
+    registry.rules["toy", "CUDA"] = (Rule("cuda", rows=3),)
+    assert registry.order("toy", "CUDA") == [Stage("cuda", 3, True), Stage("triton")]
+    assert answers(registry) == ["triton", "cuda", "triton", "triton"]
+    registry.rules["toy", "CUDA"] = (Rule("cuda"),)
+    assert answers(registry) == ["cuda", "cuda", "triton", "triton"]
+    registry.rules["toy", "CUDA"] = (Rule("triton", rows=1), Rule("cuda"), Rule("reference"))
+    assert answers(registry) == ["cuda", "cuda", "reference", "triton"]
+    registry.rules["toy", "CUDA"] = (Rule("reference"),)
+    assert answers(registry) == ["reference"] * 4
+    registry.rules["toy", "CUDA"] = (Rule("cpp"),)
     with pytest.raises(RuntimeError, match="a rule for toy on CUDA names 'cpp'"):
-        order("toy", "CUDA")
+        registry.order("toy", "CUDA")
+
+
+def test_without_the_extension_the_choice_is_the_same(registry):
+    op = registry.ops["toy"]
+    for rules in ((), (Rule("cuda", rows=3),), (Rule("cuda"),), (Rule("triton", rows=1), Rule("cuda"))):
+        registry.rules["toy", "CUDA"] = rules
+        stages = registry.order("toy", "CUDA")
+        found = answers(registry, run=in_python(op, "toy", stages, registry))
+        if "cpp" not in backends.MISSING:
+            assert found == answers(registry)
+        out = torch.full((), torch.nan)
+        in_python(op, "toy_out", stages, registry)(torch.zeros(9, 1), [], out)
+        assert out == NAMES.index("triton")
+    with pytest.raises(RuntimeError, match="no backend takes this call of toy"):
+        in_python(op, "toy", [Stage("cuda", None, True)], registry)(torch.zeros(9, 1), [])
 
 
 @needs_extension
-def test_a_backend_in_python_may_take_some_calls_too(toy, monkeypatch):
-    monkeypatch.setitem(backends.CONDITIONS, "toy", {"triton": lambda x, grid: grid[1] == 2.0})
-    run = choice_of(toy)
+def test_a_backend_in_python_may_take_some_calls_too(registry):
+    registry.conditions["toy"] = {"triton": lambda x, grid: grid[1] == 2.0}
+    run = choice_of(registry)
     assert [NAMES[int(run(torch.zeros(1, 1), [1.0, last]))] for last in (2.0, 3.0)] == ["triton", "cuda"]
 
 
 @needs_extension
-def test_rows_are_those_of_all_leading_dimensions(toy, monkeypatch):
-    monkeypatch.setitem(backends.CONDITIONS, "toy", {})
-    monkeypatch.setitem(backends.RULES, ("toy", "CUDA"), (Rule("cuda", rows=6),))
-    run = choice_of(toy)
+def test_rows_are_those_of_all_leading_dimensions(registry):
+    registry.conditions["toy"] = {}
+    registry.rules["toy", "CUDA"] = (Rule("cuda", rows=6),)
+    run = choice_of(registry)
     shapes = ((7,), (2, 3, 9), (7, 1), (2, 4, 0), (0, 9, 2), ())
     assert [NAMES[int(run(torch.zeros(s), []))] for s in shapes] == ["cuda", "cuda", "triton", "triton", "cuda", "cuda"]
 
 
 @needs_extension
-def test_conditions_do_not_see_outputs(toy, monkeypatch):
-    monkeypatch.setitem(backends.RULES, ("toy", "CUDA"), (Rule("cuda"),))
-    run = choice_of(toy, "toy_out")
+def test_conditions_do_not_see_outputs(registry):
+    registry.rules["toy", "CUDA"] = (Rule("cuda"),)
+    run = choice_of(registry, "toy_out")
     for rows, name in ((8, "cuda"), (9, "triton")):
         out = torch.full((2,), torch.nan)
         run(torch.zeros(rows, 1), [], out)
@@ -136,31 +166,53 @@ def test_conditions_do_not_see_outputs(toy, monkeypatch):
 
 
 @needs_extension
-def test_a_choice_ends(toy):
+def test_a_choice_ends(registry):
     with pytest.raises(RuntimeError, match="no backend takes this call of qatkernels_choices::"):
-        choice(toy, "toy", [Stage("cuda", None, True)])(torch.zeros(9, 1), [])
+        choice(registry.ops["toy"], "toy", [Stage("cuda", None, True)], registry=registry)(torch.zeros(9, 1), [])
+    absent = Op("absent", "Tensor x", Contract("-> out: like(x) []", {"x": "Tensor"}), None)
     with pytest.raises(RuntimeError, match="qatkernels_cpp::absent"):
-        choice(
-            Op("absent", "Tensor x", Contract("-> out: like(x) []", {"x": "Tensor"}), None), "absent", [Stage("cuda")]
-        )
+        choice(absent, "absent", [Stage("cuda")])
 
 
 @pytest.mark.parametrize("present", [("cuda", "triton"), ("cuda",), ("triton",), ()], ids="+".join)
 def test_decoding_goes_to_the_cuda_kernel(present, monkeypatch):
     """Up to eight tokens; what it does not take of those, and all else, to Triton, or to the reference."""
     monkeypatch.delenv("QATKERNELS_BACKEND", raising=False)
-    monkeypatch.setattr(backends, "MISSING", {})
-    monkeypatch.setitem(backends.IMPLS, "lowbit_linear", dict.fromkeys((*present, "reference")))
-    monkeypatch.setitem(backends.CONDITIONS, "lowbit_linear", {"cuda": few})
+    here = replace(
+        backends.REGISTRY, missing={}, implementations={"lowbit_linear": dict.fromkeys((*present, "reference"))},
+        conditions={"lowbit_linear": {"cuda": few}},
+    )  # fmt: skip
     first = [Stage("cuda", 8, True)] if "cuda" in present else []
     rest = [Stage("triton")] if "triton" in present else [Stage("cuda", None, True)] * len(first) + [Stage("reference")]
-    assert order("lowbit_linear", "CUDA") == first + rest
+    assert here.order("lowbit_linear", "CUDA") == first + rest
 
 
-def test_without_an_extension_nobody_counts_rows(toy, monkeypatch):
-    monkeypatch.setattr(backends, "MISSING", {"cpp": "not built"})
-    monkeypatch.setitem(backends.RULES, ("toy", "CUDA"), (Rule("reference", rows=1),))
-    assert order("toy", "CUDA") == [Stage("triton")]
+def test_choices_say_what_they_rest_on():
+    """A choice is measured, and names its results, or says that it is estimated."""
+    root = Path(backends.__file__).parent
+    for entry in json.loads((root / "choices.json").read_text()):
+        assert entry["op"] in OPS
+        if entry["measured"] is None:
+            assert entry["why"].startswith("Estimated")
+        else:
+            assert (root.parents[1] / "bench/results" / entry["measured"]).is_file(), entry
+
+
+def test_a_backend_is_declared_once_and_for_known_devices(registry):
+    with pytest.raises(ValueError, match="'triton' is declared twice"):
+        registry.add(Backend("triton", ("CUDA",), lambda registry: None))
+    with pytest.raises(ValueError, match=r"devices of backend 'toy' are \('TPU',\), must be of \('CPU', 'CUDA'\)"):
+        registry.add(Backend("toy", ("TPU",), lambda registry: None))
+
+
+def test_a_backend_that_is_not_here_says_why(registry):
+    def absent(registry):
+        raise ImportError("no such library")
+
+    registry.add(Backend("toy", ("CPU",), absent, priority=9))
+    registry.load()
+    assert registry.missing == {"toy": "no such library"}
+    assert registry.chosen("toy", "CPU") == "reference"
 
 
 def test_on_a_cpu_no_call_is_looked_at():
@@ -170,6 +222,7 @@ def test_on_a_cpu_no_call_is_looked_at():
 
 
 _SCRIPT = """
+import os
 import sys
 import torch
 import qatkernels as qk
@@ -183,9 +236,8 @@ def counted(*args):
 taken, op = [], OPS["lowbit_linear"]
 meaning = op.reference
 object.__setattr__(op, "reference", counted)
-backends.PREFERENCE["CPU"] = ("reference", "cpp")
-backends.RULES["lowbit_linear", "CPU"] = (backends.Rule("cpp", rows=8),)
-del backends.os.environ["QATKERNELS_BACKEND"]
+backends.RULES["lowbit_linear", "CPU"] = (backends.Rule("cpp", rows=8), backends.Rule("reference"))
+del os.environ["QATKERNELS_BACKEND"]
 backends.register()  # so far the reference served every op
 grid = qk.grids.lsq(4)
 dense = qk.PackedWeight.from_float(torch.randn(16, 32), torch.full((16,), 0.3), grid)
@@ -217,8 +269,9 @@ before = len(entered)
 with torch.no_grad():
     qk.lowbit_linear(x, dense)
 sys.setprofile(None)
-inside = [code for code in entered[before:] if code.co_filename.endswith(("backends.py", "ops/_op.py", "contract.py"))]
-assert {code.co_name for code in inside} <= {"call"}, inside
+files = ("registry.py", "dispatch.py", "ops/_op.py", "contract.py")
+inside = [code for code in entered[before:] if code.co_filename.endswith(files)]
+assert {code.co_name for code in inside} <= {"call", "differentiable"}, inside
 print(taken)
 """
 

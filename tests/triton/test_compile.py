@@ -21,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("bench", reason="not in a checkout")
 
 from bench.kernels.ahead import compiled, recorded, recorded_launches, resources, specialized  # noqa: E402
-from qatkernels.triton._rows import CHUNK_COLUMNS, TILE_ELEMENTS  # noqa: E402
+from qatkernels.backends.triton._rows import CHUNK_COLUMNS, TILE_ELEMENTS  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -207,7 +207,7 @@ def check_instruction(ptx, instruction):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("case", PRODUCTS)
 def test_products(case, architecture, monkeypatch):
-    monkeypatch.setattr("qatkernels.triton.lowbit_linear.capability", lambda device: divmod(architecture, 10))
+    monkeypatch.setattr("qatkernels.backends.triton.lowbit_linear.capability", lambda device: divmod(architecture, 10))
     call, instruction = PRODUCTS[case]
     launches = recorded_launches(*call)
     assert len([kernel for kernel, *_ in launches if kernel.__name__.startswith("lowbit")]) == 1
@@ -227,7 +227,7 @@ def test_products(case, architecture, monkeypatch):
 @pytest.mark.parametrize("experts", [None, 1, 4])
 def test_the_number_of_tokens_is_not_compiled(experts, act_bits):
     """What `warm_up` compiles is all that any number of tokens needs."""
-    from qatkernels.triton.lowbit_linear import warm_up
+    from qatkernels.backends.triton.lowbit_linear import warm_up
 
     def keys(launches):
         return {

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from qatkernels.triton._element import QUOTIENTS, QUOTIENTS_TINY
+from qatkernels.backends.triton._element import QUOTIENTS, QUOTIENTS_TINY
 
 FMA = ctypes.CDLL(ctypes.util.find_library("m")).fmaf
 FMA.restype, FMA.argtypes = ctypes.c_float, [ctypes.c_float] * 3

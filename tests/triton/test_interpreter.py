@@ -182,7 +182,7 @@ def test_gram_schmidt(call):
 
 
 def test_gram_schmidt_of_more_columns_than_programs_have_tiles(monkeypatch):
-    import qatkernels.triton.krylov as krylov
+    import qatkernels.backends.triton.krylov as krylov
 
     monkeypatch.setattr(krylov, "MOST_PROGRAMS", 3)
     basis, w = torch.randn(60, 1000), torch.randn(1000)
@@ -204,7 +204,7 @@ def test_gram_schmidt_of_more_columns_than_programs_have_tiles(monkeypatch):
 )
 def test_quant_linear_dual(sample, most_tokens, transposed, monkeypatch):
     """More tokens than a tile has, by the kernel and by its parts."""
-    monkeypatch.setattr("qatkernels.triton.quant_linear.MOST_TOKENS", most_tokens)
+    monkeypatch.setattr("qatkernels.backends.triton.quant_linear.MOST_TOKENS", most_tokens)
     check_linear_dual(triton_out("quant_linear_dual"), sample, 70, transposed)
 
 

@@ -30,9 +30,9 @@ from tests.lowbit import (
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 pytest.importorskip("triton")
 
-from qatkernels.triton import _products, lowbit_linear  # noqa: E402
-from qatkernels.triton._products import CONFIGS, choose, common_block, distinct, fitted  # noqa: E402
-from qatkernels.triton.lowbit_linear import whole_codes  # noqa: E402
+from qatkernels.backends.triton import _products, lowbit_linear  # noqa: E402
+from qatkernels.backends.triton._products import CONFIGS, choose, common_block, distinct, fitted  # noqa: E402
+from qatkernels.backends.triton.lowbit_linear import whole_codes  # noqa: E402
 
 OPERATIONS = ("lowbit_linear", "lowbit_linear_transposed")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)

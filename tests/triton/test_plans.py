@@ -24,7 +24,7 @@ fake_driver.install((9, 0), compiling=False)
 import qatkernels as qk
 from qatkernels.backends import IMPLS
 from qatkernels.ops._op import OPS
-from qatkernels.triton import _plans
+from qatkernels.backends.triton import _plans
 
 log, wrong, counts = [], [], collections.Counter()
 
@@ -169,7 +169,7 @@ print(type(IMPLS["fake_quantize"]["triton"]).__name__)
 """
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     for version, environment, kind in (
-        ("3.6.0", {}, "Planned"), ("3.6.0", {"TRITON_INTERPRET": "1"}, "function"), ("3.7.1", {}, "function"),
+        ("3.6.0", {}, "Planned"), ("3.6.0", {"TRITON_INTERPRET": "1"}, "method"), ("3.7.1", {}, "method"),
     ):  # fmt: skip
         command = [sys.executable, "-W", "ignore", "-c", script, version]
         process = subprocess.run(command, cwd=ROOT, env={**clean, **environment}, capture_output=True, text=True)
@@ -218,9 +218,9 @@ def test_every_argument_is_in_the_key():
     """A plan that did not look at one would launch the kernel of another call."""
     import torch
 
+    from qatkernels.backends import IMPLS
+    from qatkernels.backends.triton._plans import Planned
     from qatkernels.ops._op import OPS
-    from qatkernels.triton._launchers import LAUNCHERS
-    from qatkernels.triton._plans import Planned
 
     values = {
         "Tensor": (torch.ones(4), torch.ones(8)), "Tensor?": (torch.ones(4), None), "float": (0.5, 0.25),
@@ -228,11 +228,10 @@ def test_every_argument_is_in_the_key():
         "bool": (True, False), "ScalarType?": (torch.float32, torch.bfloat16, None),
         "ScalarType": (torch.float32, torch.int8),
     }  # fmt: skip
-    assert "perturb_" in LAUNCHERS
-    for name in LAUNCHERS:
-        op = OPS[name]
+    assert "triton" in IMPLS["perturb_"]
+    for op in (op for op in OPS.values() if "triton" in IMPLS[op.name]):
         kinds = [kind.replace("(a!)", "").replace("(b!)", "") for kind in op.parameters.values()]
         planned, first = Planned(op, lambda *args: None), [values[kind][0] for kind in kinds]
         for i, kind in enumerate(kinds):
             keys = [planned.key(0, tuple([*first[:i], value, *first[i + 1 :]]))[0] for value in values[kind]]
-            assert len(set(keys)) == len(keys), (name, list(op.parameters)[i])
+            assert len(set(keys)) == len(keys), (op.name, list(op.parameters)[i])

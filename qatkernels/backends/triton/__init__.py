@@ -7,11 +7,12 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
-from ..ops._op import Op
+from ...ops._op import Op
+from ..registry import Backend, Registry
 
 
-def load() -> dict[str, Callable[..., None]]:
-    """Import every file of kernels and return the launchers by op.
+def _load(registry: Registry) -> None:
+    """Import every file of kernels: launchers enter themselves.
 
     Raises:
         ImportError: if Triton is not installed.
@@ -19,9 +20,11 @@ def load() -> dict[str, Callable[..., None]]:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     importlib.import_module(f"{__name__}._plans").observe()
-    return importlib.import_module(f"{__name__}._launchers").LAUNCHERS
 
 
-def planned(op: Op, implementation: Callable[..., Any]) -> Callable[..., Any]:
+def _planned(op: Op, implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Return an implementation that runs launchers as one that replays calls like earlier ones."""
     return importlib.import_module(f"{__name__}._plans").planned(op, implementation)
+
+
+BACKENDS = (Backend("triton", ("CUDA",), _load, priority=20, wrap=_planned),)

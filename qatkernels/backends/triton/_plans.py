@@ -34,8 +34,8 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from .._torch_compat import TorchDispatchMode
-from ..ops._op import Op
+from ..._torch_compat import TorchDispatchMode
+from ...ops._op import Op
 from ._element import INTERPRETED
 
 #: Versions of Triton whose compiled kernels are launched as :func:`_launch` does.

@@ -1,0 +1,57 @@
+"""Implementations of the ops, and which of them serves which call.
+
+`registry.py` has the rule and the table, `dispatch.py` tells it to torch. Each other file or package of this folder
+that has ``BACKENDS`` is found by itself. A distribution of its own may bring backends too: an entry point in the group
+``qatkernels.backends`` that names an iterable of :class:`Backend` (CONTRIBUTING.md has an example).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import pkgutil
+import warnings
+
+from ..ops._op import OPS
+from .compiled import extension, fits
+from .dispatch import named, register
+from .registry import DEVICES, REGISTRY, Backend, Registry, Rule, Stage, declare, implements
+
+__all__ = [
+    "CONDITIONS", "DEVICES", "IMPLS", "MISSING", "OPS", "REGISTRY", "RULES", "Backend", "Registry", "Rule", "Stage",
+    "chosen", "empty_cache", "extension", "fits", "implements", "install", "named", "order", "register", "report",
+]  # fmt: skip
+
+#: The tables of the registry that serves ``torch.ops.qatkernels``; see :class:`Registry`.
+IMPLS, CONDITIONS, MISSING, RULES = (
+    REGISTRY.implementations, REGISTRY.conditions, REGISTRY.missing, REGISTRY.rules,
+)  # fmt: skip
+order, chosen, report = REGISTRY.order, REGISTRY.chosen, REGISTRY.report
+
+
+def install() -> None:
+    """Find the backends and what they implement, and tell torch."""
+    for found in pkgutil.iter_modules(__path__):
+        declare(getattr(importlib.import_module(f"{__name__}.{found.name}"), "BACKENDS", ()))
+    for entry in importlib.metadata.entry_points(group="qatkernels.backends"):
+        declare(entry.load())
+    REGISTRY.load()
+    register()
+    if "cpp" in MISSING and os.environ.get("QATKERNELS_BACKEND") != "reference":
+        warnings.warn(
+            "qatkernels has no compiled kernels that work here and runs on the (slow) PyTorch reference on CPU; "
+            "`qatkernels doctor` says why and how to get them",
+            stacklevel=3,
+        )
+
+
+def empty_cache() -> None:
+    """Return the memory that the CPU kernels keep for their next results to the system.
+
+    Results of a MiB or more come from blocks that are reused once nothing refers to them; what is kept never makes the
+    footprint exceed its own peak. The counterpart of ``torch.cuda.empty_cache``.
+    """
+    compiled = extension()
+    if compiled is not None:
+        compiled.empty_cache()

@@ -1,0 +1,93 @@
+"""The backends that the extension holds: C++ kernels for the CPU, and CUDA kernels where it was built with CUDA."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from types import ModuleType
+
+import torch
+
+from ..ops._op import Op
+from .registry import Backend, Registry
+
+
+def extension() -> ModuleType | None:
+    """Return the compiled extension, or None if there is none that works here."""
+    try:
+        return _extension()
+    except ImportError:
+        return None
+
+
+def _extension() -> ModuleType:
+    """Return the compiled extension.
+
+    Raises:
+        ImportError: if it was not built, or for another torch.
+    """
+    compiled = importlib.import_module("qatkernels._C")
+    info = compiled.build_info()
+    if not fits(info["torch"], torch.__version__, bool(info["cuda_archs"])):
+        raise ImportError(f"the extension was built for torch {info['torch']}, this is {torch.__version__}")
+    return compiled
+
+
+def fits(built: str, running: str, cuda: bool) -> bool:
+    """Return whether an extension works with a torch.
+
+    Nothing promises that another version lays out its tensors alike, so it must be the version that the extension was
+    built with. Builds of one release from one source are alike but for CUDA: they differ in the label after the ``+``
+    (``2.13.0``, ``2.13.0+cpu``, ``2.13.0+cu130``), and an extension without CUDA kernels uses nothing that differs. One
+    with CUDA kernels links to libraries of one label. For versions that are no releases the label is the source.
+
+    Args:
+        built: version of torch that the extension was built with.
+        running: version of torch that is there.
+        cuda: whether the extension holds CUDA kernels.
+    """
+    release = built.partition("+")[0]
+    if cuda or re.fullmatch(r"[0-9.]+(\.post[0-9]+)?", release) is None:
+        return built == running
+    return release == running.partition("+")[0]
+
+
+def _load_cpp(registry: Registry) -> None:
+    compiled = _extension()
+    for op in registry.ops.values():
+        compiled.state(op.name, f"{op.name}({op.arguments}) -> ()", op.contract.text)
+        for name, schema in {**op.schemas, condition(op): f"{condition(op)}({op.arguments}) -> bool"}.items():
+            if any(compiled.serves(name, device) for device in ("CPU", "CUDA")):
+                compiled.declare("qatkernels_cpp", name, schema)
+        _enter(registry, compiled, op, "cpp", "CPU")
+
+
+def _load_cuda(registry: Registry) -> None:
+    try:
+        compiled = _extension()
+    except ImportError:
+        raise ImportError("the extension was not built") from None
+    if not compiled.build_info()["cuda_archs"]:
+        raise ImportError("the extension was built without CUDA")
+    for op in registry.ops.values():
+        _enter(registry, compiled, op, "cuda", "CUDA")
+
+
+def _enter(registry: Registry, compiled: ModuleType, op: Op, backend: str, device: str) -> None:
+    """Enter what the extension holds of an op on a device: its kernels, and what says which calls they take."""
+    for name in op.schemas:
+        if compiled.serves(name, device):
+            registry.enter(backend, name, getattr(torch.ops.qatkernels_cpp, name))
+    if compiled.serves(condition(op), device):
+        registry.conditions.setdefault(op.name, {})[backend] = getattr(torch.ops.qatkernels_cpp, condition(op))
+
+
+def condition(op: Op) -> str:
+    """Return the name of the op that says which calls a kernel takes."""
+    return f"{op.name}_serves"
+
+
+BACKENDS = (
+    Backend("cpp", ("CPU",), _load_cpp, priority=10, compiled=True),
+    Backend("cuda", ("CUDA",), _load_cuda, priority=10, compiled=True),
+)

@@ -1,0 +1,75 @@
+"""A backend of another distribution: found by its entry point, takes the calls that it says, and is reported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+#: As in CONTRIBUTING.md.
+_BACKEND = """
+from qatkernels.backends import Backend, Registry
+
+calls = []
+
+def dynamic(x, bits, out):  # the arguments of the op, then its outputs
+    calls.append(tuple(x.shape))
+    assert x.is_contiguous()
+    step = x.float().abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    out.copy_((x / step).round() * step)
+
+def load(registry: Registry) -> None:
+    registry.enter_kernel("toy", "fake_quantize_dynamic", dynamic, serves=lambda x, bits: bits == 8)
+
+BACKENDS = (Backend("toy", devices=("CPU",), load=load, priority=30),)
+"""
+_USE = """
+import torch
+import qatkernels as qk
+import toy_backend
+from qatkernels.backends import report
+
+x = torch.tensor([[1.0, -3.0, 0.5], [2.0, 1.0, -0.25]])
+torch.testing.assert_close(qk.fake_quantize_dynamic(x, 8), x, rtol=0, atol=3 / 127)
+assert toy_backend.calls == [(2, 3)], toy_backend.calls
+qk.fake_quantize_dynamic(x.t(), 8)  # strides are seen to before it is called
+assert toy_backend.calls == [(2, 3), (3, 2)], toy_backend.calls
+qk.fake_quantize_dynamic(x, 4)  # which it does not take
+assert len(toy_backend.calls) == 2
+out = torch.empty(2, 3)
+torch.ops.qatkernels.fake_quantize_dynamic_out(x, 8, out)
+assert torch.equal(out, qk.fake_quantize_dynamic(x, 8))
+x.requires_grad_()
+qk.fake_quantize_dynamic(x, 8).sum().backward()
+assert torch.equal(x.grad, torch.ones(2, 3))
+try:
+    torch.ops.qatkernels.fake_quantize_dynamic(x, 9)
+except RuntimeError as error:
+    assert "bits is 9, must be 2 to 8" in str(error), error
+else:
+    raise AssertionError("the contract was not checked")
+print(report()["fake_quantize_dynamic"]["CPU"])
+"""
+
+
+def test_an_entry_point_is_all_that_it_takes(tmp_path):
+    (tmp_path / "toy_backend.py").write_text(_BACKEND)
+    about = tmp_path / "toy-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[qatkernels.backends]\ntoy = toy_backend:BACKENDS\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": path}
+    environment.pop("QATKERNELS_BACKEND", None)
+    for forced, first in ((None, "toy (some calls)"), ("toy", "toy (some calls)")):
+        run = subprocess.run(
+            [sys.executable, "-c", _USE], env=environment | ({} if forced is None else {"QATKERNELS_BACKEND": forced}),
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.startswith(f"['{first}', "), run.stdout
+    said = subprocess.run(
+        [sys.executable, "-m", "qatkernels", "doctor"], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert "toy (some calls), then " in said
