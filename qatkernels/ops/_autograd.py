@@ -56,8 +56,7 @@ class OpFunction(torch.autograd.Function):
             return cls.run(*args)
 
         # apply() asks for the signature at every call; a stored one makes that free.
-        positional = inspect.Parameter.POSITIONAL_ONLY
-        forward.__signature__ = inspect.Signature([inspect.Parameter(n, positional) for n in cls._names])  # type: ignore[attr-defined]
+        forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
         cls.forward = staticmethod(forward)  # type: ignore[method-assign]
         torch.library.register_autograd(f"qatkernels::{op.name}", cls.backward, setup_context=cls.setup_context)
 
@@ -88,7 +87,7 @@ class OpFunction(torch.autograd.Function):
     def of(cls, kept: Any, **changes: Any) -> Any:
         """Call the op with arguments of another call that have the same names, some of them replaced."""
         values = {**vars(kept), **changes}
-        return cls.call(*(values[name] for name in cls._names))
+        return cls.call(*map(values.__getitem__, cls._names))
 
     @classmethod
     def run(cls, *args: Any) -> Any:
@@ -126,11 +125,13 @@ class OpFunction(torch.autograd.Function):
     @classmethod
     def backward(cls, ctx: Any, *gs: Any) -> Any:
         """Return the gradients of all inputs, None for those that have none."""
-        if all(g is None for g in gs):
+        if gs.count(None) == len(gs):
             return (None,) * len(cls._names)
         found = cls.gradients(ctx, cls._kept(ctx), *gs)
-        needed = zip(cls._names, ctx.needs_input_grad, strict=True)
-        return tuple(found.get(name) if needs else None for name, needs in needed)
+        for name, needs in zip(cls._names, ctx.needs_input_grad, strict=True):
+            if not needs:
+                found.pop(name, None)
+        return tuple(map(found.get, cls._names))
 
     @classmethod
     def jvp(cls, ctx: Any, *tangents: Any) -> Any:

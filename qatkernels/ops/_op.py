@@ -5,9 +5,9 @@ installed) and a *contract* (`contract.py`): what its arguments must be and what
 ``torch.library``. Every op has a twin named ``<op>_out`` that writes into tensors the caller supplies; ops that change
 their arguments in place have no outputs, a name that ends in ``_``, and no twin.
 
-`qatkernels/backends` overrides the reference per device. A kernel is written in one form only: the ``_out`` twin, or the op
-itself if it works in place. :class:`Kernel` puts it behind the contract, makes its inputs contiguous, and makes the op
-that allocates its outputs out of it.
+`qatkernels/backends` overrides the reference per device. A kernel is written in one form only: the ``_out`` twin, or
+the op itself if it works in place. :class:`Kernel` puts it behind the contract, makes its inputs contiguous, and makes
+the op that allocates its outputs out of it.
 """
 
 from __future__ import annotations
