@@ -14,7 +14,6 @@ from torch.nn.utils import parametrize
 from .._torch_compat import in_forward_mode
 from ..ops import quant_linear_dual
 from ..ops.contract import FLOATS
-from ..ops.noise import make_seed
 from ..ops.quant_linear import forward_mode_alone
 from .activation import compute_dtype
 from .config import QuantConfig
@@ -132,9 +131,13 @@ class QuantLinear(Quantized, nn.Linear):
         if all(t is None for t in (along_x, *tangents)):
             y = F.linear(x2, quantizer.plain(*held, dtype, noise))
         else:
-            seed = make_seed(None, x.device) if any(noise) else None
-            point = (*weight, seed, list(quantizer.grid.constants), *noise, quantizer.grad_scale)
-            y = forward_ad.make_dual(*quant_linear_dual(x2, along_x, *tangents, *point, False))
+            (w, scale, zero_point), (along_w, along_scale, along_zero_point) = weight, tangents
+            dual = quant_linear_dual(
+                x2, w, scale, quantizer.grid, group_size=quantizer.group_size, zero_point=zero_point,
+                tangent_x=along_x, tangent_w=along_w, tangent_scale=along_scale, tangent_zero_point=along_zero_point,
+                noise_std=noise[0], scale_noise_std=noise[1], grad_scale=quantizer.grad_scale,
+            )  # fmt: skip
+            y = forward_ad.make_dual(*dual)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(dtype)
 

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from .._torch_compat import in_forward_mode, in_transform, innermost_transform_is_jvp
+from ..arguments import check_bools, check_optional_reals, check_optional_tensors, check_reals, check_tensors
+from ..grids import Grid
+from . import noise
 from ._autograd import Composite
 from ._op import define
-from .fake_quantize import DUAL, TANGENTS, WEIGHT, FakeQuantizeDual
+from .fake_quantize import DUAL, TANGENTS, WEIGHT, FakeQuantizeDual, check_layout
 
 
 def _formula(quantize_dual: Any, x: Tensor, tangent_x: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
@@ -66,18 +69,66 @@ class QuantLinearDual(Composite):
         return _formula(FakeQuantizeDual.call, *args)
 
 
-def quant_linear_dual(*args: Any) -> tuple[Tensor, Tensor]:
-    """Return a quantized linear layer's output and its tangent; arguments as the op's, see the top of this file.
+def quant_linear_dual(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    grid: Grid,
+    *,
+    group_size: int | None = None,
+    zero_point: Tensor | None = None,
+    tangent_x: Tensor | None = None,
+    tangent_w: Tensor | None = None,
+    tangent_scale: Tensor | None = None,
+    tangent_zero_point: Tensor | None = None,
+    noise_std: float = 0.0,
+    scale_noise_std: float = 0.0,
+    seed: int | Tensor | None = None,
+    grad_scale: float | None = None,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return a quantized linear layer's output and its tangent, from one read of the weight and of its tangent.
 
     Args:
-        *args: ``x [T, K]``, its tangent or None, tangents of w, scale and zero point or None, then the arguments of
-            ``torch.ops.qatkernels.fake_quantize`` from ``w [N, K]`` to ``grad_scale``, and whether to multiply by the
-            weight itself (``x [T, N]``) and not by its transpose.
+        x: activations ``[T, K]``, or ``[T, N]`` if ``transposed``; of the dtype of ``w``, or 16 bits for a float32 one.
+        w: weight ``[N, K]``.
+        scale: as for :func:`fake_quantize`, as are the other arguments of that name.
+        grid: the quantization grid.
+        group_size: number of consecutive inputs that share a scale.
+        zero_point: for affine grids, like ``scale``.
+        tangent_x: like ``x``, None for zero.
+        tangent_w: like ``w``, None for zero.
+        tangent_scale: like ``scale``, None for zero.
+        tangent_zero_point: like ``zero_point``, None for zero.
+        noise_std: standard deviation of the noise on ``w``.
+        scale_noise_std: the same for ``scale``.
+        seed: of the noise.
+        grad_scale: factor on the tangents of ``scale`` and ``zero_point``.
+        transposed: multiply by the weight itself and not by its transpose.
 
     Returns:
-        y and dy, ``[T, N]`` (``[T, K]`` if transposed), in the dtype of x.
+        y and dy, ``[T, N]`` (``[T, K]`` if transposed), in the dtype of x; differentiable, any order, both modes.
+
+    Raises:
+        TypeError: if an argument is of another type, naming it.
+        ValueError: if ``scale``, ``group_size`` or ``zero_point`` do not fit ``w``, naming the argument.
+        RuntimeError: if another shape, a dtype or a device does not fit, naming the argument.
     """
-    y, tangent = QUANT_LINEAR_DUAL.call(*args)
+    check_tensors(x=x)
+    check_layout(w, scale, grid, group_size, zero_point)
+    check_optional_tensors(
+        tangent_x=tangent_x, tangent_w=tangent_w, tangent_scale=tangent_scale, tangent_zero_point=tangent_zero_point
+    )
+    check_reals(noise_std=noise_std, scale_noise_std=scale_noise_std)
+    check_optional_reals(grad_scale=grad_scale)
+    check_bools(transposed=transposed)
+    noise.check_seed(seed)
+    seed = noise.make_seed(seed, w.device) if noise_std or scale_noise_std else None
+    grad_scale = grid.grad_scale(w.numel()) if grad_scale is None else float(grad_scale)
+    y, tangent = QUANT_LINEAR_DUAL.call(
+        x, tangent_x, tangent_w, tangent_scale, tangent_zero_point, w, scale, zero_point, seed, list(grid.constants),
+        noise_std, scale_noise_std, grad_scale, transposed,
+    )  # fmt: skip
     return y, tangent
 
 

@@ -184,7 +184,7 @@ def test_errors(changed, words):
     for device in ("cpu", "meta"):
         moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
         with pytest.raises(RuntimeError, match=words):
-            quant_linear_dual(*moved)
+            torch.ops.qatkernels.quant_linear_dual(*moved)
 
 
 def test_double_backward_is_the_dual():
@@ -196,6 +196,6 @@ def test_double_backward_is_the_dual():
     y = leaves[0] @ qk.fake_quantize(leaves[1], sample.scale, sample.grid).t()
     first = torch.autograd.grad(y, leaves[:2], leaves[2], create_graph=True)
     of_x, of_g = torch.autograd.grad(first, (leaves[0], leaves[2]), (u, v))
-    point = (v, None, None, *sample.point)
-    torch.testing.assert_close(of_g, quant_linear_dual(x, u, *point, False)[1])
-    torch.testing.assert_close(of_x, quant_linear_dual(g, None, *point, True)[1])
+    layer = (sample.w, sample.scale, sample.grid)
+    torch.testing.assert_close(of_g, quant_linear_dual(x, *layer, tangent_x=u, tangent_w=v)[1])
+    torch.testing.assert_close(of_x, quant_linear_dual(g, *layer, tangent_w=v, transposed=True)[1])

@@ -30,6 +30,11 @@ CALLS = {
     "dequantize": {**{k: v for k, v in FAMILY.items() if k != "w"}, "codes": CODES, "dtype": torch.float32},
     "reset_": {**FAMILY, "w": W.clone(), "quantized_weight": 0.5},
     "fake_quantize_dynamic": {"x": W, "bits": 8},
+    "quant_linear_dual": {
+        **FAMILY, "x": torch.ones(2, 8), "tangent_x": torch.ones(2, 8), "tangent_w": W, "tangent_scale": SCALE,
+        "tangent_zero_point": ZERO, "noise_std": 0.0, "scale_noise_std": 0.0, "seed": 1, "grad_scale": 1.0,
+        "transposed": False,
+    },
     "pack": {"codes": CODES, "grid": AFFINE},
     "unpack": {"packed": PACKED.packed, "grid": GRID, "cols": 8},
     "lowbit_linear": {"x": W, "weight": PACKED, "bias": torch.ones(4), "act_bits": 8},
@@ -52,8 +57,8 @@ CALLS = {
     "Grid.init_zero_point": {"w": W, "scale": SCALE, "group_size": None},
     "Grid.grad_scale": {"numel": 12},
 }  # fmt: skip
-#: Functions that are not typed by argument: one that takes the arguments of an op as they are, and one without any.
-UNTYPED = {"quant_linear_dual", "empty_cache"}
+#: Functions without arguments.
+UNTYPED = {"empty_cache"}
 METHODS = {
     "PackedWeight.from_float": qk.PackedWeight.from_float, "PackedWeight.dequantize": PACKED.dequantize,
     "Grid.init_scale": AFFINE.init_scale, "Grid.init_zero_point": AFFINE.init_zero_point,
