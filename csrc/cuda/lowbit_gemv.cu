@@ -415,7 +415,7 @@ cudaError_t lowbit_gemv_workspace(const LowbitLinearCall& call, size_t* bytes) {
   DeviceLimits device;
   const cudaError_t error = device.query();
   if (error != cudaSuccess) return error;
-  const LowbitPlan plan(call, device);
+  const LowbitGemvPlan plan(call, device);
   *bytes = plan.bytes(plan.pass(0));  // no later pass has more tokens
   return cudaSuccess;
 }
@@ -425,15 +425,15 @@ cudaError_t lowbit_gemv(const LowbitLinearCall& call, void* workspace, cudaStrea
   if (call.tokens == 0 || call.rows == 0) return cudaSuccess;
   DeviceLimits device;
   cudaError_t error = device.query();
-  const LowbitPlan plan(call, device);
+  const LowbitGemvPlan plan(call, device);
   for (int64_t first = 0; error == cudaSuccess && first < call.tokens; first += plan.pass_tokens) {
     LowbitGemv p = plan.pass(first);
     char* const memory = static_cast<char*>(workspace);
     float* const unit = reinterpret_cast<float*>(memory);
-    uint4* const x = reinterpret_cast<uint4*>(memory + LowbitPlan::kUnitBytes);
+    uint4* const x = reinterpret_cast<uint4*>(memory + LowbitGemvPlan::kUnitBytes);
     p.unit = unit;
     p.x = x;
-    if (p.chunks > 1) p.partial = reinterpret_cast<float*>(memory + LowbitPlan::kUnitBytes + plan.x_bytes(p));
+    if (p.chunks > 1) p.partial = reinterpret_cast<float*>(memory + LowbitGemvPlan::kUnitBytes + plan.x_bytes(p));
     const void* const tokens =
         static_cast<const char*>(call.x) + first * call.cols * (call.x_type == DType::f32 ? 4 : 2);
     const int64_t items = int64_t{p.stages} * plan.layout.products * 2;

@@ -108,7 +108,7 @@ struct DeviceLimits {
 //   by granule  groups are whole granules: each activation row is one row of the product
 //   split       groups are whole lanes' shares of a granule: four times the activation rows
 //   any         any other groups: a plain kernel without tensor cores
-struct LowbitPlan {
+struct LowbitGemvPlan {
   const LowbitLinearCall& call;
   const DeviceLimits& device;
   const LowbitLayout layout;
@@ -116,7 +116,7 @@ struct LowbitPlan {
   bool any, split;
   int limbs, max_tiles, pass_tokens;
 
-  LowbitPlan(const LowbitLinearCall& c, const DeviceLimits& d)
+  LowbitGemvPlan(const LowbitLinearCall& c, const DeviceLimits& d)
       : call(c), device(d), layout(c.bits), group_cols(c.cols / c.groups) {
     const bool by_granule = call.groups == 1 || group_cols % layout.granule_cols == 0;
     split = !by_granule && call.bits != 8 && group_cols % layout.lane_cols == 0;
