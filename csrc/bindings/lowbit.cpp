@@ -158,14 +158,15 @@ void lowbit_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, c
     multiply_dequantized(w, from.view({call.tokens, cols}), y, true, bias);
     return;
   }
-  const Tensor memory = allocate({kernels().lowbit_memory(call) + 64}, at::kByte, x.device());
+  const LowbitPlan plan = kernels().lowbit_plan(call);
+  const Tensor memory = allocate({plan.buffer_bytes + 64}, at::kByte, x.device());
   void* const at =
       reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.mutable_data_ptr()) + 63) & ~uintptr_t{63});
   parallel(
-      call.tokens, [&](int64_t begin, int64_t end) { kernels().lowbit_prepare(call, at, begin, end); },
+      call.tokens, [&](int64_t begin, int64_t end) { kernels().lowbit_prepare(plan, at, begin, end); },
       std::max<int64_t>(1, kUnitElements / std::max<int64_t>(cols, 1)));
   const auto multiply = [&](int64_t begin, int64_t end) {
-    kernels().lowbit_multiply(call, at, w.experts.data(), begin, end);
+    kernels().lowbit_multiply(plan, at, w.experts.data(), begin, end);
   };
   const int64_t panels = static_cast<int64_t>(w.experts.size()) * ((call.rows + kPanel - 1) / kPanel);
   if (offsets)

@@ -1,4 +1,7 @@
-// What a launch needs to know, in plain data: bindings.cpp fills these in, kernels read them.
+// The calls of kernels as plain data: the bindings fill them in, kernels of any device read them. No torch here.
+//
+// All pointers are to contiguous tensors on the kernel's device, of the shapes and dtypes that the op's fields say;
+// null where an argument is absent. tests/cuda/on_host.py mirrors these structures.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +12,12 @@ namespace qk {
 
 enum class DType : int32_t { f32, bf16, f16, f64 };
 
-// A weight as rows that share a scale, and the grid. All pointers are contiguous; null where the argument is absent.
+// The arguments that ops on a weight share: the weight as rows that share a scale each, its scales, grid and noise.
 struct QuantArgs {
   const void* w;
   const void* scale;       // [rows]
   const void* zero_point;  // [rows]
-  const int64_t* seed;     // one element, on the device of w
+  const int64_t* seed;     // one element; null without noise
   int64_t rows, cols;
   DType w_type, scale_type;
   Grid<double> grid;
@@ -39,7 +42,7 @@ struct FakeQuantizeJvpCall {
   const void *tangent_w, *tangent_scale, *tangent_zero_point;  // each may be null
   void* y;
   DType y_type;
-  void* value;  // of y's type, what FakeQuantizeCall gives; may be null, and is on CUDA
+  void* value;  // of y's type: what FakeQuantizeCall computes; null if not wanted, and always on CUDA
 };
 
 struct QuantizeCall {
@@ -58,7 +61,7 @@ struct DequantizeCall {
 
 struct ResetCall {
   QuantArgs args;
-  void* w;  // args.w, to be changed
+  void* w;  // args.w, writable: updated in place
   double quantized_weight;
 };
 
@@ -72,7 +75,7 @@ struct PerturbCall {
 };
 
 struct PerturbationNormsCall {
-  const void *g, *w;  // w is null where it does not count
+  const void *g, *w;  // w is null unless the perturbation is adaptive
   int64_t numel;
   DType w_type, g_type;
   double eta;
@@ -96,8 +99,8 @@ struct GramSchmidtCall {
   DType basis_type, w_type;  // f32, bf16 or f64; f32 or f64
 };
 
-// Softmax cross-entropy of rows [rows, cols]. lse and everything of one number per row are float64 for float64 logits,
-// else float32. Outputs may be null, and may be the logits or the tangent.
+// Softmax cross-entropy of logits [rows, cols]. What has one value per row is float64 for float64 logits, else float32.
+// Outputs may be null, and may be the logits or the tangent.
 struct CrossEntropyCall {
   const void *logits, *tangent;
   const int64_t* targets;
@@ -115,7 +118,7 @@ struct NormalCall {
   uint32_t stream;
 };
 
-// Codes and their stored form. Rows are packed one by one.
+// Codes to their packed form and back. Rows are packed one by one, so that each starts at a byte.
 struct PackCall {
   const void* codes;  // [rows, cols], int8 or uint8
   uint8_t* packed;    // [rows, row_bytes]
@@ -130,9 +133,10 @@ struct UnpackCall {
   int32_t code_min, bits;
 };
 
-// A product with packed weights: y = x W^T + bias, expert by expert.
+// A product with packed weights, y = x W^T + bias. With offsets, tokens [offsets[e - 1], offsets[e]) belong to expert
+// e.
 struct LowbitLinearCall {
-  const void* x;            // [tokens, cols], contiguous
+  const void* x;            // [tokens, cols]
   const uint8_t* packed;    // [experts, rows, row_bytes]
   const void* scale;        // [experts, rows, groups]
   const float* zero_point;  // like scale, or null

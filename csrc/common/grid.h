@@ -1,4 +1,4 @@
-// One element's meaning: quantize, dequantize and the straight-through rule, for a scalar or a vector of lanes.
+// What quantization means for one element: its code, its value, and the straight-through derivatives.
 //
 // The mirror of qatkernels/ops/fake_quantize.py, shared by the CPU and the CUDA kernels. V is float, double or a SIMD
 // vector of either that provides the operators, and select, min_of, max_of and round_half_even.
@@ -18,7 +18,7 @@ namespace qk {
 
 constexpr double kMinScale = 1e-5;
 
-// Grid.constants of qatkernels/grids.py.
+// Grid.constants of qatkernels/grids.py, which says what they mean.
 template <class T>
 struct Grid {
   T steps, offset, low, high, pass_low, pass_high, below, above, residual;
@@ -30,7 +30,8 @@ struct Grid {
   }
 };
 
-// Whether a normal number is a power of two: dividing by it and multiplying by its reciprocal then give the same bits.
+// Whether a normal number is a power of two. If so, dividing by it and multiplying by its reciprocal give the same
+// bits.
 QK_HD bool is_power_of_two(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
@@ -42,14 +43,14 @@ QK_HD bool is_power_of_two(double x) {
   return (bits & 0x000FFFFFFFFFFFFFu) == 0;
 }
 
-// A row that shares a scale: the scale clamped, and the grid shifted by the zero point.
+// The grid of a row, which shares a scale and a zero point: the scale clamped, the grid shifted by the zero point.
 template <class T>
-struct Row {
+struct RowGrid {
   Grid<T> grid;
   T scale, step, inverse_steps;
   bool inverse_is_exact;
 
-  QK_HD Row(const Grid<T>& g, T s, T zero) : grid(g) {
+  QK_HD RowGrid(const Grid<T>& g, T s, T zero) : grid(g) {
     scale = s < T(kMinScale) ? T(kMinScale) : s;  // NaN stays
     step = scale / g.steps;
     inverse_steps = T(1) / g.steps;
@@ -79,7 +80,7 @@ QK_HD T max_of(T a, T b) {
   return a > b ? a : b;
 }
 #if __CUDA_ARCH__ >= 800
-// One instruction instead of a comparison and a selection. NaN wins, whichever operand it is.
+// One instruction instead of a comparison and a selection. Returns NaN if either operand is NaN.
 QK_HD float min_of(float a, float b) {
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
   return a;
@@ -95,19 +96,19 @@ QK_HD double round_half_even(double x) { return rint(x); }
 
 // The code of w, as a floating point number; r = w / scale.
 template <class V, class T>
-QK_HD V code_of(V w, V r, const Row<T>& row) {
+QK_HD V code_of(V w, V r, const RowGrid<T>& row) {
   if (row.grid.by_sign) return select(w != w, w, select(w < V(T(0)), V(T(-1)), V(T(0))));
   const V clamped = min_of(V(row.grid.high), max_of(V(row.grid.low), r));
   return round_half_even(clamped * V(row.grid.steps) - V(row.grid.offset));
 }
 
 template <class V, class T>
-QK_HD V value_of(V code, const Row<T>& row) {
+QK_HD V value_of(V code, const RowGrid<T>& row) {
   return (code + V(row.grid.offset)) * V(row.step);
 }
 
 template <class V, class T>
-QK_HD V fake_quantized(V w, const Row<T>& row) {
+QK_HD V fake_quantized(V w, const RowGrid<T>& row) {
   return value_of(code_of(w, w / V(row.scale), row), row);
 }
 
@@ -118,20 +119,20 @@ struct Slopes {
   decltype(V() < V()) below, above;
   V scale, zero_point;
 
-  QK_HD Slopes(V w, const Row<T>& row) : Slopes(w, w / V(row.scale), row) {}
+  QK_HD Slopes(V w, const RowGrid<T>& row) : Slopes(w, w / V(row.scale), row) {}
   // r = w / scale.
-  QK_HD Slopes(V w, V r, const Row<T>& row) {
+  QK_HD Slopes(V w, V r, const RowGrid<T>& row) {
     below = r < V(row.grid.pass_low);
     above = r > V(row.grid.pass_high);
     const V level = code_of(w, r, row) + V(row.grid.offset);
-    // The quotient, rounded once. A division takes several times as long as a product, and most grids need none.
+    // The quotient, rounded once. Most grids need no division, which takes several times as long as a product.
     const V quotient = row.inverse_is_exact ? level * V(row.inverse_steps) : level / V(row.grid.steps);
     const V inside = quotient - V(row.grid.residual) * r;
     scale = select(below, V(row.grid.below), select(above, V(row.grid.above), inside));
     zero_point = masked(V(-row.scale), V(T(0)));
   }
 
-  // beyond where the gradient does not pass, x where it does; NaN weights let it pass, as in the released code.
+  // Returns `beyond` outside the pass-through range and x inside. NaN weights count as inside, as in the released code.
   QK_HD V masked(V beyond, V x) const { return select(below, beyond, select(above, beyond, x)); }
   QK_HD V masked(V x) const { return masked(V(T(0)), x); }
 };

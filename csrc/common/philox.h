@@ -1,7 +1,8 @@
-// Counter-based Gaussian noise, the mirror of qatkernels/ops/noise.py: the same bits on every backend.
+// Gaussian noise from a counter-based generator, the mirror of qatkernels/ops/noise.py: the same bits on every backend.
 //
-// U is uint32_t or a vector of it that provides to_float, square_root, fused (a * b + c, rounded once) and the bit
-// casts as_float / as_uint; F the float of as many lanes. Compile without floating point contraction.
+// U is uint32_t or a vector of it, F float or a vector of as many lanes. They provide to_float, square_root, fused
+// (a * b + c, rounded once) and the bit casts as_float and as_uint. Must be compiled without floating-point
+// contraction.
 #pragma once
 
 #include <cmath>
@@ -56,10 +57,10 @@ QK_HD Words philox(uint64_t seed, uint32_t counter_low, uint32_t counter_high, u
 }
 #endif
 
-// Two independent standard normals from a word: its top bit and bit 10 are their signs, bits 11 to 30 the radius, the
-// rest the angle. The radius is sqrt(-2 ln u) with 2^31 u = v, an odd multiple of 2^10. The bits of v over 2^23 are
-// 127 + log2 v, with log2 interpolated linearly between powers of two; a polynomial in h is what that lacks. Everything
-// is scaled by 2^23.
+// Two independent standard normals from a word: its top bit and bit 10 are their signs, bits 11 to 30 give the radius,
+// the rest the angle. The radius is sqrt(-2 ln u) with 2^31 u = v, an odd multiple of 2^10. The bits of v as a float,
+// divided by 2^23, are 127 + log2 v with log2 interpolated linearly between powers of two; a polynomial in h corrects
+// the interpolation. All of this is scaled by 2^23.
 template <class F, class U>
 QK_HD void box_muller(U word, F& normal0, F& normal1) {
   const U bits = as_uint(to_float((word & U(0x7FFFF800u)) | U(0x400u)));

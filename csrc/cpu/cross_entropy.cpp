@@ -1,7 +1,7 @@
-// Softmax cross-entropy on the CPU, row by row: the loss, its gradient, and the tangent of the gradient, which writes
-// one tensor of logits' size and reads two.
+// Softmax cross-entropy on the CPU, row by row: the loss, its gradient, and the tangent of the gradient (for Hessian
+// products), which reads two tensors of the logits' size and writes one.
 //
-// Sums run over sixteen lanes through a span and over spans in float64, so their order depends on the shape alone.
+// A sum runs over sixteen lanes through a span, then over spans in float64, so its order depends on the shape alone.
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -12,7 +12,7 @@ namespace qk {
 namespace QK_ISA {
 namespace {
 
-constexpr int64_t kSpan = 1024;
+constexpr int64_t kSoftmaxSpan = 1024;
 
 enum class Target { valid, ignored, outside };
 
@@ -23,48 +23,49 @@ Target target_of(const CrossEntropyCall& call, int64_t row) {
 }
 
 template <class F>
-QK_HD void for_spans(int64_t n, F f) {
-  for (int64_t start = 0; start < n; start += kSpan) f(start, std::min(kSpan, n - start));
+QK_INLINE void for_spans(int64_t n, F f) {
+  for (int64_t start = 0; start < n; start += kSoftmaxSpan) f(start, std::min(kSoftmaxSpan, n - start));
 }
 
+// The largest element.
 template <class T, class X>
-T largest_of(const X* x, int64_t n) {
+T max_element_of(const X* x, int64_t n) {
   constexpr T lowest = -std::numeric_limits<T>::infinity();
-  Vec<T> most(lowest);
+  Vec<T> largest(lowest);
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) most = max_of(Vec<T>(load(x + i)), most);
+  for (; i + kLanes <= n; i += kLanes) largest = max_of(Vec<T>(load(x + i)), largest);
   T lanes[kLanes];
   if (i < n) {
     store(lanes, Vec<T>(load_first(x + i, n - i)));
     std::fill(lanes + n - i, lanes + kLanes, lowest);
-    most = max_of(load(static_cast<const T*>(lanes)), most);
+    largest = max_of(load(static_cast<const T*>(lanes)), largest);
   }
-  store(lanes, most);
+  store(lanes, largest);
   return *std::max_element(lanes, lanes + kLanes);
 }
 
 // The first n lanes of x, the others 0.
 template <class T>
-QK_HD Vec<T> first_lanes(const Vec<T>& x, All) {
+QK_INLINE Vec<T> first_lanes(const Vec<T>& x, AllLanes) {
   return x;
 }
 template <class T>
-QK_HD Vec<T> first_lanes(const Vec<T>& x, int64_t n) {
+QK_INLINE Vec<T> first_lanes(const Vec<T>& x, int64_t n) {
   T lanes[kLanes];
   store(lanes, x);
   return load_first(static_cast<const T*>(lanes), n);
 }
 
-// log(sum(exp(x))) in one pass over memory: when a span has a larger element than all before, what they summed to is
-// scaled down.
+// log(sum(exp(x))) in one pass over memory. Elements are taken relative to the largest so far; when a span has a larger
+// one, the sum so far is rescaled.
 template <class T, class X>
 double log_sum_exp(const X* x, int64_t cols) {
   double largest = -std::numeric_limits<double>::infinity(), total = 0;
   for_spans(cols, [&](int64_t start, int64_t n) {
-    const double most = largest_of<T>(x + start, n);
-    if (most > largest) {
-      total = total == 0 ? 0 : total * std::exp(largest - most);
-      largest = most;
+    const double span_largest = max_element_of<T>(x + start, n);
+    if (span_largest > largest) {
+      total = total == 0 ? 0 : total * std::exp(largest - span_largest);
+      largest = span_largest;
     }
     const Vec<T> shift(largest == -std::numeric_limits<double>::infinity() ? T(0) : static_cast<T>(largest));
     Vec<T> sums(T(0));
@@ -80,8 +81,8 @@ double log_sum_exp(const X* x, int64_t cols) {
 
 void cross_entropy(const CrossEntropyCall& call, int64_t begin, int64_t end) {
   with_types(call.type, call.type, [&](auto types) {
-    using T = typename decltype(types)::C;
-    using X = typename decltype(types)::w;
+    using T = typename decltype(types)::T;
+    using X = typename decltype(types)::W;
     for (int64_t row = begin; row < end; ++row) {
       const X* const x = static_cast<const X*>(call.logits) + row * call.cols;
       T &loss = static_cast<T*>(call.loss)[row], &lse = static_cast<T*>(call.lse_out)[row];
@@ -104,14 +105,14 @@ void cross_entropy(const CrossEntropyCall& call, int64_t begin, int64_t end) {
 
 namespace {
 
-// Whether an output is too large to be wanted in the caches. In place it is there already.
+// Whether to write an output past the caches: it is too large for them. An output in place is there already.
 bool passes_caches(const CrossEntropyCall& call, const void* out, int64_t element_bytes) {
   return out != call.logits && out != call.tangent && call.rows * call.cols * element_bytes >= kTooLarge;
 }
 
-// for_lanes whose whole lanes lie in cache lines of the output, which starts anywhere.
+// for_lanes such that full sixteens do not cross cache lines of the output, whose rows start anywhere.
 template <class X, class F>
-QK_HD void for_lines(const X* out, int64_t n, F f) {
+QK_INLINE void for_lanes_aligned(const X* out, int64_t n, F f) {
   const int64_t head = std::min<int64_t>(n, (64 - reinterpret_cast<uintptr_t>(out) % 64) % 64 / sizeof(X));
   for (int64_t i = 0; i < head; i += kLanes) f(i, std::min<int64_t>(kLanes, head - i));
   for_lanes(n - head, [&](int64_t i, auto count) QK_INLINE_LAMBDA { f(head + i, count); });
@@ -121,8 +122,8 @@ QK_HD void for_lines(const X* out, int64_t n, F f) {
 
 void cross_entropy_backward(const CrossEntropyCall& call, int64_t begin, int64_t end) {
   with_types(call.type, call.type, [&](auto types) {
-    using T = typename decltype(types)::C;
-    using X = typename decltype(types)::w;
+    using T = typename decltype(types)::T;
+    using X = typename decltype(types)::W;
     const bool streaming = passes_caches(call, call.grad, sizeof(X));
     for (int64_t row = begin; row < end; ++row) {
       const X* const x = static_cast<const X*>(call.logits) + row * call.cols;
@@ -137,7 +138,7 @@ void cross_entropy_backward(const CrossEntropyCall& call, int64_t begin, int64_t
       }
       const int64_t at = target == Target::valid ? call.targets[row] : 0;
       const Vec<T> p_at = exponential(Vec<T>(get(x + at, 1)) - lse);
-      for_lines(grad, call.cols, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
+      for_lanes_aligned(grad, call.cols, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
         put<Rounded>(grad + i, g * exponential(Vec<T>(get(x + i, count)) - lse), count, streaming);
       });
       put<Rounded>(grad + at, g * (p_at - Vec<T>(T(1))), 1);
@@ -148,11 +149,11 @@ void cross_entropy_backward(const CrossEntropyCall& call, int64_t begin, int64_t
 
 void cross_entropy_hvp(const CrossEntropyCall& call, int64_t begin, int64_t end) {
   with_types(call.type, call.type, [&](auto types) {
-    using T = typename decltype(types)::C;
-    using X = typename decltype(types)::w;
+    using T = typename decltype(types)::T;
+    using X = typename decltype(types)::W;
     const bool streaming = passes_caches(call, call.tangent_grad, sizeof(X));
     std::vector<T> probabilities(call.tangent_grad ? call.cols + kLanes : 0);
-    const auto number = [](const void* p, int64_t row) { return p ? static_cast<const T*>(p)[row] : T(0); };
+    const auto row_value = [](const void* p, int64_t row) { return p ? static_cast<const T*>(p)[row] : T(0); };
     for (int64_t row = begin; row < end; ++row) {
       const int64_t first = row * call.cols;
       const X *const x = static_cast<const X*>(call.logits) + first, *const v =
@@ -167,7 +168,7 @@ void cross_entropy_hvp(const CrossEntropyCall& call, int64_t begin, int64_t end)
         if (dd) std::memset(static_cast<void*>(dd), 0, call.cols * sizeof(X));
         continue;
       }
-      const Vec<T> one(T(1)), lse(number(call.lse, row));
+      const Vec<T> one(T(1)), lse(row_value(call.lse, row));
       double total = 0;
       for_spans(call.cols, [&](int64_t start, int64_t n) {
         Vec<T> sums(T(0));
@@ -186,9 +187,9 @@ void cross_entropy_hvp(const CrossEntropyCall& call, int64_t begin, int64_t end)
       store(lanes, v_at);
       tangent_loss = target == Target::valid ? static_cast<T>(total - lanes[0]) : nan;
       if (!dd) continue;
-      const Vec<T> g(target == Target::valid ? number(call.g, row) : nan), tangent_g(number(call.tangent_g, row)),
+      const Vec<T> g(target == Target::valid ? row_value(call.g, row) : nan), tangent_g(row_value(call.tangent_g, row)),
           mean(static_cast<T>(total));
-      for_lines(dd, call.cols, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
+      for_lanes_aligned(dd, call.cols, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
         const Vec<T> p = load(static_cast<const T*>(probabilities.data()) + i), slope = g * p;
         const Vec<T> tangent = slope * (Vec<T>(get(v + i, count)) - mean) + tangent_g * p;
         if (d) put<Rounded>(d + i, slope, count);

@@ -1,4 +1,5 @@
-// The one choice of an ISA. CMake says which of them are built (QK_HAVE_<isa>, QK_COMPILED_ISAS).
+// The choice of an ISA: a table of kernels for each, and which of them this machine can run. CMake says which were
+// built (QK_HAVE_<isa>, QK_COMPILED_ISAS).
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -9,11 +10,11 @@
 
 #define QK_FUNCTION(name, arguments) void name arguments;
 #define QK_ENTRY(name, arguments) , name
-#define QK_DECLARE(isa)                                              \
-  namespace isa {                                                    \
-  QK_KERNELS(QK_FUNCTION)                                            \
-  int64_t lowbit_memory(const LowbitLinearCall&);                    \
-  constexpr Kernels table{#isa QK_KERNELS(QK_ENTRY), lowbit_memory}; \
+#define QK_DECLARE(isa)                                            \
+  namespace isa {                                                  \
+  QK_KERNELS(QK_FUNCTION)                                          \
+  LowbitPlan lowbit_plan(const LowbitLinearCall&);                 \
+  constexpr Kernels table{#isa QK_KERNELS(QK_ENTRY), lowbit_plan}; \
   }
 
 namespace qk {
@@ -34,7 +35,7 @@ QK_DECLARE(avx512_bf16)
 
 namespace {
 
-// Widest first; what a machine has to have for each.
+// Widest first, and whether this machine has what each needs.
 const struct {
   const Kernels& table;
   bool present;
@@ -58,7 +59,7 @@ const struct {
     {baseline::table, true},
 };
 
-// torch's own limit, in its words. It has none that names an ISA above AVX-512 as Skylake has it.
+// torch's own limit. It has no name for an ISA above the AVX-512 of Skylake, so avx512 excludes the wider ones.
 bool allowed(const char* isa) {
   const char* const capability = std::getenv("ATEN_CPU_CAPABILITY");
   if (!capability || !std::strcmp(isa, "baseline")) return true;

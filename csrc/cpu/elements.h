@@ -1,4 +1,5 @@
-// Loads and stores of any element type as sixteen lanes of the computing type.
+// Loads and stores: elements in memory (float32, float64, bfloat16, float16) to and from sixteen lanes of float or
+// double.
 #pragma once
 
 #include "simd.h"
@@ -6,23 +7,23 @@
 namespace qk {
 namespace QK_ISA {
 
-// A register at a time: compilers split one copy of several into narrower ones by way of memory.
+// One memcpy per register: compilers split a copy of several registers into narrower copies through memory.
 template <class T>
-QK_HD Vec<T> load(const T* p) {
+QK_INLINE Vec<T> load(const T* p) {
   Vec<T> r;
   for (int i = 0; i < Vec<T>::kCount; ++i) std::memcpy(&r.part[i], p + i * Vec<T>::kWidth, kRegisterBytes);
   return r;
 }
 template <class T>
-QK_HD void store(T* p, const Vec<T>& x) {
+QK_INLINE void store(T* p, const Vec<T>& x) {
   for (int i = 0; i < Vec<T>::kCount; ++i) std::memcpy(p + i * Vec<T>::kWidth, &x.part[i], kRegisterBytes);
 }
 
-// Sixteen-bit elements to the lanes of one register, and the high halves of lanes to such elements; compilers take
-// detours here.
+// Sixteen-bit elements to the lanes of one register, and the high halves of lanes to such elements. With intrinsics,
+// because the code that compilers find for it is slow.
 using Half = Register<uint16_t, kRegisterBytes / 2>;
 
-QK_HD U32::Reg widen(Half h) {
+QK_INLINE U32::Reg widen(Half h) {
 #if defined(__AVX512F__)
   return (U32::Reg)_mm512_cvtepu16_epi32((__m256i)h);
 #elif defined(__AVX2__)
@@ -31,7 +32,7 @@ QK_HD U32::Reg widen(Half h) {
   return __builtin_convertvector(h, U32::Reg);
 #endif
 }
-QK_HD void store_high(bfloat16* p, const U32& x) {
+QK_INLINE void store_high(bfloat16* p, const U32& x) {
 #if defined(__AVX512F__)
   const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)x.part[0], 16));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
@@ -52,7 +53,7 @@ QK_HD void store_high(bfloat16* p, const U32& x) {
 #endif
 }
 
-QK_HD F32 load(const bfloat16* p) {
+QK_INLINE F32 load(const bfloat16* p) {
   F32 r;
   for (int i = 0; i < F32::kCount; ++i) {
     Half h;
@@ -64,7 +65,7 @@ QK_HD F32 load(const bfloat16* p) {
 }
 
 // Round to nearest even; a NaN stays one.
-QK_HD void store(bfloat16* p, const F32& x) {
+QK_INLINE void store(bfloat16* p, const F32& x) {
   U32 rounded;
   for (int i = 0; i < F32::kCount; ++i) {
     const U32::Reg bits = (U32::Reg)x.part[i];
@@ -73,8 +74,8 @@ QK_HD void store(bfloat16* p, const F32& x) {
   store_high(p, rounded);
 }
 
-// Of zero, normal numbers and NaN only, which is what dequantized values are: the instruction flushes subnormals.
-QK_HD void store_normal(bfloat16* p, const F32& x) {
+// Only for zeros, normal numbers and NaN, which dequantized values are: the instruction flushes subnormals to zero.
+QK_INLINE void store_normal(bfloat16* p, const F32& x) {
 #if defined(__AVX512BF16__)
   const __m256bh h = _mm512_cvtneps_pbh(x.part[0]);
   std::memcpy(p, &h, sizeof h);
@@ -82,8 +83,8 @@ QK_HD void store_normal(bfloat16* p, const F32& x) {
   store(p, x);
 #endif
 }
-// Of values that were loaded from this type.
-QK_HD void store_exact(bfloat16* p, const F32& x) { store_high(p, as_uint(x)); }
+// Only for values that this type represents exactly, such as those that were loaded from it.
+QK_INLINE void store_exact(bfloat16* p, const F32& x) { store_high(p, as_uint(x)); }
 
 #if !defined(__F16C__)
 inline float half_to_float(uint16_t h) {
@@ -109,7 +110,7 @@ inline uint16_t float_to_half(float f) {
   const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
   if (magnitude > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u | (magnitude >> 13 & 0x3FFu));
   if (magnitude >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // rounds past 65504
-  if (magnitude < 0x38800000u) {                                               // subnormal: let the adder round
+  if (magnitude < 0x38800000u) {                                               // subnormal: adding 0.5 rounds
     float shifted;
     const uint32_t absolute = magnitude;
     std::memcpy(&shifted, &absolute, sizeof shifted);
@@ -121,7 +122,7 @@ inline uint16_t float_to_half(float f) {
 }
 #endif
 
-QK_HD F32 load(const float16* p) {
+QK_INLINE F32 load(const float16* p) {
   F32 r;
 #if defined(__AVX512F__)
   r.part[0] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -133,7 +134,7 @@ QK_HD F32 load(const float16* p) {
 #endif
   return r;
 }
-QK_HD void store(float16* p, const F32& x) {
+QK_INLINE void store(float16* p, const F32& x) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.part[0], _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
@@ -145,30 +146,30 @@ QK_HD void store(float16* p, const F32& x) {
 }
 
 template <class T, class V>
-QK_HD void store_normal(T* p, const V& x) {
+QK_INLINE void store_normal(T* p, const V& x) {
   store(p, x);
 }
 template <class T, class V>
-QK_HD void store_exact(T* p, const V& x) {
+QK_INLINE void store_exact(T* p, const V& x) {
   store(p, x);
 }
 
 // float32 lanes as the computing type, for the noise.
-QK_HD void widen(const F32& x, F32& out) { out = x; }
-QK_HD void widen(const F32& x, Vec<double>& out) {
+QK_INLINE void widen(const F32& x, F32& out) { out = x; }
+QK_INLINE void widen(const F32& x, Vec<double>& out) {
   float lanes[kLanes];
   store(lanes, x);
   for (int i = 0; i < kLanes; ++i) out.part[i / Vec<double>::kWidth][i % Vec<double>::kWidth] = lanes[i];
 }
 
-// One register of float64 lanes from elements, and back, rounded.
+// One register of float64 lanes from elements of any type, and back, rounded.
 using WideRegister = Vec<double>::Reg;
-QK_HD WideRegister load_wide(const double* p) {
+QK_INLINE WideRegister load_wide(const double* p) {
   WideRegister r;
   std::memcpy(&r, p, sizeof r);
   return r;
 }
-QK_HD WideRegister load_wide(const float* p) {
+QK_INLINE WideRegister load_wide(const float* p) {
 #if defined(__AVX512F__)
   return (WideRegister)_mm512_cvtps_pd(_mm256_loadu_ps(p));
 #elif defined(__AVX2__)
@@ -179,7 +180,7 @@ QK_HD WideRegister load_wide(const float* p) {
   return __builtin_convertvector(half, WideRegister);
 #endif
 }
-QK_HD WideRegister load_wide(const bfloat16* p) {
+QK_INLINE WideRegister load_wide(const bfloat16* p) {
 #if defined(__AVX512F__)
   const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return (WideRegister)_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
@@ -195,8 +196,8 @@ QK_HD WideRegister load_wide(const bfloat16* p) {
   return load_wide(static_cast<const float*>(lanes));
 #endif
 }
-QK_HD void store(double* p, WideRegister x) { std::memcpy(p, &x, sizeof x); }
-QK_HD void store(float* p, WideRegister x) {
+QK_INLINE void store(double* p, WideRegister x) { std::memcpy(p, &x, sizeof x); }
+QK_INLINE void store(float* p, WideRegister x) {
 #if defined(__AVX512F__)
   _mm256_storeu_ps(p, _mm512_cvtpd_ps(x));
 #else
@@ -205,16 +206,17 @@ QK_HD void store(float* p, WideRegister x) {
 #endif
 }
 
-// The first n < 16 elements, the other lanes 0.
+// The first n < 16 elements; the other lanes are 0.
 template <class T>
-QK_HD auto load_first(const T* p, int64_t n) {
+QK_INLINE auto load_first(const T* p, int64_t n) {
   T lanes[kLanes] = {};
   std::memcpy(lanes, p, n * sizeof(T));
   return load(static_cast<const T*>(lanes));
 }
-// Copies sixteen elements past the caches: p aligned to their size. Saves reading the lines about to be overwritten.
+// Copies sixteen elements to memory past the caches, to save reading the cache lines that they overwrite. p is aligned
+// to the size of the sixteen.
 template <class T>
-QK_HD void stream(T* p, const T* lanes) {
+QK_INLINE void stream(T* p, const T* lanes) {
 #if defined(__x86_64__)
   constexpr size_t bytes = kLanes * sizeof(T), step = bytes < kRegisterBytes ? bytes : kRegisterBytes;
   for (size_t i = 0; i < bytes; i += step) {

@@ -1,4 +1,4 @@
-// Fake quantization on the CPU: forward, backward and forward mode, each one pass over memory.
+// Fake quantization of weights on the CPU: forward, backward and forward-mode derivative, each one pass over memory.
 #include <algorithm>
 
 #include "rows.h"
@@ -8,13 +8,13 @@ namespace QK_ISA {
 
 void forward(const FakeQuantizeCall& call, int64_t begin, int64_t end) {
   with_types(call.args.w_type, call.y_type, [&](auto types) {
-    using T = typename decltype(types)::C;
-    using W = typename decltype(types)::w;
-    using Y = typename decltype(types)::y;
+    using T = typename decltype(types)::T;
+    using W = typename decltype(types)::W;
+    using Y = typename decltype(types)::Y;
     Y* const y = static_cast<Y*>(call.y);
     const bool streaming = streams(y, Units(call.args.rows, call.args.cols));
-    Weights<T, W> weights(call.args);
-    for_rows<T>(call.args, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const Row<T>& row) {
+    NoisyWeight<T, W> weights(call.args);
+    for_rows<T>(call.args, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const RowGrid<T>& row) {
       weights.for_spans(
           first, last,
           [&](int64_t i, auto count, const Vec<T>& w)
@@ -28,39 +28,40 @@ void forward(const FakeQuantizeCall& call, int64_t begin, int64_t end) {
 void backward(const FakeQuantizeBackwardCall& call, double* partial, int64_t begin, int64_t end) {
   const Units units(call.args.rows, call.args.cols);
   with_types(call.args.w_type, call.g_type, [&](auto types) {
-    using T = typename decltype(types)::C;
-    using W = typename decltype(types)::w;
-    using Y = typename decltype(types)::y;
+    using T = typename decltype(types)::T;
+    using W = typename decltype(types)::W;
+    using Y = typename decltype(types)::Y;
     const Y* const g = static_cast<const Y*>(call.g);
     W* const dw = static_cast<W*>(call.dw);
     const bool streaming = streams(dw, units), shifted = call.dz != nullptr;
-    Weights<T, W> weights(call.args);
-    for_rows<T>(call.args, begin, end, [&](int64_t r, int64_t piece, int64_t first, int64_t last, const Row<T>& row) {
-      double total_s = 0, total_z = 0;
-      Vec<T> sum_s(T(0)), sum_z(T(0));
-      weights.for_spans(
-          first, last,
-          [&](int64_t i, auto count, const Vec<T>& w) QK_INLINE_LAMBDA {
-            const Vec<T> upstream = get(g + i, count);
-            const Slopes<Vec<T>, T> slopes(w, row);
-            put<Exact>(dw + i, slopes.masked(upstream), count, streaming);
-            sum_s = sum_s + upstream * slopes.scale;
-            if (shifted) sum_z = sum_z + upstream * slopes.zero_point;
-          },
-          [&] {
-            total_s += sum(sum_s);
-            total_z += sum(sum_z);
-            sum_s = sum_z = Vec<T>(T(0));
-          });
-      if (units.pieces_per_row == 1) {
-        write_scale(call.ds, call.args.scale_type, r, total_s * call.args.grad_scale);
-        if (shifted) write_scale(call.dz, call.args.scale_type, r, total_z * call.args.grad_scale);
-      } else {
-        double* const out = partial + 2 * (r * units.pieces_per_row + piece);
-        out[0] = total_s;
-        out[1] = total_z;
-      }
-    });
+    NoisyWeight<T, W> weights(call.args);
+    for_rows<T>(call.args, begin, end,
+                [&](int64_t r, int64_t piece, int64_t first, int64_t last, const RowGrid<T>& row) {
+                  double total_s = 0, total_z = 0;
+                  Vec<T> sum_s(T(0)), sum_z(T(0));
+                  weights.for_spans(
+                      first, last,
+                      [&](int64_t i, auto count, const Vec<T>& w) QK_INLINE_LAMBDA {
+                        const Vec<T> upstream = get(g + i, count);
+                        const Slopes<Vec<T>, T> slopes(w, row);
+                        put<Exact>(dw + i, slopes.masked(upstream), count, streaming);
+                        sum_s = sum_s + upstream * slopes.scale;
+                        if (shifted) sum_z = sum_z + upstream * slopes.zero_point;
+                      },
+                      [&] {
+                        total_s += sum(sum_s);
+                        total_z += sum(sum_z);
+                        sum_s = sum_z = Vec<T>(T(0));
+                      });
+                  if (units.pieces_per_row == 1) {
+                    write_scale(call.ds, call.args.scale_type, r, total_s * call.args.grad_scale);
+                    if (shifted) write_scale(call.dz, call.args.scale_type, r, total_z * call.args.grad_scale);
+                  } else {
+                    double* const out = partial + 2 * (r * units.pieces_per_row + piece);
+                    out[0] = total_s;
+                    out[1] = total_z;
+                  }
+                });
     if (streaming) stream_fence();
   });
 }
@@ -81,13 +82,13 @@ void finish_backward(const FakeQuantizeBackwardCall& call, const double* partial
 
 void jvp(const FakeQuantizeJvpCall& call, int64_t begin, int64_t end) {
   with_types(call.args.w_type, call.y_type, [&](auto types) {
-    using T = typename decltype(types)::C;
-    using W = typename decltype(types)::w;
-    using Y = typename decltype(types)::y;
+    using T = typename decltype(types)::T;
+    using W = typename decltype(types)::W;
+    using Y = typename decltype(types)::Y;
     const W* const tangent_w = static_cast<const W*>(call.tangent_w);
     Y *const y = static_cast<Y*>(call.y), *const value = static_cast<Y*>(call.value);
-    Weights<T, W> weights(call.args);
-    for_rows<T>(call.args, begin, end, [&](int64_t r, int64_t, int64_t first, int64_t last, const Row<T>& row) {
+    NoisyWeight<T, W> weights(call.args);
+    for_rows<T>(call.args, begin, end, [&](int64_t r, int64_t, int64_t first, int64_t last, const RowGrid<T>& row) {
       const auto tangent = [&](const void* p) {
         return p ? static_cast<T>(read_scale(p, call.args.scale_type, r)) * static_cast<T>(call.args.grad_scale) : T(0);
       };

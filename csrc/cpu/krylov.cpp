@@ -1,7 +1,8 @@
-// One pass of Gram-Schmidt on the CPU: a block of w stays in the first cache level while the rows of the basis pass.
+// One pass of Gram-Schmidt on the CPU: w_new = w - basis^T h, then basis w_new and w_new . w_new, reading memory once.
 //
-// The update and the products need the same block of the basis, the second time from the second cache level, so memory
-// is read once. All arithmetic is float64. The sums of a row run over sixteen lanes through a unit, then over units.
+// Columns are processed block by block. A block of w stays in the first cache level; the block of the basis is read
+// twice, the second time from the second cache level. All arithmetic is float64. A sum runs over sixteen lanes through
+// a unit of columns, then over units, so its order depends on the shape alone.
 #include <algorithm>
 #include <vector>
 
@@ -13,11 +14,11 @@ namespace {
 
 using Doubles = Vec<double>;
 constexpr int kParts = Doubles::kCount, kWidth = Doubles::kWidth;
-constexpr int kRowsAtOnce = kParts <= 2 ? 4 : kParts == 4 ? 2 : 1;  // as many sums as fit the registers
+constexpr int kRowsAtOnce = kParts <= 2 ? 4 : kParts == 4 ? 2 : 1;  // whose sums fit into registers
 
-// Calls f(row, count) for all rows, several at a time where there are as many; count is known to the compiler.
+// Calls f(row, count) for all rows, kRowsAtOnce at a time and then one by one. count is a compile-time constant.
 template <class F>
-QK_HD void for_row_groups(int64_t rows, F f) {
+QK_INLINE void for_row_groups(int64_t rows, F f) {
   int64_t row = 0;
   for (; row + kRowsAtOnce <= rows; row += kRowsAtOnce) f(row, std::integral_constant<int, kRowsAtOnce>{});
   for (; row < rows; ++row) f(row, std::integral_constant<int, 1>{});
@@ -30,11 +31,11 @@ struct BasisBlock {
   int64_t rows, cols, start, n;
 
   const B* at(int64_t row) const { return basis + row * cols + start; }
-  // Calls f(i, rows' elements at i) sixteen columns at a time; the last ones padded with zeros. Of these rows in the
-  // next block every Step-th line is fetched meanwhile, from the Phase-th on: two passes over a block share that work,
-  // so that memory is never idle.
+  // Calls f(i, pointers to column i of `Count` rows) for every sixteen columns, the last ones padded with zeros.
+  // Meanwhile it prefetches the same rows of the next block: every Step-th cache line from the Phase-th on, so that two
+  // passes over a block share the work evenly and memory is never idle.
   template <int Phase, int Step, int Count, class F>
-  QK_HD void for_columns(int64_t row, F f) const {
+  QK_INLINE void for_columns(int64_t row, F f) const {
     const B* from[Count];
     for (int j = 0; j < Count; ++j) from[j] = at(row + j);
     int64_t i = 0;
@@ -88,7 +89,7 @@ struct BasisBlock {
   }
 };
 
-// x = from, in float64 and padded with zeros to whole lanes.
+// x = from, as float64, padded with zeros to a multiple of sixteen.
 template <class W>
 void widen_block(const W* from, int64_t n, double* x) {
   int64_t i = 0;
@@ -96,7 +97,7 @@ void widen_block(const W* from, int64_t n, double* x) {
   for (; i < (n + kLanes - 1) / kLanes * kLanes; ++i) x[i] = i < n ? static_cast<double>(from[i]) : 0.0;
 }
 
-// to = x, rounded, and x = to; sums [kLanes] += x * x
+// Rounds x to the type W in place, copies it to `to` unless that is null, and adds x * x to sums [kLanes].
 template <class W>
 void round_block(double* x, int64_t n, W* to, double* sums) {
   WideRegister sum[kParts];

@@ -1,36 +1,45 @@
-// Products with packed weights in float32: any ISA, any number of tokens.
+// Products with packed weights in float32: any ISA, any number of tokens, any group size.
 //
-// A panel of rows is decoded a few columns at a time into numbers that stay in the first cache level, and every line of
-// activations meets them there. To decode, the bytes of sixteen rows are transposed, so that a register holds one
-// column of the rows; sums then have a row in each lane, and no lanes have to be added.
+// Codes are decoded to float32 values, kColumns columns of a panel of rows at a time, which stay in the first cache
+// level while all activation rows of the block are multiplied with them. To decode, the bytes of sixteen rows are
+// transposed, so that a register holds one column: its lanes are rows of the weight, and sums need no addition across
+// lanes.
 //
-// A sum adds its products column after column, kColumns of them in a register, and then those to the sum before. That
-// order depends on the number of columns alone: not on threads, and not on how many lines there are.
-#include "lowbit.h"
+// A sum adds the products of kColumns columns in a register, column after column, and then adds that to what it had.
+// The order depends on the number of columns alone, not on threads or on the number of tokens, and so do the bits.
+#include "kernels.h"
+#include "lowbit_kernels.h"
+#include "packing.h"
 
 namespace qk {
 namespace QK_ISA {
 namespace {
 
-constexpr int64_t kColumns = 128;  // of a panel that are decoded at once: 16 KiB of numbers
-constexpr int64_t kDepth = 256;    // columns of all lines that meet several panels from the second cache level
-static_assert(kDepth % kColumns == 0 && kColumns % 128 == 0, "codes of as many columns are whole blocks of bytes");
+constexpr int64_t kColumns = 128;  // of a panel that are decoded at once: 16 KiB of float32
+static_assert(kColumns % 128 == 0, "the codes of as many columns are whole 16 bytes for any number of bits");
 
-// Lines whose sums for sixteen rows (or 32) stay in registers, and the 16-lane vectors that fit there.
+// Where all activation rows of a block do not stay in the second cache level, kDepth columns of them do, while several
+// panels are multiplied with them.
+constexpr int64_t kDepth = 256, kDepthPanels = 8, kDepthActRows = 264;
+constexpr int64_t kCacheBytes = 256 << 10;
+static_assert(kDepth % kColumns == 0);
+
+// A tile: activation rows whose sums for sixteen or 32 weight rows stay in registers, and the 16-lane vectors of sums
+// that fit there.
 #if defined(__AVX512F__)
-constexpr int kTileLines = 12, kTileVectors = 24;
+constexpr int kTileActRows = 12, kTileVectors = 24;
 #elif defined(__AVX2__)
-constexpr int kTileLines = 6, kTileVectors = 6;
+constexpr int kTileActRows = 6, kTileVectors = 6;
 #elif defined(__aarch64__)
-constexpr int kTileLines = 6, kTileVectors = 6;
+constexpr int kTileActRows = 6, kTileVectors = 6;
 #else
-constexpr int kTileLines = 3, kTileVectors = 3;
+constexpr int kTileActRows = 3, kTileVectors = 3;
 #endif
 
 using Bytes = Register<uint8_t, 16>;
 
 // Byte j of row i to byte i of row j.
-QK_HD void transpose(Bytes (&rows)[16]) {
+QK_INLINE void transpose(Bytes (&rows)[16]) {
   constexpr std::make_index_sequence<16> lanes{};
   for (int pass = 0; pass < 4; ++pass) {
     Bytes shuffled[16];
@@ -42,11 +51,11 @@ QK_HD void transpose(Bytes (&rows)[16]) {
   }
 }
 
-// What makes numbers of the codes of sixteen rows in one group: (code + offset) * scale.
-struct Factors {
+// What turns the codes of sixteen rows in one group into values: (code + offset) * scale.
+struct GroupFactors {
   F32 offset, scale;
 
-  __attribute__((noinline)) Factors(const LowbitLinearCall& call, int64_t first_row, int64_t rows, int64_t group) {
+  __attribute__((noinline)) GroupFactors(const LowbitLinearCall& call, int64_t first_row, int64_t rows, int64_t group) {
     alignas(64) float offsets[kLanes] = {}, scales[kLanes] = {};
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (first_row + r) * call.groups + group;
@@ -55,14 +64,14 @@ struct Factors {
     }
     offset = load(offsets);
     scale = load(scales);
-    const F32 least(static_cast<float>(kMinScale));
-    scale = select(scale < least, least, scale) / F32(static_cast<float>(call.steps));  // NaN stays
+    const F32 min_scale(static_cast<float>(kMinScale));
+    scale = select(scale < min_scale, min_scale, scale) / F32(static_cast<float>(call.steps));  // NaN stays
   }
 };
 
-// Code `Index` of eight, of which `Bits` registers hold the bytes: it lies in one byte of its row or in two neighbours.
+// Code `Index` of eight, whose bytes are in `Bits` registers: it lies in one byte of its row or in two neighbours.
 template <int Bits, int Index>
-QK_HD U32 code_at(const Bytes* eight) {
+QK_INLINE U32 code_at(const Bytes* eight) {
   constexpr int byte = Index * Bits / 8, shift = Index * Bits % 8;
   U32 code = bytes_to_uint(eight[byte]);
   if constexpr (shift + Bits > 8) code = code | bytes_to_uint(eight[byte + 1]) << 8;
@@ -72,18 +81,14 @@ QK_HD U32 code_at(const Bytes* eight) {
 }
 
 template <class F, int... I>
-QK_HD void for_constants(std::integer_sequence<int, I...>, F f) {
+QK_INLINE void for_constants(std::integer_sequence<int, I...>, F f) {
   (f(std::integral_constant<int, I>()), ...);
 }
 
-// Columns [first, first + n) of up to sixteen rows as numbers, a column every kPanel floats; first is a multiple of
-// kColumns.
+// The packed bytes of up to sixteen rows, `bytes` of each, transposed: byte column j of all rows in columns[j].
 template <int Bits>
-__attribute__((noinline)) void decode(const LowbitLinearCall& call, int64_t first_row, int64_t rows, int64_t first,
-                                      int64_t n, float* out) {
-  const int64_t stride = row_bytes(call.cols, Bits), bytes = row_bytes(n, Bits), size = call.cols / call.groups;
-  const uint8_t* const packed = call.packed + first_row * stride + first / 8 * Bits;
-  Bytes columns[kColumns / 8 * Bits];  // of bytes
+QK_INLINE void read_columns(const uint8_t* packed, int64_t stride, int64_t rows, int64_t bytes,
+                            Bytes (&columns)[kColumns / 8 * Bits]) {
   for (int64_t at = 0; at < bytes; at += 16) {
     Bytes part[16];
     if (rows == 16 && at + 16 <= bytes) {
@@ -97,14 +102,25 @@ __attribute__((noinline)) void decode(const LowbitLinearCall& call, int64_t firs
     transpose(part);
     std::memcpy(columns + at, part, sizeof part);
   }
+}
+
+// Writes columns [first, first + n) of up to sixteen rows as values, a column every kPanel floats. `first` is a
+// multiple of kColumns.
+template <int Bits>
+__attribute__((noinline)) void decode(const LowbitLinearCall& call, int64_t first_row, int64_t rows, int64_t first,
+                                      int64_t n, float* out) {
+  const int64_t stride = row_bytes(call.cols, Bits), group_cols = call.cols / call.groups;
+  const uint8_t* const packed = call.packed + first_row * stride + first / 8 * Bits;
+  Bytes columns[kColumns / 8 * Bits];
+  read_columns<Bits>(packed, stride, rows, row_bytes(n, Bits), columns);
   for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(packed + r * stride + kColumns / 8 * Bits);
   constexpr std::make_integer_sequence<int, 8> eight{};
   const F32 low(static_cast<float>(call.code_min));
-  int64_t group = first / size, left = (group + 1) * size - first;  // columns of the group that are still to come
-  Factors factors(call, first_row, rows, group);
+  int64_t group = first / group_cols, left = (group + 1) * group_cols - first;  // columns of the group yet to come
+  GroupFactors factors(call, first_row, rows, group);
   const auto next_group = [&] {
-    factors = Factors(call, first_row, rows, ++group);
-    left = size;
+    factors = GroupFactors(call, first_row, rows, ++group);
+    left = group_cols;
   };
   for (int64_t column = 0; column < n; column += 8) {
     const Bytes* const from = columns + column / 8 * Bits;
@@ -127,26 +143,26 @@ __attribute__((noinline)) void decode(const LowbitLinearCall& call, int64_t firs
   }
 }
 
-// sums[line] += x[line] times the panel, for `Lines` lines that are `stride` floats apart.
-template <int Lines>
+// sums[t] += x[t] times the panel, for `ActRows` activation rows t that are `stride` floats apart.
+template <int ActRows>
 void multiply_tile(const float* panel, int64_t columns, const float* x, int64_t stride, float* sums) {
-  constexpr int kVectors = 2 * Lines <= kTileVectors ? 2 : 1;
+  constexpr int kVectors = 2 * ActRows <= kTileVectors ? 2 : 1;
   for (int64_t row = 0; row < kPanel; row += kVectors * kLanes) {
-    F32 acc[Lines][kVectors];
+    F32 acc[ActRows][kVectors];
 #pragma GCC unroll 12
-    for (int t = 0; t < Lines; ++t)
+    for (int t = 0; t < ActRows; ++t)
       for (int v = 0; v < kVectors; ++v) acc[t][v] = F32(0.0f);
     const float* w = panel + row;
     for (int64_t i = 0; i < columns; ++i, w += kPanel) {
 #pragma GCC unroll 12
-      for (int t = 0; t < Lines; ++t) {
+      for (int t = 0; t < ActRows; ++t) {
         const F32 factor(x[t * stride + i]);
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) acc[t][v] = multiply_add(load(w + v * kLanes), factor, acc[t][v]);
       }
     }
 #pragma GCC unroll 12
-    for (int t = 0; t < Lines; ++t)
+    for (int t = 0; t < ActRows; ++t)
       for (int v = 0; v < kVectors; ++v) {
         float* const to = sums + t * kPanel + row + v * kLanes;
         store(to, load(to) + acc[t][v]);
@@ -154,41 +170,58 @@ void multiply_tile(const float* panel, int64_t columns, const float* x, int64_t 
   }
 }
 
-// All lines, tile by tile. The last two share what would leave little for one.
+// All activation rows of a block, tile by tile. The last two tiles share their rows where the last would be small.
 template <int... Less>
 void multiply_tiles(std::integer_sequence<int, Less...>, const float* panel, int64_t columns, const float* x,
-                    int64_t stride, int64_t lines, float* sums) {
+                    int64_t stride, int64_t act_rows, float* sums) {
   constexpr decltype(&multiply_tile<1>) of_size[] = {multiply_tile<Less + 1>...};
-  for (int64_t line = 0, n; line < lines; line += n) {
-    const int64_t left = lines - line;
-    n = left > kTileLines && left < kTileLines + kTileLines / 2 ? (left + 1) / 2 : std::min<int64_t>(kTileLines, left);
-    of_size[n - 1](panel, columns, x + line * stride, stride, sums + line * kPanel);
+  for (int64_t i = 0, n; i < act_rows; i += n) {
+    const int64_t left = act_rows - i;
+    n = left > kTileActRows && left < kTileActRows + kTileActRows / 2 ? (left + 1) / 2
+                                                                      : std::min<int64_t>(kTileActRows, left);
+    of_size[n - 1](panel, columns, x + i * stride, stride, sums + i * kPanel);
   }
 }
 
-}  // namespace
+bool serves(const LowbitLinearCall&) { return true; }
 
-void multiply_float(const RowBlock& b, float* sums, void*) {
-  const int64_t stride = b.activations.stride() / 4, cols = b.call.cols;
-  const float* const x = reinterpret_cast<const float*>(b.activations.line(b.first_line));
+void plan_float(LowbitPlan& plan) {
+  plan.padded_cols = round_up(plan.call.cols, kLanes);
+  plan.operand_bytes = plan.padded_cols * static_cast<int64_t>(sizeof(float));
+  plan.block_act_rows = std::min(kDepthActRows, plan.act_rows());
+  // Few activation rows stay in the cache for one panel after the other, and each weight row is then read to its end.
+  if (plan.block_act_rows * plan.operand_bytes > kCacheBytes) plan.block_panels = kDepthPanels;
+}
+
+void prepare(const LowbitPlan& plan, const LowbitActivations& to, int64_t token, float* x, float*) {
+  std::memcpy(to.row(token), x, plan.padded_cols * sizeof(float));
+}
+
+void multiply(const LowbitBlock& b, float* sums, void*) {
+  const int64_t stride = b.x.stride / static_cast<int64_t>(sizeof(float)), cols = b.plan.call.cols;
+  const float* const x = reinterpret_cast<const float*>(b.x.row(b.first_act_row));
   alignas(64) float panel[kColumns * kPanel];
-  std::memset(panel, 0, sizeof panel);  // a panel of few rows leaves the others so
-  std::memset(sums, 0, static_cast<size_t>((b.rows + kPanel - 1) / kPanel * b.lines * kPanel * 4));
-  with_bits(b.call.bits, [&](auto bits) {
+  std::memset(panel, 0, sizeof panel);  // the rows that a last panel lacks stay zero
+  std::memset(sums, 0, static_cast<size_t>(round_up(b.rows, kPanel) * b.act_rows) * sizeof(float));
+  with_bits(b.plan.call.bits, [&](auto bits) {
     for (int64_t start = 0; start < cols; start += kDepth)
       for (int64_t row = 0; row < b.rows; row += kPanel) {
         const int64_t rows = std::min(kPanel, b.rows - row), last = std::min(start + kDepth, cols);
         for (int64_t first = start; first < last; first += kColumns) {
           const int64_t n = std::min(kColumns, last - first);
           for (int64_t half = 0; half < rows; half += kLanes)
-            decode<bits>(b.call, b.first_row + row + half, std::min<int64_t>(kLanes, rows - half), first, n,
+            decode<bits>(b.plan.call, b.first_row + row + half, std::min<int64_t>(kLanes, rows - half), first, n,
                          panel + half);
-          multiply_tiles(std::make_integer_sequence<int, kTileLines>(), panel, n, x + first, stride, b.lines,
-                         sums + row * b.lines);
+          multiply_tiles(std::make_integer_sequence<int, kTileActRows>(), panel, n, x + first, stride, b.act_rows,
+                         sums + row * b.act_rows);
         }
       }
   });
 }
+
+}  // namespace
+
+const LowbitKernel float_kernel{serves, plan_float, prepare, multiply};
 
 }  // namespace QK_ISA
 }  // namespace qk

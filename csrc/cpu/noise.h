@@ -1,4 +1,4 @@
-// Normals in memory order, a cache-sized piece at a time.
+// Gaussian noise on the CPU: standard normals for a range of elements, in memory order, at most kNoiseSpan at a time.
 #pragma once
 
 #include "../common/philox.h"
@@ -10,7 +10,7 @@ namespace QK_ISA {
 
 // The low halves of eight, four or two 64-bit lanes times b.
 using Wide = Register<uint64_t>;
-QK_HD Wide multiply_low(Wide a, uint32_t b) {
+QK_INLINE Wide multiply_low(Wide a, uint32_t b) {
 #if defined(__AVX512F__)
   return (Wide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
 #elif defined(__AVX2__)
@@ -23,25 +23,25 @@ QK_HD Wide multiply_low(Wide a, uint32_t b) {
 }
 
 constexpr int kWide = kRegisterBytes / sizeof(uint64_t);  // counters in a register
-constexpr int kBlock = 64;                                // normals of as many counters as the widest registers hold
+constexpr int kNoiseBlock = 64;  // normals from as many counters as the widest registers hold, drawn together
 
 // [a0, b0, a2, b2, ...] and [a1, b1, a3, b3, ...]
 template <size_t... I>
-QK_HD Wide pair_even(Wide a, Wide b, std::index_sequence<I...>) {
+QK_INLINE Wide pair_even(Wide a, Wide b, std::index_sequence<I...>) {
   return __builtin_shufflevector(a, b, (I % 2 ? kWide + int(I) - 1 : int(I))...);
 }
 template <size_t... I>
-QK_HD Wide pair_odd(Wide a, Wide b, std::index_sequence<I...>) {
+QK_INLINE Wide pair_odd(Wide a, Wide b, std::index_sequence<I...>) {
   return __builtin_shufflevector(a, b, (I % 2 ? kWide + int(I) : int(I) + 1)...);
 }
 
-// The words of `Registers` * kWide counters from `first` on, in order.
+// Philox: the words of `Registers` * kWide counters from `first` on, in order.
 //
-// A counter's words stay in a 64-bit lane over all rounds, so that a product needs no shuffle; what is in the high
-// halves of x0 to x3 does not matter. The lanes' order is the one that takes fewest shuffles at the end. One register's
-// rounds are a chain of operations; several at once keep the machine busy.
+// The words of a counter stay in a 64-bit lane over all rounds, so that a product needs no shuffle; the high halves of
+// x0 to x3 are garbage. Counters are assigned to lanes in the order that takes fewest shuffles at the end. The rounds
+// of one register depend on each other, so several registers are interleaved.
 template <int Registers>
-QK_HD void philox(uint64_t seed, uint64_t first, uint32_t stream, uint32_t* out) {
+QK_INLINE void philox(uint64_t seed, uint64_t first, uint32_t stream, uint32_t* out) {
   Wide x0[Registers], x1[Registers], x2[Registers], x3[Registers];
   for (int i = 0; i < Registers; ++i) {
     for (int j = 0; j < kWide; ++j) x0[i][j] = i * kWide + j % 2 * (kWide / 2) + j / 2;
@@ -70,8 +70,8 @@ QK_HD void philox(uint64_t seed, uint64_t first, uint32_t stream, uint32_t* out)
   }
 }
 
-// Sixteen words' normals, in order.
-QK_HD void normals_of(const uint32_t* words, float* out) {
+// The 32 normals of sixteen words, in order.
+QK_INLINE void normals_of(const uint32_t* words, float* out) {
   F32 first, second;
   box_muller<F32, U32>(load(words), first, second);
   constexpr std::make_index_sequence<F32::kWidth> lanes{};
@@ -86,7 +86,8 @@ QK_HD void normals_of(const uint32_t* words, float* out) {
 class NoiseSpan {
  public:
   const float* draw(uint64_t seed, int64_t begin, int64_t n, uint32_t stream) {
-    const int64_t first = begin / kBlock * kBlock, words = (begin + n - first + kBlock - 1) / kBlock * kBlock / 2;
+    const int64_t first = begin / kNoiseBlock * kNoiseBlock,
+                  words = (begin + n - first + kNoiseBlock - 1) / kNoiseBlock * kNoiseBlock / 2;
     int64_t word = 0;
     const auto draw_words = [&](auto registers) {
       constexpr int kCount = decltype(registers)::value;
@@ -100,10 +101,11 @@ class NoiseSpan {
   }
 
  private:
-  static_assert(kBlock % (8 * kWide) == 0 && kBlock / 2 % kLanes == 0, "blocks are whole registers of words");
+  static_assert(kNoiseBlock % (8 * kWide) == 0 && kNoiseBlock / 2 % kLanes == 0,
+                "a block fills whole registers of words");
 
-  alignas(64) uint32_t words_[(kNoiseSpan + kBlock) / 2];
-  alignas(64) float normals_[kNoiseSpan + kBlock];
+  alignas(64) uint32_t words_[(kNoiseSpan + kNoiseBlock) / 2];
+  alignas(64) float normals_[kNoiseSpan + kNoiseBlock];
 };
 
 }  // namespace QK_ISA

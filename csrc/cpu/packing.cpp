@@ -1,4 +1,4 @@
-// Packing codes, unpacking them, and unpacking straight to numbers.
+// Packing codes, unpacking them, and dequantizing packed weights.
 #include "packing.h"
 
 #include <algorithm>
@@ -18,7 +18,7 @@ void pack(const PackCall& call, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < call.cols; i += 8) {
       uint8_t eight[8] = {};
       const int64_t n = std::min<int64_t>(8, call.cols - i);
-      // Modulo 256 it does not matter whether the codes are signed.
+      // Codes are int8 or uint8; modulo 256 the difference is the same.
       for (int64_t j = 0; j < n; ++j) eight[j] = static_cast<uint8_t>(from[i + j] - low);
       uint64_t v;
       std::memcpy(&v, eight, 8);
@@ -46,11 +46,11 @@ void unpack(const UnpackCall& call, int64_t begin, int64_t end) {
 
 // Units: rows of all experts.
 void dequantize_packed(const LowbitLinearCall& call, void* out, DType type, int64_t begin, int64_t end) {
-  float lanes[kSpan + kLanes];
+  float lanes[kDequantizeSpan + kLanes];
   const auto put = [&](auto* to) {
     for (int64_t r = begin; r < end; ++r)
-      for (int64_t i = 0; i < call.cols; i += kSpan) {
-        const int64_t n = std::min(kSpan, call.cols - i);
+      for (int64_t i = 0; i < call.cols; i += kDequantizeSpan) {
+        const int64_t n = std::min(kDequantizeSpan, call.cols - i);
         dequantize_span(call, r, i, n, lanes);
         auto* const row = to + r * call.cols + i;
         int64_t j = 0;

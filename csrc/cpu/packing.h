@@ -1,4 +1,4 @@
-// Stored codes to bytes and to numbers, on any ISA.
+// Packed codes to bytes and to float32 values, on any ISA.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace qk {
 namespace QK_ISA {
 
-// A call of f with the bit width as a compile-time constant.
+// Calls f with the bit width as a compile-time constant.
 template <class F>
 inline void with_bits(int bits, F f) {
   switch (bits) {
@@ -35,9 +35,9 @@ inline void with_bits(int bits, F f) {
 }
 
 #if defined(__AVX512VBMI__)
-// The bytes of 64 codes, of which only 8 * Bits are used, to one code a byte.
+// 64 packed codes, in the first 8 * Bits bytes of the register, to one code a byte.
 template <int Bits>
-QK_HD __m512i expand(__m512i bytes) {
+QK_INLINE __m512i expand(__m512i bytes) {
   if constexpr (Bits == 8) return bytes;
   alignas(64) static constexpr auto source = [] {
     struct {
@@ -51,14 +51,15 @@ QK_HD __m512i expand(__m512i bytes) {
     for (int i = 0; i < 8; ++i) s |= static_cast<uint64_t>(i * Bits) << 8 * i;
     return s;
   }();
-  // Each eight-byte lane gets the bytes that its eight codes are in, then each byte the bits of its code.
+  // First each eight-byte lane gets the bytes that hold its eight codes, then each byte the bits of its code.
   const __m512i lanes = _mm512_permutexvar_epi8(_mm512_load_si512(source.at), bytes);
   return _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_set1_epi64(static_cast<long long>(shifts)), lanes),
                           _mm512_set1_epi8((1 << Bits) - 1));
 }
 #endif
 
-// Writes `count` unsigned codes of a row from code `first` on, which is a multiple of eight, and up to 63 bytes more.
+// Writes `count` unsigned codes of a row, one a byte, from code `first` on. `first` is a multiple of eight. May write
+// up to 63 bytes beyond.
 template <int Bits>
 inline void unpack_codes(const uint8_t* row, int64_t first, int64_t count, uint8_t* out) {
   const uint8_t* const from = row + first / 8 * Bits;
@@ -84,8 +85,8 @@ inline void unpack_codes(const uint8_t* row, int64_t first, int64_t count, uint8
   }
 }
 
-// Sixteen bytes as lanes.
-QK_HD U32 bytes_to_uint(Register<uint8_t, 16> bytes) {
+// Sixteen bytes to lanes.
+QK_INLINE U32 bytes_to_uint(Register<uint8_t, 16> bytes) {
   U32 r;
 #if defined(__AVX512F__)
   r.part[0] = (U32::Reg)_mm512_cvtepu8_epi32((__m128i)bytes);
@@ -98,14 +99,14 @@ QK_HD U32 bytes_to_uint(Register<uint8_t, 16> bytes) {
   return r;
 }
 
-// Sixteen bytes as numbers.
-QK_HD F32 bytes_to_float(const uint8_t* p) {
+// Sixteen bytes to float32 lanes.
+QK_INLINE F32 bytes_to_float(const uint8_t* p) {
   Register<uint8_t, 16> bytes;
   std::memcpy(&bytes, p, sizeof bytes);
   return to_float(bytes_to_uint(bytes));
 }
 
-// An element that is stored in 16 or 32 bits.
+// Element i of an array of float32, bfloat16 or float16.
 inline float read_float(const void* p, DType type, int64_t i) {
   alignas(64) float lanes[kLanes];
   switch (type) {
@@ -120,30 +121,31 @@ inline float read_float(const void* p, DType type, int64_t i) {
   }
 }
 
-inline float scale_of(const LowbitLinearCall& call, int64_t row, int64_t group) {
-  constexpr float least = static_cast<float>(kMinScale);
+// What one code is worth in a group of a row: its scale, at least kMinScale, divided by the steps.
+inline float step_of(const LowbitLinearCall& call, int64_t row, int64_t group) {
+  constexpr float min_scale = static_cast<float>(kMinScale);
   const float scale = read_float(call.scale, call.scale_type, row * call.groups + group);
-  return (scale < least ? least : scale) / static_cast<float>(call.steps);  // NaN stays
+  return (scale < min_scale ? min_scale : scale) / static_cast<float>(call.steps);  // NaN stays
 }
 
-constexpr int64_t kSpan = 512;  // codes that are turned into numbers at once, a multiple of 64
+constexpr int64_t kDequantizeSpan = 512;  // codes that are dequantized at once, a multiple of 64
 
-// Writes the numbers of codes first ... first + count - 1 of a row (counted over all experts) and up to 15 more floats;
-// first is a multiple of eight, count at most kSpan.
+// Writes the values of codes [first, first + count) of a row (counted over all experts). `first` is a multiple of
+// eight, count at most kDequantizeSpan. May write up to 15 floats beyond.
 inline void dequantize_span(const LowbitLinearCall& call, int64_t row, int64_t first, int64_t count, float* out) {
-  uint8_t bytes[kSpan + 64];
+  uint8_t bytes[kDequantizeSpan + 64];
   with_bits(call.bits, [&](auto bits) {
     unpack_codes<bits>(call.packed + row * row_bytes(call.cols, bits), first, count, bytes);
   });
-  const int64_t size = call.cols / call.groups;
+  const int64_t group_cols = call.cols / call.groups;
   const F32 low(static_cast<float>(call.code_min));
   for (int64_t i = 0; i < count;) {
-    const int64_t group = (first + i) / size, end = std::min(count, (group + 1) * size - first);
+    const int64_t group = (first + i) / group_cols, end = std::min(count, (group + 1) * group_cols - first);
     float offset = static_cast<float>(call.offset);
     if (call.zero_point) offset -= call.zero_point[row * call.groups + group];
-    const F32 scale(scale_of(call, row, group));
-    for (; i < end; i += kLanes) store(out + i, (bytes_to_float(bytes + i) + low + F32(offset)) * scale);
-    i = end;  // what a group wrote too much, the next one overwrites
+    const F32 step(step_of(call, row, group));
+    for (; i < end; i += kLanes) store(out + i, (bytes_to_float(bytes + i) + low + F32(offset)) * step);
+    i = end;  // values beyond the group are overwritten by the next one
   }
 }
 

@@ -1,4 +1,4 @@
-// The perturbation of sharpness-aware minimization on the CPU.
+// The perturbation of sharpness-aware minimization on the CPU, and the norms that it is scaled by.
 #include <algorithm>
 
 #include "rows.h"
@@ -9,11 +9,11 @@ namespace QK_ISA {
 namespace {
 
 template <class T>
-QK_HD Vec<T> magnitude(const Vec<T>& x) {
+QK_INLINE Vec<T> magnitude(const Vec<T>& x) {
   return select(x < Vec<T>(T(0)), Vec<T>(T(0)) - x, x);
 }
 
-// Calls f(begin, n) for the elements of units [first, last).
+// Calls f(unit, begin, n) for the elements of each unit of [first, last).
 template <class F>
 void for_units(int64_t numel, int64_t first, int64_t last, F f) {
   for (int64_t unit = first; unit < last; ++unit)
@@ -24,9 +24,9 @@ void for_units(int64_t numel, int64_t first, int64_t last, F f) {
 
 void perturb(const PerturbCall& call, int64_t begin, int64_t end) {
   with_types(call.g_type, call.w_type, [&](auto types) {
-    using T = typename decltype(types)::C;
-    using G = typename decltype(types)::w;
-    using W = typename decltype(types)::y;
+    using T = typename decltype(types)::T;
+    using G = typename decltype(types)::W;
+    using W = typename decltype(types)::Y;
     W* const w = static_cast<W*>(call.w);
     G* const g = static_cast<G*>(call.g);
     const Vec<T> factor(static_cast<T>(*call.factor)), eta(static_cast<T>(call.eta));
@@ -47,9 +47,9 @@ void perturb(const PerturbCall& call, int64_t begin, int64_t end) {
 
 void perturbation_norms(const PerturbationNormsCall& call, double* partial, int64_t begin, int64_t end) {
   with_types(call.g_type, call.w_type, [&](auto types) {
-    using T = typename decltype(types)::C;
-    using G = typename decltype(types)::w;
-    using W = typename decltype(types)::y;
+    using T = typename decltype(types)::T;
+    using G = typename decltype(types)::W;
+    using W = typename decltype(types)::Y;
     const G* const g = static_cast<const G*>(call.g);
     const W* const w = static_cast<const W*>(call.w);
     const Vec<T> eta(static_cast<T>(call.eta));

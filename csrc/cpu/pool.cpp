@@ -1,3 +1,4 @@
+// The memory cache of pool.h: a list of blocks behind one mutex.
 #include "pool.h"
 
 #if !defined(_WIN32)
@@ -16,26 +17,26 @@ namespace {
 
 struct Pool {
   std::mutex mutex;
-  std::vector<MemoryBlock> kept;  // oldest first
-  int64_t wanted = 0;             // bytes of the tensors that are alive
-  int64_t peak = 0;               // most that was wanted at once
-  int64_t held = 0;               // bytes of all blocks
-  int64_t cached = 0;             // of those, bytes kept
+  std::vector<MemoryBlock> free_blocks;  // oldest first
+  int64_t used = 0;                      // bytes that tensors asked for and still have
+  int64_t peak = 0;                      // largest value of `used`
+  int64_t total = 0;                     // bytes of all blocks, those of tensors and the free ones
+  int64_t cached = 0;                    // bytes of the free ones
 
   void drop(size_t i) {
-    std::free(kept[i].memory);
-    held -= kept[i].bytes;
-    cached -= kept[i].bytes;
-    kept.erase(kept.begin() + i);
+    std::free(free_blocks[i].memory);
+    total -= free_blocks[i].bytes;
+    cached -= free_blocks[i].bytes;
+    free_blocks.erase(free_blocks.begin() + i);
   }
 
-  // The smallest kept block that holds `bytes` without wasting more than half of it; of equals the newest, which is
-  // the likeliest to be in a cache. kept.size() if there is none.
+  // Index of the smallest free block that holds `bytes` without wasting more than half of it; among equals the newest,
+  // which is the likeliest to be in a CPU cache. free_blocks.size() if there is none.
   size_t best_fit(int64_t bytes) const {
-    size_t best = kept.size();
-    for (size_t i = 0; i < kept.size(); ++i)
-      if (kept[i].bytes >= bytes && kept[i].bytes <= 2 * bytes &&
-          (best == kept.size() || kept[i].bytes <= kept[best].bytes))
+    size_t best = free_blocks.size();
+    for (size_t i = 0; i < free_blocks.size(); ++i)
+      if (free_blocks[i].bytes >= bytes && free_blocks[i].bytes <= 2 * bytes &&
+          (best == free_blocks.size() || free_blocks[i].bytes <= free_blocks[best].bytes))
         best = i;
     return best;
   }
@@ -43,8 +44,8 @@ struct Pool {
 
 Pool& pool();
 
-// Never destroyed: tensors may outlive static destructors. A fork waits for the mutex and holds it meanwhile, or a
-// child that is forked while another thread allocates would find it locked for ever, by a thread that it does not have.
+// Never destroyed: tensors may outlive static destructors. A fork takes the mutex: a child that is forked while another
+// thread holds it would find it locked for ever, by a thread that does not exist in the child.
 Pool* make_pool() {
 #if !defined(_WIN32)
   pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
@@ -63,30 +64,30 @@ MemoryBlock pool_take(int64_t bytes) {
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
   const size_t fit = p.best_fit(bytes);
-  if (fit < p.kept.size() && (p.kept[fit].bytes == bytes || p.held + bytes > p.peak)) {
-    const MemoryBlock block = p.kept[fit];
-    p.kept.erase(p.kept.begin() + fit);
+  if (fit < p.free_blocks.size() && (p.free_blocks[fit].bytes == bytes || p.total + bytes > p.peak)) {
+    const MemoryBlock block = p.free_blocks[fit];
+    p.free_blocks.erase(p.free_blocks.begin() + fit);
     p.cached -= block.bytes;
-    p.wanted += bytes;
-    p.peak = std::max(p.peak, p.wanted);
+    p.used += bytes;
+    p.peak = std::max(p.peak, p.used);
     return block;
   }
-  while (!p.kept.empty() && p.held + bytes > p.peak) p.drop(0);
+  while (!p.free_blocks.empty() && p.total + bytes > p.peak) p.drop(0);
   void* const memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
   if (!memory) throw std::bad_alloc();
-  p.held += bytes;
-  p.wanted += bytes;
-  p.peak = std::max(p.peak, p.wanted);
+  p.total += bytes;
+  p.used += bytes;
+  p.peak = std::max(p.peak, p.used);
   return {memory, bytes};
 }
 
 void pool_give(const MemoryBlock& block, int64_t bytes) noexcept {
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
-  p.wanted -= bytes;
+  p.used -= bytes;
   p.cached += block.bytes;
-  p.kept.push_back(block);
-  while (!p.kept.empty() && p.held > p.peak) p.drop(0);  // blocks larger than their tensors are in use
+  p.free_blocks.push_back(block);
+  while (!p.free_blocks.empty() && p.total > p.peak) p.drop(0);  // they may: blocks can be larger than their tensors
 }
 
 int64_t pool_cached_bytes() {
@@ -98,8 +99,8 @@ int64_t pool_cached_bytes() {
 void pool_clear() {
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
-  while (!p.kept.empty()) p.drop(p.kept.size() - 1);
-  p.peak = p.wanted;
+  while (!p.free_blocks.empty()) p.drop(p.free_blocks.size() - 1);
+  p.peak = p.used;
 }
 
 }  // namespace cpu

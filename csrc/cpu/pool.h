@@ -1,8 +1,8 @@
-// Memory of weight-sized results, kept for the next step.
+// A cache of memory for weight-sized results (a MiB and more), reused from one training step to the next.
 //
-// A fresh 64 MiB tensor costs more in page faults than the kernel that fills it. A block returns here when the last
-// tensor that uses it is gone, so nothing that autograd still needs is ever handed out again. A forked child has a copy
-// of the pool, in order whatever other threads were doing.
+// Why: the page faults of a fresh 64 MiB tensor cost more than the kernel that fills it. A block comes back when the
+// last tensor that uses it is freed, so memory that autograd still needs is never handed out again. Every function may
+// be called from any thread, and in a forked child: the fork waits until no thread is inside.
 #pragma once
 
 #include <cstdint>
@@ -10,22 +10,24 @@
 namespace qk {
 namespace cpu {
 
-constexpr int64_t kPooledBytes = 1 << 20;  // smaller blocks are left to malloc
+constexpr int64_t kPooledBytes = 1 << 20;  // at::empty takes care of smaller tensors
 
 struct MemoryBlock {
   void* memory;  // aligned to 64 bytes
   int64_t bytes;
 };
 
-// A block of at least this size. Throws std::bad_alloc.
+// Returns a block of at least this size, not initialized. Throws std::bad_alloc.
 //
-// A kept block of up to twice the size serves where a new one would raise the peak: a bfloat16 weight then lies where
-// the float32 gradient will, instead of the two driving each other out in every step.
+// A cached block of up to twice the size is used where a new one would raise the peak: under autocast a bfloat16 weight
+// and its float32 gradient then take turns in one block, and no longer evict each other in every step.
 MemoryBlock pool_take(int64_t bytes);
+// Takes back a block that was taken for `bytes` bytes.
 void pool_give(const MemoryBlock& block, int64_t bytes) noexcept;
 
-// Blocks are kept only while all of them together are no more than the tensors that were alive at once.
+// Bytes that are cached. Blocks are freed as soon as all blocks, in use or not, exceed the peak of the bytes in use.
 int64_t pool_cached_bytes();
+// Frees what is cached and forgets the peak.
 void pool_clear();
 
 }  // namespace cpu

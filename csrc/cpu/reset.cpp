@@ -1,4 +1,5 @@
-// The reset of WinQ on the CPU: one read and one write of the weight.
+// The reset of WinQ on the CPU: weights move towards their quantized values unless their code would change. One read
+// and one write of the weight.
 #include "rows.h"
 
 namespace qk {
@@ -6,9 +7,9 @@ namespace QK_ISA {
 
 namespace {
 
-// Lanes as they come back from an element.
+// x as it would come back from memory after being stored as W.
 template <class W, class T>
-QK_HD Vec<T> rounded(const Vec<T>& x) {
+QK_INLINE Vec<T> rounded(const Vec<T>& x) {
   if constexpr (std::is_same_v<W, T>) {
     return x;
   } else {
@@ -22,11 +23,11 @@ QK_HD Vec<T> rounded(const Vec<T>& x) {
 
 void reset(const ResetCall& call, int64_t begin, int64_t end) {
   with_types(call.args.w_type, call.args.w_type, [&](auto types) {
-    using T = typename decltype(types)::C;
-    using W = typename decltype(types)::w;
+    using T = typename decltype(types)::T;
+    using W = typename decltype(types)::W;
     W* const w = static_cast<W*>(call.w);
     const Vec<T> keep(static_cast<T>(1 - call.quantized_weight)), move(static_cast<T>(call.quantized_weight));
-    for_rows<T>(call.args, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const Row<T>& row) {
+    for_rows<T>(call.args, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const RowGrid<T>& row) {
       const Vec<T> scale(row.scale);
       for_lanes(last - first, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
         const Vec<T> old = get(w + first + i, count), code = code_of(old, old / scale, row);

@@ -1,7 +1,8 @@
 // Sixteen lanes of float, double or uint32_t, as one, two or four registers of whatever this ISA has.
 //
 // Always sixteen, so that sums are added in the same order and every ISA gives the same bits. Built on the vector
-// extensions of GCC and Clang; intrinsics only where those have no word for it.
+// extensions of GCC and Clang, with intrinsics only where the vector extensions cannot express the operation. Every
+// such place has a portable branch; csrc/README.md says what a NEON port would fill.
 #pragma once
 
 #if defined(__x86_64__)
@@ -15,7 +16,9 @@
 
 #include "../common/grid.h"
 
-// After the parameter list of a lambda whose body belongs inside the caller's loop.
+// A function, or (after its parameter list) a lambda, that must become part of the caller's loop: compilers leave
+// functions over many registers out of line, and then pass the registers through memory.
+#define QK_INLINE inline __attribute__((always_inline))
 #define QK_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace qk {
@@ -37,7 +40,8 @@ struct float16 {
   uint16_t bits;
 };
 
-// One register of T, or the part of one that matches a register of wider elements. C casts between them keep the bits.
+// One register of T, or the part of a register that has as many elements as a register of wider ones. C casts between
+// these types keep the bits.
 template <class T, int Bytes = kRegisterBytes>
 using Register __attribute__((vector_size(Bytes))) = T;
 
@@ -71,12 +75,12 @@ struct Vec {
   Reg part[kCount];
 
   Vec() = default;
-  QK_HD Vec(T x) {
+  QK_INLINE Vec(T x) {
     for (Reg& p : part) p = x - Reg{};
   }
 
 #define QK_BINARY(op)                                                    \
-  friend QK_HD Vec operator op(const Vec& a, const Vec& b) {             \
+  friend QK_INLINE Vec operator op(const Vec& a, const Vec& b) {         \
     Vec r;                                                               \
     for (int i = 0; i < kCount; ++i) r.part[i] = a.part[i] op b.part[i]; \
     return r;                                                            \
@@ -90,7 +94,7 @@ struct Vec {
   QK_BINARY(^)
 #undef QK_BINARY
 #define QK_COMPARE(op)                                                   \
-  friend QK_HD Mask operator op(const Vec& a, const Vec& b) {            \
+  friend QK_INLINE Mask operator op(const Vec& a, const Vec& b) {        \
     Mask r;                                                              \
     for (int i = 0; i < kCount; ++i) r.part[i] = a.part[i] op b.part[i]; \
     return r;                                                            \
@@ -102,17 +106,17 @@ struct Vec {
   QK_COMPARE(==)
   QK_COMPARE(!=)
 #undef QK_COMPARE
-  QK_HD Vec operator-() const {
+  QK_INLINE Vec operator-() const {
     Vec r;
     for (int i = 0; i < kCount; ++i) r.part[i] = -part[i];
     return r;
   }
-  QK_HD Vec operator<<(int n) const {
+  QK_INLINE Vec operator<<(int n) const {
     Vec r;
     for (int i = 0; i < kCount; ++i) r.part[i] = part[i] << n;
     return r;
   }
-  QK_HD Vec operator>>(int n) const {
+  QK_INLINE Vec operator>>(int n) const {
     Vec r;
     for (int i = 0; i < kCount; ++i) r.part[i] = part[i] >> n;
     return r;
@@ -122,9 +126,9 @@ struct Vec {
 using F32 = Vec<float>;
 using U32 = Vec<uint32_t>;
 
-// The mask may come from another type of as wide lanes.
+// mask ? a : b, lane by lane. The mask may come from another type with lanes of the same width.
 template <class M, class T>
-QK_HD Vec<T> select(const M& mask, const Vec<T>& a, const Vec<T>& b) {
+QK_INLINE Vec<T> select(const M& mask, const Vec<T>& a, const Vec<T>& b) {
   Vec<T> r;
   for (int i = 0; i < Vec<T>::kCount; ++i) r.part[i] = mask.part[i] ? a.part[i] : b.part[i];
   return r;
@@ -132,48 +136,49 @@ QK_HD Vec<T> select(const M& mask, const Vec<T>& a, const Vec<T>& b) {
 
 // Both return b where either is NaN.
 template <class T>
-QK_HD Vec<T> min_of(const Vec<T>& a, const Vec<T>& b) {
+QK_INLINE Vec<T> min_of(const Vec<T>& a, const Vec<T>& b) {
   Vec<T> r;
   for (int i = 0; i < Vec<T>::kCount; ++i) r.part[i] = a.part[i] < b.part[i] ? a.part[i] : b.part[i];
   return r;
 }
 template <class T>
-QK_HD Vec<T> max_of(const Vec<T>& a, const Vec<T>& b) {
+QK_INLINE Vec<T> max_of(const Vec<T>& a, const Vec<T>& b) {
   Vec<T> r;
   for (int i = 0; i < Vec<T>::kCount; ++i) r.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
   return r;
 }
 
-// For magnitudes far below the constant, which a clamped value is.
-QK_HD F32 round_half_even(const F32& x) { return (x + F32(12582912.0f)) - F32(12582912.0f); }
-QK_HD Vec<double> round_half_even(const Vec<double>& x) {
+// Adding and taking off a constant whose last place is 1 rounds to an integer. Right for magnitudes far below the
+// constant; clamped values are.
+QK_INLINE F32 round_half_even(const F32& x) { return (x + F32(12582912.0f)) - F32(12582912.0f); }
+QK_INLINE Vec<double> round_half_even(const Vec<double>& x) {
   return (x + Vec<double>(6755399441055744.0)) - Vec<double>(6755399441055744.0);
 }
 
 template <class To, class From>
-QK_HD Vec<To> bit_cast(const Vec<From>& x) {
+QK_INLINE Vec<To> bit_cast(const Vec<From>& x) {
   static_assert(sizeof(To) == sizeof(From), "lanes must match");
   Vec<To> r;
   for (int i = 0; i < Vec<To>::kCount; ++i) r.part[i] = (typename Vec<To>::Reg)x.part[i];
   return r;
 }
-QK_HD U32 as_uint(const F32& x) { return bit_cast<uint32_t>(x); }
-QK_HD F32 as_float(const U32& x) { return bit_cast<float>(x); }
+QK_INLINE U32 as_uint(const F32& x) { return bit_cast<uint32_t>(x); }
+QK_INLINE F32 as_float(const U32& x) { return bit_cast<float>(x); }
 
 // For values below 2^31.
-QK_HD F32 to_float(const U32& x) {
+QK_INLINE F32 to_float(const U32& x) {
   F32 r;
   for (int i = 0; i < F32::kCount; ++i) r.part[i] = __builtin_convertvector((Register<int32_t>)x.part[i], F32::Reg);
   return r;
 }
-QK_HD U32 to_uint(const F32& x) {
+QK_INLINE U32 to_uint(const F32& x) {
   U32 r;
   for (int i = 0; i < F32::kCount; ++i) r.part[i] = (U32::Reg) __builtin_convertvector(x.part[i], Register<int32_t>);
   return r;
 }
 
 // a * b + c, rounded once where the ISA can.
-QK_HD F32 multiply_add(const F32& a, const F32& b, const F32& c) {
+QK_INLINE F32 multiply_add(const F32& a, const F32& b, const F32& c) {
   F32 r;
   for (int i = 0; i < F32::kCount; ++i) {
 #if defined(__AVX512F__)
@@ -187,9 +192,9 @@ QK_HD F32 multiply_add(const F32& a, const F32& b, const F32& c) {
   return r;
 }
 
-// a * b + c rounded once. Before AVX2 by way of double, which is the same only where no sum lies half way between two
-// floats as a double: tests/ops/test_noise.py tries all of box_muller's.
-QK_HD F32 fused(const F32& a, const F32& b, const F32& c) {
+// a * b + c, rounded once on every ISA. Before AVX2 it is computed in double and rounded twice, which gives the same
+// unless the sum in double lies half way between two floats; tests/ops/test_noise.py tries all inputs of box_muller.
+QK_INLINE F32 fused(const F32& a, const F32& b, const F32& c) {
 #if defined(__AVX2__)
   return multiply_add(a, b, c);
 #else
@@ -210,7 +215,7 @@ QK_HD F32 fused(const F32& a, const F32& b, const F32& c) {
 #endif
 }
 
-QK_HD F32 square_root(const F32& x) {
+QK_INLINE F32 square_root(const F32& x) {
   F32 r;
   for (int i = 0; i < F32::kCount; ++i) {
 #if defined(__AVX512F__)
@@ -225,7 +230,7 @@ QK_HD F32 square_root(const F32& x) {
 }
 
 // e^x for x <= 88, to two units in the last place; 0 where the result would be subnormal. NaN stays.
-QK_HD F32 exponential(const F32& x) {
+QK_INLINE F32 exponential(const F32& x) {
   const F32 low(-87.3f), high(88.0f);
   const F32 clamped = min_of(high, max_of(low, x));
   const F32 n = round_half_even(clamped * F32(1.44269504088896341f));
@@ -239,7 +244,7 @@ QK_HD F32 exponential(const F32& x) {
   const F32 power = as_float(to_uint(n + F32(127.0f)) << 23);
   return select(x < low, F32(0.0f), y * power);
 }
-QK_HD Vec<double> exponential(const Vec<double>& x) {
+QK_INLINE Vec<double> exponential(const Vec<double>& x) {
   Vec<double> r;
   for (int i = 0; i < kLanes; ++i) {
     constexpr int width = Vec<double>::kWidth;
@@ -248,13 +253,13 @@ QK_HD Vec<double> exponential(const Vec<double>& x) {
   return r;
 }
 
-// Lanes i and i + 8, then i and i + 4, 2, 1: one order on every ISA.
+// The sum of all lanes: i and i + 8 are added first, then i and i + 4, i + 2, i + 1. One order on every ISA.
 template <class R, int Half, int... I>
-QK_HD R fold(R x, std::integer_sequence<int, I...>) {
+QK_INLINE R fold(R x, std::integer_sequence<int, I...>) {
   return x + __builtin_shufflevector(x, x, ((I + Half) % int(sizeof...(I)))...);
 }
 template <class T>
-QK_HD T sum(Vec<T> x) {
+QK_INLINE T sum(Vec<T> x) {
   constexpr std::make_integer_sequence<int, Vec<T>::kWidth> lanes{};
   for (int half = Vec<T>::kCount / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) x.part[i] = x.part[i] + x.part[i + half];
@@ -267,12 +272,12 @@ QK_HD T sum(Vec<T> x) {
 
 // [a0, b0, a1, b1, ...] from the first half of each, and from the second.
 template <class R, size_t... I>
-QK_HD R interleave_low(R a, R b, std::index_sequence<I...>) {
+QK_INLINE R interleave_low(R a, R b, std::index_sequence<I...>) {
   constexpr int n = sizeof...(I);
   return __builtin_shufflevector(a, b, (I % 2 ? n + int(I) / 2 : int(I) / 2)...);
 }
 template <class R, size_t... I>
-QK_HD R interleave_high(R a, R b, std::index_sequence<I...>) {
+QK_INLINE R interleave_high(R a, R b, std::index_sequence<I...>) {
   constexpr int n = sizeof...(I);
   return __builtin_shufflevector(a, b, (I % 2 ? n + n / 2 + int(I) / 2 : n / 2 + int(I) / 2)...);
 }

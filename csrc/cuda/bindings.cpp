@@ -1,3 +1,4 @@
+// The calls on a GPU: sets the device, takes torch's current stream, allocates workspaces from torch's pool.
 #include "bindings.h"
 
 #include <ATen/ops/empty.h>
@@ -24,7 +25,7 @@ void run(const FakeQuantizeCall& call, c10::Device device) {
 
 void run(const FakeQuantizeBackwardCall& call, c10::Device device) {
   on(device, [&](cudaStream_t stream) {
-    // Freed to the stream's own pool, so what the stream runs next may use it again.
+    // Freed to the pool of the stream before the kernel has run: what reuses it is enqueued behind the kernel.
     const auto bytes = static_cast<int64_t>(fake_quantize_backward_workspace(call));
     const at::Tensor workspace = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
     return fake_quantize_backward(call, workspace.mutable_data_ptr(), stream);

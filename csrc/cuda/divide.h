@@ -1,9 +1,10 @@
-// Division of many numbers by one, correctly rounded, without a reciprocal and a branch for each.
+// Division of many numbers by the same one, correctly rounded, without the reciprocal and the branch that the
+// compiler's division has for each.
 //
 // With y = RN(1 / b), q within one ulp of a / b and the remainder a - b * q exact, RN(q + y * (a - b * q)) is RN(a / b)
-// (Markstein, 1990). a * y is within two ulps, one step more brings it within one. The remainder is exact unless it
-// underflows, which takes abs(a) < 2^-100; an overflow or an infinite or NaN operand ends in NaN. Both are then divided
-// again.
+// (Markstein, 1990). a * y is within two ulps; one such step brings it within one, a second makes it exact. The
+// remainder is exact unless it underflows, which takes abs(a) < 2^-100; an overflow, an infinite or a NaN operand ends
+// in NaN. In these two cases the vector is divided again by ordinary divisions.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,12 +17,12 @@ template <class T>
 struct Divisor {
   T value, reciprocal;
 
-  // Outside this range the reciprocal is NaN, and so is every quotient at first.
+  // Outside this range of b the reciprocal is NaN, so that every quotient is NaN at first and then divided again.
   __device__ __forceinline__ explicit Divisor(T b)
       : value(b), reciprocal(b >= T(0x1p-60) && b <= T(0x1p20) ? T(1) / b : T(NAN)) {}
 
-  // q = a / value. If not AlsoTiny, where 0 < abs(a) < 2^-100 q is only known to be below 2^-39: all that rounding
-  // asks.
+  // q = a / value. If not AlsoTiny, a quotient of 0 < abs(a) < 2^-100 is only known to be below 2^-39, which is enough
+  // to round it to a code.
   template <bool AlsoTiny, int V>
   __device__ __forceinline__ void divide(const T (&a)[V], T (&q)[V]) const {
     if constexpr (sizeof(T) == 8) {

@@ -1,39 +1,44 @@
-// FakeQuantizeDynamicCall activation quantization: a token's scale from its largest magnitude, in one read where the
-// token fits in registers.
+// Dynamic quantization of activations on a GPU: each token gets its scale from its largest magnitude. Memory is read
+// once where a token fits into registers.
 #include <cfloat>
 
 #include "kernels.h"
-#include "weight.h"
+#include "quant_weight.h"
 
 namespace qk::cuda {
 
-constexpr int kInFlight = 4;  // vectors per thread
+namespace {
 
-// Magnitudes compare as the integers that their bits are; NaN is then the largest.
+constexpr int kInFlight = 4;  // vectors of a thread
+
+// Magnitudes are compared as the integers that their bits are; NaN is then the largest.
 __device__ __forceinline__ int32_t magnitude(float x) { return __float_as_int(x) & 0x7FFFFFFF; }
 __device__ __forceinline__ int64_t magnitude(double x) { return __double_as_longlong(x) & 0x7FFFFFFFFFFFFFFF; }
 __device__ __forceinline__ float from_magnitude(int32_t bits) { return __int_as_float(bits); }
 __device__ __forceinline__ double from_magnitude(int64_t bits) { return __longlong_as_double(bits); }
 
+}  // namespace
+
 template <class T, class X, int V, bool Long>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    fake_quantize_dynamic_kernel(Layout layout, const X* x, X* y, T qmax) {
+    fake_quantize_dynamic_kernel(TileLayout layout, const X* x, X* y, T qmax) {
   using Bits = decltype(magnitude(T()));
   const Tile<V, kInFlight, Long> tile(layout);
 
-  Bits most[tile.kRows] = {};
-  const auto look = [&](int64_t col, const Pack<X, V>(&in)[kInFlight]) {
+  Bits largest[tile.kRows] = {};
+  const auto look = [&](int64_t col, const Vector<X, V>(&in)[kInFlight]) {
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       if (!tile.holds(col, k)) continue;
 #pragma unroll
-      for (int j = 0; j < V; ++j) most[Long ? 0 : k] = max(most[Long ? 0 : k], magnitude(T(widen(in[k].lane[j]))));
+      for (int j = 0; j < V; ++j)
+        largest[Long ? 0 : k] = max(largest[Long ? 0 : k], magnitude(T(widen(in[k].lane[j]))));
     }
   };
 
-  Pack<X, V> kept[kInFlight], in[kInFlight];
-  tile.read(x, tile.begin, kept);
-  look(tile.begin, kept);
+  Vector<X, V> first[kInFlight], in[kInFlight];
+  tile.read(x, tile.begin, first);
+  look(tile.begin, first);
   for (int64_t col = tile.begin + tile.step; col < tile.end; col += tile.step) {
     tile.read(x, col, in);
     look(col, in);
@@ -42,12 +47,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   T scale[tile.kRows];
 #pragma unroll
   for (int k = 0; k < tile.kRows; ++k) {
-    const Bits bits = over_lanes(most[k], tile.lanes, [](Bits a, Bits b) { return max(a, b); });
+    const Bits bits = over_lanes(largest[k], tile.lanes, [](Bits a, Bits b) { return max(a, b); });
     const T step = from_magnitude(bits) / qmax;
     scale[k] = step < T(FLT_MIN) ? T(FLT_MIN) : step;
   }
 
-  const auto write = [&](int64_t col, const Pack<X, V>(&in)[kInFlight]) {
+  const auto write = [&](int64_t col, const Vector<X, V>(&in)[kInFlight]) {
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       if (!tile.holds(col, k)) continue;
@@ -62,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       store<false>(y + tile.index(col, k), narrow<X>(value));
     }
   };
-  write(tile.begin, kept);
+  write(tile.begin, first);
   for (int64_t col = tile.begin + tile.step; col < tile.end; col += tile.step) {
     tile.read(x, col, in);
     write(col, in);
@@ -78,7 +83,7 @@ cudaError_t fake_quantize_dynamic(const FakeQuantizeDynamicCall& call, cudaStrea
     X* const y = static_cast<X*>(call.y);
     const T qmax = T((1 << (call.bits - 1)) - 1);
     const auto start = [&](auto v) {
-      const Layout layout(call.rows, call.cols, v, kInFlight, false);
+      const TileLayout layout(call.rows, call.cols, v, kInFlight, false);
       return with_bool(layout.is_long, [&](auto long_) {
         return launch(fake_quantize_dynamic_kernel<T, X, v, long_>, layout.blocks(), kThreads, 0, stream, layout, x, y,
                       qmax);

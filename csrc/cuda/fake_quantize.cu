@@ -1,23 +1,24 @@
-// Fake quantization: forward, backward and forward mode, each one pass over memory.
+// Fake quantization of weights on a GPU: forward, backward and forward-mode derivative, each one pass over memory.
 #include "kernels.h"
-#include "weight.h"
+#include "quant_weight.h"
 
 namespace qk::cuda {
 
-// Vectors in flight per thread: 64 bytes hide the latency of memory at half occupancy. Noise is bound by arithmetic.
+// Vectors that a thread has in flight. 64 bytes hide the latency of memory at half occupancy; with noise, which is
+// bound by arithmetic, fewer do.
 __host__ __device__ constexpr int in_flight(int operands, bool noise) { return (noise ? 2 : 4) / operands; }
 
 template <class Types, bool Noise, bool Zero, int V, bool Long>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    fake_quantize_kernel(Weight<typename Types::T> weight, Layout layout, typename Types::Y* y) {
+    fake_quantize_kernel(QuantWeight<typename Types::T> weight, TileLayout layout, typename Types::Y* y) {
   using T = typename Types::T;
   using W = typename Types::W;
   using Y = typename Types::Y;
   constexpr int U = in_flight(1, Noise);
   const W* const w = static_cast<const W*>(weight.w);
   const Tile<V, U, Long> tile(layout);
-  Pack<W, V> in[U];
-  Scale<T> scales[tile.kRows];
+  Vector<W, V> in[U];
+  RowScale<T> scales[tile.kRows];
   tile.read(w, tile.begin, in);
   weight.template read<Zero>(tile, scales);
   const ScaledRow<T> first = weight.template row<Noise>(scales[0], tile.row(0));
@@ -38,12 +39,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
+// Where the backward writes.
 template <class T>
-struct Gradients {
+struct FakeQuantizeGradients {
   void *dw, *ds, *dz;
   T* partial;  // [rows, pieces, 2] where rows are cut
 
-  __device__ __forceinline__ void write(int64_t row, const Weight<T>& weight, T sum_s, T sum_z) const {
+  __device__ __forceinline__ void write(int64_t row, const QuantWeight<T>& weight, T sum_s, T sum_z) const {
     write_scalar(ds, weight.wide, row, sum_s * weight.grad_scale);
     if (dz) write_scalar(dz, weight.wide, row, sum_z * weight.grad_scale);
   }
@@ -51,17 +53,17 @@ struct Gradients {
 
 template <class Types, bool Noise, bool Zero, int V, bool Long>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    fake_quantize_backward_kernel(Weight<typename Types::T> weight, Layout layout, const typename Types::Y* g,
-                                  Gradients<typename Types::T> out) {
+    fake_quantize_backward_kernel(QuantWeight<typename Types::T> weight, TileLayout layout, const typename Types::Y* g,
+                                  FakeQuantizeGradients<typename Types::T> out) {
   using T = typename Types::T;
   using W = typename Types::W;
   using Y = typename Types::Y;
   constexpr int U = in_flight(2, Noise);
   const W* const w = static_cast<const W*>(weight.w);
   const Tile<V, U, Long> tile(layout);
-  Pack<W, V> in[U];
-  Pack<Y, V> upstream[U];
-  Scale<T> scales[tile.kRows];
+  Vector<W, V> in[U];
+  Vector<Y, V> upstream[U];
+  RowScale<T> scales[tile.kRows];
   tile.read(w, tile.begin, in);
   tile.read(g, tile.begin, upstream);
   weight.template read<Zero>(tile, scales);
@@ -107,10 +109,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// Adds the pieces of a row, a block for each row, in an order that depends on their number alone.
+// Adds the pieces of a row, a block for each row. The order depends on the number of pieces alone.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    fake_quantize_backward_finish_kernel(Weight<T> weight, int64_t pieces, Gradients<T> out) {
+    fake_quantize_backward_finish_kernel(QuantWeight<T> weight, int64_t pieces, FakeQuantizeGradients<T> out) {
   const int64_t row = blockIdx.x;
   double sum_s = 0, sum_z = 0;
   for (int64_t piece = threadIdx.x; piece < pieces; piece += kThreads) {
@@ -126,16 +128,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 template <class Types, bool Noise, bool Zero, int V, bool Long>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    fake_quantize_jvp_kernel(Weight<typename Types::T> weight, Layout layout, const typename Types::W* tangent_w,
-                             const void* tangent_scale, const void* tangent_zero_point, typename Types::Y* y) {
+    fake_quantize_jvp_kernel(QuantWeight<typename Types::T> weight, TileLayout layout,
+                             const typename Types::W* tangent_w, const void* tangent_scale,
+                             const void* tangent_zero_point, typename Types::Y* y) {
   using T = typename Types::T;
   using W = typename Types::W;
   using Y = typename Types::Y;
   constexpr int U = in_flight(2, Noise);
   const W* const w = static_cast<const W*>(weight.w);
   const Tile<V, U, Long> tile(layout);
-  Pack<W, V> in[U], tangent[U];
-  Scale<T> scales[tile.kRows], tangents[tile.kRows];
+  Vector<W, V> in[U], tangent[U];
+  RowScale<T> scales[tile.kRows], tangents[tile.kRows];
   tile.read(w, tile.begin, in);
   if (tangent_w) tile.read(tangent_w, tile.begin, tangent);
   weight.template read<Zero>(tile, scales);
@@ -161,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int j = 0; j < V; ++j) {
         const Slopes<T, T> slopes(x[j], r[j], row);
         x[j] = tangent_w ? slopes.masked(widen(tangent[k].lane[j])) : T(0);
-        // Added only where given: 0 times a NaN slope would be NaN.
+        // A tangent that is absent is not added as 0: 0 times a NaN slope would be NaN.
         if (tangent_scale) x[j] += slopes.scale * along_s;
         if (Zero && tangent_zero_point) x[j] += slopes.zero_point * along_z;
       }
@@ -174,7 +177,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// Calls f(noise, zero, long) with the booleans of a call as types.
+namespace {
+
+// Calls f(noise, zero, long) with the booleans of a call as compile-time constants.
 template <class F>
 cudaError_t with_flags(const QuantArgs& args, bool is_long, F f) {
   return with_bool(is_noisy(args), [&](auto noise) {
@@ -182,6 +187,8 @@ cudaError_t with_flags(const QuantArgs& args, bool is_long, F f) {
                      [&](auto zero) { return with_bool(is_long, [&](auto long_) { return f(noise, zero, long_); }); });
   });
 }
+
+}  // namespace
 
 cudaError_t fake_quantize(const FakeQuantizeCall& call, cudaStream_t stream) {
   const QuantArgs& args = call.args;
@@ -191,32 +198,36 @@ cudaError_t fake_quantize(const FakeQuantizeCall& call, cudaStream_t stream) {
     using Ts = decltype(types);
     auto* const y = static_cast<typename Ts::Y*>(call.y);
     const auto start = [&](auto v) {
-      const Layout layout(args.rows, args.cols, v, u, true);
+      const TileLayout layout(args.rows, args.cols, v, u, true);
       return with_flags(args, layout.is_long, [&](auto noise, auto zero, auto long_) {
         return launch(fake_quantize_kernel<Ts, noise, zero, v, long_>, layout.blocks(), kThreads, 0, stream,
-                      Weight<typename Ts::T>(args), layout, y);
+                      QuantWeight<typename Ts::T>(args), layout, y);
       });
     };
     return with_vector<typename Ts::W>(args.cols, start, static_cast<const typename Ts::W*>(args.w), y);
   });
 }
 
-// Calls f(types, v, layout) as the backward is going to run.
+namespace {
+
+// Calls f(types, v, layout) with what the backward kernel of a call is compiled for.
 template <class F>
-static cudaError_t with_backward(const FakeQuantizeBackwardCall& call, F f) {
+cudaError_t with_backward(const FakeQuantizeBackwardCall& call, F f) {
   const int u = in_flight(2, is_noisy(call.args));
   return with_types(call.args.w_type, call.g_type, [&](auto types) {
     using Ts = decltype(types);
-    const auto start = [&](auto v) { return f(types, v, Layout(call.args.rows, call.args.cols, v, u, true)); };
+    const auto start = [&](auto v) { return f(types, v, TileLayout(call.args.rows, call.args.cols, v, u, true)); };
     return with_vector<typename Ts::W>(call.args.cols, start, static_cast<const typename Ts::W*>(call.args.w),
                                        static_cast<const typename Ts::Y*>(call.g),
                                        static_cast<const typename Ts::W*>(call.dw));
   });
 }
 
+}  // namespace
+
 size_t fake_quantize_backward_workspace(const FakeQuantizeBackwardCall& call) {
   size_t bytes = 0;
-  with_backward(call, [&](auto types, auto, const Layout& layout) {
+  with_backward(call, [&](auto types, auto, const TileLayout& layout) {
     if (layout.pieces > 1) bytes = 2 * layout.rows * layout.pieces * sizeof(typename decltype(types)::T);
     return cudaSuccess;
   });
@@ -230,11 +241,11 @@ cudaError_t fake_quantize_backward(const FakeQuantizeBackwardCall& call, void* w
     const cudaError_t error = cudaMemsetAsync(call.ds, 0, bytes, stream);
     return error || !call.dz ? error : cudaMemsetAsync(call.dz, 0, bytes, stream);
   }
-  return with_backward(call, [&](auto types, auto v, const Layout& layout) {
+  return with_backward(call, [&](auto types, auto v, const TileLayout& layout) {
     using Ts = decltype(types);
     using T = typename Ts::T;
-    const Weight<T> weight(args);
-    const Gradients<T> out{call.dw, call.ds, call.dz, static_cast<T*>(workspace)};
+    const QuantWeight<T> weight(args);
+    const FakeQuantizeGradients<T> out{call.dw, call.ds, call.dz, static_cast<T*>(workspace)};
     const cudaError_t error = with_flags(args, layout.is_long, [&](auto noise, auto zero, auto long_) {
       return launch(fake_quantize_backward_kernel<Ts, noise, zero, v, long_>, layout.blocks(), kThreads, 0, stream,
                     weight, layout, static_cast<const typename Ts::Y*>(call.g), out);
@@ -253,10 +264,11 @@ cudaError_t fake_quantize_jvp(const FakeQuantizeJvpCall& call, cudaStream_t stre
     auto* const y = static_cast<typename Ts::Y*>(call.y);
     const auto* const tangent_w = static_cast<const typename Ts::W*>(call.tangent_w);
     const auto start = [&](auto v) {
-      const Layout layout(args.rows, args.cols, v, u, true);
+      const TileLayout layout(args.rows, args.cols, v, u, true);
       return with_flags(args, layout.is_long, [&](auto noise, auto zero, auto long_) {
         return launch(fake_quantize_jvp_kernel<Ts, noise, zero, v, long_>, layout.blocks(), kThreads, 0, stream,
-                      Weight<typename Ts::T>(args), layout, tangent_w, call.tangent_scale, call.tangent_zero_point, y);
+                      QuantWeight<typename Ts::T>(args), layout, tangent_w, call.tangent_scale, call.tangent_zero_point,
+                      y);
       });
     };
     return with_vector<typename Ts::W>(args.cols, start, static_cast<const typename Ts::W*>(args.w), tangent_w, y);

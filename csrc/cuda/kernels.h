@@ -1,4 +1,5 @@
-// The CUDA kernels: each call enqueues on the stream and returns; pointers are on the stream's device.
+// The CUDA kernels' launchers: each call enqueues kernels on the stream and returns. Pointers are on the stream's
+// device. No header of torch: tests compile this folder for the CPU (tests/cuda/on_host.py).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,7 +10,7 @@ namespace qk::cuda {
 
 cudaError_t fake_quantize(const FakeQuantizeCall& call, cudaStream_t stream);
 
-// workspace: as many bytes as fake_quantize_backward_workspace says, uninitialized, aligned to 8; null if it says 0.
+// workspace: as many bytes as fake_quantize_backward_workspace returns, uninitialized, aligned to 8; null if that is 0.
 size_t fake_quantize_backward_workspace(const FakeQuantizeBackwardCall& call);
 cudaError_t fake_quantize_backward(const FakeQuantizeBackwardCall& call, void* workspace, cudaStream_t stream);
 
@@ -22,7 +23,8 @@ cudaError_t fake_quantize_dynamic(const FakeQuantizeDynamicCall& call, cudaStrea
 
 cudaError_t normal(const NormalCall& call, cudaStream_t stream);
 
-// At most eight tokens. Workspace as above.
+// y = x W^T + bias for at most eight tokens of one expert; serves says whether a call is one of those. The workspace is
+// as above, aligned to 16.
 bool lowbit_gemv_serves(const LowbitLinearCall& call);
 cudaError_t lowbit_gemv_workspace(const LowbitLinearCall& call, size_t* bytes);
 cudaError_t lowbit_gemv(const LowbitLinearCall& call, void* workspace, cudaStream_t stream);

@@ -1,4 +1,5 @@
-// The one way a kernel starts. An ordinary function call, so that the tests can run the same source on the host.
+// How kernels are launched: by an ordinary function call instead of <<<>>>, so that tests can compile the same source
+// for the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,10 +9,10 @@
 namespace qk::cuda {
 
 constexpr int kThreads = 256;  // of every block
-constexpr int kBlocks = 2;     // fit a multiprocessor at least; left to itself, ptxas spills registers to fit more
+constexpr int kBlocks = 2;     // that fit a multiprocessor, at least; left to itself ptxas spills registers to fit more
 constexpr int kWarp = 32;
 
-// A dependent launch may begin before the kernel before it on the stream has ended, and must wait for it by itself
+// A dependent launch may begin before the previous kernel of the stream has ended; the kernel itself has to wait for it
 // (ptx.h).
 template <class... Parameters, class... Args>
 cudaError_t launch_as(bool dependent, void (*kernel)(Parameters...), int64_t grid, int block, size_t shared,

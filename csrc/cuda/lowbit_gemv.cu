@@ -1,24 +1,28 @@
-// y = x W^T + bias for at most eight tokens and packed W: what decoding is made of, and bound by reading W once.
+// y = x W^T + bias for at most eight tokens and packed W. This is what decoding is made of, and its bound is reading W
+// once. Three things decide whether it gets there:
 //
-// Three things decide. Bytes in flight: 3.35 TB/s over 132 multiprocessors at 0.8 us of loaded latency are 20 KiB each.
-// Sixteen warps keep three stages of sixteen rows and 64 bytes on their way to shared memory, 48 KiB, which in
-// registers would be 24 for each thread. Instructions: at 1 bit and 80% of that bandwidth a multiprocessor meets 90
-// codes a cycle and issues 128 lanes of instructions, 64 of them logic; one multiplication for each code is out of the
-// question. Tensor cores multiply sixteen rows by eight lines of int8 (lowbit_digits.h) for the price of one, which
-// also makes eight tokens cost what one does, and a code costs half an instruction to decode (lowbit_layout.h), half of
-// what 16-bit operands take. And x: staged once, by blocks that stay and walk over rows.
+// - Bytes in flight. 3.35 TB/s over 132 multiprocessors at 0.8 us of loaded latency are 20 KiB each. Sixteen warps keep
+//   three stages of sixteen rows and 64 bytes on their way to shared memory: 48 KiB, which in registers would be 24 for
+//   each thread.
+// - Instructions. At 1 bit and 80% of that bandwidth a multiprocessor has to process 90 codes a cycle, and issues 128
+//   lanes of instructions, 64 of them logic; one multiplication for each code is out of the question. Tensor cores
+//   multiply sixteen rows by eight activation rows of int8 (lowbit_limbs.h) for the price of one activation row, so
+//   eight tokens cost what one does. A code costs half an instruction to decode (lowbit_layout.h), half of what 16-bit
+//   operands take.
+// - x. It is staged once by each block; blocks stay and walk over rows.
 //
-// The sums are those of integers, with a scale for each group; warps that share rows, then pieces of K, are added in a
-// fixed order. The result depends on the device only where x does not fit its shared memory and K is cut.
+// Sums are integers, multiplied with a scale for each group. Warps that share rows, then chunks of K, are added in a
+// fixed order. The result depends on the device only where x does not fit into its shared memory and K is cut.
 #include <atomic>
 
 #include "kernels.h"
-#include "lowbit_digits.h"
 #include "lowbit_gemv.h"
+#include "lowbit_limbs.h"
 
 namespace qk::cuda {
+namespace {
 
-// Starts the copies of a stage of sixteen rows to shared memory; what lies beyond a row is not read.
+// Starts the copies of a stage of sixteen rows to shared memory. Nothing beyond the end of a row is read; it becomes 0.
 template <int Bits>
 __device__ __forceinline__ void fetch_stage(const LowbitGemv& p, int64_t first_row, int stage, uint8_t* slot) {
   constexpr LowbitLayout kLayout(Bits);
@@ -50,17 +54,18 @@ __device__ __forceinline__ void fetch_stage(const LowbitGemv& p, int64_t first_r
   }
 }
 
-// A warp's sums for sixteen rows and `Tiles` times eight lines, as ptx.h spreads them over lanes.
+// The sums of a warp for sixteen rows and `Tiles` times eight activation rows, spread over lanes as ptx.h says:
+// products with codes and sums of x, both of the current group, and the total over groups.
 template <int Tiles>
 struct Sums {
-  int32_t products[Tiles][4], lines[Tiles][2];
+  int32_t products[Tiles][4], x_sums[Tiles][2];
   float total[Tiles][4];
 
   __device__ __forceinline__ void start_group() {
 #pragma unroll
     for (int n = 0; n < Tiles; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) products[n][i] = lines[n][i % 2] = 0;
+      for (int i = 0; i < 4; ++i) products[n][i] = x_sums[n][i % 2] = 0;
   }
   __device__ __forceinline__ void start() {
     start_group();
@@ -74,24 +79,43 @@ struct Sums {
     for (int n = 0; n < Tiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float number = static_cast<float>(products[n][i]), line = static_cast<float>(lines[n][i % 2]);
-        total[n][i] = fmaf(affine[i].step, fmaf(affine[i].shift, line, number), total[n][i]);
+        const float product = static_cast<float>(products[n][i]), x_sum = static_cast<float>(x_sums[n][i % 2]);
+        total[n][i] = fmaf(affine[i].step, fmaf(affine[i].shift, x_sum, product), total[n][i]);
       }
     start_group();
   }
 };
 
-// f(0), f(1), ... as constants.
+// Calls f(0), f(1), ... with compile-time constants.
 template <class F, int... I>
 __device__ __forceinline__ void each(F f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);
 }
 
-// The products of granule i of a stage, whose first product has x at `at` pairs of products.
+// Where this lane finds its operands of x in shared memory: those of activation row n * 8 + g, or zeros.
+template <int Tiles>
+struct ActivationOperands {
+  const uint4* first[Tiles];
+  int stride[Tiles];  // between pairs of products
+
+  __device__ __forceinline__ ActivationOperands(const LowbitGemv& p, const uint4* x, const uint4* zeros, int g, int t) {
+    const bool split = p.group_granules == 0;
+#pragma unroll
+    for (int n = 0; n < Tiles; ++n) {
+      const int act_row = split ? 2 * n + g / 4 : 8 * n + g;
+      const bool mine = act_row < p.act_rows && (!split || g % 4 == t);
+      stride[n] = mine ? 4 * p.act_rows : 0;
+      first[n] = mine ? x + act_row * 4 + t : zeros;
+    }
+  }
+};
+
+// The products of granule i of a stage, whose first product has x at `at` pairs of products. b keeps the operands of a
+// pair from one granule to the next.
 template <int Bits, int Tiles>
 __device__ __forceinline__ void multiply_granule(const LowbitGemv& p, const uint32_t* words, int i, int at,
-                                                 const uint4* const (&operand)[Tiles], const int (&stride)[Tiles],
-                                                 uint4 (&b)[Tiles], Sums<Tiles>& sums) {
+                                                 const ActivationOperands<Tiles>& x, uint4 (&b)[Tiles],
+                                                 Sums<Tiles>& sums) {
   constexpr LowbitLayout kLayout(Bits);
   constexpr int kGranuleProducts = kLayout.products / kLayout.granules;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
@@ -109,47 +133,47 @@ __device__ __forceinline__ void multiply_granule(const LowbitGemv& p, const uint
                    a2 = above.template get<kRegister + 1>(p.flip), a3 = below.template get<kRegister + 1>(p.flip);
 #pragma unroll
     for (int n = 0; n < Tiles; ++n) {
-      if (product % 2 == 0) b[n] = operand[n][(at + product / 2) * stride[n]];
+      if (product % 2 == 0) b[n] = x.first[n][(at + product / 2) * x.stride[n]];
       const uint32_t b0 = product % 2 ? b[n].z : b[n].x, b1 = product % 2 ? b[n].w : b[n].y;
       multiply_add(sums.products[n], a0, a1, a2, a3, b0, b1);
     }
   };
   each(multiply, std::make_integer_sequence<int, kGranuleProducts>());
-  if (p.sums) {  // apart, so that grids that need none pay for a branch only
+  if (p.sums) {  // in a loop of its own, so that grids that need no sums pay for a branch only
 #pragma unroll
     for (int product = i * kGranuleProducts; product < (i + 1) * kGranuleProducts; ++product)
 #pragma unroll
       for (int n = 0; n < Tiles; ++n) {
-        const uint2* const half = reinterpret_cast<const uint2*>(operand[n] + (at + product / 2) * stride[n]);
-        add_columns(sums.lines[n], half[product % 2].x, half[product % 2].y);
+        const uint2* const half = reinterpret_cast<const uint2*>(x.first[n] + (at + product / 2) * x.stride[n]);
+        add_columns(sums.x_sums[n], half[product % 2].x, half[product % 2].y);
       }
   }
 }
 
-// Adds what warps have of the same rows, in a fixed order, and writes a round of rows.
+// Adds the sums of the warps that share rows, in a fixed order, and writes the outputs of a round of rows.
 template <int Tiles>
 __device__ __forceinline__ void write_round(const LowbitGemv& p, const Sums<Tiles>& sums, float* partial, int chunk,
                                             int round) {
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, g = thread % kWarp / 4, t = thread % 4;
   const int tiles = kGemvWarps / p.warps_per_row, copies = p.group_granules == 0 ? 4 : 1;
-  // [warp][row][line]
+  // [warp][row][activation row]
   float* const own = partial + warp * kTileRows * 8 * Tiles;
 #pragma unroll
   for (int n = 0; n < Tiles; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) own[(g + i / 2 * 8) * 8 * Tiles + 8 * n + 2 * t + i % 2] = sums.total[n][i];
   __syncthreads();
-  // warps_per_row threads for each output, which are neighbours in a warp.
+  // Each output is added up by warps_per_row neighbouring threads of a warp.
   for (int i = thread; i < tiles * kTileRows * p.tokens * p.warps_per_row; i += kGemvThreads) {
     const int from_part = i % p.warps_per_row, output = i / p.warps_per_row;
     const int row = output % kTileRows, token = output / kTileRows % p.tokens, tile = output / kTileRows / p.tokens;
-    const float* const line =
-        partial + ((tile * p.warps_per_row + from_part) * kTileRows + row) * 8 * Tiles + token * p.digits * copies;
+    const float* const act_rows =
+        partial + ((tile * p.warps_per_row + from_part) * kTileRows + row) * 8 * Tiles + token * p.limbs * copies;
     float sum = 0;
-    for (int d = p.digits - 1; d >= 0; --d) {
-      float digit = 0;
-      for (int k = 0; k < copies; ++k) digit += line[d * copies + k];
-      sum = fmaf(sum, 256.0f, digit);
+    for (int d = p.limbs - 1; d >= 0; --d) {
+      float limb = 0;
+      for (int k = 0; k < copies; ++k) limb += act_rows[d * copies + k];
+      sum = fmaf(sum, 256.0f, limb);
     }
     for (int offset = p.warps_per_row / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
     const int64_t r = (int64_t{round} * tiles + tile) * kTileRows + row;
@@ -162,6 +186,104 @@ __device__ __forceinline__ void write_round(const LowbitGemv& p, const Sums<Tile
   }
 }
 
+// What a warp multiplies: stages [first, end) of the sixteen rows from first_row(round) on, in each of its rounds.
+struct WarpShare {
+  int chunk, block, chunk_first, chunk_stages, first, end, tiles, tile;
+
+  __device__ __forceinline__ WarpShare(const LowbitGemv& p, int warp) {
+    chunk = static_cast<int>(blockIdx.x) % p.chunks;
+    block = static_cast<int>(blockIdx.x) / p.chunks;
+    chunk_first = chunk * p.chunk_stages;
+    chunk_stages = min(p.chunk_stages, p.stages - chunk_first);
+    const int part = warp % p.warps_per_row;
+    tiles = kGemvWarps / p.warps_per_row;
+    tile = warp / p.warps_per_row;
+    first = chunk_first + chunk_stages * part / p.warps_per_row;
+    end = chunk_first + chunk_stages * (part + 1) / p.warps_per_row;
+  }
+  __device__ __forceinline__ int64_t first_row(int round) const { return (int64_t{round} * tiles + tile) * kTileRows; }
+};
+
+// The ring of kSlots stages that a warp has in shared memory, and the stage that is fetched next.
+template <int Bits>
+struct StageRing {
+  uint8_t* slots;
+  int next_round, next_stage, next_slot;
+
+  __device__ __forceinline__ StageRing(const LowbitGemv& p, const WarpShare& share, uint8_t* slots_)
+      : slots(slots_),
+        next_round(share.first < share.end ? share.block : p.rounds),
+        next_stage(share.first),
+        next_slot(0) {}
+  __device__ __forceinline__ void fetch(const LowbitGemv& p, const WarpShare& share, int slot_bytes) {
+    if (next_round < p.rounds) {
+      fetch_stage<Bits>(p, share.first_row(next_round), next_stage, slots + next_slot * slot_bytes);
+      next_slot = (next_slot + 1) % kSlots;
+      if (++next_stage == share.end) {
+        next_stage = share.first;
+        next_round += p.row_blocks;
+      }
+    }
+    copy_commit();
+  }
+};
+
+// The group that a stage begins in, and the granules to its end. Unused where groups are smaller than granules.
+struct GroupPosition {
+  int group = 0, left = 0;
+
+  __device__ __forceinline__ GroupPosition(const LowbitGemv& p, const WarpShare& share, int granules) {
+    if (p.group_granules == 0 || share.first >= share.end) return;
+    group = share.first * granules / p.group_granules;
+    left = p.group_granules - share.first * granules % p.group_granules;
+  }
+};
+
+// Multiplies a stage, and adds groups that end in it to the total.
+template <int Bits, int Tiles>
+__device__ __forceinline__ void multiply_stage(const LowbitGemv& p, const WarpShare& share, int stage,
+                                               const uint32_t* words, const ActivationOperands<Tiles>& x,
+                                               const int64_t (&rows)[2], int t, GroupPosition& position,
+                                               Sums<Tiles>& sums) {
+  constexpr LowbitLayout kLayout(Bits);
+  const bool split = p.group_granules == 0;
+  const int at = (stage - share.chunk_first) * (kLayout.products / 2);
+  const auto ends = [&](int i, int left) { return left == 0 || (stage == share.end - 1 && i == kLayout.granules - 1); };
+  // The scales of the groups that end here, loaded early where there are registers to hold them.
+  LowbitGemv::RawScale raw[Tiles == 1 ? kLayout.granules : 1][2];
+  if (Tiles == 1 && !split) {
+#pragma unroll
+    for (int i = 0, group = position.group, left = position.left; i < kLayout.granules; ++i) {
+      if (!ends(i, --left)) continue;
+      raw[i][0] = p.load_raw(rows[0], group);
+      raw[i][1] = p.load_raw(rows[1], group++);
+      left = p.group_granules;
+    }
+  }
+  uint4 b[Tiles];
+#pragma unroll
+  for (int i = 0; i < kLayout.granules; ++i) {
+    multiply_granule<Bits, Tiles>(p, words, i, at, x, b, sums);
+    if (!split && !ends(i, --position.left)) continue;
+    LowbitGemv::Affine affine[4];
+    if (split) {
+      // Activation row 8 n + 2 t + {0, 1} belongs to lane (2 t + {0, 1}) % 4.
+      const int run = (stage * kLayout.granules + i) * 4 + 2 * t % 4;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) affine[k] = p.affine(p.load_raw(rows[k / 2], (run + k % 2) / p.group_lanes));
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        affine[k] = p.affine(Tiles == 1 ? raw[Tiles == 1 ? i : 0][k / 2] : p.load_raw(rows[k / 2], position.group));
+      ++position.group;
+      position.left = p.group_granules;
+    }
+    sums.end_group(affine);
+  }
+}
+
+}  // namespace
+
 template <int Bits, int Tiles>
 __global__ void __launch_bounds__(kGemvThreads, 1) lowbit_gemv_kernel(const LowbitGemv p) {
   constexpr LowbitLayout kLayout(Bits);
@@ -169,114 +291,44 @@ __global__ void __launch_bounds__(kGemvThreads, 1) lowbit_gemv_kernel(const Lowb
   uint8_t* const shared = dynamic_shared();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   const int g = lane / 4, t = lane % 4;
-
-  // Stages first ... end - 1 are this warp's, in rows of tile `round * tiles + warp / warps_per_row`.
-  const int chunk = static_cast<int>(blockIdx.x) % p.chunks, block = static_cast<int>(blockIdx.x) / p.chunks;
-  const int chunk_first = chunk * p.chunk_stages;
-  const int chunk_stages = min(p.chunk_stages, p.stages - chunk_first);
-  const int part = warp % p.warps_per_row, tiles = kGemvWarps / p.warps_per_row;
-  const int first = chunk_first + chunk_stages * part / p.warps_per_row;
-  const int end = chunk_first + chunk_stages * (part + 1) / p.warps_per_row;
-  const auto row_of = [&](int round) { return (int64_t{round} * tiles + warp / p.warps_per_row) * kTileRows; };
-
-  uint8_t* const ring = shared + warp * kSlots * kShared.slot;
-  int next_round = first < end ? block : p.rounds;
-  int next_stage = first, next_slot = 0;
-  const auto fetch = [&] {
-    if (next_round < p.rounds) {
-      fetch_stage<Bits>(p, row_of(next_round), next_stage, ring + next_slot * kShared.slot);
-      next_slot = (next_slot + 1) % kSlots;
-      if (++next_stage == end) {
-        next_stage = first;
-        next_round += p.row_blocks;
-      }
-    }
-    copy_commit();
-  };
+  const WarpShare share(p, warp);
+  StageRing<Bits> ring(p, share, shared + warp * kSlots * kShared.slot);
 #pragma unroll 1
-  for (int i = 0; i < kSlots - 1; ++i) fetch();
+  for (int i = 0; i < kSlots - 1; ++i) ring.fetch(p, share, kShared.slot);
 
-  // Weights are on their way; now x, by ordinary loads: it is being written while this kernel runs.
+  // Weights are on their way. x comes by ordinary loads: the kernel that writes it may still have been running.
   wait_for_earlier_kernel();
   uint4* const x = reinterpret_cast<uint4*>(shared + kShared.x);
-  const int stage_vectors = kLayout.products * 2 * p.lines;
-  const uint4* const from = p.x + int64_t{chunk_first} * stage_vectors;
-  for (int i = thread; i < chunk_stages * stage_vectors; i += kGemvThreads) x[i] = from[i];
+  const int stage_vectors = kLayout.products * 2 * p.act_rows;
+  const uint4* const from = p.x + int64_t{share.chunk_first} * stage_vectors;
+  for (int i = thread; i < share.chunk_stages * stage_vectors; i += kGemvThreads) x[i] = from[i];
   uint4* const zeros = reinterpret_cast<uint4*>(shared + kShared.zeros);
   if (thread == 0) zeros->x = zeros->y = zeros->z = zeros->w = 0;
   __syncthreads();
 
-  // Where this lane finds its operand of x, of line n * 8 + g, or zeros.
-  const bool split = p.group_granules == 0;
-  const uint4* operand[Tiles];
-  int stride[Tiles];
-#pragma unroll
-  for (int n = 0; n < Tiles; ++n) {
-    const int line = split ? 2 * n + g / 4 : 8 * n + g;
-    const bool mine = line < p.lines && (!split || g % 4 == t);
-    stride[n] = mine ? 4 * p.lines : 0;
-    operand[n] = mine ? x + line * 4 + t : zeros;
-  }
-
+  const ActivationOperands<Tiles> operands(p, x, zeros, g, t);
   Sums<Tiles> sums;
   int slot = 0;
-  for (int round = block; round < p.rounds; round += p.row_blocks) {
-    const int64_t first_row = row_of(round);
+  for (int round = share.block; round < p.rounds; round += p.row_blocks) {
+    const int64_t first_row = share.first_row(round);
     const int64_t rows[2] = {min(first_row + g, p.rows - 1), min(first_row + g + 8, p.rows - 1)};
     sums.start();
-    int group = 0, left = 0;  // granules to the end of the group
-    if (!split && first < end) {
-      group = first * kLayout.granules / p.group_granules;
-      left = p.group_granules - first * kLayout.granules % p.group_granules;
-    }
-    for (int stage = first; stage < end; ++stage) {
+    GroupPosition position(p, share, kLayout.granules);
+    for (int stage = share.first; stage < share.end; ++stage) {
       copy_wait<kSlots - 2>();
-      __syncwarp();  // all copies have come, and the slot before this one has been read
-      fetch();
-      const uint32_t* const words = reinterpret_cast<const uint32_t*>(ring + slot * kShared.slot);
+      __syncwarp();  // all copies of the stage have arrived, and all lanes have read the slot before this one
+      ring.fetch(p, share, kShared.slot);
+      const uint32_t* const words = reinterpret_cast<const uint32_t*>(ring.slots + slot * kShared.slot);
       slot = (slot + 1) % kSlots;
-      const int at = (stage - chunk_first) * (kLayout.products / 2);
-      const auto ends = [&](int i, int rest) { return rest == 0 || (stage == end - 1 && i == kLayout.granules - 1); };
-      // Scales of the groups that end here, asked for early where there are registers to hold them.
-      LowbitGemv::Asked asked[Tiles == 1 ? kLayout.granules : 1][2];
-      if (Tiles == 1 && !split) {
-#pragma unroll
-        for (int i = 0, at = group, rest = left; i < kLayout.granules; ++i) {
-          if (!ends(i, --rest)) continue;
-          asked[i][0] = p.ask(rows[0], at);
-          asked[i][1] = p.ask(rows[1], at++);
-          rest = p.group_granules;
-        }
-      }
-      uint4 b[Tiles];
-#pragma unroll
-      for (int i = 0; i < kLayout.granules; ++i) {
-        multiply_granule<Bits, Tiles>(p, words, i, at, operand, stride, b, sums);
-        if (!split && !ends(i, --left)) continue;
-        LowbitGemv::Affine affine[4];
-        if (split) {
-          // Line 8 n + 2 t + {0, 1} belongs to lane (2 t + {0, 1}) % 4.
-          const int run = (stage * kLayout.granules + i) * 4 + 2 * t % 4;
-#pragma unroll
-          for (int k = 0; k < 4; ++k) affine[k] = p.affine(p.ask(rows[k / 2], (run + k % 2) / p.group_lanes));
-        } else {
-#pragma unroll
-          for (int k = 0; k < 4; ++k)
-            affine[k] = p.affine(Tiles == 1 ? asked[Tiles == 1 ? i : 0][k / 2] : p.ask(rows[k / 2], group));
-          ++group;
-          left = p.group_granules;
-        }
-        sums.end_group(affine);
-      }
+      multiply_stage<Bits, Tiles>(p, share, stage, words, operands, rows, t, position, sums);
     }
-
-    write_round(p, sums, reinterpret_cast<float*>(shared + kShared.sums), chunk, round);
+    write_round(p, sums, reinterpret_cast<float*>(shared + kShared.sums), share.chunk, round);
     __syncthreads();
   }
   copy_wait<0>();
 }
 
-// Adds the chunks of K.
+// Adds the partial sums of the chunks of K.
 __global__ void __launch_bounds__(kThreads) lowbit_gemv_finish_kernel(const LowbitGemv p) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, outputs = p.tokens * p.rows;
   if (i >= outputs) return;
@@ -285,7 +337,7 @@ __global__ void __launch_bounds__(kThreads) lowbit_gemv_finish_kernel(const Lowb
   p.write(i / p.rows, i % p.rows, sum);
 }
 
-// Any group size, a warp for each row and one code at a time: for groups that no granule fits.
+// Any group size: a warp for each row, one code at a time. For groups that are not whole granules or lanes of them.
 template <class X>
 __global__ void __launch_bounds__(kThreads)
     lowbit_gemv_any_kernel(const LowbitGemv p, const X* x, int bits, float qmax) {
@@ -293,27 +345,27 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int64_t r = min(row, p.rows - 1), group_cols = p.cols / p.groups;
   const uint8_t* const codes = p.packed + r * p.row_bytes;
-  float sums[kMostTokens] = {};
+  float sums[kMaxTokens] = {};
   for (int64_t col = lane; col < p.cols; col += kWarp) {
     const int64_t bit = col * bits;
     const int offset = static_cast<int>(bit % 8);
     unsigned code = __ldg(codes + bit / 8) >> offset;
     if (offset + bits > 8) code |= static_cast<unsigned>(__ldg(codes + bit / 8 + 1)) << (8 - offset);
-    const LowbitGemv::Affine affine = p.affine(p.ask(r, col / group_cols));
+    const LowbitGemv::Affine affine = p.affine(p.load_raw(r, col / group_cols));
     const float value = (static_cast<float>(code & ((1u << bits) - 1)) + affine.shift) * affine.step;
 #pragma unroll
-    for (int token = 0; token < kMostTokens; ++token) {
+    for (int token = 0; token < kMaxTokens; ++token) {
       if (token >= p.tokens) break;
-      float number = widen(x[token * p.cols + col]);
+      float activation = widen(x[token * p.cols + col]);
       if (qmax != 0) {
         const float unit = __ldg(p.unit + token);
-        number = rintf(min_of(qmax, max_of(-qmax, number / unit))) * unit;
+        activation = rintf(min_of(qmax, max_of(-qmax, activation / unit))) * unit;
       }
-      sums[token] = fmaf(number, value, sums[token]);
+      sums[token] = fmaf(activation, value, sums[token]);
     }
   }
 #pragma unroll
-  for (int token = 0; token < kMostTokens; ++token) {
+  for (int token = 0; token < kMaxTokens; ++token) {
     for (int step = kWarp / 2; step > 0; step /= 2) sums[token] += __shfl_xor_sync(0xFFFFFFFFu, sums[token], step);
     if (lane == 0 && token < p.tokens && row < p.rows) p.write(token, row, sums[token]);
   }
@@ -322,9 +374,10 @@ __global__ void __launch_bounds__(kThreads)
 namespace {
 
 template <int Bits, int Tiles>
-cudaError_t start(const LowbitGemv& p, const LowbitLayout& layout, const Device& device, cudaStream_t stream) {
+cudaError_t start(const LowbitGemv& p, const LowbitLayout& layout, const DeviceLimits& device, cudaStream_t stream) {
   const auto kernel = lowbit_gemv_kernel<Bits, Tiles>;
-  // What is done once for each device, and whether a launch may be dependent there: if the code knows how to wait.
+  // Once for each device: allow the shared memory, and find out whether a launch may be dependent there, which it may
+  // if the code was compiled with the instruction that waits.
   static std::atomic<uint64_t> prepared{0}, dependent{0};
   const uint64_t bit = uint64_t{1} << (device.id & 63);
   if (device.id > 63 || !(prepared & bit)) {
@@ -336,7 +389,8 @@ cudaError_t start(const LowbitGemv& p, const LowbitLayout& layout, const Device&
     if (attributes.ptxVersion >= 90) dependent |= bit;
     prepared |= bit;
   }
-  const size_t shared = SharedPlan(layout, Tiles).x + static_cast<size_t>(p.chunk_stages) * layout.stage_cols * p.lines;
+  const size_t shared =
+      SharedPlan(layout, Tiles).x + static_cast<size_t>(p.chunk_stages) * layout.stage_cols * p.act_rows;
   return launch_as(device.id <= 63 && (dependent & bit), kernel, int64_t{p.chunks} * p.row_blocks, kGemvThreads, shared,
                    stream, p);
 }
@@ -351,17 +405,17 @@ cudaError_t with_bits(int bits, F f, std::integer_sequence<int, Bits...>) {
 }  // namespace
 
 bool lowbit_gemv_serves(const LowbitLinearCall& call) {
-  return call.tokens <= kMostTokens && call.cols > 0 && !call.offsets && call.x_type != DType::f64 &&
+  return call.tokens <= kMaxTokens && call.cols > 0 && !call.offsets && call.x_type != DType::f64 &&
          (!call.bias || call.bias_type != DType::f64);
 }
 
 cudaError_t lowbit_gemv_workspace(const LowbitLinearCall& call, size_t* bytes) {
   *bytes = 0;
   if (call.tokens == 0 || call.rows == 0) return cudaSuccess;
-  Device device;
-  const cudaError_t error = device.ask();
+  DeviceLimits device;
+  const cudaError_t error = device.query();
   if (error != cudaSuccess) return error;
-  const LowbitPlan plan(call, device);
+  const LowbitGemvPlan plan(call, device);
   *bytes = plan.bytes(plan.pass(0));  // no later pass has more tokens
   return cudaSuccess;
 }
@@ -369,29 +423,28 @@ cudaError_t lowbit_gemv_workspace(const LowbitLinearCall& call, size_t* bytes) {
 cudaError_t lowbit_gemv(const LowbitLinearCall& call, void* workspace, cudaStream_t stream) {
   if (!lowbit_gemv_serves(call)) return cudaErrorInvalidValue;
   if (call.tokens == 0 || call.rows == 0) return cudaSuccess;
-  Device device;
-  cudaError_t error = device.ask();
-  const LowbitPlan plan(call, device);
+  DeviceLimits device;
+  cudaError_t error = device.query();
+  const LowbitGemvPlan plan(call, device);
   for (int64_t first = 0; error == cudaSuccess && first < call.tokens; first += plan.pass_tokens) {
     LowbitGemv p = plan.pass(first);
     char* const memory = static_cast<char*>(workspace);
     float* const unit = reinterpret_cast<float*>(memory);
-    uint4* const x = reinterpret_cast<uint4*>(memory + LowbitPlan::kUnitBytes);
+    uint4* const x = reinterpret_cast<uint4*>(memory + LowbitGemvPlan::kUnitBytes);
     p.unit = unit;
     p.x = x;
-    if (p.chunks > 1) p.partial = reinterpret_cast<float*>(memory + LowbitPlan::kUnitBytes + plan.x_bytes(p));
+    if (p.chunks > 1) p.partial = reinterpret_cast<float*>(memory + LowbitGemvPlan::kUnitBytes + plan.x_bytes(p));
     const void* const tokens =
         static_cast<const char*>(call.x) + first * call.cols * (call.x_type == DType::f32 ? 4 : 2);
     const int64_t items = int64_t{p.stages} * plan.layout.products * 2;
     const int pieces = static_cast<int>(std::clamp<int64_t>((items + kThreads - 1) / kThreads, 1, 16));
-    error =
-        lowbit_digits({tokens, x, unit, call.cols, p.tokens, call.bits, call.act_bits, p.stages, pieces, plan.digits},
-                      call.x_type, stream);
+    error = lowbit_limbs({tokens, x, unit, call.cols, p.tokens, call.bits, call.act_bits, p.stages, pieces, plan.limbs},
+                         call.x_type, stream);
     if (error != cudaSuccess) return error;
 
     if (plan.any) {
       error = with_types(call.x_type, call.x_type, [&](auto types) {
-        // float64 is not served.
+        // float64 is not served, but with_types instantiates it.
         using X = std::conditional_t<sizeof(typename decltype(types)::W) == 8, float, typename decltype(types)::W>;
         const float qmax = static_cast<float>(call.act_bits ? (1 << (call.act_bits - 1)) - 1 : 0);
         return launch(lowbit_gemv_any_kernel<X>, (call.rows + 7) / 8, kThreads, 0, stream, p,
@@ -402,8 +455,8 @@ cudaError_t lowbit_gemv(const LowbitLinearCall& call, void* workspace, cudaStrea
     error = with_bits(
         call.bits,
         [&](auto bits) {
-          return plan.line_tiles(p) == 1 ? start<bits, 1>(p, plan.layout, device, stream)
-                                         : start<bits, most_line_tiles(bits)>(p, plan.layout, device, stream);
+          return plan.act_tiles(p) == 1 ? start<bits, 1>(p, plan.layout, device, stream)
+                                        : start<bits, max_act_tiles(bits)>(p, plan.layout, device, stream);
         },
         std::make_integer_sequence<int, 8>());
     if (error == cudaSuccess && p.chunks > 1)

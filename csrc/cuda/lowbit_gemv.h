@@ -1,19 +1,20 @@
-// What the decode kernel is told, and how a call is divided: into passes of some tokens each, these into blocks.
+// The parameters of the decode kernel, and the plan of a call: passes of some tokens each, and their division into
+// blocks and shared memory.
 #pragma once
 
 #include <algorithm>
 
 #include "lowbit_layout.h"
-#include "weight.h"
+#include "quant_weight.h"
 
 namespace qk::cuda {
 
 constexpr int kGemvWarps = 16, kGemvThreads = kGemvWarps * kWarp;
 constexpr int kTileRows = 16, kSlots = 4;
-constexpr int kMostTokens = 8;
+constexpr int kMaxTokens = 8;
 
-// Eight lines each, as many as registers hold the sums of.
-QK_HD constexpr int most_line_tiles(int bits) { return bits >= 5 && bits <= 7 ? 2 : 3; }
+// Tiles of eight activation rows whose sums fit into registers.
+QK_HD constexpr int max_act_tiles(int bits) { return bits >= 5 && bits <= 7 ? 2 : 3; }
 
 struct LowbitGemv {
   const uint8_t* packed;
@@ -26,37 +27,38 @@ struct LowbitGemv {
   float* partial;  // [chunks][tokens][rows] where K is cut into chunks, else null
   int64_t rows, cols, groups, row_bytes;
   int32_t rounds, stages, chunk_stages, chunks, row_blocks, warps_per_row;
-  int32_t tokens, digits, lines;
-  // Granules of a group (lowbit_layout.h). 0 if groups are smaller: then each lane of a row has its own lines, zero for
-  // the other lanes, and group_lanes such runs of columns are a group.
+  int32_t tokens, limbs, act_rows;
+  // Granules of a group (lowbit_layout.h). 0 if groups are smaller: then each of the four lanes that share a weight row
+  // has activation rows of its own, zero for the other lanes, and the columns of group_lanes lanes are a group.
   int32_t group_granules, group_lanes;
-  int32_t copy;  // bytes of a copy: 16, 4, 1
+  int32_t copy;  // bytes that are copied at a time: 16, 4 or 1
   uint32_t flip;
   bool sums;                  // whether sums of x are needed
-  float factor, shift, zero;  // value = (number + shift - zero_point * zero) * (scale * factor)
+  float factor, shift, zero;  // value = (byte + shift - zero_point * zero) * (scale * factor)
   DType x_type, scale_type, bias_type;
 
-  // A row in a group: what memory holds, and what that means. Nothing is computed while it is on its way.
-  struct Asked {
+  // The scale and zero point of a row in a group: raw bits as loaded, and converted. Conversion waits until they are
+  // used, so that the latency of the load is hidden.
+  struct RawScale {
     uint32_t scale;
     float zero_point;
   };
   struct Affine {
     float step, shift;
   };
-  __device__ __forceinline__ Asked ask(int64_t row, int64_t group) const {
+  __device__ __forceinline__ RawScale load_raw(int64_t row, int64_t group) const {
     const int64_t i = row * groups + min(group, groups - 1);
     return {bits_of(scale, scale_type, i), zero_point ? __ldg(zero_point + i) : 0.0f};
   }
-  __device__ __forceinline__ Affine affine(const Asked& asked) const {
-    const float s = number_of(asked.scale, scale_type), least = static_cast<float>(kMinScale);
-    return {(s < least ? least : s) * factor, shift - asked.zero_point * zero};
+  __device__ __forceinline__ Affine affine(const RawScale& raw) const {
+    const float s = float_of(raw.scale, scale_type), min_scale = static_cast<float>(kMinScale);
+    return {(s < min_scale ? min_scale : s) * factor, shift - raw.zero_point * zero};
   }
   __device__ __forceinline__ static uint32_t bits_of(const void* p, DType type, int64_t i) {
     return type == DType::f32 ? __ldg(static_cast<const unsigned*>(p) + i)
                               : __ldg(static_cast<const unsigned short*>(p) + i);
   }
-  __device__ __forceinline__ static float number_of(uint32_t bits, DType type) {
+  __device__ __forceinline__ static float float_of(uint32_t bits, DType type) {
     if (type == DType::f16) {
       __half half;
       memcpy(static_cast<void*>(&half), &bits, sizeof half);
@@ -64,10 +66,10 @@ struct LowbitGemv {
     }
     return __int_as_float(static_cast<int32_t>(type == DType::bf16 ? bits << 16 : bits));
   }
-  // The last step: `sum` without bias.
+  // Adds the bias to a sum and writes it in the dtype of x.
   __device__ __forceinline__ void write(int64_t token, int64_t row, float sum) const {
     const int64_t i = token * rows + row;
-    if (bias) sum += number_of(bits_of(bias, bias_type, row), bias_type);
+    if (bias) sum += float_of(bits_of(bias, bias_type, row), bias_type);
     if (x_type == DType::f32)
       static_cast<float*>(y)[i] = sum;
     else if (x_type == DType::bf16)
@@ -77,22 +79,23 @@ struct LowbitGemv {
   }
 };
 
-// Shared memory of a block, in bytes from its start: stages of weights, sums of warps, 16 bytes of zeros, x.
+// The layout of a block's shared memory, in bytes from its start: stages of weights, sums of warps, 16 bytes of zeros,
+// x.
 struct SharedPlan {
   int slot, sums, zeros, x;
 
-  QK_HD constexpr SharedPlan(const LowbitLayout& layout, int line_tiles)
+  QK_HD constexpr SharedPlan(const LowbitLayout& layout, int act_tiles)
       : slot(kTileRows * layout.pitch),
         sums(kGemvWarps * kSlots * slot),
-        zeros(sums + kGemvWarps * kTileRows * 8 * line_tiles * 4),
+        zeros(sums + kGemvWarps * kTileRows * 8 * act_tiles * 4),
         x(zeros + 16) {}
 };
 
-// What a plan depends on.
-struct Device {
+// The device's properties that a plan depends on.
+struct DeviceLimits {
   int id = 0, multiprocessors = 0, shared = 0;
 
-  cudaError_t ask() {
+  cudaError_t query() {
     cudaError_t error = cudaGetDevice(&id);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, id);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
@@ -100,29 +103,34 @@ struct Device {
   }
 };
 
-struct LowbitPlan {
+// How a call is computed on a device.
+//
+//   by granule  groups are whole granules: each activation row is one row of the product
+//   split       groups are whole lanes' shares of a granule: four times the activation rows
+//   any         any other groups: a plain kernel without tensor cores
+struct LowbitGemvPlan {
   const LowbitLinearCall& call;
-  const Device& device;
+  const DeviceLimits& device;
   const LowbitLayout layout;
   int64_t group_cols;
   bool any, split;
-  int digits, most_tiles, pass_tokens;
+  int limbs, max_tiles, pass_tokens;
 
-  LowbitPlan(const LowbitLinearCall& c, const Device& d)
+  LowbitGemvPlan(const LowbitLinearCall& c, const DeviceLimits& d)
       : call(c), device(d), layout(c.bits), group_cols(c.cols / c.groups) {
     const bool by_granule = call.groups == 1 || group_cols % layout.granule_cols == 0;
     split = !by_granule && call.bits != 8 && group_cols % layout.lane_cols == 0;
     any = !by_granule && !split;
-    digits = call.act_bits ? 1 : 3;
-    // Devices of 99 KiB hold the sums of one tile and at least a stage of x.
-    most_tiles = most_line_tiles(call.bits);
-    if (SharedPlan(layout, most_tiles).x + 8 * most_tiles * layout.stage_cols > device.shared) most_tiles = 1;
-    pass_tokens = std::min(kMostTokens, 8 * most_tiles / (split ? 4 : 1) / digits);
+    limbs = call.act_bits ? 1 : 3;
+    // Devices with 99 KiB of shared memory hold the sums of one tile only, beside at least a stage of x.
+    max_tiles = max_act_tiles(call.bits);
+    if (SharedPlan(layout, max_tiles).x + 8 * max_tiles * layout.stage_cols > device.shared) max_tiles = 1;
+    pass_tokens = std::min(kMaxTokens, 8 * max_tiles / (split ? 4 : 1) / limbs);
     any |= pass_tokens == 0;
-    if (any) pass_tokens = kMostTokens;
+    if (any) pass_tokens = kMaxTokens;
   }
 
-  // Tokens first ... of the call.
+  // The parameters of the pass that begins with token `first`.
   LowbitGemv pass(int64_t first) const {
     LowbitGemv p{};
     p.packed = call.packed;
@@ -147,18 +155,19 @@ struct LowbitPlan {
       return p;
     }
 
-    // A byte is unit * (code - half) plus `low`, which is to be unit * (code + constant) where it can.
+    // A decoded byte is unit * (code - half) plus the constant `low` below the code's bits. Where `low` can make that
+    // unit * (code + constant), the shift is 0 and no sums of x are needed.
     const int unit = 1 << (8 - call.bits);
-    const double wanted = unit * (constant + (1 << (call.bits - 1)));
-    const int low = !call.zero_point && wanted > 0 && wanted < unit ? static_cast<int>(wanted) : 0;
+    const double full_shift = unit * (constant + (1 << (call.bits - 1)));
+    const int low = !call.zero_point && full_shift > 0 && full_shift < unit ? static_cast<int>(full_shift) : 0;
     p.flip = 0x01010101u * static_cast<uint32_t>(0x80 | low);
     p.factor = static_cast<float>(1 / (call.steps * unit));
-    p.shift = static_cast<float>(wanted - low);
+    p.shift = static_cast<float>(full_shift - low);
     p.zero = static_cast<float>(unit);
     p.sums = call.zero_point || p.shift != 0;
 
-    p.digits = digits;
-    p.lines = p.tokens * digits;
+    p.limbs = limbs;
+    p.act_rows = p.tokens * limbs;
     p.stages = static_cast<int32_t>((p.cols + layout.stage_cols - 1) / layout.stage_cols);
     if (!split)
       p.group_granules = call.groups == 1 ? 1 << 30 : static_cast<int32_t>(group_cols / layout.granule_cols);
@@ -169,12 +178,12 @@ struct LowbitPlan {
     };
     p.copy = aligned_to(16) ? 16 : aligned_to(4) ? 4 : 1;
 
-    const int left = device.shared - SharedPlan(layout, line_tiles(p)).x;
-    p.chunk_stages = std::min(p.stages, std::max(1, left / (layout.stage_cols * p.lines)));
+    const int left = device.shared - SharedPlan(layout, act_tiles(p)).x;
+    p.chunk_stages = std::min(p.stages, std::max(1, left / (layout.stage_cols * p.act_rows)));
     p.chunks = (p.stages + p.chunk_stages - 1) / p.chunk_stages;
     p.chunk_stages = (p.stages + p.chunks - 1) / p.chunks;
     p.chunks = (p.stages + p.chunk_stages - 1) / p.chunk_stages;
-    // Warps share rows as long as each has two stages of them.
+    // Warps share rows as long as each keeps at least two stages of them.
     p.warps_per_row = 1;
     while (p.warps_per_row < kGemvWarps && p.chunk_stages >= 4 * p.warps_per_row) p.warps_per_row *= 2;
     const int round_rows = kTileRows * kGemvWarps / p.warps_per_row;
@@ -182,11 +191,11 @@ struct LowbitPlan {
     p.row_blocks = std::min(p.rounds, std::max(1, device.multiprocessors / p.chunks));
     return p;
   }
-  int line_tiles(const LowbitGemv& p) const { return p.lines * (split ? 4 : 1) <= 8 ? 1 : most_line_tiles(call.bits); }
+  int act_tiles(const LowbitGemv& p) const { return p.act_rows * (split ? 4 : 1) <= 8 ? 1 : max_act_tiles(call.bits); }
 
-  // Of a workspace: units of tokens, x, sums of chunks.
+  // The workspace: units of tokens (kUnitBytes), x, partial sums of chunks.
   static constexpr size_t kUnitBytes = 64;
-  size_t x_bytes(const LowbitGemv& p) const { return static_cast<size_t>(p.stages) * layout.stage_cols * p.lines; }
+  size_t x_bytes(const LowbitGemv& p) const { return static_cast<size_t>(p.stages) * layout.stage_cols * p.act_rows; }
   size_t bytes(const LowbitGemv& p) const {
     return kUnitBytes + x_bytes(p) + (p.chunks > 1 ? 4 * static_cast<size_t>(p.chunks * p.tokens * p.rows) : 0);
   }

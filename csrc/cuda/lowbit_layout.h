@@ -1,15 +1,19 @@
-// How packed codes meet the operands of int8 tensor-core products.
+// How packed codes become operands of int8 tensor-core products.
 //
-// The dimension that is summed over may be permuted if both operands are, so codes are taken in the order in which they
-// cost the fewest instructions, and x is brought into that order once. A product of 32 columns (ptx.h) wants two
-// registers of four codes from each of the four lanes t that share a row of the weight. A *granule* is the fewest
-// columns for which the four lanes find whole words: lane t has the 4 t-th bytes of 16 (twice 16 for 8 bits), or where
-// codes cross bytes (3, 5, 6, 7 bits) as many words as a code has bits, 32 codes. A *stage* is what a warp copies to
-// shared memory at a time of each of sixteen rows.
+// The dimension that is summed over may be permuted if both operands are. So codes are taken in the order in which
+// decoding costs the fewest instructions, and x is permuted to match once. A product of 32 columns (ptx.h) takes two
+// registers of four codes from each of the four lanes t that share a row of the weight.
 //
-// A code becomes the top bits of a byte, the sign flipped and bits put below it: a mask and an exclusive or, one
-// instruction for four codes, after a shift. The byte is 2^(8 - bits) * (code - 2^(bits - 1)) plus those low bits, in
-// code counted from 0. For binary, SEQ (to 7 bits) and LSQ grids that is the value itself times a power of two.
+//   granule  the fewest columns from which the four lanes get whole words. Bits that divide 8: word t of 16 bytes
+//   belongs
+//            to lane t (twice that for 8 bits). 3, 5, 6, 7 bits: 32 codes are `bits` words, and lane t has the t-th 32
+//            codes.
+//   stage    the columns that a warp copies to shared memory at a time, of each of sixteen rows.
+//
+// A code is decoded to a byte: its bits at the top, the top bit flipped, and a constant below. That takes a shift, a
+// mask and an exclusive or, the latter two as one instruction, for four codes. The byte is 2^(8 - bits) * (code -
+// 2^(bits - 1)) plus the constant, for codes counted from 0. For binary, SEQ (to 7 bits) and LSQ grids that is the
+// value itself times a power of two.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -40,10 +44,10 @@ struct LowbitLayout {
         granule_words(b == 8  ? 2
                       : whole ? 1
                               : b),
-        // Between rows in shared memory, so that eight rows times four lanes read 32 banks (for 6 bits, 16).
+        // Between rows in shared memory: such that eight rows times four lanes read 32 different banks (16 for 6 bits).
         pitch(stage_bytes + (whole ? 16 : 0)) {}
 
-  // The word of a row's stage where the i-th word of a lane is.
+  // The index, within a row's stage, of the i-th word of a lane.
   QK_HD constexpr int word(int granule, int lane, int i) const {
     return whole ? 4 * (granule * granule_words + i) + lane : lane * bits + i;
   }
@@ -65,7 +69,8 @@ __device__ __forceinline__ uint32_t shifted_left(uint32_t w) {
     return w >> -S;
 }
 
-// The registers of a lane's words: `flip` in every byte turns bits into the number described above.
+// Decodes the words of a lane to registers of four bytes. `flip` has, in every byte, the flipped top bit and the
+// constant described above.
 template <int Bits>
 struct Decoder {
   static constexpr LowbitLayout kLayout{Bits};

@@ -1,6 +1,6 @@
-// The bare noise.
+// Standard normals by themselves, on a GPU: the noise that kernels draw, for tests and other backends.
 #include "kernels.h"
-#include "weight.h"
+#include "quant_weight.h"
 
 namespace qk::cuda {
 

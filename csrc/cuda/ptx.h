@@ -1,4 +1,4 @@
-// Instructions that C++ has no word for. The tests bring their own ptx_on_host.h.
+// Instructions that CUDA C++ has no function for. Tests on a CPU replace this file by their ptx_on_host.h.
 #pragma once
 
 #if defined(QK_HOST_CUDA)
@@ -16,8 +16,8 @@ __device__ __forceinline__ uint8_t* dynamic_shared() {
   return reinterpret_cast<uint8_t*>(memory);
 }
 
-// Starts a copy to shared memory; of fewer than 16 bytes, the rest becomes zero. 128 bytes at once come from memory to
-// the L2 cache: the neighbours are next.
+// Starts a copy of 16 bytes to shared memory; only the first `bytes` of them are read, the rest becomes zero. The L2
+// cache gets 128 bytes, because the neighbours are needed next.
 __device__ __forceinline__ void copy_16_async(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
                    static_cast<unsigned>(__cvta_generic_to_shared(shared))),
@@ -30,18 +30,20 @@ __device__ __forceinline__ void copy_4_async(void* shared, const void* global, i
       "l"(global), "r"(bytes)
       : "memory");
 }
-// Ends a group of copies.
+// Closes the current group of copies.
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits for all of this thread's groups but the last `Later`.
+// Waits for all groups of this thread except the last `Later`.
 template <int Later>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Later) : "memory");
 }
 
-// d += A B, A being int8 of 16 rows and 32 columns, B int8 of 32 rows and 8 columns. With g = lane / 4 and t = lane % 4
-// a thread holds, four to a register and j the place in it, of A the rows g (a0, a2) and g + 8 (a1, a3) at columns
-// 4t + j (a0, a1) and 16 + 4t + j (a2, a3); of B column g at rows 4t + j (b0) and 16 + 4t + j (b1); of d the rows g
-// (d[0], d[1]) and g + 8 (d[2], d[3]) at columns 2t and 2t + 1.
+// d += A B with A int8 [16, 32], B int8 [32, 8] and d int32 [16, 8], spread over the lanes of a warp. With g = lane / 4
+// and t = lane % 4 a lane holds, byte j of a register being column (A) or row (B) ... + j:
+//
+//     A        cols 4t ..  16 + 4t ..      B            col g        d         col 2t  2t + 1
+//     row g        a0      a2              rows 4t ..      b0        row g      d[0]    d[1]
+//     row g + 8    a1      a3              16 + 4t ..      b1        row g + 8  d[2]    d[3]
 __device__ __forceinline__ void multiply_add(int32_t (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                              uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -49,7 +51,7 @@ __device__ __forceinline__ void multiply_add(int32_t (&d)[4], uint32_t a0, uint3
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// d[0] and d[1] of the above for an A of ones: sums of the columns of B.
+// The above for an A of ones, of which d[0] and d[1] are kept: d += sums of the columns of B.
 __device__ __forceinline__ void add_columns(int32_t (&d)[2], uint32_t b0, uint32_t b1) {
   asm("{ .reg .b32 again0, again1;\n"
       "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, again0, again1}, {%4, %4, %4, %4}, {%2, %3}, "
@@ -58,8 +60,8 @@ __device__ __forceinline__ void add_columns(int32_t (&d)[2], uint32_t b0, uint32
       : "r"(b0), "r"(b1), "r"(0x01010101), "r"(0));
 }
 
-// The two halves of a dependent launch (launch.h): the earlier kernel lets the later one start, the later one waits for
-// the earlier one's memory. Neither exists before Hopper, where such launches are ordinary ones.
+// The two sides of a dependent launch (launch.h): the earlier kernel lets the later one start, and the later one waits
+// until the earlier one's writes are visible. Before Hopper there are no such instructions, and launches are ordinary.
 __device__ __forceinline__ void let_dependents_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

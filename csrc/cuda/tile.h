@@ -1,28 +1,31 @@
-// How rows are divided among threads.
+// How the rows of a tensor are divided among threads.
 //
-// `lanes` neighbouring threads share a row. A row of at most 32 vectors of V elements takes one per lane, and a thread
-// has vectors of U rows in flight (a short tile). A longer row is walked by a warp or by a block, a thread having U of
-// its vectors in flight (a long tile); where rows are too few to fill a device, or so long that a thread would add many
-// numbers one after the other, they are cut into pieces, a block each. The division depends on the shape and on whether
-// vectors are possible, so sums have the same bits on every device.
+// `lanes` neighbouring threads share a row, and a thread loads V neighbouring elements (a vector) at a time.
+//
+//   short tile  a row of at most 32 vectors: one for each lane. A thread has vectors of U rows in flight.
+//   long tile   a longer row: a warp or a block walks along it. A thread has U vectors of the row in flight.
+//
+// Long rows are cut into pieces, a block each, where rows are too few to fill a device, or so long that a thread would
+// add many numbers one after the other. The division depends only on the shape and on whether vectors are possible, so
+// sums have the same bits on every device.
 #pragma once
 
 #include <algorithm>
 
 #include "launch.h"
-#include "pack.h"
+#include "vector.h"
 
 namespace qk::cuda {
 
-struct Layout {
+struct TileLayout {
   static constexpr int64_t kEnoughBlocks = 2048;
-  static constexpr int64_t kMostSteps = 8;  // of a piece
+  static constexpr int64_t kMaxSteps = 8;  // of a thread in a piece
 
   int64_t rows, cols, pieces, piece_cols;
   int lane_bits, rows_per_thread;
   bool is_long;
 
-  Layout(int64_t rows_, int64_t cols_, int v, int u, bool cut)
+  TileLayout(int64_t rows_, int64_t cols_, int v, int u, bool cut)
       : rows(rows_), cols(cols_), pieces(1), piece_cols(cols_) {
     const int64_t vectors = (cols + v - 1) / v;
     is_long = vectors > kWarp;
@@ -31,8 +34,8 @@ struct Layout {
     while (!is_long && lane_bits > 0 && vectors <= (1 << (lane_bits - 1))) --lane_bits;
     if (!cut || lane_bits < 8) return;
     const int64_t step = int64_t(kThreads) * u * v, steps = (cols + step - 1) / step;
-    const int64_t most = std::clamp<int64_t>(rows * steps / kEnoughBlocks, 1, kMostSteps);
-    pieces = (steps + most - 1) / most;
+    const int64_t piece_steps = std::clamp<int64_t>(rows * steps / kEnoughBlocks, 1, kMaxSteps);
+    pieces = (steps + piece_steps - 1) / piece_steps;
     piece_cols = (steps + pieces - 1) / pieces * step;
   }
 
@@ -43,11 +46,11 @@ struct Layout {
 };
 static_assert(kThreads == 1 << 8);
 
-// A thread's share: for (col = begin; col < end; col += step) it has the vectors k = 0 ... U - 1 at index(col, k) where
-// holds(col, k), in row(k). A short tile takes one step.
+// A thread's share. In each step of for (col = begin; col < end; col += step) it has the vectors k = 0 ... U - 1 at
+// index(col, k), in row(k), provided that holds(col, k). A short tile takes one step.
 //
-// Kernels read a step ahead of what they compute: the first vectors are on their way while the scales are, which a
-// thread with only one or two steps needs to keep the memory busy.
+// Kernels read a step ahead of what they compute, and the first vectors before the scales: a thread with only one or
+// two steps would not keep the memory busy otherwise.
 template <int V, int U, bool Long>
 struct Tile {
   static constexpr int kRows = Long ? 1 : U;
@@ -55,7 +58,7 @@ struct Tile {
   int64_t rows, cols, first_row, begin, end, step, piece;
   int lane, lanes;
 
-  __device__ explicit Tile(const Layout& layout) : rows(layout.rows), cols(layout.cols) {
+  __device__ explicit Tile(const TileLayout& layout) : rows(layout.rows), cols(layout.cols) {
     lanes = 1 << layout.lane_bits;
     lane = static_cast<int>(threadIdx.x) & (lanes - 1);
     const int row_in_block = static_cast<int>(threadIdx.x) >> layout.lane_bits,
@@ -77,7 +80,7 @@ struct Tile {
     }
   }
 
-  // Inside the tensor, also where the thread holds nothing.
+  // Always a row of the tensor, even where the thread holds nothing.
   __device__ int64_t row(int k) const {
     const int64_t r = unclamped_row(k);
     return r < rows ? r : rows - 1;
@@ -88,20 +91,20 @@ struct Tile {
     return unclamped_row(k) * cols + col + (Long ? k * lanes * V : 0);
   }
 
-  // The vectors of one step of a tensor.
+  // Loads the vectors of one step.
   template <class T>
-  __device__ __forceinline__ void read(const T* p, int64_t col, Pack<T, V> (&packs)[U]) const {
+  __device__ __forceinline__ void read(const T* p, int64_t col, Vector<T, V> (&vectors)[U]) const {
 #pragma unroll
     for (int k = 0; k < U; ++k)
-      if (holds(col, k)) packs[k] = load<V>(p + index(col, k));
+      if (holds(col, k)) vectors[k] = load<V>(p + index(col, k));
   }
 
  private:
   __device__ int64_t unclamped_row(int k) const { return Long ? first_row : first_row + k * (kThreads / lanes); }
 };
 
-// Combines a value over the lanes that share a row, the same for each lane and every time. Every thread of the block
-// calls.
+// Combines a value over the lanes that share a row, in a fixed order; every lane gets the same result. All threads of
+// the block must call.
 template <class T, class F>
 __device__ __forceinline__ T over_lanes(T x, int lanes, F combine) {
   for (int offset = (lanes < kWarp ? lanes : kWarp) / 2; offset > 0; offset /= 2)

@@ -27,8 +27,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 GUARD = 64  # bytes around every output that nothing may write
 
 
-# The structures of csrc/common/call.h.
+# The structures of csrc/common/call.h, field by field in the same order. `library` fails to build if they differ.
 class Grid(Structure):
+    _cpp_ = "Grid<double>"
     _fields_ = (
         *((name, c_double) for name in GridConstants._fields if name != "by_sign"),
         ("by_sign", c_bool),
@@ -93,30 +94,61 @@ class LowbitLinearCall(Structure):
     )  # fmt: skip
 
 
+STRUCTURES = (
+    Grid, QuantArgs, FakeQuantizeCall, FakeQuantizeBackwardCall, FakeQuantizeJvpCall, QuantizeCall, DequantizeCall,
+    FakeQuantizeDynamicCall, NormalCall, LowbitLinearCall,
+)  # fmt: skip
+
+
+def layout_checks(structures=STRUCTURES):
+    """Return C++ that compiles if each structure of C++ has the fields of its mirror here, and no other."""
+    lines = ["#include <cstddef>", '#include "common/call.h"', '#include "field_count.h"']
+
+    def check(condition, value, what):
+        lines.append(f'static_assert({condition} == {value}, "on_host.py has {what} = {value}");')
+
+    for mirror in structures:
+        name = mirror.__name__
+        cpp = f"qk::{getattr(mirror, '_cpp_', name)}"
+        for field, *_ in mirror._fields_:
+            there = getattr(mirror, field)
+            check(f"offsetof({cpp}, {field})", there.offset, f"offsetof({name}, {field})")
+            check(f"sizeof({cpp}::{field})", there.size, f"sizeof({name}::{field})")
+        check(f"field_count<{cpp}>()", len(mirror._fields_), f"number of fields of {name}")
+        check(f"sizeof({cpp})", ctypes.sizeof(mirror), f"sizeof({name})")
+    return "\n".join(lines) + "\n"
+
+
+def compile_command(source, *options):
+    return ["g++", *FLAGS, f"-I{HOST}", f"-I{ROOT / 'csrc'}", "-x", "c++", *options, source]
+
+
 @functools.cache
 def library():
     """Build the kernels under build/, once for each state of their sources, and load them."""
     sources = [*KERNELS, HOST / "harness.cpp"]
     headers = [*HOST.glob("*.h"), *(ROOT / "csrc/cuda").glob("*.h"), *(ROOT / "csrc/common").glob("*.h")]
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    digest = hashlib.sha256((" ".join(FLAGS) + layout_checks()).encode())
     for path in sorted([*sources, *headers]):
         digest.update(path.name.encode() + path.read_bytes())
     folder = ROOT / "build" / f"cuda-on-host-{digest.hexdigest()[:16]}"
     target = folder / "kernels.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        checks = folder / f"layout_checks.{os.getpid()}.cpp"
+        checks.write_text(layout_checks())
+        sources.append(checks)
         objects = [folder / f"{source.stem}.{os.getpid()}.o" for source in sources]
 
         def build(source, out):
-            command = ["g++", *FLAGS, f"-I{HOST}", f"-I{ROOT / 'csrc'}", "-x", "c++", "-c", source, "-o", out]
-            subprocess.run(command, check=True)
+            subprocess.run(compile_command(source, "-c", "-o", out), check=True)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(build, sources, objects))
         linked = folder / f"kernels.{os.getpid()}.so"
         subprocess.run(["g++", "-shared", *objects, "-o", linked], check=True)
         linked.rename(target)
-        for path in objects:
+        for path in (*objects, checks):
             path.unlink()
     loaded = ctypes.CDLL(str(target))
     loaded.fake_quantize_backward_workspace.restype = c_size_t

@@ -17,7 +17,7 @@ MOST_REGISTERS = 128
 
 #: Kernels of aligned float32 and bfloat16 weights without noise and zero point, and the operands that each reads.
 VECTOR_KERNELS = [
-    (f"{kernel}_kernelINS0_5TypesI{types}EELb0ELb0ELi{v}ELb{long}E", operands)
+    (f"{kernel}_kernelINS_12ElementTypesI{types}EELb0ELb0ELi{v}ELb{long}E", operands)
     for kernel, operands in (("20fake_quantize", 1), ("29fake_quantize_backward", 2))
     for types, v in (("fff", 4), ("f13__nv_bfloat16S3_", 8))
     for long in (0, 1)

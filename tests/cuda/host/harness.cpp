@@ -36,7 +36,7 @@ int fake_quantize_backward(const qk::FakeQuantizeBackwardCall* call, void* works
 }
 
 void layout(int64_t rows, int64_t cols, int v, int u, int64_t* out) {
-  const qk::cuda::Layout layout(rows, cols, v, u, true);
+  const qk::cuda::TileLayout layout(rows, cols, v, u, true);
   out[0] = layout.pieces;
   out[1] = layout.piece_cols;
 }

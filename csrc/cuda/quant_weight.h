@@ -1,14 +1,15 @@
-// A QuantArgs as kernels take it, and the choice of their template arguments.
+// QuantArgs as kernels take them (QuantWeight), and the choice of a kernel's template arguments from a call.
 #pragma once
 
 #include "../common/call.h"
+#include "../common/element_types.h"
 #include "../common/philox.h"
 #include "divide.h"
 #include "tile.h"
 
 namespace qk::cuda {
 
-// Standard normals from element `first` of a stream on: one of them, or V (4 or 8), of which `first` is a multiple.
+// Standard normals for V elements of a stream, from `first` on. V is 1, or 4 or 8 and `first` a multiple of it.
 template <int V>
 __device__ __forceinline__ void draw(uint64_t seed, int64_t first, uint32_t stream, float (&z)[V]) {
   static_assert(V == 1 || V == 4 || V == 8);
@@ -35,7 +36,8 @@ __device__ __forceinline__ void draw(uint64_t seed, int64_t first, uint32_t stre
   }
 }
 
-// Scales, zero points and their gradients: float32, and where the computing type is float64 perhaps float64 (`wide`).
+// Scales, zero points and their gradients are float32; where the computing type is float64 they may be float64
+// (`wide`).
 __device__ __forceinline__ void read_scalar(const void* p, bool, int64_t i, float& x) {
   x = __ldg(static_cast<const float*>(p) + i);
 }
@@ -50,23 +52,24 @@ __device__ __forceinline__ void write_scalar(void* p, bool wide, int64_t i, doub
     static_cast<float*>(p)[i] = static_cast<float>(x);
 }
 
-// What a row has in memory.
+// Scale and zero point of a row as they are in memory.
 template <class T>
-struct Scale {
+struct RowScale {
   T scale, zero;
 };
 
-// A row and the division by its scale.
+// The grid of a row, and the division by its scale.
 template <class T>
-struct ScaledRow : Row<T> {
+struct ScaledRow : RowGrid<T> {
   Divisor<T> divisor;
 
   __device__ __forceinline__ ScaledRow(const Grid<T>& grid, T s, T zero)
-      : Row<T>(grid, s, zero), divisor(this->scale) {}
+      : RowGrid<T>(grid, s, zero), divisor(this->scale) {}
 };
 
+// The tensors and constants of QuantArgs in the computing type.
 template <class T>
-struct Weight {
+struct QuantWeight {
   const void *w, *scale, *zero_point;
   const int64_t* seed;
   Grid<T> grid;
@@ -74,7 +77,7 @@ struct Weight {
   float noise_std, scale_noise_std;
   bool wide;  // scale and zero point are float64
 
-  explicit Weight(const QuantArgs& args)
+  explicit QuantWeight(const QuantArgs& args)
       : w(args.w),
         scale(args.scale),
         zero_point(args.zero_point),
@@ -86,20 +89,20 @@ struct Weight {
         wide(args.scale_type == DType::f64) {}
 
   template <bool Zero>
-  __device__ __forceinline__ Scale<T> read(int64_t r) const {
-    Scale<T> s{0, 0};
+  __device__ __forceinline__ RowScale<T> read(int64_t r) const {
+    RowScale<T> s{0, 0};
     read_scalar(scale, wide, r, s.scale);
     if constexpr (Zero) read_scalar(zero_point, wide, r, s.zero);
     return s;
   }
   template <bool Zero, class Tile>
-  __device__ __forceinline__ void read(const Tile& tile, Scale<T> (&scales)[Tile::kRows]) const {
+  __device__ __forceinline__ void read(const Tile& tile, RowScale<T> (&scales)[Tile::kRows]) const {
 #pragma unroll
     for (int k = 0; k < Tile::kRows; ++k) scales[k] = read<Zero>(tile.row(k));
   }
 
   template <bool Noise>
-  __device__ __forceinline__ ScaledRow<T> row(Scale<T> s, int64_t r) const {
+  __device__ __forceinline__ ScaledRow<T> row(RowScale<T> s, int64_t r) const {
     if constexpr (Noise) {
       if (scale_noise_std != 0) {
         float drawn[1];
@@ -110,11 +113,12 @@ struct Weight {
     return ScaledRow<T>(grid, s.scale, s.zero);
   }
 
-  // The weights of a pack that was loaded from element `first` of w, in the computing type and with their noise.
+  // The weights of a vector that was loaded from element `first` of w on, in the computing type, with their noise
+  // added.
   template <bool Noise, class W, int V>
-  __device__ __forceinline__ void values(const Pack<W, V>& pack, int64_t first, T (&x)[V]) const {
+  __device__ __forceinline__ void values(const Vector<W, V>& vector, int64_t first, T (&x)[V]) const {
 #pragma unroll
-    for (int j = 0; j < V; ++j) x[j] = widen(pack.lane[j]);
+    for (int j = 0; j < V; ++j) x[j] = widen(vector.lane[j]);
     if constexpr (Noise) {
       if (noise_std != 0) {
         float z[V];
@@ -126,22 +130,15 @@ struct Weight {
   }
 };
 
-template <class Compute, class W_, class Y_>
-struct Types {
-  using T = Compute;
-  using W = W_;
-  using Y = Y_;
-};
-
-// Calls f with the Types of a weight and of what has y's dtype.
+// Calls f with ElementTypes for the dtypes of a weight and of an output.
 template <class F>
 cudaError_t with_types(DType w, DType y, F f) {
-  if (w == DType::f64) return f(Types<double, double, double>{});
-  if (w == DType::bf16) return f(Types<float, __nv_bfloat16, __nv_bfloat16>{});
-  if (w == DType::f16) return f(Types<float, __half, __half>{});
-  if (y == DType::bf16) return f(Types<float, float, __nv_bfloat16>{});
-  if (y == DType::f16) return f(Types<float, float, __half>{});
-  return f(Types<float, float, float>{});
+  if (w == DType::f64) return f(ElementTypes<double, double, double>{});
+  if (w == DType::bf16) return f(ElementTypes<float, __nv_bfloat16, __nv_bfloat16>{});
+  if (w == DType::f16) return f(ElementTypes<float, __half, __half>{});
+  if (y == DType::bf16) return f(ElementTypes<float, float, __nv_bfloat16>{});
+  if (y == DType::f16) return f(ElementTypes<float, float, __half>{});
+  return f(ElementTypes<float, float, float>{});
 }
 
 template <class F>
@@ -156,8 +153,8 @@ bool aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % (V * sizeof(T)) == 0;
 }
 
-// Calls f with the elements of a vector: as many as 16 bytes hold of Widest, or 1 where rows or pointers do not allow
-// it (and for float64, whose division takes the registers).
+// Calls f with the number of elements of a vector: as many of Widest as 16 bytes hold, or 1 where the number of columns
+// or a pointer does not allow it (and for float64, whose division needs the registers).
 template <class Widest, class F, class... Pointers>
 cudaError_t with_vector(int64_t cols, F f, Pointers... pointers) {
   constexpr int kVector = sizeof(Widest) == 8 ? 1 : 16 / sizeof(Widest);
