@@ -1,4 +1,4 @@
-"""Tests marked `gpu` skip where there is no device; tests/compare.py poisons what a kernel should write."""
+"""Marks, profiles and fixtures of all tests; those marked `gpu` skip where there is no device."""
 
 import os
 import sys

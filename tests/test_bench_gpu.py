@@ -245,7 +245,7 @@ from bench.gpu import fake_driver
 fake_driver.install((9, 0), compiling=sys.argv[1] == "compile")
 import qatkernels as qk
 from qatkernels.backends import IMPLS
-from qatkernels.ops.samples import make
+from qatkernels.testing.samples import make
 for tokens in (1, 2):
     IMPLS["fake_quantize"]["triton"](*make(qk.grids.lsq(4), (64, 256), torch.bfloat16).args("fake_quantize"))
 print(dict(fake_driver.kernels), fake_driver.failures)
@@ -278,7 +278,7 @@ from bench.gpu import fake_driver, host
 host.pretend()
 import qatkernels as qk
 from qatkernels import backends
-from tests.cuda.lowbit import make
+from qatkernels.testing.decode import make
 
 launches = ctypes.CDLL(None).fake_launches
 launches.restype = ctypes.c_long

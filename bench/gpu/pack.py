@@ -143,7 +143,7 @@ def probe() -> int:
 
     import qatkernels as qk
     from qatkernels.backends import IMPLS
-    from qatkernels.ops.samples import make
+    from qatkernels.testing.samples import make
 
     from ..codes import MISSED
 

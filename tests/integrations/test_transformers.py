@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

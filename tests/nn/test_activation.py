@@ -20,7 +20,7 @@ from qatkernels.nn import (
     pack_model,
     quantize_model,
 )
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 
 def test_lsq_starts_from_the_mean_magnitude_of_the_first_batch():

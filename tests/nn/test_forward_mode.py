@@ -12,8 +12,8 @@ from torch.library import opcheck
 import qatkernels as qk
 from qatkernels.nn import QuantConfig, QuantLinear
 from qatkernels.ops import quant_linear, quant_linear_dual
-from qatkernels.ops.samples import make
-from tests.compare import assert_same_bits, check_linear_dual
+from qatkernels.testing.compare import assert_same_bits, check_linear_dual
+from qatkernels.testing.samples import make
 from tests.implementations import implementations, samples_on
 
 CONFIGS = {

@@ -19,7 +19,7 @@ from qatkernels.nn import (
     quantized_modules,
     quantized_weights,
 )
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 
 class Tied(nn.Module):

@@ -20,7 +20,7 @@ from qatkernels.nn import (
     quantize_model,
     quantized_modules,
 )
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 
 def quantized(model, config=None, **options):

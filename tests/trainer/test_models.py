@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from qatkernels import cli, files, load_packed, quantized_modules
+from qatkernels.testing.compare import assert_same_bits
 from qatkernels.trainer import CheckpointError, ConfigError, TrainConfig, data, generate, loop, models, spectra, train
-from tests.compare import assert_same_bits
 from tests.passes import MachineGone, gone_at
 
 from .conftest import options, outcome
