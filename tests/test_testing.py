@@ -43,5 +43,5 @@ def test_what_torch_calls_is_right(op):
 
 
 def test_unknown_op():
-    with pytest.raises(ValueError, match="op is 'fake_quantise', must be one of cross_entropy, .*fake_quantize,"):
+    with pytest.raises(ValueError, match=r"op is 'fake_quantise', must be one of cross_entropy, .*fake_quantize,"):
         check_op("fake_quantise", print)
