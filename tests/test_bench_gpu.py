@@ -233,9 +233,8 @@ def test_names_of_devices():
     assert {name: slug(name) for name in names} == names
 
 
-def test_without_a_pack_everything_is_compiled(monkeypatch, tmp_path):
-    monkeypatch.setattr(pack, "PACK", pack.ROOT / "build/no-such-pack")
-    assert pack.unpack()["status"] == "absent"
+def test_without_a_pack_everything_is_compiled(tmp_path):
+    assert pack.unpack(tmp_path / "no-such-pack")["status"] == "absent"
 
 
 WARM = """
