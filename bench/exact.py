@@ -16,7 +16,7 @@ from torch import Tensor
 from qatkernels.grids import MIN_SCALE, Grid
 from qatkernels.ops import noise
 from qatkernels.ops._op import OPS, as_tuple
-from qatkernels.ops.samples import Sample
+from qatkernels.testing.samples import Sample
 
 from .case import Expected
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qatkernels.grids import MIN_SCALE, Grid
 from qatkernels.ops._op import as_tuple
-from qatkernels.ops.samples import Sample
+from qatkernels.testing.samples import Sample
 
 from .case import Call, Expected, Missing, attempt
 from .exact import drawn

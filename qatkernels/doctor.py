@@ -105,15 +105,43 @@ def installation(folder: Path) -> Installation:
     return Installation("index", folder, None, pure)
 
 
-def diagnosis() -> dict[str, Any]:
-    """Return everything that the doctor knows, as JSON-able data."""
-    extension, here = backends.extension(), installation(Path(__file__).parent)
+@dataclass(frozen=True)
+class Extension:
+    """What became of loading the compiled extension.
+
+    Attributes:
+        info: how it was built; None if it does not serve here.
+        error: what loading it said; None if it serves.
+        built_for: the torch that it was built for, if that is not the one that runs.
+    """
+
+    info: dict[str, str] | None = None
+    error: str | None = None
+    built_for: str | None = None
+
+
+def loaded() -> Extension:
+    """Return what became of loading the extension in this process."""
+    extension = backends.extension()
+    if extension is not None:
+        return Extension(extension.build_info())
+    return Extension(None, backends.MISSING.get("cpp"), _built_for())
+
+
+def diagnosis(package: Path | None = None, extension: Extension | None = None) -> dict[str, Any]:
+    """Return everything that the doctor knows, as JSON-able data.
+
+    Args:
+        package: folder of the package that is examined; this one's if None.
+        extension: what became of its extension; this process's if None.
+    """
+    here, extension = installation(package or Path(__file__).parent), extension or loaded()
     versions: dict[str, str | None] = {"qatkernels": __version__, "python": platform.python_version()}
-    for package in ("torch", "triton", "numpy", "scipy", "rich", "safetensors", "matplotlib"):
-        versions[package] = _version(package)
+    for name in ("torch", "triton", "numpy", "scipy", "rich", "safetensors", "matplotlib"):
+        versions[name] = _version(name)
     why = dict(backends.MISSING)
-    if "cpp" in why:
-        why["cpp"] = _why_no_kernels(here, why["cpp"])
+    if extension.error is not None:
+        why = {"cpp": _why_no_kernels(here, extension), **{name: said for name, said in why.items() if name != "cpp"}}
     broken = {"cpp": why["cpp"]} if "cpp" in why and _modules(here) else {}
     return {
         "versions": versions,
@@ -125,13 +153,15 @@ def diagnosis() -> dict[str, Any]:
         },
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "forced_backend": os.environ.get("QATKERNELS_BACKEND"),
-        "extension": None if extension is None else extension.build_info(),
+        "extension": extension.info,
         "ops": {
             name: {device: row[device][0].split(" ")[0] for device in backends.DEVICES}
             | {"order": {device: row[device] for device in backends.DEVICES}, "present": row["present"]}
             for name, row in backends.report().items()
         },
-        "missing": {name: {"why": reason, "how": cure(name, here)} for name, reason in why.items()},
+        "missing": {
+            name: {"why": reason, "how": cure(name, here, extension.built_for)} for name, reason in why.items()
+        },
         "broken": broken,
     }
 
@@ -142,17 +172,12 @@ def _modules(here: Installation) -> list[Path]:
     return [path for path in names if path.exists()]
 
 
-def _why_no_kernels(here: Installation, error: str) -> str:
-    """Return why the extension does not serve here, in words that fit the installation.
-
-    Args:
-        here: the installation.
-        error: what loading it said.
-    """
-    if built := _built_for():
-        return f"the extension was built for torch {built}, this is {torch.__version__}"
+def _why_no_kernels(here: Installation, extension: Extension) -> str:
+    """Return why the extension does not serve here, in words that fit the installation."""
+    if extension.built_for:
+        return f"the extension was built for torch {extension.built_for}, this is {torch.__version__}"
     if _modules(here):
-        return f"the extension is there and does not load: {error}"
+        return f"the extension is there and does not load: {extension.error}"
     others = sorted({path.name for path in here.folder.glob("_C.*") if path.suffix in (".so", ".pyd")})
     if others:
         return f"{', '.join(others)} is there, for another Python than {sys.implementation.cache_tag} on this machine"
@@ -161,8 +186,14 @@ def _why_no_kernels(here: Installation, error: str) -> str:
     return f"{here}: torch or a compiler was missing when it was built" if here.pure else f"{here}, and no extension"
 
 
-def cure(name: str, here: Installation) -> str:
-    """Return what to do to get a backend that is missing."""
+def cure(name: str, here: Installation, built_for: str | None = None) -> str:
+    """Return what to do to get a backend that is missing.
+
+    Args:
+        name: the backend.
+        here: how the package was installed.
+        built_for: the torch that the extension was built for, if that is not the one that runs.
+    """
     if name == "triton":
         return "needs Triton: `pip install triton` (Linux); CPU runs do without it"
     if sys.platform == "win32":
@@ -177,8 +208,8 @@ def cure(name: str, here: Installation) -> str:
     if not any(map(shutil.which, chosen or ("c++", "g++", "clang++"))):
         needs.append("a C++20 compiler (`apt install g++`, `dnf install gcc-c++`, `xcode-select --install`)")
     steps = [f"needs {' and '.join(needs)}; then {again}" if needs else f"build it: {again}"]
-    if name == "cpp" and (built := _built_for()):
-        steps.append(f"or go back to the torch that it was built for: `pip install torch=={built}`")
+    if name == "cpp" and built_for:
+        steps.append(f"or go back to the torch that it was built for: `pip install torch=={built_for}`")
     if here.kind in ("wheel", "index", "unknown"):
         steps.append("or the same with the path of a source distribution or a checkout")
     return "; ".join(steps)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qatkernels.trainer import TrainConfig, spectra, train
+from qatkernels.trainer import TrainConfig, spectra, toml, train
 
 #: Half the width, two of three blocks, half the context, and more steps: minutes in place of an hour on two cores.
 SMALL = {
@@ -33,11 +34,12 @@ def models(config: TrainConfig, steps: list[int]) -> list[Path]:
     return found
 
 
-def options() -> argparse.Namespace:
+def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m studies.spectra", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default="runs/spectra", help="folder of the run (default: runs/spectra)")
     parser.add_argument("--small", action="store_true", help="a smaller model, trained longer")
+    parser.add_argument("--config", type=Path, help="TOML file with other settings of the training")
     parser.add_argument("--bits", type=float, nargs="+", default=[4, 2, 1], help="bit widths (default: 4 2 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches, windows and probes (default: 0)")
     parser.add_argument(
@@ -54,16 +56,16 @@ def options() -> argparse.Namespace:
         "--near-zero", type=float, default=0.02, help="what is near zero in table and picture (default: 0.02)"
     )
     parser.add_argument("--results", help="folder that report.json and spectra.png are copied to")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line."""
-    asked = options()
-    smaller: dict[str, Any] = SMALL if asked.small else {}
+    asked = options(arguments)
+    other: dict[str, Any] = (SMALL if asked.small else {}) | (toml.read(asked.config) if asked.config else {})
     settings: dict[str, Any] = {"out": asked.out, "bits": tuple(asked.bits), "seed": asked.seed}
     settings["keep_every"] = math.gcd(*asked.at) or 10**9
-    config = TrainConfig(**settings | smaller).resolved()
+    config = TrainConfig(**settings | other).resolved()
     train(config)
     out = Path(asked.out) / "spectra"
     report = spectra.run(spectra.SpectrumConfig(

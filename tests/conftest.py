@@ -1,6 +1,7 @@
-"""Tests marked `gpu` skip where there is no device; tests/compare.py poisons what a kernel should write."""
+"""Marks, profiles and fixtures of all tests; those marked `gpu` skip where there is no device."""
 
 import os
+import sys
 import tempfile
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import settings
 from tests import slow
 from tests.implementations import HAS_GPU
 from tests.isas import ISAS, using
+from tests.pair import Pair
 
 # torch.compile keeps what it generated for one instruction set and, in torch 2.13, runs it with another one under
 # ATEN_CPU_CAPABILITY: elements are left out, or written past the end (docs/training.md).
@@ -42,3 +44,13 @@ def isa(request):
     """Run a test with the CPU kernels of each ISA that this machine has."""
     with using(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """Two processes of one gloo group (tests/pair.py), for all tests of this worker of pytest."""
+    if sys.platform != "linux" or not torch.distributed.is_gloo_available():
+        pytest.skip("needs gloo")
+    processes = Pair()
+    yield processes
+    processes.close()

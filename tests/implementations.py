@@ -6,7 +6,10 @@ import torch
 
 from qatkernels.backends import IMPLS
 from qatkernels.ops._op import OPS
-from qatkernels.ops.samples import samples
+from qatkernels.testing.checks import moved
+from qatkernels.testing.samples import samples
+
+__all__ = ["CPU_BACKENDS", "GPU", "GPU_BACKENDS", "HAS_GPU", "implementations", "moved", "samples_on"]
 
 HAS_GPU = torch.cuda.is_available()
 GPU = torch.device("cuda")
@@ -21,11 +24,6 @@ def implementations(op):
     here = [(backend, torch.device("cpu")) for backend in CPU_BACKENDS]
     here += [(backend, GPU) for backend in GPU_BACKENDS if HAS_GPU]
     return [(backend, IMPLS[name][backend], device) for backend, device in here if backend in IMPLS[name]]
-
-
-def moved(args, device):
-    """Return arguments with their tensors on a device."""
-    return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
 
 
 @cache

@@ -5,8 +5,8 @@ import torch
 
 from qatkernels.backends import CONDITIONS, IMPLS
 from qatkernels.ops._op import OPS, as_tuple
-from qatkernels.ops.samples import complete_calls
-from tests.compare import assert_same_bits, poisoned
+from qatkernels.testing.compare import assert_same_bits, poisoned
+from qatkernels.testing.samples import complete_calls
 
 
 def views(t):
@@ -73,7 +73,7 @@ def check_strides(op, backend, device="cpu"):
                     for a, e in zip(run(impl, op, given, out), wanted, strict=True):
                         assert_equal(a, e, backend != "reference", what)
     wanted = {name for name, kind in OPS[op].parameters.items() if kind.startswith("Tensor")}
-    assert tried == wanted, f"complete_calls of {op} in qatkernels/ops/samples.py leaves out {wanted - tried}"
+    assert tried == wanted, f"complete_calls of {op} in qatkernels/testing/samples.py leaves out {wanted - tried}"
 
 
 def copied(args, index=None, replacement=None):

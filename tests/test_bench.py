@@ -130,7 +130,7 @@ def test_a_code_that_is_off_by_one_is_seen():
     from bench.suites.fake_quantize import TOLERANCE
     from qatkernels.grids import lsq
     from qatkernels.ops._op import OPS
-    from qatkernels.ops.samples import make
+    from qatkernels.testing.samples import make
 
     for dtype in (torch.float32, torch.bfloat16):
         for noise in (False, True):
@@ -145,7 +145,7 @@ def test_a_code_that_is_off_by_one_is_seen():
 
 def test_settled_weights_leave_no_tie():
     from bench.exact import settle
-    from qatkernels.ops.samples import GRIDS
+    from qatkernels.testing.samples import GRIDS
 
     for grid in GRIDS:
         levels = torch.tensor(grid.values)

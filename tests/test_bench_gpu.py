@@ -233,9 +233,8 @@ def test_names_of_devices():
     assert {name: slug(name) for name in names} == names
 
 
-def test_without_a_pack_everything_is_compiled(monkeypatch, tmp_path):
-    monkeypatch.setattr(pack, "PACK", pack.ROOT / "build/no-such-pack")
-    assert pack.unpack()["status"] == "absent"
+def test_without_a_pack_everything_is_compiled(tmp_path):
+    assert pack.unpack(tmp_path / "no-such-pack")["status"] == "absent"
 
 
 WARM = """
@@ -245,7 +244,7 @@ from bench.gpu import fake_driver
 fake_driver.install((9, 0), compiling=sys.argv[1] == "compile")
 import qatkernels as qk
 from qatkernels.backends import IMPLS
-from qatkernels.ops.samples import make
+from qatkernels.testing.samples import make
 for tokens in (1, 2):
     IMPLS["fake_quantize"]["triton"](*make(qk.grids.lsq(4), (64, 256), torch.bfloat16).args("fake_quantize"))
 print(dict(fake_driver.kernels), fake_driver.failures)
@@ -278,7 +277,7 @@ from bench.gpu import fake_driver, host
 host.pretend()
 import qatkernels as qk
 from qatkernels import backends
-from tests.cuda.lowbit import make
+from qatkernels.testing.decode import make
 
 launches = ctypes.CDLL(None).fake_launches
 launches.restype = ctypes.c_long

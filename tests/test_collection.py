@@ -19,7 +19,7 @@ def test_pytest_alone_collects():
 
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda p: str(p.relative_to(TESTS)))
 def test_shared_modules_have_one_name(path):
-    """`compare` and `tests.compare` would be two modules, each with its own state."""
+    """`compare` and `qatkernels.testing.compare` would be two modules, each with its own state."""
     shared = {p.stem for p in TESTS.glob("*.py")}
     for node in ast.walk(ast.parse(path.read_text())):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

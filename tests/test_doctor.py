@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -11,7 +14,8 @@ import pytest
 import torch
 
 from qatkernels import __version__, backends, cli, doctor
-from qatkernels.doctor import Installation, installation
+from qatkernels.cli.common import BROKEN
+from qatkernels.doctor import Extension, Installation, installation
 
 AGAIN = "pip install --force-reinstall --no-deps --no-cache-dir"
 PURE = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -28,6 +32,15 @@ def site(root: Path, origin: object = None, wheel: str = PURE) -> Path:
         (info / "direct_url.json").write_text(json.dumps(origin))
     (root / "qatkernels").mkdir()
     return root / "qatkernels"
+
+
+def programs(folder: Path, *names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the search path hold these programs and no others."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CXX", raising=False)
 
 
 def test_of_this_installation(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,26 +116,17 @@ def test_files_without_a_record(tmp_path: Path) -> None:
     assert "a source distribution or a checkout" in doctor.cure("cpp", found)
 
 
-@pytest.fixture
-def without(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """No extension, as backends would find it."""
-    monkeypatch.setattr(backends, "extension", lambda: None)
-    monkeypatch.setitem(backends.MISSING, "cpp", "No module named 'qatkernels._C'")
-    monkeypatch.setattr(doctor, "_built_for", lambda: None)
-    return monkeypatch
-
-
-def diagnosed(monkeypatch: pytest.MonkeyPatch, package: Path) -> dict[str, object]:
-    """Return what the doctor finds for a package in another folder."""
-    monkeypatch.setattr(doctor, "__file__", str(package / "doctor.py"))
-    return doctor.diagnosis()
+#: An extension that is not there.
+ABSENT = Extension(None, "No module named 'qatkernels._C'")
 
 
 @pytest.mark.parametrize("compiler", [True, False])
-def test_a_pure_wheel_with_and_without_a_compiler(without: pytest.MonkeyPatch, tmp_path: Path, compiler: bool) -> None:
-    without.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}" if compiler else None)
+def test_a_pure_wheel_with_and_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: bool
+) -> None:
+    programs(tmp_path / "bin", *(["c++"] if compiler else []), monkeypatch=monkeypatch)
     package = site(tmp_path, {"url": "file:///dist/qk-1.tar.gz", "archive_info": {}})
-    found = diagnosed(without, package)
+    found = doctor.diagnosis(package, ABSENT)
     assert found["broken"] == {}
     why, how = (found["missing"]["cpp"][key] for key in ("why", "how"))
     assert why == (
@@ -137,61 +141,67 @@ def test_a_pure_wheel_with_and_without_a_compiler(without: pytest.MonkeyPatch, t
     assert f"installed    {Installation('sdist', package, '/dist/qk-1.tar.gz', True)}\n" in doctor.prescription(found)
 
 
-def test_a_checkout_that_was_not_built(without: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_checkout_that_was_not_built(tmp_path: Path) -> None:
     for name in ("setup.py", "CMakeLists.txt"):
         (tmp_path / name).touch()
     (tmp_path / "qatkernels").mkdir()
-    found = diagnosed(without, tmp_path / "qatkernels")
+    found = doctor.diagnosis(tmp_path / "qatkernels", ABSENT)
     assert found["missing"]["cpp"]["why"] == "the extension of this checkout was not built"
     assert f"pip install --no-deps -e {tmp_path}" in found["missing"]["cpp"]["how"]
     assert found["broken"] == {}
 
 
-def test_an_extension_for_another_python(without: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_extension_for_another_python(tmp_path: Path) -> None:
     package = site(tmp_path, None, COMPILED)
     (package / "_C.cpython-39-riscv64-linux-gnu.so").touch()
-    found = diagnosed(without, package)
+    found = doctor.diagnosis(package, ABSENT)
     assert found["missing"]["cpp"]["why"].startswith("_C.cpython-39-riscv64-linux-gnu.so is there, for another Python")
     assert found["broken"] == {}
 
 
-def test_an_extension_that_does_not_load(
-    without: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    without.setitem(backends.MISSING, "cpp", "undefined symbol: _ZN2at6detail")
+def test_an_extension_that_does_not_load(tmp_path: Path) -> None:
     package = site(tmp_path, {"url": "file:///src", "dir_info": {}}, COMPILED)
     (package / f"_C{EXTENSION_SUFFIXES[0]}").touch()
-    without.setattr(doctor, "__file__", str(package / "doctor.py"))
-    assert cli.main(["doctor"]) == 1
-    out = capsys.readouterr().out
-    assert "BROKEN: cpp: the extension is there and does not load: undefined symbol" in out
-    assert f"{AGAIN} /src" in out
+    found = doctor.diagnosis(package, Extension(None, "undefined symbol: _ZN2at6detail"))
+    assert found["broken"].keys() == {"cpp"}
+    text = doctor.prescription(found)
+    assert "BROKEN: cpp: the extension is there and does not load: undefined symbol" in text
+    assert f"{AGAIN} /src" in text
 
 
-def test_an_extension_for_another_torch(
-    without: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    without.setattr(doctor, "_built_for", lambda: "2.12.0")
+def test_an_extension_for_another_torch(tmp_path: Path) -> None:
     package = site(tmp_path, {"url": "file:///dist/qk-1.tar.gz", "archive_info": {}}, COMPILED)
     (package / f"_C{EXTENSION_SUFFIXES[0]}").touch()
-    without.setattr(doctor, "__file__", str(package / "doctor.py"))
-    assert cli.main(["doctor"]) == 1
-    out = capsys.readouterr().out
-    assert f"BROKEN: cpp: the extension was built for torch 2.12.0, this is {torch.__version__}" in out
-    assert f"`{AGAIN} /dist/qk-1.tar.gz`" in out
-    assert "or go back to the torch that it was built for: `pip install torch==2.12.0`" in out
+    text = doctor.prescription(doctor.diagnosis(package, Extension(None, "another torch", "2.12.0")))
+    assert f"BROKEN: cpp: the extension was built for torch 2.12.0, this is {torch.__version__}" in text
+    assert f"`{AGAIN} /dist/qk-1.tar.gz`" in text
+    assert "or go back to the torch that it was built for: `pip install torch==2.12.0`" in text
+
+
+def test_a_broken_extension_of_the_running_package(tmp_path: Path) -> None:
+    """The command says so and ends with a code of its own."""
+    copy = tmp_path / "qatkernels"
+    shutil.copytree(Path(doctor.__file__).parent, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (copy / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    done = subprocess.run(
+        [sys.executable, "-m", "qatkernels", "doctor"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == BROKEN, done.stderr
+    assert "BROKEN: cpp: the extension is there and does not load: " in done.stdout
+    assert "files without a record of their installation" in done.stdout
 
 
 def test_what_cuda_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     here = Installation("folder", tmp_path, "/src", True)
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None if name == "nvcc" else f"/bin/{name}")
+    programs(tmp_path / "without", "c++", monkeypatch=monkeypatch)
     assert doctor.cure("cuda", here) == (
         f"needs a CUDA build of PyTorch (this is {torch.__version__}) and nvcc, of the CUDA toolkit; "
         f"then `{AGAIN} /src`"
     )
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
+    programs(tmp_path / "with", "c++", "nvcc", monkeypatch=monkeypatch)
     assert doctor.cure("cuda", here) == f"build it: `{AGAIN} /src`"
 
 

@@ -8,7 +8,7 @@ import torch
 import qatkernels as qk
 from qatkernels import grids
 from qatkernels.grids import MIN_SCALE, SCHEMES, GridConstants
-from qatkernels.ops.samples import GRIDS
+from qatkernels.testing.samples import GRIDS
 
 
 @pytest.mark.parametrize(

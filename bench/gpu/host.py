@@ -83,7 +83,7 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     import qatkernels as qk
     from qatkernels.backends import IMPLS
     from qatkernels.nn.packed_linear import PackedLinear
-    from qatkernels.ops.samples import make
+    from qatkernels.testing.samples import make
 
     device, grid = torch.device("cuda"), qk.grids.lsq(4)
     packed = torch.zeros(1024, 512, dtype=torch.uint8, device=device)

@@ -109,11 +109,11 @@ def _git() -> dict[str, Any]:
     return git_state()
 
 
-def unpack() -> dict[str, Any]:
+def unpack(pack: Path = PACK) -> dict[str, Any]:
     """Put the extension and the cache where they belong, and return what the pack says of itself."""
-    if not PACK.exists():
-        return {"status": "absent", "note": f"{PACK.relative_to(ROOT)} is not here: everything is compiled"}
-    with tarfile.open(PACK) as tar:
+    if not pack.exists():
+        return {"status": "absent", "note": f"{pack} is not here: everything is compiled"}
+    with tarfile.open(pack) as tar:
         for member in tar:
             folder, name = (CACHE, member.name[6:]) if member.name.startswith("cache/") else (ROOT, member.name)
             if member.name != _MANIFEST and member.isfile():
@@ -143,7 +143,7 @@ def probe() -> int:
 
     import qatkernels as qk
     from qatkernels.backends import IMPLS
-    from qatkernels.ops.samples import make
+    from qatkernels.testing.samples import make
 
     from ..codes import MISSED
 

@@ -10,7 +10,7 @@ import torch
 import qatkernels as qk
 from qatkernels.backends import IMPLS
 from qatkernels.ops import PackedWeight
-from qatkernels.ops.samples import draw, make, weights
+from qatkernels.testing.samples import draw, make, weights
 
 Run = Callable[[], Any]
 

@@ -1,4 +1,4 @@
-"""Every op on every backend that is there, once: `tests/every_op.py` on a GPU, a journal line each."""
+"""Every op on every backend that is there, once: `qatkernels/testing/checks.py` on a GPU, a journal line each."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def outcomes_of(records: Sequence[Record]) -> dict[tuple[str, ...], Record]:
 
 
 def _calls(dry: bool, wanted: str | None) -> Iterator[tuple[Any, str, Any]]:
-    from tests.every_op import checks
+    from qatkernels.testing.checks import checks
     from tests.implementations import GPU, implementations
 
     for check in checks(torch.device("cpu") if dry else GPU):

@@ -67,7 +67,7 @@ def _attempt(name: str, job: Callable[[], Any]) -> None:
 def _smoke() -> Iterator[Job]:
     from qatkernels.backends import IMPLS
     from qatkernels.ops._op import OPS
-    from tests.every_op import checks
+    from qatkernels.testing.checks import checks
 
     for check in checks(torch.device("cpu")):
         implementation = IMPLS[f"{check.op}_out" if OPS[check.op].outputs else check.op]["triton"]
@@ -124,7 +124,7 @@ def _run_calls(build: Callable[[], Any]) -> None:
 
 def _draw_nothing() -> None:
     """Numbers are zeros, for which no page is touched, and no weight is moved off a tie."""
-    from qatkernels.ops import samples
+    from qatkernels.testing import samples
 
     from .. import exact
 

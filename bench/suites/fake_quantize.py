@@ -12,7 +12,7 @@ import torch
 from qatkernels import backends
 from qatkernels.grids import Grid, lsq, seq
 from qatkernels.ops._op import OPS, as_tuple
-from qatkernels.ops.samples import Sample, make
+from qatkernels.testing.samples import Sample, make
 
 from .. import peers
 from ..case import Call, Case, Missing, Settings, bytes_of

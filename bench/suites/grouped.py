@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qatkernels.grids import Grid, paretoq
 from qatkernels.nn import GroupedQuantLinear, QuantConfig, QuantLinear
 from qatkernels.ops import PackedWeight, grouped_lowbit_linear, lowbit_linear
-from qatkernels.ops.samples import Sample, weights
+from qatkernels.testing.samples import Sample, weights
 
 from ..case import Call, Case, Expected, Missing, Settings, attempt, bytes_of
 from ..exact import expected, settle

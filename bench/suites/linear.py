@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qatkernels.grids import Grid, paretoq
 from qatkernels.nn import QuantConfig, QuantLinear
-from qatkernels.ops.samples import Sample, draw, weights
+from qatkernels.testing.samples import Sample, draw, weights
 
 from .. import peers
 from ..case import Call, Case, Expected, Missing, Settings, attempt, bytes_of

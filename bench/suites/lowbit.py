@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qatkernels.grids import Grid, paretoq
 from qatkernels.ops import PackedWeight, lowbit_linear
-from qatkernels.ops.samples import draw, weights
+from qatkernels.testing.samples import draw, weights
 
 from .. import ggml
 from ..case import Call, Case, Missing, Settings, attempt, bytes_of

@@ -14,7 +14,7 @@ from qatkernels import ops
 from qatkernels.grids import lsq
 from qatkernels.nn import QuantConfig, QuantLinear
 from qatkernels.ops._op import OPS
-from qatkernels.ops.samples import Sample, draw, make
+from qatkernels.testing.samples import Sample, draw, make
 
 from ..case import Call, Case, Expected, Missing, Settings, bytes_of
 from ..exact import expected, settled

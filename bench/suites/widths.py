@@ -10,7 +10,7 @@ import torch
 
 from qatkernels.grids import paretoq
 from qatkernels.ops import PackedWeight, lowbit_linear
-from qatkernels.ops.samples import weights
+from qatkernels.testing.samples import weights
 
 from ..case import Call, Case, Settings
 from .lowbit import TOLERANCE, product

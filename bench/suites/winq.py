@@ -15,7 +15,7 @@ from qatkernels.grids import paretoq
 from qatkernels.methods import SQuAT, WinQ
 from qatkernels.nn import QuantConfig, QuantLinear, quantize_model, quantized_modules
 from qatkernels.ops import perturb_swap_, perturbation_norms, reset_
-from qatkernels.ops.samples import Sample, weights
+from qatkernels.testing.samples import Sample, weights
 from qatkernels.trainer import TrainConfig, loop
 from qatkernels.trainer.data import Corpus
 from qatkernels.trainer.parallel import Processes

@@ -9,8 +9,8 @@ import qatkernels as qk
 from qatkernels.backends import IMPLS, MISSING
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.contract import FLOATS
-from qatkernels.ops.samples import make, weights
-from tests.compare import assert_same_bits, assert_within, check_sample, run_out, scale_gradients
+from qatkernels.testing.compare import assert_same_bits, assert_within, check_sample, run_out, scale_gradients
+from qatkernels.testing.samples import make, weights
 from tests.implementations import GPU, GPU_BACKENDS
 
 pytestmark = pytest.mark.gpu

@@ -7,13 +7,22 @@ import qatkernels as qk
 from qatkernels.backends import CONDITIONS, IMPLS, MISSING, Stage
 from qatkernels.ops._op import OPS
 from qatkernels.ops.contract import FLOATS
-from qatkernels.ops.samples import weights
+from qatkernels.testing import decode
+from qatkernels.testing.checks import DECODED
+from qatkernels.testing.compare import assert_same_bits, assert_within, run_out
+from qatkernels.testing.products import (
+    GRID_IDS,
+    GRIDS,
+    Case,
+    activations,
+    cases,
+    floored_cases,
+    grouped_cases,
+    scaled_weight,
+)
+from qatkernels.testing.samples import weights
 from tests.choices import choice
-from tests.compare import assert_same_bits, assert_within, run_out
-from tests.cuda import lowbit
-from tests.every_op import DECODED
 from tests.implementations import GPU, GPU_BACKENDS, moved
-from tests.lowbit import GRID_IDS, GRIDS, Case, activations, cases, floored_cases, grouped_cases, scaled_weight
 
 pytestmark = pytest.mark.gpu
 
@@ -81,7 +90,7 @@ def test_cuda_on_few_tokens(grid, dtype):
         if case.x.shape[0] <= DECODED:
             args = moved(case.call("lowbit_linear")[0], GPU)
             (y,) = run_out("lowbit_linear", IMPLS["lowbit_linear_out"]["cuda"], args)
-            assert_within(y, *lowbit.reference(args), case.name)
+            assert_within(y, *decode.reference(args), case.name)
 
 
 @pytest.mark.parametrize("act_bits", [None, 8])
@@ -93,11 +102,11 @@ def test_any_number_of_tokens(act_bits):
         args, expected, bound = case.call("lowbit_linear")
         y = qk.lowbit_linear(case.x.to(GPU), weight.to(GPU), act_bits=act_bits)
         if 0 < tokens <= DECODED:
-            bound = torch.maximum(bound, lowbit.reference(args)[1])
+            bound = torch.maximum(bound, decode.reference(args)[1])
         assert_within(y.cpu(), expected, bound, case.name)
 
 
-@pytest.mark.parametrize("grid", lowbit.GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
+@pytest.mark.parametrize("grid", decode.GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_decoding(grid, act_bits, linear):
     """At most eight tokens, at sizes of layers: every way that the decode kernel divides them, and odd ones."""
@@ -110,15 +119,15 @@ def test_decoding(grid, act_bits, linear):
         (3, 77, 4099, None, torch.float16),
         (1, 130, 4000, 20, torch.float32),
     ):
-        args = lowbit.make(grid, tokens, rows, cols, group_size, dtype, GPU, bias=dtype, act_bits=act_bits)
+        args = decode.make(grid, tokens, rows, cols, group_size, dtype, GPU, bias=dtype, act_bits=act_bits)
         y = linear(*args)
-        assert_within(y, *lowbit.reference(args), f"{tokens}x{rows}x{cols}, groups of {group_size}")
+        assert_within(y, *decode.reference(args), f"{tokens}x{rows}x{cols}, groups of {group_size}")
         assert_same_bits(linear(*args), y)
 
 
 def test_decoding_what_has_just_been_written(linear):
     """Calls behind one another: each sees the weights and tokens written right before it, and waits for nothing."""
-    args = lowbit.make(qk.grids.lsq(4), 1, 2048, 4096, 128, torch.bfloat16, GPU)
+    args = decode.make(qk.grids.lsq(4), 1, 2048, 4096, 128, torch.bfloat16, GPU)
     x, packed = args[0], args[1]
     sources = [(torch.roll(x, i, -1), torch.roll(packed, i, 0)) for i in range(8)]
     expected = []
@@ -140,7 +149,7 @@ def test_decoding_what_has_just_been_written(linear):
 
 
 def test_decoding_in_a_graph(linear):
-    args = lowbit.make(qk.grids.seq(2), 2, 1024, 8192, None, torch.bfloat16, GPU)
+    args = decode.make(qk.grids.seq(2), 2, 1024, 8192, None, torch.bfloat16, GPU)
     linear(*args)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -160,11 +169,11 @@ def test_a_kernel_that_takes_few_tokens_passes_the_others_on(tokens, dtype):
     if "cuda" not in IMPLS["lowbit_linear"]:
         pytest.skip(f"no cuda backend: {MISSING.get('cuda')}")
     serves = CONDITIONS["lowbit_linear"]["cuda"]
-    args = lowbit.make(qk.grids.affine(4), tokens, 70, 256, 64, dtype, GPU)
+    args = decode.make(qk.grids.affine(4), tokens, 70, 256, 64, dtype, GPU)
     assert serves(*args) == (tokens <= 8 and dtype != torch.float64)
     stages = [Stage("cuda", None, True), Stage("reference")]
     y = choice(OPS["lowbit_linear"], "lowbit_linear", stages, "CUDA")(*args)
-    assert_within(y, *lowbit.reference(args), f"{tokens} tokens of {dtype}")
+    assert_within(y, *decode.reference(args), f"{tokens} tokens of {dtype}")
     stack = (args[0], *(t[None] for t in args[1:4]), None, torch.tensor([tokens], dtype=torch.int32, device=GPU))
     assert not serves(*stack, *args[6:])
 
@@ -173,7 +182,7 @@ def test_a_kernel_that_takes_few_tokens_passes_the_others_on(tokens, dtype):
 @pytest.mark.parametrize("tokens", [1, DECODED, DECODED + 1, 64])
 def test_few_tokens_go_to_the_decode_kernel(tokens):
     """The op's bits are those of one of the two, which do not round alike."""
-    args = lowbit.make(qk.grids.lsq(4), tokens, 512, 2048, 128, torch.float32, GPU)
+    args = decode.make(qk.grids.lsq(4), tokens, 512, 2048, 128, torch.float32, GPU)
     first, other = ("cuda", "triton") if tokens <= DECODED else ("triton", "cuda")
     y = torch.ops.qatkernels.lowbit_linear(*args)
     assert_same_bits(y, IMPLS["lowbit_linear"][first](*args))
@@ -187,7 +196,7 @@ def test_few_tokens_go_to_the_decode_kernel(tokens):
 def test_replayed_calls(tokens, act_bits):
     """From the third call on a plan launches: other numbers at other places, the same results as without one."""
     planned = IMPLS["lowbit_linear"]["triton"]
-    made = lowbit.make(
+    made = decode.make(
         qk.grids.lsq(3), tokens, 96, 1024, 128, torch.bfloat16, GPU, bias=torch.bfloat16, act_bits=act_bits
     )
     kept = []

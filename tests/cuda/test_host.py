@@ -9,8 +9,8 @@ import torch
 import qatkernels as qk
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.contract import FLOATS
-from qatkernels.ops.samples import GRIDS, SEVENTH, make, samples, weights
-from tests.compare import assert_same_bits, check_sample, run_out
+from qatkernels.testing.compare import assert_same_bits, check_sample, run_out
+from qatkernels.testing.samples import GRIDS, SEVENTH, make, samples, weights
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)

@@ -10,14 +10,14 @@ import torch
 import qatkernels as qk
 from qatkernels import backends
 from qatkernels.ops._op import OPS
+from qatkernels.testing.compare import assert_same_bits, assert_within, run_out
 from tests.choices import choice
-from tests.compare import assert_same_bits, assert_within, run_out
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
 
+from qatkernels.testing.decode import GRIDS, make, reference
 from tests.cuda import on_host
-from tests.cuda.lowbit import GRIDS, make, reference
 
 #: Codes that are whole in bytes, that are not, and both sizes of code.
 SOME = (qk.grids.binary(), qk.grids.ternary(), qk.grids.lsq(3), qk.grids.affine(4), qk.grids.lsq(8))

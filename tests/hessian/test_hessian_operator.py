@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -291,40 +289,23 @@ def test_frozen_weights_are_named():
         HessianOperator(model, loss_fn, data).matvec(torch.ones(80).double())
 
 
-def _worker(rank, port, results):
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        model, data = make()
-        own = [(data[0], 4.0), (data[2], 6.0)] if rank == 0 else [(data[1], 5.0)]
-        wrapped = DistributedDataParallel(model)
-        batches, weights = zip(*own, strict=True)
-        op = HessianOperator(wrapped, loss_fn, batches, weights=weights)
-        v = torch.randn(80, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-        alone = HessianOperator(model, loss_fn, batches, weights=weights, distributed=False)
-        results.put((rank, op.matmat(v).numpy(), op.gradient().numpy(), alone.matvec(v[:, 0]).numpy()))
-    finally:
-        dist.destroy_process_group()
+def products_of_a_part(rank):
+    model, data = make()
+    own = [(data[0], 4.0), (data[2], 6.0)] if rank == 0 else [(data[1], 5.0)]
+    wrapped = DistributedDataParallel(model)
+    batches, weights = zip(*own, strict=True)
+    op = HessianOperator(wrapped, loss_fn, batches, weights=weights)
+    v = torch.randn(80, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    alone = HessianOperator(model, loss_fn, batches, weights=weights, distributed=False)
+    return op.matmat(v).numpy(), op.gradient().numpy(), alone.matvec(v[:, 0]).numpy()
 
 
-def test_two_processes_average():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    workers = [context.Process(target=_worker, args=(rank, port, results)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    found = [results.get() for _ in workers]
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+def test_two_processes_average(pair):
+    found = pair.run(products_of_a_part)
     model, data = make()
     op = HessianOperator(model, loss_fn, data, weights=[4, 5, 6])
     v = torch.randn(80, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    for _, products, gradient, alone in found:
+    for products, gradient, alone in found:
         np.testing.assert_allclose(products, op.matmat(v).numpy(), rtol=1e-11, atol=1e-14)
         np.testing.assert_allclose(gradient, op.gradient().numpy(), rtol=1e-11, atol=1e-14)
         assert not np.allclose(alone, products[:, 0])

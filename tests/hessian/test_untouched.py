@@ -1,11 +1,9 @@
 """The tools change nothing of a model in training mode, and multiply by the Hessian of one function."""
 
 import copy
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -364,29 +362,24 @@ def test_checkpoints_that_are_not_reentrant_work():
     remembered.check()
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-def test_sharded_weights_are_refused():
+def ask_sharded(rank):
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import init_device_mesh
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
-    try:
-        model, data = make()
-        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        weights = quantized_weights(model)
-        for call in (
-            lambda: HessianOperator(model, loss_fn, data),
-            lambda: sharpness(model, lambda: loss_fn(model, data[0])),
-            lambda: hvp(lambda: loss_fn(model, data[0]), weights, weights),
-            lambda: gradient_norm_ratio(lambda: loss_fn(model, data[0]), weights),
-        ):
-            with pytest.raises(ValueError, match=r"parameters are sharded.*before fully_shard"):
-                call()
-    finally:
-        dist.destroy_process_group()
+    model, data = make()
+    fully_shard(model)
+    weights = quantized_weights(model)
+    for call in (
+        lambda: HessianOperator(model, loss_fn, data),
+        lambda: sharpness(model, lambda: loss_fn(model, data[0])),
+        lambda: hvp(lambda: loss_fn(model, data[0]), weights, weights),
+        lambda: gradient_norm_ratio(lambda: loss_fn(model, data[0]), weights),
+    ):
+        with pytest.raises(ValueError, match=r"parameters are sharded.*before fully_shard"):
+            call()
+
+
+def test_sharded_weights_are_refused(pair):
+    pair.run(ask_sharded)
 
 
 @pytest.mark.parametrize("how", [parametrizations.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)])

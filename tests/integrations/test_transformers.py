@@ -1,15 +1,11 @@
 """Real Trainers on a tiny model."""
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -278,36 +274,22 @@ def test_accumulation_and_clipping(tmp_path):
             assert torch.equal(before[name], value) != (is_scale == (step % 2 == 1)), (step, name)
 
 
-#: What torchrun starts twice: the Trainer accumulates within DDP's no_sync.
-_RANK = """
-import sys, torch, torch.distributed as dist
-from qatkernels.trainer.parallel import leave
-from tests.integrations.test_transformers import QATTrainer, SQuATTrainer, WinQCallback, make_model, train
-model = make_model()
-callbacks = [WinQCallback(reset_every=None, reset_weight=0.0, noise_std=1e-3, two_sided=sys.argv[2] == "QATTrainer")]
-train(globals()[sys.argv[2]], model, sys.argv[1], callbacks, per_device_train_batch_size=2,
-      gradient_accumulation_steps=2, max_steps=2)
-own = torch.cat([p.detach().flatten() for p in model.parameters()])
-every = [torch.empty_like(own) for _ in range(2)]
-dist.all_gather(every, own)
-assert torch.equal(*every), (every[0] - every[1]).abs().max()
-dist.barrier()
-leave(0)
-"""
+def replica(rank, folder, trainer):
+    """Train one of two replicas; the Trainer accumulates within DDP's no_sync."""
+    model = make_model()
+    callback = WinQCallback(reset_every=None, reset_weight=0.0, noise_std=1e-3, two_sided=trainer is QATTrainer)
+    kwargs = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2}
+    made = train(trainer, model, folder, [callback], **kwargs)
+    assert made.args.world_size == 2
+    assert isinstance(made.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+    return [p.detach() for p in model.parameters()]
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not torch.distributed.is_gloo_available(), reason="needs gloo")
-@pytest.mark.parametrize("trainer", ["QATTrainer", "SQuATTrainer"])
-def test_replicas_of_two_processes_stay_the_same(tmp_path, trainer):
-    (tmp_path / "rank.py").write_text(_RANK)
-    tests = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(tmp_path / "rank.py"), str(tmp_path), trainer],
-        env={**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.mark.parametrize("trainer", [QATTrainer, SQuATTrainer])
+def test_replicas_of_two_processes_stay_the_same(pair, tmp_path, trainer):
+    replicas = pair.run(replica, tmp_path, trainer)
+    for first, second in zip(*replicas, strict=True):
+        assert_same_bits(first, second)
 
 
 @pytest.mark.parametrize("bits", [2, 4], ids=["SEQ", "LSQ"])

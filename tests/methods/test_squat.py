@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qatkernels import QuantConfig, fake_quantize, quantize_model, quantized_modules
 from qatkernels.methods import SQuAT, WinQ
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 
 @pytest.fixture(autouse=True)

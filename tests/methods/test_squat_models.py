@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 
 from qatkernels import QuantConfig, quantize_model
 from qatkernels.methods import GridStats, SQuAT, WinQ
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 from tests.methods.test_squat import closure_of, make_model
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from qatkernels import QuantConfig, fake_quantize, quantize_model, quantized_modules
 from qatkernels.methods import GridStats, WinQ, hadamard
 from qatkernels.ops import normal
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 NOISE = {"reset_every": None, "reset_weight": 0.4, "noise_std": 0.01}
 RESETS = {"reset_every": 2, "reset_weight": 0.4, "noise_std": 0.0}

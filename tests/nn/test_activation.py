@@ -3,9 +3,7 @@ import re
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
@@ -22,8 +20,7 @@ from qatkernels.nn import (
     pack_model,
     quantize_model,
 )
-from qatkernels.trainer.parallel import leave
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 
 def test_lsq_starts_from_the_mean_magnitude_of_the_first_batch():
@@ -267,10 +264,7 @@ def test_initialize_sets_the_scale_again():
     assert act.ready
 
 
-def calibrated_on_one(rank, rendezvous):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    torch.manual_seed(0)
+def calibrated_on_one(rank):
     model, x = QuantLinear(16, 12, config=LEARNED[0]), torch.randn(3, 16)
     if rank == 0:
         calibrate(model, x)
@@ -278,12 +272,9 @@ def calibrated_on_one(rank, rendezvous):
     assert replicas(x).isfinite().all()
     scale = 2 * x.abs().mean() / 127**0.5
     torch.testing.assert_close(model.act.scale.detach(), scale.view(1))
-    refused_when_sharded()
-    dist.barrier()
-    leave(0)
 
 
-def refused_when_sharded():
+def refused_when_sharded(rank):
     model = fully_shard(QuantLinear(16, 12, config=QuantConfig(4)))
     state = QuantLinear(16, 12, config=QuantConfig(4)).state_dict()
     for call, message in (
@@ -295,8 +286,12 @@ def refused_when_sharded():
             call()
 
 
-def test_broadcast_by_ddp_calibrates_every_process(tmp_path):
-    mp.spawn(calibrated_on_one, (tmp_path / "rendezvous",), nprocs=2)
+def test_broadcast_by_ddp_calibrates_every_process(pair):
+    pair.run(calibrated_on_one)
+
+
+def test_sharded_models_are_refused(pair):
+    pair.run(refused_when_sharded)
 
 
 def test_calibrate_initializes_once_and_says_what_it_missed(mlp):

@@ -8,12 +8,13 @@ import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qatkernels as qk
 from qatkernels.nn import QuantConfig, QuantLinear
-from qatkernels.ops import quant_linear, quant_linear_dual
-from qatkernels.ops.samples import make
-from tests.compare import assert_same_bits, check_linear_dual
+from qatkernels.ops import quant_linear_dual
+from qatkernels.testing.compare import assert_same_bits, check_linear_dual
+from qatkernels.testing.samples import make
 from tests.implementations import implementations, samples_on
 
 CONFIGS = {
@@ -56,18 +57,14 @@ def push(layer, x, which, function=None):
     return jvp(call, (parameters, x), (along, tangent))
 
 
-@pytest.fixture
-def fused(monkeypatch):
-    """The calls of the fused op."""
-    calls = []
-    original = quant_linear.QuantLinearDual.apply
+class Fused(TorchDispatchMode):
+    """Counts the calls of the fused op."""
 
-    def counted(*args):
-        calls.append(args)
-        return original(*args)
+    count = 0
 
-    monkeypatch.setattr(quant_linear.QuantLinearDual, "apply", counted)
-    return calls
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.qatkernels.quant_linear_dual.default
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
@@ -75,15 +72,17 @@ def fused(monkeypatch):
 )
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_equals_the_parts(name, noise, which, fused):
+def test_equals_the_parts(name, noise, which):
     layer = make_layer(name)
     layer.quantizer.noise_std = layer.quantizer.scale_noise_std = noise
     x = torch.randn(2, 5, 16, dtype=torch.float64)
-    torch.testing.assert_close(push(layer, x, which), push(unfused(layer), x, which))
-    assert fused
+    with Fused() as fused:
+        found = push(layer, x, which)
+    torch.testing.assert_close(found, push(unfused(layer), x, which))
+    assert fused.count
 
 
-def test_in_eager_forward_mode(fused):
+def test_in_eager_forward_mode():
     layer = make_layer("affine")
     x, v, u = (torch.randn(s, dtype=torch.float64) for s in ((5, 16), (12, 16), (5, 16)))
 
@@ -92,16 +91,20 @@ def test_in_eager_forward_mode(fused):
             weight = fwad.make_dual(layer.weight.detach(), v)
             return fwad.unpack_dual(functional_call(layer, {"weight": weight}, (fwad.make_dual(x, u),)))
 
-    for a, e in zip(run(layer), run(unfused(layer)), strict=True):
+    with Fused() as fused:
+        found = run(layer)
+    for a, e in zip(found, run(unfused(layer)), strict=True):
         torch.testing.assert_close(a, e)
-    assert fused
+    assert fused.count
 
 
-def test_a_layer_without_tangents_is_a_layer(fused):
+def test_a_layer_without_tangents_is_a_layer():
     layer, x = make_layer("row"), torch.randn(3, 16, dtype=torch.float64)
     with torch.no_grad(), fwad.dual_level():
-        assert_same_bits(layer(x), unfused(layer)(x))
-    assert not fused
+        with Fused() as fused:
+            y = layer(x)
+        assert_same_bits(y, unfused(layer)(x))
+    assert not fused.count
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -15,8 +15,8 @@ from qatkernels.nn import (
     pack_model,
     quantized_weights,
 )
-from qatkernels.ops.samples import GRIDS
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
+from qatkernels.testing.samples import GRIDS
 
 ENDS = (3, 3, 8, 9)
 OFFSETS = torch.tensor(ENDS, dtype=torch.int32)

@@ -8,7 +8,7 @@ from torch import nn
 
 import qatkernels as qk
 from qatkernels.nn import GroupedQuantLinear, QuantConfig, calibrate
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 CONFIGS = {
     "w4": QuantConfig(4),

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 
 import qatkernels as qk
 from qatkernels.nn import QuantConfig, calibrate
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 
 class Model(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 
 import qatkernels as qk
 from qatkernels.nn import QuantConfig, calibrate
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 accelerate = pytest.importorskip("accelerate")
 

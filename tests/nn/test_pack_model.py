@@ -16,7 +16,7 @@ from torch import nn
 import qatkernels as qk
 from qatkernels import CheckpointError, backends, files
 from qatkernels.nn import PACKERS, QuantConfig, QuantLinear, calibrate, model_bytes, packed_modules
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 pack_model_module = sys.modules["qatkernels.nn.pack_model"]  # the name is the function in its package
 

@@ -13,8 +13,8 @@ import qatkernels as qk
 from qatkernels import grids
 from qatkernels.nn import LearnedActivation, PackedBuffers, QuantConfig, QuantLinear, calibrate
 from qatkernels.ops.packing import SCALES
-from tests.compare import assert_same_bits, assert_within
-from tests.lowbit import by_expert, quantized_activation, rounded_bound, sum_error, wide_weight
+from qatkernels.testing.compare import assert_same_bits, assert_within
+from qatkernels.testing.products import by_expert, quantized_activation, rounded_bound, sum_error, wide_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:the cast to torch")  # what is compared is cast before
 

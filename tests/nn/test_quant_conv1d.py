@@ -8,7 +8,7 @@ from torch import nn
 
 import qatkernels as qk
 from qatkernels.nn import QuantConfig, QuantConv1D, QuantLinear, quantize_model, quantized_modules
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 transformers = pytest.importorskip("transformers")
 from transformers.pytorch_utils import Conv1D  # noqa: E402

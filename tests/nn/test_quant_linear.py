@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qatkernels.nn import QuantConfig, QuantLinear
 from qatkernels.ops import dequantize, fake_quantize_dynamic, normal
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 
 def grads(module):

@@ -5,8 +5,6 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -21,8 +19,7 @@ from qatkernels.nn import (
     quantized_modules,
     quantized_weights,
 )
-from qatkernels.trainer.parallel import leave
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 
 class Tied(nn.Module):
@@ -416,10 +413,8 @@ def step(model, x, y):
     return model
 
 
-def compare_with_one_process(rank, rendezvous):
+def compare_with_one_process(rank):
     """In each of two processes: DDP and FSDP2 on half a batch take the step that one process takes on all of it."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     model, x, y = build()
     expected = step(model, x, y).state_dict()
     half = slice(4 * rank, 4 * rank + 4)
@@ -429,9 +424,7 @@ def compare_with_one_process(rank, rendezvous):
         for name, value in model.state_dict().items():
             value = value.full_tensor() if hasattr(value, "full_tensor") else value
             torch.testing.assert_close(value, expected[name], msg=f"{wrap.__name__}: {name} differs")
-    dist.barrier()
-    leave(0)
 
 
-def test_two_processes_equal_one(tmp_path):
-    mp.spawn(compare_with_one_process, (tmp_path / "rendezvous",), nprocs=2)
+def test_two_processes_equal_one(pair):
+    pair.run(compare_with_one_process)

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 import qatkernels as qk
 from qatkernels.nn import GroupedQuantLinear, QuantConfig, QuantLinear
 from qatkernels.nn.quantized import reparametrization
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 
 @pytest.mark.parametrize(

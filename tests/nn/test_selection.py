@@ -5,8 +5,6 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -22,8 +20,7 @@ from qatkernels.nn import (
     quantize_model,
     quantized_modules,
 )
-from qatkernels.trainer.parallel import leave
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 
 def quantized(model, config=None, **options):
@@ -205,10 +202,8 @@ class TestCompiled:
             quantize_model(torch.compile(nn.Linear(4, 4), backend="eager"), QuantConfig(2))
 
 
-def check_wrapped(rank, rendezvous):
-    """In one process with a process group: whatever is wrapped already is refused, from inside too."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=1)
+def check_wrapped(rank):
+    """Whatever is wrapped already is refused, from inside too."""
     warnings.simplefilter("ignore")
 
     def build():
@@ -236,12 +231,10 @@ def check_wrapped(rank, rendezvous):
     del ddp, models, wrapped, model
     assert quantized(inner) == ["0.0", "2"]  # nothing wraps it any more
     assert quantized(build()) == ["0.0", "2"]
-    dist.barrier()
-    leave(0)
 
 
-def test_wrapped_models_are_refused(tmp_path):
-    mp.spawn(check_wrapped, (tmp_path / "rendezvous",), nprocs=1)
+def test_wrapped_models_are_refused(pair):
+    pair.run(check_wrapped)
 
 
 class TestStacks:

@@ -14,8 +14,15 @@ from qatkernels.backends import IMPLS, extension
 from qatkernels.ops import noise
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.contract import FLOATS
-from qatkernels.ops.samples import GRIDS, SEVENTH, basis_calls, logits_calls, make, perturbations, weights
-from tests.compare import assert_same_bits, check_first_output, check_sample, run_in_place, run_out, special_calls
+from qatkernels.testing.compare import (
+    assert_same_bits,
+    check_first_output,
+    check_sample,
+    run_in_place,
+    run_out,
+    special_calls,
+)
+from qatkernels.testing.samples import GRIDS, SEVENTH, basis_calls, logits_calls, make, perturbations, weights
 from tests.implementations import implementations, moved, samples_on
 from tests.isas import ISAS, using
 

@@ -8,7 +8,7 @@ import torch
 from qatkernels.backends import CONDITIONS, IMPLS
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.contract import Contract
-from qatkernels.ops.samples import complete_calls
+from qatkernels.testing.samples import complete_calls
 
 COMPILED = sorted(op for op in OPS if "cpp" in IMPLS[op])
 #: What a call may have in place of a number.

@@ -11,8 +11,9 @@ from qatkernels.backends import IMPLS
 from qatkernels.ops import cross_entropy, linear_cross_entropy
 from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.linear_cross_entropy import default_chunk
-from qatkernels.ops.samples import logits_calls
-from tests.compare import assert_same_bits, check_rows, run_out, torch_compile_blamed
+from qatkernels.testing.compare import assert_same_bits, check_rows, run_out
+from qatkernels.testing.samples import logits_calls
+from tests.compiled import torch_compile_blamed
 from tests.implementations import implementations, moved
 
 TOKENS, VOCABULARY, FEATURES = 6, 11, 4

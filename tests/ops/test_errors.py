@@ -5,7 +5,7 @@ import torch
 
 import qatkernels as qk
 from qatkernels.backends import IMPLS
-from tests.compare import assert_same_bits
+from qatkernels.testing.compare import assert_same_bits
 
 W, S = torch.randn(4, 12), torch.rand(4) + 0.1
 

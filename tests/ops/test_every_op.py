@@ -5,7 +5,7 @@ import torch
 
 from qatkernels.backends import IMPLS
 from qatkernels.ops._op import OPS
-from tests.every_op import checks_on
+from qatkernels.testing.checks import checks_on
 from tests.implementations import implementations
 
 NAMES = [(check.op, check.name) for check in checks_on(torch.device("cpu"))]

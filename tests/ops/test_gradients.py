@@ -9,8 +9,9 @@ from torch.library import opcheck
 
 import qatkernels as qk
 from qatkernels.ops._op import OPS
-from qatkernels.ops.samples import GRIDS, make, samples
-from tests.compare import assert_same_bits, torch_compile_blamed
+from qatkernels.testing.compare import assert_same_bits
+from qatkernels.testing.samples import GRIDS, make, samples
+from tests.compiled import torch_compile_blamed
 
 GRID_IDS = [f"{g.scheme}{g.bits}" for g in GRIDS]
 

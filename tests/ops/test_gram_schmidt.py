@@ -6,8 +6,8 @@ from torch.library import opcheck
 
 from qatkernels.backends import IMPLS
 from qatkernels.ops import gram_schmidt
-from qatkernels.ops.samples import basis_calls
-from tests.compare import assert_same_bits, check_gram_schmidt, run_out
+from qatkernels.testing.compare import assert_same_bits, check_gram_schmidt, run_out
+from qatkernels.testing.samples import basis_calls
 from tests.implementations import implementations, moved
 
 

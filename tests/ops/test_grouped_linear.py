@@ -11,8 +11,8 @@ from torch.library import opcheck
 from qatkernels.backends import IMPLS
 from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.grouped_linear import GroupedLinear, GroupedLinearTransposed, GroupedOuter, grouped_linear
-from tests.compare import assert_same_bits, check_grouped, run_out
-from tests.compare import grouped_meaning as meaning
+from qatkernels.testing.compare import assert_same_bits, check_grouped, run_out
+from qatkernels.testing.compare import grouped_meaning as meaning
 from tests.implementations import implementations, moved
 
 OPS = ("grouped_linear", "grouped_linear_transposed", "grouped_outer")

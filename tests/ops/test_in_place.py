@@ -11,8 +11,15 @@ from qatkernels.backends import IMPLS
 from qatkernels.ops import perturb_, perturb_swap_, perturbation_norms, reset_
 from qatkernels.ops._op import define
 from qatkernels.ops.contract import FLOATS
-from qatkernels.ops.samples import GRIDS, make, perturbations, weights
-from tests.compare import assert_same_bits, assert_within, check_in_place, check_norms, run_out, special_calls
+from qatkernels.testing.compare import (
+    assert_same_bits,
+    assert_within,
+    check_in_place,
+    check_norms,
+    run_out,
+    special_calls,
+)
+from qatkernels.testing.samples import GRIDS, make, perturbations, weights
 from tests.implementations import implementations, moved, samples_on
 
 SAMPLES = samples_on(torch.device("cpu"))

@@ -11,9 +11,8 @@ import qatkernels as qk
 from qatkernels.backends import IMPLS
 from qatkernels.ops._op import OPS
 from qatkernels.ops.contract import FLOATS
-from tests.compare import assert_same_bits, assert_within, run_out
-from tests.isas import FLOAT_ISAS
-from tests.lowbit import (
+from qatkernels.testing.compare import assert_same_bits, assert_within, run_out
+from qatkernels.testing.products import (
     GRID_IDS,
     GRIDS,
     LARGE,
@@ -26,6 +25,7 @@ from tests.lowbit import (
     grouped_cases,
     scaled_weight,
 )
+from tests.isas import FLOAT_ISAS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: One grid for each width of a stored code.

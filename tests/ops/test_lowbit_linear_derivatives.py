@@ -12,8 +12,9 @@ import qatkernels as qk
 from qatkernels.ops._op import OPS
 from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.lowbit_linear import LowbitLinear
-from tests.compare import assert_same_bits, assert_within, torch_compile_blamed
-from tests.lowbit import Case, activations, expected_linear, expected_transposed, scaled_weight
+from qatkernels.testing.compare import assert_same_bits, assert_within
+from qatkernels.testing.products import Case, activations, expected_linear, expected_transposed, scaled_weight
+from tests.compiled import torch_compile_blamed
 
 GRADIENT_GRIDS = [qk.grids.binary(), qk.grids.ternary(), qk.grids.seq(2), qk.grids.lsq(4), qk.grids.affine(3)]
 

@@ -15,9 +15,9 @@ from qatkernels.grids import MIN_SCALE
 from qatkernels.ops._op import OPS
 from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.packing import SCALES, code_dtype, row_bytes, store_scale
-from tests.compare import assert_same_bits, run_out
+from qatkernels.testing.compare import assert_same_bits, run_out
+from qatkernels.testing.products import GRID_IDS, GRIDS, scaled_weight
 from tests.implementations import implementations
-from tests.lowbit import GRID_IDS, GRIDS, scaled_weight
 
 #: The widths that are named by the schemes, each with the bits that it is stored in.
 WIDTHS = {1: 1, 1.58: 2, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6, 8: 8}

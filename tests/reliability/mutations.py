@@ -101,18 +101,16 @@ def _try(campaign: Campaign, name: str, target: Any, case: int, watch: _Watch) -
     return "refused"
 
 
-def _work(campaign: Campaign, name: str, first: int, cases: int, counts: Any) -> None:
+def _work(campaign: Campaign, name: str, kind: type[Any], first: int, cases: int, counts: Any) -> None:
     """Be the process that reads: count in shared memory, and keep failures there by printing them."""
     import torch
-
-    from .targets import TARGETS
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
     failed = os.fdopen(os.open(campaign.failed, os.O_WRONLY | os.O_APPEND), "w")  # type: ignore[attr-defined]
     try:
-        target = TARGETS[name](folder)
+        target = kind(folder)
         watch = _Watch()
         watch.may_unpickle = target.may_unpickle
         for case in campaign.numbers(name, cases) if first == 0 else range(first, cases):
@@ -127,15 +125,18 @@ def _work(campaign: Campaign, name: str, first: int, cases: int, counts: Any) ->
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run(campaign: Campaign) -> None:
-    """Run the cases of each target."""
-    from .targets import TARGETS, warm
+def run(campaign: Campaign, targets: dict[str, type[Any]] | None = None) -> None:
+    """Run the cases of each target, of all that there are if None are given."""
+    if targets is None:
+        from .targets import TARGETS, warm
 
-    warm()
-    campaign.each(TARGETS, lambda name: _target(campaign, name))
+        warm()
+        targets = dict(TARGETS)
+    kinds = targets
+    campaign.each(kinds, lambda name: _target(campaign, name, kinds[name]))
 
 
-def _target(campaign: Campaign, name: str) -> dict[str, Any]:
+def _target(campaign: Campaign, name: str, kind: type[Any]) -> dict[str, Any]:
     began, cases = time.monotonic(), campaign.cases or CASES
     room = shared_memory.SharedMemory(create=True, size=64)
     counts = room.buf.cast("q")
@@ -150,7 +151,7 @@ def _target(campaign: Campaign, name: str) -> dict[str, Any]:
                 code = 1
                 try:
                     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                    _work(campaign, name, 0 if campaign.case is not None else first, cases, counts)
+                    _work(campaign, name, kind, 0 if campaign.case is not None else first, cases, counts)
                     code = 0
                 except BaseException:
                     traceback.print_exc()

@@ -1,8 +1,8 @@
 """Random calls of every op on every ISA, against results that are exact or bounded in float64.
 
-An op whose every rounding is specified must give the reference's bits; of the others tests/compare.py and
-tests/lowbit.py say in float64 what a kernel may differ by. Besides, a call with strided arguments gives the bits of one
-with contiguous ones, and the form that allocates those of the form that is given memory.
+An op whose every rounding is specified must give the reference's bits; of the others compare.py and products.py of
+qatkernels/testing say in float64 what a kernel may differ by. Besides, a call with strided arguments gives the bits of
+one with contiguous ones, and the form that allocates those of the form that is given memory.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from qatkernels.ops import noise
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.packing import SCALES
-from qatkernels.ops.samples import Sample
-from tests.compare import (  # fmt: skip
+from qatkernels.testing.compare import (  # fmt: skip
     assert_same_bits,
     assert_within,
     check_gram_schmidt,
@@ -37,7 +36,8 @@ from tests.compare import (  # fmt: skip
     check_sample,
     run_out,
 )
-from tests.lowbit import Case, activations, by_expert, rounded_bound
+from qatkernels.testing.products import Case, activations, by_expert, rounded_bound
+from qatkernels.testing.samples import Sample
 
 from .runner import Campaign
 

@@ -12,7 +12,7 @@ import pytest
 
 from qatkernels import files
 
-from . import mutate, targets
+from . import mutate, mutations, targets
 from .runner import Campaign, Wrong, main
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures memory by /proc")
@@ -66,15 +66,9 @@ class _Reckless(_Json):
 
 
 @pytest.mark.parametrize("kind", [_Trusting, _Reckless])
-def test_the_harness_notices(
-    kind: type[targets.Target], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(targets, "TARGETS", {"x": kind})
-    monkeypatch.setattr(targets, "warm", lambda: None)
+def test_the_harness_notices(kind: type[targets.Target], capfd: pytest.CaptureFixture[str]) -> None:
     campaign = Campaign("mutations", seed=1, cases=40)
-    from . import mutations
-
-    mutations.run(campaign)
+    mutations.run(campaign, {"x": kind})
     said = " ".join(failure["why"] for failure in campaign.failures)
     assert campaign.results["x"]["wrong"] == len(campaign.failures) > 0
     if kind is _Trusting:
@@ -86,13 +80,9 @@ def test_the_harness_notices(
     assert "python -m tests.reliability mutations x --seed 1 --case" in capfd.readouterr().out
 
 
-def test_ours_is_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "TARGETS", {"x": _Json})
-    monkeypatch.setattr(targets, "warm", lambda: None)
+def test_ours_is_not_wrong() -> None:
     campaign = Campaign("mutations", seed=1, cases=200)
-    from . import mutations
-
-    mutations.run(campaign)
+    mutations.run(campaign, {"x": _Json})
     assert not campaign.failures
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 import qatkernels as qk
 from qatkernels.backends import IMPLS
 from qatkernels.ops._op import OPS, as_tuple
-from qatkernels.ops.samples import make, weights
-from tests.lowbit import activations, grouped_cases
+from qatkernels.testing.products import activations, grouped_cases
+from qatkernels.testing.samples import make, weights
 
 from .random_calls import Drawn
 from .runner import Campaign

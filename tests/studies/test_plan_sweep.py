@@ -8,15 +8,14 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from qatkernels.trainer import loop
 from qatkernels.trainer.phases import quantized_parameters
 from studies import plan, plan_report
 from studies.plan_recovery import PLANTED, table
+from tests.passes import signals_at
 
 TEST = plan.PRESETS["test"]
 
@@ -54,30 +53,21 @@ def check_table(out: Path, found: list[dict[str, str]]) -> None:
     assert {"cpu", "threads", "versions", "git", "text", "config", "units"} <= told.keys()
 
 
-def test_stopped_anywhere_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_anywhere_and_run_again(tmp_path: Path) -> None:
     """Signals at several steps, one of them the last of a training, change no row and repeat no step."""
     assert swept(tmp_path, out="whole") == 0
     check_table(tmp_path / "whole", rows(tmp_path, "whole"))
-    learn, taken, stops = loop.mean_loss, 0, {5, 13, 60, 101}
-
-    def counting(model: Any, windows: Any, config: Any) -> Any:
-        nonlocal taken
-        if model.training:
-            taken += 1
-            if taken in stops:
-                signal.raise_signal(signal.SIGTERM)
-        return learn(model, windows, config)
-
-    monkeypatch.setattr(loop, "mean_loss", counting)
-    for _ in stops:
-        assert swept(tmp_path) == 128 + signal.SIGTERM
-    assert swept(tmp_path) == 0
+    stops = (5, 13, 60, 101)
+    with signals_at(*stops) as passes:
+        for _ in stops:
+            assert swept(tmp_path) == 128 + signal.SIGTERM
+        assert swept(tmp_path) == 0
     assert rows(tmp_path) == rows(tmp_path, "whole")
     steps = {}
     for unit, seed, size in plan.order(TEST):
         config = plan.configured(TEST, size, seed, tmp_path)
         steps |= {(seed, p.name): p.steps for t in plan.trainings(TEST, config, unit) for p in t.phases}
-    assert taken == sum(steps.values())
+    assert passes.count == sum(steps.values())
 
 
 def test_a_deadline_leaves_the_rest(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from qatkernels.options import flag, settings_of
 from qatkernels.trainer import CheckpointError, ConfigError, DivergedError, Interrupted, TrainConfig, loop, train
 from qatkernels.trainer.demo_model import ModelConfig, Transformer
 from qatkernels.trainer.models import EXCLUDED
+from tests.passes import each_pass, signals_at
 
 from .conftest import outcome
 
@@ -88,42 +90,30 @@ def test_same_seed_same_result(tiny: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("stops", [(1, 9, 23), (24, 30, 36)], ids=["in-fp", "in-w2"])
-def test_interrupted_and_resumed(
-    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...], number: int
-) -> None:
+def test_interrupted_and_resumed(tiny: dict[str, Any], tmp_path: Path, stops: tuple[int, ...], number: int) -> None:
     """A signal at any step of the run, counted over all its processes, leaves a run that ends the same."""
     run(tiny, out=str(tmp_path / "whole"))
-    taken = 0
-    learn = loop.mean_loss
-
-    def counting(model: Any, windows: Any, config: Any) -> Any:
-        nonlocal taken
-        if torch.is_grad_enabled():
-            taken += 1
-            if taken in stops:  # 24 is the last step of fp, 36 of w2
-                signal.raise_signal(number)
-        return learn(model, windows, config)
-
-    monkeypatch.setattr(loop, "mean_loss", counting)
     before = signal.getsignal(number)
-    for _ in stops:
-        with pytest.raises(Interrupted) as caught:
-            run(tiny)
-        assert caught.value.number == number
-        assert signal.getsignal(number) is before
-    run(tiny)
-    assert taken == 36, "a step was taken twice"
+    with signals_at(*stops, signal_number=number) as passes:  # 24 is the last step of fp, 36 of w2
+        for _ in stops:
+            with pytest.raises(Interrupted) as caught:
+                run(tiny)
+            assert caught.value.number == number
+            assert signal.getsignal(number) is before
+        run(tiny)
+    assert passes.count == 36, "a step was taken twice"
     assert outcome(tiny["out"]) == outcome(str(tmp_path / "whole"))
 
 
-def test_finished_phases_are_not_run_again(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_phases_are_not_run_again(tiny: dict[str, Any]) -> None:
     first = run(tiny)
     before = outcome(tiny["out"])
     second = run(tiny, bits=(2, 1))
     assert first["rows"][0] == second["rows"][0]
     assert {k: v for k, v in outcome(tiny["out"]).items() if k in ("fp", "w2")} == {k: before[k] for k in ("fp", "w2")}
-    monkeypatch.setattr(loop, "mean_loss", None)
-    assert run(tiny, bits=(2, 1))["rows"] == second["rows"]
+    with each_pass() as passes:
+        assert run(tiny, bits=(2, 1))["rows"] == second["rows"]
+    assert passes.count == 0
 
 
 def test_a_lost_log_costs_only_the_curves(tiny: dict[str, Any]) -> None:
@@ -156,16 +146,16 @@ def test_models_are_kept_along_the_way(tiny: dict[str, Any], monkeypatch: pytest
             assert tensors.keys() == finished.keys()
             assert not torch.equal(tensors["blocks.0.mlp.down.weight"], finished["blocks.0.mlp.down.weight"])
     before = {path: files.digest(files.load(path)[0]) for path in out.glob("*/step-*")}
-    save = files.save
+    replace_file = os.replace
 
-    def stopping(path: Path, tensors: Any, header: Any = None) -> None:
-        save(path, tensors, header)
-        if path.name.startswith("state-"):
+    def stopping(source: Any, target: Any) -> None:
+        replace_file(source, target)
+        if Path(target).name.startswith("state-"):
             signal.raise_signal(signal.SIGTERM)
 
     train_config = TrainConfig(**{**tiny, "keep_every": 6})
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save", stopping)
+        patch.setattr(os, "replace", stopping)
         with pytest.raises(Interrupted):
             train(train_config, restart=True, say=lambda line: None)
     assert 0 < len(list(out.glob("*/step-*"))) < len(before)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from qatkernels.trainer.demo_model import Transformer
 from qatkernels.trainer.methods import MethodConfig
 from qatkernels.trainer.parallel import Processes
 from qatkernels.trainer.phases import phases
+from tests.passes import signals_at
 
 from .conftest import outcome
 
@@ -42,31 +42,19 @@ def logged(out: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_interrupted_and_resumed(
-    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]
-) -> None:
+def test_interrupted_and_resumed(tiny: dict[str, Any], tmp_path: Path, way: dict[str, Any]) -> None:
     settings = {**tiny, **way}
     run(settings, out=str(tmp_path / "whole"))
     run(tiny, out=str(tmp_path / "plain"))
     assert outcome(str(tmp_path / "whole"))["w2"] != outcome(str(tmp_path / "plain"))["w2"]
-    steps = 0
-    learn = loop.accumulated
-
-    def stopping(*arguments: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps in (26, 31, 50):
-            signal.raise_signal(signal.SIGTERM)
-        return learn(*arguments)
-
-    monkeypatch.setattr(loop, "accumulated", stopping)
     stops = 0
-    while True:
-        try:
-            run(settings)
-            break
-        except Interrupted:
-            stops += 1
+    with signals_at(26, 31, 50):
+        while True:
+            try:
+                run(settings)
+                break
+            except Interrupted:
+                stops += 1
     assert stops >= 2
     assert outcome(tiny["out"]) == outcome(str(tmp_path / "whole"))
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from qatkernels import cli, files, load_packed, quantized_modules
+from qatkernels.testing.compare import assert_same_bits
 from qatkernels.trainer import CheckpointError, ConfigError, TrainConfig, data, generate, loop, models, spectra, train
-from tests.compare import assert_same_bits
+from tests.passes import MachineGone, gone_at
 
 from .conftest import options, outcome
 
@@ -212,23 +213,14 @@ def test_the_spectrum_of_a_model_of_transformers(
     assert cli.main(["spectrum", str(alone), *few, "--data", tiny_hf["data"], "--context", "8"]) == 0
 
 
-def test_resumed_from_a_model(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_from_a_model(tiny: dict[str, Any], tmp_path: Path) -> None:
     run(tiny)
     later = {**tiny, "model": tiny["out"] + "/fp", "method": "winq"}
     run(later, out=str(tmp_path / "whole"))
-    taken, learn = 0, loop.accumulated
-
-    def failing(*arguments: Any) -> torch.Tensor:
-        nonlocal taken
-        taken += 1
-        if taken in (18, 30):
-            raise RuntimeError("the machine is gone")
-        return learn(*arguments)
-
-    monkeypatch.setattr(loop, "accumulated", failing)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="gone"):
-            run(later, out=str(tmp_path / "part"))
+    with gone_at(18, 30):
+        for _ in range(2):
+            with pytest.raises(MachineGone):
+                run(later, out=str(tmp_path / "part"))
     run(later, out=str(tmp_path / "part"))
     assert outcome(str(tmp_path / "part")) == outcome(str(tmp_path / "whole"))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ import torch
 import torch.distributed as dist
 
 from qatkernels import files
-from qatkernels.trainer import ConfigError, TrainConfig, checkpoints, data, loop, train
+from qatkernels.trainer import ConfigError, Interrupted, TrainConfig, checkpoints, data, loop, train
 from qatkernels.trainer.parallel import ParallelError, Processes, joined
 from qatkernels.trainer.phases import phases
+from tests.pair import Pair
+from tests.passes import MachineGone, gone_at, signals_at
 
 from .conftest import TINY, options, outcome
 
@@ -39,68 +43,11 @@ WAYS: dict[str, dict[str, Any]] = {
 #: Ways that are also taken up again, and the passes over a batch in a step of their QAT.
 AGAIN = {"ddp-winq": 1, "fsdp-winq": 2, "fsdp-squat": 2}
 
-#: What torchrun starts twice: trains one configuration after another and prints how each ended.
-_RANK = """
-import json, os, signal, sys, torch
-from qatkernels import cli
-from qatkernels.trainer import Interrupted, TrainConfig, loop, train
-from qatkernels.trainer.parallel import leave
-import torch.distributed as dist
-rank = int(os.environ["RANK"])
-todo = json.load(open(sys.argv[1]))
-if todo[0][0] == "command line":  # it joins the processes and leaves them, for good: the store remembers who was there
-    os.write(1, f"end {json.dumps(['command line', rank, cli.main(todo[0][1])])}\\n".encode())
-    leave(0)
-dist.init_process_group("gloo")
-learn = loop.accumulated
-for name, way in todo:
-    taken = 0
-    def failing(*arguments):
-        global taken
-        taken += 1
-        if taken == way.get("stop") and rank == 1:
-            signal.raise_signal(signal.SIGTERM)
-        if taken == way.get("gone"):
-            raise RuntimeError("the machine is gone")
-        return learn(*arguments)
-    loop.accumulated = failing
-    if "damage" in way and rank == 0:
-        open(way["damage"], "w").write("{}")
-    dist.barrier()
-    try:
-        train(TrainConfig(**way["config"]), say=lambda line: os.write(1, f"{name} {line}\\n".encode()))
-        end = "done"
-    except (Interrupted, RuntimeError) as error:
-        end = str(error)
-    os.write(1, f"end {json.dumps([name, rank, end])}\\n".encode())
-dist.barrier()
-leave(0)
-"""
-
 
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
-
-
-def torchrun(folder: Path, todo: list[tuple[str, Any]]) -> tuple[dict[str, list[Any]], str, str]:
-    """Train with two processes; return how each configuration ended in each, and what was said."""
-    (folder / "todo.json").write_text(json.dumps(todo))
-    (folder / "rank.py").write_text(_RANK)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
-         str(folder / "rank.py"), str(folder / "todo.json")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    ends: dict[str, list[Any]] = {}
-    for line in done.stdout.splitlines():
-        if line.startswith("end "):
-            name, _, end = json.loads(line[4:])
-            ends.setdefault(name, []).append(end)
-    return ends, done.stdout, done.stderr
 
 
 def losses(out: Path) -> list[tuple[str, int, str, float]]:
@@ -109,87 +56,115 @@ def losses(out: Path) -> list[tuple[str, int, str, float]]:
     return [(e["phase"], e["step"], n, e[n]) for e in log for n in names if n in e]
 
 
-Results = tuple[Path, dict[str, list[Any]], str, str]
+def train_one_of_two(
+    rank: int, settings: dict[str, Any], stop: int | None = None, gone: int | None = None
+) -> tuple[str, list[str]]:
+    """Train as one of two processes; return how it ended, and what was said.
+
+    Args:
+        rank: of this process.
+        settings: of the run.
+        stop: pass in which a signal is sent to the second process alone.
+        gone: pass in which both processes break off.
+    """
+    said: list[str] = []
+    with contextlib.ExitStack() as stack:
+        if stop is not None and rank == 1:
+            stack.enter_context(signals_at(stop))
+        if gone is not None:
+            stack.enter_context(gone_at(gone))
+        try:
+            train(TrainConfig(**settings), say=said.append)
+        except (Interrupted, MachineGone) as error:
+            return str(error), said
+        return "done", said
+
+
+class Runs:
+    """Runs of two processes in one folder."""
+
+    def __init__(self, pair: Pair, folder: Path, text: Path) -> None:
+        self.pair, self.folder = pair, folder
+        self.settings = {**TINY, "data": str(text), "log_every": 1, "eval_windows": 7}
+
+    def train(self, way: str, out: str, *interruption: int | None) -> tuple[list[str], list[str]]:
+        """Train in both; return how each ended, and what was said."""
+        settings = {**self.settings, **WAYS[way], "out": str(self.folder / out)}
+        answers = self.pair.run(train_one_of_two, settings, *interruption)
+        return [end for end, _ in answers], [line for _, said in answers for line in said]
+
+    def whole(self, way: str) -> Path:
+        """Return the folder of a run that nothing interrupted."""
+        if not (self.folder / way).exists():
+            assert self.train(way, way)[0] == ["done", "done"]
+        return self.folder / way
+
+    def alone(self, way: str, out: str, say: Callable[[str], None] = lambda line: None) -> Path:
+        """Train in this process. Parts of a batch draw noise of their own: what two see in two parts, so does one."""
+        train(TrainConfig(**{**self.settings, **WAYS[way], "parallel": "none", "out": str(self.folder / out)}), say=say)
+        return self.folder / out
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Results:
-    """Runs of two processes: each way whole, and some of them stopped, broken off and damaged in between."""
-    folder = tmp_path_factory.mktemp("pair")
-    tiny = {**TINY, "data": str(text), "log_every": 1, "eval_windows": 7}
-
-    def config(name: str, out: str) -> dict[str, Any]:
-        return {**tiny, **WAYS[name], "out": str(folder / out)}
-
-    todo: list[tuple[str, Any]] = [(name, {"config": config(name, name)}) for name in WAYS]
-    for name, calls in AGAIN.items():
-        again = config(name, f"{name}-again")
-        for way, change in (("stopped", {"stop": 8}), ("gone", {"gone": 16 + 3 * calls}), ("again", {})):
-            todo.append((f"{name}-{way}", {"config": again, **change}))
-    todo += [(name, {"config": config("fsdp", name), "stop": 18}) for name in ("half", "damaged")]
-    path = folder / "damaged" / "fp42" / "state-00000018" / "state.json"
-    todo.append(("damaged-again", {"config": config("fsdp", "damaged"), "damage": str(path)}))
-    command = options({**tiny, "out": str(folder / "command"), "parallel": "fsdp", "steps": 6, "qat_steps": 6})
-    ends, said, warned = torchrun(folder, [("command line", ["train", *command])])
-    more = torchrun(folder, todo)
-    return folder, {**ends, **more[0]}, said + more[1], warned + more[2]
+def runs(pair: Pair, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Runs:
+    return Runs(pair, tmp_path_factory.mktemp("pair"), text)
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_two_processes_are_one(results: Results, text: Path, name: str) -> None:
-    folder, ends, *_ = results
-    assert ends[name] == ["done", "done"]
-    alone = {**TINY, **WAYS[name], "parallel": "none", "data": str(text), "log_every": 1, "eval_windows": 7}
-    # Parts of a batch draw noise of their own: what two processes see in two parts, one sees in two parts.
-    train(TrainConfig(**alone, out=str(folder / f"{name}-alone")), say=lambda line: None)
-    found, wanted = losses(folder / name), losses(folder / f"{name}-alone")
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_are_one(runs: Runs, way: str) -> None:
+    two, one = runs.whole(way), runs.alone(way, f"{way}-alone")
+    found, wanted = losses(two), losses(one)
     assert [entry[:3] for entry in found] == [entry[:3] for entry in wanted]
     for (phase, step, kind, value), (*_, other) in zip(found, wanted, strict=True):
         # Sums in another order, and now and then a code that flips because of that.
         assert value == pytest.approx(other, rel=1e-6 if phase != "w2" else 1e-3), (phase, step, kind)
-    tensors, others = (files.load(folder / run / "w2" / "model.safetensors")[0] for run in (name, f"{name}-alone"))
+    tensors, others = (files.load(out / "w2" / "model.safetensors")[0] for out in (two, one))
     assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in others.items()}
 
 
-@pytest.mark.parametrize("name", AGAIN)
-def test_taken_up_again(results: Results, name: str) -> None:
+@pytest.mark.parametrize("way", AGAIN)
+def test_taken_up_again(runs: Runs, way: str) -> None:
     """A signal to one process and the loss of the machine in QAT: weights and log are the same, bit for bit."""
-    folder, ends, said, _ = results
-    assert ends[f"{name}-stopped"] == ["stopped by SIGTERM"] * 2
-    assert ends[f"{name}-gone"] == ["the machine is gone"] * 2
-    assert ends[f"{name}-again"] == ["done"] * 2
-    assert f"{name}-gone fp     8 steps were done before" in said
-    assert f"{name}-again w2     " in said
-    assert outcome(str(folder / f"{name}-again")) == outcome(str(folder / name))
+    out = f"{way}-again"
+    assert runs.train(way, out, 8)[0] == ["stopped by SIGTERM"] * 2
+    ends, said = runs.train(way, out, None, 16 + 3 * AGAIN[way])
+    assert ends == ["the machine is gone"] * 2
+    assert any(line.startswith("fp     8 steps were done before") for line in said)
+    ends, said = runs.train(way, out)
+    assert ends == ["done"] * 2
+    assert any(line.startswith("w2     ") for line in said)
+    assert outcome(str(runs.folder / out)) == outcome(str(runs.whole(way)))
 
 
-def test_a_sharded_state(results: Results, text: Path) -> None:
+#: Pass in which step 18 of the way "fsdp" begins, which has two parts to a step.
+STEP_18 = 2 * 18 - 1
+
+
+def test_a_sharded_state(runs: Runs) -> None:
     """It is safetensors, the last two are kept, and one process can go on from it."""
-    folder, ends, *_ = results
-    assert ends["half"] == ["stopped by SIGTERM"] * 2
-    kept = checkpoints.newest_first(folder / "half" / "fp42")
+    assert runs.train("fsdp", "half", STEP_18)[0] == ["stopped by SIGTERM"] * 2
+    kept = checkpoints.newest_first(runs.folder / "half" / "fp42")
     assert [path.name for path in kept] == ["state-00000018", "state-00000015"]
-    files = sorted(path.name for path in kept[0].iterdir())
-    assert len(files) == 3
-    assert files[-1] == "state.json"
-    assert all(name.endswith(".safetensors") for name in files[:2])
-    alone = {**TINY, **WAYS["fsdp"], "parallel": "none", "data": str(text), "log_every": 1, "eval_windows": 7}
+    names = sorted(path.name for path in kept[0].iterdir())
+    assert len(names) == 3
+    assert names[-1] == "state.json"
+    assert all(name.endswith(".safetensors") for name in names[:2])
     said: list[str] = []
-    train(TrainConfig(**alone, out=str(folder / "half")), say=said.append)
+    found, wanted = losses(runs.alone("fsdp", "half", said.append)), losses(runs.whole("fsdp"))
     assert any("18 steps were done before" in line for line in said)
-    found, wanted = losses(folder / "half"), losses(folder / "fsdp")
     assert [entry[:3] for entry in found] == [entry[:3] for entry in wanted]
     assert [entry[3] for entry in found] == pytest.approx([entry[3] for entry in wanted], rel=1e-3)
 
 
-def test_a_damaged_sharded_state(results: Results) -> None:
-    folder, ends, said, _ = results
-    assert ends["damaged-again"] == ["done"] * 2
-    path = folder / "damaged" / "fp42" / "state-00000018"
-    assert f"damaged-again {path} is damaged (its digests do not match): going on from the checkpoint before" in said
-    assert "damaged-again fp42   15 steps were done before" in said
-    found = outcome_of(folder / "damaged")
-    assert found == outcome_of(folder / "fsdp")
+def test_a_damaged_sharded_state(runs: Runs) -> None:
+    assert runs.train("fsdp", "damaged", STEP_18)[0] == ["stopped by SIGTERM"] * 2
+    path = runs.folder / "damaged" / "fp42" / "state-00000018"
+    (path / "state.json").write_text("{}")
+    ends, said = runs.train("fsdp", "damaged")
+    assert ends == ["done"] * 2
+    assert f"{path} is damaged (its digests do not match): going on from the checkpoint before" in "\n".join(said)
+    assert any(line.startswith("fp42   15 steps were done before") for line in said)
+    assert outcome_of(runs.folder / "damaged") == outcome_of(runs.whole("fsdp"))
 
 
 def outcome_of(out: Path) -> dict[str, Any]:
@@ -200,12 +175,18 @@ def outcome_of(out: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_command_line(results: Results) -> None:
-    """Both processes end well, and one of them talks."""
-    _, ends, said, errors = results
-    assert ends["command line"] == [0, 0]
-    assert said.count("Bits per byte on held-out text") == 1
-    assert errors.count("w2     done") == 1
+def test_the_command_line(tiny: dict[str, Any]) -> None:
+    """torchrun starts it twice: both processes end well, and one of them talks."""
+    settings = {**tiny, "parallel": "fsdp", "steps": 6, "qat_steps": 6}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
+         "-m", "qatkernels", "train", *options(settings)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Bits per byte on held-out text") == 1
+    assert done.stderr.count("w2     done") == 1
 
 
 def test_what_is_refused(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qatkernels import files
-from qatkernels.trainer import CheckpointError, DivergedError, Interrupted, TrainConfig, guard, loop, report, train
+from qatkernels.trainer import CheckpointError, DivergedError, Interrupted, TrainConfig, guard, report, train
+from tests.passes import each_pass, signals_at
 
 from .conftest import outcome
 
@@ -26,20 +27,6 @@ ROOT = Path(__file__).parents[2]
 
 def run(settings: dict[str, Any], said: list[str] | None = None, **changes: Any) -> dict[str, Any]:
     return train(TrainConfig(**{**settings, **changes}), say=(said if said is not None else []).append)
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Send a signal in a step, counted over the run."""
-    learn, taken = loop.accumulated, 0
-
-    def counting(*arguments: Any) -> Tensor:
-        nonlocal taken
-        taken += 1
-        if taken == step:
-            signal.raise_signal(signal.SIGTERM)
-        return learn(*arguments)
-
-    monkeypatch.setattr(loop, "accumulated", counting)
 
 
 def damage(path: Path) -> None:
@@ -57,18 +44,16 @@ def notes(out: str) -> list[str]:
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_last_states_are_kept(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
-    stop_at(monkeypatch, 18)
-    with pytest.raises(Interrupted):
+def test_the_last_states_are_kept(tiny: dict[str, Any], keep: int) -> None:
+    with signals_at(18), pytest.raises(Interrupted):
         run(tiny, keep_last=keep)
     found = sorted(p.name for p in (Path(tiny["out"]) / "fp").iterdir())
     assert found == [f"state-{step:08d}.safetensors" for step in (5, 10, 15, 18)[-keep:]]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_what_a_kill_left_half_written_goes(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    stop_at(monkeypatch, 8)
-    with pytest.raises(Interrupted):
+def test_what_a_kill_left_half_written_goes(tiny: dict[str, Any], kind: str) -> None:
+    with signals_at(8), pytest.raises(Interrupted):
         run(tiny)
     left = Path(tiny["out"]) / "fp" / "state-00000007.safetensors.tmp"
     if kind == "file":
@@ -80,15 +65,11 @@ def test_what_a_kill_left_half_written_goes(tiny: dict[str, Any], monkeypatch: p
 
 
 @pytest.mark.parametrize("damaged", [1, 2])
-def test_a_damaged_state_costs_steps_only(
-    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: int
-) -> None:
+def test_a_damaged_state_costs_steps_only(tiny: dict[str, Any], tmp_path: Path, damaged: int) -> None:
     """The one before it serves; if all of them are damaged the phase starts over. The result is the same."""
     run(tiny, out=str(tmp_path / "whole"))
-    with monkeypatch.context() as patch:
-        stop_at(patch, 18)
-        with pytest.raises(Interrupted):
-            run(tiny)
+    with signals_at(18), pytest.raises(Interrupted):
+        run(tiny)
     newest = sorted((Path(tiny["out"]) / "fp").iterdir(), reverse=True)
     assert len(newest) == 2
     for path in newest[:damaged]:
@@ -158,12 +139,9 @@ def test_lines_of_the_log_that_are_no_entries(tiny: dict[str, Any]) -> None:
         ({"surprise": 1}, "unexpected keyword argument 'surprise'"),
     ],
 )
-def test_a_state_of_another_kind(
-    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
-) -> None:
+def test_a_state_of_another_kind(tiny: dict[str, Any], change: dict[str, Any], message: str) -> None:
     """Its digest matches, but no version of this package wrote it."""
-    stop_at(monkeypatch, 8)
-    with pytest.raises(Interrupted):
+    with signals_at(8), pytest.raises(Interrupted):
         run(tiny)
     path = sorted((Path(tiny["out"]) / "fp").glob("state-*"))[-1]
     tensors, header = files.load(path)
@@ -174,12 +152,18 @@ def test_a_state_of_another_kind(
     assert message in str(caught.value)
 
 
-def test_a_kill_before_states_are_deleted(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_before_states_are_deleted(tiny: dict[str, Any], tmp_path: Path) -> None:
     """The phase is finished, and what it no longer needs goes with the next call."""
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.checkpoints, "remove", lambda path: None)
+    with signals_at(18), pytest.raises(Interrupted):
         run(tiny)
-    assert list((Path(tiny["out"]) / "fp").glob("state-*"))
+    folder, states = Path(tiny["out"]) / "fp", tmp_path / "states"
+    states.mkdir()
+    for path in folder.glob("state-*"):
+        shutil.copy(path, states)
+    run(tiny)
+    assert not list(folder.glob("state-*"))
+    shutil.copytree(states, folder, dirs_exist_ok=True)
+    assert len(list(folder.glob("state-*"))) == 2
     run(tiny)
     assert outcome(tiny["out"]).keys() == {"fp", "w2", "log"}
 
@@ -211,14 +195,12 @@ def test_a_full_disk(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_FSIZE")
-def test_a_file_that_finds_no_room(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_finds_no_room(tiny: dict[str, Any]) -> None:
     """The operating system itself refuses: a state is larger than the limit, which run.json and the log are not."""
     import resource
 
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        with pytest.raises(Interrupted):
-            run(tiny)
+    with signals_at(5), pytest.raises(Interrupted):
+        run(tiny)
     (state,) = (Path(tiny["out"]) / "fp").iterdir()
     before, limits = state.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
@@ -261,21 +243,16 @@ def test_a_disk_that_is_really_full(tiny: dict[str, Any], tmp_path: Path, disk: 
     assert outcome(settings["out"]) == outcome(str(tmp_path / "whole"))
 
 
-class _Breaks(nn.Module):
-    """Multiplies by infinity from some step on, in the forward or in the backward pass."""
+def breaking(model: nn.Module, backward: bool) -> None:
+    """Make what a layer in the middle gives no number, in the forward or in the backward pass."""
 
-    def __init__(self, inner: nn.Module, backward: bool, calls: list[int], step: int) -> None:
-        super().__init__()
-        self.inner, self.backward, self.calls, self.step = inner, backward, calls, step
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
-        if torch.is_grad_enabled() and self.calls[0] >= self.step:
-            if self.backward:
-                y.register_hook(lambda g: g * float("nan"))
-            else:
-                y = y * float("nan")
+    def hook(module: nn.Module, inputs: Any, y: Tensor) -> Tensor:
+        if not backward:
+            return y * float("nan")
+        y.register_hook(lambda g: g * float("nan"))
         return y
+
+    model.blocks[1].mlp.down.register_forward_hook(hook)  # type: ignore[index, union-attr]
 
 
 @pytest.mark.parametrize(
@@ -285,27 +262,16 @@ class _Breaks(nn.Module):
         (True, "the gradient at blocks.1.mlp.down"),
     ],
 )
-def test_where_it_diverged(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, backward: bool, where: str) -> None:
+def test_where_it_diverged(tiny: dict[str, Any], backward: bool, where: str) -> None:
     """The step, the module and the last good checkpoint are named; the checkpoint is from before the step."""
-    step, calls = 13, [0]
-    build, draw = loop.build_model, loop.data.Corpus.batch
+    step, seen = 13, []
 
-    def breaking(*arguments: Any) -> nn.Module:
-        model = build(*arguments)
-        block = model.blocks[1].mlp  # type: ignore[index, union-attr]
-        block.down = _Breaks(block.down, backward, calls, step)
-        return model
-
-    seen: list[int] = []
-
-    def counted(corpus: Any, *arguments: Any) -> Tensor:
-        calls[0] += 1
+    def act(number: int, model: nn.Module) -> None:
         seen.append(torch.initial_seed())
-        return draw(corpus, *arguments)
+        if number == step:
+            breaking(model, backward)
 
-    monkeypatch.setattr(loop, "build_model", breaking)
-    monkeypatch.setattr(loop.data.Corpus, "batch", counted)
-    with pytest.raises(DivergedError) as caught:
+    with each_pass(act), pytest.raises(DivergedError) as caught:
         run(tiny, depth=2, log_every=8, save_every=5)
     message = str(caught.value)
     assert f"at step {step} of fp" in message
@@ -320,37 +286,36 @@ def test_where_it_diverged(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     assert log[-1] == {"phase": "fp", "step": step, "note": message}
 
 
-@pytest.mark.parametrize("method", [{"method": "winq", "reset_every": 3}, {"method": "squat", "minibatch": "next"}])
+@pytest.mark.parametrize(
+    ("method", "passes"),
+    [
+        ({"method": "winq", "reset_every": 3}, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ({"method": "squat", "minibatch": "next"}, [2, 1, 2, 1, 2, 1, 2, 1, 2, 1, 2]),
+    ],
+)
 def test_a_method_stands_still_after_a_bad_step(
-    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
+    tiny: dict[str, Any], method: dict[str, Any], passes: list[int]
 ) -> None:
     """No reset comes until the bad step is noticed, and what is run again has the objective of that step."""
-    take, learn, loss_of = loop.take_step, loop.gradient, loop.mean_loss
-    ran: list[tuple[int, int]] = []
     weights: list[Tensor] = []
+    seeds: list[int] = []
+    bad = sum(passes[:4])  # passes of QAT before its fifth step
 
-    def gradient(training: Any, step: int) -> Tensor:
-        if training.phase.bits:
-            ran.append((step, training.method.steps))
-        return learn(training, step)
+    def act(number: int, model: nn.Module) -> None:
+        if number <= tiny["steps"]:
+            return
+        weights.append(model.blocks[0].mlp.down.weight.detach().clone())  # type: ignore[index, union-attr]
+        seeds.append(torch.initial_seed())
+        if len(weights) == bad + 1:
+            model.register_forward_hook(lambda module, inputs, logits: logits * float("nan"))
 
-    def take_step(training: Any, step: int) -> Tensor:
-        loss = take(training, step)
-        if training.phase.bits:
-            weights.append(training.model.blocks[0].mlp.down.weight.detach().clone())
-        return loss
-
-    def mean_loss(model: nn.Module, *arguments: Any) -> Tensor:
-        loss = loss_of(model, *arguments)
-        return loss * float("nan") if model.training and ran and ran[-1][0] >= 4 else loss
-
-    for name, function in (("gradient", gradient), ("take_step", take_step), ("mean_loss", mean_loss)):
-        monkeypatch.setattr(loop, name, function)
-    with pytest.raises(DivergedError, match="at step 5 of w2"):
-        run(tiny, log_every=12, save_every=12, eval_every=12, **method)
-    assert len(weights) == 12
-    assert all(torch.equal(later, weights[3]) for later in weights[4:])
-    assert ran[-1] == (4, 4)
+    with each_pass(act), pytest.raises(DivergedError, match="at step 5 of w2"):
+        run(tiny, log_every=11, save_every=12, eval_every=12, **method)
+    again = len(weights) - sum(passes)
+    assert again == passes[4]
+    assert seeds[-again:] == seeds[bad : bad + again]
+    assert not torch.equal(weights[0], weights[bad])
+    assert all(torch.equal(later, weights[bad]) for later in weights[bad + passes[4] :])
 
 
 def test_the_guard_keeps_the_weights_of_before() -> None:

@@ -2,21 +2,13 @@
 
 import contextlib
 import copy
-import os
-import socket
-import sys
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from qatkernels import QuantConfig, quantize_model, quantized_modules
 from qatkernels.methods import GridStats, SQuAT, WinQ
-from qatkernels.trainer.parallel import leave
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux" or not dist.is_gloo_available(), reason="needs gloo")
 
 CONFIGS = {"row": {"bits": 2}, "group": {"bits": 4, "group_size": 4}, "tensor": {"bits": 3, "per_tensor": True}}
 
@@ -49,23 +41,7 @@ def use(model):
     return numbers
 
 
-def _joined(rank, run, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    run(rank, folder)
-    dist.barrier()
-    leave(0)
-
-
-def run_two(run, folder):
-    """Call ``run(rank, folder)`` in two processes of a group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_joined, (run, port, folder), nprocs=2)
-
-
-def work(rank, folder):
+def work(rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -79,13 +55,11 @@ def work(rank, folder):
     quantized = SQuAT(model)
     with pytest.raises(ValueError, match="must be 'latent' under FSDP2"):
         quantized.gradient(lambda: model(torch.randn(2, 8)).sum().backward())
-    if rank == 0:
-        torch.save(results, folder / "results.pt")
+    return results
 
 
-def test_two_processes(tmp_path):
-    run_two(work, tmp_path)
-    results = torch.load(tmp_path / "results.pt")
+def test_two_processes(pair):
+    results, _ = pair.run(work)
     for name, config in CONFIGS.items():
         model = make_model(config)
         numbers = use(model)
@@ -116,7 +90,7 @@ def accumulated(model, way, x, not_yet):
     return [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
 
 
-def accumulate(rank, folder):
+def accumulate(rank):
     from torch.distributed.fsdp import fully_shard
 
     x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(5))[:, rank::2]
@@ -134,21 +108,20 @@ def accumulate(rank, folder):
             model.set_requires_gradient_sync(True)
 
         results["fsdp", way] = accumulated(model, way, x, unreduced)
-    torch.save(results, folder / f"{rank}.pt")
+    return results
 
 
-def test_micro_batches_within_no_sync(tmp_path):
+def test_micro_batches_within_no_sync(pair):
     """As transformers' Trainer accumulates: the gradients of every process are those of the whole batch in one."""
-    run_two(accumulate, tmp_path)
     x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(5))
-    for rank in range(2):
-        for (mode, way), grads in torch.load(tmp_path / f"{rank}.pt").items():
+    for rank, results in enumerate(pair.run(accumulate)):
+        for (mode, way), grads in results.items():
             wanted = accumulated(make_model(CONFIGS["row"]), way, x, contextlib.nullcontext)
             for grad, other in zip(grads, wanted, strict=True):
                 torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-6, msg=f"{mode} {way} {rank}")
 
 
-def statistics(rank, folder):
+def statistics(rank):
     model = nn.Sequential(nn.Linear(8, 13), nn.BatchNorm1d(13), nn.Linear(13, 4))
     plain, results = nn.parallel.DistributedDataParallel(copy.deepcopy(model)), []
     model = nn.parallel.DistributedDataParallel(quantize_model(model, QuantConfig(bits=8)))
@@ -158,33 +131,30 @@ def statistics(rank, folder):
         squat.gradient(lambda x=x: model(x).square().mean().backward())
         plain(x).square().mean().backward()
         results.append([{n: b.clone() for n, b in m.module.named_buffers()} for m in (model, plain)])
-    torch.save(results, folder / f"{rank}.pt")
+    return results
 
 
-def test_running_statistics_of_replicas(tmp_path):
+def test_running_statistics_of_replicas(pair):
     """DDP broadcasts buffers in every forward, also in SQuAT's second pass: they are as after one pass all the same."""
-    run_two(statistics, tmp_path)
-    for rank in range(2):
-        for step, (found, wanted) in enumerate(torch.load(tmp_path / f"{rank}.pt"), 1):
+    for rank, results in enumerate(pair.run(statistics)):
+        for step, (found, wanted) in enumerate(results, 1):
             assert found["1.num_batches_tracked"] == step
             for name in wanted:
                 torch.testing.assert_close(found[name], wanted[name], rtol=0.05, atol=0.02, msg=f"{name} {rank}")
 
 
-def test_rows_in_pieces_are_refused():
+def reset_in_pieces(rank):
     from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        model = make_model(CONFIGS["row"])
-        winq = WinQ(model, reset_every=1, reset_weight=0.4, noise_std=0.0)
-        for module in quantized_modules(model).values():
-            module.weight = nn.Parameter(DTensor.from_local(module.weight.detach(), mesh, [Shard(1)]))
-        with pytest.raises(ValueError, match=r"0 has a weight sharded as .*rows \(or groups\) must be whole"):
-            winq.reset()
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (2,))
+    model = make_model(CONFIGS["row"])
+    winq = WinQ(model, reset_every=1, reset_weight=0.4, noise_std=0.0)
+    for module in quantized_modules(model).values():
+        half = module.weight.detach().chunk(2, dim=1)[rank].contiguous()
+        module.weight = nn.Parameter(DTensor.from_local(half, mesh, [Shard(1)]))
+    with pytest.raises(ValueError, match=r"0 has a weight sharded as .*rows \(or groups\) must be whole"):
+        winq.reset()
+
+
+def test_rows_in_pieces_are_refused(pair):
+    pair.run(reset_in_pieces)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qatkernels import cli, files
-from qatkernels.trainer import ConfigError, Interrupted, TrainConfig, loop, toml, train
+from qatkernels.trainer import ConfigError, Interrupted, TrainConfig, toml, train
+from tests.passes import MachineGone, gone_at, signals_at
 
 from .conftest import options
 
@@ -102,25 +102,14 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
-def test_tensorboard(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard(tiny: dict[str, Any]) -> None:
     """What it shows is what the log says, also of a run that was stopped and lost some steps."""
     pytest.importorskip("tensorboard")
-    learn, taken = loop.accumulated, 0
-
-    def failing(*arguments: Any) -> Any:
-        nonlocal taken
-        taken += 1
-        if taken == 10:
-            signal.raise_signal(signal.SIGTERM)
-        if taken == 19:
-            raise RuntimeError("the machine is gone")
-        return learn(*arguments)
-
-    monkeypatch.setattr(loop, "accumulated", failing)
     config = TrainConfig(**tiny, tensorboard=True, stats_every=4)
-    for error in (Interrupted, RuntimeError):
-        with pytest.raises(error):
-            train(config, say=lambda line: None)
+    with signals_at(10), gone_at(19):
+        for error in (Interrupted, MachineGone):
+            with pytest.raises(error):
+                train(config, say=lambda line: None)
     report = train(config, say=lambda line: None)
     for phase, curves in report["curves"].items():
         found = scalars(Path(tiny["out"]) / "tensorboard" / phase)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import qatkernels as qk
-from qatkernels.ops.samples import make
-from tests.lowbit import Case, activations, scaled_weight
+from qatkernels.testing.products import Case, activations, scaled_weight
+from qatkernels.testing.samples import make
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":

@@ -13,17 +13,7 @@ import qatkernels as qk
 from qatkernels.backends import IMPLS
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.contract import FLOATS
-from qatkernels.ops.samples import (
-    GRIDS,
-    basis_calls,
-    complete_calls,
-    logits_calls,
-    make,
-    perturbations,
-    samples,
-    weights,
-)
-from tests.compare import (
+from qatkernels.testing.compare import (
     assert_same_bits,
     assert_within,
     check_first_output,
@@ -35,6 +25,16 @@ from tests.compare import (
     check_sample,
     run_out,
     special_calls,
+)
+from qatkernels.testing.samples import (
+    GRIDS,
+    basis_calls,
+    complete_calls,
+    logits_calls,
+    make,
+    perturbations,
+    samples,
+    weights,
 )
 from tests.strides import check_strided_outputs, check_strides
 

@@ -14,8 +14,8 @@ import qatkernels as qk
 from qatkernels.backends import IMPLS
 from qatkernels.ops._op import OPS
 from qatkernels.ops.packing import code_dtype
-from tests.compare import assert_same_bits, assert_within, run_out
-from tests.lowbit import (
+from qatkernels.testing.compare import assert_same_bits, assert_within, run_out
+from qatkernels.testing.products import (
     GRID_IDS,
     GRIDS,
     Case,

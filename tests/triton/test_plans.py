@@ -70,7 +70,7 @@ def compared(name, planned):
 """
 
 EVERY_OP = """
-from tests.every_op import checks
+from qatkernels.testing.checks import checks
 jobs = list(checks(torch.device('cpu')))
 random.Random(0).shuffle(jobs)
 for check in jobs:
@@ -85,7 +85,7 @@ for check in jobs:
 """
 
 ALIKE = """
-from qatkernels.ops.samples import make
+from qatkernels.testing.samples import make
 grid = qk.grids.lsq(4)
 
 def linear(tokens=1, cols=256, dtype=torch.bfloat16, group=None, bias=None, act=None, offset=0, constants=None):
@@ -177,7 +177,7 @@ print(type(IMPLS["fake_quantize"]["triton"]).__name__)
 
 
 HOOKS = """
-from qatkernels.ops.samples import make
+from qatkernels.testing.samples import make
 from triton import knobs
 args = make(qk.grids.lsq(4), (64, 256), torch.float32).args('fake_quantize')
 planned, seen = IMPLS['fake_quantize']['triton'], []
@@ -200,7 +200,7 @@ def test_hooks_of_profilers_are_called():
 
 
 MANY = """
-from qatkernels.ops.samples import make
+from qatkernels.testing.samples import make
 _plans.MOST = 3
 planned = IMPLS['fake_quantize']['triton']
 for rows in (1, 2, 3, 4, 5, 2, 5):

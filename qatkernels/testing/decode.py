@@ -1,21 +1,36 @@
-"""Calls of lowbit_linear that tests of the decode kernel share, and how far a result may be from the exact one."""
+"""Calls of lowbit_linear with few tokens, and how far a result may be from the exact one where x becomes integers."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import torch
+from torch import Tensor
 
-import qatkernels as qk
-from qatkernels.grids import MIN_SCALE
-from qatkernels.ops._op import OPS
-from qatkernels.ops.packing import PackedWeight
-from qatkernels.ops.samples import MANY
+from .. import grids
+from ..grids import MIN_SCALE, Grid
+from ..ops.packing import PackedWeight
+from .compare import meaning
+from .samples import MANY
 
 GRIDS = (
-    qk.grids.binary(), qk.grids.ternary(), qk.grids.seq(2), qk.grids.seq(7), qk.grids.seq(8),
-    *(qk.grids.lsq(bits) for bits in range(2, 9)), *(qk.grids.affine(bits) for bits in (2, 3, 4, 8)),
+    grids.binary(), grids.ternary(), grids.seq(2), grids.seq(7), grids.seq(8),
+    *(grids.lsq(bits) for bits in range(2, 9)), *(grids.affine(bits) for bits in (2, 3, 4, 8)),
 )  # fmt: skip
 
 
-def make(grid, tokens, rows, cols, group_size=None, dtype=torch.bfloat16, device="cpu", scale_dtype=torch.float32,
-         bias=None, act_bits=None):  # fmt: skip
+def make(
+    grid: Grid,
+    tokens: int,
+    rows: int,
+    cols: int,
+    group_size: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    scale_dtype: torch.dtype = torch.float32,
+    bias: torch.dtype | None = None,
+    act_bits: int | None = None,
+) -> tuple[Any, ...]:
     """Return arguments of lowbit_linear: every code occurs, x has columns of different size."""
     where = device if rows * cols >= MANY else "cpu"
     generator = torch.Generator().manual_seed(rows * cols + tokens)
@@ -37,7 +52,7 @@ def make(grid, tokens, rows, cols, group_size=None, dtype=torch.bfloat16, device
     )  # fmt: skip
 
 
-def reference(args):
+def reference(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """Return the result in float64 and the error that the arithmetic explains.
 
     Without act_bits x has an error of 2^-22.9 of its token's largest number, and integers, scales and their products
@@ -48,7 +63,7 @@ def reference(args):
     x, packed, scale, zero, bias, _, grid, code_min, bits, act_bits = args
     cols, wide = x.shape[-1], x.double()
     steps, offset = grid[1], grid[2]
-    codes = OPS["unpack"].reference(packed, code_min, bits, cols).double()
+    codes = meaning("unpack", packed, code_min, bits, cols)[0].double()
     group = cols // scale.shape[-1]
     step = (scale.float().clamp_min(MIN_SCALE) / steps).double().repeat_interleave(group, -1)
     shift = torch.full_like(step, offset)
@@ -60,7 +75,7 @@ def reference(args):
     magnitude = ((codes - code_min - half).abs() + (code_min + half + shift).abs() + 1) * step
     error_of_x = 2**-22.9 * wide.abs().amax(-1, keepdim=True)
     if act_bits is not None:
-        wide = OPS["fake_quantize_dynamic"].reference(x.float(), act_bits).double()
+        wide = meaning("fake_quantize_dynamic", x.float(), act_bits)[0].double()
         error_of_x = 4 * unit * wide.abs()
     sequential = 16 + (scale.shape[-1] if group % 32 == 0 or group == cols else cols // 8)
     bound = sequential * unit * (wide.abs() @ magnitude.T) + error_of_x.expand_as(wide) @ w.abs().T

@@ -1,34 +1,69 @@
-"""How results of one implementation are held against the meaning of the op."""
+"""Comparing an implementation of an op with its reference: of bits where the op is exact, else within a bound.
 
-from contextlib import contextmanager
+A bound is what the arithmetic explains: roundings times magnitudes. It is no setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-from qatkernels.ops._op import OPS, as_tuple
-from qatkernels.ops.fake_quantize import Rows
+from ..grids import Grid
+from ..ops._op import OPS, as_tuple
+from ..ops.fake_quantize import Rows
+from .samples import Sample
+
+#: An implementation: arguments of the op, then outputs to write, where the op has some.
+Implementation = Callable[..., Any]
+#: Arguments of an op.
+Arguments = tuple[Any, ...]
 
 #: Additions that a float32 sum may take one after the other before it goes to float64 or up a tree; the error of a sum
 #: is below this times the unit roundoff times the sum of magnitudes.
 SEQUENTIAL_ADDITIONS = 128
 
 
-def poisoned(outputs):
-    """Fill outputs with NaN, or the largest integer."""
+def meaning(op: str, *args: Any) -> tuple[Tensor, ...]:
+    """Return the outputs of an op's reference."""
+    return as_tuple(OPS[op].reference(*args))
+
+
+def poisoned(outputs: Any) -> Any:
+    """Fill outputs with NaN, or the largest integer: what is not written shows."""
     for out in as_tuple(outputs):
         out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).max)
     return outputs
 
 
-def run_out(op, impl_out, args):
-    """Run an `_out` implementation into poisoned memory and return the outputs."""
+def run_out(op: str, impl_out: Implementation, args: Arguments) -> tuple[Tensor, ...]:
+    """Run an implementation into outputs that are filled with NaN, and return them.
+
+    Args:
+        op: name of an op that has outputs.
+        impl_out: called with the op's arguments and its outputs.
+        args: arguments of the op.
+
+    >>> def wrong(x, bits, out):
+    ...     out[0] = x[0]
+    >>> run_out("fake_quantize_dynamic", wrong, (torch.ones(2, 1), 8))
+    (tensor([[1.],
+            [nan]]),)
+    """
     outputs = poisoned(OPS[op].meta(*args))
     impl_out(*args, *as_tuple(outputs))
     return as_tuple(outputs)
 
 
-def assert_same_bits(actual, expected, what=""):
-    """Equal bit for bit, any NaN equal to any other."""
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Raise AssertionError unless tensors are equal bit for bit; any NaN is equal to any other.
+
+    >>> assert_same_bits(torch.tensor([0.0]), torch.tensor([-0.0]), "y")
+    Traceback (most recent call last):
+    AssertionError: y: signs differ
+    """
     assert actual.shape == expected.shape, what
     assert actual.dtype == expected.dtype, what
     if actual.is_floating_point():
@@ -42,58 +77,29 @@ def assert_same_bits(actual, expected, what=""):
     )
 
 
-@contextmanager
-def torch_compile_blamed(backend):
-    """Let a failing comparison of compiled with eager code say whether torch's compiler fails on plain torch too."""
-    try:
-        yield
-    except AssertionError as error:
-        wrong = _compiles_a_linear_layer_wrong(backend)
-        verdict = (
-            "wrong about a plain nn.Linear too: the fault is its own (docs/training.md, torch.compile on CPUs)"
-            if wrong
-            else "right about a plain nn.Linear: the fault is here"
-        )
-        raise AssertionError(f"{error}\ntorch.compile with {backend} is {verdict}") from error
-
-
-def _compiles_a_linear_layer_wrong(backend):
-    """Whether the compiled gradients of a linear layer are not the eager ones; 24 features are no whole registers."""
-
-    def gradients(call):
-        x, w, b = (torch.ones(shape, requires_grad=True) for shape in ((6, 32), (24, 32), (24,)))
-        y = call(x, w, b)
-        y.backward(torch.ones_like(y))
-        return x.grad, w.grad, b.grad
-
-    torch._dynamo.reset()
-    compiled = gradients(torch.compile(lambda x, w, b: F.linear(x, w, b), fullgraph=True, backend=backend))
-    return any(not torch.equal(a, b) for a, b in zip(compiled, gradients(F.linear), strict=True))
-
-
-def run_in_place(impl, args):
+def run_in_place(impl: Implementation, args: Arguments) -> list[Tensor]:
     """Run an op in place on copies of its tensors and return them as they are afterwards."""
-    args = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
-    impl(*args)
-    return [a for a in args if isinstance(a, torch.Tensor)]
+    given = [a.clone() if isinstance(a, Tensor) else a for a in args]
+    impl(*given)
+    return [a for a in given if isinstance(a, Tensor)]
 
 
-def check_in_place(op, impl, args, what=""):
+def check_in_place(op: str, impl: Implementation, args: Arguments, what: str = "") -> None:
     """Hold an implementation of an op in place against the reference: every tensor, changed or not, bit for bit."""
-    expected = run_in_place(OPS[op].reference, [a.cpu() if isinstance(a, torch.Tensor) else a for a in args])
+    expected = run_in_place(OPS[op].reference, _on_cpu(args))
     for actual, wanted in zip(run_in_place(impl, args), expected, strict=True):
         assert_same_bits(actual.cpu(), wanted, f"{op} {what}")
 
 
-def check_norms(impl_out, g, w, eta):
+def check_norms(impl_out: Implementation, g: Tensor, w: Tensor | None, eta: float) -> None:
     """Hold sums of squares against float64 ones, to the rounding of their additions and of each square."""
     (actual,) = run_out("perturbation_norms", impl_out, (g, w, eta))
-    expected = OPS["perturbation_norms"].reference(g.cpu(), None if w is None else w.cpu(), eta)
+    (expected,) = meaning("perturbation_norms", *_on_cpu((g, w, eta)))
     bound = (SEQUENTIAL_ADDITIONS + 8) * torch.finfo(torch.float64 if g.dtype == torch.float64 else torch.float32).eps
     assert_within(actual.cpu(), expected, bound * expected + 1e-300, "perturbation_norms")
 
 
-def scale_gradients(sample):
+def scale_gradients(sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (ds, its error bound, dz, its error bound) with exact summands, summed in float64."""
     w, scale, zero_point, seed, grid, noise, scale_noise, grad_scale = sample.point
     rows = Rows(w, scale, zero_point, seed, tuple(grid), noise, scale_noise)
@@ -101,7 +107,7 @@ def scale_gradients(sample):
     below, above = rows.masks()
     unit = torch.finfo(rows.dtype).eps / 2
 
-    def total(summand):
+    def total(summand: Tensor) -> tuple[Tensor, Tensor]:
         products = g * summand.double()
         bound = (
             SEQUENTIAL_ADDITIONS * unit * products.abs().sum(-1)
@@ -112,17 +118,29 @@ def scale_gradients(sample):
     return *total(rows.scale_derivative()), *total(torch.where(below | above, -rows.scale, 0.0))
 
 
-def assert_within(actual, expected, bound, what=""):
-    """Finite and no further from a float64 expectation than a bound, element by element."""
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor, what: str = "") -> None:
+    """Raise AssertionError unless every element is finite and no further from its expectation than its bound.
+
+    Args:
+        actual: of any floating-point dtype.
+        expected: in float64.
+        bound: in float64, broadcastable.
+        what: begins the message.
+    """
     error = (actual.double() - expected).abs()
     assert bool((error <= bound).all()), f"{what}: error {error.max().item():.3g} beyond {bound.max().item():.3g}"
 
 
-def check_sample(op, impl_out, sample):
-    """Hold one `_out` implementation of an op of the fake-quantize family against the reference on one sample."""
+def check_sample(op: str, impl_out: Implementation, sample: Sample) -> None:
+    """Compare an implementation of an op of the fake-quantize family with the reference on one sample.
+
+    >>> from qatkernels.testing import make
+    >>> from qatkernels.grids import lsq
+    >>> check_sample("fake_quantize", torch.ops.qatkernels.fake_quantize_out, make(lsq(4), (5, 37)))
+    """
     args = sample.args(op)
     actual = run_out(op, impl_out, args)
-    expected = as_tuple(OPS[op].reference(*args))
+    expected = meaning(op, *args)
     assert_same_bits(actual[0], expected[0], f"{op} {sample.name} {OPS[op].outputs[0]}")
     if op == "fake_quantize_dual":
         assert_same_bits(actual[1], expected[1], f"{op} {sample.name} {OPS[op].outputs[1]}")
@@ -133,7 +151,7 @@ def check_sample(op, impl_out, sample):
             assert_within(actual[2], dz, dz_bound, f"{op} {sample.name} dz")
 
 
-def special_calls(grid, dtype):
+def special_calls(grid: Grid, dtype: torch.dtype) -> dict[str, Arguments]:
     """Calls by op with ties of every level, both zeros, subnormals, the largest numbers, infinities and NaN.
 
     Scales go from below the floor to infinite; each row has one.
@@ -157,14 +175,17 @@ def special_calls(grid, dtype):
     }
 
 
-def check_first_output(op, impl_out, args):
+def check_first_output(op: str, impl_out: Implementation, args: Arguments) -> None:
     """Hold the weight-sized output of an `_out` implementation against the reference, bit for bit."""
-    on_cpu = [a.cpu() if isinstance(a, torch.Tensor) else a for a in args]
-    expected = as_tuple(OPS[op].reference(*on_cpu))[0]
+    expected = meaning(op, *_on_cpu(args))[0]
     assert_same_bits(run_out(op, impl_out, args)[0].cpu(), expected, op)
 
 
-def _bound_of_rows(op, args, number):
+def _on_cpu(args: Arguments) -> Arguments:
+    return tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
+
+
+def _bound_of_rows(op: str, args: Arguments, number: torch.dtype) -> tuple[Tensor, ...]:
     """Error bounds of the outputs of an op of cross_entropy.py, whose tensors are given in float64; unit roundoff 1.
 
     An exponential is off by what its argument is off by, and by a few units of its own. Where the dtype that it is
@@ -176,7 +197,7 @@ def _bound_of_rows(op, args, number):
     p = x.exp()
     p_error = (p * (x.abs() + 8) * 4).nan_to_num(nan=0.0) + torch.where(p < 2 * info.smallest_normal, p / info.eps, 0.0)
 
-    def sum_error(v):
+    def sum_error(v: Tensor) -> Tensor:
         return ((p_error + SEQUENTIAL_ADDITIONS * p) * v.abs()).sum(1)
 
     if op == "cross_entropy":
@@ -199,13 +220,13 @@ def _bound_of_rows(op, args, number):
     return (*first, second, loss_error)
 
 
-def check_rows(op, impl_out, args, what=""):
+def check_rows(op: str, impl_out: Implementation, args: Arguments, what: str = "") -> None:
     """Hold an `_out` implementation of an op of cross_entropy.py against the formula in float64."""
     actual = run_out(op, impl_out, args)
-    wide = tuple(a.double().cpu() if _real(a) else a.cpu() if isinstance(a, torch.Tensor) else a for a in args)
+    wide = tuple(a.double() if _real(a) else a for a in _on_cpu(args))
     number = torch.float64 if any(_real(a) and a.dtype == torch.float64 for a in args) else torch.float32
     expected, bounds, unit = (
-        as_tuple(OPS[op].reference(*wide)),
+        meaning(op, *wide),
         _bound_of_rows(op, wide, number),
         torch.finfo(number).eps,
     )
@@ -219,13 +240,13 @@ def check_rows(op, impl_out, args, what=""):
         assert_within(a.cpu()[kept], e[kept], bound.expand_as(e)[kept], f"{op} {what} {name}")
 
 
-def _real(a):
-    return isinstance(a, torch.Tensor) and a.is_floating_point()
+def _real(a: Any) -> bool:
+    return isinstance(a, Tensor) and a.is_floating_point()
 
 
-def check_gram_schmidt(impl_out, args, what=""):
+def check_gram_schmidt(impl_out: Implementation, args: Arguments, what: str = "") -> None:
     """Hold an `_out` implementation of gram_schmidt against float64: one rounding of w, and sums of float64."""
-    basis, w, h = (None if a is None else a.cpu() for a in args)
+    basis, w, h = _on_cpu(args)
     w_new, dots, sq = (t.cpu() for t in run_out("gram_schmidt", impl_out, args))
     rows, eps = basis.double(), torch.finfo(torch.float64).eps
     unit = torch.finfo(w.dtype).eps
@@ -240,7 +261,7 @@ def check_gram_schmidt(impl_out, args, what=""):
     assert_within(sq, x @ x, terms * eps * (x @ x), what)
 
 
-def check_linear_dual(impl_out, sample, tokens, transposed):
+def check_linear_dual(impl_out: Implementation, sample: Sample, tokens: int, transposed: bool) -> None:
     """Hold an `_out` implementation of quant_linear_dual against products of the reference's weight in float64."""
     dtype = sample.dtype or sample.w.dtype
     generator = torch.Generator().manual_seed(3)
@@ -248,7 +269,7 @@ def check_linear_dual(impl_out, sample, tokens, transposed):
     x, u = (torch.randn(shape, generator=generator).to(sample.w.device, dtype) for _ in range(2))
     for tangent_x, tangents in ((u, sample.tangents()), (None, sample.tangents()), (u, (None,) * 3)):
         got = run_out("quant_linear_dual", impl_out, (x, tangent_x, *tangents, *sample.point, transposed))
-        q, v = (t.double() for t in OPS["fake_quantize_dual"].reference(*tangents, *sample.point, dtype))
+        q, v = (t.double() for t in meaning("fake_quantize_dual", *tangents, *sample.point, dtype))
         q, v = (q, v) if transposed else (q.t(), v.t())
         wide, along = x.double(), torch.zeros_like(x).double() if tangent_x is None else u.double()
         eps, least = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
@@ -262,7 +283,7 @@ def check_linear_dual(impl_out, sample, tokens, transposed):
             assert ((actual.double() - exact).abs() <= bound).all(), sample.name
 
 
-def grouped_meaning(op, a, b, ends):
+def grouped_meaning(op: str, a: Tensor, b: Tensor, ends: Sequence[int]) -> Tensor:
     """Return a product of tokens with their experts' weights by its definition, one expert at a time."""
     parts = [slice(s, e) for s, e in zip((0, *ends), ends, strict=False)]
     if op == "grouped_outer":
@@ -274,7 +295,14 @@ def grouped_meaning(op, a, b, ends):
     return y
 
 
-def check_grouped(op, impl_out, args, ends, device, what=""):
+def check_grouped(
+    op: str,
+    impl_out: Implementation,
+    args: Arguments,
+    ends: Sequence[int],
+    device: torch.device | str,
+    what: str = "",
+) -> None:
     """Hold an `_out` implementation of a grouped product against float64.
 
     A sum of n products is off by n roundings of the sum of their magnitudes, and is rounded to the dtype.

@@ -1,4 +1,4 @@
-"""Inputs of the ops that tests and benchmarks share."""
+"""Calls of every op: inputs that tests, benchmarks and authors of backends share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..grids import Grid, affine, binary, lsq, seq, ternary
-from .noise import make_seed
+from ..ops.noise import make_seed
 
 #: One grid of each kind, and the widths at the ends.
 GRIDS = (binary(), ternary(), seq(2), seq(4), lsq(2), lsq(3), lsq(4), lsq(8), affine(2), affine(4), affine(8))
@@ -102,7 +102,20 @@ def make(
     noise: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> Sample:
-    """Build one sample; ``granularity`` is ``"tensor"``, ``"row"`` or a group size."""
+    """Build one sample.
+
+    Args:
+        grid: levels of the weight.
+        shape: of the weight.
+        dtype: of the weight.
+        granularity: what shares a scale: ``"tensor"``, ``"row"``, or so many weights of a row.
+        device: of all tensors.
+        noise: whether weight and scale get noise.
+        out_dtype: of the result; that of the weight if None.
+
+    >>> make(lsq(4), (6, 48), granularity=16).name
+    'lsq4-6x48-float32-16'
+    """
     w = weights(shape, dtype, device)
     group_size = granularity if isinstance(granularity, int) else None
     # Scales half as wide as they should be, so that some weights saturate.
@@ -130,7 +143,11 @@ def perturbations(op: str, device: torch.device | str = "cpu") -> Iterator[tuple
 
 
 def samples(device: torch.device | str = "cpu") -> Iterator[Sample]:
-    """Every grid at every granularity and dtype, odd sizes, noise, mixed dtypes."""
+    """Yield samples of every grid at every granularity and dtype, of odd sizes, with noise, with mixed dtypes.
+
+    >>> sum(sample.zero_point is not None for sample in samples()) > 20
+    True
+    """
     for grid in GRIDS:
         for granularity in ("tensor", "row", 16):
             yield make(grid, (6, 48), torch.float32, granularity, device)
@@ -299,9 +316,12 @@ COMPLETE_CALLS: dict[str, Callable[[str], Iterator[tuple[Any, ...]]]] = {
 def complete_calls(op: str, device: torch.device | str = "cpu") -> list[tuple[Any, ...]]:
     """Return calls of an op in which each of its tensor arguments is there at least once.
 
+    >>> [tuple(x.shape) for x, bits in complete_calls("fake_quantize_dynamic")]
+    [(5, 7)]
+
     Raises:
         KeyError: if there are none, saying where to add them.
     """
     if op not in COMPLETE_CALLS:
-        raise KeyError(f"op {op!r} has no entry in COMPLETE_CALLS of qatkernels/ops/samples.py, add one")
+        raise KeyError(f"op {op!r} has no entry in COMPLETE_CALLS of qatkernels/testing/samples.py, add one")
     return [tuple(a.to(device) if isinstance(a, Tensor) else a for a in args) for args in COMPLETE_CALLS[op](op)]

@@ -4,22 +4,26 @@ A kernel may add in any order, may take the codes as unsigned numbers and correc
 and may let scales and zero points enter where it likes, per weight or per sum. It may not round the weight to 16 bits.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import cycle
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import qatkernels as qk
-from qatkernels.grids import MIN_SCALE
-from qatkernels.ops.contract import FLOATS
-from qatkernels.ops.packing import SCALES
+from .. import grids
+from ..grids import MIN_SCALE, Grid
+from ..ops.contract import FLOATS
+from ..ops.packing import SCALES, PackedWeight
 
 #: Every width of a stored code, every kind of offset.
 GRIDS = [
-    qk.grids.binary(), qk.grids.ternary(), *map(qk.grids.seq, (2, 3, 4, 8)), *map(qk.grids.lsq, (2, 3, 4, 5, 6, 7, 8)),
-    *map(qk.grids.affine, (2, 3, 4, 8)),
+    grids.binary(), grids.ternary(), *map(grids.seq, (2, 3, 4, 8)), *map(grids.lsq, (2, 3, 4, 5, 6, 7, 8)),
+    *map(grids.affine, (2, 3, 4, 8)),
 ]  # fmt: skip
 GRID_IDS = [f"{g.scheme}{g.bits}" for g in GRIDS]
 
@@ -29,8 +33,15 @@ SINGLE = torch.finfo(torch.float32).eps / 2
 
 
 @lru_cache(maxsize=128)
-def scaled_weight(grid, shape, group_size=None, scale_dtype=torch.float32, zero=None, seed=0):
-    """A packed weight whose codes reach both ends; ``zero`` is None, ``"integral"`` or ``"any"``."""
+def scaled_weight(
+    grid: Grid,
+    shape: tuple[int, ...],
+    group_size: int | None = None,
+    scale_dtype: torch.dtype = torch.float32,
+    zero: str | None = None,
+    seed: int = 0,
+) -> PackedWeight:
+    """Return a packed weight whose codes reach both ends; ``zero`` is None, ``"integral"`` or ``"any"``."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(shape, generator=generator) * 0.02
     if w.numel() == 0:
@@ -44,11 +55,11 @@ def scaled_weight(grid, shape, group_size=None, scale_dtype=torch.float32, zero=
         point = torch.full_like(scale, 0.4 * grid.code_max).round()
         if zero == "any":
             point = point + torch.rand(point.shape, generator=generator) - 0.5
-    return qk.PackedWeight.from_float(w, scale, grid, group_size, zero_point=point, scale_dtype=scale_dtype)
+    return PackedWeight.from_float(w, scale, grid, group_size, zero_point=point, scale_dtype=scale_dtype)
 
 
-def activations(shape, dtype, seed=1):
-    """Normal numbers with one large feature, as activations have."""
+def activations(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 1) -> Tensor:
+    """Return normal numbers with one large feature, as activations have."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     if x.numel():
         x[..., x.shape[-1] // 2] *= 8
@@ -56,7 +67,7 @@ def activations(shape, dtype, seed=1):
 
 
 @lru_cache(maxsize=128)
-def wide_weight(weight):
+def wide_weight(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     """Return the weight in float64, and what its magnitude is when codes are unsigned and the offset is apart."""
     grid, codes = weight.grid, weight.codes().double()
     scale = weight.scale.float().clamp_min(MIN_SCALE).double() / grid.steps
@@ -64,14 +75,14 @@ def wide_weight(weight):
     if weight.zero_point is not None:
         shift = shift - weight.zero_point.double()
 
-    def spread(t):
+    def spread(t: Tensor) -> Tensor:
         return t.repeat_interleave(weight.group_size, -1) if weight.cols else t[..., :0]
 
     unsigned = codes - grid.code_min
     return (unsigned + spread(shift)) * spread(scale), (unsigned + spread(shift).abs()) * spread(scale)
 
 
-def quantized_activation(x, bits):
+def quantized_activation(x: Tensor, bits: int | None) -> Tensor:
     """Return x as symmetric integers times a scale per token, in float64; both are exact."""
     if bits is None or x.numel() == 0:
         return x.double()
@@ -80,7 +91,7 @@ def quantized_activation(x, bits):
     return torch.round(values / scale).double() * scale.double()
 
 
-def by_expert(x, w, offsets):
+def by_expert(x: Tensor, w: Tensor, offsets: Tensor | None) -> Tensor:
     """Return x w^T in float64, expert by expert; rows of nobody are 0."""
     if offsets is None:
         return x @ w.mT
@@ -92,19 +103,25 @@ def by_expert(x, w, offsets):
     return y
 
 
-def rounded_bound(y, error, dtype):
+def rounded_bound(y: Tensor, error: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the error bound of y after it is rounded to a dtype, where ``error`` is the bound before."""
     info = torch.finfo(dtype)
     return error + (y.abs() + error) * (info.eps / 2) + info.smallest_normal * info.eps / 2
 
 
-def sum_error(terms, dtype):
+def sum_error(terms: int, dtype: torch.dtype) -> float:
     """Return the relative error of a sum of products with weights, against the sum of magnitudes."""
     unit = torch.finfo(torch.float64).eps / 2 if dtype == torch.float64 else SINGLE
     return (terms + 3) * unit + WEIGHT_ROUNDINGS * SINGLE
 
 
-def expected_linear(x, weight, bias=None, offsets=None, act_bits=None):
+def expected_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    offsets: Tensor | None = None,
+    act_bits: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return ``lowbit_linear`` in float64 and the error that a kernel may make."""
     w, magnitude = wide_weight(weight)
     values = quantized_activation(x, act_bits)
@@ -114,7 +131,7 @@ def expected_linear(x, weight, bias=None, offsets=None, act_bits=None):
     return y, rounded_bound(y, sum_error(weight.cols, x.dtype) * size, x.dtype)
 
 
-def expected_transposed(g, weight, offsets=None):
+def expected_transposed(g: Tensor, weight: PackedWeight, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return ``lowbit_linear_transposed`` in float64 and the error that a kernel may make."""
     w, magnitude = wide_weight(weight)
     x, size = by_expert(g.double(), w.mT, offsets), by_expert(g.double().abs(), magnitude.mT, offsets)
@@ -126,27 +143,27 @@ class Case:
     """One product, as arguments of the two ops."""
 
     name: str
-    weight: qk.PackedWeight
+    weight: PackedWeight
     x: Tensor
     bias: Tensor | None = None
     offsets: Tensor | None = None
     act_bits: int | None = None
 
     @property
-    def grid(self):
+    def grid(self) -> list[Any]:
         """What the ops take instead of a Grid."""
         return [list(self.weight.grid.constants), self.weight.grid.code_min, self.weight.bits]
 
     @property
-    def tensors(self):
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """The weight as the ops take it."""
         return self.weight.packed, self.weight.scale, self.weight.zero_point
 
-    def upstream(self):
-        """A gradient with respect to y."""
+    def upstream(self) -> Tensor:
+        """Return a gradient with respect to y."""
         return activations((*self.x.shape[:-1], self.weight.shape[-2]), self.x.dtype, seed=2)
 
-    def call(self, op):
+    def call(self, op: str) -> tuple[tuple[Any, ...], Tensor, Tensor]:
         """Return arguments, expectation in float64 and error bound of a named op."""
         if op == "lowbit_linear":
             args = (self.x, *self.tensors, self.bias, self.offsets, *self.grid, self.act_bits)
@@ -161,13 +178,13 @@ SIZES = [(1, 1, 1), (1, 5, 37), (3, 7, 33), (2, 16, 64), (4, 31, 96), (7, 3, 129
 LARGE = [(33, 70, 520), (130, 96, 256), (1, 33, 4096), (17, 65, 1023)]
 
 
-def granularities(cols):
-    """Group sizes to try, None for a scale per row: those in use, and one that no tile expects."""
+def granularities(cols: int) -> list[int | None]:
+    """Return group sizes to try, None for a scale per row: those in use, and one that no tile expects."""
     return [None, *(g for g in (32, 64, 128) if cols % g == 0), *([cols // 3] if cols % 3 == 0 else [])]
 
 
-def cases(grid, dtype, sizes=None):
-    """Every size and granularity with and without quantized activations; the rest takes turns."""
+def cases(grid: Grid, dtype: torch.dtype, sizes: Iterable[tuple[int, int, int]] | None = None) -> Iterator[Case]:
+    """Yield every size and granularity with and without quantized activations; the rest takes turns."""
     zeros = cycle(("integral", "any", None) if grid.has_zero_point else (None,))
     scales, odd, few = cycle(SCALES), cycle((False, True)), cycle((2, 3, 5, 6, 7))
     for tokens, rows, cols in sizes or SIZES:
@@ -180,8 +197,8 @@ def cases(grid, dtype, sizes=None):
                 yield Case(name, weight, activations((tokens, cols), dtype), bias, None, act_bits)
 
 
-def floored_cases(grid, dtype):
-    """Scales below the smallest one, which they act as: tiny, zero and negative ones, among others."""
+def floored_cases(grid: Grid, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield products with scales that act as the smallest one: tiny, zero and negative ones, among others."""
     dtypes = cycle(SCALES)
     for rows, cols, group in ((33, 64, None), (17, 96, 32), (5, 60, 20)):
         for tokens, act_bits in ((1, None), (3, 8), (40, None), (2, None)):
@@ -199,8 +216,8 @@ def floored_cases(grid, dtype):
 OFFSETS = [(3, 4, 11), (0, 11, 11), (5, 5, 9), (0, 0, 0), (11,), (0, 0, 4, 4, 4, 11, 11)]
 
 
-def grouped_cases(grid, dtype):
-    """Stacks of experts with every raggedness."""
+def grouped_cases(grid: Grid, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield products with stacks of experts with every raggedness."""
     zeros = cycle(("any", None) if grid.has_zero_point else (None,))
     turns = cycle(((7, 33, None), (16, 64, 32), (5, 96, 32), (33, 37, None)))
     for offsets in OFFSETS:

@@ -1,0 +1,64 @@
+"""What happens during a training run: a signal, a lost machine or a broken layer, at a pass through the demo model.
+
+The hooks are torch's own for every module of a process, so that nothing of the library is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from qatkernels.trainer.demo_model import Transformer
+
+
+@dataclass
+class Passes:
+    """How many passes there were."""
+
+    count: int = 0
+
+
+class MachineGone(RuntimeError):
+    """What no one catches: the run ends where it is, without a checkpoint."""
+
+
+@contextlib.contextmanager
+def each_pass(act: Callable[[int, nn.Module], Any] = lambda number, model: None) -> Iterator[Passes]:
+    """Call ``act(number, model)`` before each forward pass that a backward pass may follow, counted from 1.
+
+    A step of plain training without parts is one such pass; evaluations are none.
+    """
+    passes = Passes()
+
+    def before(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, Transformer) and torch.is_grad_enabled():
+            passes.count += 1
+            act(passes.count, module)
+
+    hook = register_module_forward_pre_hook(before)
+    try:
+        yield passes
+    finally:
+        hook.remove()
+
+
+def signals_at(*numbers: int, signal_number: int = signal.SIGTERM) -> contextlib.AbstractContextManager[Passes]:
+    """Send this process a signal at some passes."""
+    return each_pass(lambda number, _: signal.raise_signal(signal_number) if number in numbers else None)
+
+
+def gone_at(*numbers: int) -> contextlib.AbstractContextManager[Passes]:
+    """Raise MachineGone at some passes."""
+
+    def act(number: int, model: nn.Module) -> None:
+        if number in numbers:
+            raise MachineGone("the machine is gone")
+
+    return each_pass(act)
