@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from .. import files
 from ..files import CheckpointError
+from ..float32_scales import Float32Scales
 from ..grids import make_grid
-from ..nn.activation import Float32Scales, LearnedActivation
+from ..nn.activation import LearnedActivation
 from ..nn.pack_model import packed_modules
-from ..nn.packed_linear import KINDS, Packed, PackedBuffers
+from ..nn.packed_linear import KINDS, Packed
 from ..nn.quant_conv1d import is_conv1d
 from ..ops.contract import FLOATS
-from ..ops.packing import PackedWeight
+from ..ops.packed_weight import PackedWeight
 
 FORMAT, VERSION = "qatkernels-packed", 1
 
@@ -208,14 +209,13 @@ def _blamed(path: Path) -> Iterator[None]:
 
 def _with_packed_layers(model: nn.Module, layers: list[dict[str, Any]], state: dict[str, Tensor]) -> nn.Module:
     """Put packed layers where a file says they are."""
-    weights: dict[str, PackedBuffers] = {}
+    weights: dict[str, PackedWeight] = {}
     biases: dict[int, nn.Parameter] = {}
     for entry in layers:
         prefix = entry["weight"]
         if prefix not in weights:
-            weights[prefix] = PackedBuffers(_packed_weight(entry, prefix, state))
+            weights[prefix] = _packed_weight(entry, prefix, state)
             weights[prefix].layer = entry["names"][0]
-            weights[prefix].dtype = getattr(torch, entry.get("dtype", "float32"))
         layer = None
         for name in entry["names"]:
             old = model.get_submodule(name)
@@ -235,7 +235,9 @@ def _part(state: dict[str, Tensor], name: str, there: bool) -> Tensor | None:
 def _packed_weight(entry: dict[str, Any], prefix: str, state: dict[str, Tensor]) -> PackedWeight:
     zero_point = _part(state, f"{prefix}zero_point", "zero_point" in entry)
     grid = make_grid(entry["scheme"], entry["bits"])
-    weight = PackedWeight(state[f"{prefix}packed"], state[f"{prefix}scale"], zero_point, grid, entry["cols"])
+    packed, scale = state[f"{prefix}packed"], state[f"{prefix}scale"]
+    dtype = getattr(torch, entry.get("dtype", "float32"))
+    weight = PackedWeight(packed, scale, zero_point, grid, entry["cols"], dtype=dtype)
     if not all(t is None or t.isfinite().all() for t in (weight.scale, zero_point)):
         raise ValueError(f"{prefix}scale or its zero point is not finite")
     if grid.levels < 1 << grid.storage_bits and weight.packed.numel():
@@ -246,7 +248,7 @@ def _packed_weight(entry: dict[str, Any], prefix: str, state: dict[str, Tensor])
 
 
 def _layer(
-    entry: dict[str, Any], weight: PackedBuffers, old: nn.Module, state: dict[str, Tensor],
+    entry: dict[str, Any], weight: PackedWeight, old: nn.Module, state: dict[str, Tensor],
     biases: dict[int, nn.Parameter],
 ) -> Packed:  # fmt: skip
     """Return a packed layer in place of the one that was built, whose weight, where it has one, says the shape."""

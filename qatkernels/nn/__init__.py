@@ -7,7 +7,7 @@ from .config import QuantConfig
 from .grouped_quant_linear import GroupedQuantLinear
 from .load_weights import load_weights
 from .pack_model import PACKERS, compile_kernels, model_bytes, pack_model, packed_modules
-from .packed_linear import GroupedPackedLinear, PackedBuffers, PackedLinear
+from .packed_linear import GroupedPackedLinear, PackedLinear
 from .param_groups import param_groups, scales_at_floor
 from .quant_conv1d import QuantConv1D
 from .quant_linear import QuantLinear
@@ -22,7 +22,6 @@ __all__ = [
     "GroupedQuantLinear",
     "LayerCheck",
     "LearnedActivation",
-    "PackedBuffers",
     "PackedLinear",
     "QuantConfig",
     "QuantConv1D",

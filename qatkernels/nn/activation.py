@@ -1,90 +1,19 @@
-"""Activation quantizers as modules, and what every module with learned scales shares."""
+"""Activation quantizers as modules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._torch_compat import is_fake
+from ..autocast import compute_dtype
+from ..float32_scales import Float32Scales
 from ..grids import Grid
 from ..ops import fake_quantize, fake_quantize_dynamic
-
-
-class Float32Scales(nn.Module):
-    """A module whose ``scale`` and ``zero_point`` stay as they are, bit for bit, whatever the model is cast to.
-
-    A scale rounded to bfloat16 moves every weight that it scales.
-
-    Scales alone do not say what they belong to, and those of 8 bits have the shape of those of 2. So a state dict has
-    :attr:`layout` beside them, as torch's extra state, and a module loads nothing of another layout. It is text in a
-    uint8 tensor, since some formats hold tensors only.
-    """
-
-    #: Names of the parameters and buffers that no cast changes.
-    uncast: ClassVar[tuple[str, ...]] = ("scale", "zero_point")
-    #: What is said of another layout: of the prefix in the state dict, the layout there, and that of this module.
-    refusal: ClassVar[str] = (
-        "{}scale is of {}, must be of {}; load_weights(model, state_dict) takes the weights alone and sets scales anew"
-    )
-    #: Whether a strict load refuses a state dict without a layout, which is one of an earlier version.
-    layout_required: ClassVar[bool] = False
-
-    scale: Tensor
-
-    @property
-    def layout(self) -> str:
-        """What the numbers in the state dict stand for, in words."""
-        raise NotImplementedError
-
-    def get_extra_state(self) -> Tensor:
-        """Return the layout as text in a tensor."""
-        # On the device of the rest: torch.distributed refuses state dicts on several devices.
-        return torch.tensor(list(self.layout.encode()), dtype=torch.uint8, device=self.scale.device)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Do nothing: the layout is this module's own, and was compared before anything was loaded."""
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        _, _, missing_keys, _, error_msgs = args
-        if problems := self._problems(state_dict, prefix):
-            error_msgs.extend(problems)
-            return
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if not self.layout_required and (name := f"{prefix}_extra_state") in missing_keys:
-            missing_keys.remove(name)
-
-    def _problems(self, state_dict: Any, prefix: str) -> list[str]:
-        """Return why nothing can be loaded."""
-        found = layout_in(state_dict, prefix)
-        if found is None or found == self.layout:
-            return []
-        return [self.refusal.format(prefix, found, self.layout)]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        scales = [t for own in (self._parameters, self._buffers) for n in self.uncast if (t := own.get(n)) is not None]
-        kept = scales + [p.grad for p in scales if p.grad is not None]
-
-        def move_only(tensor: Tensor) -> Tensor:
-            applied = fn(tensor)
-            if applied.dtype != tensor.dtype and any(tensor is k for k in kept):
-                return tensor.to(applied.device)
-            return applied
-
-        return super()._apply(move_only, recurse)
-
-
-def layout_in(state_dict: Any, prefix: str) -> str | None:
-    """Return the layout that a state dict has for the module of a prefix, or None if it has none."""
-    layout = state_dict.get(f"{prefix}_extra_state")
-    if layout is None or (isinstance(layout, Tensor) and layout.is_meta):
-        return None
-    if not isinstance(layout, Tensor) or layout.dtype != torch.uint8 or layout.ndim != 1:
-        return f"unknown ({layout!r:.40})"
-    return bytes(layout.tolist()).decode(errors="replace")
 
 
 def scales_of(model: nn.Module) -> list[nn.Parameter]:
@@ -92,19 +21,6 @@ def scales_of(model: nn.Module) -> list[nn.Parameter]:
     modules = [m for m in model.modules() if isinstance(m, Float32Scales)]
     found = [m._parameters.get(name) for m in modules for name in ("scale", "zero_point")]
     return [parameter for parameter in found if parameter is not None]
-
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast casts ``tensor`` to for a product, or None where it leaves it as it is."""
-    device, dtypes = tensor.device.type, (torch.float32, torch.bfloat16, torch.float16)  # float64 is left alone
-    if tensor.dtype in dtypes and device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype | None:
-    """Return the 16-bit dtype that autocast computes with a float32 ``tensor`` in, or None where it does not."""
-    return autocast_dtype(tensor) if tensor.dtype is torch.float32 else None
 
 
 #: How often a compiled graph is compiled anew to see whether its batch has initialized a scale. After that the graph

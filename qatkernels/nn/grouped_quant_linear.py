@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..autocast import autocast_dtype, compute_dtype
 from ..ops.grouped_linear import grouped_linear
-from .activation import autocast_dtype, compute_dtype
 from .config import QuantConfig
 from .quant_linear import why_not
 from .quantized import Quantized

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .activation import LearnedActivation, layout_in
+from ..float32_scales import layout_in
+from .activation import LearnedActivation
 from .quantized import Quantized
 
 

@@ -11,14 +11,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..backends import order
+from ..ops import PackedWeight
 from .grouped_quant_linear import GroupedQuantLinear
-from .packed_linear import GroupedPackedLinear, Packed, PackedBuffers, PackedLinear
+from .packed_linear import GroupedPackedLinear, Packed, PackedLinear, packed_weight
 from .quant_linear import QuantLinear
 from .quantized import reparametrization
 from .replaced import message, replaced_layers
 
-#: How a layer is packed, by its type or a base of it: ``packer(layer, weight=buffers)`` returns the new layer. Such a
-#: layer has QuantLinear's attributes. Another kind of layer is another entry.
+#: How a layer is packed, by its type or a base of it: ``packer(layer, weight=packed_weight)`` returns the new layer.
+#: Such a layer has QuantLinear's attributes. Another kind of layer is another entry.
 PACKERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     QuantLinear: PackedLinear.from_quantized,
     GroupedQuantLinear: GroupedPackedLinear.from_quantized,
@@ -49,7 +50,7 @@ def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) ->
     for item in replaced_layers(model).items():
         warnings.warn(message(*item), stacklevel=2)
     names = {module: name for name, module in model.named_modules()}
-    packed: dict[tuple[int, ...], PackedBuffers] = {}
+    packed: dict[tuple[int, ...], PackedWeight] = {}
     kept: list[tuple[Tensor | None, ...]] = []  # so that no id is used again
     replacements: dict[nn.Module, nn.Module] = {}
     for layer, packer in found.items():
@@ -59,7 +60,7 @@ def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) ->
         try:
             _check(layer)
             if key not in packed:
-                packed[key] = PackedBuffers.from_quantized(layer, scale_dtype)
+                packed[key] = packed_weight(layer, scale_dtype)
                 packed[key].layer = names[layer]
             replacements[layer] = packer(layer, weight=packed[key])
         except ValueError as error:
@@ -135,5 +136,5 @@ def compile_kernels(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> in
     on_gpu = [layer for layer in layers.values() if layer.weight.packed.is_cuda]
     for layer in on_gpu:
         bias = layer.bias if isinstance(layer, PackedLinear) else None
-        warm_up(layer.weight.value, dtype, bias=bias, act_bits=layer.act_bits)
+        warm_up(layer.weight, dtype, bias=bias, act_bits=layer.act_bits)
     return len(on_gpu)

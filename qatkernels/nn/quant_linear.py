@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .._torch_compat import in_forward_mode
+from ..autocast import compute_dtype
 from ..ops import quant_linear_dual
 from ..ops.contract import FLOATS
 from ..ops.quant_linear import forward_mode_alone
-from .activation import compute_dtype
 from .config import QuantConfig
 from .quantized import Quantized, reparametrization
 

@@ -15,8 +15,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from .._torch_compat import is_fake
+from ..float32_scales import Float32Scales
 from ..grids import Grid
-from .activation import DynamicActivation, Float32Scales, LearnedActivation
+from .activation import DynamicActivation, LearnedActivation
 from .config import QuantConfig
 from .floor import count_at_floor, floor_message, local_part
 from .quantizer import WeightQuantizer, initial_scale

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..ops import PackedWeight
 from .activation import LearnedActivation
-from .packed_linear import PackedBuffers
 
 
 class RandomState:
@@ -68,7 +68,7 @@ def untouched(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     asked = [parameter.requires_grad for parameter in parameters]
     held = [parameter.grad for parameter in parameters] if gradients else []
     # By module and not by name: a shared buffer has one name in named_buffers().
-    buffers = [(m, dict(m._buffers)) for m in modules if m._buffers and not isinstance(m, PackedBuffers)]
+    buffers = [(m, dict(m._buffers)) for m in modules if m._buffers and not isinstance(m, PackedWeight)]
     copies = {id(b): _copy(b) for _, own in buffers for b in own.values() if b is not None}
     # Autocast keeps casts of parameters for as long as its outermost context lasts, whatever their values are by now.
     torch.clear_autocast_cache()

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .activation import Float32Scales
+from ..float32_scales import Float32Scales
 from .config import QuantConfig
 from .packed_linear import Packed
 from .quant_linear import qualified_name

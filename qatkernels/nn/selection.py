@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from .config import QuantConfig
+from .packed_linear import Packed
 from .quant_conv1d import is_conv1d
 from .quant_linear import why_not
 from .quantized import Quantized
@@ -134,7 +135,7 @@ def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 def is_candidate(module: nn.Module) -> bool:
     """Whether a module is a layer of a kind that is quantized, or is quantized already."""
-    return isinstance(module, nn.Linear | Quantized) or is_conv1d(module)
+    return (isinstance(module, nn.Linear | Quantized) and not isinstance(module, Packed)) or is_conv1d(module)
 
 
 def choose(model: nn.Module, rules: Rules, requantize: bool = False) -> dict[nn.Module, QuantConfig | Left]:

@@ -6,9 +6,9 @@ from .fake_quantize import fake_quantize
 from .grouped_linear import grouped_linear
 from .krylov import gram_schmidt
 from .linear_cross_entropy import linear_cross_entropy
-from .lowbit_linear import grouped_lowbit_linear, lowbit_linear
 from .noise import normal
-from .packing import PackedWeight, pack, unpack
+from .packed_weight import PackedWeight, grouped_lowbit_linear, lowbit_linear
+from .packing import pack, unpack
 from .perturb import perturb_, perturb_swap_, perturbation_norms
 from .quant_linear import quant_linear_dual
 from .quantize import dequantize, quantize

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from .._torch_compat import without_autocast
-from ..arguments import check_optional_integers, check_optional_tensors, check_tensors, wrong_type
 from ._autograd import OpFunction
 from ._op import define
-from .packing import CODES, PackedWeight
+from .packing import CODES
 
 
 def unpacked(
@@ -186,81 +185,3 @@ class LowbitLinearTransposed(OpFunction):
     def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
         """The product of the tangent."""
         return None if tangents.g is None else LowbitLinearTransposed.of(kept, g=tangents.g)
-
-
-def product(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    offsets: Tensor | None,
-    grid: list[float],
-    code_min: int,
-    bits: int,
-    act_bits: int | None,
-    cols: int,
-) -> Tensor:
-    """Both products, differentiable, from the parts of a packed weight: what a module calls with its buffers.
-
-    The op takes the width of x for that of the weight; rows of bytes alone cannot tell K from less within a byte.
-    """
-    if x.ndim and x.shape[-1] != cols:
-        raise RuntimeError(f"x has shape {tuple(x.shape)}, its last dimension must be {cols} like the weight's")
-    y: Tensor = FORWARD.call(x, packed, scale, zero_point, bias, offsets, grid, code_min, bits, act_bits)
-    return y
-
-
-def _call(x: Tensor, w: PackedWeight, bias: Tensor | None, offsets: Tensor | None, act_bits: int | None) -> Tensor:
-    check_tensors(x=x)
-    check_optional_tensors(bias=bias)
-    check_optional_integers(act_bits=act_bits)
-    if not isinstance(w, PackedWeight):
-        raise wrong_type("weight", w, "a PackedWeight, which PackedWeight.from_float makes")
-    grid = (w.constants, w.grid.code_min, w.bits)
-    return product(x, w.packed, w.scale, w.zero_point, bias, offsets, *grid, act_bits, w.cols)
-
-
-def lowbit_linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, act_bits: int | None = None
-) -> Tensor:
-    """Return ``x @ weight.T + bias`` from a packed weight.
-
-    Args:
-        x: activations ``[..., K]``, float32, bfloat16, float16 or float64.
-        weight: packed weight of shape ``[N, K]``.
-        bias: ``[N]``, floating point, or None.
-        act_bits: None multiplies x as it is. 2 to 8 quantize each token of it to symmetric integers first, scale
-            ``max(abs(x)) / (2**(act_bits - 1) - 1)``, and sum integers.
-
-    Returns:
-        ``[..., N]`` in the dtype of x, summed in float32. Differentiable in x and bias, any order, both modes.
-
-    Raises:
-        TypeError: if ``weight`` is no PackedWeight, or another argument is of another type, naming it.
-        RuntimeError: if a shape, dtype or device does not fit, naming the argument.
-    """
-    return _call(x, weight, bias, None, act_bits)
-
-
-def grouped_lowbit_linear(x: Tensor, weight: PackedWeight, offsets: Tensor, *, act_bits: int | None = None) -> Tensor:
-    """Return each token times the packed weight of its expert, for tokens that are sorted by expert, in one launch.
-
-    Args:
-        x: tokens ``[T, K]``, those of expert 0 first.
-        weight: packed weights ``[E, N, K]``.
-        offsets: int32 ``[E]`` on the device of x: where each expert's tokens end, ascending. As for
-            ``torch._grouped_mm``, an expert may have no token. On a CPU offsets that descend or exceed T are an error;
-            on a GPU, where looking would wait for it, the result is then undefined.
-        act_bits: as for :func:`lowbit_linear`.
-
-    Returns:
-        ``[T, N]`` in the dtype of x; tokens past the last offset give 0. Differentiable in x.
-
-    Raises:
-        TypeError: if ``weight`` is no PackedWeight, or another argument is of another type, naming it.
-        ValueError: if offsets descend or exceed T.
-        RuntimeError: if a shape, dtype or device does not fit, naming the argument.
-    """
-    check_tensors(offsets=offsets)
-    return _call(x, weight, None, offsets, act_bits)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import grids
 from ..grids import MIN_SCALE, Grid
-from ..ops.packing import PackedWeight
+from ..ops import PackedWeight
 from .compare import meaning
 from .samples import MANY
 

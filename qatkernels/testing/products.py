@@ -7,7 +7,7 @@ and may let scales and zero points enter where it likes, per weight or per sum. 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import cycle
 from typing import Any
@@ -18,7 +18,8 @@ from torch import Tensor
 from .. import grids
 from ..grids import MIN_SCALE, Grid
 from ..ops.contract import FLOATS
-from ..ops.packing import SCALES, PackedWeight
+from ..ops.packed_weight import PackedWeight
+from ..ops.packing import SCALES
 
 #: Every width of a stored code, every kind of offset.
 GRIDS = [
@@ -56,6 +57,12 @@ def scaled_weight(
         if zero == "any":
             point = point + torch.rand(point.shape, generator=generator) - 0.5
     return PackedWeight.from_float(w, scale, grid, group_size, zero_point=point, scale_dtype=scale_dtype)
+
+
+def replaced(weight: PackedWeight, **parts: Tensor | None) -> PackedWeight:
+    """Return a packed weight with other tensors in it."""
+    tensors: dict[str, Any] = {name: getattr(weight, name) for name in ("packed", "scale", "zero_point")} | parts
+    return PackedWeight(**tensors, grid=weight.grid, cols=weight.cols)
 
 
 def activations(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 1) -> Tensor:
@@ -209,7 +216,7 @@ def floored_cases(grid: Grid, dtype: torch.dtype) -> Iterator[Case]:
             every_other.copy_(some.repeat(len(every_other))[: len(every_other)])
             name = f"{tokens}x{rows}x{cols} group {group} {scale_dtype} act {act_bits} scales below the floor"
             x = activations((tokens, cols), dtype) * 1e3
-            yield Case(name, replace(weight, scale=scale), x, None, None, act_bits)
+            yield Case(name, replaced(weight, scale=scale), x, None, None, act_bits)
 
 
 #: Where each expert's tokens end, for 11 tokens: ragged, empty at either end and between, tokens of nobody.

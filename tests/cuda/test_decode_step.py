@@ -9,7 +9,7 @@ from torch import nn
 
 import qatkernels as qk
 from qatkernels.nn.packed_linear import PackedLinear
-from qatkernels.ops.packing import row_bytes
+from qatkernels.ops.contract import row_bytes
 from tests.implementations import GPU
 
 
@@ -127,7 +127,7 @@ class Numbers(nn.Module):
 
     def __init__(self, layer):
         super().__init__()
-        self.weight = layer.weight.value.dequantize()
+        self.weight = layer.weight.dequantize()
 
     def forward(self, x):
         return F.linear(x, self.weight)

@@ -488,11 +488,10 @@ def test_compile_kernels_compiles_what_is_on_a_gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "qatkernels.backends.triton.lowbit_linear", kernels)
     monkeypatch.setitem(backends.IMPLS["lowbit_linear"], "triton", None)
     monkeypatch.delenv("QATKERNELS_BACKEND", raising=False)
-    layer = types.SimpleNamespace(
-        weight=types.SimpleNamespace(packed=types.SimpleNamespace(is_cuda=True), value="w"), bias="b", act_bits=8
-    )
+    weight = types.SimpleNamespace(packed=types.SimpleNamespace(is_cuda=True))
+    layer = types.SimpleNamespace(weight=weight, bias="b", act_bits=8)
     monkeypatch.setattr(pack_model_module, "packed_modules", lambda _: {"a": layer})
     assert qk.compile_kernels(model, torch.float16) == 1
-    assert calls == [("w", torch.float16, {"bias": None, "act_bits": 8})]
+    assert calls == [(weight, torch.float16, {"bias": None, "act_bits": 8})]
     monkeypatch.setenv("QATKERNELS_BACKEND", "reference")
     assert qk.compile_kernels(model, torch.float16) == 0, "kernels were compiled that no call reaches"

@@ -11,7 +11,7 @@ from torch import nn
 
 import qatkernels as qk
 from qatkernels import grids
-from qatkernels.nn import LearnedActivation, PackedBuffers, QuantConfig, QuantLinear, calibrate
+from qatkernels.nn import LearnedActivation, QuantConfig, QuantLinear, calibrate
 from qatkernels.ops.packing import SCALES
 from qatkernels.testing.compare import assert_same_bits, assert_within
 from qatkernels.testing.products import by_expert, quantized_activation, rounded_bound, sum_error, wide_weight
@@ -31,7 +31,7 @@ def bounds(x, packed, dtype, offsets=None):
     In 16 bits the quantized layer rounds the weight, the bias, a dynamic activation, and perhaps the product before the
     bias is added; the packed layer rounds its output alone.
     """
-    w, magnitude = wide_weight(packed.weight.value)
+    w, magnitude = wide_weight(packed.weight)
     dynamic = packed.act_bits is not None
     values = quantized_activation(x, packed.act_bits)
     y, size = by_expert(values, w, offsets), by_expert(values.abs(), magnitude, offsets)
@@ -82,7 +82,7 @@ def test_scale_dtypes(config, scale_dtype):
     layer = QuantLinear(16, 12, config=config)
     packed = qk.PackedLinear.from_quantized(layer, scale_dtype=scale_dtype)
     assert packed.weight.scale.dtype == scale_dtype
-    assert_same_bits(packed.weight.value.codes(), layer.codes())
+    assert_same_bits(packed.weight.codes(), layer.codes())
     x = torch.randn(3, 16)
     y, bound, _ = bounds(x, packed, torch.float32)
     assert_within(packed(x), y, bound)
@@ -265,8 +265,55 @@ def test_compile(act):
         assert_same_bits(compiled(x), packed(x))
 
 
+def test_a_wrong_weight_is_named():
+    with pytest.raises(TypeError, match=r"weight is a tensor, torch.float32 of shape \(4, 8\), must be a PackedWeight"):
+        qk.PackedLinear(torch.randn(4, 8))
+
+
+def test_one_weight_serves_layers_and_functions():
+    """Nothing copies it or takes it apart: what a layer holds is what the op takes."""
+    weight = layer_of(grids.lsq(4)).weight
+    first, second = qk.PackedLinear(weight), qk.PackedLinear(weight, torch.ones(8))
+    assert first.weight is second.weight is weight
+    x = torch.randn(3, 64)
+    assert_same_bits(second(x), qk.lowbit_linear(x, weight, second.bias))
+    stack = qk.PackedWeight(weight.packed[None], weight.scale[None], None, weight.grid, weight.cols)
+    ends = torch.tensor([2], dtype=torch.int32)
+    y = qk.GroupedPackedLinear(stack)(x, ends)
+    assert_same_bits(y, qk.lowbit_linear(x, stack, offsets=ends))
+    assert_same_bits(y, qk.grouped_lowbit_linear(x, stack, ends))
+
+
+def test_to_leaves_the_weight_itself_and_a_model_moves_it():
+    layer = layer_of(grids.lsq(4))
+    moved = layer.weight.to("meta", torch.bfloat16)
+    assert (moved.device.type, moved.dtype, moved.packed.dtype) == ("meta", torch.bfloat16, torch.uint8)
+    assert (layer.weight.device.type, layer.weight.dtype) == ("cpu", torch.float32)
+    weight = layer.weight
+    assert layer.to("meta").weight is weight
+    assert weight.device.type == "meta"
+
+
+def test_it_is_a_linear_layer_that_is_not_quantized_again():
+    model = nn.Sequential(layer_of(grids.lsq(4)), nn.Linear(8, 8))
+    assert isinstance(model[0], nn.Linear)
+    assert (model[0].in_features, model[0].out_features) == (64, 8)
+    packed = model[0]
+    qk.quantize_model(model, QuantConfig(2))
+    assert model[0] is packed
+    assert isinstance(model[1], QuantLinear)
+    with pytest.raises((TypeError, AttributeError), match="the weight of this layer is packed codes"):
+        packed.reset_parameters()
+
+
+def test_the_former_name_of_the_weight_still_works():
+    weight = layer_of(grids.lsq(4)).weight
+    with pytest.warns(DeprecationWarning, match=r"layer\.weight\.value is now layer\.weight"):
+        assert weight.value is weight
+
+
 def test_bad_arguments():
-    weight = PackedBuffers.from_quantized(QuantLinear(16, 12, config=QuantConfig(4)))
+    weight = qk.PackedLinear.from_quantized(QuantLinear(16, 12, config=QuantConfig(4))).weight
     stack = qk.PackedWeight.from_float(torch.randn(2, 4, 8), torch.ones(2, 4), grids.lsq(4))
     for message, call in {
         "weight has shape .12, 16., must have 3": lambda: qk.GroupedPackedLinear(weight),

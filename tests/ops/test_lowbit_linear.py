@@ -1,6 +1,5 @@
 """Products with packed weights: every implementation present against float64, and bad calls."""
 
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -23,6 +22,7 @@ from qatkernels.testing.products import (
     expected_linear,
     floored_cases,
     grouped_cases,
+    replaced,
     scaled_weight,
 )
 from tests.isas import FLOAT_ISAS
@@ -159,7 +159,7 @@ def test_a_scale_that_is_not_finite_stays_in_its_row(grid, act_bits):
         scale[4] = torch.nan
         for tokens in (1, 3, 40):
             x = activations((tokens, cols), dtype)
-            args, *_ = Case("", replace(weight, scale=scale), x, act_bits=act_bits).call("lowbit_linear")
+            args, *_ = Case("", replaced(weight, scale=scale), x, act_bits=act_bits).call("lowbit_linear")
             expected, bound = expected_linear(x, weight, act_bits=act_bits)
             for backend, impl, device in implementations("lowbit_linear"):
                 y = run_out("lowbit_linear", impl, _to(args, device))[0].cpu()
@@ -182,11 +182,11 @@ def test_an_outlier_on_a_small_weight(dtype, outlier):
         if group is None:  # nothing at all meets the outlier
             codes = weight.codes().clone()
             codes[:, 0] = 0
-            weight = replace(weight, packed=qk.pack(codes, grid))
+            weight = replaced(weight, packed=qk.pack(codes, grid))
         else:
             scale = weight.scale.clone()
             scale[:, 0] /= 50
-            weight = replace(weight, scale=scale)
+            weight = replaced(weight, scale=scale)
         for tokens in (1, 3, 20):
             x = activations((tokens, 64), dtype)
             x[:, 0] = outlier
@@ -346,7 +346,7 @@ def test_bad_calls(message):
 def test_a_weight_of_another_kind():
     weight, ends = torch.randn(6, 16), torch.tensor([3], dtype=torch.int32)
     layer = qk.PackedLinear(scaled_weight(qk.grids.lsq(4), (6, 16)))
-    for given, name in ((weight, "a tensor"), (layer.weight, "PackedBuffers"), (None, "None")):
+    for given, name in ((weight, "a tensor"), (layer, "PackedLinear"), (None, "None")):
         for call in (qk.lowbit_linear, lambda x, w: qk.grouped_lowbit_linear(x, w, ends)):
             with pytest.raises(TypeError, match=f"weight is {name}.*, must be a PackedWeight"):
                 call(torch.randn(3, 16), given)

@@ -1,7 +1,5 @@
 """Derivatives of products with packed weights, and torch's transforms of them."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -13,7 +11,14 @@ from qatkernels.ops._op import OPS
 from qatkernels.ops.contract import FLOATS
 from qatkernels.ops.lowbit_linear import LowbitLinear
 from qatkernels.testing.compare import assert_same_bits, assert_within
-from qatkernels.testing.products import Case, activations, expected_linear, expected_transposed, scaled_weight
+from qatkernels.testing.products import (
+    Case,
+    activations,
+    expected_linear,
+    expected_transposed,
+    replaced,
+    scaled_weight,
+)
 from tests.compiled import torch_compile_blamed
 
 GRADIENT_GRIDS = [qk.grids.binary(), qk.grids.ternary(), qk.grids.seq(2), qk.grids.lsq(4), qk.grids.affine(3)]
@@ -102,7 +107,7 @@ def test_nothing_of_the_input_is_saved(act_bits):
 def test_codes_and_scales_get_no_gradient():
     weight, x = _linear(qk.grids.lsq(4)), torch.randn(3, 12, requires_grad=True)
     scale = weight.scale.clone().requires_grad_()
-    qk.lowbit_linear(x, replace(weight, scale=scale)).sum().backward()
+    qk.lowbit_linear(x, replaced(weight, scale=scale)).sum().backward()
     assert x.grad is not None
     assert scale.grad is None
 

@@ -13,8 +13,8 @@ from torch.library import opcheck
 import qatkernels as qk
 from qatkernels.grids import MIN_SCALE
 from qatkernels.ops._op import OPS
-from qatkernels.ops.contract import FLOATS
-from qatkernels.ops.packing import SCALES, code_dtype, row_bytes, store_scale
+from qatkernels.ops.contract import FLOATS, row_bytes
+from qatkernels.ops.packing import SCALES, code_dtype, store_scale
 from qatkernels.testing.compare import assert_same_bits, run_out
 from qatkernels.testing.products import GRID_IDS, GRIDS, scaled_weight
 from tests.implementations import implementations

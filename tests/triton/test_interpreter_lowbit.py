@@ -5,7 +5,6 @@ grids, sizes, granularities and dtypes take turns, so that each meets each somew
 """
 
 import os
-from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from qatkernels.testing.products import (
     expected_linear,
     floored_cases,
     grouped_cases,
+    replaced,
     scaled_weight,
 )
 
@@ -186,7 +186,7 @@ def test_views_leading_dimensions_and_nothing():
     }  # fmt: skip
     for name, x in inputs.items():
         check(Case(name, weight, x, base[0, ::2][:5]), OPERATIONS[:1])
-    strided = replace(weight, packed=weight.packed.t().contiguous().t())
+    strided = replaced(weight, packed=weight.packed.t().contiguous().t())
     check(Case("strided weight", strided, base[:, :40].double()))
     check(Case("strided weight", strided, base[:, :40]))
     for rows, cols in ((0, 40), (5, 0)):

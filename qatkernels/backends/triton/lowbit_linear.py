@@ -39,8 +39,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops._op import as_tuple
+from ...ops.contract import row_bytes
 from ...ops.lowbit_linear import FORWARD, TRANSPOSED, unpacked
-from ...ops.packing import PackedWeight, row_bytes
+from ...ops.packed_weight import PackedWeight
 from ._codes import by_words, group_of, load_operands
 from ._element import (
     INTERPRETED,
@@ -485,7 +486,7 @@ def warm_up(
         bias: the bias of the products, if they have one.
         act_bits: as for :func:`qatkernels.lowbit_linear`.
     """
-    grid = (list(weight.grid.constants), weight.grid.code_min, weight.bits)
+    grid = (weight.constants, weight.grid.code_min, weight.bits)
     parts, (rows, cols), offsets = (weight.packed, weight.scale, weight.zero_point), weight.shape[-2:], None
     if weight.packed.ndim == 3:
         offsets = torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device)

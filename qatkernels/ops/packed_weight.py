@@ -1,0 +1,357 @@
+"""A packed weight, and the product with it: the one object that layers, files and kernels share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..arguments import (
+    check_dtype,
+    check_integers,
+    check_optional_integers,
+    check_optional_tensors,
+    check_tensors,
+    wrong_type,
+)
+from ..autocast import autocast_dtype
+from ..float32_scales import Float32Scales
+from ..grids import Grid, check_grid
+from .contract import row_bytes
+from .fake_quantize import check_layout
+from .lowbit_linear import FORWARD
+from .packing import SCALES, pack, readable, store_scale, unpack
+from .quantize import dequantize, quantize
+
+
+class PackedWeight(Float32Scales):
+    """A weight ``[..., N, K]`` as packed codes, and what turns them back into numbers.
+
+    It is a module whose tensors are buffers. So it moves, copies and saves itself with a model, and casts of the model
+    do not change its bits. Layers that share a weight share this object; that keeps them tied when the model moves,
+    because torch moves the buffers of two modules one by one.
+
+    It is not a tensor. A model that reads ``layer.weight`` itself instead of calling the layer gets an error that names
+    the layer and says what to do. What libraries ask of a weight is there: ``shape``, ``dtype``, ``device``,
+    ``numel()``, ``nbytes``. docs/architecture.md says why it is not a subclass of Tensor.
+
+    Bytes alone do not say which codes they hold. The state dict therefore has the layout of the codes, and loading
+    refuses another layout, or tensors of other dtypes.
+
+    Args:
+        packed: uint8 ``[..., N, ceil(K * bits / 8)]``, as :func:`qatkernels.pack` returns.
+        scale: float32, bfloat16 or float16 ``[..., N, K / group_size]``, one column if a row shares a scale.
+        zero_point: float32 like ``scale``, or None.
+        grid: the grid of the codes.
+        cols: K.
+        dtype: dtype of the weight in full precision.
+
+    Attributes:
+        bits: bits of a stored code.
+        constants: the constants of the grid, as ops take them.
+        dtype: follows casts of the model, as the dtype of an unpacked weight does.
+        layer: name of the layer in its model, or an empty string; for messages.
+
+    Raises:
+        TypeError: if an argument is of another type, naming it.
+        ValueError: if a shape or dtype does not fit.
+    """
+
+    uncast: ClassVar[tuple[str, ...]] = ("packed", "scale", "zero_point")
+    refusal: ClassVar[str] = "the codes of {}packed are {}, must be {}"
+    layout_required: ClassVar[bool] = True
+
+    packed: Tensor
+    zero_point: Tensor | None
+
+    def __init__(
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        grid: Grid,
+        cols: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        check_tensors(packed=packed, scale=scale)
+        check_optional_tensors(zero_point=zero_point)
+        check_grid(grid)
+        check_integers(cols=cols)
+        check_dtype(dtype)
+        _check_parts(packed, scale, zero_point, grid, cols)
+        super().__init__()
+        self.grid, self.cols, self.dtype, self.layer = grid, cols, dtype, ""
+        # Every call reads these, and building the list takes as long as a small product.
+        self.bits, self.constants = grid.storage_bits, list(grid.constants)
+        for name, tensor in (("packed", packed), ("scale", scale), ("zero_point", zero_point)):
+            self.register_buffer(name, tensor)
+
+    @classmethod
+    @torch.inference_mode(False)  # a buffer made in inference mode could not be loaded into later
+    @torch.no_grad()
+    def from_float(
+        cls,
+        w: Tensor,
+        scale: Tensor,
+        grid: Grid,
+        group_size: int | None = None,
+        *,
+        zero_point: Tensor | None = None,
+        scale_dtype: torch.dtype = torch.float32,
+    ) -> PackedWeight:
+        """Quantize and pack a weight; in float32 scales :meth:`dequantize` is `fake_quantize`, bit for bit.
+
+        Args:
+            w: weight ``[..., N, K]``.
+            scale: as for :func:`qatkernels.fake_quantize`.
+            grid: the quantization grid.
+            group_size: as for :func:`qatkernels.fake_quantize`.
+            zero_point: as for :func:`qatkernels.fake_quantize`.
+            scale_dtype: dtype that scales are stored in. Codes are those of the scale as it was given.
+
+        Raises:
+            TypeError: if an argument is of another type, naming it.
+            ValueError: if shapes do not fit, ``w`` has NaN, a scale or zero point is not finite, or ``scale_dtype``
+                cannot hold it.
+            RuntimeError: if a dtype or device does not fit.
+        """
+        check_tensors(w=w)
+        check_dtype(scale_dtype, name="scale_dtype")
+        if w.ndim < 2:
+            raise ValueError(f"w has shape {tuple(w.shape)}, must have at least two dimensions")
+        check_layout(w, scale, grid, group_size, zero_point)
+        if readable(w) and w.isnan().any():
+            raise ValueError(f"w has NaN in {int(w.isnan().sum())} of {w.numel()} elements, no code stands for it")
+        if zero_point is not None and readable(zero_point) and not zero_point.isfinite().all():
+            odd = zero_point[~zero_point.isfinite()][0].item()
+            raise ValueError(f"zero_point has an element {odd}, must be finite")
+        codes = quantize(w, scale, grid, group_size=group_size, zero_point=zero_point)
+
+        def by_row(t: Tensor) -> Tensor:
+            t = t.detach().float()
+            if group_size is not None:
+                return t.contiguous()
+            return t.reshape(t.shape + (1,) * (w.ndim - t.ndim)).expand(*w.shape[:-1], 1).contiguous()
+
+        zero = None if zero_point is None else by_row(zero_point)
+        return cls(pack(codes, grid), store_scale(by_row(scale), scale_dtype), zero, grid, w.shape[-1], dtype=w.dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight."""
+        return torch.Size((*self.packed.shape[:-1], self.cols))
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale; K where a row does."""
+        return self.cols // self.scale.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tensors."""
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points."""
+        return sum(t.nbytes for t in self._buffers.values() if t is not None)
+
+    def numel(self) -> int:
+        """Return the number of weights."""
+        return self.shape.numel()
+
+    def to(self, *args: Any, **kwargs: Any) -> PackedWeight:
+        """Return the same weight on another device; arguments are those of ``nn.Module.to``.
+
+        This weight stays where it is, as a tensor does. A model that moves takes its weights along in place.
+        """
+        new = PackedWeight(self.packed, self.scale, self.zero_point, self.grid, self.cols, dtype=self.dtype)
+        new.layer = self.layer
+        return super(PackedWeight, new).to(*args, **kwargs)
+
+    def codes(self) -> Tensor:
+        """Return the integer codes ``[..., N, K]``."""
+        return unpack(self.packed, self.grid, self.cols)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight ``[..., N, K]`` in a floating point dtype."""
+        check_dtype(dtype)
+        return dequantize(
+            self.codes(), self.scale.float(), self.grid, group_size=self.group_size if self.cols else None,
+            zero_point=self.zero_point, dtype=dtype,
+        )  # fmt: skip
+
+    @property
+    def value(self) -> PackedWeight:
+        """The weight itself: in earlier versions the weight of a layer was another object that held this one."""
+        warnings.warn("layer.weight.value is now layer.weight", DeprecationWarning, stacklevel=2)
+        return self
+
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, offsets: Tensor | None = None, act_bits: int | None = None
+    ) -> Tensor:
+        """Return :func:`lowbit_linear` of ``x``, under autocast in its dtype, as a linear layer does.
+
+        Layers call this, and not the function, because libraries that keep tensors elsewhere (offload) fetch those of a
+        module before its forward.
+        """
+        dtype = autocast_dtype(x)
+        if dtype is None:
+            return lowbit_linear(x, self, bias, offsets=offsets, act_bits=act_bits)
+        if act_bits is None:  # otherwise x is rounded to integers, which training does before any cast
+            x = x.to(dtype)
+        return lowbit_linear(x, self, bias, offsets=offsets, act_bits=act_bits).to(dtype)
+
+    def extra_repr(self) -> str:
+        """Describe the weight."""
+        per = "row" if self.scale.shape[-1] == 1 else f"{self.group_size}"
+        scales = f"{str(self.scale.dtype).removeprefix('torch.')} scale per {per}"
+        grid = f"bits={self.grid.bits}, scheme={self.grid.scheme}"
+        return f"{'x'.join(map(str, self.shape))}, {grid}, {scales}, {self.nbytes} bytes"
+
+    @property
+    def layout(self) -> str:
+        """The layout of the codes."""
+        return f"{self.grid.scheme}, {self.grid.bits} bits, {self.cols} columns"
+
+    def _problems(self, state_dict: Any, prefix: str) -> list[str]:
+        problems = super()._problems(state_dict, prefix)
+        for name in self.uncast:
+            mine, given = getattr(self, name), state_dict.get(prefix + name)
+            if isinstance(mine, Tensor) and isinstance(given, Tensor) and given.dtype != mine.dtype:
+                problems.append(f"{prefix}{name} is {given.dtype}, must be {mine.dtype}")
+        return problems
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        return super()._apply(fn, recurse)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse to take part in torch's functions as if it were a tensor."""
+        found = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))
+        raise TypeError(found._refusal(f"torch's {getattr(func, '__name__', func)}"))
+
+    def __matmul__(self, other: object) -> Any:
+        """Refuse to be multiplied."""
+        raise TypeError(self._refusal("the operator @"))
+
+    __rmatmul__ = __matmul__
+
+    def __getattr__(self, name: str) -> Any:
+        """Explain why an attribute that every tensor has is missing here."""
+        if not name.startswith("_") and name not in self._buffers and hasattr(Tensor, name):
+            raise AttributeError(self._refusal(f".{name}"))
+        return super().__getattr__(name)
+
+    def _refusal(self, what: str) -> str:
+        layer = repr(self.layer) if self.layer else "this layer"
+        return (
+            f"the weight of {layer} is packed codes, which {what} cannot use: the model reads the weight of the layer "
+            f"itself instead of calling the layer. Exclude {layer} in quantize_model, which leaves it in full "
+            "precision, or give the model layer.weight.dequantize()"
+        )
+
+
+def _check_parts(packed: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, cols: int) -> None:
+    """Raise ValueError unless the parts of a packed weight fit each other."""
+    if cols < 0:
+        raise ValueError(f"cols is {cols}, must be at least 0")
+    bits = grid.storage_bits
+    allowed = (*scale.shape[:-1], row_bytes(cols, bits))
+    if packed.dtype != torch.uint8 or packed.ndim < 2 or tuple(packed.shape) != allowed:
+        raise ValueError(
+            f"packed is {packed.dtype} of shape {tuple(packed.shape)}, must be torch.uint8 of shape {allowed} for "
+            f"{cols} columns at {bits} bits and a scale of shape {tuple(scale.shape)}"
+        )
+    if scale.dtype not in SCALES:
+        raise ValueError(f"scale is {scale.dtype}, must be one of {SCALES}")
+    if scale.shape[-1] < 1 or cols % scale.shape[-1]:
+        raise ValueError(f"scale has {scale.shape[-1]} columns, must divide the {cols} of the weight")
+    z = zero_point
+    if z is not None and (z.shape != scale.shape or z.dtype != torch.float32):
+        raise ValueError(
+            f"zero_point is {z.dtype} of shape {tuple(z.shape)}, must be torch.float32 of shape "
+            f"{tuple(scale.shape)} like scale"
+        )
+    if z is not None and not grid.has_zero_point:
+        raise ValueError(f"zero_point is given, but scheme {grid.scheme!r} has none, only 'affine' has")
+
+
+def lowbit_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    offsets: Tensor | None = None,
+    act_bits: int | None = None,
+) -> Tensor:
+    """Return ``x @ weight.T + bias`` from a packed weight.
+
+    With ``offsets`` the weight is a stack, and each token is multiplied with the weight of its expert
+    (:func:`grouped_lowbit_linear`).
+
+    Args:
+        x: activations ``[..., K]``, float32, bfloat16, float16 or float64; ``[T, K]`` with ``offsets``.
+        weight: packed weight ``[N, K]``; ``[E, N, K]`` with ``offsets``.
+        bias: ``[N]``, floating point, or None; None with ``offsets``.
+        offsets: None, or int32 ``[E]`` on the device of x: where each expert's tokens end.
+        act_bits: None multiplies x as it is. 2 to 8 quantize each token of it to symmetric integers first, scale
+            ``max(abs(x)) / (2**(act_bits - 1) - 1)``, and sum integers.
+
+    Returns:
+        ``[..., N]`` in the dtype of x, summed in float32. Differentiable in x and bias, any order, both modes.
+
+    Raises:
+        TypeError: if ``weight`` is no PackedWeight, or another argument is of another type, naming it.
+        ValueError: if offsets descend or exceed the number of tokens.
+        RuntimeError: if a shape, dtype or device does not fit, naming the argument.
+    """
+    usual = isinstance(x, Tensor) and isinstance(weight, PackedWeight) and (bias is None or isinstance(bias, Tensor))
+    if not usual or offsets is not None or act_bits is not None:
+        _check_types(x, weight, bias, offsets, act_bits)
+    cols = weight.cols
+    if x.ndim and x.shape[-1] != cols:  # the op takes K from x: rows of bytes alone cannot tell K from a little less
+        raise RuntimeError(f"x has shape {tuple(x.shape)}, its last dimension must be {cols} like the weight's")
+    parts = weight._buffers  # an attribute of a module costs as much as the choice of a kernel
+    y: Tensor = FORWARD.call(
+        x, parts["packed"], parts["scale"], parts["zero_point"], bias, offsets, weight.constants, weight.grid.code_min,
+        weight.bits, act_bits,
+    )  # fmt: skip
+    return y
+
+
+def _check_types(x: Any, weight: Any, bias: Any, offsets: Any, act_bits: Any) -> None:
+    check_tensors(x=x)
+    check_optional_tensors(bias=bias, offsets=offsets)
+    check_optional_integers(act_bits=act_bits)
+    if not isinstance(weight, PackedWeight):
+        raise wrong_type("weight", weight, "a PackedWeight, which PackedWeight.from_float makes")
+
+
+def grouped_lowbit_linear(x: Tensor, weight: PackedWeight, offsets: Tensor, *, act_bits: int | None = None) -> Tensor:
+    """Return each token times the packed weight of its expert, for tokens that are sorted by expert, in one launch.
+
+    Args:
+        x: tokens ``[T, K]``, those of expert 0 first.
+        weight: packed weights ``[E, N, K]``.
+        offsets: int32 ``[E]`` on the device of x: where each expert's tokens end, ascending. As for
+            ``torch._grouped_mm``, an expert may have no token. On a CPU offsets that descend or exceed T are an error;
+            on a GPU, where looking would wait for it, the result is then undefined.
+        act_bits: as for :func:`lowbit_linear`.
+
+    Returns:
+        ``[T, N]`` in the dtype of x; tokens past the last offset give 0. Differentiable in x.
+
+    Raises:
+        TypeError: if ``weight`` is no PackedWeight, or another argument is of another type, naming it.
+        ValueError: if offsets descend or exceed T.
+        RuntimeError: if a shape, dtype or device does not fit, naming the argument.
+    """
+    check_tensors(offsets=offsets)
+    return lowbit_linear(x, weight, offsets=offsets, act_bits=act_bits)
