@@ -15,7 +15,10 @@ from torch import Tensor
 
 def wrong_type(name: str, value: object, allowed: str) -> TypeError:
     """Return the error for an argument of a type that is not allowed."""
-    shown = f"a tensor, {value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
+    if isinstance(value, Tensor):
+        shown = f"a tensor, {value.dtype} of shape {tuple(value.shape)}"
+    else:
+        shown = " ".join(repr(value).split())[:80]  # a module's is of many lines
     return TypeError(f"{name} is {shown}, must be {allowed}")
 
 
