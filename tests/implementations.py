@@ -7,7 +7,7 @@ import torch
 from qatkernels.backends import IMPLS
 from qatkernels.ops._op import OPS
 from qatkernels.testing.checks import moved
-from qatkernels.testing.samples import samples
+from qatkernels.testing.samples import every_sample
 
 __all__ = ["CPU_BACKENDS", "GPU", "GPU_BACKENDS", "HAS_GPU", "implementations", "moved", "samples_on"]
 
@@ -29,4 +29,4 @@ def implementations(op):
 @cache
 def samples_on(device):
     """Return the samples of the fake-quantize family on a device, made once."""
-    return tuple(samples(device))
+    return tuple(every_sample(device))

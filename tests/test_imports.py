@@ -1,10 +1,14 @@
 """What an import needs, and names at their old places."""
 
 import importlib
+import inspect
+import pkgutil
 import subprocess
 import sys
 
 import pytest
+
+import qatkernels
 
 _WITHOUT = """
 import sys
@@ -84,3 +88,32 @@ def test_a_module_at_its_old_place():
     with pytest.warns(DeprecationWarning, match=r"qatkernels\.train\.phases is now qatkernels\.trainer\.phases"):
         from qatkernels.train import phases
     assert phases is importlib.import_module("qatkernels.trainer.phases")
+
+
+def packages():
+    """Return every package of qatkernels by name, with the names of its modules."""
+    found = {"qatkernels": qatkernels.__path__}
+    for module in pkgutil.walk_packages(qatkernels.__path__, "qatkernels."):
+        if module.ispkg:
+            found[module.name] = importlib.import_module(module.name).__path__
+    return {name: [module.name for module in pkgutil.iter_modules(path)] for name, path in found.items()}
+
+
+PACKAGES = packages()
+#: Whose modules still have the names of their functions.
+PENDING = {"qatkernels.ops"}
+
+
+@pytest.mark.parametrize("name", sorted(PACKAGES.keys() - PENDING))
+def test_no_function_hides_a_module(name):
+    """Otherwise ``package.name`` is the function or the module, depending on what was imported last."""
+    package = importlib.import_module(name)
+    hidden = [module for module in PACKAGES[name] if inspect.isroutine(vars(package).get(module))]
+    assert not hidden, (
+        f"{name} has functions of the names of its modules: rename the files, as in _{hidden[0]}.py"
+    )
+
+
+def test_packages_are_found():
+    assert {"qatkernels", "qatkernels.nn", "qatkernels.hessian", "qatkernels.cli", "qatkernels.ops"} <= PACKAGES.keys()
+    assert "_pack_model" in PACKAGES["qatkernels.nn"]

@@ -6,9 +6,9 @@ import importlib
 import pytest
 import torch
 
-from qatkernels.testing import check_op, checks
+from qatkernels.testing import check_op, every_check
 
-OPS = sorted({check.op for check in checks(torch.device("cpu"))})
+OPS = sorted({check.op for check in every_check(torch.device("cpu"))})
 
 
 @pytest.mark.parametrize("name", ["samples", "compare", "checks"])

@@ -71,10 +71,10 @@ def outcomes_of(records: Sequence[Record]) -> dict[tuple[str, ...], Record]:
 
 
 def _calls(dry: bool, wanted: str | None) -> Iterator[tuple[Any, str, Any]]:
-    from qatkernels.testing.checks import checks
+    from qatkernels.testing.checks import every_check
     from tests.implementations import GPU, implementations
 
-    for check in checks(torch.device("cpu") if dry else GPU):
+    for check in every_check(torch.device("cpu") if dry else GPU):
         for backend, implementation, device in implementations(check.op):
             # A dry run has no other backend than the CPU's, whichever is asked for.
             if device.type == ("cpu" if dry else "cuda") and backend not in check.refused_by and (

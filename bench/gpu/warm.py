@@ -67,9 +67,9 @@ def _attempt(name: str, job: Callable[[], Any]) -> None:
 def _smoke() -> Iterator[Job]:
     from qatkernels.backends import IMPLS
     from qatkernels.ops._op import OPS
-    from qatkernels.testing.checks import checks
+    from qatkernels.testing.checks import every_check
 
-    for check in checks(torch.device("cpu")):
+    for check in every_check(torch.device("cpu")):
         implementation = IMPLS[f"{check.op}_out" if OPS[check.op].outputs else check.op]["triton"]
         yield f"{check.op} {check.name}", lambda run=check.run, impl=implementation: run(impl)  # type: ignore[misc]
 

@@ -1,6 +1,6 @@
 """The `qatkernels` command."""
 
+from ._main import COMMANDS, main, run
 from .common import BAD_USAGE, BROKEN
-from .main import COMMANDS, main, run
 
 __all__ = ["BAD_USAGE", "BROKEN", "COMMANDS", "main", "run"]

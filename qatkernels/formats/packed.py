@@ -18,8 +18,7 @@ from .. import files
 from ..files import CheckpointError
 from ..float32_scales import Float32Scales
 from ..grids import make_grid
-from ..nn.activation import LearnedActivation
-from ..nn.pack_model import packed_modules
+from ..nn import LearnedActivation, packed_modules
 from ..nn.packed_linear import KINDS, Packed
 from ..nn.quant_conv1d import is_conv1d
 from ..ops.contract import FLOATS

@@ -1,12 +1,12 @@
 """Hessian-vector products, and what they tell about the loss surface of a quantized model."""
 
-from .eigs import Eigs, eigs
-from .hvp import hvp
+from ._eigs import Eigs, eigs
+from ._hvp import hvp
+from ._sharpness import Sharpness, gradient_norm_ratio, sharpness
+from ._spectrum import Estimate, Spectrum, spectrum
+from ._trace import trace
 from .lanczos import NotFiniteError
 from .operator import HessianOperator, MatrixMap, SymmetricMap
-from .sharpness import Sharpness, gradient_norm_ratio, sharpness
-from .spectrum import Estimate, Spectrum, spectrum
-from .trace import trace
 
 __all__ = [
     "Eigs",

@@ -17,8 +17,7 @@ from .._torch_compat import tree_map
 from ..nn import quantized_modules, quantized_weights
 from ..nn.quantized import check_weights
 from ..nn.replay import RandomState, check_calibrated
-from .checkpoint import blocks, checkpointed
-from .hvp import (
+from ._hvp import (
     GradientGraph,
     check_engine,
     check_whole,
@@ -28,6 +27,7 @@ from .hvp import (
     scope_of,
     twice_differentiable,
 )
+from .checkpoint import blocks, checkpointed
 
 ModelLoss = Callable[[Any, Any], Tensor]
 
@@ -84,7 +84,7 @@ class HessianOperator:
         loss_fn: ``loss_fn(model, batch)`` gives the loss, a scalar, the same at every call.
         batches: what ``loss_fn`` takes, one after the other; any iterable, read once.
         params: parameters of the model; those that :func:`qatkernels.quantized_weights` lists if None.
-        engine: ``"reverse"`` or ``"forward"``, see :mod:`qatkernels.hessian.hvp`.
+        engine: ``"reverse"`` or ``"forward"``, see :func:`qatkernels.hessian.hvp`.
         dtype: float32 or float64; None for float32, or float64 if a parameter is.
         retain: keep the gradient's graph of every batch between products, which makes a product a third cheaper and
             takes the memory of the graphs. Only for engine ``"reverse"``; None for "if there is one batch".

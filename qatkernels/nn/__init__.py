@@ -1,17 +1,17 @@
 """Quantized layers: drop-in modules over the ops."""
 
 from .._moved import moved
+from ._check import CheckReport, LayerCheck, check
+from ._load_weights import load_weights
+from ._pack_model import PACKERS, compile_kernels, model_bytes, pack_model, packed_modules
+from ._param_groups import param_groups, scales_at_floor
+from ._quantize_model import quantize_model, quantized_modules, quantized_weights
 from .activation import DynamicActivation, LearnedActivation, calibrate
-from .check import CheckReport, LayerCheck, check
 from .config import QuantConfig
 from .grouped_quant_linear import GroupedQuantLinear
-from .load_weights import load_weights
-from .pack_model import PACKERS, compile_kernels, model_bytes, pack_model, packed_modules
 from .packed_linear import GroupedPackedLinear, PackedLinear
-from .param_groups import param_groups, scales_at_floor
 from .quant_conv1d import QuantConv1D
 from .quant_linear import QuantLinear
-from .quantize_model import quantize_model, quantized_modules, quantized_weights
 from .report import QuantizationReport, ReportRow, quantization_report
 
 __all__ = [

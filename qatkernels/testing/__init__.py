@@ -7,9 +7,9 @@
 Nothing of the library imports this package.
 """
 
-from .checks import Check, check_op, checks
+from .checks import Check, check_op, every_check
 from .compare import assert_same_bits, assert_within, check_sample, run_out
-from .samples import GRIDS, Sample, complete_calls, make, samples
+from .samples import GRIDS, Sample, complete_calls, every_sample, make
 
 __all__ = [
     "GRIDS",
@@ -19,9 +19,9 @@ __all__ = [
     "assert_within",
     "check_op",
     "check_sample",
-    "checks",
     "complete_calls",
+    "every_check",
+    "every_sample",
     "make",
     "run_out",
-    "samples",
 ]

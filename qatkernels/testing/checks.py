@@ -77,10 +77,10 @@ def check_op(op: str, implementation: Implementation, device: torch.device | str
     return len(found)
 
 
-def checks(device: torch.device) -> Iterator[Check]:
+def every_check(device: torch.device) -> Iterator[Check]:
     """Yield every check; nothing is drawn before it runs.
 
-    >>> sorted({check.op for check in checks(torch.device("cpu"))})[:3]
+    >>> sorted({check.op for check in every_check(torch.device("cpu"))})[:3]
     ['cross_entropy', 'cross_entropy_backward', 'cross_entropy_dual']
     """
     for dtype in DTYPES:
@@ -101,7 +101,7 @@ def checks(device: torch.device) -> Iterator[Check]:
 @cache
 def checks_on(device: torch.device) -> tuple[Check, ...]:
     """Return every check on a device, made once."""
-    return tuple(checks(device))
+    return tuple(every_check(device))
 
 
 def family(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], name: str) -> Iterator[Check]:

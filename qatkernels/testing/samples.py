@@ -142,10 +142,10 @@ def perturbations(op: str, device: torch.device | str = "cpu") -> Iterator[tuple
                 yield from ((w, g, factor, None), (w, g, factor, 0.01))
 
 
-def samples(device: torch.device | str = "cpu") -> Iterator[Sample]:
+def every_sample(device: torch.device | str = "cpu") -> Iterator[Sample]:
     """Yield samples of every grid at every granularity and dtype, of odd sizes, with noise, with mixed dtypes.
 
-    >>> sum(sample.zero_point is not None for sample in samples()) > 20
+    >>> sum(sample.zero_point is not None for sample in every_sample()) > 20
     True
     """
     for grid in GRIDS:

@@ -10,8 +10,8 @@ from torch import nn
 
 from .. import files
 from ..nn import quantize_model, quantized_modules
+from ..nn._param_groups import grouped
 from ..nn.activation import scales_of
-from ..nn.param_groups import grouped
 from . import models
 from .config import TrainConfig
 from .phases import Phase

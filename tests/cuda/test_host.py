@@ -10,7 +10,7 @@ import qatkernels as qk
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.contract import FLOATS
 from qatkernels.testing.compare import assert_same_bits, check_sample, run_out
-from qatkernels.testing.samples import GRIDS, SEVENTH, make, samples, weights
+from qatkernels.testing.samples import GRIDS, SEVENTH, every_sample, make, weights
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
@@ -18,7 +18,7 @@ if shutil.which("g++") is None:
 from tests.cuda import on_host
 
 FAMILY = ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "quantize")
-SAMPLES = list(samples())
+SAMPLES = list(every_sample())
 
 
 @pytest.fixture(params=[False, True], ids=["", "reversed"], autouse=True)

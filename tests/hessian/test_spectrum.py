@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qatkernels.hessian import MatrixMap, NotFiniteError, Spectrum, eigs, spectrum, trace
+from qatkernels.hessian._spectrum import probe
 from qatkernels.hessian.lanczos import Basis, lanczos
-from qatkernels.hessian.spectrum import probe
 
 #: Eigenvalues by kind, some two hundred of each.
 SPECTRA = {

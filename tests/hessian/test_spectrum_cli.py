@@ -8,8 +8,8 @@ import torch
 
 from qatkernels import files
 from qatkernels.cli import main
+from qatkernels.cli._main import parsers
 from qatkernels.cli.arguments import made
-from qatkernels.cli.main import parsers
 from qatkernels.hessian import HessianOperator, Spectrum, spectrum
 from qatkernels.nn import quantized_weights
 from qatkernels.trainer import CheckpointError, ConfigError, TrainConfig, data, spectra, train

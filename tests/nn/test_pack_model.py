@@ -15,10 +15,8 @@ from torch import nn
 
 import qatkernels as qk
 from qatkernels import CheckpointError, backends, files
-from qatkernels.nn import PACKERS, QuantConfig, QuantLinear, calibrate, model_bytes, packed_modules
+from qatkernels.nn import PACKERS, QuantConfig, QuantLinear, _pack_model, calibrate, model_bytes, packed_modules
 from qatkernels.testing.compare import assert_same_bits
-
-pack_model_module = sys.modules["qatkernels.nn.pack_model"]  # the name is the function in its package
 
 
 class Model(nn.Module):
@@ -490,7 +488,7 @@ def test_compile_kernels_compiles_what_is_on_a_gpu(monkeypatch):
     monkeypatch.delenv("QATKERNELS_BACKEND", raising=False)
     weight = types.SimpleNamespace(packed=types.SimpleNamespace(is_cuda=True))
     layer = types.SimpleNamespace(weight=weight, bias="b", act_bits=8)
-    monkeypatch.setattr(pack_model_module, "packed_modules", lambda _: {"a": layer})
+    monkeypatch.setattr(_pack_model, "packed_modules", lambda _: {"a": layer})
     assert qk.compile_kernels(model, torch.float16) == 1
     assert calls == [(weight, torch.float16, {"bias": None, "act_bits": 8})]
     monkeypatch.setenv("QATKERNELS_BACKEND", "reference")

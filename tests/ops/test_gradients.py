@@ -10,7 +10,7 @@ from torch.library import opcheck
 import qatkernels as qk
 from qatkernels.ops._op import OPS
 from qatkernels.testing.compare import assert_same_bits
-from qatkernels.testing.samples import GRIDS, make, samples
+from qatkernels.testing.samples import GRIDS, every_sample, make
 from tests.compiled import torch_compile_blamed
 
 GRID_IDS = [f"{g.scheme}{g.bits}" for g in GRIDS]
@@ -302,7 +302,7 @@ def test_noise_statistics():
 
 
 def test_every_sample_backpropagates():
-    for sample in samples():
+    for sample in every_sample():
         w, scale = sample.w.clone().requires_grad_(), sample.scale.clone().requires_grad_()
         y = qk.fake_quantize(
             w, scale, sample.grid, group_size=sample.group_size, zero_point=sample.zero_point, dtype=sample.dtype

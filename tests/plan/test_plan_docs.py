@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qatkernels.cli.main import parsers
+from qatkernels.cli._main import parsers
 from qatkernels.plan import optimal_qat_fraction
 
 TEXT = (Path(__file__).parents[2] / "docs" / "planner.md").read_text()

@@ -30,10 +30,10 @@ from qatkernels.testing.samples import (
     GRIDS,
     basis_calls,
     complete_calls,
+    every_sample,
     logits_calls,
     make,
     perturbations,
-    samples,
     weights,
 )
 from tests.strides import check_strided_outputs, check_strides
@@ -50,7 +50,7 @@ def triton_out(op):
 
 
 @pytest.mark.parametrize("op", FAMILY)
-@pytest.mark.parametrize("sample", list(samples()), ids=lambda s: s.name)
+@pytest.mark.parametrize("sample", list(every_sample()), ids=lambda s: s.name)
 def test_family(op, sample):
     check_sample(op, triton_out(op), sample)
 

@@ -70,8 +70,8 @@ def compared(name, planned):
 """
 
 EVERY_OP = """
-from qatkernels.testing.checks import checks
-jobs = list(checks(torch.device('cpu')))
+from qatkernels.testing.checks import every_check
+jobs = list(every_check(torch.device('cpu')))
 random.Random(0).shuffle(jobs)
 for check in jobs:
     name = f'{check.op}_out' if OPS[check.op].outputs else check.op

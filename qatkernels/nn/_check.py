@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..grids import MIN_SCALE
+from ._pack_model import packed_modules
+from ._quantize_model import quantized_modules
 from .activation import LearnedActivation
 from .floor import count_at_floor, local_part
-from .pack_model import packed_modules
 from .packed_linear import Packed
-from .quantize_model import quantized_modules
 from .quantized import Quantized, reparametrization
 from .quantizer import initial_scale
 from .replaced import message, replaced_layers

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ._quantize_model import quantized_modules
 from .activation import LearnedActivation, scales_of
 from .config import QuantConfig
 from .floor import count_at_floor, local_part
-from .quantize_model import quantized_modules
 from .quantized import Quantized
 
 #: Under the default ``scale_lr`` a step moves a scale by this share of what it moves a weight, both relative to their

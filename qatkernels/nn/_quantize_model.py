@@ -16,7 +16,7 @@ from .replaced import remember
 from .report import Survey, listed, survey
 from .selection import EXCLUDE, Left, Rules, check_uncompiled, check_unwrapped, choose, names_of
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("qatkernels.nn.quantize_model")  # what docs/quantize-model.md names
 
 
 def quantize_model(
@@ -28,7 +28,7 @@ def quantize_model(
     requantize: bool = False,
     warn_below: float = 0.5,
 ) -> nn.Module:
-    """Replace the linear layers of a model by quantized ones with the same parameters.
+    """Replace the linear layers of a model, in place, by quantized ones with the same parameters.
 
     Quantized are ``nn.Linear``, classes that compute exactly the same (`LINEAR_CLASSES`), and transformers' ``Conv1D``
     (:class:`QuantConv1D`). Everything else stays in full precision: convolutions, recurrent layers, embeddings, other

@@ -15,7 +15,7 @@ from ..nn.quantized import check_weights
 from ..nn.quantizer import ETA, RHO, ascent, modified
 from ..nn.replay import RandomState, check_calibrated
 from ..ops import perturbation_norms
-from .hvp import Scope, check_whole, checked_loss, gradient_of, scope_of
+from ._hvp import Scope, check_whole, checked_loss, gradient_of, scope_of
 
 LossFn = Callable[[], Tensor]
 

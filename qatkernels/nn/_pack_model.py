@@ -27,7 +27,7 @@ PACKERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
 
 
 def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Replace every quantized layer of a model by its packed form; the rest stays as it is.
+    """Replace every quantized layer of a model, in place, by its packed form; the rest stays as it is.
 
     Layers that are the same object stay one object, and layers that share weight, scale and zero point share the packed
     weight. Biases stay the same Parameters, learned activation quantizers the same modules.

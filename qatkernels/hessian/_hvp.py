@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..nn.replay import RandomState, untouched
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 ENGINES = ("reverse", "forward")
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ._spectrum import Estimate
 from .lanczos import Basis, NotFiniteError, basis_bytes
 from .operator import SymmetricMap
-from .spectrum import Estimate
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 METHODS = ("hutchinson", "hutch++")
 

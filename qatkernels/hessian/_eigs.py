@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._spectrum import probe
 from .lanczos import Basis, NotFiniteError, basis_bytes
 from .operator import SymmetricMap
-from .spectrum import probe
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 ENDS = ("both", "largest", "smallest")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from .lanczos import Basis, Tridiagonal, basis_bytes, lanczos
 from .operator import SymmetricMap
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 #: Ritz values of less weight than this do not count as extreme: WinQ's choice.
 LEAST_WEIGHT = 1e-8
