@@ -12,8 +12,8 @@ reporters that come before it, nor learn that training failed: WinQ without SQuA
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ except ImportError as error:
     raise missing("qatkernels.integrations.transformers", "hf", error) from error
 
 from ..methods.squat import SQuAT
-from ..methods.winq import WinQ, WinQConfig
+from ..methods.winq import WinQ
 from ..nn import param_groups, quantized_modules, scales_at_floor
 from ..nn.activation import scales_of
 from ..nn.floor import floor_message
@@ -40,42 +40,21 @@ class WinQCallback(TrainerCallback):
     does), and the noise stays on if ``train()`` raises an error, until ``callback.winq.remove()``.
 
     Args:
-        reset_every: as :class:`~qatkernels.methods.WinQ`'s, in optimizer steps.
-        reset_weight: the weight on the **quantized** value. The callback released with the paper takes the weight on
-            the full-precision value instead: its 0.2 is 0.8 here.
-        noise_std: as WinQ's.
-        scale_noise_std: as WinQ's.
-        two_sided: as WinQ's; needs a :class:`QATTrainer`, which takes the passes.
-        samples: as WinQ's; more than one need a :class:`QATTrainer`.
-        last_reset: as WinQ's, in optimizer steps.
-        rotation: as WinQ's.
+        **settings: those of :class:`~qatkernels.methods.WinQ`, by the same names and with the same defaults; steps are
+            optimizer steps. ``two_sided`` and more than one of ``samples`` need a :class:`QATTrainer`, which takes the
+            passes. ``reset_weight`` is the weight on the **quantized** value: the callback released with the paper
+            takes the weight on the full-precision value instead, so that its 0.2 is 0.8 here.
 
     Attributes:
         winq: the :class:`~qatkernels.methods.WinQ` of the present run, None before the first.
+
+    Raises:
+        TypeError: if a setting is not one of WinQ's, or one that has no default is missing.
     """
 
-    def __init__(
-        self,
-        *,
-        reset_every: int | None,
-        reset_weight: float,
-        noise_std: float,
-        scale_noise_std: float | None = None,
-        two_sided: bool = WinQConfig.two_sided,
-        samples: int = WinQConfig.samples,
-        last_reset: int | None = None,
-        rotation: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        self.settings: dict[str, Any] = {
-            "reset_every": reset_every,
-            "reset_weight": reset_weight,
-            "noise_std": noise_std,
-            "scale_noise_std": scale_noise_std,
-            "two_sided": two_sided,
-            "samples": samples,
-            "last_reset": last_reset,
-            "rotation": rotation,
-        }
+    def __init__(self, **settings: Any) -> None:
+        inspect.signature(WinQ).bind(None, **settings)  # a wrong name is an error here, not when training begins
+        self.settings = settings
         self.winq: WinQ | None = None
         self.passes_taken = False  # by a QATTrainer
 

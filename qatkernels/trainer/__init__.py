@@ -14,8 +14,10 @@ except ImportError as error:
 from ..files import CheckpointError
 from .config import ConfigError, TrainConfig, resumed
 from .data import DataError
-from .loop import DivergedError, Interrupted, train
+from .guard import DivergedError
+from .loop import train
 from .report import show
+from .signals import Interrupted
 
 __all__ = [
     "CheckpointError",

@@ -20,7 +20,6 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,44 +27,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import files
-from ..files import CheckpointError, DamagedError
 from ..methods.shards import plain, whole
-from ..methods.values import check_count, is_number
 from ..nn.activation import scales_of
 from ..nn.floor import floor_message
-from ..options import flag, settings_of
-from . import checkpoints, data, models, report, run_folder
-from .build import build_model, build_optimizer, described, sizes
-from .config import ConfigError, TrainConfig, read_run
+from . import checkpoints, data, models, report, run_folder, saving
+from .build import build_model, build_optimizer
+from .config import ConfigError, TrainConfig
+from .display import TrainingDisplay
 from .guard import DivergedError, Guard, origin
-from .methods import QAT, Method
+from .methods import QAT
 from .parallel import Processes, joined
 from .phases import Phase, phases
-from .signals import Interrupted, Stop
+from .signals import Stop
+from .state import Run, Training
 
 _ALONE = Processes()
-
-
-@dataclass(frozen=True)
-class Run:
-    """What every phase shares."""
-
-    config: TrainConfig
-    corpus: data.Corpus
-    log: report.Log
-    display: report.Display
-    stop: Stop
-    group: Processes
-
-    def folder(self, name: str) -> Path:
-        """Return the folder of a phase."""
-        return Path(self.config.out) / name
-
-    def stop_if_asked(self) -> None:
-        """Raise Interrupted if a process was sent a signal; all must call."""
-        if number := self.group.any(self.stop.number or 0):
-            raise Interrupted(number)
 
 
 def train(config: TrainConfig, *, restart: bool = False, say: Callable[[str], None] | None = None) -> dict[str, Any]:
@@ -133,14 +109,14 @@ def run_phases(
             "the vocab_size of its config.json"
         )
     if group.first:
-        _open_run(out, config, corpus)
+        saving.open_run(out, config, corpus)
     group.wait()
     log = report.Log(out / "log.jsonl", group.first, out / "tensorboard" if config.evaluation.tensorboard else None)
     if not group.first:
         say = _nothing
-    with Stop() as stop, report.Display(sum(phase.steps for phase in plan), say) as display:
+    with Stop() as stop, TrainingDisplay(sum(phase.steps for phase in plan), say) as display:
         run = Run(config, corpus, log, display, stop, group)
-        results = [_finished(run, phase) or run_phase(run, phase) for phase in plan]
+        results = [saving.finished(run, phase) or run_phase(run, phase) for phase in plan]
         log.close()
         run.stop_if_asked()  # in the very last step: whoever called is asked to stop too
         return results, log
@@ -148,53 +124,6 @@ def run_phases(
 
 def _nothing(line: str) -> None:
     """Say nothing."""
-
-
-def _open_run(out: Path, config: TrainConfig, corpus: data.Corpus) -> None:
-    """Write run.json, or compare with the one that is there."""
-    now = {**config.settings(), "bits": list(config.bits), "data_sha256": corpus.sha256}
-    path = out / "run.json"
-    if not path.exists() and (left := run_folder.of_run(out)):
-        raise ConfigError(
-            f"{out} holds {left[0].relative_to(out)} but no run.json, so that nobody knows what it was trained with; "
-            f"delete it and what lies beside it, or give another --out"
-        )
-    if path.exists():
-        before = read_run(path)
-        known = settings_of(TrainConfig)
-        free = {name for name, setting in known.items() if setting.field.metadata["resumable"]}
-        defaults = {name: setting.field.default for name, setting in known.items()}  # an earlier version lacks some
-        for name in now.keys() - free:
-            if (was := before.get(name, defaults.get(name))) != now[name]:
-                option = "the text of --data" if name == "data_sha256" else flag(name)
-                raise ConfigError(
-                    f"{option} is {now[name]}, but the run in {out} was started with {was}; "
-                    "give the same, another --out, or --restart to start over"
-                )
-    files.write_json(path, now, sealed=True)
-
-
-@dataclass(frozen=True)
-class Training:
-    """What the steps of a phase work on.
-
-    Attributes:
-        run: what the phases share.
-        phase: the one.
-        model: bare, for whoever looks at its parameters.
-        wrapped: what is called in place of the model.
-        optimizer: its AdamW.
-        method: what makes gradients of passes.
-        guard: what notices the first bad step.
-    """
-
-    run: Run
-    phase: Phase
-    model: nn.Module
-    wrapped: nn.Module
-    optimizer: torch.optim.Optimizer
-    method: Method
-    guard: Guard
 
 
 def begin(run: Run, phase: Phase) -> Training:
@@ -210,14 +139,14 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
     """Train one phase to its end, from its last state if it has one, and return its result."""
     run.stop_if_asked()
     config, training = run.config, begin(run, phase)
-    progress = _resumed(training)
+    progress = saving.resumed(training)
     run.display.begin(phase.name, progress.step)
     windows = run.corpus.evaluation(config.evaluation.eval_windows, config.shape.context)
     if progress.step == 0:  # of a quantized phase this is round-to-nearest: nothing has been trained at this width
         progress.start = progress.held_out = _held_out(training, windows, 0)
         run.log.add(phase=phase.name, step=0, held_out=progress.start)
         if config.evaluation.keep_every is not None:
-            _keep(training, 0)
+            saving.keep(training, 0)
 
     while progress.step < phase.steps:
         began = time.perf_counter()
@@ -265,11 +194,11 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
         if last:
             break
         if kept:
-            _keep(training, progress.step)
+            saving.keep(training, progress.step)
         if stop or saved:
-            _save(training, progress, config.evaluation.keep_last)
+            saving.save(training, progress, config.evaluation.keep_last)
             run.stop_if_asked()
-    return _finish(training, progress)
+    return saving.finish(training, progress)
 
 
 def take_step(training: Training, step: int) -> Tensor:
@@ -374,82 +303,16 @@ def _last_good(training: Training) -> str:
     return f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint of this phase yet"
 
 
-@dataclass
-class _Progress:
-    """How far a phase is, and how many steps its weights had seen before; part of its checkpoint."""
-
-    first: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    start: float = math.nan
-    held_out: float = math.nan
-    warned: bool = False  # that scales are at the floor
-    method: dict[str, Any] = field(default_factory=dict)
-
-    def check(self, steps: int) -> None:
-        """Raise ValueError unless this is how far a phase of so many steps can be."""
-        check_count("first", self.first, 0)
-        check_count("step", self.step, 0)
-        if self.step > steps:
-            raise ValueError(f"step is {self.step}, must be at most {steps}")
-        for name in ("seconds", "start", "held_out"):
-            if not is_number(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)!r:.80}, must be a number")
-
-
 def _seed(seed: int, purpose: str, step: int) -> int:
     """Return 64 bits that depend on all three; what is drawn at a step needs no generator's state to be saved."""
     return int.from_bytes(hashlib.sha256(f"{seed} {purpose} {step}".encode()).digest()[:8], "little", signed=True)
-
-
-def _resumed(training: Training) -> _Progress:
-    """Load the newest state that is whole, if there is one; one that is damaged is deleted, to be made again."""
-    run, phase, notes = training.run, training.phase, []
-    model, optimizer, group = training.model, training.optimizer, run.group
-    progress: _Progress | None = None
-    _delete(run, *checkpoints.unfinished(run.folder(phase.name)))
-    for path in checkpoints.newest_first(run.folder(phase.name)):
-        try:
-            # With other bit widths than before a part at the constant rate may start elsewhere: of no use then.
-            if checkpoints.header(path).get("first", phase.first) == phase.first:
-                progress = _Progress(**checkpoints.restore(path, model, optimizer, group, training.method.stats))
-                progress.check(phase.steps)
-                if progress.step:
-                    training.method.load_state_dict(progress.method)
-                break
-        except DamagedError as error:
-            notes.append(f"{error.what}: going on from the checkpoint before, or the start of {phase.name}")
-            run.display.note(notes[-1])
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is not a checkpoint that this version knows ({error})") from error
-        _delete(run, path)
-    if progress is None:
-        progress = _Progress(phase.first)
-        if phase.goes_on:
-            before = checkpoints.newest_first(run.folder(str(phase.start)))
-            if not before:
-                raise CheckpointError(f"{run.folder(str(phase.start))} holds no state that {phase.name} can go on from")
-            checkpoints.restore(before[0], model, optimizer, group)
-    run.log.trim(phase.name, progress.step)
-    for note in notes:
-        run.log.add(phase=phase.name, step=progress.step, note=note)
-    return progress
-
-
-def _delete(run: Run, *paths: Path) -> None:
-    """Delete files that no process needs any more."""
-    run.group.wait()
-    if run.group.first:
-        for path in paths:
-            checkpoints.remove(path)
-    run.group.wait()
 
 
 def _warn_of_floor(training: Training, entry: dict[str, Any]) -> None:
     count, total = entry["scales_at_floor"], sum(s.numel() for s in scales_of(training.model))
     when = f" by step {entry['step']} of {training.phase.name}"
     message = f"{floor_message(count, total, when)}, here --scale-lr below {training.run.config.training.scale_lr:g}"
-    training.run.display.note(message)
+    training.run.display.say(message)
     training.run.log.add(phase=training.phase.name, step=entry["step"], note=message)
 
 
@@ -463,84 +326,3 @@ def _check_weights(training: Training, step: int) -> None:
         )
         training.run.log.add(phase=training.phase.name, step=step, note=message)
         raise DivergedError(message)
-
-
-def _save(training: Training, progress: _Progress, keep: int) -> None:
-    folder, group = training.run.folder(training.phase.name), training.run.group
-    progress.method, stats = training.method.state_dict(), training.method.stats
-    if "seen" in progress.method:  # of this process's part of the batch
-        progress.method["seen"] = group.means(progress.method["seen"])
-    checkpoints.save(folder, progress.step, training.model, training.optimizer, asdict(progress), keep, group, stats)
-
-
-def _finished(run: Run, phase: Phase) -> dict[str, Any] | None:
-    """Return the result of a phase that an earlier call finished, None if there is none or its files are damaged."""
-    folder = run.folder(phase.name)
-    marker, trained = folder / "config.json", folder / "model.safetensors"
-    if not marker.exists():
-        return None
-    try:
-        about = files.read_json(marker)
-        result: dict[str, Any] = about["result"]
-        if trained.exists() and checkpoints.header(trained) != about:
-            raise DamagedError(marker, f"{trained.name} says something else of itself")
-        left = checkpoints.newest_first(folder)
-        for path in (*([trained] if trained.exists() else ()), *(left if phase.kept else ())):
-            checkpoints.verify(path, run.group)
-    except (DamagedError, KeyError) as error:
-        what = error.what if isinstance(error, DamagedError) else f"{marker} has no result"
-        run.display.note(f"{what}: training {phase.name} again")
-        run.log.add(phase=phase.name, step=0, note=f"{what}: training {phase.name} again")
-        _delete(run, marker)  # the model stays until it is replaced, and damaged states are found there again
-        return None
-    if not phase.kept:
-        _delete(run, *left)  # a kill after the marker was written, and before they were deleted
-    run.display.begin(phase.name, phase.steps)
-    return result
-
-
-def _finish(training: Training, progress: _Progress) -> dict[str, Any]:
-    """Write the trained model, then config.json, whose presence says that the phase is finished."""
-    run, phase, model = training.run, training.phase, training.model
-    folder, seconds = run.folder(phase.name), progress.seconds
-    result = {
-        "phase": phase.name,
-        "bits": phase.bits,
-        "start": phase.start,
-        "first": phase.first,
-        "steps": phase.steps,
-        "start_bits_per_byte": progress.start,
-        "bits_per_byte": progress.held_out,
-        "seconds": seconds,
-        "tokens_per_second": run.config.training.batch * run.config.shape.context * phase.steps / seconds
-        if seconds
-        else 0.0,
-        **sizes(model),
-    }
-    about = described(run.config, phase, model, result)
-    _write_model(training, folder / "model.safetensors", about)
-    if phase.kept:
-        _save(training, progress, keep=1)
-    if run.group.first:
-        if tokenizer := models.tokenizer(run.config.model):
-            files.write(folder / tokenizer.name, tokenizer.read_bytes())
-        files.write_json(folder / "config.json", about, sealed=True)
-    if not phase.kept:
-        _delete(run, *checkpoints.newest_first(folder))
-    run.group.wait()
-    run.display.end(result)
-    return result
-
-
-def _write_model(training: Training, path: Path, about: dict[str, Any]) -> None:
-    tensors = {name: whole(tensor) for name, tensor in training.model.state_dict().items()}
-    if training.run.group.first:
-        files.save(path, tensors, about)
-
-
-def _keep(training: Training, step: int) -> None:
-    """Write the model at this step as a file that is like that of a finished phase."""
-    run, phase = training.run, training.phase
-    result = {"phase": phase.name, "bits": phase.bits, "first": phase.first, "steps": step}
-    path = run.folder(phase.name) / f"step-{step:06d}.safetensors"
-    _write_model(training, path, described(run.config, phase, training.model, result))

@@ -1,18 +1,15 @@
-"""What a run tells: a line per logged step, a progress bar, and at the end a table, a JSON file and a picture."""
+"""What a run leaves to read: a line per logged step, and at the end a table, a JSON file and a picture."""
 
 from __future__ import annotations
 
 import json
 import platform
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from .. import files
@@ -83,70 +80,6 @@ class Log:
             self._writer.close()
 
 
-class Display:
-    """Progress: a bar on a terminal, a line for each evaluation elsewhere.
-
-    Args:
-        total: steps of all phases.
-        say: receives lines instead of the terminal.
-    """
-
-    def __init__(self, total: int, say: Callable[[str], None] | None = None) -> None:
-        console = Console(stderr=True, highlight=False)
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[note]}"),
-            console=console, transient=True, disable=say is not None or not console.is_terminal,
-        )  # fmt: skip
-        self._say = say or (lambda line: self._bar.console.print(line, soft_wrap=True))
-        self._total, self._done, self._here = total, 0, 0
-        self._held_out = ""
-
-    def __enter__(self) -> Display:
-        self._bar.start()
-        self._task = self._bar.add_task("", total=self._total, note="")
-        self._began = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def begin(self, phase: str, step: int) -> None:
-        """Start a phase of which ``step`` steps were done by an earlier process."""
-        self._done += step
-        self._held_out = ""
-        if step:
-            self._say(f"{phase:<6} {step} steps were done before")
-        self._bar.update(self._task, completed=self._done, description=phase)
-
-    def note(self, line: str) -> None:
-        """Say something that happens rarely."""
-        self._say(line)
-
-    def step(self, phase: str, entry: dict[str, Any], rate: float) -> None:
-        """Show one step: the log's entry and the tokens per second of the phase."""
-        self._done, self._here = self._done + 1, self._here + 1
-        left = (time.perf_counter() - self._began) / self._here * (self._total - self._done)
-        rest = f"{human(rate)} tokens/s, {_clock(left)} left"
-        if "held_out" in entry:
-            self._held_out = f"{entry['held_out']:.3f} bits/byte held out, "
-            if self._bar.disable:
-                self._say(f"{phase:<6} step {entry['step']:>5}  {self._held_out}{rest}")
-        note = f"{self._done}/{self._total} steps, {self._held_out}{rest}"
-        self._bar.update(self._task, completed=self._done, note=note)
-
-    def end(self, result: dict[str, Any]) -> None:
-        """Announce the end of a phase."""
-        before = "" if result["bits"] is None else f" (round-to-nearest {result['start_bits_per_byte']:.3f})"
-        self._say(
-            f"{result['phase']:<6} done: {result['bits_per_byte']:.3f} bits/byte held out{before}, "
-            f"{human(result['tokens_per_second'])} tokens/s"
-        )
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
 def write(out: Path, config: dict[str, Any], corpus: Corpus, results: list[dict[str, Any]], log: Log) -> dict[str, Any]:
     """Write ``report.json`` and ``curves.png``, and return the report.
 
@@ -164,7 +97,7 @@ def write(out: Path, config: dict[str, Any], corpus: Corpus, results: list[dict[
     curves = {result["phase"]: _curves(result, entries) for result in results}
     report = {
         "config": config,
-        "machine": _machine(),
+        "machine": machine(),
         "text": {
             "source": corpus.source,
             "sha256": corpus.sha256,
@@ -212,7 +145,8 @@ def _row(result: dict[str, Any], first: dict[str, Any], quantized_bytes: int) ->
     }
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Return what a report says of the machine and the versions."""
     from ..version import __version__
 
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None

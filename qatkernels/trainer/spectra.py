@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor, nn
 
 from .. import files
@@ -24,8 +22,9 @@ from ..ops import cross_entropy
 from ..options import AT_LEAST_1, POSITIVE, ConfigError, check, option
 from . import data, run_folder
 from . import spectra_report as pictures
+from .display import Display
 from .models import DEMO, build, limits, load_trained, tokenizer
-from .report import _clock, _machine
+from .report import machine
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -146,12 +145,12 @@ def run(config: SpectrumConfig, say: Callable[[str], None] | None = None) -> dic
         torch.manual_seed(config.seed)
         batches = [corpus.batch(config.windows, context).to(device) for _ in range(config.batches)]
     out = Path(config.out)
-    with run_folder.exclusive(out), Display(len(models) * config.probes * config.steps, say) as display:
+    with run_folder.exclusive(out), Display(len(models) * config.probes * config.steps, "products", say) as display:
         display.say(_memory(config, max(sum(p.numel() for p in m.params) for m in models), device))
         found = [_analysed(m, config, batches, device, corpus, display, i) for i, m in enumerate(models)]
         report = {
             "settings": {k: v for k, v in asdict(config).items() if k not in ("checkpoints", "out", "restart")},
-            "machine": _machine(),
+            "machine": machine(),
             "text": {"source": corpus.source, "sha256": corpus.sha256, "context": context},
             "checkpoints": [pictures.summary(entry) for entry in found],
         }
@@ -159,59 +158,6 @@ def run(config: SpectrumConfig, say: Callable[[str], None] | None = None) -> dic
         with files.explained("written", out / "spectra.png"):
             pictures.plot(found, out / "spectra.png")
     return report
-
-
-class Display:
-    """Progress: a bar on a terminal, a line for each checkpoint everywhere.
-
-    Args:
-        total: products of all checkpoints.
-        say: receives lines instead of the terminal.
-    """
-
-    def __init__(self, total: int, say: Callable[[str], None] | None) -> None:
-        console = Console(stderr=True, highlight=False)
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[note]}"),
-            console=console, transient=True, disable=say is not None or not console.is_terminal,
-        )  # fmt: skip
-        self._say = say or (lambda line: self._bar.console.print(line, soft_wrap=True))
-        self._total, self._done, self._here, self._until = total, 0, 0, 0
-
-    def __enter__(self) -> Display:
-        self._bar.start()
-        self._task = self._bar.add_task("", total=self._total, note="")
-        self._began = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-        self._say(text)
-
-    def skip(self, name: str, products: int) -> None:
-        """Pass over a checkpoint that was done before."""
-        self._done += products
-        self._say(f"{name:<14} was done before")
-
-    def begin(self, name: str, products: int) -> None:
-        """Start a checkpoint that takes so many products."""
-        self._until = self._done + products
-        self._bar.update(self._task, completed=self._done, description=name)
-
-    def advance(self, products: int) -> None:
-        """Count products."""
-        self._done, self._here = self._done + products, self._here + products
-        left = (time.perf_counter() - self._began) / self._here * (self._total - self._done)
-        note = f"{self._done}/{self._total} products, {_clock(left)} left"
-        self._bar.update(self._task, completed=self._done, note=note)
-
-    def end(self, text: str) -> None:
-        """Announce the result of a checkpoint; an invariant subspace may have taken fewer products than announced."""
-        self._done = self._until
-        self._say(text)
 
 
 def _memory(config: SpectrumConfig, n: int, device: torch.device) -> str:
@@ -299,9 +245,11 @@ def _analysed(
     work = config.probes * config.steps
     file = Path(config.out) / "ritz" / f"{index:02d}-{loaded.name}.json"
     if not config.restart and (before := found_before(file, identity)) is not None:
-        display.skip(loaded.name, work)
+        display.begin(loaded.name, work)
+        display.say(f"{loaded.name:<14} was done before")
         return before
-    display.begin(loaded.name, work)
+    display.begin(loaded.name)
+    end = display.done + work
     model = loaded.model.to(device)
     op = HessianOperator(
         model, mean_loss, batches, loaded.params, engine=config.engine, dtype=_DTYPES[config.dtype],
@@ -335,7 +283,8 @@ def _analysed(
     }
     files.write_json(file, entry, sealed=True, indent=None)
     model.cpu()
-    display.end(f"{loaded.name:<14} {pictures.line(entry)}")
+    display.done = end  # an invariant subspace takes fewer products than announced
+    display.say(f"{loaded.name:<14} {pictures.line(entry)}")
     return entry
 
 

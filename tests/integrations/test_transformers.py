@@ -302,6 +302,18 @@ def test_both_at_once(tmp_path, bits):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reset_every": 2, "reset_weight": 0.5, "noise_std": 0.0, "reset_evry": 3}, "'reset_evry'"),
+        ({"reset_every": 2, "reset_weight": 0.5}, "missing a required .*argument: 'noise_std'"),
+    ],
+)
+def test_settings_that_winq_does_not_have(settings, message):
+    with pytest.raises(TypeError, match=message):
+        WinQCallback(**settings)
+
+
 def test_an_unquantized_model_is_refused(tmp_path):
     callback = WinQCallback(reset_every=2, reset_weight=0.5, noise_std=1e-3)
     with pytest.raises(ValueError, match="no quantized layer"):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qatkernels import cli
-from qatkernels.trainer import report
+from qatkernels.trainer.display import TrainingDisplay
 
 from .conftest import options
 
@@ -131,7 +131,7 @@ def test_training_with_others_ends_without_the_interpreter(tiny: dict[str, Any])
 )
 def test_rates_have_a_fitting_unit(rate: float, shown: str) -> None:
     lines: list[str] = []
-    with report.Display(10, lines.append) as display:
+    with TrainingDisplay(10, lines.append) as display:
         display.step("fp", {"step": 1, "held_out": 2.5}, rate)
         result = {"phase": "fp", "bits": None, "bits_per_byte": 2.5, "tokens_per_second": rate}
         display.end(result)
