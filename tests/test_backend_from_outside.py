@@ -73,3 +73,17 @@ def test_an_entry_point_is_all_that_it_takes(tmp_path):
         [sys.executable, "-m", "qatkernels", "doctor"], env=environment, capture_output=True, text=True, check=True
     ).stdout
     assert "toy (some calls), then " in said
+
+
+def test_a_broken_one_is_left_out_and_named(tmp_path):
+    about = tmp_path / "broken-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[qatkernels.backends]\nbroken = not_there:BACKENDS\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    run = subprocess.run(
+        [sys.executable, "-c", "import qatkernels; print(qatkernels.backends.MISSING['broken'])"],
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "its entry point 'not_there:BACKENDS' raises ModuleNotFoundError" in run.stdout
+    assert "backend 'broken' is left out" in run.stderr

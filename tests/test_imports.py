@@ -109,9 +109,7 @@ def test_no_function_hides_a_module(name):
     """Otherwise ``package.name`` is the function or the module, depending on what was imported last."""
     package = importlib.import_module(name)
     hidden = [module for module in PACKAGES[name] if inspect.isroutine(vars(package).get(module))]
-    assert not hidden, (
-        f"{name} has functions of the names of its modules: rename the files, as in _{hidden[0]}.py"
-    )
+    assert not hidden, f"{name} has functions of the names of its modules: rename the files, as in _{hidden[0]}.py"
 
 
 def test_packages_are_found():

@@ -173,7 +173,7 @@ class Reader {
     return found;
   }
 
-  // "[*T, N, bytes(K, bits)]" or "one"
+  // "[*T, N, row_bytes(K, bits)]" or "one"
   Shape shape(const std::string& text) {
     if (text == "one") return {{}, true};
     Shape found;

@@ -2,13 +2,13 @@
 
 #include <c10/util/accumulate.h>
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <limits>
 #include <map>
 #include <stdexcept>
 
-#include "../common/packing.h"
 #include "text.h"
 
 namespace qk {
@@ -199,6 +199,20 @@ class Parser {
 
 Expression Expression::parse(const std::string& text, const SlotOf& slot_of) { return Parser(text, slot_of).whole(); }
 
+namespace {
+
+// A result that does not fit is the largest number, which no size is.
+template <class F>
+int64_t saturated(int64_t a, int64_t b, F overflows) {
+  int64_t result;
+  return overflows(a, b, &result) ? std::numeric_limits<int64_t>::max() : result;
+}
+int64_t product(int64_t a, int64_t b) {
+  return saturated(a, b, [](auto... n) { return __builtin_mul_overflow(n...); });
+}
+
+}  // namespace
+
 Value Expression::evaluate(const Values& values) const {
   const auto operand = [&](size_t index) { return operands_[index].evaluate(values); };
   const auto truth = [](bool value) { return Value::of(static_cast<int64_t>(value)); };
@@ -235,8 +249,8 @@ Value Expression::evaluate(const Values& values) const {
       return Value::of(c10::multiply_integers(a.sizes()));
     case Op::len:
       return Value::of(a.i);
-    case Op::row_bytes:
-      return Value::of(row_bytes(a.i, static_cast<int>(b.i)));
+    case Op::row_bytes:  // (cols * bits + 7) / 8, which does not overflow in parts
+      return Value::of(a.i / 8 * b.i + (a.i % 8 * b.i + 7) / 8);
     case Op::less:
       return truth(real ? a.number() < b.number() : a.i < b.i);
     case Op::less_equal:
@@ -248,17 +262,17 @@ Value Expression::evaluate(const Values& values) const {
     case Op::min:
       return (real ? a.number() <= b.number() : a.i <= b.i) ? a : b;
     case Op::add:
-      return Value::of(a.i + b.i);
+      return Value::of(saturated(a.i, b.i, [](auto... n) { return __builtin_add_overflow(n...); }));
     case Op::subtract:
-      return Value::of(a.i - b.i);
+      return Value::of(saturated(a.i, b.i, [](auto... n) { return __builtin_sub_overflow(n...); }));
     case Op::multiply:
-      return Value::of(a.i * b.i);
+      return Value::of(product(a.i, b.i));
     case Op::modulo:
       return Value::of(b.i ? a.i % b.i : 0);
     case Op::power: {
-      int64_t product = 1;
-      for (int64_t n = 0; n < b.i; ++n) product *= a.i;
-      return Value::of(product);
+      int64_t power = 1;
+      for (int64_t n = 0; n < std::min<int64_t>(b.i, 64); ++n) power = product(power, a.i);
+      return Value::of(power);
     }
     default:
       return {};

@@ -1,5 +1,4 @@
 // Packing, and products with packed weights.
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 
 #include <vector>

@@ -33,6 +33,11 @@ void quant_linear_dual(const Tensor& x, const OptionalTensor& tangent_x, const O
                        Constants grid, double noise_std, double scale_noise_std, double grad_scale, bool transposed,
                        const Tensor& y, const Tensor& tangent) {
   const QuantArgs args = quant_args(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, grad_scale);
+  if (w.size(0) == 0) {  // no block would write a transposed product
+    y.zero_();
+    tangent.zero_();
+    return;
+  }
   const bool moves = tangent_w || tangent_scale || tangent_zero_point;
   const int64_t rows = w.size(0), cols = w.size(1), element = c10::elementSize(x.scalar_type());
   const Units units(args.rows, args.cols);

@@ -26,8 +26,17 @@ std::string name_of(at::ScalarType type) {
       return "torch.int32";
     case at::kLong:
       return "torch.int64";
-    default:
-      return std::string("torch.") + c10::toString(type);
+    case at::kShort:
+      return "torch.int16";
+    case at::kComplexFloat:
+      return "torch.complex64";
+    case at::kComplexDouble:
+      return "torch.complex128";
+    default: {
+      std::string name = c10::toString(type);
+      std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
+      return "torch." + name;
+    }
   }
 }
 
@@ -57,7 +66,10 @@ DType dtype_of(const Tensor& t) {
 }
 
 Tensor allocate(at::IntArrayRef sizes, at::ScalarType type, at::Device device) {
-  const int64_t bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(c10::elementSize(type));
+  int64_t bytes = static_cast<int64_t>(c10::elementSize(type));
+  for (const int64_t size : sizes)
+    TORCH_CHECK(!__builtin_mul_overflow(bytes, size, &bytes), "a result of shape ", shape_string(sizes),
+                " has more bytes than a 64-bit number counts");
   const auto options = at::TensorOptions().dtype(type).device(device);
   if (!device.is_cpu() || bytes < cpu::kPooledBytes) return at::empty(sizes, options);
   const cpu::MemoryBlock block = cpu::pool_take(bytes);

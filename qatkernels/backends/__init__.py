@@ -35,7 +35,11 @@ def install() -> None:
     for found in pkgutil.iter_modules(__path__):
         declare(getattr(importlib.import_module(f"{__name__}.{found.name}"), "BACKENDS", ()))
     for entry in importlib.metadata.entry_points(group="qatkernels.backends"):
-        declare(entry.load())
+        try:
+            declare(entry.load())
+        except Exception as error:
+            MISSING[entry.name] = f"its entry point {entry.value!r} raises {type(error).__name__}: {error}"
+            warnings.warn(f"backend {entry.name!r} is left out: {MISSING[entry.name]}", stacklevel=3)
     REGISTRY.load()
     register()
     if "cpp" in MISSING and os.environ.get("QATKERNELS_BACKEND") != "reference":

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ class Registry:
             self.enter(backend, f"{op}_out", wrap(declared, kernel.writing))
         self.enter(backend, op, wrap(declared, kernel.allocating))
         if serves is not None:
-            self.conditions.setdefault(op, {})[backend] = serves
+            self.conditions.setdefault(op, {})[backend] = partial(_asked, declared, serves)
 
     def preference(self, device: str) -> tuple[str, ...]:
         """Return the backends of a device, in the order in which calls try them."""
@@ -176,7 +177,7 @@ class Registry:
         for rule in (*first, *map(Rule, preference)):
             if rule.backend not in preference:
                 raise RuntimeError(f"a rule for {op} on {device} names {rule.backend!r}, must be one of {preference}")
-            if rule.backend not in self.implementations[op]:
+            if rule.backend not in self.implementations[op] or rule.backend in self.missing:
                 continue
             stages.append(Stage(rule.backend, rule.rows, rule.backend in self.conditions.get(op, {})))
             if stages[-1].takes_all:
@@ -212,6 +213,12 @@ class Registry:
             | {"present": sorted(self.implementations[op])}
             for op in self.ops
         }
+
+
+def _asked(op: Op, serves: Callable[..., bool], *args: Any) -> bool:
+    """Whether a kernel takes a call; it is asked only for calls that the contract of the op allows."""
+    op.contract.check(args)
+    return serves(*args)
 
 
 def read_rules(path: Path) -> dict[tuple[str, str], tuple[Rule, ...]]:

@@ -125,7 +125,10 @@ class OpFunction(torch.autograd.Function):
     @classmethod
     def backward(cls, ctx: Any, *gs: Any) -> Any:
         """Return the gradients of all inputs, None for those that have none."""
-        if gs.count(None) == len(gs):
+        for g in gs:
+            if g is not None:
+                break
+        else:
             return (None,) * len(cls._names)
         found = cls.gradients(ctx, cls._kept(ctx), *gs)
         for name, needs in zip(cls._names, ctx.needs_input_grad, strict=True):

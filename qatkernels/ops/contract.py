@@ -21,8 +21,9 @@ dtype a, or that of b where a is None; and ``code(n)``, uint8 if n exceeds 127, 
 dimensions at the front; ``one`` in place of a shape is a tensor with one element. An output may have two shapes,
 ``[*S] if zero_point else [0]``.
 
-*Expressions* are Python's, of integers, floats, None, names of arguments (a tensor counts as True), names of sizes, and
-``numel``, ``len``, ``min``, ``row_bytes``.
+*Expressions* are Python's: comparisons and ``and``, ``or``, ``not``, ``if`` of integers, floats, ``inf`` and None, and
+``+ - * % **`` of integers that are not negative; of names of arguments (a tensor counts as True) and of sizes, and
+``numel(S)``, ``len(S)``, ``min(a, b)``, ``row_bytes(cols, bits)``.
 
 All tensors must be on the device of the first one. A tensor that is changed in place must be contiguous. Other inputs
 are made contiguous before a kernel sees them, unless their line ends in ``strided``.
@@ -254,6 +255,10 @@ class Contract:
                 self._outputs.append(_Output.parse(line.removeprefix("-> ")))
             else:
                 self._statements.append(self._argument(line))
+        stated = {statement.name for statement in self._statements if isinstance(statement, _Argument)}
+        silent = [name for name, kind in parameters.items() if kind.startswith("Tensor") and name not in stated]
+        if silent:
+            raise ValueError(f"the contract says nothing of {silent}, and a kernel would take any tensor there")
         self.outputs = tuple(output.name for output in self._outputs)
         self.strided = frozenset(s.name for s in self._statements if isinstance(s, _Argument) and s.strided)
 

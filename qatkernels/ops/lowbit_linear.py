@@ -98,10 +98,9 @@ def _transposed(
 #: Scales, zero points and grid of a packed weight of K columns.
 _WEIGHT = """
     scale: float32|bfloat16|float16 [E if offsets, N, G]
-    require G > 0 and K % G == 0; scale has {G} columns, must divide the {K} of the weight
+    require G > 0 and K % G == 0; scale has {G} columns, must divide the {K} columns of the weight
     zero_point: float32 [E if offsets, N, G]
     offsets: int32 [E]
-    require offsets is None or len(T) == 1; x or g has {len(T) + 1} dimensions, must have 2 with offsets
     require len(grid) == 10; grid has {len(grid)} constants, must be Grid.constants
 """
 FORWARD = define(
@@ -113,6 +112,7 @@ FORWARD = define(
     require act_bits is None or 2 <= act_bits <= 8; act_bits is {{act_bits}}, must be None or 2 to 8
     require bias is None or offsets is None; bias is given, must be None with offsets
     x: float [*T, K]
+    require offsets is None or len(T) == 1; x has {{len(T) + 1}} dimensions, must have 2 with offsets
     packed: uint8 [E if offsets, N, row_bytes(K, bits)]
     {_WEIGHT}
     bias: float [N]
@@ -130,6 +130,7 @@ TRANSPOSED = define(
     let K = cols
     packed: uint8 [E if offsets, N, row_bytes(K, bits)]
     g: float [*T, N]
+    require offsets is None or len(T) == 1; g has {{len(T) + 1}} dimensions, must have 2 with offsets
     {_WEIGHT}
     -> out: like(g) [*T, K]
     """,

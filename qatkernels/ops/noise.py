@@ -108,6 +108,7 @@ NORMAL = define(
     """
     seed: int64 one
     require numel >= 0; numel is {numel}, must not be negative
+    require 0 <= stream < 2 ** 32; stream is {stream}, must be 0 to 2**32 - 1
     -> out: float32 [numel]
     """,
     reference=_reference,

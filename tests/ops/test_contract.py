@@ -6,19 +6,24 @@ import pytest
 import torch
 
 from qatkernels.backends import CONDITIONS, IMPLS
+from qatkernels.grids import lsq
+from qatkernels.ops import quant_linear_dual
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.ops.contract import Contract
 from qatkernels.testing.samples import complete_calls
 
 COMPILED = sorted(op for op in OPS if "cpp" in IMPLS[op])
 #: What a call may have in place of a number.
-NUMBERS = (-200, -1, 0, 1, 2, 5, 9, 127, 200)
+NUMBERS = (-200, -1, 0, 1, 2, 5, 9, 127, 200, 2**61)
 REALS = (-0.5, 0.0, 0.5, 1.5, 1e-7, 123456.0, float("inf"), float("nan"))
 
 
 def tensors_like(t):
     """Yield tensors that differ from one in one respect."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.uint8, torch.int32, torch.int64):
+    for dtype in (
+        torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool,
+        torch.int16, torch.complex64,
+    ):  # fmt: skip
         if dtype != t.dtype:
             yield t.to(dtype)
     yield t[None]
@@ -78,7 +83,8 @@ def test_the_extension_says_what_python_says(op):
                     outputs = [(name, tuple(t.shape), t.dtype) for name, t in named]
                     assert outputs == [tuple(spec) for spec in said], what
                 else:
-                    assert "must ascend" in found[1], f"{what}: {found}"  # what only a look at numbers can tell
+                    # What only a look at numbers, or an allocation, can tell.
+                    assert "must ascend" in found[1] or "more bytes than" in found[1], f"{what}: {found}"
     assert tried > 10
 
 
@@ -102,6 +108,19 @@ def test_conditions_are_of_ops_that_are_declared():
 def test_a_contract_of_an_argument_that_is_not_there():
     with pytest.raises(ValueError, match=r"'y: float' is of no argument of \['x'\]"):
         Contract("y: float", {"x": "Tensor"})
+
+
+def test_every_tensor_has_a_statement():
+    with pytest.raises(ValueError, match=r"says nothing of \['y'\]"):
+        Contract("x: float", {"x": "Tensor", "y": "Tensor?"})
+
+
+def test_a_transposed_product_with_a_weight_without_rows():
+    x, w, scale = torch.randn(3, 0), torch.randn(0, 24), torch.ones(0)
+    for tangent in (None, torch.randn(3, 0)):
+        y, dy = quant_linear_dual(x, w, scale, lsq(4), transposed=True, tangent_x=tangent)
+        assert torch.equal(y, torch.zeros(3, 24))
+        assert torch.equal(dy, torch.zeros(3, 24))
 
 
 def test_messages_show_what_is_known():

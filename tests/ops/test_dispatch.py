@@ -169,7 +169,7 @@ def test_conditions_do_not_see_outputs(registry):
 def test_a_choice_ends(registry):
     with pytest.raises(RuntimeError, match="no backend takes this call of qatkernels_choices::"):
         choice(registry.ops["toy"], "toy", [Stage("cuda", None, True)], registry=registry)(torch.zeros(9, 1), [])
-    absent = Op("absent", "Tensor x", Contract("-> out: like(x) []", {"x": "Tensor"}), None)
+    absent = Op("absent", "Tensor x", Contract("x: float\n-> out: like(x) []", {"x": "Tensor"}), None)
     with pytest.raises(RuntimeError, match="qatkernels_cpp::absent"):
         choice(absent, "absent", [Stage("cuda")])
 
@@ -212,6 +212,17 @@ def test_a_backend_that_is_not_here_says_why(registry):
     registry.add(Backend("toy", ("CPU",), absent, priority=9))
     registry.load()
     assert registry.missing == {"toy": "no such library"}
+    assert registry.chosen("toy", "CPU") == "reference"
+
+
+def test_a_backend_that_stops_half_way_serves_nothing(registry):
+    def half(registry):
+        registry.enter("half", "toy", answer("cuda"))
+        raise ImportError("half way")
+
+    registry.add(Backend("half", ("CPU",), half, priority=9))
+    registry.load()
+    assert registry.missing["half"] == "half way"
     assert registry.chosen("toy", "CPU") == "reference"
 
 

@@ -327,7 +327,7 @@ def _bad_calls():
         "packed has shape .6, 8., must be .E, N, 8.": lambda: grouped(x, w, ends),
         "offsets is torch.int64": lambda: grouped(x, stack, ends.long()),
         "offsets has shape .1,., must be .2,.": lambda: grouped(x, stack, ends[:1]),
-        "x or g has 3 dimensions, must have 2 with offsets": lambda: grouped(x[None], stack, ends),
+        "x has 3 dimensions, must have 2 with offsets": lambda: grouped(x[None], stack, ends),
         "packed is on meta, must be on cpu": lambda: linear(x, w.to("meta")),
         "offsets is .2, 1., must ascend": lambda: grouped(x, stack, torch.tensor([2, 1], dtype=torch.int32)),
         "offsets is .-1, 3., must ascend": lambda: grouped(x, stack, torch.tensor([-1, 3], dtype=torch.int32)),
