@@ -16,13 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = [
-    "TorchDispatchMode", "below_autograd", "in_forward_mode", "in_transform", "innermost_transform_is_jvp", "is_fake",
-    "is_view", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten", "without_autocast",
+    "TorchDispatchMode", "any_autocast", "below_autograd", "in_forward_mode", "in_transform",
+    "innermost_transform_is_jvp", "is_fake", "is_view", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten",
+    "without_autocast",
 ]  # fmt: skip
 
 
 # A context in which ops skip autograd: for the forward of an autograd Function, which stands in for it.
 below_autograd: Any = torch._C._AutoDispatchBelowAutograd
+# Whether autocast is on for any device. It takes a tenth of the time of asking for one device by name.
+any_autocast: Any = torch._C._is_any_autocast_enabled
 # A context in which autocast casts nothing, on any device.
 without_autocast: Any = torch._C._DisableAutocast
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._torch_compat import any_autocast
+
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast casts ``tensor`` to for a product, or None where it leaves it as it is."""
+    if not any_autocast():
+        return None
     device, dtypes = tensor.device.type, (torch.float32, torch.bfloat16, torch.float16)  # float64 is left alone
     if tensor.dtype in dtypes and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -23,6 +23,25 @@ def test_without_autocast():
             assert (x @ x).dtype == torch.float32
 
 
+def test_any_autocast():
+    assert not compat.any_autocast()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compat.any_autocast()
+        with torch.autocast("cpu", enabled=False):
+            assert not compat.any_autocast()
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert compat.any_autocast()
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + compat.any_autocast(), fullgraph=True, backend="eager")
+    x = torch.zeros(())
+    assert compiled(x) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(x) == 1
+
+
 def test_in_forward_mode():
     assert not compat.in_forward_mode()
     with forward_ad.dual_level():

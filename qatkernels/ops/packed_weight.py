@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from .._torch_compat import tree_leaves
 from ..arguments import (
     check_dtype,
     check_integers,

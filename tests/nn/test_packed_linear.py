@@ -252,12 +252,15 @@ def test_repr_says_the_size():
     assert "float32 scale per row" in repr(qk.PackedLinear.from_quantized(QuantLinear(8, 8, config=QuantConfig(1))))
 
 
-@pytest.mark.parametrize("act", ["none", "dynamic", "lsq"])
+@pytest.mark.parametrize("act", ["none", "dynamic", "lsq", "bias is a buffer"])
 def test_compile(act):
-    layer = QuantLinear(16, 12, config=QuantConfig(2, **ACTS[act]))
+    layer = QuantLinear(16, 12, config=QuantConfig(2, **ACTS.get(act, {})))
     x = torch.randn(4, 16)
     calibrate(layer, x)
     packed = qk.PackedLinear.from_quantized(layer.eval())
+    if act not in ACTS:
+        packed = qk.PackedLinear(packed.weight, packed.bias.detach().clone())
+        assert "bias" in dict(packed.named_buffers())
     torch._dynamo.reset()
     compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
     assert_same_bits(compiled(x), packed(x))

@@ -345,8 +345,7 @@ def test_bad_calls(message):
 
 def test_a_weight_of_another_kind():
     weight, ends = torch.randn(6, 16), torch.tensor([3], dtype=torch.int32)
-    layer = qk.PackedLinear(scaled_weight(qk.grids.lsq(4), (6, 16)))
-    for given, name in ((weight, "a tensor"), (layer, "PackedLinear"), (None, "None")):
+    for given, name in ((weight, "a tensor"), (torch.nn.Identity(), "Identity"), (None, "None")):
         for call in (qk.lowbit_linear, lambda x, w: qk.grouped_lowbit_linear(x, w, ends)):
             with pytest.raises(TypeError, match=f"weight is {name}.*, must be a PackedWeight"):
                 call(torch.randn(3, 16), given)
