@@ -305,7 +305,7 @@ def test_both_at_once(tmp_path, bits):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"reset_every": 2, "reset_weight": 0.5, "noise_std": 0.0, "reset_evry": 3}, "'reset_evry'"),
+        ({"reset_every": 2, "reset_weight": 0.5, "noise_std": 0.0, "reset_period": 3}, "'reset_period'"),
         ({"reset_every": 2, "reset_weight": 0.5}, "missing a required .*argument: 'noise_std'"),
     ],
 )
