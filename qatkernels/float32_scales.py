@@ -10,22 +10,22 @@ from torch import Tensor, nn
 
 
 class Float32Scales(nn.Module):
-    """A module whose ``scale`` and ``zero_point`` stay as they are, bit for bit, whatever the model is cast to.
+    """A module whose ``scale`` and ``zero_point`` keep their bits whatever the model is cast to.
 
-    A scale rounded to bfloat16 moves every weight that it scales.
+    A scale rounded to bfloat16 would move every weight of its group.
 
-    Scales alone do not say what they belong to, and those of 8 bits have the shape of those of 2. So a state dict has
-    :attr:`layout` beside them, as torch's extra state, and a module loads nothing of another layout. It is text in a
-    uint8 tensor, since some formats hold tensors only.
+    The state dict also has the :attr:`layout` that the scales belong to, as torch's extra state; loading refuses
+    another layout. Shapes alone cannot tell: scales of 8 bits have the shape of scales of 2 bits. The layout is text in
+    a uint8 tensor, because some file formats hold tensors only.
     """
 
     #: Names of the parameters and buffers that no cast changes.
     uncast: ClassVar[tuple[str, ...]] = ("scale", "zero_point")
-    #: What is said of another layout: of the prefix in the state dict, the layout there, and that of this module.
+    #: Error message for another layout. Filled in: prefix in the state dict, layout there, layout of this module.
     refusal: ClassVar[str] = (
         "{}scale is of {}, must be of {}; load_weights(model, state_dict) takes the weights alone and sets scales anew"
     )
-    #: Whether a strict load refuses a state dict without a layout, which is one of an earlier version.
+    #: Whether a strict load refuses a state dict without a layout, as earlier versions wrote.
     layout_required: ClassVar[bool] = False
 
     scale: Tensor
@@ -41,7 +41,7 @@ class Float32Scales(nn.Module):
         return torch.tensor(list(self.layout.encode()), dtype=torch.uint8, device=self.scale.device)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Do nothing: the layout is this module's own, and was compared before anything was loaded."""
+        """Do nothing: the layout was compared before anything was loaded."""
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         _, _, missing_keys, _, error_msgs = args

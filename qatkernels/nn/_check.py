@@ -23,13 +23,13 @@ from .quantizer import initial_scale
 from .replaced import message, replaced_layers
 from .replay import untouched
 
-#: A learned scale that is so many times larger or smaller than one made from the present weights does not fit them.
+#: A learned scale does not fit its weights if it is more than this many times larger or smaller than a fresh one.
 FAR = 4.0
 
 
 @dataclass
 class LayerCheck:
-    """What :func:`check` saw of one layer.
+    """What :func:`check` found about one layer.
 
     Attributes:
         name: name of the layer in the model.
@@ -40,7 +40,7 @@ class LayerCheck:
         not_finite: scales and zero points that are infinite or NaN.
         scale_ratio: median of its scales over those that a fresh layer with the same weight would have.
         problems: what is wrong, a sentence each.
-        notes: what may be meant.
+        notes: what may be intended.
     """
 
     name: str
@@ -61,7 +61,7 @@ class CheckReport:
     Attributes:
         layers: one entry for each quantized or packed layer.
         problems: what is wrong with the model as a whole.
-        notes: what may be meant.
+        notes: what may be intended.
     """
 
     layers: list[LayerCheck]
@@ -107,8 +107,8 @@ def check(model: nn.Module, *inputs: Any, loss_fn: Callable[[Any], Tensor] | Non
     the model changes in place (as RWKV does between training and evaluation), and for parametrizations, pruning and
     adapters on top of quantized layers.
 
-    The model runs in training mode with a backward, and in eval mode without. Its parameters, gradients, buffers, modes
-    and torch's random state are afterwards as before.
+    The model runs in training mode with a backward, and in eval mode without. Afterwards its parameters, gradients,
+    buffers, modes and torch's random state are restored.
 
     Args:
         model: a model with quantized or packed layers, on the device that it runs on; not sharded.
@@ -200,7 +200,7 @@ def _fingerprint(layer: Quantized) -> Tensor:
 
 @contextmanager
 def _kept(layers: dict[str, Quantized]) -> Iterator[None]:
-    """Give activation scales that a first batch may set their values back."""
+    """Restore activation scales, which a first batch may initialize."""
     acts = [layer.act for layer in layers.values() if isinstance(layer.act, LearnedActivation)]
     held = [(p, p.detach().clone()) for act in acts for p in act.parameters()]
     try:
@@ -210,7 +210,7 @@ def _kept(layers: dict[str, Quantized]) -> Iterator[None]:
             for parameter, value in held:
                 parameter.copy_(value)
         for act in acts:
-            act._forget()  # what a first batch set is gone
+            act._forget()  # the values of a first batch are gone
 
 
 @contextmanager
@@ -249,7 +249,7 @@ def _loss(output: Any, loss_fn: Callable[[Any], Tensor] | None) -> Tensor:
 
 @torch.no_grad()
 def _look_at_scales(row: LayerCheck, layer: Quantized) -> None:
-    """Count scales at the floor and not finite, and compare them with those of a fresh layer."""
+    """Count scales that are at the floor or not finite, and compare scales with those of a fresh layer."""
     weight, scale = local_part(layer.weight), local_part(layer.scale)
     points = [scale] if layer.zero_point is None else [scale, local_part(layer.zero_point)]
     row.not_finite = sum(int((~t.isfinite()).sum()) for t in points)
@@ -276,7 +276,7 @@ def _look_at_scales(row: LayerCheck, layer: Quantized) -> None:
 
 
 def _look_on_top(row: LayerCheck, layer: Quantized) -> None:
-    """Say what computes the weight from other parameters."""
+    """Report a weight that is computed from other parameters."""
     if how := reparametrization(layer):
         row.problems.append(
             f"is {how}: WinQ and SQuAT cannot change such a weight, and where a width has no zero a pruned weight is "
@@ -285,7 +285,7 @@ def _look_on_top(row: LayerCheck, layer: Quantized) -> None:
 
 
 def _look_at_gradient(row: LayerCheck, layer: Quantized) -> None:
-    """Say whether the layer was called and its scales got a gradient."""
+    """Report a layer that was not called, or whose scales got no gradient."""
     grad = layer.scale.grad
     row.scale_grad = None if grad is None else float(local_part(grad).norm())
     if not row.calls and grad is None:

@@ -1,4 +1,4 @@
-"""Weights of another model for a quantized one: full precision, or other bits."""
+"""Loading full-precision weights, or weights trained at other bits, into a quantized model."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .quantized import Quantized
 
 @torch.no_grad()
 def load_weights(model: nn.Module, state_dict: dict[str, Any], *, strict: bool = True) -> Any:
-    """Load a state dict into a quantized model, and set the scales of its weights anew, from the weights.
+    """Load the weights of a state dict into a quantized model, and set the scales from the weights.
 
-    This is how to start from full-precision weights, or from weights that were trained at other bits. Whatever the
-    state dict has of scales and zero points of weights is not used. Scales are set in place, so an optimizer keeps its
-    parameters; its moments of them are stale.
+    Use it to start from full-precision weights, or from weights that were trained at other bits. Scales and zero points
+    of weights in the state dict are ignored. Scales are set in place, so an optimizer keeps its parameters, but its
+    moments of the scales are stale.
 
-    A learned quantizer of an input is loaded if the state dict has one of the same bits and scheme. Else the next
-    training batch initializes it, or :func:`calibrate`.
+    A learned activation quantizer is loaded if the state dict has one of the same bits and scheme. Otherwise the next
+    training batch, or :func:`calibrate`, initializes it.
 
     ``model.load_state_dict`` is for weights *and* scales of the same configuration, such as a checkpoint of this model.
 
     Args:
         model: a model from :func:`quantize_model`; changed in place.
         state_dict: of a model of the same architecture, quantized or not.
-        strict: as in ``load_state_dict``: whether other names may be missing or too many.
+        strict: as in ``load_state_dict``: whether missing and unexpected names are errors.
 
     Returns:
         What ``load_state_dict`` returns: the missing and the unexpected keys.
@@ -68,7 +68,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, Any], *, strict: bool =
 
 
 def _keep_own(state: dict[str, Any], own: Mapping[str, Tensor], prefix: str) -> None:
-    """Give a state dict a module's own scales in place of those that it has, if it has any."""
+    """Replace the scales of a state dict by those of the module, if it has any."""
     names = [prefix + name for name in ("scale", "zero_point", "initialized", "_extra_state")]
     _drop(state, names)
     state.update({name: own[name] for name in names if name in own})

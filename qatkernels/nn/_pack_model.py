@@ -51,7 +51,7 @@ def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) ->
         warnings.warn(message(*item), stacklevel=2)
     names = {module: name for name, module in model.named_modules()}
     packed: dict[tuple[int, ...], PackedWeight] = {}
-    kept: list[tuple[Tensor | None, ...]] = []  # so that no id is used again
+    kept: list[tuple[Tensor | None, ...]] = []  # keeps the tensors alive, so that their ids stay unique
     replacements: dict[nn.Module, nn.Module] = {}
     for layer, packer in found.items():
         parts: tuple[Tensor | None, ...] = (layer.weight, layer.scale, layer.zero_point)  # type: ignore[assignment]
@@ -99,7 +99,7 @@ def packed_modules(model: nn.Module) -> dict[str, Packed]:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Return the bytes that parameters and persistent buffers take, each once however many layers share it."""
+    """Return the bytes of parameters and persistent buffers, counting shared ones once."""
     state = model.state_dict(keep_vars=True)
     held = {id(t): t for name, t in state.items() if not name.endswith("_extra_state")}
     return sum(tensor.nbytes for tensor in held.values())
@@ -112,8 +112,8 @@ def _packer(module: nn.Module) -> Callable[..., nn.Module] | None:
 def compile_kernels(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
     """Compile the kernels that a packed model will launch on its GPU, so that no request waits for a compiler.
 
-    Each layer's configurations are launched once, for any number of tokens; layers of equal shape cost one compilation.
-    Nothing is tuned: configurations are data in the package. Layers on the CPU have nothing to compile.
+    Every configuration that a layer can use, whatever the number of tokens, is launched once. Layers of equal shape
+    share the compilation. Nothing is tuned, and layers on the CPU have nothing to compile.
 
     Args:
         model: a packed model, on the device that it will run on.

@@ -17,8 +17,8 @@ from .config import QuantConfig
 from .floor import count_at_floor, local_part
 from .quantized import Quantized
 
-#: Under the default ``scale_lr`` a step moves a scale by this share of what it moves a weight, both relative to their
-#: size. At 1, some scales reach zero within 250 steps of AdamW at 1, 2, 4 and 8 bits; at 0.1 none does.
+#: With the default ``scale_lr``, one step changes a scale by this share of the relative change of a weight. At 1, some
+#: scales reach zero within 250 steps of AdamW at 1, 2, 4 and 8 bits; at 0.1 none does.
 RELATIVE_RATE = 0.1
 
 
@@ -29,11 +29,11 @@ def param_groups(
 
         optimizer = torch.optim.AdamW(qatkernels.param_groups(model, lr=1e-3, weight_decay=0.1))
 
-    Adam and its relatives move every parameter by about the learning rate, whatever its gradient. A scale is much
-    smaller than what a weight's learning rate is made for: at 8 bits about a hundredth of a weight. With one rate for
-    all, scales cross zero within a few steps, and their rows compute nothing from then on.
+    Adam and similar optimizers move every parameter by about the learning rate, whatever its gradient. A scale is much
+    smaller than a weight: at 8 bits about a hundredth of it. With the learning rate of weights, scales cross zero
+    within a few steps, and their rows compute nothing from then on.
 
-    Each group has a ``"name"``, so that optimizers for matrices (Muon) can be given theirs and no scale:
+    Each group has a ``"name"``, so that an optimizer for matrices (Muon) can be given the matrices only:
 
     - ``"weights"``: matrices and everything of more dimensions, except embeddings; the only group that decays;
     - ``"scales"``: scales and zero points of weights and activations;
@@ -50,8 +50,8 @@ def param_groups(
         weight_decay: decay of the group ``"weights"``.
 
     Returns:
-        Groups with ``"params"``, ``"lr"``, ``"weight_decay"`` and ``"name"``, without empty ones. Frozen parameters are
-        in none of them.
+        Groups with ``"params"``, ``"lr"``, ``"weight_decay"`` and ``"name"``; none is empty. Frozen parameters are left
+        out.
 
     Raises:
         ValueError: if a rate or the decay is negative or not finite, the model has no quantized layer, or ``scale_lr``
@@ -116,7 +116,7 @@ def _check_rate(name: str, value: Any, optional: bool) -> None:
 
 @torch.no_grad()
 def _fitting_rates(layers: dict[str, Quantized], share: float) -> list[tuple[float, list[nn.Parameter]]]:
-    """Return learning rates that move scales by ``share`` over the size of a weight, and the parameters they are for.
+    """Return learning rates, and their parameters, that change scales by ``share`` over the size of a weight.
 
     Each parameter appears once, however many layers share it.
     """

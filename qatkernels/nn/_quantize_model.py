@@ -35,24 +35,23 @@ def quantize_model(
     subclasses of ``nn.Linear``, ``nn.MultiheadAttention`` (which never calls its projections), and parameters that a
     module multiplies by itself, stacked experts among them (:class:`GroupedQuantLinear` takes those).
 
-    What is done is said three times. The logger ``qatkernels.nn.quantize_model`` tells at level INFO each layer that is
-    quantized, and then what is left, why, and the shares. :func:`quantization_report` gives the same table at any time.
-    A warning says so if less than half is quantized (``warn_below``), or if a layer or a stack of experts matched and
-    could not be quantized. What the caller left out (by ``include``, ``config``, or an ``exclude`` of their own) is not
-    counted there, and not warned of: to silence the warning, exclude what is left on purpose.
+    The logger ``qatkernels.nn.quantize_model`` lists at level INFO each layer that is quantized, and then what is left
+    in full precision, why, and the shares. :func:`quantization_report` gives the same table at any time. A warning
+    appears if less than half of the parameters is quantized (``warn_below``), or if a layer or a stack of experts
+    matched and could not be quantized. Layers that the caller left out (by ``include``, ``config``, or an ``exclude``
+    of their own) do not count for the warning: to silence it, exclude what is left on purpose.
 
     Patterns are those of ``fnmatch``; one matches a layer if it matches its full name or the end of it after a dot, so
-    ``"lm_head"`` matches ``"model.lm_head"`` and ``"mlp.*"`` matches ``"layers.3.mlp.up"``. The layer that
-    an adapter wraps (``"q_proj.base_layer"``) goes by the name that it had before (``"q_proj"``), too.
+    ``"lm_head"`` matches ``"model.lm_head"`` and ``"mlp.*"`` matches ``"layers.3.mlp.up"``. A layer inside
+    an adapter (``"q_proj.base_layer"``) is also matched by its former name (``"q_proj"``).
 
-    The layers that make logits stay in full precision whatever their name: those that are tied to an embedding, or that
-    the model itself names (transformers' ``get_output_embeddings``). They are quantized where a pattern of ``include``
-    or ``config`` without a wildcard matches them, or with ``exclude=()``. Adapters of PEFT are never quantized; the
-    layers under them are.
+    Output layers stay in full precision whatever their name: those tied to an embedding, and those that the model
+    names (transformers' ``get_output_embeddings``). To quantize one, match it by a pattern of ``include`` or ``config``
+    without a wildcard, or give ``exclude=()``. Adapters of PEFT are never quantized; the layers under them are.
 
     Layers that are the same object stay one object, and are excluded if any of their names is. Layers that share a
-    weight go on sharing it, and with equal configurations share the scales. ``nn.TransformerEncoder`` loses its fused
-    inference path, which would bypass quantization.
+    weight keep sharing it, and share scales if their configurations are equal. ``nn.TransformerEncoder`` loses its
+    fused inference path, which would bypass quantization.
 
     Args:
         model: the model; changed in place. Quantize it before DDP, FSDP or a compiled layer wraps it.
@@ -145,7 +144,7 @@ def _is_layer(parameter: str, layers: list[str]) -> bool:
 def _replacements(
     names: Mapping[nn.Module, str], wanted: Mapping[nn.Module, QuantConfig]
 ) -> dict[nn.Module, QuantLinear]:
-    """Return the quantized form of each layer; if one has none, the layers are as they were."""
+    """Return the quantized form of each layer. On an error the layers are left unchanged."""
     replacements: dict[nn.Module, QuantLinear] = {}
     transposed: dict[int, Tensor] = {}
     try:
@@ -168,7 +167,7 @@ def _replacements(
 
 
 def _share_scales(model: nn.Module, new: set[nn.Module]) -> None:
-    """Give layers that share a weight and a configuration the same scales: it is one quantized weight."""
+    """Give layers that share a weight and a configuration the same scales, as they have one quantized weight."""
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     first: dict[tuple[int, QuantConfig], QuantLinear] = {}
     for module in sorted(layers, key=lambda module: module in new):
@@ -183,7 +182,7 @@ def _swap(model: nn.Module, replacements: Mapping[nn.Module, QuantLinear]) -> No
             if child is None or (new := replacements.get(child)) is None:
                 continue
             parent._modules[name] = new
-            # PEFT's note that its base layer keeps the weight as [K, N]: merging would transpose what it adds.
+            # PEFT's flag for a base weight stored as [K, N]. Left True, merging would transpose the adapter's update.
             if isinstance(new, QuantConv1D) and parent.__dict__.get("fan_in_fan_out") is True:
                 parent.__dict__["fan_in_fan_out"] = False
 
@@ -198,7 +197,7 @@ def _leave_fast_path(model: nn.Module) -> None:
 
 
 def _said(described: Survey, warn_below: float) -> str | None:
-    """Log what of a model is quantized, and return what to warn of, if anything."""
+    """Log what is quantized in a model, and return the text of the warning, or None."""
     report, rows = described.report, described.report.rows
     logger.info("%s", report)
     own = sum(row.numel for row in rows if row.name in described.asked)

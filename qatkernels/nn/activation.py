@@ -23,8 +23,8 @@ def scales_of(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in found if parameter is not None]
 
 
-#: How often a compiled graph is compiled anew to see whether its batch has initialized a scale. After that the graph
-#: that initializes it stays: that is right too, and a little slower.
+#: How often a graph is recompiled to see whether a batch has initialized the scale. After that, the graph that
+#: initializes the scale stays in use, which is correct and a little slower.
 _LOOKS = 2
 
 
@@ -52,18 +52,19 @@ class LearnedActivation(Float32Scales):
     """One learned scale for a whole activation tensor (LSQ), and with ``offset`` a learned zero point (LSQ+).
 
     The first training batch initializes them: ``2 * mean(abs(x)) / sqrt(qmax)`` (Esser et al., 2020), or the range of
-    the batch with an offset. A batch that holds inf or NaN is quantized with scales from its finite elements, and the
-    next batch initializes them again: a loop with a GradScaler skips the step of such a batch and goes on. So it is
-    after a batch of zeros alone, which says nothing about a scale.
+    the batch with an offset. If that batch has inf or NaN, scales come from its finite elements, and the next batch
+    initializes them again; a loop with a GradScaler skips the step of such a batch. A batch of zeros has no scale
+    either, so the next batch initializes again.
 
-    Whether the scale is initialized is in the buffer ``initialized`` and nowhere else, so whatever fills the tensors of
-    a model (a state dict, an average of weights, DDP's broadcast, torch.distributed.checkpoint) gives an initialized
-    layer. Reading a buffer makes the host wait for a GPU. Therefore a True is remembered, and a False is read again at
-    the next forward: writing True into the buffer always counts, by whatever way. Nothing but :meth:`reset_parameters`
-    and ``load_state_dict`` makes an initialized layer forget. A graph of torch.compile reads the buffer once, when it
-    is compiled, and is compiled once more after the first batch.
+    The buffer ``initialized`` is the only record of whether the scale is initialized. So anything that fills the
+    tensors of a model (a state dict, an average of weights, DDP's broadcast, torch.distributed.checkpoint) gives an
+    initialized layer. Reading a buffer makes the host wait for a GPU; therefore a True is cached, and a False is read
+    again at the next forward. Writing True into the buffer always takes effect; only :meth:`reset_parameters` and
+    ``load_state_dict`` make an initialized layer uninitialized. A compiled graph reads the buffer when it is compiled,
+    and is recompiled once after the first batch.
 
-    Several processes would each initialize from their own batch and stay apart: there, call :func:`calibrate` first.
+    Several processes would each initialize from their own batch, and their scales would differ: call :func:`calibrate`
+    first.
 
     Args:
         features: size of the last dimension of the input; the gradient scale is ``1 / sqrt(features * qmax)``.
@@ -88,27 +89,27 @@ class LearnedActivation(Float32Scales):
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
         self.calibrating = False
         self._known_ready = False
-        # What a compiled graph has read of the buffer holds while these two numbers stay the same.
+        # A compiled graph relies on the buffer it has read until one of these two numbers changes.
         self._forgotten, self._looks = 0, _LOOKS
 
     @property
     def ready(self) -> bool:
-        """Whether the scale is initialized. Waits for the device unless the answer is known to be yes."""
+        """Whether the scale is initialized. Waits for the device unless a True is cached."""
         if not self._known_ready:
             self._known_ready = self._read(self._forgotten, self._looks)
         return self._known_ready
 
     @torch.compiler.assume_constant_result
     def _read(self, *conditions: int) -> bool:
-        """Read the buffer; a buffer without data (meta, torch.export) says False.
+        """Read the buffer; False where it has no data (meta device, torch.export).
 
-        torch.compile calls this while it compiles and keeps the answer for as long as the conditions are the same.
+        torch.compile calls this while it compiles, and keeps the answer until one of the conditions changes.
         """
         readable = not (self.initialized.is_meta or is_fake(self.initialized))
         return readable and bool(self.initialized)
 
     def _forget(self) -> None:
-        """Read the buffer again, since it may hold something else."""
+        """Drop the cached answer and read the buffer again, because its value may have changed."""
         self._known_ready = False
         if not self.ready:
             self._forgotten, self._looks = self._forgotten + 1, _LOOKS
@@ -133,7 +134,7 @@ class LearnedActivation(Float32Scales):
 
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
-        """Set scale and zero point unless they are initialized, without a wait: a compiled graph may run often."""
+        """Set scale and zero point unless they are initialized, without a device sync: compiled graphs run it often."""
         if x.numel() == 0:
             raise ValueError(
                 f"x, the input, has shape {tuple(x.shape)} and no elements, from which an activation scale cannot be "

@@ -1,4 +1,4 @@
-"""Scales that training drove to the smallest value, where kernels clamp them: how to count them, and what to say."""
+"""Scales at the smallest value, where kernels clamp them: counting them, and the text of the warning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..grids import MIN_SCALE
 
 
 def count_at_floor(weight: Tensor, scale: Tensor) -> Tensor:
-    """Return how many scales are at the floor though their weights are not all zero, without waiting for the device.
+    """Return how many scales are at the floor though their weights are not all zero, without a device sync.
 
     Args:
         weight: ``[..., K]``.
@@ -31,6 +31,6 @@ def floor_message(count: int, total: int, when: str = "") -> str:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor, without its graph."""
+    """Return the shard of a tensor that this process holds, detached."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

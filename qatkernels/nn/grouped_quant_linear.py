@@ -20,9 +20,9 @@ from .quantized import Quantized
 class GroupedQuantLinear(Quantized):
     """``y[t] = Q_a(x[t]) @ Q(weight[e]; scale[e]).T + bias[e]`` for tokens sorted by expert e.
 
-    Every expert is quantized as a :class:`QuantLinear` of its own would be, to the bit, and its scales train with the
-    gradient scale of one expert (our reading: the papers have no experts). All of them are quantized in one launch, and
-    so are the products of the forward and of the backward in tokens and weights.
+    Every expert gets the bits that a :class:`QuantLinear` of its own would give. The gradient scale is that of one
+    expert (our reading: the papers have no experts). One launch quantizes all experts; one launch each computes the
+    product of the forward and those of the backward.
 
     Args:
         num_experts: experts E.
@@ -76,9 +76,9 @@ class GroupedQuantLinear(Quantized):
             bias: ``[E, N]`` or None; a Parameter is not copied.
             config: what to quantize to.
             transposed: whether the model multiplies by the weights as they are, ``x @ weight[e]``, and not by their
-                transposes, ``F.linear(x, weight[e])``. True makes a transposed copy: a new Parameter, for the optimizer
-                too. None is False, where the shape shows a mistake as soon as there is an input; of a square weight it
-                does not, so that True or False must be given.
+                transposes, ``F.linear(x, weight[e])``. True makes a transposed copy, which is a new Parameter: give it
+                to the optimizer. None means False, and is refused for a square weight: of other weights the first
+                input shows a mistake by its shape.
 
         Raises:
             ValueError: if a shape does not fit, or the weight is square and ``transposed`` is None.
@@ -109,8 +109,8 @@ class GroupedQuantLinear(Quantized):
     def from_linears(cls, linears: Sequence[nn.Linear], *, config: QuantConfig) -> GroupedQuantLinear:
         """Return a layer with the stacked weights of linear layers of equal shapes.
 
-        The stacks are new Parameters, frozen if the originals are; frozen weights get frozen scales. An optimizer wants
-        the new ones, and hooks stay behind.
+        The stacks are new Parameters, frozen if the originals are; frozen weights get frozen scales. Give the new ones
+        to the optimizer. Hooks of the linear layers are not taken along.
 
         Raises:
             ValueError: if there is none, one is more than a plain ``nn.Linear``, shapes, dtypes or devices differ, or
@@ -132,7 +132,7 @@ class GroupedQuantLinear(Quantized):
 
     @torch.no_grad()
     def _draw(self) -> None:
-        bound = 1 / math.sqrt(max(self.weight.shape[-1], 1))  # what nn.Linear draws from
+        bound = 1 / math.sqrt(max(self.weight.shape[-1], 1))  # the range that nn.Linear draws from
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 parameter.uniform_(-bound, bound)
@@ -163,7 +163,7 @@ class GroupedQuantLinear(Quantized):
         return f"{sizes}, bias={self.bias is not None}, {self.described}"
 
 
-@torch.inference_mode(False)  # what is made in inference mode can never train
+@torch.inference_mode(False)  # a Parameter made in inference mode can never train
 def _stacked(parameters: Sequence[Tensor], name: str) -> nn.Parameter:
     for what in ("dtype", "device", "requires_grad"):
         first, *others = (getattr(p, what) for p in parameters)
@@ -174,6 +174,6 @@ def _stacked(parameters: Sequence[Tensor], name: str) -> nn.Parameter:
 
 
 def bias_of_tokens(bias: Tensor, offsets: Tensor, tokens: int) -> Tensor:
-    """Return the bias ``[tokens, N]`` of each token's expert, 0 for tokens past the last offset, without a wait."""
+    """Return the bias ``[tokens, N]`` of each token's expert, without a device sync; 0 past the last offset."""
     expert = torch.searchsorted(offsets, torch.arange(tokens, device=bias.device, dtype=offsets.dtype), right=True)
-    return F.pad(bias, (0, 0, 0, 1))[expert]  # the row of zeros is nobody's
+    return F.pad(bias, (0, 0, 0, 1))[expert]  # the row of zeros is for unassigned tokens

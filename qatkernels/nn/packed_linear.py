@@ -1,4 +1,4 @@
-"""Linear layers that hold packed codes and multiply with them: what a quantized layer becomes when training is over."""
+"""Linear layers that multiply with packed codes. `pack_model` makes them of quantized layers after training."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def packed_weight(layer: Any, scale_dtype: torch.dtype = torch.float32) -> Packe
 
 
 class Packed(nn.Module):
-    """What layers over a packed weight share: the weight, a bias, and what happens to the input.
+    """Base class of layers with a packed weight.
 
     Args:
         weight: packed weight, its last dimensions ``[N, K]``. Layers that are given the same one share it.
         bias: ``[..., N]`` or None; a Parameter stays the same object.
-        act: module that the input goes through first, such as a :class:`LearnedActivation`.
-        act_bits: quantize the input to symmetric integers per token and sum integers, 2 to 8 bits; None does not.
+        act: module applied to the input first, such as a :class:`LearnedActivation`.
+        act_bits: 2 to 8 quantizes the input to symmetric integers per token and sums integers; None does neither.
 
     Attributes:
         weight: the packed weight.

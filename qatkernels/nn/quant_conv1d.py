@@ -17,7 +17,7 @@ CONV1D_CLASSES: set[str] = {"transformers.pytorch_utils.Conv1D"}
 class QuantConv1D(QuantLinear):
     """The quantized form of transformers' ``Conv1D``, the linear layer of GPT-2.
 
-    A Conv1D is a linear layer whose weight is ``[K, N]``. There are two sides to a weight, and they differ here:
+    A Conv1D is a linear layer whose weight is ``[K, N]``. This layer stores it in two ways:
 
     - In memory it is ``[N, K]``, as in every other quantized layer. Scales, groups, noise, resets, adapters, packing
       and Hessian products know one orientation only. Some of GPT-2's weights are square, so that a mistake about the

@@ -95,7 +95,7 @@ class QuantLinear(Quantized, nn.Linear):
 
     @classmethod
     def _adopt(cls, layer: nn.Module, config: QuantConfig) -> Self:
-        """Return a layer with another one's parameters (``weight`` ``[N, K]`` and ``bias``), hooks and attributes."""
+        """Return a quantized layer with parameters (``weight`` is ``[N, K]``), hooks and attributes of ``layer``."""
         module = cls.__new__(cls)
         module.__dict__.update(layer.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):
@@ -107,7 +107,7 @@ class QuantLinear(Quantized, nn.Linear):
     def reset_parameters(self) -> None:
         """Draw a new weight and bias as nn.Linear does, and set the scales from them."""
         super().reset_parameters()
-        if "scale" in self._parameters:  # nn.Linear's constructor comes by before there is one
+        if "scale" in self._parameters:  # nn.Linear.__init__ calls this before there is a scale
             self.reset_scale()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class QuantLinear(Quantized, nn.Linear):
         return F.linear(x, self._forward_weight(dtype), self.bias)
 
     def _pushed_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the output with its tangent, both from one read of the weight and of its tangent."""
+        """Return the output with its tangent (forward mode), reading the weight and its tangent once."""
         quantizer, noise = self.quantizer, self.quantizer.noise(self.training)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(dtype)
@@ -142,7 +142,7 @@ class QuantLinear(Quantized, nn.Linear):
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def to_linear(self) -> nn.Linear:
-        """Return a plain ``nn.Linear`` that holds the quantized weight, and the same bias Parameter; hooks stay here.
+        """Return a plain ``nn.Linear`` that holds the quantized weight, and the same bias Parameter, without hooks.
 
         Raises:
             ValueError: if the layer quantizes its input, which an ``nn.Linear`` cannot.
@@ -166,11 +166,11 @@ class QuantLinear(Quantized, nn.Linear):
 def why_not(layer: nn.Module, classes: Collection[str] = LINEAR_CLASSES) -> str | None:
     """Return why a layer cannot be quantized in place, as the rest of a sentence, or None if it can.
 
-    What computes the weight, replaces the forward or calls something else would be lost, or would bypass quantization.
+    Quantizing would drop whatever computes the weight or replaces the forward, or would be bypassed by it.
 
     Args:
         layer: the layer.
-        classes: qualified names of the classes whose forward is known; a class derived from one is another class.
+        classes: qualified names of the classes whose forward is known; subclasses of them are not included.
     """
     if parametrize.is_parametrized(layer):
         return "is parametrized: remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"

@@ -1,4 +1,4 @@
-"""What every layer with a fake-quantized weight is made of, whatever it multiplies with."""
+"""The base class of layers with a fake-quantized weight."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .quantizer import WeightQuantizer, initial_scale
 
 _16_BIT = (torch.bfloat16, torch.float16)
 
-#: What was an attribute of layers, and what takes its place.
+#: Former attributes of layers, and what to call instead.
 _ON_QUANTIZER = {
     "noise_std": "layer.quantizer.set_noise(noise_std, scale_noise_std)",
     "scale_noise_std": "layer.quantizer.set_noise(noise_std, scale_noise_std)",
     "perturbation": "layer.quantizer.modified(add=...)",
 }
-#: Whether a layer has warned of scales at the floor.
+#: Whether this process has warned of scales at the floor.
 _warned_of_floor = False
-#: The function that casts the layers of the model that was warned of last.
+#: The function of the last cast that was warned of; one cast of a model passes the same function to every layer.
 _warned_of: weakref.ref[Callable[[Tensor], Tensor]] | None = None
 
 
 class _MissingScale(str):
-    """The name of a missing scale, which says in an error message what to do about it; else it is the name alone."""
+    """The name of a missing scale. Where torch formats it into its error message, advice is added."""
 
     def __format__(self, spec: str) -> str:
         return f"{self!s} (load_weights(model, state_dict) sets scales from the weights)"
@@ -68,7 +68,7 @@ class Quantized(Float32Scales):
         return self.quantizer.group_size
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _ON_QUANTIZER:  # else an old script would train without noise, and without a word
+        if name in _ON_QUANTIZER:  # otherwise an old script would silently train without noise
             raise AttributeError(f"{name} cannot be assigned to a layer: use {_ON_QUANTIZER[name]}")
         super().__setattr__(name, value)
 
@@ -109,9 +109,9 @@ class Quantized(Float32Scales):
             raise ValueError("the weight is sharded, so scales cannot be set anew: requantize before fully_shard")
         self._configure(config, trains=self.scale.requires_grad)
 
-    @torch.inference_mode(False)  # what is made in inference mode can never train
+    @torch.inference_mode(False)  # a Parameter made in inference mode can never train
     def _configure(self, config: QuantConfig, trains: bool) -> None:
-        """Set configuration, scales and the quantizer of the input; nothing changes if the configuration is refused."""
+        """Set configuration, scales and the quantizer of the input; change nothing if the configuration is refused."""
         if not isinstance(config, QuantConfig):
             raise ValueError(f"config is {config!r}, must be a QuantConfig")
         initial = initial_scale(self.weight, config)
@@ -129,7 +129,7 @@ class Quantized(Float32Scales):
 
     @torch.no_grad()
     def reset_scale(self) -> None:
-        """Set scales and zero points to what they would be for a layer just made from the present weight."""
+        """Set scales and zero points to those of a new layer with the present weight."""
         scale, zero_point = initial_scale(self.weight, self.config)
         self.scale.copy_(scale)
         if self.zero_point is not None and zero_point is not None:
@@ -153,7 +153,7 @@ class Quantized(Float32Scales):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         parts = (self._parameters.get("weight"), self.scale, self.zero_point)
-        held, *scales = [None if t is None else t.detach() for t in parts]  # a cast replaces the data of a Parameter
+        held, *scales = [None if t is None else t.detach() for t in parts]  # a cast replaces the data in place
         super()._apply(fn, recurse)
         now = self._parameters.get("weight")
         if held is not None and now is not None and now.dtype != held.dtype and now.dtype in _16_BIT:
@@ -169,7 +169,7 @@ class Quantized(Float32Scales):
         """Warn of codes that change because the weight is rounded to 16 bits."""
         before, after = (self.quantizer.codes(w, scale, zero_point) for w in (weight, weight.to(dtype)))
         if changed := int((before != after).sum()):
-            # Every layer of a model is cast by the same function. So this warns once, and then nothing is counted.
+            # One cast of a model calls every layer with the same function, so this warns once and then stops counting.
             global _warned_of
             _warned_of = weakref.ref(fn)
             warnings.warn(
@@ -181,14 +181,14 @@ class Quantized(Float32Scales):
             )
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode as any module does; the change to eval mode warns once of scales that fell to the floor."""
+        """Set the mode as any module does; switching to eval mode warns once of scales at the floor."""
         if self.training and not mode:
             self._warn_of_floor()
         return super().train(mode)
 
     @torch.no_grad()
     def _warn_of_floor(self) -> None:
-        """Warn once in a process. Waiting for the device once a layer is cheap: loops evaluate seldom."""
+        """Warn once per process. One device sync per layer is cheap, as loops evaluate rarely."""
         global _warned_of_floor
         weight, scale = self._parameters.get("weight"), self._parameters.get("scale")
         if _warned_of_floor or weight is None or scale is None or weight.is_meta or scale.is_meta or is_fake(scale):
@@ -236,7 +236,7 @@ def _activation(config: QuantConfig) -> tuple[object, ...]:
 def reparametrization(layer: nn.Module) -> str | None:
     """Return what computes a layer's weight from other parameters, or None if the weight is a parameter of its own.
 
-    Whoever writes to a weight has to ask: what is written to a computed weight is lost at the next forward.
+    Ask this before writing to a weight: the next forward overwrites a computed weight.
 
     Returns:
         The rest of the sentence "The layer is ...": ``"pruned by torch.nn.utils.prune"``, say, or ``"parametrized by
@@ -260,7 +260,7 @@ def check_weights(layers: Mapping[str, Quantized], what: str) -> None:
 
     Args:
         layers: layers by name.
-        what: what goes wrong then, as a clause: ``"resets would be lost"``.
+        what: the consequence, as a clause: ``"resets would be lost"``.
     """
     for name, layer in layers.items():
         if (how := reparametrization(layer)) is not None:
@@ -272,5 +272,5 @@ def check_weights(layers: Mapping[str, Quantized], what: str) -> None:
 
 
 def _name(how: object) -> str:
-    """Return the name of torch's function that reparametrized a weight, by its class: ``weight_norm``, say."""
+    """Return the name of torch's function, such as ``weight_norm``, for the class that reparametrizes a weight."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(how).__name__).lower().lstrip("_")

@@ -1,4 +1,4 @@
-"""How a layer quantizes its weight now: the grid, and what WinQ, SQuAT and sharpness change for a while."""
+"""How a layer quantizes its weight: the grid, and the noise and perturbations that WinQ, SQuAT and sharpness apply."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 #: Radius of a perturbation (Foret et al., 2021), and what ASAM adds to a weight's size (Kwon et al., 2021), by default.
 RHO, ETA = 0.05, 0.01
 
-#: What a forward adds to its quantized weight: a tensor like the weight, which autograd sees; or the last three
-#: arguments of :func:`qatkernels.ops.perturb_` (gradient, factor, eta), which autograd does not see and which takes no
-#: memory.
+#: What a forward adds to its quantized weight. Either a tensor like the weight, through which autograd differentiates;
+#: or the last three arguments of :func:`qatkernels.ops.perturb_` (gradient, factor, eta), which is applied in place:
+#: autograd does not see it, and it takes no memory.
 Perturbation = Tensor | tuple[Tensor, Tensor, float | None]
 
 
 class WeightQuantizer:
-    """Quantizes the weight of one layer. The layer holds the tensors; this holds what is done with them.
+    """Quantizes the weight of one layer. The layer holds the tensors, this object the settings.
 
-    :meth:`configure` says what to quantize to, before anything else.
+    Call :meth:`configure` before anything else.
 
     Attributes:
         config: what to quantize to.
@@ -40,7 +40,7 @@ class WeightQuantizer:
         scale_noise_std: the same for the scales.
         added: what every forward adds to the quantized weight; None for nothing.
 
-    The last three are not saved. :meth:`set_noise` changes the noise, :meth:`modified` what is added.
+    The last three are not saved. Change the noise by :meth:`set_noise`, and what is added by :meth:`modified`.
     """
 
     config: QuantConfig
@@ -53,7 +53,7 @@ class WeightQuantizer:
         self.added: Perturbation | None = None
 
     def configure(self, config: QuantConfig, numel: int) -> None:
-        """Quantize to a configuration from now on; noise and what is added stay.
+        """Set what to quantize to; noise and what is added stay.
 
         Args:
             config: what to quantize to.
@@ -63,7 +63,7 @@ class WeightQuantizer:
         self.grad_scale = self.grid.grad_scale(numel)
 
     def set_noise(self, noise_std: float, scale_noise_std: float) -> None:
-        """Set the noise of training forwards from now on, as WinQ does from its constructor to its removal."""
+        """Set the noise of training forwards. WinQ sets it in its constructor and clears it when it is removed."""
         self.noise_std, self.scale_noise_std = noise_std, scale_noise_std
 
     @contextmanager
@@ -127,7 +127,7 @@ def initial_scale(weight: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor |
         config: what to quantize to.
     """
     grid, w = config.grid, weight
-    if config.per_tensor and w.ndim > 2:  # each expert is a tensor of its own
+    if config.per_tensor and w.ndim > 2:  # per tensor means per expert
         w = w.flatten(1)
     per_tensor = config.per_tensor and w is weight
     scale = grid.init_scale(w, config.group_size, per_tensor=per_tensor, method=config.scale_init)
@@ -150,11 +150,11 @@ def ascent(sums: Tensor, rho: float) -> tuple[Tensor, Tensor]:
     """Return SAM's factor and the norm of its perturbation ``e = factor * T**2 * g``, ``factor = rho / norm(T * g)``.
 
     Args:
-        sums: :func:`qatkernels.ops.perturbation_norms`, summed over all that is perturbed together.
+        sums: :func:`qatkernels.ops.perturbation_norms`, summed over all weights that are perturbed together.
         rho: radius.
     """
     once, twice = sums.sqrt().unbind()
-    # Without a gradient there is no perturbation. The limit is far below any norm that a loss scale leads to, and its
-    # reciprocal is a float32 number.
+    # A zero gradient must give no perturbation. The limit is far below the norm of any scaled loss, and its reciprocal
+    # is finite in float32.
     factor = rho / once.clamp_min(1e-30)
     return factor, factor * twice

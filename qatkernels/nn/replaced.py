@@ -1,7 +1,7 @@
 """Find layers that were quantized and that something has replaced by a plain layer since.
 
-``resize_token_embeddings`` of transformers does that to a quantized head. The new layer computes in full precision, and
-nothing in the layer itself tells. So :func:`quantize_model` notes in the model which names it quantized.
+``resize_token_embeddings`` of transformers does that to a quantized head. The new layer computes in full precision and
+looks like any other, so :func:`quantize_model` records in the model which names it quantized.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _NAMES = "_quantized_names"
 
 
 def remember(model: nn.Module) -> None:
-    """Note the names of the layers that are quantized now."""
+    """Record the names of the layers that are quantized now."""
     names = {name for name, module in model.named_modules() if isinstance(module, Quantized) and name}
     model.__dict__[_NAMES] = model.__dict__.get(_NAMES, frozenset()) | names
 
 
 def replaced_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that stand where a quantized one was and are not quantized, by name.
+    """Return the layers that replaced a quantized one and are not quantized, by name.
 
     A layer that an adapter wraps, or that was packed, is still there and is not among them.
     """
@@ -39,7 +39,7 @@ def replaced_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def message(name: str, layer: nn.Module) -> str:
-    """Say that a layer was replaced, and what to do."""
+    """Return a message that a layer was replaced, and what to do about it."""
     return (
         f"{name} was quantized, and something replaced it by a {type(layer).__name__} in full precision "
         f"(resize_token_embeddings does). To quantize it again: "

@@ -1,7 +1,7 @@
-"""Run a model again without leaving a trace in it, with the random numbers of an earlier run.
+"""Run a model without side effects on it, with the random numbers of an earlier run.
 
 A forward in training mode writes to the model: batch norm updates its running statistics, spectral norm its vectors.
-It also draws from torch's generators (dropout, and the seeds of WinQ's noise). A pass that only looks at the model, or
+It also draws from torch's generators (dropout, and the seeds of WinQ's noise). A pass that only inspects the model, or
 repeats a pass of the same batch, must do neither.
 """
 
@@ -21,13 +21,13 @@ class RandomState:
     """The state of torch's generators: of the CPU, of the devices of some tensors, and of the current CUDA device.
 
     Args:
-        tensors: those whose devices count.
+        tensors: the generators of their devices are included.
     """
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         self._cpu = torch.get_rng_state()
         devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
-        if torch.cuda.is_available() and torch.cuda.is_initialized():  # otherwise nothing was drawn there yet
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # otherwise nothing has been drawn there
             devices.add(torch.device("cuda", torch.cuda.current_device()))
         self._devices = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
 
@@ -39,7 +39,7 @@ class RandomState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Draw from here on within the context; afterwards the generators are as they were before it."""
+        """Rewind the generators to this state within the context, and set them back afterwards."""
         now = RandomState(torch.empty(0, device=device) for device in self._devices)
         self.restore()
         try:
@@ -55,12 +55,12 @@ def untouched(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     The model gets copies of its buffers, so the originals are never written to and every context starts from the same
     values. A copy that autograd saved keeps what the forward wrote to it, which a buffer set back in place would not.
 
-    Parameters are not copied, and neither are packed weights, which nothing writes to. What a module keeps as a plain
-    attribute is not seen.
+    Parameters are not copied, and neither are packed weights, which nothing writes to. Plain attributes of modules are
+    not restored.
 
     Args:
         model: the model; may be wrapped (DDP, FSDP2, torch.compile).
-        gradients: whether ``.grad`` shall be as before, too; it is None within the context.
+        gradients: whether to restore ``.grad`` too; it is None within the context.
     """
     modules = list(model.modules())
     training = [module.training for module in modules]
@@ -70,7 +70,7 @@ def untouched(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     # By module and not by name: a shared buffer has one name in named_buffers().
     buffers = [(m, dict(m._buffers)) for m in modules if m._buffers and not isinstance(m, PackedWeight)]
     copies = {id(b): _copy(b) for _, own in buffers for b in own.values() if b is not None}
-    # Autocast keeps casts of parameters for as long as its outermost context lasts, whatever their values are by now.
+    # Autocast caches casts of parameters until its outermost context ends, even if the parameters have changed.
     torch.clear_autocast_cache()
     try:
         for module, own in buffers:
@@ -95,7 +95,7 @@ def untouched(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
 def _copy(buffer: Tensor) -> Tensor:
     if not buffer.requires_grad:
         return buffer.detach().clone()
-    with torch.enable_grad():  # what has a gradient keeps it
+    with torch.enable_grad():  # the copy of a buffer with a gradient stays differentiable
         return buffer.clone()
 
 

@@ -1,4 +1,4 @@
-"""What of a model is quantized, what is not, and why: a table that can be made at any time."""
+"""A table of what is quantized in a model, what is not, and why."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .replaced import replaced_layers
 from .selection import ATTENTION, EXCLUDE, Left, Rules, adapters, choose, is_candidate, names_of
 
 #: How stacked experts are kept, by qualified name of their class: True for ``[E, K, N]``, False for ``[E, N, K]``.
-#: Those that transformers decorates say it themselves (`is_transposed`).
+#: Classes that transformers decorates have the attribute `is_transposed` instead.
 STACKS: dict[str, bool] = {
     "transformers.models.llama4.modeling_llama4.Llama4TextExperts": True,
     "transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts": False,
@@ -43,7 +43,7 @@ class ReportRow:
 
     Attributes:
         name: its first name.
-        numel: how many numbers it has.
+        numel: its number of elements.
         status: ``"quantized"``, ``"packed"`` or ``"full precision"``.
         reason: why it is in full precision; empty if it is not.
         config: what it is quantized to; None if it is not, or is packed.
@@ -60,11 +60,11 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What of a model is quantized. ``str`` gives a table, largest shares first.
+    """What is quantized in a model. ``str`` gives a table, largest shares first.
 
     Attributes:
-        rows: every parameter once, in the model's order. Scales and zero points are no parameters of the model that
-            was quantized: they are not counted.
+        rows: every parameter once, in the model's order. Scales and zero points are not counted, because the original
+            model does not have them.
     """
 
     rows: tuple[ReportRow, ...]
@@ -90,11 +90,11 @@ class QuantizationReport:
         return f"quantized {self.quantized:,} of {self.total:,} parameters ({self.share:.1%})"
 
     def __str__(self) -> str:
-        """Return the summary and a table of what is quantized to what, and what is left for which reason."""
+        """Return the summary and a table of what is quantized, to what, and what is not, and why."""
         return "\n".join((self.summary, *self.lines(self.rows)))
 
     def lines(self, rows: Iterable[ReportRow], limit: int | None = None) -> list[str]:
-        """Return rows as lines of a table, those of one fate together, the largest ``limit`` of them."""
+        """Return lines of a table, one for all rows of the same status and reason; the largest ``limit`` lines."""
         groups: dict[str, list[ReportRow]] = {}
         for row in rows:
             groups.setdefault(row.reason or f"{row.status}: {row.how}", []).append(row)
@@ -107,17 +107,17 @@ class QuantizationReport:
 
 
 def quantization_report(model: nn.Module) -> QuantizationReport:
-    """Return what of a model is quantized or packed, what is not, and why.
+    """Return what is quantized or packed in a model, what is not, and why.
 
-    The report is made from the model as it is, at any time: ``print(quantization_report(model))``. Which patterns a
-    call of :func:`quantize_model` had is not kept in a model; a layer that a pattern left out is "not quantized" here,
-    while the log of the call names the pattern.
+    The report describes the model as it is now: ``print(quantization_report(model))``. A model does not store the
+    patterns of the :func:`quantize_model` call. A layer that a pattern left out is therefore "not quantized" here; the
+    log of the call names the pattern.
     """
     return survey(model).report
 
 
 class Survey(NamedTuple):
-    """A report, and which of its rows the caller left out or will be surprised by."""
+    """A report, the rows that the caller left out, and the rows that matched but could not be quantized."""
 
     report: QuantizationReport
     asked: set[str]
@@ -131,8 +131,8 @@ def survey(
 
     Args:
         model: the model.
-        rules: the patterns of a call, None where there is no call.
-        chosen: what was decided about each layer in that call.
+        rules: the patterns of a call, or None outside a call.
+        chosen: the decision about each layer in that call.
     """
     if rules is None or chosen is None:
         chosen = choose(model, Rules(QuantConfig(), None, EXCLUDE), requantize=True)

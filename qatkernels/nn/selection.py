@@ -1,4 +1,4 @@
-"""Which layers of a model `quantize_model` quantizes, which it leaves, and why."""
+"""Which layers of a model `quantize_model` quantizes, which it skips, and why."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .quant_conv1d import is_conv1d
 from .quant_linear import why_not
 from .quantized import Quantized
 
-#: Left in full precision by default: what makes the logits and task heads, as in the papers, and adapters. Heads that
-#: can be told by what they are (:func:`heads`) and PEFT's adapters (:func:`adapters`) need no pattern.
+#: Patterns of layers that stay in full precision by default: output layers and task heads, as in the papers, and
+#: adapters. Output layers that :func:`heads` recognizes, and PEFT's adapters (:func:`adapters`), need no pattern.
 EXCLUDE = (
     "*embed*",
     "lm_head",
@@ -39,7 +39,7 @@ EXCLUDE = (
     "*lora_*",
 )
 ATTENTION = "belongs to nn.MultiheadAttention, which calls no layer (its in_proj_weight is not quantized either)"
-#: Names that wrappers put into the name of what they wrap: PEFT, and torch.compile.
+#: Parts of a name that wrappers add: those of PEFT and of torch.compile.
 _WRAPPED = {"base_layer", "original_module", "_orig_mod"}
 
 
@@ -49,8 +49,8 @@ class Left:
 
     Attributes:
         reason: the rest of a sentence that begins with its name.
-        asked: whether the caller left it out by a pattern; else this library did.
-        loud: whether it matched and cannot be quantized, which a warning says in any case.
+        asked: True if the caller left it out by a pattern, False if this library did.
+        loud: whether it matched but cannot be quantized; a warning always says so.
         default: whether a pattern of `EXCLUDE` left it out.
     """
 
@@ -61,7 +61,7 @@ class Left:
 
 
 class Rules:
-    """The patterns of one call: which configuration something of a name is to have.
+    """The patterns of one call, which map names to configurations.
 
     Raises:
         ValueError: if an argument is not what :func:`qatkernels.quantize_model` takes.
@@ -73,7 +73,7 @@ class Rules:
         self.exclude, self.default = _patterns("exclude", exclude), exclude is EXCLUDE
 
     def wanted(self, names: list[str]) -> QuantConfig | Left:
-        """Return the configuration for something of these names, or why there is none."""
+        """Return the configuration for a layer of these names, or why there is none."""
         if self.include is not None and not matches(names, self.include):
             return Left("matches no pattern of include", asked=True)
         pattern = next((p for p in self.configs if matches(names, (p,))), None)
@@ -88,7 +88,7 @@ class Rules:
         return config
 
     def insists(self, names: list[str]) -> bool:
-        """Whether the call wants something of these names although it is a head."""
+        """Whether the call explicitly asks to quantize a layer of these names although it is an output layer."""
         given = (*(self.include or ()), *(p for p, c in self.configs.items() if c is not None))
         return not self.exclude or matches(names, (p for p in given if not set(p) & set("*?[")))
 
@@ -124,7 +124,7 @@ def matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Return every name of every module. What a wrapper or a parametrization holds also goes by the layer's name."""
+    """Return every name of every module; modules inside wrappers and parametrizations also get the layer's name."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         layer = name.partition(".parametrizations.")[0]
@@ -134,7 +134,7 @@ def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def is_candidate(module: nn.Module) -> bool:
-    """Whether a module is a layer of a kind that is quantized, or is quantized already."""
+    """Whether a module is a layer that could be quantized, or is quantized already."""
     return (isinstance(module, nn.Linear | Quantized) and not isinstance(module, Packed)) or is_conv1d(module)
 
 
@@ -180,7 +180,7 @@ def _check_again(name: str, layer: Quantized, config: QuantConfig, requantize: b
 
 
 def _unable(layer: nn.Module) -> str | None:
-    """Return why a layer that matched is left, or None; what is wrong with a layer of the right class is an error."""
+    """Return why a layer that matched is skipped, or None. Faults of a layer of the right class raise later."""
     if type(layer) is NonDynamicallyQuantizableLinear:
         return ATTENTION
     if is_conv1d(layer) or parametrize.is_parametrized(layer):
@@ -192,7 +192,7 @@ def _unable(layer: nn.Module) -> str | None:
 def _keep_shared(
     model: nn.Module, names: Mapping[nn.Module, list[str]], chosen: dict[nn.Module, QuantConfig | Left]
 ) -> None:
-    """Leave a Conv1D whose weight another module uses: transposing it would change what that one computes."""
+    """Skip a Conv1D whose weight another module uses, because transposing it would change the other's output."""
     holders: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -205,10 +205,10 @@ def _keep_shared(
 
 
 def heads(model: nn.Module) -> dict[nn.Module, str]:
-    """Return the layers that make logits, by what they are, and how that is known.
+    """Return the output layers of a model, each with the reason why it is one.
 
-    A layer is one if its weight is that of an embedding, or if the model names it as its output embeddings
-    (transformers' ``get_output_embeddings``).
+    A layer is an output layer if it shares its weight with an embedding, or if the model names it as its output
+    embeddings (transformers' ``get_output_embeddings``).
     """
     found: dict[nn.Module, str] = {}
     embeddings: dict[int, str] = {}
@@ -232,8 +232,8 @@ def heads(model: nn.Module) -> dict[nn.Module, str]:
 def adapters(model: nn.Module) -> dict[nn.Module, str]:
     """Return the modules that PEFT added to a model, and why they are not quantized.
 
-    A layer of PEFT holds the model's own layer (`base_layer`, or `original_module`) beside what it adds; other modules
-    of PEFT are an adapter as a whole, except the one around the model.
+    A layer of PEFT holds the model's own layer (`base_layer`, or `original_module`) beside its adapters. Any other
+    module of PEFT is an adapter as a whole, except the wrapper of the model.
     """
     found: dict[nn.Module, str] = {}
     for module in model.modules():
@@ -249,10 +249,10 @@ def adapters(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def check_unwrapped(model: nn.Module) -> None:
-    """Refuse a model that is spread over processes already, as a whole or in part.
+    """Refuse a model that DDP or FSDP wraps, as a whole or in part.
 
-    A wrapper knows the parameters that there were when it was made. It does not reduce the gradients of scales that
-    come later, and every process would train scales of its own.
+    A wrapper knows only the parameters that exist when it is made. It would not reduce the gradients of the new scales,
+    so every process would train scales of its own.
 
     Raises:
         ValueError: if there is such a wrapper in the model, or around it.
@@ -272,7 +272,7 @@ def check_unwrapped(model: nn.Module) -> None:
 
 
 def _wrappers() -> tuple[type, ...]:
-    """Return the wrappers of torch. What was never imported wraps nothing, so nothing is imported here."""
+    """Return the wrapper classes of torch that have been imported; others cannot wrap anything."""
     kinds: list[type] = [DistributedDataParallel]
     for module, names in (
         ("torch.distributed.fsdp", ("FullyShardedDataParallel", "FSDPModule")),
@@ -283,10 +283,10 @@ def _wrappers() -> tuple[type, ...]:
 
 
 def _wrapper_around(modules: set[nn.Module], kinds: tuple[type, ...]) -> nn.Module | None:
-    """Return a wrapper that is alive and holds one of these modules: ``ddp.module`` can be told by nothing else."""
+    """Return a live wrapper that holds one of these modules; modules do not know who wraps them."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    for sweep in (False, True):  # what is found may be waiting for the garbage collector
+    for sweep in (False, True):  # a wrapper that is found may only be waiting for the garbage collector
         if sweep:
             gc.collect()
         alive = [o for o in gc.get_objects() if issubclass(type(o), kinds)]
@@ -297,9 +297,9 @@ def _wrapper_around(modules: set[nn.Module], kinds: tuple[type, ...]) -> nn.Modu
 
 
 def check_uncompiled(model: nn.Module, chosen: Mapping[nn.Module, QuantConfig | Left]) -> None:
-    """Refuse layers that `torch.compile` wraps one by one: such a wrapper goes on calling the layer that it was given.
+    """Refuse single layers wrapped by `torch.compile`, because the wrapper keeps calling the old layer.
 
-    A compiled model of which layers are a part looks them up at every call, and is compiled anew.
+    A compiled model looks up its layers at every call, and is recompiled.
 
     Raises:
         ValueError: naming a layer.
