@@ -244,6 +244,6 @@ def test_the_bound_of_the_norms_is_tight_enough_to_notice_one_element():
 
 
 def test_names_of_ops_in_place():
-    for name, contract in (("makes_", "-> out: like(x) []"), ("changes", "x: float [K]")):
+    for name, contract in (("makes_", "x: float\n-> out: like(x) []"), ("changes", "x: float [K]")):
         with pytest.raises(ValueError, match=name):
             define(name, "Tensor x", contract, reference=lambda x: x)
