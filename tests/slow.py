@@ -1,6 +1,6 @@
 """Which tests are slow: those that `pytest -m "not slow"` leaves out, so that the rest is done in minutes.
 
-`tests/slow.txt` has a test function a line; conftest.py gives them the mark `slow`, and whatever uses one of `FIXTURES`.
+`tests/slow.txt` has a test function a line; conftest.py gives them the mark `slow`, as to what uses one of `FIXTURES`.
 From a whole run the list is made by
 
     python -m pytest -n 2 --ignore tests/triton --junitxml=all.xml
