@@ -29,8 +29,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "any machine")
 def pytest_collection_modifyitems(items):
     listed = slow.names()
     for item in items:
-        # Starting the pair takes longer than any test of the fast lane.
-        if slow.function_of(item.nodeid) in listed or "pair" in item.fixturenames:
+        if slow.function_of(item.nodeid) in listed or slow.fixture_of(item.nodeid, item.fixturenames):
             item.add_marker(pytest.mark.slow)
     if HAS_GPU:
         return

@@ -1,6 +1,7 @@
 """Which tests are slow: those that `pytest -m "not slow"` leaves out, so that the rest is done in minutes.
 
-`tests/slow.txt` has a test function a line; conftest.py gives them the mark `slow`. From a whole run it is made by
+`tests/slow.txt` has a test function a line; conftest.py gives them the mark `slow`, as to what uses one of `FIXTURES`.
+From a whole run the list is made by
 
     python -m pytest -n 2 --ignore tests/triton --junitxml=all.xml
     python -m tests.slow all.xml
@@ -18,6 +19,16 @@ LIST = Path(__file__).with_suffix(".txt")
 SLOW = 3.0
 
 
+#: Fixtures of many tests that take longer than any test of the fast lane, and where: whatever uses one is slow, not
+#: only the test that comes first and has to wait for it.
+FIXTURES = {
+    "pair": "tests/",
+    "run": "tests/trainer/test_pack_cli.py",
+    "out": "tests/studies/test_winq_study.py",
+    "why": "tests/studies/test_winq_study.py",
+}
+
+
 def names() -> set[str]:
     """Return the functions of the list: ``tests/nn/test_a.py::TestB::test_c``."""
     return set(LIST.read_text().split())
@@ -26,6 +37,11 @@ def names() -> set[str]:
 def function_of(nodeid: str) -> str:
     """Return the function that a test is a case of."""
     return nodeid.partition("[")[0]
+
+
+def fixture_of(nodeid: str, fixtures: list[str]) -> bool:
+    """Whether a test uses a fixture that takes long to make."""
+    return any(name in FIXTURES and nodeid.startswith(FIXTURES[name]) for name in fixtures)
 
 
 def main() -> None:
