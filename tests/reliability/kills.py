@@ -312,13 +312,18 @@ def run(campaign: Campaign) -> None:
 def _write_table(path: Path) -> None:
     """Write a table in a process of its own: numpy's threads stay there."""
     if (pid := os.fork()) == 0:
+        code = 1
         try:
-            from .targets import write_table
+            from .other_targets import write_table
 
             write_table(path)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
+            os._exit(code)
+    if os.waitpid(pid, 0)[1]:
+        raise Wrong("the table of runs was not written; the reason is above")
 
 
 def _killed(campaign: Campaign, name: str, command: Command, shared: Path) -> dict[str, Any]:
