@@ -5,7 +5,8 @@ Known to work with torch 2.11 to 2.13. A version of torch that moves one of thes
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = [
-    "TorchDispatchMode", "any_autocast", "below_autograd", "in_forward_mode", "in_transform",
+    "TorchDispatchMode", "any_autocast", "assume_constant_result", "below_autograd", "in_forward_mode", "in_transform",
     "innermost_transform_is_jvp", "is_fake", "is_view", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten",
     "without_autocast",
 ]  # fmt: skip
 
+F = TypeVar("F", bound=Callable[..., Any])
 
 # A context in which ops skip autograd: for the forward of an autograd Function, which stands in for it.
 below_autograd: Any = torch._C._AutoDispatchBelowAutograd
@@ -49,3 +51,9 @@ def innermost_transform_is_jvp() -> bool:
 def is_view(t: Tensor) -> bool:
     """Whether autograd takes a tensor for a view of another one."""
     return bool(t._is_view())
+
+
+def assume_constant_result(function: F) -> F:
+    """Do as torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

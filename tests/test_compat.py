@@ -98,3 +98,18 @@ def test_trees():
     assert leaves == compat.tree_leaves(tree) == [1, 2, None, 3]
     assert compat.tree_unflatten(leaves, spec) == tree
     assert compat.tree_map(lambda leaf: leaf, tree) == tree
+
+
+def test_assume_constant_result():
+    def read():
+        reads.append(None)
+        return True
+
+    reads = []
+    mine, torchs = compat.assume_constant_result(read), torch.compiler.assume_constant_result(lambda: True)
+    assert vars(mine) == vars(torchs)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + 1 if mine() else x, fullgraph=True, backend="eager")
+    for _ in range(2):
+        assert compiled(torch.zeros(())) == 1
+    assert len(reads) == 1  # while it compiled

@@ -1,6 +1,6 @@
 // What quantization means for one element: its code, its value, and the straight-through derivatives.
 //
-// The mirror of qatkernels/ops/fake_quantize.py, shared by the CPU and the CUDA kernels. V is float, double or a SIMD
+// The mirror of qatkernels/ops/_fake_quantize.py, shared by the CPU and the CUDA kernels. V is float, double or a SIMD
 // vector of either that provides the operators, and select, min_of, max_of and round_half_even.
 #pragma once
 

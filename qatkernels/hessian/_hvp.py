@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
-from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..dtensor import is_dtensor
 from ..nn.replay import RandomState, untouched
 
 logger = logging.getLogger(__package__)
@@ -57,7 +57,7 @@ def check_engine(engine: str) -> None:
 
 def check_whole(params: Iterable[Tensor]) -> None:
     """Raise ValueError if a parameter is sharded: FSDP2's hooks gather weights for one backward, not for two."""
-    if any(isinstance(p, DTensor) for p in params):
+    if any(is_dtensor(p) for p in params):
         raise ValueError(
             "parameters are sharded (fully_shard), must be whole: use the model before fully_shard, or load its "
             "checkpoint into one that is not sharded; several processes can each hold it and have batches of their own"

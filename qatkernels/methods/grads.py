@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .._torch_compat import is_view
+from ..dtensor import is_dtensor, is_fsdp
 
 Grads = list[Tensor | None]
 
 
 def own(g: Tensor) -> Tensor:
     """Return a gradient in memory of its own: in a bucket of DDP's, the next pass would write over it."""
-    if isinstance(g, DTensor) or g.layout != torch.strided:
+    if is_dtensor(g) or g.layout != torch.strided:
         return g
     shared = is_view(g) or g.untyped_storage().nbytes() > g.numel() * g.element_size()
     return g.clone() if shared else g
@@ -101,8 +100,9 @@ def _reduced(model: nn.Module) -> Iterator[None]:
     for replica in replicas:
         replica.require_backward_grad_sync = True
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(True, recurse=False)  # has no getter; loops set it for each micro-batch
+        if is_fsdp(module):
+            # This flag has no getter to restore from; loops set it for each micro-batch.
+            module.set_requires_gradient_sync(True, recurse=False)  # type: ignore[operator]
     try:
         yield
     finally:

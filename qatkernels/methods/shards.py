@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from ..dtensor import is_dtensor, local_part, whole
 from ..nn import quantized_modules
 from ..nn.quantized import Quantized, check_weights
 
@@ -54,12 +54,14 @@ def local(name: str, module: Quantized) -> Part:
     check_parameters({name: module})
     weight, scale = module.weight.detach(), module.scale.detach()
     zero_point = None if module.zero_point is None else module.zero_point.detach()
-    if not isinstance(weight, DTensor):
-        return Part(weight, plain(scale), None if zero_point is None else plain(zero_point))
+    if not is_dtensor(weight):
+        return Part(weight, local_part(scale), None if zero_point is None else local_part(zero_point))
     if scale.numel() == 1:
-        return Part(plain(weight), whole(scale), None if zero_point is None else whole(zero_point))
+        return Part(local_part(weight), whole(scale), None if zero_point is None else whole(zero_point))
+    from torch.distributed.tensor import Replicate, Shard
+
     sharded = {p.dim for p in weight.placements if isinstance(p, Shard)}
-    same = isinstance(scale, DTensor) and scale.placements == weight.placements
+    same = is_dtensor(scale) and scale.placements == weight.placements
     simple = all(isinstance(p, Replicate) or type(p) is Shard for p in weight.placements)
     # Equal chunks of columns are whole groups if the groups divide evenly.
     unbroken = sharded <= {0} or (module.group_size is not None and scale.shape[1] % weight.device_mesh.size() == 0)
@@ -68,23 +70,13 @@ def local(name: str, module: Quantized) -> Part:
             f"{name} has a weight sharded as {weight.placements} and a scale as {getattr(scale, 'placements', None)}; "
             "rows (or groups) must be whole in each process: shard both along dimension 0, as fully_shard does"
         )
-    return Part(plain(weight), plain(scale), None if zero_point is None else plain(zero_point))
+    return Part(local_part(weight), local_part(scale), None if zero_point is None else local_part(zero_point))
 
 
 def locals_of(layers: dict[str, Quantized]) -> Iterator[tuple[Quantized, Part]]:
     """Yield each layer and its local part, which may be empty."""
     for name, module in layers.items():
         yield module, local(name, module)
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """Return the local part of a DTensor, and any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return a DTensor without its shards, and any other tensor as it is; all processes must call."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def total(sums: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -99,12 +91,10 @@ def total(sums: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     groups: dict[Any, list[dist.ProcessGroup]] = {}
     for weight, value in sums:
         value = value.to(device)
-        if isinstance(weight, DTensor):
+        if is_dtensor(weight):
             key = (weight.device_mesh, weight.placements)
             sharded[key] = sharded[key] + value if key in sharded else value.clone()
-            groups[key] = [
-                weight.device_mesh.get_group(i) for i, p in enumerate(weight.placements) if isinstance(p, Shard)
-            ]
+            groups[key] = [weight.device_mesh.get_group(i) for i, p in enumerate(weight.placements) if p.is_shard()]
         else:
             everything = everything + value
     for key, value in sharded.items():

@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from ..dtensor import is_dtensor, local_part
 from ..nn import quantized_modules
 from ..nn.activation import scales_of
 from ..nn.quantized import Quantized
@@ -31,7 +31,7 @@ from ..nn.replay import RandomState, untouched
 from ..ops import perturb_swap_, perturbation_norms
 from ..options import AT_LEAST_0, AT_LEAST_1, check, option
 from .grads import apart, own, run, take
-from .shards import check_parameters, layers_by_weight, plain, total
+from .shards import check_parameters, layers_by_weight, total
 from .stats import GridStats
 from .values import check_closure, check_count, check_size
 
@@ -277,7 +277,7 @@ class SQuAT:
             with self._moved(grads, factor, eta):
                 yield
             return
-        if any(isinstance(g, DTensor) for g in grads.values()):
+        if any(is_dtensor(g) for g in grads.values()):
             raise ValueError("target is 'quantized' with a sharded weight, must be 'latent' under FSDP2")
         found = [(m, grads.get(id(m.weight))) for m in quantized_modules(self.model).values()]
         with modified((m, (g.contiguous(), factor.to(g.device), eta)) for m, g in found if g is not None):
@@ -289,7 +289,7 @@ class SQuAT:
         try:
             for module in self._layers.values():
                 if (g := grads.get(id(module.weight))) is not None:
-                    old, w = own(plain(g)).contiguous(), plain(module.weight.detach())
+                    old, w = own(local_part(g)).contiguous(), local_part(module.weight.detach())
                     moved = w.contiguous()
                     perturb_swap_(moved, old, factor.to(old.device), eta)
                     if not w.is_contiguous():
@@ -300,7 +300,7 @@ class SQuAT:
         finally:
             with torch.no_grad():
                 for module, old in swapped:
-                    plain(module.weight.detach()).copy_(old)
+                    local_part(module.weight.detach()).copy_(old)
                     torch.autograd.graph.increment_version(module.weight)
 
     @torch.no_grad()
@@ -309,10 +309,10 @@ class SQuAT:
         sums = []
         for module in self._layers.values():
             if (grad := grads.get(id(module.weight))) is not None:
-                g = plain(grad).contiguous()
+                g = local_part(grad).contiguous()
                 at = None
                 if self.norm == "asam":
-                    at = plain(module.weight.detach() if self.target == "latent" else module.quantized_weight())
+                    at = local_part(module.weight.detach() if self.target == "latent" else module.quantized_weight())
                     at = at.contiguous()
                 sums.append((module.weight, perturbation_norms(g, at, self.eta)))
         factor, self._seen["perturbation_norm"] = ascent(total(sums), self.rho)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from ..dtensor import is_dtensor, local_part
 from ..grids import MIN_SCALE
 from ..nn.floor import count_at_floor
 from ..ops import fake_quantize, quantize
-from .shards import layers_by_weight, locals_of, plain, total
+from .shards import layers_by_weight, locals_of, total
 
 
 class GridStats:
@@ -41,9 +41,10 @@ class GridStats:
             group, w = module.group_size, module.weight
             seen = self._seen(part.weight)
             now = quantize(seen, part.scale, module.grid, group_size=group, zero_point=part.zero_point)
-            if isinstance(w, DTensor):
-                mesh, placements = w.device_mesh, w.placements
-                now = DTensor.from_local(now, mesh, placements, run_check=False, shape=w.shape, stride=w.stride())
+            if is_dtensor(w):
+                now = type(w).from_local(
+                    now, w.device_mesh, w.placements, run_check=False, shape=w.shape, stride=w.stride()
+                )
             codes[name] = now
         return codes
 
@@ -52,7 +53,7 @@ class GridStats:
         """Return the fraction of weights whose code is another one than at the previous call; 0 at the first."""
         codes, counts = self.codes(), []
         for name, module in self._layers.items():
-            now, before = plain(codes[name]), plain(self._codes.get(name, codes[name]))
+            now, before = local_part(codes[name]), local_part(self._codes.get(name, codes[name]))
             flipped = (now != before).sum().double()
             counts.append((module.weight, torch.stack([flipped, flipped.new_full((), now.numel())])))
         self._codes = codes

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtensor import local_part
 from ..nn import quantized_modules
 from ..nn.quantized import Quantized
 from ..nn.replay import RandomState, untouched
 from ..ops import reset_
 from ..options import AT_LEAST_0, AT_LEAST_1, SHARE, check, option
 from .grads import Grads, add_, apart, put, run, take
-from .shards import check_parameters, layers_by_weight, locals_of, plain
+from .shards import check_parameters, layers_by_weight, locals_of
 from .stats import GridStats
 from .values import check_closure, check_count, check_size, is_number
 
@@ -291,7 +292,7 @@ class WinQ:
 @torch.no_grad()
 def _check_rotation(rotation: Callable[[Tensor], Tensor], layers: dict[str, Quantized]) -> None:
     for name, module in layers.items():
-        weight = plain(module.weight)
+        weight = local_part(module.weight)
         if weight.is_meta or not weight.numel():
             continue
         values = (torch.arange(weight.numel(), device=weight.device) % 7 - 3).view(weight.shape).to(weight.dtype)

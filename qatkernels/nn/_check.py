@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..dtensor import local_part
 from ..grids import MIN_SCALE
 from ._pack_model import packed_modules
 from ._quantize_model import quantized_modules
 from .activation import LearnedActivation
-from .floor import count_at_floor, local_part
+from .floor import count_at_floor
 from .packed_linear import Packed
 from .quantized import Quantized, reparametrization
 from .quantizer import initial_scale
@@ -194,7 +195,7 @@ def _fingerprints(layers: dict[str, Quantized]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _fingerprint(layer: Quantized) -> Tensor:
     """Return two numbers that change with the weight."""
-    weight = local_part(layer.weight)
+    weight = local_part(layer.weight.detach())
     return torch.stack([weight.sum(dtype=torch.float64), weight.norm(dtype=torch.float32).double()])
 
 
@@ -250,8 +251,8 @@ def _loss(output: Any, loss_fn: Callable[[Any], Tensor] | None) -> Tensor:
 @torch.no_grad()
 def _look_at_scales(row: LayerCheck, layer: Quantized) -> None:
     """Count scales that are at the floor or not finite, and compare scales with those of a fresh layer."""
-    weight, scale = local_part(layer.weight), local_part(layer.scale)
-    points = [scale] if layer.zero_point is None else [scale, local_part(layer.zero_point)]
+    weight, scale = local_part(layer.weight.detach()), local_part(layer.scale.detach())
+    points = [scale] if layer.zero_point is None else [scale, local_part(layer.zero_point.detach())]
     row.not_finite = sum(int((~t.isfinite()).sum()) for t in points)
     row.at_floor = int(count_at_floor(weight, scale))
     if row.not_finite:

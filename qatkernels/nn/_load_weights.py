@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from ..dtensor import is_dtensor
 from ..float32_scales import layout_in
 from .activation import LearnedActivation
 from .quantized import Quantized
@@ -44,7 +44,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, Any], *, strict: bool =
     quantized = [module for module in modules.values() if isinstance(module, Quantized)]
     if not quantized:
         raise ValueError("the model has no quantized layer, quantize_model makes them")
-    if any(isinstance(layer.weight, DTensor) for layer in quantized):
+    if any(is_dtensor(layer.weight) for layer in quantized):
         raise ValueError("the model is sharded, so scales cannot be set anew: load the weights before fully_shard")
     own, state = model.state_dict(), copy.copy(state_dict)  # with the metadata of torch, if it has some
     forgotten: list[LearnedActivation] = []

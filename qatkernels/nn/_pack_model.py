@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..backends import order
+from ..dtensor import is_dtensor
 from ..ops import PackedWeight
 from .grouped_quant_linear import GroupedQuantLinear
 from .packed_linear import GroupedPackedLinear, Packed, PackedLinear, packed_weight
@@ -81,7 +81,7 @@ def _check(layer: nn.Module) -> None:
             "(torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm)"
         )
     weight = layer.weight
-    if isinstance(weight, DTensor):
+    if is_dtensor(weight):
         raise ValueError(
             "its weight is sharded: load the full state dict (torch.distributed.checkpoint.state_dict) into a model "
             "that is not, and pack that"

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from ..dtensor import local_part, whole
 from ._quantize_model import quantized_modules
 from .activation import LearnedActivation, scales_of
 from .config import QuantConfig
-from .floor import count_at_floor, local_part
+from .floor import count_at_floor
 from .quantized import Quantized
 
 #: With the default ``scale_lr``, one step changes a scale by this share of the relative change of a weight. At 1, some
@@ -101,7 +101,8 @@ def scales_at_floor(model: nn.Module) -> dict[str, int]:
     """
     layers = {name: layer for name, layer in quantized_modules(model).items() if not layer.scale.is_meta}
     counts = {
-        name: int(count_at_floor(local_part(layer.weight), local_part(layer.scale))) for name, layer in layers.items()
+        name: int(count_at_floor(local_part(layer.weight.detach()), local_part(layer.scale.detach())))
+        for name, layer in layers.items()
     }
     return {name: count for name, count in counts.items() if count}
 
@@ -162,12 +163,9 @@ def _size(name: str, weight: Tensor) -> float:
             f"scale_lr is None, and the weight of {name or 'the model'} is on meta, so that its size is unknown: "
             "give scale_lr, or take the groups when the weights are there"
         )
-    whole = weight.detach()
-    norm = torch.linalg.vector_norm(whole, dtype=torch.float32)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    return float(norm) / math.sqrt(max(whole.numel(), 1))
+    norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float32)
+    return float(whole(norm)) / math.sqrt(max(weight.numel(), 1))
 
 
 def _mean(scale: Tensor) -> float:
-    mean = scale.detach().abs().mean()
-    return float(mean.full_tensor() if isinstance(mean, DTensor) else mean)
+    return float(whole(scale.detach().abs().mean()))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._torch_compat import is_fake
+from .._torch_compat import assume_constant_result, is_fake
 from ..autocast import compute_dtype
 from ..float32_scales import Float32Scales
 from ..grids import Grid
@@ -99,7 +99,7 @@ class LearnedActivation(Float32Scales):
             self._known_ready = self._read(self._forgotten, self._looks)
         return self._known_ready
 
-    @torch.compiler.assume_constant_result
+    @assume_constant_result
     def _read(self, *conditions: int) -> bool:
         """Read the buffer; False where it has no data (meta device, torch.export).
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ..grids import MIN_SCALE
 
@@ -28,9 +27,3 @@ def floor_message(count: int, total: int, when: str = "") -> str:
         f"{count} of {total} scales have fallen to the smallest value ({MIN_SCALE:g}){when}; the weights that they "
         "scale compute next to nothing. The learning rate of the scales is too large: take qatkernels.param_groups"
     )
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return the shard of a tensor that this process holds, detached."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

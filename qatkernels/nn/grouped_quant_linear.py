@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..autocast import autocast_dtype, compute_dtype
-from ..ops.grouped_linear import grouped_linear
+from ..ops._grouped_linear import grouped_linear
 from .config import QuantConfig
 from .quant_linear import why_not
 from .quantized import Quantized

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from .._torch_compat import is_fake
+from ..dtensor import is_dtensor, local_part
 from ..float32_scales import Float32Scales
 from ..grids import Grid
 from .activation import DynamicActivation, LearnedActivation
 from .config import QuantConfig
-from .floor import count_at_floor, floor_message, local_part
+from .floor import count_at_floor, floor_message
 from .quantizer import WeightQuantizer, initial_scale
 
 _16_BIT = (torch.bfloat16, torch.float16)
@@ -105,7 +105,7 @@ class Quantized(Float32Scales):
             ValueError: if ``config`` is no QuantConfig, its group size does not divide the input features, or the
                 weight is sharded. The layer is then unchanged.
         """
-        if isinstance(self.weight, DTensor):
+        if is_dtensor(self.weight):
             raise ValueError("the weight is sharded, so scales cannot be set anew: requantize before fully_shard")
         self._configure(config, trains=self.scale.requires_grad)
 
@@ -157,7 +157,7 @@ class Quantized(Float32Scales):
         super()._apply(fn, recurse)
         now = self._parameters.get("weight")
         if held is not None and now is not None and now.dtype != held.dtype and now.dtype in _16_BIT:
-            simple = not (held.is_meta or now.is_meta or isinstance(held, DTensor) or is_fake(held))
+            simple = not (held.is_meta or now.is_meta or is_dtensor(held) or is_fake(held))
             if simple and (_warned_of is None or _warned_of() is not fn):
                 self._warn_of_cast(fn, now.dtype, held, *scales)
         return self

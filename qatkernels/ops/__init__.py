@@ -1,17 +1,17 @@
 """What every op means: schema, reference, shape rule, derivatives."""
 
-from .cross_entropy import cross_entropy
+from ._cross_entropy import cross_entropy
+from ._fake_quantize import fake_quantize
+from ._grouped_linear import grouped_linear
+from ._linear_cross_entropy import linear_cross_entropy
+from ._quantize import dequantize, quantize
 from .dynamic import fake_quantize_dynamic
-from .fake_quantize import fake_quantize
-from .grouped_linear import grouped_linear
 from .krylov import gram_schmidt
-from .linear_cross_entropy import linear_cross_entropy
 from .noise import normal
 from .packed_weight import PackedWeight, grouped_lowbit_linear, lowbit_linear
 from .packing import pack, unpack
 from .perturb import perturb_, perturb_swap_, perturbation_norms
 from .quant_linear import quant_linear_dual
-from .quantize import dequantize, quantize
 from .reset import reset_
 
 __all__ = [

@@ -21,11 +21,11 @@ from ..arguments import (
 from ..autocast import autocast_dtype
 from ..float32_scales import Float32Scales
 from ..grids import Grid, check_grid
+from ._fake_quantize import check_layout
+from ._lowbit_linear import FORWARD
+from ._quantize import dequantize, quantize
 from .contract import row_bytes
-from .fake_quantize import check_layout
-from .lowbit_linear import FORWARD
 from .packing import SCALES, pack, readable, store_scale, unpack
-from .quantize import dequantize, quantize
 
 
 class PackedWeight(Float32Scales):

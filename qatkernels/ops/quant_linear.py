@@ -20,8 +20,8 @@ from ..arguments import check_bools, check_optional_reals, check_optional_tensor
 from ..grids import Grid
 from . import noise
 from ._autograd import Composite
+from ._fake_quantize import DUAL, TANGENTS, WEIGHT, FakeQuantizeDual, check_layout
 from ._op import define
-from .fake_quantize import DUAL, TANGENTS, WEIGHT, FakeQuantizeDual, check_layout
 
 
 def _formula(quantize_dual: Any, x: Tensor, tangent_x: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:

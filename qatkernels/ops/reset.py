@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..arguments import check_reals
 from ..grids import Grid
+from ._fake_quantize import SCALES, Rows, check_layout
 from ._op import define
-from .fake_quantize import SCALES, Rows, check_layout
 
 
 def _reference(w: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], quantized_weight: float) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..grids import Grid
+from ..ops._fake_quantize import Rows
 from ..ops._op import OPS, as_tuple
-from ..ops.fake_quantize import Rows
 from .samples import Sample
 
 #: An implementation: arguments of the op, then outputs to write, where the op has some.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods.shards import plain
+from ..dtensor import local_part
 
 
 class DivergedError(RuntimeError):
@@ -107,4 +107,4 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(plain(tensor)).all()) if tensor.is_floating_point() else True
+    return bool(torch.isfinite(local_part(tensor)).all()) if tensor.is_floating_point() else True

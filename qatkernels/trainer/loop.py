@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..methods.shards import plain, whole
+from ..dtensor import local_part, whole
 from ..nn.activation import scales_of
 from ..nn.floor import floor_message
 from . import checkpoints, data, models, report, run_folder, saving
@@ -318,7 +318,7 @@ def _warn_of_floor(training: Training, entry: dict[str, Any]) -> None:
 
 def _check_weights(training: Training, step: int) -> None:
     """Raise DivergedError if weights are not finite, though loss and gradient were: the optimizer made them so."""
-    broken = (name for name, p in training.model.named_parameters() if not plain(p.detach()).isfinite().all())
+    broken = (name for name, p in training.model.named_parameters() if not local_part(p.detach()).isfinite().all())
     if where := next(filter(None, training.run.group.gathered(next(broken, None))), None):
         message = (
             f"{where} is not finite after step {step} of {training.phase.name}, though loss and gradient were; "

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
+from ..dtensor import whole
 from ..files import CheckpointError, DamagedError
-from ..methods.shards import whole
 from ..options import flag, settings_of
 from . import checkpoints, data, models, run_folder
 from .build import described, sizes

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qatkernels.backends import IMPLS
 from qatkernels.ops import cross_entropy, linear_cross_entropy
+from qatkernels.ops._linear_cross_entropy import default_chunk
 from qatkernels.ops.contract import FLOATS
-from qatkernels.ops.linear_cross_entropy import default_chunk
 from qatkernels.testing.compare import assert_same_bits, check_rows, run_out
 from qatkernels.testing.samples import logits_calls
 from tests.compiled import torch_compile_blamed

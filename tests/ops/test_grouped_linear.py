@@ -9,8 +9,8 @@ from torch.func import jvp, vmap
 from torch.library import opcheck
 
 from qatkernels.backends import IMPLS
+from qatkernels.ops._grouped_linear import GroupedLinear, GroupedLinearTransposed, GroupedOuter, grouped_linear
 from qatkernels.ops.contract import FLOATS
-from qatkernels.ops.grouped_linear import GroupedLinear, GroupedLinearTransposed, GroupedOuter, grouped_linear
 from qatkernels.testing.compare import assert_same_bits, check_grouped, run_out
 from qatkernels.testing.compare import grouped_meaning as meaning
 from tests.implementations import implementations, moved

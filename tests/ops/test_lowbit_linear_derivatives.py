@@ -7,9 +7,9 @@ from torch.func import jvp, vjp, vmap
 from torch.library import opcheck
 
 import qatkernels as qk
+from qatkernels.ops._lowbit_linear import LowbitLinear
 from qatkernels.ops._op import OPS
 from qatkernels.ops.contract import FLOATS
-from qatkernels.ops.lowbit_linear import LowbitLinear
 from qatkernels.testing.compare import assert_same_bits, assert_within
 from qatkernels.testing.products import (
     Case,

@@ -1,4 +1,4 @@
-"""One element's meaning in Triton: the mirror of ops/fake_quantize.py and ops/noise.py, equal to them bit for bit.
+"""One element's meaning in Triton: the mirror of ops/_fake_quantize.py and ops/noise.py, equal to them bit for bit.
 
 Every operation is rounded on its own, or says `fused`: launch with `OPTIONS`, divide by `tl.div_rn` or
 :func:`divide_rows`, take roots by `tl.sqrt_rn`. ``GRID`` is `Grid.constants` as a compile-time tuple, so what a scheme

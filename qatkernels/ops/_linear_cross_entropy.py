@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..arguments import check_integers, check_optional_integers, check_strings, check_tensors
 from ._autograd import Composite, OpFunction
+from ._cross_entropy import TARGETS, dual_of, jvp_of, number_dtype, reduced
 from ._op import define
-from .cross_entropy import TARGETS, dual_of, jvp_of, number_dtype, reduced
 
 #: Logits in a chunk, unless the caller says otherwise: large enough for the products to run at full speed.
 CHUNK_ELEMENTS = 2**24

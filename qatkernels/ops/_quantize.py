@@ -10,8 +10,8 @@ from torch import Tensor
 from ..arguments import check_dtype, check_tensors
 from ..grids import MIN_SCALE, Grid, GridConstants
 from ._autograd import OpFunction
+from ._fake_quantize import SCALES, Rows, check_layout
 from ._op import define
-from .fake_quantize import SCALES, Rows, check_layout
 
 
 def _code_dtype(code_max: int) -> torch.dtype:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..arguments import check_tensors
 from ._autograd import OpFunction
+from ._lowbit_linear import segments
 from ._op import define
-from .lowbit_linear import segments
 
 
 def _rows(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
