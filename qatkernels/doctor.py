@@ -194,6 +194,8 @@ def cure(name: str, here: Installation, built_for: str | None = None) -> str:
         here: how the package was installed.
         built_for: the torch that the extension was built for, if that is not the one that runs.
     """
+    if name == "triton" and torch.version.cuda is None and torch.version.hip is None:
+        return f"needs a CUDA build of PyTorch (this is {torch.__version__}); CPU runs do without it"
     if name == "triton":
         return "needs Triton: `pip install triton` (Linux); CPU runs do without it"
     if sys.platform == "win32":

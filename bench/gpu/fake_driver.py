@@ -115,6 +115,7 @@ def install(capability: tuple[int, int], *, compiling: bool = True) -> None:
     driver.set_active(_Driver(capability))
     if compiling:
         compile_module((Path(nvidia.dirname) / "driver.c").read_text(), "cuda_utils")
+    importlib.import_module("qatkernels.backends").load_backend("triton")  # also with a torch that has no CUDA
     package = importlib.import_module("qatkernels.backends.triton")
     for found in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"qatkernels.backends.triton.{found.name}")

@@ -18,9 +18,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qatkernels.backends import IMPLS
+from qatkernels.backends import IMPLS, load_backend
 from qatkernels.backends.triton import _plans
 from qatkernels.ops._op import OPS, as_tuple
+
+load_backend("triton")  # a torch without CUDA does not by itself
 
 #: Triton's own assembler and disassemblers.
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"

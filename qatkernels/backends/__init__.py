@@ -20,14 +20,15 @@ from .registry import DEVICES, REGISTRY, Backend, Registry, Rule, Stage, declare
 
 __all__ = [
     "CONDITIONS", "DEVICES", "IMPLS", "MISSING", "OPS", "REGISTRY", "RULES", "Backend", "Registry", "Rule", "Stage",
-    "chosen", "empty_cache", "extension", "fits", "implements", "install", "named", "order", "register", "report",
+    "chosen", "empty_cache", "extension", "fits", "implements", "install", "load_backend", "named", "order", "register",
+    "report",
 ]  # fmt: skip
 
 #: The tables of the registry that serves ``torch.ops.qatkernels``; see :class:`Registry`.
 IMPLS, CONDITIONS, MISSING, RULES = (
     REGISTRY.implementations, REGISTRY.conditions, REGISTRY.missing, REGISTRY.rules,
 )  # fmt: skip
-order, chosen, report = REGISTRY.order, REGISTRY.chosen, REGISTRY.report
+order, chosen, report, load_backend = REGISTRY.order, REGISTRY.chosen, REGISTRY.report, REGISTRY.load_backend
 
 
 def install() -> None:

@@ -35,6 +35,8 @@ class Backend:
         priority: of two backends of a device, calls try the one with more first.
         compiled: whether the extension holds its kernels.
         wrap: makes of an op and what would run it what runs it.
+        unreachable: says why no call can reach its kernels in this process, None if one can. Such a backend is loaded
+            only on demand (:meth:`Registry.load_backend`), because that takes time.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Backend:
     priority: int = 0
     compiled: bool = False
     wrap: Callable[[Op, Callable[..., Any]], Callable[..., Any]] = lambda op, run: run
+    unreachable: Callable[[], str | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Registry:
             ``torch.ops.qatkernels``, with ``_out`` for the form that writes into given outputs.
         conditions: what says of an op's arguments whether a kernel that takes only some calls takes one,
             ``conditions[op][backend]``.
+        loaded: names of the backends whose implementations are entered.
         missing: why a backend is absent, for `qatkernels doctor`.
         rules: exceptions from the usual order by op and device, first match first.
     """
@@ -101,6 +105,7 @@ class Registry:
     backends: dict[str, Backend] = field(default_factory=dict)
     implementations: dict[str, dict[str, Callable[..., Any]]] = field(default_factory=dict)
     conditions: dict[str, dict[str, Callable[..., bool]]] = field(default_factory=dict)
+    loaded: set[str] = field(default_factory=set)
     missing: dict[str, str] = field(default_factory=dict)
     rules: dict[tuple[str, str], tuple[Rule, ...]] = field(default_factory=dict)
 
@@ -122,11 +127,25 @@ class Registry:
             self.enter("reference", op.name, op.reference)
             if op.outputs:
                 self.enter("reference", f"{op.name}_out", op.run_reference_out)
-        for backend in self.backends.values():
+        for name, backend in self.backends.items():
+            if reason := backend.unreachable():
+                self.missing[name] = reason
+                continue
             try:
-                backend.load(self)
+                self.load_backend(name)
             except ImportError as error:
-                self.missing[backend.name] = str(error)
+                self.missing[name] = str(error)
+
+    def load_backend(self, name: str) -> None:
+        """Enter what a backend has, even if no call can reach it, as for compiling its kernels ahead of time.
+
+        Raises:
+            ImportError: if it is not here.
+        """
+        if name not in self.loaded:
+            self.backends[name].load(self)
+            self.loaded.add(name)
+            self.missing.pop(name, None)
 
     def enter(self, backend: str, name: str, run: Callable[..., Any]) -> None:
         """Enter what runs an op, or its ``_out`` form, on a backend; it sees to its arguments itself."""

@@ -485,6 +485,7 @@ def test_compile_kernels_compiles_what_is_on_a_gpu(monkeypatch):
     kernels = types.SimpleNamespace(warm_up=lambda *args, **kwargs: calls.append((*args, kwargs)))
     monkeypatch.setitem(sys.modules, "qatkernels.backends.triton.lowbit_linear", kernels)
     monkeypatch.setitem(backends.IMPLS["lowbit_linear"], "triton", None)
+    monkeypatch.delitem(backends.MISSING, "triton", raising=False)
     monkeypatch.delenv("QATKERNELS_BACKEND", raising=False)
     weight = types.SimpleNamespace(packed=types.SimpleNamespace(is_cuda=True))
     layer = types.SimpleNamespace(weight=weight, bias="b", act_bits=8)

@@ -124,6 +124,17 @@ def test_rules_come_before_the_usual_order(registry):
         registry.order("toy", "CUDA")
 
 
+def test_a_backend_that_no_call_reaches_is_loaded_on_demand():
+    loaded = []
+    found = Registry()
+    found.add(Backend("far", ("CUDA",), lambda registry: loaded.append(registry), unreachable=lambda: "no GPU"))
+    found.load()
+    assert (loaded, found.missing) == ([], {"far": "no GPU"})
+    found.load_backend("far")
+    found.load_backend("far")
+    assert (loaded, found.missing) == ([found], {})
+
+
 def test_without_the_extension_the_choice_is_the_same(registry):
     op = registry.ops["toy"]
     for rules in ((), (Rule("cuda", rows=3),), (Rule("cuda"),), (Rule("triton", rows=1), Rule("cuda"))):

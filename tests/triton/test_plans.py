@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from qatkernels.backends import IMPLS
+from qatkernels.backends import IMPLS, load_backend
 
+load_backend("triton")
 ROOT = Path(__file__).parents[2]
 #: Ops whose launchers compute with torch too, for which there is no plan.
 COMPUTING = ("fake_quantize_dual", "fake_quantize_jvp", "gram_schmidt", "perturbation_norms")
@@ -164,7 +165,8 @@ def test_where_there_are_no_plans():
 import triton, sys
 triton.__version__ = sys.argv[1]
 import qatkernels as qk
-from qatkernels.backends import IMPLS
+from qatkernels.backends import IMPLS, load_backend
+load_backend("triton")
 print(type(IMPLS["fake_quantize"]["triton"]).__name__)
 """
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

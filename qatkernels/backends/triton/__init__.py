@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ...ops._op import Op
 from ..registry import Backend, Registry
+
+
+def _unreachable() -> str | None:
+    """Say why no tensor can be where these kernels run: importing Triton takes a third of a second."""
+    if torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"this build of torch ({torch.__version__}) has no GPUs"
 
 
 def _load(registry: Registry) -> None:
@@ -27,4 +37,4 @@ def _planned(op: Op, implementation: Callable[..., Any]) -> Callable[..., Any]:
     return importlib.import_module(f"{__name__}._plans").planned(op, implementation)
 
 
-BACKENDS = (Backend("triton", ("CUDA",), _load, priority=20, wrap=_planned),)
+BACKENDS = (Backend("triton", ("CUDA",), _load, priority=20, wrap=_planned, unreachable=_unreachable),)
