@@ -34,8 +34,11 @@ class DamagedError(CheckpointError):
         super().__init__(f"{self.what}; delete it and make it again")
 
 
-def write(path: Path, content: bytes) -> None:
-    """Replace a file's content atomically and durably, creating its folder.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a new file beside another one, which it replaces, durably, when the context ends.
+
+    If the context ends by an error, the new file is deleted and the other one stays.
 
     Raises:
         CheckpointError: if the folder cannot be written to or the disk is full.
@@ -44,16 +47,24 @@ def write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     with explained("written", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(temporary, "xb")  # noqa: SIM115
         try:
-            with file:
-                file.write(content)
-                file.flush()
+            yield temporary
+            with open(temporary, "r+b") as file:
                 os.fsync(file.fileno())
             rename(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)  # on a full disk it is what takes the room
             raise
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace a file's content atomically and durably, creating its folder.
+
+    Raises:
+        CheckpointError: if the folder cannot be written to or the disk is full.
+    """
+    with replacing(path) as temporary, open(temporary, "xb") as file:
+        file.write(content)
 
 
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")

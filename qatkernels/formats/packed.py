@@ -23,8 +23,20 @@ from ..nn.packed_linear import KINDS, Packed
 from ..nn.quant_conv1d import is_conv1d
 from ..ops.contract import FLOATS
 from ..ops.packed_weight import PackedWeight
+from ._export import ExportReport, ExportRow
 
 FORMAT, VERSION = "qatkernels-packed", 1
+
+
+def export(model: nn.Module, path: Path, *, config: Mapping[str, Any] | None = None) -> ExportReport:
+    """Write a packed model as this library's own file, and say how each layer is stored; see :func:`save_packed`."""
+    save_packed(model, path, config)
+    rows = []
+    for name, layer in packed_modules(model).items():
+        weight = layer.weight
+        stored_as = f"{weight.grid.scheme}, {weight.grid.bits:g} bits"
+        rows.append(ExportRow(name, stored_as, 8 * weight.nbytes / max(weight.numel(), 1)))
+    return ExportReport(path, rows, path.stat().st_size)
 
 
 def save_packed(model: nn.Module, path: str | Path, config: Mapping[str, Any] | None = None) -> None:

@@ -52,7 +52,7 @@ def local(name: str, module: Quantized) -> Part:
         ValueError: if the weight is computed, or sharded so that a row or a group is not whole.
     """
     check_parameters({name: module})
-    weight, scale = module.weight.detach(), module.scale.detach()
+    weight, scale = module.weight.detach(), module.quantizer.stored(module.scale).detach()
     zero_point = None if module.zero_point is None else module.zero_point.detach()
     if not is_dtensor(weight):
         return Part(weight, local_part(scale), None if zero_point is None else local_part(zero_point))

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
+
 from ..arguments import is_integer, is_real
 from ..grids import Grid, affine, lsq, make_grid
 
 ACT_SCHEMES = ("dynamic", "lsq", "lsq+")
 SCALE_INITS = ("max", "mean", "lsq", "range")
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,9 @@ class QuantConfig:
         group_size: input features that share a scale; one scale per output feature if None.
         per_tensor: one scale for the whole weight.
         scale_init: method of :meth:`Grid.init_scale`, the scheme's own if None. ``"range"`` is for affine.
+        scale_dtype: what scales will be stored in, for exports that lose nothing. A forward then rounds the spacing of
+            the codes (``scale / grid.steps``) to this dtype. The parameter stays float32, and gradients pass straight
+            through. GGUF and most runtimes store float16. A name such as ``"float16"`` is taken too.
         act_bits: bit width of the activations, 2 to 8; None leaves them alone.
         act_scheme: ``"dynamic"`` (symmetric, one scale per token, taken from the token), ``"lsq"`` (one learned scale;
             Esser et al., 2020) or ``"lsq+"`` (learned scale and zero point; Bhalgat et al., 2020).
@@ -37,6 +43,7 @@ class QuantConfig:
     group_size: int | None = None
     per_tensor: bool = False
     scale_init: str | None = None
+    scale_dtype: torch.dtype = torch.float32
     act_bits: int | None = None
     act_scheme: str = "dynamic"
     act_signed: bool = True
@@ -59,6 +66,10 @@ class QuantConfig:
             raise ValueError(f"scale_init is {self.scale_init!r}, must be None or one of {SCALE_INITS}")
         if self.scale_init == "range" and not grid.has_zero_point:
             raise ValueError(f"scale_init is 'range' with scheme {grid.scheme!r}, it is for scheme 'affine'")
+        dtype = next((d for d in SCALE_DTYPES if self.scale_dtype in (d, _name(d))), None)
+        if dtype is None:
+            raise ValueError(f"scale_dtype is {self.scale_dtype!r}, must be one of {SCALE_DTYPES}")
+        object.__setattr__(self, "scale_dtype", dtype)
         self._check_activation()
 
     def _check_activation(self) -> None:
@@ -80,6 +91,8 @@ class QuantConfig:
             parts.append("per tensor")
         if self.scale_init is not None:
             parts.append(f"scales by {self.scale_init}")
+        if self.scale_dtype != torch.float32:
+            parts.append(f"{_name(self.scale_dtype)} scales")
         if self.act_bits is not None:
             parts.append(
                 f"{'' if self.act_signed else 'unsigned '}activations of {self.act_bits} bits ({self.act_scheme})"
@@ -100,7 +113,7 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary that JSON can hold."""
-        return asdict(self)
+        return asdict(self) | {"scale_dtype": _name(self.scale_dtype)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
@@ -114,3 +127,7 @@ class QuantConfig:
         if unknown:
             raise ValueError(f"unknown fields {unknown}, must be among {known}")
         return cls(**values)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

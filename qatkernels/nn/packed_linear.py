@@ -18,14 +18,15 @@ _HOOKS = frozenset(n for n in vars(nn.Module()) if "hook" in n and "state_dict" 
 
 
 def packed_weight(layer: Any, scale_dtype: torch.dtype = torch.float32) -> PackedWeight:
-    """Pack the weight of a layer that has ``weight``, ``scale``, ``zero_point``, ``grid`` and ``group_size``.
+    """Pack the weight of a layer like :class:`QuantLinear`.
 
     Raises:
         ValueError: if a scale is not finite, or ``scale_dtype`` cannot hold it.
     """
     return PackedWeight.from_float(
-        layer.weight, layer.scale, layer.grid, layer.group_size, zero_point=layer.zero_point, scale_dtype=scale_dtype
-    )
+        layer.weight, layer.quantizer.stored(layer.scale), layer.grid, layer.group_size, zero_point=layer.zero_point,
+        scale_dtype=scale_dtype,
+    )  # fmt: skip
 
 
 class Packed(nn.Module):

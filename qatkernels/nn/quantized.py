@@ -224,8 +224,12 @@ class Quantized(Float32Scales):
         """The quantization of the weight in words."""
         text = f"bits={self.grid.bits}, scheme={self.grid.scheme}"
         if self.config.per_tensor:
-            return f"{text}, per_tensor=True"
-        return text if self.group_size is None else f"{text}, group_size={self.group_size}"
+            text = f"{text}, per_tensor=True"
+        elif self.group_size is not None:
+            text = f"{text}, group_size={self.group_size}"
+        if self.config.scale_dtype == torch.float32:
+            return text
+        return f"{text}, scale_dtype={str(self.config.scale_dtype).removeprefix('torch.')}"
 
 
 def _activation(config: QuantConfig) -> tuple[object, ...]:

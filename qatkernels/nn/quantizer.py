@@ -83,6 +83,21 @@ class WeightQuantizer:
         """Return the noise on weight and scales in a forward."""
         return (self.noise_std, self.scale_noise_std) if training else (0.0, 0.0)
 
+    def stored(self, scale: Tensor) -> Tensor:
+        """Return scales as forwards use them: such that the dtype they will be stored in holds ``scale / grid.steps``.
+
+        The rounding is straight-through: derivatives are those of the scale itself.
+        """
+        dtype, steps = self.config.scale_dtype, self.grid.steps
+        if dtype == torch.float32:
+            return scale
+        with torch.no_grad():
+            most = torch.finfo(dtype).max
+            spacing = (scale.detach() / steps).clamp(-most, most).to(dtype).to(scale.dtype)
+            change = spacing * steps - scale.detach()
+        # Both terms are within a factor of two of each other, so that the sum is the rounded scale exactly.
+        return scale + change
+
     def plain(
         self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype | None = None,
         noise: tuple[float, float] = (0.0, 0.0),
@@ -97,8 +112,8 @@ class WeightQuantizer:
             noise: on weight and scales.
         """
         return fake_quantize(
-            weight, scale, self.grid, group_size=self.group_size, zero_point=zero_point, noise_std=noise[0],
-            scale_noise_std=noise[1], grad_scale=self.grad_scale, dtype=dtype,
+            weight, self.stored(scale), self.grid, group_size=self.group_size, zero_point=zero_point,
+            noise_std=noise[0], scale_noise_std=noise[1], grad_scale=self.grad_scale, dtype=dtype,
         )  # fmt: skip
 
     def __call__(
@@ -116,7 +131,7 @@ class WeightQuantizer:
     @torch.no_grad()
     def codes(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """Return the integer codes of a weight."""
-        return quantize(weight, scale, self.grid, group_size=self.group_size, zero_point=zero_point)
+        return quantize(weight, self.stored(scale), self.grid, group_size=self.group_size, zero_point=zero_point)
 
 
 def initial_scale(weight: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,93 @@
+"""``export``: a trained model in a format that another runtime reads."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+#: The module of each format, which has ``export(model, path, **options) -> ExportReport``.
+_FORMATS = {"safetensors": ".packed", "gguf": ".gguf"}
+
+
+@dataclass(frozen=True)
+class ExportRow:
+    """One quantized weight in a file.
+
+    Attributes:
+        name: name of the layer in the model.
+        stored_as: the format's own name of how it is stored.
+        bits_per_weight: bits that the file takes for each weight, scales included.
+        error: largest difference between a stored and a trained value, over the largest trained value; 0 means that
+            all of them are equal bit for bit.
+    """
+
+    name: str
+    stored_as: str
+    bits_per_weight: float
+    error: float = 0.0
+
+
+@dataclass
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+        path: the file or folder.
+        rows: one row for each quantized layer.
+        nbytes: bytes written.
+        notes: what else a user should know.
+    """
+
+    path: Path
+    rows: list[ExportRow]
+    nbytes: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every quantized weight is stored bit for bit."""
+        return all(row.error == 0 for row in self.rows)
+
+    def __str__(self) -> str:
+        """Return a few lines: a line for each way of storing, then the size and the notes."""
+        kinds: dict[tuple[str, float], list[float]] = {}
+        for row in self.rows:
+            kinds.setdefault((row.stored_as, row.bits_per_weight), []).append(row.error)
+        lines = [
+            f"{len(errors)} layers as {name} ({bits:.2f} bits a weight), "
+            + ("exact" if not max(errors) else f"off by up to {max(errors):.1e} of the largest weight")
+            for (name, bits), errors in sorted(kinds.items())
+        ]
+        return "\n".join([*lines, *self.notes, f"{self.path}: {self.nbytes:,} bytes"])
+
+
+def export(model: nn.Module, path: str | Path, to: str, **options: Any) -> ExportReport:
+    """Write a trained model for another runtime, with the quantized values kept bit for bit.
+
+    Codes and scales are written as they were trained; nothing is quantized anew. What a format cannot hold exactly is
+    an error that says why and what fits.
+
+    Args:
+        model: a model from :func:`qatkernels.quantize_model`, or from :func:`qatkernels.pack_model`.
+        path: the file or folder to write; a file is replaced only when the new one is complete.
+        to: the format: ``"gguf"`` (llama.cpp), or ``"safetensors"`` (this library's own, packed models only).
+        **options: of the format; see its ``export``, such as :func:`qatkernels.formats.gguf.export`.
+
+    Returns:
+        How each layer was stored, and the size.
+
+    Raises:
+        ValueError: if ``to`` is unknown, the model has no quantized layer, or is of a kind that the format lacks.
+        UnfitError: if the format does not hold a weight exactly.
+        MissingExtraError: if a package that the format needs is not installed.
+        CheckpointError: if the file cannot be written.
+    """
+    if to not in _FORMATS:
+        raise ValueError(f"to is {to!r}, must be one of {sorted(_FORMATS)}")
+    write: Callable[..., ExportReport] = importlib.import_module(_FORMATS[to], __package__).export
+    return write(model, Path(path), **options)

@@ -1,0 +1,123 @@
+"""A quantized weight as integers times steps: the form from which every foreign format is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..grids import MIN_SCALE, Grid
+from ..nn.packed_linear import Packed
+from ..nn.quantized import Quantized
+
+
+class UnfitError(ValueError):
+    """A format cannot hold a weight exactly; the message says why."""
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A weight ``[N, K]`` whose elements are ``integers * steps``, equal to the quantized weight bit for bit.
+
+    Half-integer grids (binary, seq) are doubled: ``(code + 1/2) * step = (2 * code + 1) * (step / 2)``. Both factors
+    stay exact.
+
+    Attributes:
+        integers: int32 ``[N, K]``.
+        steps: float32 ``[N, G]``; each serves ``K / G`` neighbours in a row.
+        low: int32 ``[N, G]``, the integer of the smallest code.
+        spacing: difference of neighbouring integers: 2 for doubled grids, otherwise 1.
+        levels: number of codes.
+    """
+
+    integers: Tensor
+    steps: Tensor
+    low: Tensor
+    spacing: int
+    levels: int
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, layer: Quantized | Packed) -> IntegerWeight:
+        """Return the weight of a QuantLinear, as an eval forward uses it, or of a PackedLinear.
+
+        Raises:
+            UnfitError: if zero points are no integers: then no integer format holds the weight exactly.
+        """
+        if isinstance(layer, Packed):
+            weight = layer.weight
+            return cls.from_codes(weight.codes(), weight.scale, weight.zero_point, weight.grid)
+        scale: Tensor = layer.quantizer.stored(layer.scale)
+        zero_point: Tensor | None = layer.zero_point
+        if layer.group_size is None:
+            rows = (len(layer.weight), 1)
+            scale = scale.reshape(-1, 1).expand(rows)
+            zero_point = None if zero_point is None else zero_point.detach().reshape(-1, 1).expand(rows)
+        return cls.from_codes(layer.codes(), scale, zero_point, layer.grid)
+
+    @classmethod
+    @torch.no_grad()
+    def from_codes(cls, codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> IntegerWeight:
+        """Return the weight ``(codes + grid.offset - zero_point) * (scale / grid.steps)``.
+
+        Args:
+            codes: integer codes ``[N, K]``.
+            scale: ``[N, G]``.
+            zero_point: ``[N, G]``, or None.
+            grid: the grid of the codes.
+
+        Raises:
+            UnfitError: if zero points are no integers.
+        """
+        spacing = 1 if float(grid.offset).is_integer() else 2
+        if not (spacing * grid.offset).is_integer():
+            raise UnfitError(f"the grid's offset is {grid.offset}, which is neither an integer nor half of one")
+        steps = scale.float().clamp_min(MIN_SCALE) / grid.steps / spacing
+        shift = torch.full_like(steps, spacing * grid.offset)
+        if zero_point is not None:
+            if (odd := zero_point != zero_point.round()).any():
+                raise UnfitError(
+                    f"{int(odd.sum())} of {odd.numel()} zero points are no integers (the first is "
+                    f"{float(zero_point[odd][0]):g}); round them before training ends, or use a scheme without them"
+                )
+            shift = shift - spacing * zero_point
+        shift = shift.to(torch.int32)
+        grouped = codes.to(torch.int32).reshape(*steps.shape, -1)
+        integers = (spacing * grouped + shift[..., None]).reshape(codes.shape)
+        low = spacing * grid.code_min + shift
+        return cls(integers, steps, low, spacing, grid.code_max - grid.code_min + 1)
+
+    @property
+    def group_size(self) -> int:
+        """Elements of a row that share a step; K where a row does."""
+        return self.integers.shape[-1] // self.steps.shape[-1]
+
+    def dequantize(self) -> Tensor:
+        """Return the weight in float32, equal to ``layer.quantized_weight()`` bit for bit."""
+        grouped = self.integers.reshape(*self.steps.shape, -1).float()
+        return (grouped * self.steps[..., None]).reshape(self.integers.shape)
+
+    def by_block(self, size: int) -> IntegerWeight:
+        """Return the same weight with a step for every block of ``size`` elements of a row.
+
+        Raises:
+            UnfitError: if blocks do not divide a row, or a block would hold more than one group.
+        """
+        cols = self.integers.shape[-1]
+        if cols % size:
+            raise UnfitError(f"rows of {cols} are not whole blocks of {size}")
+        if self.group_size % size:
+            raise UnfitError(f"groups of {self.group_size} are not whole blocks of {size}")
+        repeats = self.group_size // size
+        return replace(
+            self, steps=self.steps.repeat_interleave(repeats, -1), low=self.low.repeat_interleave(repeats, -1)
+        )
+
+    def rounded_steps(self, dtype: torch.dtype) -> IntegerWeight:
+        """Return the weight with steps that ``dtype`` holds."""
+        return replace(self, steps=self.steps.to(dtype).float())
+
+    def permuted(self, rows: Tensor) -> IntegerWeight:
+        """Return the weight with its rows in another order."""
+        return replace(self, integers=self.integers[rows], steps=self.steps[rows], low=self.low[rows])
