@@ -41,7 +41,14 @@ class Float32Scales(nn.Module):
         return torch.tensor(list(self.layout.encode()), dtype=torch.uint8, device=self.scale.device)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Do nothing: the layout was compared before anything was loaded."""
+        """Compare the layout. ``load_state_dict`` has done so before; transformers' loader calls this alone.
+
+        Raises:
+            RuntimeError: if it is another one.
+        """
+        found = layout_in({"_extra_state": state}, "")
+        if found is not None and found != self.layout:
+            raise RuntimeError(self.refusal.format("", found, self.layout))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         _, _, missing_keys, _, error_msgs = args

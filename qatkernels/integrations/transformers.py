@@ -31,6 +31,7 @@ from ..methods.winq import WinQ
 from ..nn import param_groups, quantized_modules, scales_at_floor
 from ..nn.activation import scales_of
 from ..nn.floor import floor_message
+from .quantizer import QatConfig as QatConfig
 
 
 class WinQCallback(TrainerCallback):

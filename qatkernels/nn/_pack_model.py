@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from .grouped_quant_linear import GroupedQuantLinear
 from .packed_linear import GroupedPackedLinear, Packed, PackedLinear, packed_weight
 from .quant_linear import QuantLinear
 from .quantized import reparametrization
+from .recipe import describe
 from .replaced import message, replaced_layers
 
 #: How a layer is packed, by its type or a base of it: ``packer(layer, weight=packed_weight)`` returns the new layer.
@@ -44,16 +45,27 @@ def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) ->
     Raises:
         ValueError: if no layer is quantized, or one cannot be packed. The model is then unchanged.
     """
-    found = {m: p for m in model.modules() if (p := _packer(m)) is not None}
+    found = [m for m in model.modules() if _packer(m) is not None]
     if not found:
         raise ValueError("the model has no quantized layer, quantize_model makes them")
     for item in replaced_layers(model).items():
         warnings.warn(message(*item), stacklevel=2)
+    return pack_layers(model, found, scale_dtype)
+
+
+def pack_layers(model: nn.Module, layers: Iterable[nn.Module], scale_dtype: torch.dtype) -> nn.Module:
+    """Replace quantized layers of a model, in place; return the model, or the new layer if it is the model itself.
+
+    Raises:
+        ValueError: if one of them cannot be packed. The model is then unchanged.
+    """
     names = {module: name for name, module in model.named_modules()}
     packed: dict[tuple[int, ...], PackedWeight] = {}
     kept: list[tuple[Tensor | None, ...]] = []  # keeps the tensors alive, so that their ids stay unique
     replacements: dict[nn.Module, nn.Module] = {}
-    for layer, packer in found.items():
+    for layer in layers:
+        packer = _packer(layer)
+        assert packer is not None
         parts: tuple[Tensor | None, ...] = (layer.weight, layer.scale, layer.zero_point)  # type: ignore[assignment]
         key = tuple(map(id, parts))
         kept.append(parts)
@@ -69,6 +81,7 @@ def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) ->
         for name, child in parent._modules.items():
             if child in replacements:
                 parent._modules[name] = replacements[child]
+    describe(model)
     return replacements.get(model, model)
 
 

@@ -12,6 +12,7 @@ from .config import QuantConfig
 from .quant_conv1d import QuantConv1D, is_conv1d, transpose_
 from .quant_linear import QuantLinear
 from .quantized import Quantized
+from .recipe import describe
 from .replaced import remember
 from .report import Survey, listed, survey
 from .selection import EXCLUDE, Left, Rules, check_uncompiled, check_unwrapped, choose, names_of
@@ -78,11 +79,22 @@ def quantize_model(
     check_unwrapped(model)
     rules = Rules(config, include, exclude)
     chosen = choose(model, rules, requantize)
-    names = {layer: every[0] or "the model" for layer, every in names_of(model).items()}
     wanted = {layer: found for layer, found in chosen.items() if isinstance(found, QuantConfig)}
     _check_found(model, rules, chosen, bool(wanted))
     check_uncompiled(model, chosen)
+    model = quantize_layers(model, wanted)
+    if said := _said(survey(model, rules, chosen), warn_below):
+        warnings.warn(said, stacklevel=2)
+    return model
 
+
+def quantize_layers(model: nn.Module, wanted: Mapping[nn.Module, QuantConfig]) -> nn.Module:
+    """Replace or requantize layers of a model, in place; return the model, or the new layer if it is the model itself.
+
+    Raises:
+        ValueError: if one of them cannot be quantized. The model is then unchanged.
+    """
+    names = {layer: every[0] or "the model" for layer, every in names_of(model).items()}
     replacements = _replacements(names, {m: c for m, c in wanted.items() if not isinstance(m, Quantized)})
     changed = [m for m, c in wanted.items() if isinstance(m, Quantized) and m.config != c]
     for old in changed:
@@ -95,8 +107,7 @@ def quantize_model(
     for layer, found in wanted.items():
         if layer in replacements or layer in changed:
             logger.info("quantized %s: %s", names[layer], found)
-    if said := _said(survey(model, rules, chosen), warn_below):
-        warnings.warn(said, stacklevel=2)
+    describe(model)
     return model
 
 

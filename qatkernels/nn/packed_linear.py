@@ -18,15 +18,18 @@ _HOOKS = frozenset(n for n in vars(nn.Module()) if "hook" in n and "state_dict" 
 
 
 def packed_weight(layer: Any, scale_dtype: torch.dtype = torch.float32) -> PackedWeight:
-    """Pack the weight of a layer like :class:`QuantLinear`.
+    """Pack the weight of a layer that has ``weight``, ``scale``, ``zero_point``, ``grid`` and ``group_size``.
+
+    A ``quantizer``, if the layer has one, says which scale its forward uses.
 
     Raises:
         ValueError: if a scale is not finite, or ``scale_dtype`` cannot hold it.
     """
+    quantizer = getattr(layer, "quantizer", None)
+    scale = layer.scale if quantizer is None else quantizer.stored(layer.scale)
     return PackedWeight.from_float(
-        layer.weight, layer.quantizer.stored(layer.scale), layer.grid, layer.group_size, zero_point=layer.zero_point,
-        scale_dtype=scale_dtype,
-    )  # fmt: skip
+        layer.weight, scale, layer.grid, layer.group_size, zero_point=layer.zero_point, scale_dtype=scale_dtype
+    )
 
 
 class Packed(nn.Module):

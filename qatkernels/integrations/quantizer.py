@@ -1,0 +1,133 @@
+"""A quantizer of transformers: ``from_pretrained`` and ``save_pretrained`` of quantized and packed models.
+
+    from qatkernels.integrations.transformers import QatConfig
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=QatConfig(bits=2))   # quantized, to train
+    model.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)                                        # the same logits
+
+Importing this module registers it. A folder whose ``config.json`` says ``"quant_method": "qatkernels"`` needs that
+import. Without it transformers only warns ("Unknown quantization type, got qatkernels"), builds the model in full
+precision, and reports the layers that it could not fill.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..extras import missing
+
+try:
+    from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+except ImportError as error:
+    raise missing("qatkernels.integrations.quantizer", "hf", error) from error
+
+from ..nn import LearnedActivation, QuantConfig, quantize_model, quantized_modules
+from ..nn._follow_recipe import follow
+from ..nn.recipe import METHOD, Recipe, describe
+from ..nn.selection import EXCLUDE
+
+
+@register_quantization_config(METHOD)
+class QatConfig(QuantizationConfigMixin):
+    """What ``from_pretrained`` quantizes a model to, and what ``config.json`` says of a quantized one.
+
+    Args:
+        config: what to quantize to: a :class:`qatkernels.QuantConfig`, or a mapping from patterns to them, as
+            :func:`qatkernels.quantize_model` takes; None if ``settings`` say it.
+        include: patterns of the layers to quantize; all if None.
+        exclude: patterns of layers to leave in full precision.
+        recipe: which layers of a saved model are quantized, and how. Only saved configurations have one; it replaces
+            everything above.
+        **settings: the fields of a QuantConfig, in place of ``config``: ``QatConfig(bits=2, group_size=64)``.
+
+    Raises:
+        ValueError: if a setting is unknown or cannot be used, or both ``config`` and settings are given.
+    """
+
+    def __init__(
+        self,
+        config: QuantConfig | Mapping[str, QuantConfig | None] | None = None,
+        *,
+        include: str | list[str] | None = None,
+        exclude: str | list[str] | tuple[str, ...] = EXCLUDE,
+        recipe: Recipe | None = None,
+        quant_method: str = METHOD,
+        **settings: Any,
+    ) -> None:
+        if config is not None and settings:
+            raise ValueError(f"config and the settings {sorted(settings)} are given, give one of them")
+        self.quant_method = quant_method  # type: ignore[assignment]  # transformers lists its own there
+        self.config = QuantConfig.from_dict(settings) if config is None else config
+        self.include, self.exclude, self.recipe = include, exclude, recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``config.json`` holds: the layers of a model that exists, otherwise the request."""
+        if self.recipe is not None:
+            return {"quant_method": self.quant_method, "recipe": self.recipe}
+        config = self.config
+        patterns = (
+            config.to_dict()
+            if isinstance(config, QuantConfig)
+            else {pattern: found and found.to_dict() for pattern, found in config.items()}
+        )
+        return {"quant_method": self.quant_method, "config": patterns, "include": self.include, "exclude": self.exclude}
+
+    def __repr__(self) -> str:
+        """Return the class and what it holds."""
+        return f"QatConfig({self.to_dict()})"
+
+
+@register_quantizer(METHOD)
+class QatQuantizer(HfQuantizer):
+    """Quantizes a model while ``from_pretrained`` loads it; transformers makes it from a :class:`QatConfig`."""
+
+    requires_calibration = False
+
+    quantization_config: QatConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
+        config = self.quantization_config
+        if config.recipe is not None:
+            return follow(model, config.recipe)
+        before = model.state_dict().keys()
+        quantize_model(model, config.config, include=config.include, exclude=config.exclude)
+        # What quantization adds is set after loading; transformers need not report it as missing from the files.
+        added = [f"^{re.escape(name)}$" for name in model.state_dict().keys() - before]
+        model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *added]
+        return model
+
+    @torch.no_grad()
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.quantization_config.recipe is None:  # the weights are there, scales of theirs are not
+            for layer in quantized_modules(model).values():
+                layer.reset_scale()
+                if isinstance(layer.act, LearnedActivation):
+                    layer.act.reset_parameters()
+        describe(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Return True: saved models load again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: quantized layers train, and adapters over packed ones."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the weights themselves train: those of quantized layers do, packed ones do not."""
+        recipe = self.quantization_config.recipe
+        return recipe is None or all(group["packed"] is None for group in recipe)
+
+    @property
+    def is_compileable(self) -> bool:
+        """True: ``generate`` may compile the forward."""
+        return True
