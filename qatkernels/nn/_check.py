@@ -19,7 +19,7 @@ from ._quantize_model import quantized_modules
 from .activation import LearnedActivation
 from .floor import count_at_floor
 from .packed_linear import Packed
-from .quantized import Quantized, reparametrization
+from .quantized import OFFLOADED, Quantized, is_offloaded, reparametrization
 from .quantizer import initial_scale
 from .replaced import message, replaced_layers
 from .replay import untouched
@@ -123,7 +123,8 @@ def check(model: nn.Module, *inputs: Any, loss_fn: Callable[[Any], Tensor] | Non
         each problem.
 
     Raises:
-        ValueError: if the model has no quantized and no packed layer, or its output has nothing to make a loss of.
+        ValueError: if the model has no quantized and no packed layer, is offloaded, or its output has nothing to make a
+            loss of.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile: hooks of a compiled model would compile it anew
     quantized, packed = quantized_modules(model), packed_modules(model)
@@ -131,7 +132,12 @@ def check(model: nn.Module, *inputs: Any, loss_fn: Callable[[Any], Tensor] | Non
         raise ValueError("model has no quantized and no packed layer: call quantize_model first")
     rows = {name: LayerCheck(name, _kind(layer)) for name, layer in {**quantized, **packed}.items()}
     report = CheckReport(list(rows.values()), [message(*item) for item in replaced_layers(model).items()])
+    trains = any(parameter.requires_grad for parameter in model.parameters())
+    if not trains:  # as after PEFT's merge_and_unload
+        report.notes.append("no parameter of the model requires grad, so the backward was left out")
     for name, layer in quantized.items():
+        if is_offloaded(layer):
+            raise ValueError(f"{name or 'the model'} cannot be checked: {OFFLOADED.format('check')}")
         _look_at_scales(rows[name], layer)
         _look_on_top(rows[name], layer)
     for module in model.modules():
@@ -153,7 +159,7 @@ def check(model: nn.Module, *inputs: Any, loss_fn: Callable[[Any], Tensor] | Non
         before = _fingerprints(quantized)
         with torch.set_grad_enabled(training):
             output = model(*inputs, **kwargs)
-            if training and quantized:
+            if training and quantized and trains:
                 _loss(output, loss_fn).backward()
         for name in quantized:
             if not torch.equal(before[name], _fingerprint(quantized[name])):

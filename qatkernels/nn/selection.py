@@ -18,7 +18,7 @@ from .config import QuantConfig
 from .packed_linear import Packed
 from .quant_conv1d import is_conv1d
 from .quant_linear import why_not
-from .quantized import Quantized
+from .quantized import OFFLOADED, Quantized, is_offloaded
 
 #: Patterns of layers that stay in full precision by default: output layers and task heads, as in the papers, and
 #: adapters. Output layers that :func:`heads` recognizes, and PEFT's adapters (:func:`adapters`), need no pattern.
@@ -34,6 +34,11 @@ EXCLUDE = (
     "classification_head.*",
     "score",
     "qa_outputs",
+    "seq_relationship",
+    "logits_proj",
+    "enc_score_head",
+    "class_predictor",
+    "itm_head",
     "pooler",
     "pooler.dense",
     "*lora_*",
@@ -172,6 +177,8 @@ def _check_again(name: str, layer: Quantized, config: QuantConfig, requantize: b
             f"{name} is quantized already, to {layer.config}, and config asks for {config}: give requantize=True to "
             "change it (its scales are set anew), or exclude it to keep it"
         )
+    if is_offloaded(layer):
+        raise ValueError(f"{name} cannot be quantized: {OFFLOADED.format('quantize')}")
     if config.group_size is not None and layer.in_features % config.group_size:
         raise ValueError(
             f"{name} cannot be quantized: group_size is {config.group_size}, must be a positive divisor of the input "

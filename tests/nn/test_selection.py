@@ -70,7 +70,21 @@ class TestHeads:
         assert "out: makes the logits (Model.get_output_embeddings)" in str(quantization_report(Model()))
 
     @pytest.mark.parametrize(
-        "name", ["lm_head", "generator_lm_head", "classifier", "score", "qa_outputs", "pooler", "embed_out"]
+        "name",
+        [
+            "lm_head",
+            "generator_lm_head",
+            "classifier",
+            "score",
+            "qa_outputs",
+            "pooler",
+            "embed_out",
+            "seq_relationship",
+            "logits_proj",
+            "enc_score_head",
+            "class_predictor",
+            "itm_head",
+        ],
     )
     def test_heads_by_name(self, name):
         assert quantized(nn.ModuleDict({"body": nn.Linear(16, 16), name: nn.Linear(16, 2)})) == ["body"]
