@@ -17,7 +17,7 @@ from ..grids import MIN_SCALE
 from ._pack_model import packed_modules
 from ._quantize_model import quantized_modules
 from .activation import LearnedActivation
-from .floor import count_at_floor
+from .floor import count_act_at_floor, count_at_floor
 from .packed_linear import Packed
 from .quantized import OFFLOADED, Quantized, is_offloaded, reparametrization
 from .quantizer import initial_scale
@@ -268,6 +268,8 @@ def _look_at_scales(row: LayerCheck, layer: Quantized) -> None:
             f"has {row.at_floor} of {scale.numel()} scales at the floor of 1e-5, whose weights compute next to "
             "nothing: give scales a smaller learning rate (qatkernels.param_groups), and call layer.reset_scale()"
         )
+    if isinstance(layer.act, LearnedActivation):
+        _look_at_activation(row, layer.act)
     if not weight.isfinite().all():
         row.problems.append("has weights that are not finite")
         return
@@ -280,6 +282,19 @@ def _look_at_scales(row: LayerCheck, layer: Quantized) -> None:
                 f"has scales {row.scale_ratio:.3g} times as large as its weights ask for: if something changed the "
                 "weights in place (a merged adapter, another checkpoint), call layer.reset_scale()"
             )
+
+
+def _look_at_activation(row: LayerCheck, act: LearnedActivation) -> None:
+    """Report a learned scale of the input that is at the floor or not finite."""
+    learned = [local_part(parameter.detach()) for parameter in act.parameters()]
+    again = "and call layer.act.reset_parameters(), so that the next training batch sets it"
+    if not all(bool(t.isfinite().all()) for t in learned):
+        row.problems.append(f"has a scale or zero point of its input that is not finite: find out why, {again}")
+    elif int(count_act_at_floor(learned[0], act.initialized)):
+        row.problems.append(
+            "has the scale of its input at the floor of 1e-5, so that next to nothing is left of the input: give "
+            f"scales a smaller learning rate (qatkernels.param_groups), {again}"
+        )
 
 
 def _look_on_top(row: LayerCheck, layer: Quantized) -> None:

@@ -14,7 +14,8 @@ from .quant_linear import QuantLinear
 from .quantized import Quantized
 from .replaced import remember
 from .report import Survey, listed, survey
-from .selection import EXCLUDE, Left, Rules, check_uncompiled, check_unwrapped, choose, names_of
+from .selection import EXCLUDE, Left, Rules, check_uncompiled, choose, names_of
+from .wrapped import check_unwrapped
 
 logger = logging.getLogger("qatkernels.nn.quantize_model")  # what docs/quantize-model.md names
 
@@ -86,7 +87,7 @@ def quantize_model(
     replacements = _replacements(names, {m: c for m, c in wanted.items() if not isinstance(m, Quantized)})
     changed = [m for m, c in wanted.items() if isinstance(m, Quantized) and m.config != c]
     for old in changed:
-        old.requantize(wanted[old])
+        old._requantize(wanted[old])
     _swap(model, replacements)
     model = replacements.get(model, model)
     _share_scales(model, {*replacements.values(), *changed})

@@ -19,8 +19,9 @@ from ..float32_scales import Float32Scales, layout_in
 from ..grids import Grid
 from .activation import DynamicActivation, LearnedActivation
 from .config import QuantConfig
-from .floor import count_at_floor, floor_message
+from .floor import count_act_at_floor, count_at_floor, floor_message
 from .quantizer import WeightQuantizer, initial_scale
+from .wrapped import check_unwrapped
 
 _16_BIT = (torch.bfloat16, torch.float16)
 
@@ -103,8 +104,14 @@ class Quantized(Float32Scales):
 
         Raises:
             ValueError: if ``config`` is no QuantConfig, its group size does not divide the input features, or the
-                weight is sharded or offloaded. The layer is then unchanged.
+                weight is sharded or offloaded, or DDP or FSDP wraps the layer. The layer is then unchanged.
         """
+        if not is_dtensor(self.weight):  # which has a message of its own
+            check_unwrapped(self)
+        self._requantize(config)
+
+    def _requantize(self, config: QuantConfig) -> None:
+        """Requantize a layer that is known not to be wrapped: to find that out takes a look at every live object."""
         if is_dtensor(self.weight):
             raise ValueError("the weight is sharded, so scales cannot be set anew: requantize before fully_shard")
         if is_offloaded(self):
@@ -201,10 +208,14 @@ class Quantized(Float32Scales):
         weight, scale = self._parameters.get("weight"), self._parameters.get("scale")
         if _warned_of_floor or weight is None or scale is None or weight.is_meta or scale.is_meta or is_fake(scale):
             return
-        if count := int(count_at_floor(local_part(weight), local_part(scale))):
+        count, total = count_at_floor(local_part(weight), local_part(scale)), scale.numel()
+        if isinstance(self.act, LearnedActivation):
+            count = count + count_act_at_floor(local_part(self.act.scale), self.act.initialized)
+            total += self.act.scale.numel()
+        if found := int(count):
             _warned_of_floor = True
             warnings.warn(
-                f"{floor_message(count, scale.numel(), ' in one layer')}; scales_at_floor(model) has every layer",
+                f"{floor_message(found, total, ' in one layer')}; scales_at_floor(model) has every layer",
                 stacklevel=2,
             )
 

@@ -241,6 +241,10 @@ def check_wrapped(rank):
             with pytest.raises(ValueError, match=f"{re.escape(message)}.*Quantize first, then wrap"):
                 quantize_model(model, QuantConfig(2))
             assert not quantized_modules(model)
+    trained = DistributedDataParallel(quantize_model(build(), QuantConfig(4)))
+    with pytest.raises(ValueError, match="the model is wrapped in DistributedDataParallel.*Quantize first, then wrap"):
+        trained.module[2].requantize(QuantConfig(2))
+    assert trained.module[2].config == QuantConfig(4)
     inner = ddp.module
     del ddp, models, wrapped, model
     assert quantized(inner) == ["0.0", "2"]  # nothing wraps it any more
