@@ -242,7 +242,7 @@ def check_wrapped(rank):
                 quantize_model(model, QuantConfig(2))
             assert not quantized_modules(model)
     trained = DistributedDataParallel(quantize_model(build(), QuantConfig(4)))
-    with pytest.raises(ValueError, match="the model is wrapped in DistributedDataParallel.*Quantize first, then wrap"):
+    with pytest.raises(ValueError, match=r"the model is wrapped in DistributedDataParallel.*Quantize first, then wrap"):
         trained.module[2].requantize(QuantConfig(2))
     assert trained.module[2].config == QuantConfig(4)
     inner = ddp.module
