@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 __all__ = [
     "TorchDispatchMode", "any_autocast", "assume_constant_result", "below_autograd", "in_forward_mode", "in_transform",
     "innermost_transform_is_jvp", "is_fake", "is_view", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten",
-    "without_autocast",
+    "without_autocast", "without_transforms",
 ]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,6 +46,13 @@ def innermost_transform_is_jvp() -> bool:
     """Whether the innermost active transform of torch.func is jvp."""
     level = _functorch.peek_interpreter_stack()
     return level is not None and level.key() == _functorch.TransformType.Jvp
+
+
+def without_transforms(t: Tensor) -> Tensor:
+    """Return the plain tensor under the wrappers of torch.func; that of vmap has its batch dimension."""
+    while _functorch.is_functorch_wrapped_tensor(t):
+        t = _functorch.get_unwrapped(t)
+    return t
 
 
 def is_view(t: Tensor) -> bool:

@@ -73,6 +73,20 @@ def test_is_fake():
         assert compat.is_fake(torch.ones(2))
 
 
+def test_without_transforms():
+    seen = []
+
+    def note(x):
+        seen.append(compat.without_transforms(x))
+        return x.sum()
+
+    x = torch.ones(2)
+    torch.func.vmap(torch.func.grad(note))(x.expand(3, 2))
+    assert compat.without_transforms(x) is x
+    assert seen[0].shape == (3, 2)
+    assert type(seen[0]) is torch.Tensor
+
+
 def test_is_view():
     x = torch.ones(2)
     assert not compat.is_view(x)

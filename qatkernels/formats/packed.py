@@ -191,6 +191,7 @@ def load_packed(
     Raises:
         CheckpointError: if the file is missing, damaged, of another format or version, or does not fit the model that
             ``build`` makes. The message names the file and the reason. An error of ``build`` comes through as it is.
+        TypeError: if ``build`` returns no module.
     """
     path = Path(path)
     tensors, header = files.load(path)
@@ -202,6 +203,8 @@ def load_packed(
         _check(header)
         state = tensors | {alias: tensors[name] for alias, name in header["aliases"].items()}
     model = build(header["config"])
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"build returned {model!r:.80}, must return the model as it was before quantization")
     with _blamed(path):
         model = _with_packed_layers(model, header["layers"], state)
         _fill(model, state)

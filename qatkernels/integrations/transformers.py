@@ -178,12 +178,12 @@ class QATTrainer(Trainer):
         for callback in self._winq():
             callback.add_to(logs)
         model: Any = self.model
-        if "loss" in logs and (layers := quantized_modules(model)):
+        if "loss" in logs and quantized_modules(model):
             count = sum(scales_at_floor(model).values())
             logs["scales_at_floor"] = float(count)
             if count and not self._warned_of_floor:
                 self._warned_of_floor = True
-                total = sum(layer.scale.numel() for layer in layers.values())
+                total = sum(scale.numel() for scale in scales_of(model))
                 warnings.warn(f"{floor_message(count, total)}, or a smaller scale_lr of the Trainer", stacklevel=2)
         super().log(logs, *args, **kwargs)
 

@@ -17,9 +17,9 @@ from ..grids import MIN_SCALE
 from ._pack_model import packed_modules
 from ._quantize_model import quantized_modules
 from .activation import LearnedActivation
-from .floor import count_at_floor
+from .floor import count_act_at_floor, count_at_floor
 from .packed_linear import Packed
-from .quantized import Quantized, reparametrization
+from .quantized import OFFLOADED, Quantized, is_offloaded, reparametrization
 from .quantizer import initial_scale
 from .replaced import message, replaced_layers
 from .replay import untouched
@@ -123,7 +123,8 @@ def check(model: nn.Module, *inputs: Any, loss_fn: Callable[[Any], Tensor] | Non
         each problem.
 
     Raises:
-        ValueError: if the model has no quantized and no packed layer, or its output has nothing to make a loss of.
+        ValueError: if the model has no quantized and no packed layer, is offloaded, or its output has nothing to make a
+            loss of.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile: hooks of a compiled model would compile it anew
     quantized, packed = quantized_modules(model), packed_modules(model)
@@ -131,7 +132,12 @@ def check(model: nn.Module, *inputs: Any, loss_fn: Callable[[Any], Tensor] | Non
         raise ValueError("model has no quantized and no packed layer: call quantize_model first")
     rows = {name: LayerCheck(name, _kind(layer)) for name, layer in {**quantized, **packed}.items()}
     report = CheckReport(list(rows.values()), [message(*item) for item in replaced_layers(model).items()])
+    trains = any(parameter.requires_grad for parameter in model.parameters())
+    if not trains:  # as after PEFT's merge_and_unload
+        report.notes.append("no parameter of the model requires grad, so the backward was left out")
     for name, layer in quantized.items():
+        if is_offloaded(layer):
+            raise ValueError(f"{name or 'the model'} cannot be checked: {OFFLOADED.format('check')}")
         _look_at_scales(rows[name], layer)
         _look_on_top(rows[name], layer)
     for module in model.modules():
@@ -153,7 +159,7 @@ def check(model: nn.Module, *inputs: Any, loss_fn: Callable[[Any], Tensor] | Non
         before = _fingerprints(quantized)
         with torch.set_grad_enabled(training):
             output = model(*inputs, **kwargs)
-            if training and quantized:
+            if training and quantized and trains:
                 _loss(output, loss_fn).backward()
         for name in quantized:
             if not torch.equal(before[name], _fingerprint(quantized[name])):
@@ -262,6 +268,8 @@ def _look_at_scales(row: LayerCheck, layer: Quantized) -> None:
             f"has {row.at_floor} of {scale.numel()} scales at the floor of 1e-5, whose weights compute next to "
             "nothing: give scales a smaller learning rate (qatkernels.param_groups), and call layer.reset_scale()"
         )
+    if isinstance(layer.act, LearnedActivation):
+        _look_at_activation(row, layer.act)
     if not weight.isfinite().all():
         row.problems.append("has weights that are not finite")
         return
@@ -274,6 +282,19 @@ def _look_at_scales(row: LayerCheck, layer: Quantized) -> None:
                 f"has scales {row.scale_ratio:.3g} times as large as its weights ask for: if something changed the "
                 "weights in place (a merged adapter, another checkpoint), call layer.reset_scale()"
             )
+
+
+def _look_at_activation(row: LayerCheck, act: LearnedActivation) -> None:
+    """Report a learned scale of the input that is at the floor or not finite."""
+    learned = [local_part(parameter.detach()) for parameter in act.parameters()]
+    again = "and call layer.act.reset_parameters(), so that the next training batch sets it"
+    if not all(bool(t.isfinite().all()) for t in learned):
+        row.problems.append(f"has a scale or zero point of its input that is not finite: find out why, {again}")
+    elif int(count_act_at_floor(learned[0], act.initialized)):
+        row.problems.append(
+            "has the scale of its input at the floor of 1e-5, so that next to nothing is left of the input: give "
+            f"scales a smaller learning rate (qatkernels.param_groups), {again}"
+        )
 
 
 def _look_on_top(row: LayerCheck, layer: Quantized) -> None:

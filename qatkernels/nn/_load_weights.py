@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..dtensor import is_dtensor
 from ..float32_scales import layout_in
 from .activation import LearnedActivation
-from .quantized import Quantized
+from .quantized import OFFLOADED, Quantized, is_offloaded
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, Any], *, strict: bool =
         What ``load_state_dict`` returns: the missing and the unexpected keys.
 
     Raises:
-        ValueError: if no layer is quantized, or the model is sharded.
+        ValueError: if no layer is quantized, or the model is sharded or offloaded.
         RuntimeError: from ``load_state_dict``, if names or shapes do not fit.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -46,6 +46,8 @@ def load_weights(model: nn.Module, state_dict: dict[str, Any], *, strict: bool =
         raise ValueError("the model has no quantized layer, quantize_model makes them")
     if any(is_dtensor(layer.weight) for layer in quantized):
         raise ValueError("the model is sharded, so scales cannot be set anew: load the weights before fully_shard")
+    if offloaded := [name for name, m in modules.items() if isinstance(m, Quantized) and is_offloaded(m)]:
+        raise ValueError(f"weights of {offloaded[0] or 'the model'} cannot be loaded: {OFFLOADED.format('load')}")
     own, state = model.state_dict(), copy.copy(state_dict)  # with the metadata of torch, if it has some
     forgotten: list[LearnedActivation] = []
     for name, module in modules.items():

@@ -15,7 +15,7 @@ from ..ops import PackedWeight
 from .grouped_quant_linear import GroupedQuantLinear
 from .packed_linear import GroupedPackedLinear, Packed, PackedLinear, packed_weight
 from .quant_linear import QuantLinear
-from .quantized import reparametrization
+from .quantized import OFFLOADED, is_offloaded, reparametrization
 from .recipe import describe
 from .replaced import message, replaced_layers
 
@@ -93,17 +93,13 @@ def _check(layer: nn.Module) -> None:
             f"it is {how}, and its weight may be that of an earlier step: make the present one permanent first "
             "(torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm)"
         )
-    weight = layer.weight
-    if is_dtensor(weight):
+    if is_dtensor(layer.weight):
         raise ValueError(
             "its weight is sharded: load the full state dict (torch.distributed.checkpoint.state_dict) into a model "
             "that is not, and pack that"
         )
-    if isinstance(weight, Tensor) and weight.is_meta and getattr(layer, "_hf_hook", None) is not None:
-        raise ValueError(
-            "its weight is offloaded by accelerate, and on the meta device: pack before offloading, or call "
-            "accelerate.hooks.remove_hook_from_submodules(model) first"
-        )
+    if is_offloaded(layer):
+        raise ValueError(OFFLOADED.format("pack"))
 
 
 def packed_modules(model: nn.Module) -> dict[str, Packed]:

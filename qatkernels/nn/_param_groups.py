@@ -14,7 +14,7 @@ from ..dtensor import local_part, whole
 from ._quantize_model import quantized_modules
 from .activation import LearnedActivation, scales_of
 from .config import QuantConfig
-from .floor import count_at_floor
+from .floor import count_act_at_floor, count_at_floor
 from .quantized import Quantized
 
 #: With the default ``scale_lr``, one step changes a scale by this share of the relative change of a weight. At 1, some
@@ -90,20 +90,25 @@ def grouped(
 def scales_at_floor(model: nn.Module) -> dict[str, int]:
     """Count the scales at or below ``MIN_SCALE`` (1e-5), where every kernel clamps them, by layer.
 
-    A row of zeros has such a scale from the start and is not counted. Any other row with one computes next to nothing:
-    the scale's learning rate is too large, see :func:`param_groups`. Waits for the device.
+    A row of zeros has such a scale from the start and is not counted, and neither is the scale of an input that no
+    batch has set. Any other row or input with one computes next to nothing: the scale's learning rate is too large, see
+    :func:`param_groups`. Waits for the device.
 
     Args:
         model: a quantized model; of a sharded one, what this process holds is counted.
 
     Returns:
-        The number of such scales by the layer's name, without layers that have none.
+        The number of such scales by the name of the layer, or of its quantizer of the input (``"0.act"``), without
+        those that have none.
     """
     layers = {name: layer for name, layer in quantized_modules(model).items() if not layer.scale.is_meta}
     counts = {
         name: int(count_at_floor(local_part(layer.weight.detach()), local_part(layer.scale.detach())))
         for name, layer in layers.items()
     }
+    for name, act in model.named_modules():
+        if isinstance(act, LearnedActivation) and not act.scale.is_meta:
+            counts[name] = int(count_act_at_floor(local_part(act.scale.detach()), act.initialized))
     return {name: count for name, count in counts.items() if count}
 
 

@@ -15,7 +15,8 @@ from .quantized import Quantized
 from .recipe import describe
 from .replaced import remember
 from .report import Survey, listed, survey
-from .selection import EXCLUDE, Left, Rules, check_uncompiled, check_unwrapped, choose, names_of
+from .selection import EXCLUDE, Left, Rules, check_uncompiled, choose, names_of
+from .wrapped import check_unwrapped
 
 logger = logging.getLogger("qatkernels.nn.quantize_model")  # what docs/quantize-model.md names
 
@@ -98,7 +99,7 @@ def quantize_layers(model: nn.Module, wanted: Mapping[nn.Module, QuantConfig]) -
     replacements = _replacements(names, {m: c for m, c in wanted.items() if not isinstance(m, Quantized)})
     changed = [m for m, c in wanted.items() if isinstance(m, Quantized) and m.config != c]
     for old in changed:
-        old.requantize(wanted[old])
+        old._requantize(wanted[old])
     _swap(model, replacements)
     model = replacements.get(model, model)
     _share_scales(model, {*replacements.values(), *changed})

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._torch_compat import assume_constant_result, is_fake
+from .._torch_compat import assume_constant_result, is_fake, without_transforms
 from ..autocast import compute_dtype
 from ..float32_scales import Float32Scales
 from ..grids import Grid
@@ -58,8 +58,9 @@ class LearnedActivation(Float32Scales):
 
     The buffer ``initialized`` is the only record of whether the scale is initialized. So anything that fills the
     tensors of a model (a state dict, an average of weights, DDP's broadcast, torch.distributed.checkpoint) gives an
-    initialized layer. Reading a buffer makes the host wait for a GPU; therefore a True is cached, and a False is read
-    again at the next forward. Writing True into the buffer always takes effect; only :meth:`reset_parameters` and
+    initialized layer. Reading a buffer makes the host wait for a GPU; therefore a True is cached for the tensor that it
+    was read from, and a False is read again at the next forward. Writing True into the buffer always takes effect, and
+    so does another tensor in its place (``torch.func.functional_call``); only :meth:`reset_parameters` and
     ``load_state_dict`` make an initialized layer uninitialized. A compiled graph reads the buffer when it is compiled,
     and is recompiled once after the first batch.
 
@@ -89,15 +90,22 @@ class LearnedActivation(Float32Scales):
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
         self.calibrating = False
         self._known_ready = False
+        self._read_from: Tensor | None = None  # the buffer whose True is cached
         # A compiled graph relies on the buffer it has read until one of these two numbers changes.
         self._forgotten, self._looks = 0, _LOOKS
 
     @property
     def ready(self) -> bool:
         """Whether the scale is initialized. Waits for the device unless a True is cached."""
-        if not self._known_ready:
+        if not self._cached:
             self._known_ready = self._read(self._forgotten, self._looks)
+            self._read_from = self.initialized if self._known_ready else None
         return self._known_ready
+
+    @property
+    def _cached(self) -> bool:
+        """Whether a True is cached, and of the buffer that is there now; a compiled graph has one buffer for ever."""
+        return self._known_ready and (torch.compiler.is_compiling() or self._read_from is self.initialized)
 
     @assume_constant_result
     def _read(self, *conditions: int) -> bool:
@@ -105,8 +113,9 @@ class LearnedActivation(Float32Scales):
 
         torch.compile calls this while it compiles, and keeps the answer until one of the conditions changes.
         """
-        readable = not (self.initialized.is_meta or is_fake(self.initialized))
-        return readable and bool(self.initialized)
+        initialized = without_transforms(self.initialized)  # vmap over models: whether all of them are
+        readable = not (initialized.is_meta or is_fake(initialized))
+        return readable and bool(initialized.all())
 
     def _forget(self) -> None:
         """Drop the cached answer and read the buffer again, because its value may have changed."""
@@ -157,7 +166,7 @@ class LearnedActivation(Float32Scales):
                 training runs in several processes.
             ValueError: if it has not been initialized and ``x`` has no elements.
         """
-        if not self._known_ready:
+        if not self._cached:
             self._first_batch(x)
         return fake_quantize(
             x, self.scale, self.grid, zero_point=self.zero_point, grad_scale=self.grad_scale, dtype=compute_dtype(x)

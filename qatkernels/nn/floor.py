@@ -21,9 +21,19 @@ def count_at_floor(weight: Tensor, scale: Tensor) -> Tensor:
     return (low & weight.reshape(low.numel(), -1).ne(0).any(-1)).sum()
 
 
+def count_act_at_floor(scale: Tensor, initialized: Tensor) -> Tensor:
+    """Return how many learned scales of an input are at the floor, none before a batch set them.
+
+    Args:
+        scale: the scale; of a sharded one, what this process holds.
+        initialized: whether a batch set it, a boolean scalar.
+    """
+    return ((scale <= MIN_SCALE) & initialized).sum()
+
+
 def floor_message(count: int, total: int, when: str = "") -> str:
     """Return a warning that names how many scales are at the floor, and the cause."""
     return (
-        f"{count} of {total} scales have fallen to the smallest value ({MIN_SCALE:g}){when}; the weights that they "
-        "scale compute next to nothing. The learning rate of the scales is too large: take qatkernels.param_groups"
+        f"{count} of {total} scales have fallen to the smallest value ({MIN_SCALE:g}){when}; what they scale "
+        "computes next to nothing. The learning rate of the scales is too large: take qatkernels.param_groups"
     )

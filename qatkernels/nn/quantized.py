@@ -15,12 +15,13 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from .._torch_compat import is_fake
 from ..dtensor import is_dtensor, local_part
-from ..float32_scales import Float32Scales
+from ..float32_scales import Float32Scales, layout_in
 from ..grids import Grid
 from .activation import DynamicActivation, LearnedActivation
 from .config import QuantConfig
-from .floor import count_at_floor, floor_message
+from .floor import count_act_at_floor, count_at_floor, floor_message
 from .quantizer import WeightQuantizer, initial_scale
+from .wrapped import check_unwrapped
 
 _16_BIT = (torch.bfloat16, torch.float16)
 
@@ -103,10 +104,18 @@ class Quantized(Float32Scales):
 
         Raises:
             ValueError: if ``config`` is no QuantConfig, its group size does not divide the input features, or the
-                weight is sharded. The layer is then unchanged.
+                weight is sharded or offloaded, or DDP or FSDP wraps the layer. The layer is then unchanged.
         """
+        if not is_dtensor(self.weight):  # which has a message of its own
+            check_unwrapped(self)
+        self._requantize(config)
+
+    def _requantize(self, config: QuantConfig) -> None:
+        """Requantize a layer that is known not to be wrapped: to find that out takes a look at every live object."""
         if is_dtensor(self.weight):
             raise ValueError("the weight is sharded, so scales cannot be set anew: requantize before fully_shard")
+        if is_offloaded(self):
+            raise ValueError(f"scales cannot be set anew: {OFFLOADED.format('requantize')}")
         self._configure(config, trains=self.scale.requires_grad)
 
     @torch.inference_mode(False)  # a Parameter made in inference mode can never train
@@ -129,7 +138,13 @@ class Quantized(Float32Scales):
 
     @torch.no_grad()
     def reset_scale(self) -> None:
-        """Set scales and zero points to those of a new layer with the present weight."""
+        """Set scales and zero points to those of a new layer with the present weight.
+
+        Raises:
+            ValueError: if the weight is offloaded.
+        """
+        if is_offloaded(self):
+            raise ValueError(f"scales cannot be set anew: {OFFLOADED.format('reset scales')}")
         scale, zero_point = initial_scale(self.weight, self.config)
         self.scale.copy_(scale)
         if self.zero_point is not None and zero_point is not None:
@@ -193,10 +208,14 @@ class Quantized(Float32Scales):
         weight, scale = self._parameters.get("weight"), self._parameters.get("scale")
         if _warned_of_floor or weight is None or scale is None or weight.is_meta or scale.is_meta or is_fake(scale):
             return
-        if count := int(count_at_floor(local_part(weight), local_part(scale))):
+        count, total = count_at_floor(local_part(weight), local_part(scale)), scale.numel()
+        if isinstance(self.act, LearnedActivation):
+            count = count + count_act_at_floor(local_part(self.act.scale), self.act.initialized)
+            total += self.act.scale.numel()
+        if found := int(count):
             _warned_of_floor = True
             warnings.warn(
-                f"{floor_message(count, scale.numel(), ' in one layer')}; scales_at_floor(model) has every layer",
+                f"{floor_message(found, total, ' in one layer')}; scales_at_floor(model) has every layer",
                 stacklevel=2,
             )
 
@@ -218,6 +237,17 @@ class Quantized(Float32Scales):
             )
             if not any(isinstance(name, _MissingScale) for name in missing_keys):
                 missing_keys[missing_keys.index(scale)] = _MissingScale(scale)
+
+    def _problems(self, state_dict: Any, prefix: str) -> list[str]:
+        """Return why nothing can be loaded: scales of something else, or a learned quantizer of the input too many."""
+        problems = super()._problems(state_dict, prefix)
+        here = self.act.layout if isinstance(self.act, LearnedActivation) else None
+        there = layout_in(state_dict, f"{prefix}act.")
+        known = layout_in(state_dict, prefix) is not None  # else it is partial, or of an earlier version
+        if known and (here is None) != (there is None):
+            none = "no learned quantizer of the input"
+            problems.append(self.refusal.format(f"{prefix}act.", there or none, here or none))
+        return problems
 
     @property
     def described(self) -> str:
@@ -259,14 +289,29 @@ def reparametrization(layer: nn.Module) -> str | None:
     return "without a weight Parameter of its own (it is computed, or a wrapper holds it)"
 
 
+#: Why something cannot be done with an offloaded weight; filled in with what it is.
+OFFLOADED = (
+    "its weight is offloaded by accelerate, and on the meta device: {} before offloading, or call "
+    "accelerate.hooks.remove_hook_from_submodules(model) first"
+)
+
+
+def is_offloaded(layer: nn.Module) -> bool:
+    """Whether accelerate keeps a layer's weight elsewhere: what is written to it between two forwards is lost."""
+    weight = layer._parameters.get("weight")
+    return weight is not None and weight.is_meta and getattr(layer, "_hf_hook", None) is not None
+
+
 def check_weights(layers: Mapping[str, Quantized], what: str) -> None:
-    """Raise ValueError if the weight of a layer is computed from other parameters.
+    """Raise ValueError if the weight of a layer is computed from other parameters, or offloaded.
 
     Args:
         layers: layers by name.
         what: the consequence, as a clause: ``"resets would be lost"``.
     """
     for name, layer in layers.items():
+        if is_offloaded(layer):
+            raise ValueError(f"{name or 'the model'} cannot be trained: {OFFLOADED.format('train')}")
         if (how := reparametrization(layer)) is not None:
             raise ValueError(
                 f"{name or 'the model'} is {how}, so every forward computes its weight anew: {what}. Make the weight "

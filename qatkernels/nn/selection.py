@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from .config import QuantConfig
 from .packed_linear import Packed
 from .quant_conv1d import is_conv1d
 from .quant_linear import why_not
-from .quantized import Quantized
+from .quantized import OFFLOADED, Quantized, is_offloaded
 
 #: Patterns of layers that stay in full precision by default: output layers and task heads, as in the papers, and
 #: adapters. Output layers that :func:`heads` recognizes, and PEFT's adapters (:func:`adapters`), need no pattern.
@@ -34,6 +31,11 @@ EXCLUDE = (
     "classification_head.*",
     "score",
     "qa_outputs",
+    "seq_relationship",
+    "logits_proj",
+    "enc_score_head",
+    "class_predictor",
+    "itm_head",
     "pooler",
     "pooler.dense",
     "*lora_*",
@@ -172,6 +174,8 @@ def _check_again(name: str, layer: Quantized, config: QuantConfig, requantize: b
             f"{name} is quantized already, to {layer.config}, and config asks for {config}: give requantize=True to "
             "change it (its scales are set anew), or exclude it to keep it"
         )
+    if is_offloaded(layer):
+        raise ValueError(f"{name} cannot be quantized: {OFFLOADED.format('quantize')}")
     if config.group_size is not None and layer.in_features % config.group_size:
         raise ValueError(
             f"{name} cannot be quantized: group_size is {config.group_size}, must be a positive divisor of the input "
@@ -245,54 +249,6 @@ def adapters(model: nn.Module) -> dict[nn.Module, str]:
             own = [m for n, m in module.named_children() if n not in ("base_layer", "original_module")]
         for part in (p for m in own for p in m.modules()):
             found[part] = f"belongs to an adapter (PEFT's {type(module).__name__})"
-    return found
-
-
-def check_unwrapped(model: nn.Module) -> None:
-    """Refuse a model that DDP or FSDP wraps, as a whole or in part.
-
-    A wrapper knows only the parameters that exist when it is made. It would not reduce the gradients of the new scales,
-    so every process would train scales of its own.
-
-    Raises:
-        ValueError: if there is such a wrapper in the model, or around it.
-    """
-    kinds = _wrappers()
-    modules = set(model.modules())
-    inside = next((m for m in modules if isinstance(m, kinds)), None)
-    found = inside if inside is not None else _wrapper_around(modules, kinds)
-    if found is None:
-        return
-    kind = next(k.__name__ for k in kinds if isinstance(found, k))
-    where = "holds a module that is wrapped" if inside is not None and inside is not model else "is wrapped"
-    raise ValueError(
-        f"the model {where} in {kind} already, which does not know parameters that come later: each process would "
-        f"train scales of its own. Quantize first, then wrap: model = quantize_model(model, ...), then {kind}(model)"
-    )
-
-
-def _wrappers() -> tuple[type, ...]:
-    """Return the wrapper classes of torch that have been imported; others cannot wrap anything."""
-    kinds: list[type] = [DistributedDataParallel]
-    for module, names in (
-        ("torch.distributed.fsdp", ("FullyShardedDataParallel", "FSDPModule")),
-        ("torch.distributed._composable.replicate", ("DDP",)),
-    ):
-        kinds += [getattr(sys.modules[module], n) for n in names if hasattr(sys.modules.get(module), n)]
-    return tuple(kinds)
-
-
-def _wrapper_around(modules: set[nn.Module], kinds: tuple[type, ...]) -> nn.Module | None:
-    """Return a live wrapper that holds one of these modules; modules do not know who wraps them."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    for sweep in (False, True):  # a wrapper that is found may only be waiting for the garbage collector
-        if sweep:
-            gc.collect()
-        alive = [o for o in gc.get_objects() if issubclass(type(o), kinds)]
-        found = next((wrapper for wrapper in alive if not modules.isdisjoint(wrapper.modules())), None)
-        if found is None:
-            return None
     return found
 
 

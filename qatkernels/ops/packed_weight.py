@@ -237,12 +237,6 @@ class PackedWeight(Float32Scales):
         found = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))
         raise TypeError(found._refusal(f"torch's {getattr(func, '__name__', func)}"))
 
-    def __matmul__(self, other: object) -> Any:
-        """Refuse to be multiplied."""
-        raise TypeError(self._refusal("the operator @"))
-
-    __rmatmul__ = __matmul__
-
     def __getattr__(self, name: str) -> Any:
         """Explain why an attribute that every tensor has is missing here."""
         if not name.startswith("_") and name not in self._buffers and hasattr(Tensor, name):
@@ -256,6 +250,22 @@ class PackedWeight(Float32Scales):
             f"itself instead of calling the layer. Exclude {layer} in quantize_model, which leaves it in full "
             "precision, or give the model layer.weight.dequantize()"
         )
+
+
+def _refusing(symbol: str) -> Any:
+    def refuse(self: PackedWeight, *_: object) -> Any:
+        """Refuse to be computed with as if this were a tensor."""
+        raise TypeError(self._refusal(f"the operator {symbol}"))
+
+    return refuse
+
+
+# Not len() and iter(): a module that has them looks like a container to libraries, and bool() calls len().
+_ARITHMETIC = {"matmul": "@", "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "pow": "**"}
+_REFLECTED = {f"r{name}": symbol for name, symbol in _ARITHMETIC.items()}
+_OTHERS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "neg": "-", "abs": "abs()", "getitem": "[]", "setitem": "[]"}
+for _name, _symbol in (_ARITHMETIC | _REFLECTED | _OTHERS).items():
+    setattr(PackedWeight, f"__{_name}__", _refusing(_symbol))
 
 
 def _check_parts(packed: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, cols: int) -> None:

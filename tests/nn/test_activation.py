@@ -7,6 +7,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
+from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -172,6 +173,37 @@ def test_however_the_tensors_arrive_the_layer_is_calibrated(config, way, compile
     assert_same_bits(run.eval()(x), expected)
     run.train()(100 * x)
     assert_same_bits(other.act.scale, trained.act.scale)
+
+
+@pytest.mark.parametrize("config", LEARNED, ids=["lsq", "lsq+"])
+def test_the_state_of_functional_call_is_not_that_of_the_layer(config):
+    """A call with the tensors of another layer says nothing of the layer's own, in either direction."""
+    trained, fresh = (QuantLinear(16, 12, config=config) for _ in range(2))
+    x = torch.randn(3, 16)
+    trained(x)
+    expected, empty = trained.eval()(x), copy.deepcopy(fresh.state_dict())
+    assert_same_bits(functional_call(fresh.eval(), trained.state_dict(), (x,)), expected)
+    with pytest.raises(RuntimeError, match="an activation scale has not been initialized"):
+        fresh(x)
+    with pytest.raises(RuntimeError, match="an activation scale has not been initialized"):
+        functional_call(trained, empty, (x,))
+    assert_same_bits(trained(x), expected)
+
+
+def test_an_ensemble_of_calibrated_models(mlp):
+    models = [quantize_model(copy.deepcopy(mlp), LEARNED[0]) for _ in range(3)]
+    for factor, model in enumerate(models, 1):
+        calibrate(model, factor * torch.randn(3, 16))
+        model.eval()
+    x = torch.randn(3, 16)
+    skeleton = copy.deepcopy(models[0]).to("meta")
+
+    def call(parameters, buffers):
+        return functional_call(skeleton, (parameters, buffers), (x,))
+
+    together = vmap(call)(*stack_module_state(models))
+    for y, model in zip(together, models, strict=True):
+        torch.testing.assert_close(y, model(x))
 
 
 @pytest.mark.parametrize("config", LEARNED, ids=["lsq", "lsq+"])

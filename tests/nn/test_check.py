@@ -169,6 +169,16 @@ def test_adapters_on_top_are_noted():
     assert [layer.name for layer in report.layers if layer.notes] == ["up.base_layer"]
 
 
+def test_a_model_without_a_parameter_that_trains_is_checked_all_the_same():
+    """After PEFT's merge_and_unload: the base is frozen, and its weights have moved under their scales."""
+    model = made().requires_grad_(False)
+    report = check(model, x)
+    assert report.ok
+    assert report.notes == ["no parameter of the model requires grad, so the backward was left out"]
+    model.up.weight.mul_(10)
+    assert "has scales 0.1 times as large as its weights ask for" in str(check(model, x))
+
+
 def test_activation_scales_that_wait_for_a_batch_go_on_waiting():
     model = made(act_bits=8, act_scheme="lsq")
     before = copy.deepcopy(model.state_dict())

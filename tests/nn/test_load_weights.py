@@ -77,6 +77,24 @@ def test_a_state_of_another_configuration_is_refused(name, forwards):
                 assert_same_bits(tensor, before[name], name)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_learned_quantizer_of_the_input_too_many_or_missing_is_refused(strict):
+    config, plain = QuantConfig(4, act_bits=8, act_scheme="lsq"), QuantConfig(4)
+    learned, none = quantized(config).first.act.layout, "no learned quantizer of the input"
+    for of, into, message in (
+        (config, plain, f"first.act.scale is of {learned}, must be of {none}; load_weights"),
+        (plain, config, f"first.act.scale is of {none}, must be of {learned}; load_weights"),
+    ):
+        model = quantized(into)
+        with pytest.raises(RuntimeError, match=message):
+            model.load_state_dict(quantized(of).state_dict(), strict=strict)
+        qk.load_weights(model, quantized(of).state_dict())
+        calibrate(model, X)
+        assert model(X).isfinite().all()
+    partial = {name: t for name, t in quantized(config).state_dict().items() if ".act." in name}
+    quantized(config).load_state_dict(partial, strict=False)
+
+
 def test_its_own_configuration_is_loaded(config, tmp_path):
     trained, fresh = quantized(config), quantized(config, factor=3)
     save_file({n: t.clone() for n, t in trained.state_dict().items()}, tmp_path / "model.safetensors")

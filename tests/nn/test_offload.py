@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import qatkernels as qk
+from qatkernels.methods import SQuAT, WinQ
 from qatkernels.nn import QuantConfig, calibrate
 from qatkernels.testing.compare import assert_same_bits
 
@@ -69,6 +70,27 @@ def test_packing_an_offloaded_model_says_what_to_do(model, how, tmp_path):
         qk.pack_model(model)
     accelerate.hooks.remove_hook_from_submodules(model)
     assert_same_bits(qk.pack_model(model)(X), wanted)
+
+
+def test_what_would_be_lost_is_refused(tmp_path):
+    """Scales and weights that are written to an offloaded layer are gone at its next forward."""
+    made = qk.quantize_model(Model(), QuantConfig(4)).eval()
+    state, wanted = copy.deepcopy(made.state_dict()), made(X).detach()
+    model = offload(made, "disk", tmp_path, False)
+    calls = {
+        "requantize": lambda: model.first.requantize(QuantConfig(2)),
+        "quantize": lambda: qk.quantize_model(model, QuantConfig(2), requantize=True),
+        "reset scales": model.first.reset_scale,
+        "load": lambda: qk.load_weights(model, state),
+        "check": lambda: qk.check(model, X),
+        "train": lambda: WinQ(model, reset_every=1, reset_weight=0.5, noise_std=0.0),
+    }
+    for what, call in calls.items():
+        with pytest.raises(ValueError, match=f"offloaded by accelerate, and on the meta device: {what} before"):
+            call()
+    with pytest.raises(ValueError, match="offloaded by accelerate, and on the meta device: train before"):
+        SQuAT(model, torch.optim.SGD(model.parameters(), 0.1)).step(lambda: model(X).sum())
+    assert_same_bits(model(X), wanted)
 
 
 def test_quantizing_an_offloaded_model_is_refused():

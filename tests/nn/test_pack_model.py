@@ -459,6 +459,8 @@ def test_an_error_of_the_callers_function_is_the_callers(saved):
             qk.load_packed(saved[0], build)
         assert not isinstance(caught.value, CheckpointError)
         assert str(saved[0]) not in str(caught.value)
+    with pytest.raises(TypeError, match="build returned None, must return the model as it was before quantization"):
+        qk.load_packed(saved[0], lambda config: None)
 
 
 def test_a_failed_write_leaves_the_old_file(saved, tmp_path, monkeypatch):

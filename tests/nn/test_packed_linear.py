@@ -398,6 +398,13 @@ READS = {
     "data": lambda x, w: F.linear(x, w.data),
     "listed": lambda x, w: torch.cat([x, w]),
     "size": lambda x, w: w.size(),
+    "some rows": lambda x, w: F.linear(x, w[:4]),
+    "twice": lambda x, w: F.linear(x, 2 * w),
+    "half": lambda x, w: F.linear(x, w / 2),
+    "less one": lambda x, w: w - 1,
+    "minus": lambda x, w: -w,
+    "signs": lambda x, w: w < 0,
+    "magnitudes": lambda x, w: abs(w),
 }
 
 
@@ -424,5 +431,6 @@ def test_what_the_weight_says_of_itself(tmp_path):
     assert model.half()[0].weight.dtype == torch.float16
     assert model.to("meta", torch.float32)[0].weight.dtype == torch.float32
     assert weight.device.type == "meta"
+    assert bool(weight), "a module is true"
     for name in ("T", "data", "is_quantized", "nothing"):  # libraries ask
         assert not hasattr(weight, name)

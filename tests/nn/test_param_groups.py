@@ -1,5 +1,6 @@
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -7,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import qatkernels as qk
-from qatkernels import QuantConfig, param_groups, quantize_model, quantized_modules, scales_at_floor
-from qatkernels.nn import calibrate
+from qatkernels import QuantConfig, check, param_groups, quantize_model, quantized_modules, scales_at_floor
+from qatkernels.methods.stats import GridStats
+from qatkernels.nn import calibrate, quantized
 
 
 class Net(nn.Module):
@@ -150,3 +152,40 @@ def test_scales_at_the_floor_are_counted():
         model[0].weight[4, :8] = 0  # a group of zeros has the smallest scale, and loses nothing by it
         model[0].scale[4, 0] = qk.grids.MIN_SCALE
     assert scales_at_floor(model) == {"0": 2}
+
+
+def test_a_loop_of_ones_own_is_warned_once(monkeypatch):
+    monkeypatch.setattr(quantized, "_warned_of_floor", False)
+    model = quantize_model(nn.Sequential(nn.Linear(32, 8)), QuantConfig(bits=8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # as one that knows nothing of scales
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(4, 32)).square().mean().backward()
+        optimizer.step()
+    with pytest.warns(UserWarning, match="of 8 scales have fallen to the smallest value.*take qatkernels.param_groups"):
+        model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.train().eval()
+
+
+@pytest.mark.parametrize("scheme", ["lsq", "lsq+"])
+def test_learned_scales_of_inputs_at_the_floor_are_counted(scheme, monkeypatch):
+    """An input that its scale reduces to nothing leaves the bias of the layer, and no error."""
+    monkeypatch.setattr(quantized, "_warned_of_floor", False)
+    config = QuantConfig(bits=4, act_bits=8, act_scheme=scheme)
+    model = quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), config)
+    model(torch.zeros(3, 8))
+    assert scales_at_floor(model) == {}, "no batch has set it yet"
+    calibrate(model, torch.randn(3, 8))
+    stats = GridStats(model)
+    assert (scales_at_floor(model), stats.at_floor()) == ({}, 0)
+    with torch.no_grad():
+        model[1].act.scale.fill_(-1.0)
+    assert (scales_at_floor(model), stats.at_floor()) == ({"1.act": 1}, 1)
+    with pytest.warns(UserWarning, match="1 of 5 scales have fallen to the smallest value"):
+        model.eval()
+    assert "1 has the scale of its input at the floor" in str(check(model, torch.randn(3, 8)))
+    with torch.no_grad():
+        model[1].act.scale.fill_(torch.nan)
+    assert "1 has a scale or zero point of its input that is not finite" in str(check(model, torch.randn(3, 8)))

@@ -70,7 +70,21 @@ class TestHeads:
         assert "out: makes the logits (Model.get_output_embeddings)" in str(quantization_report(Model()))
 
     @pytest.mark.parametrize(
-        "name", ["lm_head", "generator_lm_head", "classifier", "score", "qa_outputs", "pooler", "embed_out"]
+        "name",
+        [
+            "lm_head",
+            "generator_lm_head",
+            "classifier",
+            "score",
+            "qa_outputs",
+            "pooler",
+            "embed_out",
+            "seq_relationship",
+            "logits_proj",
+            "enc_score_head",
+            "class_predictor",
+            "itm_head",
+        ],
     )
     def test_heads_by_name(self, name):
         assert quantized(nn.ModuleDict({"body": nn.Linear(16, 16), name: nn.Linear(16, 2)})) == ["body"]
@@ -227,6 +241,10 @@ def check_wrapped(rank):
             with pytest.raises(ValueError, match=f"{re.escape(message)}.*Quantize first, then wrap"):
                 quantize_model(model, QuantConfig(2))
             assert not quantized_modules(model)
+    trained = DistributedDataParallel(quantize_model(build(), QuantConfig(4)))
+    with pytest.raises(ValueError, match=r"the model is wrapped in DistributedDataParallel.*Quantize first, then wrap"):
+        trained.module[2].requantize(QuantConfig(2))
+    assert trained.module[2].config == QuantConfig(4)
     inner = ddp.module
     del ddp, models, wrapped, model
     assert quantized(inner) == ["0.0", "2"]  # nothing wraps it any more

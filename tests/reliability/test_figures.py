@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from . import figures
+from . import figures, sanitizers
 from .runner import PARTS
 
 
@@ -17,6 +17,13 @@ def test_every_part_has_a_table_and_a_command() -> None:
     assert figures.COLUMNS.keys() == PARTS.keys()
     for part in PARTS:
         assert f"python -m tests.reliability {part}" in figures.DOCUMENT.read_text()
+
+
+def test_ci_makes_every_build() -> None:
+    """The parts in Python have a short form that pytest collects; these have theirs in `.ci/run`."""
+    lines = (figures.ROOT / ".ci" / "run").read_text().splitlines()
+    made = [line.partition(".ci/fault-builds")[2].split() for line in lines]
+    assert {name for names in made for name in names} == set(sanitizers.KINDS)
 
 
 def test_nothing_wrong_is_left() -> None:
