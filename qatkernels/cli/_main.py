@@ -79,6 +79,6 @@ def run() -> int:
     """Be the command `qatkernels`: run the command line, and end well after training with other processes too."""
     code = main()
     parallel = sys.modules.get("qatkernels.trainer.parallel")  # not imported: nothing has trained
-    if parallel is not None and parallel.joined_any():
+    if parallel is not None and parallel.has_joined():
         parallel.leave(code)
     return code

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         config = made(args, CheckConfig)
-        model, described = generate.opened(Path(config.model))
+        model, described = generate.open_model(Path(config.model))
         vocabulary, longest = models.limits(described)
         tokens = config.tokens if longest is None else min(config.tokens, longest)
         drawn = torch.randint(vocabulary or 2, (2, tokens), generator=torch.Generator().manual_seed(0))
