@@ -172,7 +172,7 @@ def test_bad_input(run, arguments, words, capsys, tmp_path, request):
 def test_models_of_others_are_refused(run, tmp_path, capsys):
     stranger = tmp_path / "stranger.safetensors"
     files.save(stranger, {"w": torch.ones(2)}, {"made": "elsewhere"})
-    with pytest.raises(CheckpointError, match="is no model that `qatkernels train` wrote"):
+    with pytest.raises(CheckpointError, match="is not a model that `qatkernels train` wrote"):
         spectra.load(stranger)
     broken = tmp_path / "w4"
     shutil.copytree(run / "w4", broken)
