@@ -1,4 +1,4 @@
-"""Names at their old places: they still work in this version, with a DeprecationWarning that says the new place."""
+"""Old import paths. They still work in this version, with a DeprecationWarning that names the new path."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def moved(
     modules: Mapping[str, str] | None = None,
     renamed: Mapping[str, str] | None = None,
 ) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a module from which names moved.
+    """Return a ``__getattr__`` for a module whose contents have moved.
 
     Args:
         old: name of the module.
-        names: the module that each name is in now.
-        modules: modules that were in this one, by name: what they are called now.
-        renamed: names that are others in the same module.
+        names: for each name that moved to another module, that module.
+        modules: for each submodule that moved, its new full name.
+        renamed: for each name that was renamed within the module, the new name.
     """
     modules, renamed = modules or {}, renamed or {}
 

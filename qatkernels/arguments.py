@@ -1,7 +1,7 @@
-"""Types of arguments: errors that name the argument, what it was and what it must be.
+"""Checks of argument types. Errors name the argument, its value and what is allowed.
 
-Without them a wrong type fails inside torch, with a message about something else. Values and shapes are checked where
-they mean something.
+Without these checks a wrong type fails somewhere inside torch, with a message about something else. Values and shapes
+are checked by the functions that use them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def wrong_type(name: str, value: object, allowed: str) -> TypeError:
     if isinstance(value, Tensor):
         shown = f"a tensor, {value.dtype} of shape {tuple(value.shape)}"
     else:
-        shown = " ".join(repr(value).split())[:80]  # a module's is of many lines
+        shown = " ".join(repr(value).split())[:80]  # the repr of a module has many lines
     return TypeError(f"{name} is {shown}, must be {allowed}")
 
 
@@ -37,14 +37,14 @@ def check_optional_tensors(**values: Any) -> None:
 
 
 def is_integer(value: object) -> bool:
-    """Whether a value counts: an int, one of numpy's or one that torch.compile traces, but no bool."""
+    """Whether a value is an integer: of Python, of numpy, or traced by torch.compile. A bool is not."""
     if isinstance(value, bool):
         return False
     return isinstance(value, (int, torch.SymInt, numbers.Integral))
 
 
 def is_real(value: object) -> bool:
-    """Whether a value is a real number, but no bool."""
+    """Whether a value is a real number. A bool is not."""
     if isinstance(value, bool):
         return False
     return isinstance(value, (float, int, torch.SymInt, torch.SymFloat, numbers.Real))

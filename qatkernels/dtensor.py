@@ -1,6 +1,6 @@
-"""Tensors that are sharded over processes, recognized without importing torch.distributed.tensor.
+"""Functions for DTensors (sharded over processes) that do not import torch.distributed.tensor.
 
-That import takes most of a second, and no DTensor exists before somebody else has done it.
+That import takes most of a second. Without it no DTensor can exist, so `sys.modules` tells whether there is one.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def is_fsdp(module: nn.Module) -> bool:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a DTensor, and any other tensor as it is."""
+    """Return this process's shard of a DTensor, and any other tensor as it is."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a DTensor without its shards, and any other tensor as it is; all processes must call."""
+    """Return the full tensor of a DTensor, and any other tensor as it is. All processes must call this."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor

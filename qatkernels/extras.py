@@ -1,19 +1,19 @@
-"""Packages that only some parts need: extras of the installation, and the error that says which one is missing."""
+"""Optional packages (extras of the installation), and the error that names the extra to install."""
 
 from __future__ import annotations
 
 
 class MissingExtraError(ImportError):
-    """Packages of an extra are not installed; the message says which extra to install."""
+    """An optional package is not installed; the message names the extra to install."""
 
 
 def missing(part: str, extra: str, error: ImportError) -> MissingExtraError:
-    """Return the error of a part whose packages are not installed.
+    """Return the error for a part of the library whose packages are not installed.
 
     Args:
-        part: what was imported.
-        extra: the extra that installs what it needs.
-        error: what the import said.
+        part: what needs the packages, such as a module.
+        extra: the extra that installs them.
+        error: the error of the import.
     """
     return MissingExtraError(
         f"{part} needs more packages ({error}): pip install 'qatkernels[{extra}]'", name=error.name

@@ -1,9 +1,9 @@
-"""Files that a kill at any moment leaves whole: tensors as safetensors, the rest as JSON, never pickle.
+"""Crash-safe file I/O: tensors as safetensors, everything else as JSON, never pickle.
 
-A file is written beside its destination, flushed to the disk and renamed over it, so that a reader finds the old file
-or the new one. What belongs to the tensors (the step, say) travels in the same file, in its header, with a digest of
-tensors and header. JSON that is read again has a digest too, as one of its fields: a bit that flips in a number leaves
-JSON that is as good as any.
+A file is written to a temporary file beside its destination, flushed to the disk (fsync) and renamed over it. So a
+reader finds either the old or the new content, even if the process is killed. A file of tensors also has a header with
+values that belong to them, such as the step, and a digest of tensors and header. A JSON file that is read again has a
+digest as one of its fields: JSON with a flipped bit in a number would still be valid JSON.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 
 
 class CheckpointError(RuntimeError):
-    """A file or folder cannot be read, written or used; the message says which and what to do."""
+    """A file or folder cannot be read, written or used; the message names it and says what to do."""
 
 
 class DamagedError(CheckpointError):
-    """The content of a file is not what was written."""
+    """A file is damaged: its content is not what was written."""
 
     def __init__(self, path: Path, why: object) -> None:
         self.what = f"{path} is damaged ({why})"
@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: if the folder cannot be written to or the disk is full.
     """
-    # A name that nobody has: what a user calls OUT.tmp is the user's.
+    # A random name, so that no file of the user, such as OUT.tmp, is overwritten.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     with explained("written", path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             rename(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)  # on a full disk it is what takes the room
+            temporary.unlink(missing_ok=True)  # especially on a full disk
             raise
 
 
@@ -71,7 +71,9 @@ _TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 
 
 def sweep(folder: Path) -> None:
-    """Delete what kills left of :func:`write` in a folder and the folders in it; nobody may be writing there.
+    """Delete temporary files of :func:`write`, left by killed processes, in a folder and its direct subfolders.
+
+    No process may be writing there.
 
     Raises:
         CheckpointError: if a file cannot be deleted.
@@ -83,10 +85,10 @@ def sweep(folder: Path) -> None:
 
 
 def rename(temporary: Path, path: Path) -> None:
-    """Give a file or folder that is on the disk its name, durably.
+    """Rename a file or folder to its final name, durably. Its content must be on the disk already.
 
     Raises:
-        CheckpointError: if that is not possible.
+        CheckpointError: if it cannot be renamed.
     """
     with explained("written", path):
         os.replace(temporary, path)
@@ -98,17 +100,17 @@ def rename(temporary: Path, path: Path) -> None:
                 os.close(folder)
 
 
-#: The field of a JSON file that holds the digest of its others.
+#: The field of a JSON file with the digest of its other fields.
 _SEAL = "digest"
 
 
 def write_json(path: Path, value: Any, *, sealed: bool = False, indent: int | None = 2) -> None:
-    """Write JSON like :func:`write`.
+    """Write JSON with :func:`write`.
 
     Args:
         path: destination.
         value: a JSON-able value.
-        sealed: whether to add a digest, which :func:`read_json` holds the file against; ``value`` is a mapping then.
+        sealed: whether to add a digest, which :func:`read_json` checks; ``value`` must then be a mapping.
         indent: as for ``json.dumps``.
     """
     if sealed:
@@ -117,10 +119,10 @@ def write_json(path: Path, value: Any, *, sealed: bool = False, indent: int | No
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; its digest, if it has one, is checked and left out.
+    """Read a JSON object. Its digest, if it has one, is checked and not returned.
 
     Raises:
-        CheckpointError: if it is missing, unreadable or damaged.
+        CheckpointError: if the file is missing, unreadable or damaged.
     """
     with explained("read", path):
         text = path.read_bytes()
@@ -136,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _digest_of_json(value: Any) -> str:
-    """Return the SHA-256 of a value as it is read again, whatever the order of its fields and the space between."""
+    """Return the SHA-256 of a JSON-able value, independent of the order of fields and of white space."""
     return hashlib.sha256(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()).hexdigest()
 
 
@@ -146,10 +148,10 @@ def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | 
     Args:
         path: destination, a ``.safetensors`` file.
         tensors: tensors by name, on any device.
-        header: whatever must never be apart from the tensors.
+        header: values that are stored in the same file.
 
     Raises:
-        CheckpointError: if it cannot be written.
+        CheckpointError: if the file cannot be written.
     """
     from safetensors.torch import save as to_bytes
 
@@ -159,19 +161,19 @@ def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | 
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`save` wrote.
+    """Read a file of :func:`save`.
 
     Returns:
         Tensors by name, on the CPU, and the header.
 
     Raises:
-        CheckpointError: if the file is missing, unreadable, cut short, changed, or not from here.
+        CheckpointError: if the file is missing, unreadable or damaged, or :func:`save` did not write it.
     """
     with open_tensors(path) as file:
         metadata = file.metadata() or {}
         if not {"header", "sha256"} <= metadata.keys():
             raise CheckpointError(f"{path} is not a file of qatkernels: it has no header, or no digest of it")
-        # Cloned: a mapped file may be replaced or truncated under its tensors.
+        # Cloned, because the file is memory-mapped: replacing or truncating it would change the tensors.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     if metadata["sha256"] != digest(tensors, metadata["header"]):
         raise DamagedError(path, "its digest does not match")
@@ -179,10 +181,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def header(path: Path) -> dict[str, Any]:
-    """Read the header that :func:`save` wrote, without the tensors and hence without their digest.
+    """Read the header of a file of :func:`save`. Tensors are not read, so the digest is not checked.
 
     Raises:
-        CheckpointError: if the file is missing, unreadable, cut short, or not from here.
+        CheckpointError: if the file is missing or unreadable, or :func:`save` did not write it.
     """
     with open_tensors(path) as file:
         return _parsed(path, (file.metadata() or {}).get("header", "null"))
@@ -190,13 +192,13 @@ def header(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """Open any safetensors file to read, as ``safetensors.safe_open`` does.
+    """Open any safetensors file for reading, as ``safetensors.safe_open`` does.
 
     Raises:
-        CheckpointError: if it is missing or unreadable.
-        DamagedError: if it is no such file.
+        CheckpointError: if the file is missing or unreadable.
+        DamagedError: if it is not a valid safetensors file.
     """
-    from safetensors import SafetensorError, safe_open  # here: who only trains needs torch alone
+    from safetensors import SafetensorError, safe_open  # imported here, so that training needs torch alone
 
     try:
         with explained("read", path), safe_open(path, framework="pt") as file:
@@ -216,17 +218,22 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
 
 
 def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """Return the SHA-256 of tensors on the CPU (names, dtypes, shapes and bits) and a text, in hexadecimal."""
-    found = hashlib.sha256(text.encode())
+    """Return the SHA-256 of CPU tensors (names, dtypes, shapes and bits) and a text, in hexadecimal."""
+    sha256 = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        found.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
-        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        sha256.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
+        sha256.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 @contextlib.contextmanager
 def explained(verb: str, path: Path) -> Iterator[None]:
-    """Turn an operating system's error into a CheckpointError that names the path."""
+    """Turn an OSError into a CheckpointError that names the path.
+
+    Args:
+        verb: what is done with the path, as a participle such as ``"written"``.
+        path: the path.
+    """
     try:
         yield
     except OSError as error:

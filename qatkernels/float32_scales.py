@@ -1,4 +1,4 @@
-"""The base of every module with scales: no cast changes them, and a state dict says what they belong to."""
+"""The base class of modules with scales: casts do not change scales, and the state dict has their layout."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from torch import Tensor, nn
 
 
 class Float32Scales(nn.Module):
-    """A module whose ``scale`` and ``zero_point`` keep their bits whatever the model is cast to.
+    """A module whose ``scale`` and ``zero_point`` keep their dtype and bits when the model is cast.
 
-    A scale rounded to bfloat16 would move every weight of its group.
+    Rounding a scale to bfloat16 would change every weight of its group.
 
-    The state dict also has the :attr:`layout` that the scales belong to, as torch's extra state; loading refuses
-    another layout. Shapes alone cannot tell: scales of 8 bits have the shape of scales of 2 bits. The layout is text in
-    a uint8 tensor, because some file formats hold tensors only.
+    The state dict also has the :attr:`layout` of the scales, as torch's extra state. Loading a state dict with another
+    layout is an error. Shapes alone cannot tell: scales for 8 bits have the same shape as scales for 2 bits. The layout
+    is text in a uint8 tensor, because some file formats hold tensors only.
     """
 
-    #: Names of the parameters and buffers that no cast changes.
+    #: Names of the parameters and buffers that casts do not change.
     uncast: ClassVar[tuple[str, ...]] = ("scale", "zero_point")
-    #: Error message for another layout. Filled in: prefix in the state dict, layout there, layout of this module.
+    #: Error message for another layout, with three fields: prefix in the state dict, its layout, this module's layout.
     refusal: ClassVar[str] = (
         "{}scale is of {}, must be of {}; load_weights(model, state_dict) takes the weights alone and sets scales anew"
     )
-    #: Whether a strict load refuses a state dict without a layout, as earlier versions wrote.
+    #: Whether a strict load of a state dict without a layout is an error. Earlier versions wrote none.
     layout_required: ClassVar[bool] = False
 
     scale: Tensor
 
     @property
     def layout(self) -> str:
-        """What the numbers in the state dict stand for, in words."""
+        """A text that says what the numbers in the state dict mean."""
         raise NotImplementedError
 
     def get_extra_state(self) -> Tensor:
         """Return the layout as text in a tensor."""
-        # On the device of the rest: torch.distributed refuses state dicts on several devices.
+        # On the device of the scale, because torch.distributed rejects state dicts on several devices.
         return torch.tensor(list(self.layout.encode()), dtype=torch.uint8, device=self.scale.device)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -60,19 +60,20 @@ class Float32Scales(nn.Module):
             missing_keys.remove(name)
 
     def _problems(self, state_dict: Any, prefix: str) -> list[str]:
-        """Return why nothing can be loaded."""
-        found = layout_in(state_dict, prefix)
-        if found is None or found == self.layout:
+        """Return the reasons why the state dict cannot be loaded; an empty list if it can."""
+        stored = layout_in(state_dict, prefix)
+        if stored is None or stored == self.layout:
             return []
-        return [self.refusal.format(prefix, found, self.layout)]
+        return [self.refusal.format(prefix, stored, self.layout)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        scales = [t for own in (self._parameters, self._buffers) for n in self.uncast if (t := own.get(n)) is not None]
-        kept = scales + [p.grad for p in scales if p.grad is not None]
+        holders = (self._parameters, self._buffers)
+        scales = [t for holder in holders for n in self.uncast if (t := holder.get(n)) is not None]
+        not_cast = scales + [p.grad for p in scales if p.grad is not None]
 
         def move_only(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
-            if applied.dtype != tensor.dtype and any(tensor is k for k in kept):
+            if applied.dtype != tensor.dtype and any(tensor is t for t in not_cast):
                 return tensor.to(applied.device)
             return applied
 
@@ -80,7 +81,7 @@ class Float32Scales(nn.Module):
 
 
 def layout_in(state_dict: Any, prefix: str) -> str | None:
-    """Return the layout that a state dict has for the module of a prefix, or None if it has none."""
+    """Return the layout in a state dict for the module with this prefix, or None if there is none."""
     layout = state_dict.get(f"{prefix}_extra_state")
     if layout is None or (isinstance(layout, Tensor) and layout.is_meta):
         return None

@@ -1,4 +1,4 @@
-"""The old place of :mod:`qatkernels.grids`."""
+"""The old import path of :mod:`qatkernels.grids`."""
 
 from ._moved import moved
 

@@ -1,17 +1,17 @@
-"""Quantization grids: the schemes this library knows, one row of numbers each.
+"""Quantization grids. A grid is a row of numbers; a scheme is a named family of grids.
 
-With ``r = w / scale`` a grid maps a weight to an integer code and back,
+With ``r = w / scale`` a grid maps a weight to an integer code and back:
 
     code = round(clamp(r, low, high) * steps - offset)        half to even
     y    = (code + offset) * (scale / steps)
 
-and carries the straight-through rule that belongs to it: where the gradient passes, and the derivative with respect
-to the scale inside and beyond the clamp. Kernels receive these numbers (`Grid.constants`), never a scheme's name, so a
-new scheme is a new row here and nothing else.
+A grid also has its straight-through rule: the range of r in which the gradient passes to w, and the derivative with
+respect to the scale inside and outside that range. Kernels get these numbers (`Grid.constants`), not the name of a
+scheme. So a new scheme needs a function and an entry in this file, and nothing else.
 
-The rules of ``binary``, ``ternary``, ``seq`` and ``lsq`` are those of the code released with ParetoQ (Liu et al.,
-2025); ``lsq`` is Learned Step Size Quantization (Esser et al., 2020). Their asymmetries are kept on purpose, see
-docs/algorithms.md.
+The rules of ``binary``, ``ternary``, ``seq`` and ``lsq`` are those of the code that the authors of ParetoQ released
+(Liu et al., 2025); ``lsq`` is Learned Step Size Quantization (Esser et al., 2020). Their asymmetries are kept on
+purpose, see docs/algorithms.md.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from .arguments import (
     wrong_type,
 )
 
-#: Scales are clamped to at least this in every kernel, without a gradient mask (ParetoQ's released code).
+#: Every kernel clamps scales to at least this. The gradient of the scale ignores that clamp (as ParetoQ's code does).
 MIN_SCALE = 1e-5
 
 
 class GridConstants(NamedTuple):
-    """What a kernel needs to know about a grid, as floats and in this order."""
+    """The numbers of a grid that kernels get, as floats in this order."""
 
     by_sign: float  #: 1: the code is the sign of w (binary), and the clamp is not used
     steps: float  #: codes per scale
@@ -56,29 +56,29 @@ class GridConstants(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """One quantization grid, as :func:`paretoq`, :func:`make_grid` and the functions named like schemes build it.
+    """A quantization grid. :func:`paretoq`, :func:`make_grid` and the functions named like schemes return one.
 
     Attributes:
-        scheme: name of the row in ``SCHEMES``.
+        scheme: name of the scheme in ``SCHEMES``.
         bits: nominal bit width (1.58 for ternary).
         code_min: smallest integer code.
         code_max: largest integer code.
         steps: codes per scale, ``m`` in docs/algorithms.md.
-        offset: ``c`` in docs/algorithms.md; half-integer for grids without a zero.
-        clamp: range to which ``w / scale`` is clamped.
-        passes: range of ``w / scale`` in which the gradient reaches ``w``.
-        saturated: derivative with respect to the scale below and above ``passes``.
-        residual: whether ``- w / scale`` enters the derivative with respect to the scale inside ``passes``.
-        by_sign: the code is the sign of the weight.
-        has_zero_point: a zero point may shift the codes.
-        qmax: the ``Q_p`` of the gradient scale.
-        reach: ``w / scale`` of the largest weight when the scale is initialized from it.
+        offset: ``c`` in docs/algorithms.md; a half-integer for grids without the level zero.
+        clamp: range that ``w / scale`` is clamped to.
+        passes: pass-through range: the gradient passes to ``w`` if ``w / scale`` is in it.
+        saturated: derivatives with respect to the scale below and above ``passes``.
+        residual: whether the derivative with respect to the scale inside ``passes`` contains ``- w / scale``.
+        by_sign: whether the code is the sign of the weight.
+        has_zero_point: whether codes may be shifted by a zero point.
+        qmax: the ``Q_p`` in the gradient scale.
+        reach: ``w / scale`` of the weight with the largest magnitude, after :meth:`init_scale` by ``"max"``.
         scale_init: default method of :meth:`init_scale`.
 
     Raises:
-        TypeError: if a field is of another type, naming it.
-        ValueError: if a field has a value that kernels cannot take: not finite, steps that are not positive, a range
-            that descends, codes that do not fit a byte or that the clamp exceeds.
+        TypeError: if a field has another type, naming it.
+        ValueError: if a field has a value that kernels cannot use: not finite, steps that are not positive, a range
+            whose low end is above its high end, codes that do not fit a byte, or a clamp that reaches beyond the codes.
     """
 
     scheme: str
@@ -117,7 +117,7 @@ class Grid:
         self._check_codes()
 
     def _check_codes(self) -> None:
-        """Raise ValueError unless the codes fit a byte and the clamp leads to no other."""
+        """Raise ValueError unless all codes fit a byte, and the clamp reaches only codes of the grid."""
         low, high = self.code_min, self.code_max
         if not (-128 <= low <= high <= 127 or 0 <= low <= high <= 255):
             raise ValueError(
@@ -136,7 +136,7 @@ class Grid:
 
     @property
     def constants(self) -> GridConstants:
-        """The numbers that kernels take."""
+        """The numbers that kernels get."""
         ends = (*self.clamp, *self.passes, *self.saturated)
         return GridConstants(*[float(x) for x in (self.by_sign, self.steps, self.offset, *ends, self.residual)])
 
@@ -147,12 +147,12 @@ class Grid:
 
     @property
     def storage_bits(self) -> int:
-        """Bits that hold any code."""
+        """Number of bits that can store every code."""
         return (self.levels - 1).bit_length()
 
     @property
     def code_dtype(self) -> torch.dtype:
-        """Smallest integer dtype that holds every code: int8, or uint8 for codes above 127."""
+        """Dtype of codes: int8, or uint8 if a code is above 127."""
         return torch.uint8 if self.code_max > 127 else torch.int8
 
     @property
@@ -164,7 +164,7 @@ class Grid:
         """Return the gradient scale ``1 / sqrt(numel * qmax)`` of the step size.
 
         Args:
-            numel: elements of the whole weight, also when scales are per row or per group.
+            numel: number of elements of the whole weight, even if scales are per row or per group.
 
         Returns:
             The factor that multiplies the gradient of the scale (Esser et al., 2020, section 2.2).
@@ -178,18 +178,20 @@ class Grid:
         """Return initial scales for a weight.
 
         Args:
-            w: weight ``[..., K]``; rows run along the last dimension.
-            group_size: one scale for each ``group_size`` consecutive elements of a row; must divide ``K``.
-            per_tensor: one scale for the whole weight.
+            w: weight ``[..., K]``; a row is along the last dimension.
+            group_size: number of consecutive elements of a row that share a scale; must divide ``K``. None for one
+                scale per row.
+            per_tensor: whether the whole weight has one scale.
             method: ``"max"`` (largest magnitude over ``reach``), ``"mean"`` (mean magnitude), ``"lsq"``
-                (``2 * mean / sqrt(qmax)``), ``"range"`` (minimum to maximum, zero included); the scheme's own if None.
+                (``2 * mean / sqrt(qmax)``) or ``"range"`` (from minimum to maximum, including zero); the default of the
+                scheme if None.
 
         Returns:
-            float32 (float64 for float64 weights) scales of shape ``[]``, ``[...]`` or ``[..., K / group_size]``, never
-            below ``MIN_SCALE``.
+            float32 scales (float64 for float64 weights) of shape ``[]``, ``[...]`` or ``[..., K / group_size]``, at
+            least ``MIN_SCALE``.
 
         Raises:
-            TypeError: if an argument is of another type, naming it.
+            TypeError: if an argument has another type, naming it.
             ValueError: if ``group_size`` does not divide ``K``, or ``method`` is unknown.
         """
         if method is not None:
@@ -211,15 +213,15 @@ class Grid:
         return scale.clamp_min(MIN_SCALE)
 
     def init_zero_point(self, w: Tensor, scale: Tensor, group_size: int | None = None) -> Tensor:
-        """Return the zero points that put the smallest weight of each block on the smallest code.
+        """Return zero points such that the smallest weight that shares a scale gets the smallest code.
 
         Args:
             w: weight ``[..., K]``.
-            scale: scales from :meth:`init_scale`, whose granularity is kept.
-            group_size: as given to :meth:`init_scale`.
+            scale: scales from :meth:`init_scale`.
+            group_size: the argument of :meth:`init_scale`.
 
         Returns:
-            Integral zero points in the shape and dtype of ``scale``.
+            Integral zero points with the shape and dtype of ``scale``.
 
         Raises:
             ValueError: if the scheme has no zero point.
@@ -239,7 +241,7 @@ def _as_range(name: str, value: object) -> tuple[float, float]:
 
 
 def _blocks(w: Tensor, group_size: int | None, per_tensor: bool) -> Tensor:
-    """View w so that the last dimension is what shares a scale, in float32 or wider."""
+    """Return w such that the elements of the last dimension share a scale, in float32 or float64."""
     check_tensors(w=w)
     check_optional_integers(group_size=group_size)
     if not w.is_floating_point() or w.ndim == 0 or w.numel() == 0:
@@ -259,7 +261,7 @@ def _blocks(w: Tensor, group_size: int | None, per_tensor: bool) -> Tensor:
 def check_grid(grid: object) -> None:
     """Raise TypeError unless this is a Grid."""
     if not isinstance(grid, Grid):
-        raise wrong_type("grid", grid, "a Grid such as qatkernels.lsq(4)")
+        raise wrong_type("grid", grid, "a Grid such as qatkernels.grids.lsq(4)")
 
 
 def check_group_size(group_size: int, features: int) -> None:
@@ -270,21 +272,24 @@ def check_group_size(group_size: int, features: int) -> None:
 
 
 def binary(bits: float = 1) -> Grid:
-    """1 bit: -1 and +1 by the sign of the weight; zero is +1, since one bit cannot hold the released code's 0."""
+    """1 bit: the sign of the weight. Zero becomes +1; ParetoQ's code gives 0, which one bit cannot store."""
     _check_bits("binary", bits, (1,))
     one = (-1.0, 1.0)
     return Grid("binary", 1, -1, 0, 0.5, 0.5, one, one, one, residual=False, by_sign=True, scale_init="mean")
 
 
 def ternary(bits: float = 1.58) -> Grid:
-    """1.58 bits: -2/3, 0 and 2/3 of the scale."""
+    """1.58 bits: the levels -2/3, 0 and 2/3 times the scale."""
     _check_bits("ternary", bits, (1.58,))
     edge = (-0.99, 0.99)
     return Grid("ternary", 1.58, -1, 1, 1.5, 0.0, edge, edge, (-1.0, 1.0))
 
 
 def seq(bits: float = 2) -> Grid:
-    """Stretched elastic quantization: ``2**bits`` levels symmetric about zero, without zero; -3/4 to 3/4 at 2 bits."""
+    """Stretched elastic quantization: ``2**bits`` levels, symmetric about zero but without zero.
+
+    At 2 bits they are -3/4, -1/4, 1/4 and 3/4 times the scale.
+    """
     width: int = _check_bits("seq", bits, range(2, 9))
     half = 2 ** (width - 1)
     edge, outermost = (-0.99, 0.99), (half - 0.5) / half
@@ -292,7 +297,7 @@ def seq(bits: float = 2) -> Grid:
 
 
 def lsq(bits: float) -> Grid:
-    """Learned step size: the integers from ``-2**(bits - 1)`` to ``2**(bits - 1) - 1``."""
+    """Learned step size quantization: the integers from ``-2**(bits - 1)`` to ``2**(bits - 1) - 1`` times the scale."""
     width: int = _check_bits("lsq", bits, range(2, 9))
     low, high = -(2 ** (width - 1)), 2 ** (width - 1) - 1
     ends = (float(low), float(high))
@@ -300,9 +305,10 @@ def lsq(bits: float) -> Grid:
 
 
 def affine(bits: float) -> Grid:
-    """Unsigned integers from 0 to ``2**bits - 1`` less a zero point (zero if none is given).
+    """Integers from 0 to ``2**bits - 1`` minus a zero point (0 if none is given), times the scale.
 
-    Without a zero point this is LSQ's unsigned grid for activations; with a learned one, LSQ+ (Bhalgat et al., 2020).
+    Without a zero point this is LSQ's unsigned grid for activations. With a learned zero point it is LSQ+ (Bhalgat et
+    al., 2020).
     """
     width: int = _check_bits("affine", bits, range(2, 9))
     high = 2**width - 1
@@ -313,7 +319,7 @@ def affine(bits: float) -> Grid:
     )  # fmt: skip
 
 
-#: Every scheme by name. A new one is a function above and an entry here.
+#: All schemes by name. A new scheme needs a function above and an entry here.
 SCHEMES: dict[str, Callable[[float], Grid]] = {
     "binary": binary,
     "ternary": ternary,
@@ -324,7 +330,7 @@ SCHEMES: dict[str, Callable[[float], Grid]] = {
 
 
 def paretoq(bits: float) -> Grid:
-    """ParetoQ's grid for a bit width: binary at 1, ternary at 1.58, seq at 2, lsq above (Liu et al., 2025).
+    """Return ParetoQ's grid for a bit width: binary at 1, ternary at 1.58, seq at 2, lsq above (Liu et al., 2025).
 
     Args:
         bits: 1, 1.58, 2, 3, 4, 5, 6 or 8.
@@ -341,7 +347,7 @@ def make_grid(scheme: str, bits: float) -> Grid:
     """Return the grid of a named scheme: a key of ``SCHEMES``, or ``"paretoq"``.
 
     Raises:
-        TypeError: if ``scheme`` is no string, or ``bits`` no number.
+        TypeError: if ``scheme`` is not a string, or ``bits`` not a number.
         ValueError: if the scheme is unknown or does not exist at this bit width.
     """
     check_strings(scheme=scheme)
@@ -353,7 +359,7 @@ def make_grid(scheme: str, bits: float) -> Grid:
 
 
 def _check_bits(scheme: str, bits: float, allowed: Iterable[float]) -> Any:
-    """Return ``bits``, integral where it is a whole number, or raise TypeError or ValueError."""
+    """Return ``bits``, as an int if it is integral. Raise TypeError or ValueError if the scheme does not have it."""
     check_reals(bits=bits)
     allowed = tuple(allowed)
     if bits not in allowed:

@@ -1,4 +1,4 @@
-"""Counts and sizes as people write them: 1.2B parameters, 100B tokens, 300 MB."""
+"""Reads and writes counts and sizes with suffixes: 1.2B parameters, 100B tokens, 300 MB."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ _NUMBER = r"\s*([0-9][0-9_,]*\.?[0-9]*(?:e[+-]?[0-9]+)?|\.[0-9]+)\s*"
 
 
 def count(text: str) -> int:
-    """Return a number of things, such as ``1.2B``, ``300k``, ``2_000`` or ``1e9``; B and G are both 10⁹.
+    """Return the count in a text such as ``1.2B``, ``300k``, ``2_000`` or ``1e9``; B and G are both 10⁹.
 
     Raises:
-        ValueError: if it is not a number of at least 1.
+        ValueError: if the text is not a count of at least 1.
     """
     return _parse(text, _COUNTS, r"([kmbgt]?)", "a positive count such as 1.2B, 300M, 5k or 2e6")
 
 
 def size(text: str) -> int:
-    """Return a number of bytes, such as ``300MB``, ``1.5GiB`` or ``4096``.
+    """Return the bytes in a text such as ``300MB``, ``1.5GiB`` or ``4096``.
 
     Raises:
-        ValueError: if it is not a size of at least one byte.
+        ValueError: if the text is not a size of at least one byte.
     """
     return _parse(text, _BYTES, r"([kmgt]?i?)b?", "a positive size such as 300MB or 1.5GiB")
 
 
 def _parse(text: str, factors: dict[str, int], suffix: str, allowed: str) -> int:
-    found = re.fullmatch(_NUMBER + suffix, text.lower().strip())
-    factor = factors.get(found[2]) if found else None
-    value = float(found[1].replace("_", "").replace(",", "")) * factor if found and factor else 0.0
+    match = re.fullmatch(_NUMBER + suffix, text.lower().strip())
+    factor = factors.get(match[2]) if match else None
+    value = float(match[1].replace("_", "").replace(",", "")) * factor if match and factor else 0.0
     if not math.isfinite(value) or round(value) < 1:
         raise ValueError(f"{text!r} is not {allowed}")
     return round(value)
 
 
 def human(value: float, unit: str = "") -> str:
-    """Return a count with three digits and k, M, B or T; of bytes (``unit="B"``) with kB, MB, GB or TB."""
+    """Return a count with three digits and the suffix k, M, B or T; for bytes (``unit="B"``) kB, MB, GB or TB."""
     letters = ("", "k", "M", "G", "T") if unit else ("", "k", "M", "B", "T")
     power = 0
     while power < 4 and abs(float(f"{value / 1000**power:.3g}")) >= 1000:

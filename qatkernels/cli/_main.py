@@ -1,7 +1,7 @@
-"""The command line: subcommands, each in the module of its name.
+"""The command line. Each subcommand is in the module of its name.
 
-A module has ``LONG``, a description; maybe ``USAGE`` and ``EPILOG``; ``add_arguments(parser)``; and ``run(args)``,
-which returns the exit code.
+Such a module has ``LONG``, a description; optionally ``USAGE`` and ``EPILOG``; ``add_arguments(parser)``; and
+``run(args)``, which returns the exit code.
 """
 
 from __future__ import annotations
@@ -17,46 +17,49 @@ from ..version import __version__
 from .arguments import Parser
 from .common import fail
 
-#: Subcommands by name, and their line in `qatkernels --help`. A module is imported when its command is called, since
-#: some need what others do without.
+#: Subcommands by name, with their line in `qatkernels --help`. The module of a command is imported when the command is
+#: called, because some commands need packages that others do not.
 COMMANDS = {
     "train": "Train in full precision and at low bit widths, and compare.",
-    "plan": "Say how many tokens to train in full precision and how many quantized.",
-    "spectrum": "Estimate the Hessian's spectrum at checkpoints.",
+    "plan": "Compute how many tokens to train in full precision and how many quantized.",
+    "spectrum": "Estimate the spectrum of the Hessian at checkpoints.",
     "pack": "Pack a trained model into a small file.",
-    "generate": "Write text with a trained model, packed or not.",
-    "check": "Look for what makes training go wrong without an error.",
-    "doctor": "Say which backend serves which op here, what is missing, and how to get it.",
+    "generate": "Generate text with a trained model, packed or not.",
+    "check": "Find problems in a model that would spoil training without an error.",
+    "doctor": "Show which backend serves which op here, what is missing, and how to get it.",
 }
 
 
 def parsers(argv: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
-    """Return the parser, and that of each command; only that of the command in ``argv`` has its arguments."""
+    """Return the main parser, and the parser of each command by name.
+
+    Only the parser of the command in ``argv`` gets its arguments, so that only its module is imported.
+    """
     parser = Parser(
         prog="qatkernels", description="Train and run neural networks at 1 to 8 bits.",
-        epilog="`qatkernels COMMAND --help` explains one.",
+        epilog="`qatkernels COMMAND --help` explains a command.",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"qatkernels {__version__}")
-    below = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    found: dict[str, Parser] = {}
-    asked = next((word for word in argv if not word.startswith("-")), None)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    commands: dict[str, Parser] = {}
+    command = next((word for word in argv if not word.startswith("-")), None)
     for name, line in COMMANDS.items():
-        found[name] = below.add_parser(name, help=line, description=line)
-        if name == asked:
+        commands[name] = subparsers.add_parser(name, help=line, description=line)
+        if name == command:
             module = importlib.import_module(f".{name}", __package__)
-            found[name].description = module.LONG
-            found[name].epilog = getattr(module, "EPILOG", None)
-            found[name].usage = getattr(module, "USAGE", None)
-            module.add_arguments(found[name])
-            found[name].set_defaults(run=module.run)
-    return parser, found
+            commands[name].description = module.LONG
+            commands[name].epilog = getattr(module, "EPILOG", None)
+            commands[name].usage = getattr(module, "USAGE", None)
+            module.add_arguments(commands[name])
+            commands[name].set_defaults(run=module.run)
+    return parser, commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0, 1 if something is broken, 2 for bad usage or input, 128 + n where signal n stopped it.
+        The exit code: 0; 1 if the command found a problem; 2 for bad usage or input; 128 + n if signal n stopped it.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -69,16 +72,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(error)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of a pipe left, as `| head` does
+    except BrokenPipeError:  # the reader closed the pipe, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     return code
 
 
 def run() -> int:
-    """Be the command `qatkernels`: run the command line, and end well after training with other processes too."""
+    """Run the command line as the entry point of `qatkernels`, and return the exit code.
+
+    After training with other processes, this ends the process itself (:func:`qatkernels.trainer.parallel.leave`).
+    """
     code = main()
-    parallel = sys.modules.get("qatkernels.trainer.parallel")  # not imported: nothing has trained
-    if parallel is not None and parallel.joined_any():
+    parallel = sys.modules.get("qatkernels.trainer.parallel")  # absent if this command did not train
+    if parallel is not None and parallel.has_joined():
         parallel.leave(code)
     return code

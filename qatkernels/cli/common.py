@@ -1,10 +1,10 @@
-"""What the commands share: exit codes, and how they end on an error of the user's."""
+"""Exit codes of the commands, and the output for an error of the user."""
 
 from __future__ import annotations
 
 import sys
 
-#: Exit codes: something is broken; a command line or an input cannot be used.
+#: Exit codes: the command found a problem; the command line or an input cannot be used.
 BROKEN, BAD_USAGE = 1, 2
 
 

@@ -8,7 +8,7 @@ import json
 from .common import BROKEN
 
 LONG = f"""\
-Say which backend serves which op here, what is missing, and how to get it. The
+Show which backend serves which op here, what is missing, and how to get it. The
 exit code is {BROKEN} if something is broken.
 """
 
@@ -22,6 +22,6 @@ def run(args: argparse.Namespace) -> int:
     """Print the diagnosis."""
     from .. import doctor
 
-    found = doctor.diagnosis()
-    print(json.dumps(found, indent=2) if args.json else doctor.prescription(found))
-    return BROKEN if found["broken"] else 0
+    diagnosis = doctor.diagnosis()
+    print(json.dumps(diagnosis, indent=2) if args.json else doctor.prescription(diagnosis))
+    return BROKEN if diagnosis["broken"] else 0

@@ -15,21 +15,23 @@ import torch
 from ..methods.values import check_seed
 from ..options import AT_LEAST_0, AT_LEAST_1, ConfigError, check, option
 from ..units import human
-from .arguments import add_options, made
+from .arguments import add_options, from_arguments
 from .common import fail
 
-LONG = "Write text with a trained model, packed or not."
+LONG = "Generate text with a trained model, packed or not."
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """What `qatkernels generate` is asked for."""
+    """The settings of `qatkernels generate`."""
 
-    model: str = option(MISSING, "file of `pack`, or a folder such as runs/demo/w2", metavar="MODEL", positional=True)
-    prompt: str = option("def ", "text to go on from")
-    tokens: int = option(200, "bytes to write", AT_LEAST_1)
+    model: str = option(
+        MISSING, "file that `pack` wrote, or a folder such as runs/demo/w2", metavar="MODEL", positional=True
+    )
+    prompt: str = option("def ", "text to continue")
+    tokens: int = option(200, "tokens (bytes) to generate", AT_LEAST_1)
     temperature: float = option(
-        0.0, "0 takes the likeliest byte, 1 draws from the distribution", AT_LEAST_0, metavar="T"
+        0.0, "0 takes the most likely byte, 1 draws from the distribution of the model", AT_LEAST_0, metavar="T"
     )
     seed: int = option(0, "seed of the draws")
 
@@ -54,11 +56,11 @@ def run(args: argparse.Namespace) -> int:
     from ..trainer import generate as job
 
     try:
-        config = made(args, GenerateConfig)
+        config = from_arguments(args, GenerateConfig)
         model = job.load(Path(config.model))
     except (ConfigError, CheckpointError) as error:
         return fail(error)
-    # The bytes that were given, which need not be text, as the model's need not be.
+    # Neither the bytes on the command line nor those of the model need be valid UTF-8.
     prompt, decoder = os.fsencode(config.prompt), codecs.getincrementaldecoder("utf-8")("replace")
     _show(decoder.decode(prompt))
     draws = torch.Generator().manual_seed(config.seed)
@@ -72,6 +74,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(text: str) -> None:
-    """Print text at once, with a replacement for what the terminal's encoding lacks."""
+    """Print text immediately; characters that the terminal's encoding lacks are replaced."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)

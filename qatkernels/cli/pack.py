@@ -10,25 +10,25 @@ from typing import Literal
 import torch
 
 from ..options import check, option
-from .arguments import add_options, made
+from .arguments import add_options, from_arguments
 from .common import fail
 
 LONG = """\
 Write a model of `qatkernels train` as one file: the codes of its quantized
-layers at their width, their scales, and everything else as it is.
+layers at their bit width, their scales, and all other tensors unchanged.
 """
 
 
 @dataclass(frozen=True)
 class PackConfig:
-    """What `qatkernels pack` is asked for."""
+    """The settings of `qatkernels pack`."""
 
     checkpoint: str = option(
         MISSING, "folder of a low-bit model, such as runs/demo/w2", metavar="CKPT", positional=True
     )
     out: str = option(MISSING, "file to write", metavar="OUT", positional=True)
     scale_dtype: Literal["float32", "bfloat16", "float16"] = option(
-        "float32", "dtype of the stored scales; in float32 nothing is lost", metavar="DTYPE"
+        "float32", "dtype of the stored scales: float32, which is exact, bfloat16 or float16", metavar="DTYPE"
     )
 
     def __post_init__(self) -> None:
@@ -41,11 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Pack a model, and say how large it is."""
+    """Pack a model, and print its size."""
     from ..trainer import CheckpointError, generate
 
     try:
-        config = made(args, PackConfig)
+        config = from_arguments(args, PackConfig)
         size = generate.pack(Path(config.checkpoint), Path(config.out), getattr(torch, config.scale_dtype))
     except (CheckpointError, ValueError) as error:
         return fail(error)

@@ -1,4 +1,4 @@
-"""`qatkernels plan`: its answer as data and as text."""
+"""`qatkernels plan`: the plan as data and as text."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from ..plan.decide import best_bits_under_memory, full_precision_parity, wasted_
 from ..plan.fit import FitError, LossFit, fit_loss_law, read_runs, select
 from ..plan.formula import PlanError, optimal_qat_fraction, tokens_per_parameter_byte
 from ..plan.law import LossLaw
-from .arguments import add_options, made
+from .arguments import add_options, from_arguments
 from .common import fail
 
 LONG = """\
-Say how many tokens to train in full precision and how many quantized. The share
-is the paper's formula, a function of the tokens for each byte of weights; with
-runs of your own a law of the loss is fitted, whose optimum is given beside it.
+Compute how many tokens to train in full precision and how many quantized. The
+fraction is that of the paper's formula, a function of the tokens per byte of
+weights. With a table of your own runs, a law of the loss is fitted to them, and
+the fraction is the optimum of that law.
 """
 EPILOG = """\
 examples:
@@ -34,31 +35,32 @@ examples:
   qatkernels plan --params 1M --tokens 50M --bits 1 --law law.json
 
 columns of runs.csv:
-  params, tokens_qat, tokens_fp, bits, loss; tokens_qat is 0 in full precision,
-  others may be there: --where schedule=classic keeps the rows with that value
+  params, tokens_qat, tokens_fp, bits, loss; tokens_qat is 0 in full precision.
+  Other columns are allowed: --where schedule=classic uses the rows with that
+  value only
 """
-#: From how many bits fused is advised: it won at 4 and 6 and lost at 1 and some 2 [paper]; that 3 wins is inferred.
+#: Smallest bit width for which the fused schedule is recommended. In the paper it is better at 4 and 6 bits, and worse
+#: at 1 bit and in some runs at 2. For 3 bits this is inferred.
 FUSED_FROM = 3
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What `qatkernels plan` is asked for."""
+    """The settings of `qatkernels plan`."""
 
     params: int = option(MISSING, "parameters, such as 1.2B", AT_LEAST_1, parse=units.count)
     tokens: int = option(MISSING, "tokens of both phases, such as 100B", AT_LEAST_1, parse=units.count)
     bits: tuple[float, ...] = option(MISSING, "bit widths to plan for")
-    fraction: float = option(0.1, "another share of QAT, of which to say what it wastes")
+    fraction: float = option(0.1, "another QAT fraction; the plan shows how many tokens it wastes")
     runs: str | None = option(None, "table of runs to fit a law to", metavar="CSV")
-    law: str | None = option(None, "a law that --save wrote, instead of --runs", metavar="JSON")
-    where: tuple[str, ...] = option((), "rows of --runs to use", metavar="COLUMN=VALUE")
-    resamples: int = option(200, "bootstrap fits", AT_LEAST_0)
+    law: str | None = option(None, "file with a law that --save wrote; replaces --runs", metavar="JSON")
+    where: tuple[str, ...] = option((), "use only the rows of --runs with this value", metavar="COLUMN=VALUE")
+    resamples: int = option(200, "bootstrap fits for the confidence intervals", AT_LEAST_0)
     seed: int = option(0, "seed of the fit")
-    save: str | None = option(None, "write the law fitted to --runs", metavar="JSON")
+    save: str | None = option(None, "file to write the law to that was fitted to --runs", metavar="JSON")
     memory: int | None = option(
         None,
-        "also say which bit width is best if the weights fill so much memory, such as 300MB, at the compute 6·N·D; "
-        "needs a law",
+        "also compare bit widths for weights that fill this memory, such as 300MB, at the compute 6·N·D; needs a law",
         AT_LEAST_1, parse=units.size, metavar="SIZE",
     )  # fmt: skip
     plot: str | None = option(None, "draw the law and the optimum", metavar="PNG")
@@ -80,20 +82,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer on the standard output; warnings go to the standard error."""
+    """Print the plan to standard output, and warnings to standard error."""
     try:
-        config = made(args, PlanConfig)
-        answered, warned = answer(config)
+        config = from_arguments(args, PlanConfig)
+        result, messages = answer(config)
     except (ConfigError, PlanError, CheckpointError) as error:
         return fail(error)
-    for message in warned:
+    for message in messages:
         print(f"qatkernels: warning: {message}", file=sys.stderr)
-    print(json.dumps(answered, indent=2) if config.json else text(answered))
+    print(json.dumps(result, indent=2) if config.json else text(result))
     return 0
 
 
 def answer(config: PlanConfig) -> tuple[dict[str, Any], list[str]]:
-    """Return the plan and the warnings on the way to it.
+    """Return the plan, and the texts of the warnings that were given while it was made.
 
     Raises:
         PlanError: if an argument or the content of a file cannot be used.
@@ -102,16 +104,17 @@ def answer(config: PlanConfig) -> tuple[dict[str, Any], list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         law, fit = _law(config)
-        answered = plan(config.params, config.tokens, config.bits, law, fit, config.fraction, config.memory)
+        result = plan(config.params, config.tokens, config.bits, law, fit, config.fraction, config.memory)
         if config.plot:
             from ..plan.plot import draw  # matplotlib takes half a second to import
 
             with files.explained("written", Path(config.plot)):
                 draw(config.plot, config.params, config.tokens, list(config.bits), law)
-    return answered, list(dict.fromkeys(str(warning.message) for warning in caught))
+    return result, list(dict.fromkeys(str(warning.message) for warning in caught))
 
 
 def _law(config: PlanConfig) -> tuple[LossLaw | None, LossFit | None]:
+    """Return the law that --law holds, or the law and its fit to --runs; None if neither is given."""
     if config.law:
         stored = files.read_json(Path(config.law))
         try:
@@ -141,18 +144,18 @@ def plan(
     params: float, tokens: float, bits: Sequence[float], law: LossLaw | None = None, fit: LossFit | None = None,
     other: float = 0.1, memory: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the plan as data; numbers are parameters, tokens, bytes and shares.
+    """Return the plan as data; numbers are parameters, tokens, bytes and fractions.
 
     Args:
-        params: N.
-        tokens: D, of both phases.
-        bits: widths, each with a plan of its own.
+        params: N, parameters.
+        tokens: D, tokens of both phases.
+        bits: bit widths; each gets a plan.
         law: a law of the loss.
-        fit: where that came from, for its intervals.
-        other: another share of quantized tokens, of which to say what it wastes.
-        memory: bytes that the weights may fill, for the choice of the width.
+        fit: the fit that gave the law, for confidence intervals.
+        other: another fraction of quantized tokens; the plan has the tokens that it wastes.
+        memory: bytes that the weights fill, for the comparison of bit widths.
     """
-    answer: dict[str, Any] = {"params": params, "tokens": tokens, "plans": []}
+    result: dict[str, Any] = {"params": params, "tokens": tokens, "plans": []}
     for b in bits:
         s = tokens_per_parameter_byte(params, tokens, b)
         fraction = optimal_qat_fraction(params, tokens, b) if law is None or s > 1 else None
@@ -173,18 +176,19 @@ def plan(
             "schedule": "fused" if b >= FUSED_FROM else "classic",
             "weight_bytes": round(params * b / 8),
         }
-        answer["plans"].append(one)
+        result["plans"].append(one)
     if fit:
-        answer["fit"] = fit.to_dict()
+        result["fit"] = fit.to_dict()
     if law and memory:
         choices = best_bits_under_memory(law, memory, 6.0 * params * tokens)
-        answer["memory"] = {"bytes": memory, "choices": [vars(choice) for choice in choices]}
-    return answer
+        result["memory"] = {"bytes": memory, "choices": [vars(choice) for choice in choices]}
+    return result
 
 
 def _by_law(
     law: LossLaw, fit: LossFit | None, params: float, tokens: float, bits: float, other: float
 ) -> dict[str, Any]:
+    """Return the entries of a plan that need a law."""
     parity = full_precision_parity(law, params, bits)
     one = {
         "fraction": law.optimal_fraction(params, tokens, bits),
@@ -194,13 +198,13 @@ def _by_law(
         "parity_from": parity and parity[0],
     }
     if fit and len(fit.resampled):
-        low, high = fit.interval(lambda one: one.optimal_fraction(params, tokens, bits))
+        low, high = fit.interval(lambda resampled: resampled.optimal_fraction(params, tokens, bits))
         one["fraction_interval"] = [float(low), float(high)]
     return one
 
 
 def text(answer: dict[str, Any]) -> str:
-    """Return a plan for people."""
+    """Return a plan as text."""
     params, tokens, human = answer["params"], answer["tokens"], units.human
     blocks = []
     for one in answer["plans"]:
@@ -224,8 +228,8 @@ def text(answer: dict[str, Any]) -> str:
             waste = one["wasted_tokens"]
             rows += [(f"{one['other_fraction']:.0%} instead", f"wastes {human(waste)} tokens ({waste / tokens:.1%})")]
             parity = one["parity_from"]
-            found = "at no number of tokens" if parity is None else f"from {human(parity)} tokens on"
-            rows += [("within 1% of fp", found), ("loss", f"{one['loss']:.4g}")]
+            parity_text = "at no number of tokens" if parity is None else f"from {human(parity)} tokens on"
+            rows += [("within 1% of fp", parity_text), ("loss", f"{one['loss']:.4g}")]
         blocks.append("\n".join(lines + [f"  {name:<16} {value}" for name, value in rows]))
     if "fit" in answer:
         blocks.append(_fit_text(answer["fit"]))
@@ -235,10 +239,10 @@ def text(answer: dict[str, Any]) -> str:
 
 
 def _schedule(name: str, full: float) -> str:
-    at = units.human(full)
+    tokens = units.human(full)
     if name == "fused":
-        return f"fused: constant rate up to {at} tokens, then quantized: re-warmup and decay"
-    return f"classic: cooldown that ends at {at} tokens, then quantized: re-warmup and decay"
+        return f"fused: constant rate up to {tokens} tokens, then quantized: re-warmup and decay"
+    return f"classic: cooldown that ends at {tokens} tokens, then quantized: re-warmup and decay"
 
 
 def _fit_text(fit: dict[str, Any]) -> str:

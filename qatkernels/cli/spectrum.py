@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import add_options, made
+from .arguments import add_options, from_arguments
 from .common import fail
 
 LONG = """\
-Estimate the spectrum of the Hessian of the training loss at checkpoints of
-`qatkernels train`, with respect to the quantized weights, by stochastic
-Lanczos quadrature.
+Estimate the spectrum of the Hessian of the training loss with respect to the
+quantized weights, at checkpoints of `qatkernels train`, by stochastic Lanczos
+quadrature.
 """
 EPILOG = """\
 written to --out:
-  report.json    extreme eigenvalues, masses, traces, sharpness, and the density by bins
+  report.json    extreme eigenvalues, masses, traces, sharpness, and the density in bins
   spectra.png    densities, and near-zero mass and largest eigenvalue over training
-  ritz/          Ritz values and weights of each checkpoint; a second call computes only what is missing
+  ritz/          Ritz values and weights of each checkpoint; a second call computes only missing checkpoints
 
 examples:
   qatkernels spectrum runs/demo/w4 runs/demo/w2 runs/demo/w1
@@ -32,12 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Analyse checkpoints, and show the table."""
+    """Compute the spectra, and print the table."""
     from ..hessian import NotFiniteError
     from ..trainer import CheckpointError, ConfigError, DataError, spectra
 
     try:
-        config = made(args, spectra.SpectrumConfig)
+        config = from_arguments(args, spectra.SpectrumConfig)
         report = spectra.run(config)
     except (ConfigError, DataError, CheckpointError, NotFiniteError) as error:
         return fail(error)

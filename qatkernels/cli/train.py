@@ -12,14 +12,14 @@ from .common import fail
 
 USAGE = "qatkernels train [--SETTING VALUE ...] [--config TOML] [--resume | --restart]"
 LONG = """\
-Train a small byte-level transformer in full precision on real text, then by
-quantization-aware training at each bit width from that checkpoint, and compare
-with rounding its weights to the nearest level without training.
+Train a small byte-level transformer on real text in full precision. From that
+checkpoint, train it quantized (QAT) at each bit width, and compare QAT with
+rounding the weights to the nearest level without training.
 
 The defaults take about five minutes on two CPU cores and download nothing: the
-text is the source of this Python's standard library, with some files held out.
-Ctrl-C stops at a checkpoint. The same command goes on from there, and finished
-parts are not run again; `--resume` does so without repeating other options.
+text is the source code of Python's standard library, with some files held out.
+Ctrl-C stops at a checkpoint. The same command resumes from there, and skips
+finished phases. `--resume` does the same without repeating other options.
 """
 EPILOG = """\
 written to --out:
@@ -35,23 +35,25 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add an option for each setting, and what is about the run itself."""
+    """Add an option for each setting, and the options to resume and to restart a run."""
     from ..trainer import TrainConfig
 
     add_options(parser, TrainConfig, title="run")
     resuming = parser.add_argument_group("resuming")
     resuming.add_argument(
-        "--config", metavar="TOML", help="file with any of these settings; options given here override it"
+        "--config", metavar="TOML", help="file with any of these settings; command-line options override it"
     )
-    again = resuming.add_mutually_exclusive_group()
-    again.add_argument(
+    exclusive = resuming.add_mutually_exclusive_group()
+    exclusive.add_argument(
         "--resume", action="store_true", default=False, help="continue the run in --out, with its settings"
     )
-    again.add_argument("--restart", action="store_true", default=False, help="delete the run in --out and start over")
+    exclusive.add_argument(
+        "--restart", action="store_true", default=False, help="delete the run in --out and start over"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, and show the table."""
+    """Train, and print the table."""
     from .. import trainer
     from ..trainer import toml
     from ..trainer.parallel import ParallelError
@@ -62,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         config = trainer.resumed(given) if args.resume else trainer.TrainConfig(**given)
         report = trainer.train(config, restart=args.restart)
     except trainer.Interrupted as stop:
-        print(f"{stop}; `qatkernels train --resume --out {shlex.quote(config.out)}` goes on from here", file=sys.stderr)
+        command = f"qatkernels train --resume --out {shlex.quote(config.out)}"
+        print(f"{stop}; `{command}` continues from here", file=sys.stderr)
         return 128 + stop.number
     except (
         trainer.ConfigError, trainer.DataError, trainer.CheckpointError, trainer.DivergedError, ParallelError,

@@ -1,7 +1,7 @@
-"""Packed models as files: one safetensors file with everything, which a stranger's bytes cannot turn into code.
+"""Files of packed models. A packed model is a single safetensors file; loading it never executes code from the file.
 
-The header says which layers are packed and how; the tensors are the model's state dict, each once. Both are covered by
-a digest. docs/packing.md describes the format.
+The header says which layers are packed, and how. The tensors are those of the model's state dict, where a shared tensor
+is stored once. A digest covers both. docs/packing.md describes the format.
 """
 
 from __future__ import annotations
@@ -45,33 +45,34 @@ def save_packed(model: nn.Module, path: str | Path, config: Mapping[str, Any] | 
     Args:
         model: a model from :func:`pack_model`, on any device.
         path: destination.
-        config: what :func:`load_packed` hands to the function that builds the model; JSON-able.
+        config: JSON-able values that :func:`load_packed` gives to the function that builds the model.
 
     Raises:
-        ValueError: if no layer is packed, ``config`` is not JSON-able, or the model holds what is no tensor.
+        ValueError: if no layer is packed, ``config`` is not JSON-able, or the state dict holds something that is not a
+            tensor.
         CheckpointError: if the file cannot be written.
     """
     if not packed_modules(model):
-        raise ValueError("the model has no packed layer, pack_model makes them")
-    first: dict[int, str] = {}  # canonical name by tensor
+        raise ValueError("the model has no packed layer: call pack_model first")
+    first_names: dict[int, str] = {}  # by id of the tensor
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    said = _layouts(model)  # by the header
+    layouts = _layouts(model)  # not stored as tensors: the header has the same information
     for name, value in model.state_dict(keep_vars=True).items():
-        if name in said:
+        if name in layouts:
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"the state dict holds {type(value).__name__} as {name}, must hold tensors only")
-        if (known := first.setdefault(id(value), name)) == name:
+        if (first_name := first_names.setdefault(id(value), name)) == name:
             tensors[name] = value
         else:
-            aliases[name] = known
+            aliases[name] = first_name
     layers: dict[nn.Module, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Packed):
-            entry = layers.setdefault(module, {"names": [], **_described(module, f"{name}.".lstrip("."))})
+            entry = layers.setdefault(module, {"names": [], **_layer_entry(module, f"{name}.".lstrip("."))})
             entry["names"].append(name)
-            entry["weight"] = first[id(module.weight.packed)].removesuffix("packed")
+            entry["weight"] = first_names[id(module.weight.packed)].removesuffix("packed")
     header = {
         "format": FORMAT, "version": VERSION, "config": dict(config or {}), "layers": list(layers.values()),
         "aliases": aliases,
@@ -83,7 +84,7 @@ def save_packed(model: nn.Module, path: str | Path, config: Mapping[str, Any] | 
 
 
 def _layouts(model: nn.Module) -> dict[str, Tensor]:
-    """Return the entries of the state dict that say what codes and scales are."""
+    """Return the entries of the state dict that describe the layout of codes and scales."""
     return {
         f"{name}._extra_state": module.get_extra_state()
         for name, module in model.named_modules(remove_duplicate=False)
@@ -91,8 +92,8 @@ def _layouts(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _described(module: Packed, prefix: str) -> dict[str, Any]:
-    """Return what a file says of a layer besides its tensors."""
+def _layer_entry(module: Packed, prefix: str) -> dict[str, Any]:
+    """Return the entry of a layer in the header, without its names."""
     act = module.act
     if act is not None and type(act) is not LearnedActivation:
         raise ValueError(f"{prefix}act is a {type(act).__qualname__}, must be a LearnedActivation to be saved")
@@ -130,7 +131,8 @@ def _is_names(value: Any) -> bool:
 
 _DTYPES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
 _Fields = dict[str, tuple[Callable[[Any], bool], str]]
-#: What each field of a header must be: a test and words. Of those of a layer, `_OPTIONAL` may be absent.
+#: For each field of a header: a test of its value, and a phrase for the error message. The fields in `_OPTIONAL` may be
+#: absent from the entry of a layer.
 _HEADER: _Fields = {
     "config": (lambda v: isinstance(v, dict), "an object"),
     "layers": (lambda v: isinstance(v, list) and all(isinstance(e, dict) for e in v), "a list of objects"),
@@ -139,10 +141,10 @@ _HEADER: _Fields = {
 _LAYER: _Fields = {
     "names": (_is_names, "a list of names"),
     "kind": (lambda v: isinstance(v, str) and v in KINDS, f"one of {sorted(KINDS)}"),
-    "weight": (lambda v: isinstance(v, str), "a text"),
-    "scheme": (lambda v: isinstance(v, str), "a text"),
+    "weight": (lambda v: isinstance(v, str), "a string"),
+    "scheme": (lambda v: isinstance(v, str), "a string"),
     "bits": (_is_number, "a number"),
-    "cols": (lambda v: _is_whole(v) and v >= 0, "a whole number of at least 0"),
+    "cols": (lambda v: _is_whole(v) and v >= 0, "an integer of at least 0"),
     "act_bits": (lambda v: v is None or (_is_whole(v) and 2 <= v <= 8), "null or 2 to 8"),
     "act": (lambda v: v is None or isinstance(v, dict), "null or an object"),
 }
@@ -152,68 +154,69 @@ _OPTIONAL: _Fields = {
     "dtype": (lambda v: v in _DTYPES, f"one of {_DTYPES}"),
 }
 _ACT: _Fields = {
-    "scheme": (lambda v: isinstance(v, str), "a text"),
+    "scheme": (lambda v: isinstance(v, str), "a string"),
     "bits": (_is_number, "a number"),
     "offset": (lambda v: isinstance(v, bool), "true or false"),
 }
 
 
 def _check(header: dict[str, Any]) -> None:
-    """Raise ValueError or KeyError unless every field of a header is there and of its kind."""
+    """Raise KeyError if a field of a header is missing, ValueError if its value is not allowed."""
 
-    def expect(where: str, found: dict[str, Any], fields: _Fields) -> None:
-        for name, (allowed, wanted) in fields.items():
-            if not allowed(found[name]):
-                raise ValueError(f"{where}{name} is {found[name]!r:.80}, must be {wanted}")
+    def check_fields(where: str, values: dict[str, Any], fields: _Fields) -> None:
+        for name, (is_allowed, allowed) in fields.items():
+            if not is_allowed(values[name]):
+                raise ValueError(f"{where}{name} is {values[name]!r:.80}, must be {allowed}")
 
-    expect("", header, _HEADER)
+    check_fields("", header, _HEADER)
     for i, layer in enumerate(header["layers"]):
-        expect(f"layers[{i}].", layer, _LAYER)
-        expect(f"layers[{i}].", layer, {name: field for name, field in _OPTIONAL.items() if name in layer})
+        check_fields(f"layers[{i}].", layer, _LAYER)
+        check_fields(f"layers[{i}].", layer, {name: field for name, field in _OPTIONAL.items() if name in layer})
         if layer["act"] is not None:
-            expect(f"layers[{i}].act.", layer["act"], _ACT)
+            check_fields(f"layers[{i}].act.", layer["act"], _ACT)
 
 
 def load_packed(
     path: str | Path, build: Callable[[dict[str, Any]], nn.Module], *, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """Return the model of a file that :func:`save_packed` wrote, in eval mode.
+    """Return the model in a file that :func:`save_packed` wrote, in eval mode.
 
     Args:
         path: the file.
-        build: makes the model as it was before quantization from the ``config`` that was saved: the same names, with
-            any module where a packed layer goes. Its weights do not matter. Not on the meta device.
-        device: where the model goes.
+        build: builds the model, as it was before quantization, from the ``config`` that was saved. Modules must have
+            the same names; in place of a packed layer any module will do. Values of weights do not matter, but they
+            must not be on the meta device.
+        device: device of the result.
 
     Returns:
-        The model, with the dtypes it was saved with.
+        The model, with the dtypes that it was saved with.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, of another format or version, or does not fit the model that
-            ``build`` makes. The message names the file and the reason. An error of ``build`` comes through as it is.
+        CheckpointError: if the file is missing or damaged, has another format or version, or does not fit the model
+            that ``build`` returns. The message names the file and the reason. Errors of ``build`` are not caught.
         TypeError: if ``build`` returns no module.
     """
     path = Path(path)
     tensors, header = files.load(path)
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a packed model: its format is {header.get('format')!r}, not {FORMAT!r}")
-    if not _is_whole(found := header.get("version")) or found != VERSION:
-        raise CheckpointError(f"{path} is version {found!r} of the format, this qatkernels reads {VERSION}")
-    with _blamed(path):
+    if not _is_whole(version := header.get("version")) or version != VERSION:
+        raise CheckpointError(f"{path} is version {version!r} of the format, this qatkernels reads {VERSION}")
+    with _errors_name(path):
         _check(header)
         state = tensors | {alias: tensors[name] for alias, name in header["aliases"].items()}
     model = build(header["config"])
     if not isinstance(model, nn.Module):
         raise TypeError(f"build returned {model!r:.80}, must return the model as it was before quantization")
-    with _blamed(path):
+    with _errors_name(path):
         model = _with_packed_layers(model, header["layers"], state)
         _fill(model, state)
     return model.to(device).eval()
 
 
 @contextmanager
-def _blamed(path: Path) -> Iterator[None]:
-    """Turn errors of reading a file's content into one that names the file."""
+def _errors_name(path: Path) -> Iterator[None]:
+    """Turn errors about the content of a file into a CheckpointError that names the file."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -222,7 +225,7 @@ def _blamed(path: Path) -> Iterator[None]:
 
 
 def _with_packed_layers(model: nn.Module, layers: list[dict[str, Any]], state: dict[str, Tensor]) -> nn.Module:
-    """Put packed layers where a file says they are."""
+    """Replace modules of the model by the packed layers of a file, and return the model."""
     weights: dict[str, PackedWeight] = {}
     biases: dict[int, nn.Parameter] = {}
     for entry in layers:
@@ -241,13 +244,13 @@ def _with_packed_layers(model: nn.Module, layers: list[dict[str, Any]], state: d
     return model
 
 
-def _part(state: dict[str, Tensor], name: str, there: bool) -> Tensor | None:
-    """Return a tensor that may be absent, unless the header says that it is there; earlier files do not say so."""
-    return state[name] if there else state.get(name)
+def _optional_tensor(state: dict[str, Tensor], name: str, required: bool) -> Tensor | None:
+    """Return a tensor, or None if it is absent. It must be present if the header lists it; earlier files list none."""
+    return state[name] if required else state.get(name)
 
 
 def _packed_weight(entry: dict[str, Any], prefix: str, state: dict[str, Tensor]) -> PackedWeight:
-    zero_point = _part(state, f"{prefix}zero_point", "zero_point" in entry)
+    zero_point = _optional_tensor(state, f"{prefix}zero_point", "zero_point" in entry)
     grid = make_grid(entry["scheme"], entry["bits"])
     packed, scale = state[f"{prefix}packed"], state[f"{prefix}scale"]
     dtype = getattr(torch, entry.get("dtype", "float32"))
@@ -255,9 +258,9 @@ def _packed_weight(entry: dict[str, Any], prefix: str, state: dict[str, Tensor])
     if not all(t is None or t.isfinite().all() for t in (weight.scale, zero_point)):
         raise ValueError(f"{prefix}scale or its zero point is not finite")
     if grid.levels < 1 << grid.storage_bits and weight.packed.numel():
-        most = int(weight.codes().amax())
-        if most > grid.code_max:
-            raise ValueError(f"{prefix}packed has a code {most}, must be {grid.code_min} to {grid.code_max}")
+        largest = int(weight.codes().amax())
+        if largest > grid.code_max:
+            raise ValueError(f"{prefix}packed has a code {largest}, must be {grid.code_min} to {grid.code_max}")
     return weight
 
 
@@ -265,14 +268,22 @@ def _layer(
     entry: dict[str, Any], weight: PackedWeight, old: nn.Module, state: dict[str, Tensor],
     biases: dict[int, nn.Parameter],
 ) -> Packed:  # fmt: skip
-    """Return a packed layer in place of the one that was built, whose weight, where it has one, says the shape."""
+    """Return the packed layer for an entry of the header.
+
+    Args:
+        entry: the entry.
+        weight: its packed weight.
+        old: the module that it replaces. If this has a weight, shape and bias must fit.
+        state: tensors of the file by name.
+        biases: parameters made so far by id of the stored tensor, so that layers share a bias if the file does.
+    """
     name, kind = entry["names"][0], KINDS[entry["kind"]]
     built = getattr(old, "weight", None)
     if isinstance(built, Tensor):
         shape = built.t().shape if is_conv1d(old) else built.shape
         if shape != weight.shape:
             raise ValueError(f"{name} has shape {tuple(weight.shape)} in the file and {tuple(shape)} in the model")
-    bias, stored = None, _part(state, f"{name}.bias".lstrip("."), "bias" in entry)
+    bias, stored = None, _optional_tensor(state, f"{name}.bias".lstrip("."), "bias" in entry)
     if isinstance(built, Tensor) and hasattr(old, "bias") and (old.bias is None) != (stored is None):
         raise ValueError(f"{name or 'the layer'} has a bias in the {'model' if stored is None else 'file'} only")
     if stored is not None:
@@ -281,20 +292,20 @@ def _layer(
         trains = entry.get("bias") != "frozen"
         bias = biases.setdefault(id(stored), nn.Parameter(torch.empty_like(stored), requires_grad=trains))
     act = None
-    if (described := entry["act"]) is not None:
-        grid = make_grid(described["scheme"], described["bits"])
-        act = LearnedActivation(weight.cols, grid, offset=described["offset"])
+    if (act_entry := entry["act"]) is not None:
+        grid = make_grid(act_entry["scheme"], act_entry["bits"])
+        act = LearnedActivation(weight.cols, grid, offset=act_entry["offset"])
     return kind(weight, bias, act=act, act_bits=entry["act_bits"])
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy a file's tensors into a model, in the dtypes that they have there."""
+    """Copy the tensors of a file into a model. Tensors of the model get the dtypes of the file."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device, build the model on a real one")
         if name in state and tensor.dtype != (dtype := state[name].dtype):
             if not {tensor.dtype, dtype} <= set(FLOATS):
-                wanted = f"one of {FLOATS}" if tensor.dtype in FLOATS else tensor.dtype
-                raise ValueError(f"{name} is {dtype}, must be {wanted}")
+                allowed = f"one of {FLOATS}" if tensor.dtype in FLOATS else tensor.dtype
+                raise ValueError(f"{name} is {dtype}, must be {allowed}")
             tensor.data = tensor.data.to(dtype)
     model.load_state_dict(_layouts(model) | state)

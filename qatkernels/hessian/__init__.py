@@ -1,4 +1,4 @@
-"""Hessian-vector products, and what they tell about the loss surface of a quantized model."""
+"""Hessian-vector products, and the spectrum, eigenpairs, trace and sharpness computed from them."""
 
 from ._eigs import Eigs, eigs
 from ._hvp import hvp

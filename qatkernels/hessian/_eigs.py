@@ -18,7 +18,7 @@ logger = logging.getLogger(__package__)
 
 ENDS = ("both", "largest", "smallest")
 
-#: Columns of a basis that are rotated at a time.
+#: Columns of the basis that are rotated at once; bounds the temporary memory.
 _COLUMNS = 2**18
 
 
@@ -26,10 +26,11 @@ class Eigs(NamedTuple):
     """Eigenpairs.
 
     Attributes:
-        values: float64 eigenvalues, ascending: the k smallest, then the k largest, as far as they were asked for.
-        residuals: float64 norm of ``A y - theta y`` of each: a true eigenvalue is no further away.
-        vectors: unit eigenvectors, a row for each value.
-        products: products that it took.
+        values: float64 eigenvalues, ascending: the k smallest, then the k largest, according to ``which``.
+        residuals: float64 norm of ``A y - theta y`` for each value ``theta``: the distance to the nearest true
+            eigenvalue is at most that.
+        vectors: unit eigenvectors, one row per value.
+        products: number of products with the matrix.
         converged: whether every residual is below the tolerance.
     """
 
@@ -41,7 +42,7 @@ class Eigs(NamedTuple):
 
 
 class _Projection:
-    """An orthonormal basis that grows by Lanczos and shrinks by restarts, and the matrix projected onto it."""
+    """An orthonormal basis, and the matrix projected onto it. Lanczos adds vectors, restarts remove them."""
 
     def __init__(self, op: SymmetricMap, rows: int, seed: int) -> None:
         self.op, self.basis, self.seed = op, Basis(rows, op), seed
@@ -58,7 +59,7 @@ class _Projection:
         return w.div_(norm)
 
     def grow(self) -> None:
-        """Add vectors until the basis is full or everything."""
+        """Add vectors until the basis is full, or spans the whole space."""
         while self.size < len(self.matrix):
             self.basis.keep(self.size, self.next)
             w = self.op.products([self.next])[0]
@@ -75,21 +76,21 @@ class _Projection:
                 self.next = self.random() if invariant else w.div_(norm)
 
     def solve(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Ritz values, their residuals, and their coordinates as columns."""
+        """Return Ritz values, their residuals, and the coordinates of the Ritz vectors in the basis, as columns."""
         part = self.matrix[: self.size, : self.size]
         values, vectors = torch.linalg.eigh(0.5 * (part + part.T))
         return values, self.residual * vectors[-1].abs(), vectors
 
     def rotate(self, values: Tensor, vectors: Tensor) -> None:
-        """Make the basis the Ritz vectors with these values and coordinates."""
-        rows, kept = self.basis.rows, len(values)
-        turn = vectors.T.to(rows.device, rows.dtype)
+        """Replace the basis by the Ritz vectors with these values and coordinates."""
+        rows, count = self.basis.rows, len(values)
+        rotation = vectors.T.to(rows.device, rows.dtype)
         for start in range(0, rows.shape[1], _COLUMNS):
             part = slice(start, start + _COLUMNS)
-            rows[:kept, part] = turn @ rows[: self.size, part]
-        self.size = kept
+            rows[:count, part] = rotation @ rows[: self.size, part]
+        self.size = count
         self.matrix.zero_()
-        self.matrix[:kept, :kept] = torch.diag(values)
+        self.matrix[:count, :count] = torch.diag(values)
 
 
 def eigs(
@@ -103,21 +104,21 @@ def eigs(
     max_products: int | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Eigs:
-    """Find the eigenpairs at the ends of the spectrum, repeated eigenvalues as often as they are there.
+    """Find the eigenpairs at the ends of the spectrum. Repeated eigenvalues are returned with their multiplicity.
 
-    A Krylov space holds one eigenvector of each eigenvalue. So when all wanted pairs have converged, the search goes on
-    from a random vector orthogonal to them, until that changes nothing.
+    A Krylov space holds only one eigenvector of a repeated eigenvalue. So when all pairs have converged, the search
+    restarts from a random vector orthogonal to them, until the result no longer changes.
 
     Args:
         op: the matrix.
-        k: how many at each end.
+        k: number of eigenpairs at each end.
         which: ``"both"``, ``"largest"`` or ``"smallest"`` (the most negative, not the closest to 0).
-        tol: largest residual, relative to the norm of the matrix as far as it was seen; 1e-5, or 1e-6 in float64, if
-            None. Eigenvalues are better than that: their error goes with the square of the residual.
-        seed: of the start vector.
-        basis: vectors to keep, more than are asked for; their memory is logged first.
-        max_products: when to stop, with a warning, although something has not converged; 2000 if None.
-        advance: called with the number of products after each restart.
+        tol: largest residual, relative to an estimate of the norm of the matrix; if None, 1e-5, or 1e-6 in float64.
+            Eigenvalues are more accurate than that: their error is proportional to the square of the residual.
+        seed: seed of the start vector.
+        basis: number of vectors to keep, at least two more than the eigenpairs. Their memory is logged at the start.
+        max_products: number of products after which the search stops with a warning; 2000 if None.
+        advance: called after each restart with the number of products since the last call.
 
     Raises:
         ValueError: if a count does not fit, or ``which`` is none of the three.
@@ -131,51 +132,52 @@ def eigs(
     low, high = (0 if which == "largest" else k), (0 if which == "smallest" else k)
     basis = min(op.n, max(2 * (low + high) + 20, 60) if basis is None else basis)
     if basis < min(op.n, low + high + 2):
-        raise ValueError(f"basis is {basis}, must be at least {low + high + 2}: two more than are asked for")
+        raise ValueError(f"basis is {basis}, must be at least {low + high + 2}: two more than the eigenpairs")
     tol = (1e-6 if op.dtype == torch.float64 else 1e-5) if tol is None else tol
     logger.info(
         "the Krylov basis takes %.4g MB: %d vectors of %d", basis_bytes(op.n, basis, op.dtype) * 1e-6, basis, op.n
     )
-    space, before = _Projection(op, basis, seed), None
+    space, previous = _Projection(op, basis, seed), None
     while True:
-        done = space.products
+        products_before = space.products
         space.grow()
         if advance:
-            advance(space.products - done)
+            advance(space.products - products_before)
         values, residuals, vectors = space.solve()
-        wanted = [*range(low), *range(len(values) - high, len(values))]
-        found, bounds = values[wanted], residuals[wanted]
+        ends_of_spectrum = [*range(low), *range(len(values) - high, len(values))]
+        result, bounds = values[ends_of_spectrum], residuals[ends_of_spectrum]
         norm = max(float(values.abs().max()), torch.finfo(torch.float64).tiny)
-        # Half: a restart from a random vector leaves as much behind.
+        # Half of tol, because a restart from a random vector adds an error of the same size.
         converged = bool((bounds <= 0.5 * tol * norm).all())
-        confirmed = converged and before is not None and bool(((found - before).abs() <= 10 * tol * norm).all())
-        spent = space.products >= (2000 if max_products is None else max_products)
-        if confirmed or spent or space.size == op.n:
+        confirmed = converged and previous is not None and bool(((result - previous).abs() <= 10 * tol * norm).all())
+        exhausted = space.products >= (2000 if max_products is None else max_products)
+        if confirmed or exhausted or space.size == op.n:
             break
         extra = (basis - low - high) // (2 * ends)
         keep = [*range(low + (extra if low else 0)), *range(len(values) - high - (extra if high else 0), len(values))]
-        if converged:  # a random vector would leave behind what the others still lack
+        if converged:  # after a restart from a random vector, Ritz vectors that have not converged would not improve
             keep = [i for i in keep if residuals[i] <= 0.5 * tol * norm]
         keep = keep[: basis - 1]
         space.rotate(values[keep], vectors[:, keep])
-        before = found if converged else None
+        previous = result if converged else None
         if converged:
             space.next = space.random()
-    space.rotate(found, vectors[:, wanted])
-    rows = space.basis.rows[: len(found)].clone()
-    bounds = torch.stack([_residual(op, float(value), row) for value, row in zip(found, rows, strict=True)])
+    space.rotate(result, vectors[:, ends_of_spectrum])
+    rows = space.basis.rows[: len(result)].clone()
+    bounds = torch.stack([_residual(op, float(value), row) for value, row in zip(result, rows, strict=True)])
     converged = bool((bounds <= tol * norm).all())
     if advance:
-        advance(len(found))
+        advance(len(result))
     if not converged:
         warnings.warn(
             f"after {space.products} products the largest residual is {float(bounds.max()):.3g}, "
             f"above {tol * norm:.3g}: raise max_products or basis, or tol",
             stacklevel=2,
         )
-    return Eigs(found, bounds, rows, space.products + len(found), converged)
+    return Eigs(result, bounds, rows, space.products + len(result), converged)
 
 
 def _residual(op: SymmetricMap, value: float, vector: Tensor) -> Tensor:
+    """Return the norm of ``A y - theta y``."""
     rest = op.products([vector])[0].sub_(vector, alpha=value)
     return torch.linalg.vector_norm(rest, dtype=torch.float64).cpu()

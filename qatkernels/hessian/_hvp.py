@@ -1,15 +1,17 @@
 """Hessian-vector products through the straight-through model, by two engines.
 
-The Hessian is that of the *surrogate* that training descends: the derivative of a quantizer is its mask, held constant.
+The Hessian is that of the *surrogate* loss that training minimizes: the derivative of a quantizer is its pass-through
+mask, which is held constant.
 
-    reverse    g = dL/dW with its graph, then d(g . v)/dW       the graph of g, once made, serves any number of v
-    forward    dL/dW along W + t v, by tangents                 nothing outlives the product
+    reverse    g = dL/dW with its graph, then d(g . v)/dW       the graph of g serves any number of vectors v
+    forward    dL/dW along W + t v, by forward mode             keeps no memory after the product
 
-For a network of matrix products a gradient is three of them per layer; the reverse engine on a kept graph takes six, on
-a fresh one nine, the forward engine nine. Measured: bench/results. That is why ``reverse`` is the default.
+In a network of linear layers a gradient takes three matrix products per layer. A Hessian-vector product takes six with
+the reverse engine on a kept graph, nine on a new graph, and nine with the forward engine (measured: bench/results). So
+``reverse`` is the default.
 
-Attention: ``scaled_dot_product_attention`` has second derivatives in its math backend only, which is therefore selected
-while a graph is made (and logged once).
+Attention: only the math backend of ``scaled_dot_product_attention`` has second derivatives. It is selected while a
+graph is made, and a message is logged once.
 """
 
 from __future__ import annotations
@@ -35,15 +37,15 @@ ENGINES = ("reverse", "forward")
 LossFn = Callable[[], Tensor]
 Scope = Callable[[], contextlib.AbstractContextManager[None]]
 
-_said = False
+_logged_attention = False
 
 
 @contextlib.contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Select the implementations of torch's operators that have second derivatives, with gradients enabled."""
-    global _said
-    if not _said:
-        _said = True
+    """Enable gradients, and select the implementations of torch's operators that have second derivatives."""
+    global _logged_attention
+    if not _logged_attention:
+        _logged_attention = True
         logger.info("attention runs on its math backend here: no other backend has second derivatives")
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         yield
@@ -56,20 +58,21 @@ def check_engine(engine: str) -> None:
 
 
 def check_whole(params: Iterable[Tensor]) -> None:
-    """Raise ValueError if a parameter is sharded: FSDP2's hooks gather weights for one backward, not for two."""
+    """Raise ValueError if a parameter is sharded: FSDP2's hooks gather weights for one backward, not for a second."""
     if any(is_dtensor(p) for p in params):
         raise ValueError(
             "parameters are sharded (fully_shard), must be whole: use the model before fully_shard, or load its "
-            "checkpoint into one that is not sharded; several processes can each hold it and have batches of their own"
+            "checkpoint into a model that is not sharded. To use several processes, give each the whole model and its "
+            "own batches"
         )
 
 
 def checked_loss(loss: object, params: Sequence[Tensor]) -> Tensor:
-    """Return a loss that has a Hessian.
+    """Return the loss as a scalar, after checking that its Hessian can be computed.
 
     Raises:
-        ValueError: if it is no real scalar, does not depend on anything that requires grad, or hides what it depends on
-            in a reentrant checkpoint.
+        ValueError: if the loss is not a real scalar, depends on nothing that requires grad, or goes through a reentrant
+            checkpoint, which hides parameters.
     """
     if not isinstance(loss, Tensor):
         raise ValueError(f"the loss is a {type(loss).__name__}, must be a tensor with one element")
@@ -99,29 +102,30 @@ def checked_loss(loss: object, params: Sequence[Tensor]) -> Tensor:
 
 
 def _nodes(loss: Tensor) -> Iterator[Node]:
-    """Yield the nodes of a loss's graph."""
-    waiting, seen = [loss.grad_fn], set[Node]()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
+    """Yield the nodes of the autograd graph of a loss."""
+    queue, visited = [loss.grad_fn], set[Node]()
+    while queue:
+        node = queue.pop()
+        if node is not None and node not in visited:
+            visited.add(node)
             yield node
-            waiting += [following for following, _ in node.next_functions]
+            queue += [following for following, _ in node.next_functions]
 
 
 def _has_reentrant_checkpoint(loss: Tensor) -> bool:
-    """Whether a reentrant checkpoint (torch's, or one of the same name made after it) is in the loss's graph.
+    """Whether the graph of the loss has a reentrant checkpoint: torch's, or a copy of it with the same name.
 
-    Autograd does not know the parameters inside: it would return None for them, or a part where they are used outside,
-    too.
+    Autograd does not see the parameters inside. For those it would return None, or only the part of the gradient that
+    comes from their use outside.
     """
     return any(node.name() == "CheckpointFunctionBackward" for node in _nodes(loss))
 
 
 def _check_second_derivatives(loss: Tensor, params: Sequence[Tensor]) -> None:
-    """Raise ValueError where torch's second derivative is wrong, which no error of its own says.
+    """Raise ValueError where torch silently computes a wrong second derivative.
 
-    That of its fused weight_norm takes the norm of v as a constant (2.13 and before): it is not even symmetric.
+    Its fused weight_norm treats the norm of v as a constant (torch 2.13 and before), so the Hessian is not even
+    symmetric.
     """
     ids = {id(p) for p in params}
     for node in _nodes(loss):
@@ -136,10 +140,10 @@ def _check_second_derivatives(loss: Tensor, params: Sequence[Tensor]) -> None:
 
 
 def gradient_of(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool) -> list[Tensor]:
-    """Return the gradient of a loss, zero where it does not depend on a parameter.
+    """Return the gradient of a loss: zeros for a parameter that it does not depend on.
 
     Raises:
-        ValueError: if it depends on none of them, or one of them does not require grad.
+        ValueError: if the loss depends on none of the parameters, or a parameter does not require grad.
     """
     if frozen := [i for i, p in enumerate(params) if not p.requires_grad]:
         raise ValueError(f"params{frozen[:5]} do not require grad, all must: call requires_grad_() on them")
@@ -150,17 +154,17 @@ def gradient_of(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool) -
 
 
 class GradientGraph:
-    """A loss, its gradient, and the gradient's graph: what the reverse engine keeps between products.
+    """A loss, its gradient, and the graph of the gradient. The reverse engine can keep it between products.
 
     Args:
-        loss_fn: gives the loss.
-        params: what to differentiate with respect to.
-        scope: makes a context for each run of the model: the forward, each backward that runs checkpointed modules
-            again. All of them then start from the same buffers.
+        loss_fn: returns the loss.
+        params: the parameters to differentiate with respect to.
+        scope: makes a context for each run of the model: the forward, and each backward that recomputes checkpointed
+            modules. With it every run starts from the same buffers.
 
     Attributes:
         loss: the loss, detached.
-        gradient: its gradient, detached.
+        gradient: the gradient, detached.
     """
 
     def __init__(self, loss_fn: LossFn, params: Sequence[Tensor], scope: Scope = contextlib.nullcontext) -> None:
@@ -178,10 +182,10 @@ class GradientGraph:
         """Return the Hessian times ``v``.
 
         Args:
-            v: a tensor like each parameter.
-            keep: whether another product will follow.
+            v: one tensor like each parameter.
+            keep: whether to keep the graph for another product.
         """
-        # A gradient without a graph is constant: the loss is linear in what gave it.
+        # A gradient without a graph is constant: the loss is linear in that parameter.
         live = [(g, t) for g, t in zip(self._grads, v, strict=True) if g.requires_grad]
         if not live:
             return [torch.zeros_like(p) for p in self.params]
@@ -196,11 +200,11 @@ def forward_product(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return the loss, its gradient and the Hessian times ``v`` by forward mode over reverse mode.
 
-    The parameters carry the tangents themselves, in place and without a change of value or version, because a closure
-    reads the parameters that it knows.
+    The tangents are put on the parameters in place, without changing their values or versions, because the closure
+    reads its own parameters and cannot be given others.
 
     Raises:
-        ValueError: if an operation on the way has no forward mode.
+        ValueError: if an operation in the loss has no forward mode.
     """
     try:
         return _forward_product(loss_fn, params, v)
@@ -208,8 +212,8 @@ def forward_product(
         if not any(words in str(error) for words in ("jvp", "forward AD")):
             raise
         raise ValueError(
-            "engine is 'forward', but something in the loss has no forward mode (torch.utils.checkpoint with "
-            f"use_reentrant=True has none): take engine='reverse', and use_reentrant=False ({error})"
+            "engine is 'forward', but an operation in the loss has no forward mode (for example torch.utils.checkpoint "
+            f"with use_reentrant=True): use engine='reverse', and use_reentrant=False ({error})"
         ) from error
 
 
@@ -219,10 +223,10 @@ def _forward_product(
     with twice_differentiable(), forward_ad.dual_level():
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(params)):
             for p, t in zip(params, v, strict=True):
-                # Minus zero plus zero is zero; minus zero minus zero is not.
+                # Subtract, not add: -0.0 - 0.0 is -0.0 and keeps the value, -0.0 + 0.0 is 0.0.
                 p.sub_(forward_ad.make_dual(torch.zeros_like(p), -t))
         loss = checked_loss(loss_fn(), params)
-        # With a graph, since torch's quicker formulas for a last derivative have no forward mode.
+        # With a graph, because the faster formulas that torch uses without one have no forward mode.
         grads = gradient_of(loss, params, create_graph=True)
         duals = [forward_ad.unpack_dual(g) for g in grads]
         value = forward_ad.unpack_dual(loss).primal.detach()
@@ -233,7 +237,7 @@ def _forward_product(
 
 
 def check_vector(params: Sequence[Tensor], v: Sequence[Tensor]) -> None:
-    """Raise ValueError unless ``v`` holds a tensor like each parameter."""
+    """Raise ValueError unless ``v`` holds one tensor like each parameter."""
     if len(params) == 0:
         raise ValueError("params is empty, must hold a tensor")
     check_whole(params)
@@ -257,26 +261,27 @@ def hvp(
 ) -> list[Tensor]:
     """Return the Hessian of a loss times a vector.
 
-    torch's generators are afterwards as they were before, so that products in a row are of the same dropout and noise.
+    The states of torch's generators are restored, so that repeated products have the same dropout and noise.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> hvp(lambda: (w**3).sum(), [w], [torch.tensor([1.0, 10.0])])  # the Hessian is diag(6 w)
     [tensor([  6., 120.])]
 
     Args:
-        loss_fn: a closure without arguments that gives the loss, a scalar; the same at every call.
-        params: parameters that it reads, which require grad.
-        v: a tensor like each parameter.
-        engine: ``"reverse"`` or ``"forward"`` (see the module); equal up to rounding.
-        model: the model whose forward ``loss_fn`` runs. Its buffers (running statistics, say), modes and gradients are
-            then afterwards as before; without it they are what a call of ``loss_fn`` makes of them.
+        loss_fn: a closure without arguments that returns the loss, a scalar: the same value at every call.
+        params: the parameters that it reads. They must require grad.
+        v: one tensor like each parameter.
+        engine: ``"reverse"`` or ``"forward"`` (see the docstring of this module). Their results are equal up to
+            rounding.
+        model: the model whose forward ``loss_fn`` runs. If given, its buffers (such as running statistics), modes and
+            gradients are restored. If None, they are as a call of ``loss_fn`` leaves them.
 
     Returns:
-        A tensor like each parameter. Quantizers count by the straight-through rule, their mask held constant.
+        One tensor like each parameter. The derivative of a quantizer is straight-through, with a constant mask.
 
     Raises:
-        ValueError: if the loss is no scalar or does not depend on the parameters, ``v`` does not fit them, or a second
-            derivative would be wrong: of sharded parameters, of what a reentrant checkpoint hides, of weight_norm's v.
+        ValueError: if the loss is not a scalar or does not depend on the parameters, ``v`` does not fit them, or the
+            second derivative would be wrong: for sharded parameters, reentrant checkpoints, and the v of weight_norm.
     """
     check_engine(engine)
     check_vector(params, v)
@@ -289,7 +294,7 @@ def hvp(
 
 
 def scope_of(model: nn.Module | None) -> Scope:
-    """Return what makes contexts that leave a model as it is, if it is known."""
+    """Return a function that makes contexts. Each context restores the model at its end, if a model is given."""
     if model is None:
         return contextlib.nullcontext
     return functools.partial(untouched, model, gradients=True)

@@ -1,4 +1,4 @@
-"""How much a loss rises in the neighbourhood of the weights (SAM; Foret et al., 2021), and how steep it is there."""
+"""Sharpness: how much a loss rises near the weights (SAM; Foret et al., 2021), and the norm of its gradient there."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ NORMS, TARGETS = ("l2", "asam"), ("latent", "quantized")
 
 
 class Sharpness(NamedTuple):
-    """What an ascent found.
+    """The result of one ascent step.
 
     Attributes:
-        value: loss at the perturbed weights less the loss at the weights.
+        value: loss at the perturbed weights minus the loss at the weights.
         loss: loss at the weights.
         gradient_norm: l2 norm of the gradient there.
         perturbation_norm: l2 norm of the perturbation.
@@ -48,65 +48,67 @@ def sharpness(
     target: str = "latent",
     params: Sequence[Tensor] | None = None,
 ) -> Sharpness:
-    """Return by how much the loss rises one step of SAM up its gradient, to first order the most within the ball.
+    """Return how much the loss rises in one ascent step of SAM: to first order the largest rise within the ball.
 
-    ``"l2"``: e = rho * g / norm(g). ``"asam"`` (Kwon et al., 2021), whose ball is relative to the weights:
-    e = rho * T^2 g / norm(T g) with T = abs(w) + eta. One norm for all parameters together.
+    ``"l2"``: e = rho * g / norm(g). ``"asam"`` (Kwon et al., 2021): e = rho * T^2 g / norm(T g) with
+    T = abs(w) + eta, so that the ball is relative to the weights. The norm is over all perturbed parameters together.
 
-    A quantized model does not see a latent perturbation that crosses no level, which is why SQuAT perturbs after
-    rounding (``target="quantized"``; inferred, the paper's box is not public to us). The gradient is here that of the
-    quantized weights themselves, where SQuAT's passes the quantizer: this one moves weights beyond the clamp, too.
+    A perturbation of latent weights changes nothing in a quantized model unless it crosses to another level. So SQuAT
+    perturbs after rounding (``target="quantized"``; inferred, since we have no access to the paper's algorithm). Here
+    the gradient with respect to the quantized weights is used directly. SQuAT's goes through the quantizer, which
+    blocks it outside the pass-through range: so this function also perturbs weights there, SQuAT does not.
 
-    Both evaluations start from the same buffers and random numbers (dropout, noise). The model's buffers, modes and
-    gradients, and torch's generators, are afterwards as before.
+    Both evaluations start from the same buffers and random numbers (dropout, noise). Buffers, modes and gradients of
+    the model, and torch's generators, are restored.
 
     Args:
         model: the model; its weights are perturbed in place and restored bit for bit.
-        loss: closure without arguments that gives its loss, the same at every call.
+        loss: closure without arguments that returns the loss: the same value at every call.
         rho: radius of the ball, >= 0; around 0.05 for l2, 0.5 for asam.
         norm: ``"l2"`` or ``"asam"``.
-        eta: asam's.
+        eta: the eta of asam.
         target: what is perturbed: ``"latent"``, the parameters; or ``"quantized"``, Q(W) of every quantized layer.
-        params: what to perturb if it is latent; the quantized weights, or all parameters of a model without, if None.
+        params: the parameters to perturb with ``target="latent"``. If None, the quantized weights, or all parameters of
+            a model that has none.
 
     Raises:
-        ValueError: if a value is out of range, the loss is no scalar or does not depend on what is perturbed, or its
-            gradient is not finite; or an activation scale is not initialized.
+        ValueError: if a value is out of range, the loss is not a scalar or does not depend on the perturbed tensors,
+            its gradient is not finite, or an activation scale is not initialized.
     """
-    for name, given, allowed in (("norm", norm, NORMS), ("target", target, TARGETS)):
-        if given not in allowed:
-            raise ValueError(f"{name} is {given!r}, must be one of {allowed}")
+    for name, value, allowed in (("norm", norm, NORMS), ("target", target, TARGETS)):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}, must be one of {allowed}")
     for name, number in (("rho", rho), ("eta", eta)):
         if not 0 <= number < math.inf:
             raise ValueError(f"{name} is {number}, must be finite and >= 0")
     check_whole(model.parameters())
     check_calibrated(model)
     if params is None:
-        check_weights(quantized_modules(model), "what is added to it would be lost (params may name its parameters)")
+        check_weights(quantized_modules(model), "a perturbation of it would be lost (params may name its parameters)")
     scope = _replayed(model)
     if target == "quantized":
         if params is not None:
             raise ValueError("params is given with target='quantized', which perturbs every quantized layer")
-        return _quantized(model, loss, rho, norm, eta, scope)
+        return _sharpness_of_quantized(model, loss, rho, norm, eta, scope)
     params = list(params if params is not None else quantized_weights(model) or model.parameters())
-    before, grads = _value_and_gradient(loss, params, scope)
-    along, gradient_norm, size = _perturbation(grads, params, rho, norm, eta)
+    loss_before, grads = _value_and_gradient(loss, params, scope)
+    perturbations, gradient_norm, perturbation_norm = _perturbation(grads, params, rho, norm, eta)
     saved = [p.detach().clone() for p in params]
     try:
         with torch.no_grad():
-            for p, e in zip(params, along, strict=True):
+            for p, e in zip(params, perturbations, strict=True):
                 p.add_(e)
             with scope():
-                after = float(checked_value(loss()))
+                loss_after = float(checked_value(loss()))
     finally:
         with torch.no_grad():
             for p, s in zip(params, saved, strict=True):
                 p.copy_(s)
-    return Sharpness(after - before, before, gradient_norm, size)
+    return Sharpness(loss_after - loss_before, loss_before, gradient_norm, perturbation_norm)
 
 
 def _replayed(model: nn.Module) -> Scope:
-    """Return what makes contexts that leave a model as it is, all with the same random numbers."""
+    """Return a function that makes contexts with the same random numbers. Each restores the model at its end."""
     start, scope = RandomState(model.parameters()), scope_of(model)
 
     @contextlib.contextmanager
@@ -117,30 +119,33 @@ def _replayed(model: nn.Module) -> Scope:
     return replayed
 
 
-def _quantized(model: nn.Module, loss: LossFn, rho: float, norm: str, eta: float, scope: Scope) -> Sharpness:
+def _sharpness_of_quantized(
+    model: nn.Module, loss: LossFn, rho: float, norm: str, eta: float, scope: Scope
+) -> Sharpness:
+    """Return the sharpness with ``target="quantized"``."""
     layers = list(quantized_modules(model).values())
     if not layers:
         raise ValueError("the model has no quantized layer, which target='quantized' perturbs: give target='latent'")
-    # Layers that share a weight share what is added to it.
-    first = {id(layer.weight): layer for layer in reversed(layers)}
-    offsets = {key: torch.zeros_like(layer.weight).requires_grad_() for key, layer in first.items()}
+    # Layers that share a weight share its perturbation.
+    by_weight = {id(layer.weight): layer for layer in reversed(layers)}
+    offsets = {key: torch.zeros_like(layer.weight).requires_grad_() for key, layer in by_weight.items()}
     with modified((layer, offsets[id(layer.weight)]) for layer in layers):
-        before, grads = _value_and_gradient(loss, list(offsets.values()), scope)
+        loss_before, grads = _value_and_gradient(loss, list(offsets.values()), scope)
         with torch.no_grad():
-            at = [layer.quantized_weight() for layer in first.values()]
-            along, gradient_norm, size = _perturbation(grads, at, rho, norm, eta)
-            for offset, e in zip(offsets.values(), along, strict=True):
+            weights = [layer.quantized_weight() for layer in by_weight.values()]
+            perturbations, gradient_norm, perturbation_norm = _perturbation(grads, weights, rho, norm, eta)
+            for offset, e in zip(offsets.values(), perturbations, strict=True):
                 offset.copy_(e)
             with scope():
-                after = float(checked_value(loss()))
-    return Sharpness(after - before, before, gradient_norm, size)
+                loss_after = float(checked_value(loss()))
+    return Sharpness(loss_after - loss_before, loss_before, gradient_norm, perturbation_norm)
 
 
 def checked_value(loss: Tensor) -> Tensor:
-    """Return a scalar loss, detached, which need not depend on anything.
+    """Return a scalar loss, detached. It need not depend on anything.
 
     Raises:
-        ValueError: if it is no scalar.
+        ValueError: if the loss is not a scalar.
     """
     if loss.numel() != 1:
         raise ValueError(f"the loss has shape {tuple(loss.shape)}, must be a scalar: reduce it")
@@ -161,37 +166,37 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 @torch.no_grad()
 def _perturbation(
-    grads: Sequence[Tensor], at: Sequence[Tensor], rho: float, norm: str, eta: float
+    grads: Sequence[Tensor], weights: Sequence[Tensor], rho: float, norm: str, eta: float
 ) -> tuple[list[Tensor], float, float]:
-    """Return the perturbation, the norm of the gradient and that of the perturbation."""
+    """Return the perturbation of each weight, the norm of the gradient and the norm of the perturbation."""
     gradient_norm = _norm(grads)
     if not math.isfinite(gradient_norm):
         raise ValueError(f"the norm of the gradient is {gradient_norm}, must be finite")
-    asam, pairs = norm == "asam", list(zip(grads, at, strict=True))
+    asam, pairs = norm == "asam", list(zip(grads, weights, strict=True))
     sums = [perturbation_norms(g.contiguous(), w.contiguous() if asam else None, eta) for g, w in pairs]
-    factor, size = ascent(torch.stack(sums).sum(0), rho)
-    along = [g * ((w.abs() + eta).square() * factor if asam else factor) for g, w in pairs]
-    return along, gradient_norm, float(size)
+    factor, perturbation_norm = ascent(torch.stack(sums).sum(0), rho)
+    perturbations = [g * ((w.abs() + eta).square() * factor if asam else factor) for g, w in pairs]
+    return perturbations, gradient_norm, float(perturbation_norm)
 
 
 def gradient_norm_ratio(loss: LossFn, params: Sequence[Tensor], *, model: nn.Module | None = None) -> float:
-    """Return the norm of the gradient over the norm of the parameters, both over all of them together.
+    """Return the norm of the gradient over the norm of the parameters. Each norm is over all parameters together.
 
-    torch's generators are afterwards as they were before.
+    The states of torch's generators are restored.
 
     Args:
-        loss: closure without arguments that gives the loss.
-        params: parameters that it reads.
-        model: the model whose forward ``loss`` runs. Its buffers, modes and gradients are then afterwards as before;
-            without it they are what a call of ``loss`` makes of them.
+        loss: closure without arguments that returns the loss.
+        params: the parameters that it reads.
+        model: the model whose forward ``loss`` runs. If given, its buffers, modes and gradients are restored. If None,
+            they are as a call of ``loss`` leaves them.
 
     Raises:
-        ValueError: if the loss is no scalar or does not depend on the parameters, or they are all zero.
+        ValueError: if the loss is not a scalar or does not depend on the parameters, or the parameters are all zero.
     """
     params = list(params)
     check_whole(params)
     size = _norm([p.detach() for p in params])
     if not size > 0:
-        raise ValueError("params are all zero, must have a norm")
+        raise ValueError("params are all zero, at least one element must not be")
     with RandomState(params).replayed():
         return _norm(_value_and_gradient(loss, params, scope_of(model))[1]) / size

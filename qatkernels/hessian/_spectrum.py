@@ -1,9 +1,10 @@
 """The density of eigenvalues by stochastic Lanczos quadrature (Golub and Welsch; Ubaru, Chen and Saad, 2017).
 
-For a random unit vector v the weights of v's components along the eigenvectors make a measure whose expectation is the
-spectral density. Lanczos from v gives its Gauss quadrature: nodes are the Ritz values, weights the squared first
-components of the tridiagonal matrix's eigenvectors; m steps integrate polynomials up to degree 2 m - 1 exactly. The
-mean over probes estimates the density, their spread its error.
+A random unit vector v (a probe) defines a measure on the eigenvalues: the squared components of v along the
+eigenvectors. Its expectation is the spectral density. Lanczos from v gives the Gauss quadrature of this measure: nodes
+are the Ritz values, weights are the squared first components of the eigenvectors of the tridiagonal matrix. m steps
+integrate polynomials up to degree 2 m - 1 exactly. The mean over the probes estimates the density, and their spread its
+error.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from .operator import SymmetricMap
 
 logger = logging.getLogger(__package__)
 
-#: Ritz values of less weight than this do not count as extreme: WinQ's choice.
+#: Ritz values with less weight than this are ignored for the extreme eigenvalues, as in WinQ's paper.
 LEAST_WEIGHT = 1e-8
-#: Eigenvalues below this in magnitude are near zero: WinQ's choice.
+#: Eigenvalues below this in magnitude are near zero, as in WinQ's paper.
 NEAR_ZERO = 1.5e-3
 
 
@@ -42,26 +43,27 @@ class Estimate:
 
     @classmethod
     def of(cls, samples: Tensor, scale: float = 1.0) -> Estimate:
-        """Return the estimate from one number for each probe."""
+        """Return the estimate from one sample per probe."""
         error = samples.std().item() / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
         return cls(scale * samples.mean().item(), abs(scale) * error)
 
     def to_dict(self) -> dict[str, float | None]:
-        """Return it as JSON has it, which has no NaN."""
+        """Return the estimate as JSON-able values. JSON has no NaN: the error of one probe is None."""
         return {"value": self.value, "error": None if math.isnan(self.error) else self.error}
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Ritz values and weights of every probe, and what follows from them.
+    """Ritz values and weights of every probe, and the quantities computed from them.
 
     Attributes:
         n: size of the matrix.
-        ritz: float64 Ritz values ``[steps]`` of each probe, ascending; fewer where a subspace was invariant.
+        ritz: for each probe, float64 Ritz values ``[steps]``, ascending; fewer if a subspace was invariant.
         weights: their weights, which sum to 1 for each probe.
-        residuals: float64 norm of ``A y - theta y`` of each Ritz pair: a true eigenvalue is no further away.
+        residuals: float64 norm of ``A y - theta y`` of each Ritz pair: the distance to the nearest true eigenvalue is
+            at most that.
         near_zero: the threshold of the near-zero mass.
-        settings: what it was computed with.
+        settings: the arguments of :func:`spectrum`.
     """
 
     n: int
@@ -73,12 +75,12 @@ class Spectrum:
 
     @property
     def lambda_min(self) -> float:
-        """Smallest Ritz value of weight above 1e-8; the smallest eigenvalue is not larger."""
+        """Smallest Ritz value with a weight above 1e-8: an upper bound of the smallest eigenvalue."""
         return min(float(t[w > LEAST_WEIGHT].min()) for t, w in zip(self.ritz, self.weights, strict=True))
 
     @property
     def lambda_max(self) -> float:
-        """Largest Ritz value of weight above 1e-8; the largest eigenvalue is not smaller."""
+        """Largest Ritz value with a weight above 1e-8: a lower bound of the largest eigenvalue."""
         return max(float(t[w > LEAST_WEIGHT].max()) for t, w in zip(self.ritz, self.weights, strict=True))
 
     def mass(self, low: float, high: float) -> Estimate:
@@ -86,10 +88,11 @@ class Spectrum:
         return Estimate.of(torch.stack([w[(t >= low) & (t < high)].sum() for t, w in self._probes()]))
 
     def bounds(self, low: float, high: float) -> tuple[float, float]:
-        """Return the least and the most that the steps allow in ``[low, high]``, as fractions of all eigenvalues.
+        """Return the smallest and the largest possible fraction of eigenvalues in ``[low, high]``, given the steps.
 
-        The mean over the probes of Chebyshev's and Markov's bounds: no measure with the moments that the steps have
-        seen has less or more there. A mass is resolved where the two are close; :meth:`mass` lies between.
+        These are the bounds of Chebyshev and Markov: every measure with the moments that Lanczos computed lies between
+        them. They are averaged over the probes. If the two are far apart, more steps are needed; :meth:`mass` lies
+        between them.
         """
         pairs = [
             (_cumulative(*parts, low), _cumulative(*parts, high))
@@ -101,17 +104,17 @@ class Spectrum:
 
     @property
     def near_zero_bounds(self) -> tuple[float, float]:
-        """What the steps allow the near-zero mass to be (:meth:`bounds`)."""
+        """Bounds of the near-zero mass (:meth:`bounds`)."""
         return self.bounds(-self.near_zero, self.near_zero)
 
     @property
     def negative_bounds(self) -> tuple[float, float]:
-        """What the steps allow the negative mass to be (:meth:`bounds`)."""
+        """Bounds of the negative mass (:meth:`bounds`)."""
         return self.bounds(-math.inf, -self.near_zero)
 
     @property
     def near_zero_mass(self) -> Estimate:
-        """Fraction of eigenvalues closer to 0 than ``near_zero``."""
+        """Fraction of eigenvalues with a magnitude below ``near_zero``."""
         return Estimate.of(torch.stack([w[t.abs() < self.near_zero].sum() for t, w in self._probes()]))
 
     @property
@@ -133,11 +136,12 @@ class Spectrum:
         return zip(self.ritz, self.weights, strict=True)
 
     def density(self, grid: Tensor | None = None, sigma: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the density, each Ritz value smoothed to a Gaussian.
+        """Return the density of eigenvalues, where each Ritz value is a Gaussian.
 
         Args:
-            grid: where, float64 ``[points]``; 2000 points over the Ritz values and their surroundings if None.
-            sigma: standard deviation of the Gaussian; a hundredth of the range of the Ritz values if None.
+            grid: points to evaluate at, float64 ``[points]``. If None, 2000 points over the range of the Ritz values
+                and five sigma on each side.
+            sigma: standard deviation of the Gaussians; a hundredth of the range of the Ritz values if None.
 
         Returns:
             Points, densities, and their standard errors over the probes, each ``[points]``.
@@ -156,7 +160,7 @@ class Spectrum:
         return grid, stacked.mean(0), error
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON has it."""
+        """Return the spectrum as JSON-able values."""
         return {
             "n": self.n,
             "lambda_min": self.lambda_min,
@@ -175,7 +179,7 @@ class Spectrum:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Spectrum:
-        """Build a spectrum from :meth:`to_dict`'s result."""
+        """Return the spectrum that :meth:`to_dict` was called on."""
         ritz, weights, residuals = (
             [torch.tensor(row, dtype=torch.float64) for row in values[name]]
             for name in ("ritz", "weights", "residuals")
@@ -184,34 +188,36 @@ class Spectrum:
 
 
 def _cumulative(ritz: Tensor, weights: Tensor, residuals: Tensor, x: float) -> tuple[float, float]:
-    """Return bounds of one probe's mass below x, and up to and with x.
+    """Return a lower bound of the mass of ``(-inf, x)`` and an upper bound of the mass of ``(-inf, x]``, for one probe.
 
-    Of all measures with the same moments the one that has a node at x has the least below it and the most with it. Its
-    matrix is the Lanczos process one step further, with the last entry such that x is an eigenvalue (Gauss-Radau).
+    Of all measures with the computed moments, the one with a node at x has the smallest mass below x and the largest
+    mass up to and including x. It is the Gauss-Radau quadrature: Lanczos is extended by one step, whose diagonal entry
+    is chosen such that x is an eigenvalue. The extended matrix is written here in the basis of the Ritz vectors.
     """
     if math.isinf(x):
         return (0.0, 0.0) if x < 0 else (1.0, 1.0)
-    away = ritz - x
-    live = residuals > 0
-    node = away.abs().argmin()
-    if not bool(live.any()) or bool(away[node] == 0):  # the process has ended, or x is a node already
+    distances = ritz - x
+    open_pairs = residuals > 0
+    nearest = distances.abs().argmin()
+    if not bool(open_pairs.any()) or bool(distances[nearest] == 0):  # Lanczos ended early, or x is a node already
         return float(weights[ritz < x].sum()), float(weights[ritz <= x].sum())
     m = len(ritz)
-    # Last components of the tridiagonal matrix's eigenvectors alternate in sign where the first are positive.
-    arrow = residuals * (1 - 2 * ((m - 1 - torch.arange(m, dtype=torch.float64)) % 2))
+    # In the eigenvectors of a tridiagonal matrix with positive first components, the signs of the last components
+    # alternate.
+    border = residuals * (1 - 2 * ((m - 1 - torch.arange(m, dtype=torch.float64)) % 2))
     matrix = torch.zeros(m + 1, m + 1, dtype=torch.float64)
     matrix.diagonal()[:m] = ritz
-    matrix[:m, m] = matrix[m, :m] = arrow
-    matrix[m, m] = x + float((residuals[live].square() / away[live]).sum())
+    matrix[:m, m] = matrix[m, :m] = border
+    matrix[m, m] = x + float((residuals[open_pairs].square() / distances[open_pairs]).sum())
     nodes, vectors = torch.linalg.eigh(matrix)
     masses = (weights.sqrt() @ vectors[:m]).square()
-    at = int((nodes - x).abs().argmin())
-    below = float(masses[:at].sum())
-    return below, below + float(masses[at])
+    node_at_x = int((nodes - x).abs().argmin())
+    below = float(masses[:node_at_x].sum())
+    return below, below + float(masses[node_at_x])
 
 
 def probe(op: SymmetricMap, seed: int, index: int) -> Tensor:
-    """Return a standard normal vector ``[n]``, the same on every device, in every process and dtype."""
+    """Return a standard normal vector ``[n]``. It is the same on every device, in every process and in every dtype."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**64)
     return torch.randn(op.n, generator=generator).to(op.device, op.dtype)
 
@@ -230,20 +236,20 @@ def spectrum(
 ) -> Spectrum:
     """Estimate the spectrum of a symmetric matrix from ``probes * steps`` products.
 
-    The basis takes ``n * steps * block`` numbers, logged before anything is computed and noted in
-    ``settings["basis_bytes"]``; nothing else of that size is kept.
+    The Krylov basis has ``n * steps * block`` elements. It is the only memory of that size. Its bytes are logged before
+    the computation starts, and returned in ``settings["basis_bytes"]``.
 
     Args:
-        op: the matrix, a :class:`HessianOperator` say.
-        probes: random start vectors (standard normal, normalized).
-        steps: Lanczos steps from each.
-        seed: of the start vectors.
+        op: the matrix, such as a :class:`HessianOperator`.
+        probes: number of random start vectors (standard normal, normalized).
+        steps: Lanczos steps from each start vector.
+        seed: seed of the start vectors.
         near_zero: threshold of the near-zero mass.
-        block: probes that advance together; with batches whose graphs are not kept, each pass over the data then serves
-            as many products, for as many bases.
-        basis_dtype: keep the basis in bfloat16, say; the operator's dtype if None.
-        basis_device: keep it on the CPU, say; the operator's device if None.
-        advance: called with the number of products after each step, for progress bars.
+        block: probes that run in lockstep. If graphs of batches are not kept, one pass over the data then serves
+            ``block`` products. Each probe of a block needs its own basis.
+        basis_dtype: dtype to store the basis in, such as bfloat16; the operator's dtype if None.
+        basis_device: device to store the basis on, such as the CPU; the operator's device if None.
+        advance: called after each step with the number of products, for progress bars.
 
     Raises:
         ValueError: if a count is not positive, or the basis dtype is unknown.
@@ -256,12 +262,12 @@ def spectrum(
     size = basis_bytes(op.n, rows, basis_dtype or op.dtype, block)
     logger.info("the Krylov basis takes %.4g MB: %d x %d vectors of %d", size * 1e-6, block, rows, op.n)
     bases = [Basis(rows, op, basis_dtype, basis_device) for _ in range(block)]
-    found: list[Tridiagonal] = []
+    matrices: list[Tridiagonal] = []
     for first in range(0, probes, block):
         starts = [probe(op, seed, i) for i in range(first, min(first + block, probes))]
-        found += lanczos(op, starts, rows, bases[: len(starts)], advance)
+        matrices += lanczos(op, starts, rows, bases[: len(starts)], advance)
     ritz, weights, residuals = [], [], []
-    for matrix in found:
+    for matrix in matrices:
         values, vectors = matrix.eigh()
         ritz.append(values)
         weights.append(vectors[0].square())

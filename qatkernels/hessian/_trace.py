@@ -19,7 +19,7 @@ METHODS = ("hutchinson", "hutch++")
 
 
 def signs(op: SymmetricMap, seed: int, index: int) -> Tensor:
-    """Return a vector of random signs ``[n]`` (Rademacher), the same on every device and in every process."""
+    """Return a vector of random signs ``[n]`` (Rademacher). It is the same on every device and in every process."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
     bits = torch.randint(0, 2, (op.n,), generator=generator, dtype=torch.int8)
     return (2 * bits - 1).to(op.dtype).to(op.device)
@@ -35,23 +35,23 @@ def trace(
 ) -> Estimate:
     """Estimate the trace.
 
-    Hutchinson: the mean of ``z' A z`` over random signs z. Hutch++ (Meyer, Musco, Musco and Woodruff, 2021) spends a
-    third of the products on a basis Q of the range of A, takes the trace there exactly with another third, and
-    estimates only what is orthogonal to Q; its error falls with 1 / products where eigenvalues decay, for the memory of
-    Q.
+    Hutchinson's estimator is the mean of ``z' A z`` over vectors z of random signs. Hutch++ (Meyer, Musco, Musco and
+    Woodruff, 2021) spends a third of the products on a basis Q of the range of A, and another third on the exact trace
+    in the span of Q. It estimates only the trace of the part orthogonal to Q. If the eigenvalues decay, its error falls
+    with 1 / products. It needs memory for Q.
 
     Args:
         op: the matrix.
-        products: products with it, at least 2, for Hutch++ at least 6.
+        products: number of products with the matrix, at least 2, for Hutch++ at least 6.
         method: ``"hutchinson"`` or ``"hutch++"``.
-        seed: of the random vectors.
-        advance: called with the number of products after each.
+        seed: seed of the random vectors.
+        advance: called after each product with 1.
 
     Returns:
-        The trace with its standard error, which of Hutch++ is that of the estimated part.
+        The trace and its standard error. For Hutch++ the error is that of the estimated part.
 
     Raises:
-        ValueError: if ``method`` is none of the two or there are too few products.
+        ValueError: if ``method`` is unknown, or there are too few products.
         NotFiniteError: if a product holds NaN or infinity.
     """
     if method not in METHODS:
@@ -75,23 +75,23 @@ def trace(
     basis, size = Basis(sketch, op), 0
     for i in range(sketch):
         w = times(signs(op, seed, i))
-        before = _norm(w)
-        if not before < math.inf:
+        norm_before = _norm(w)
+        if not norm_before < math.inf:
             raise NotFiniteError(f"product {i + 1} holds NaN or infinity")
-        w, _, norm = basis.clean(size, w) if size else (w, None, before)
-        if norm > 100 * torch.finfo(op.dtype).eps * before:  # otherwise it adds no direction
+        w, _, norm = basis.clean(size, w) if size else (w, None, norm_before)
+        if norm > 100 * torch.finfo(op.dtype).eps * norm_before:  # otherwise w lies in the span of the basis already
             basis.keep(size, w / norm)
             size += 1
-    inside = math.fsum(_form(times, basis.rows[i].to(op.device, op.dtype)) for i in range(size))
-    rest = products - sketch - size
-    if size == op.n or rest < 2:
-        return Estimate(inside, 0.0 if size == op.n else math.nan)
+    trace_in_basis = math.fsum(_form(times, basis.rows[i].to(op.device, op.dtype)) for i in range(size))
+    products_left = products - sketch - size
+    if size == op.n or products_left < 2:
+        return Estimate(trace_in_basis, 0.0 if size == op.n else math.nan)
     samples = []
-    for i in range(sketch, sketch + rest):
+    for i in range(sketch, sketch + products_left):
         z = signs(op, seed, i)
         samples.append(_form(times, basis.clean(size, z)[0] if size else z))
-    outside = Estimate.of(torch.tensor(samples, dtype=torch.float64))
-    return Estimate(inside + outside.value, outside.error)
+    orthogonal_part = Estimate.of(torch.tensor(samples, dtype=torch.float64))
+    return Estimate(trace_in_basis + orthogonal_part.value, orthogonal_part.error)
 
 
 def _norm(w: Tensor) -> float:
@@ -99,7 +99,7 @@ def _norm(w: Tensor) -> float:
 
 
 def _form(times: Callable[[Tensor], Tensor], z: Tensor) -> float:
-    """Return ``z' A z``, its sum in float64."""
+    """Return ``z' A z``, summed in float64."""
     dots = torch.ops.qatkernels.gram_schmidt(z.unsqueeze(0), times(z), None)[1]
     value = float(dots[0])
     if not math.isfinite(value):

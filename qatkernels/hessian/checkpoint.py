@@ -1,9 +1,9 @@
-"""Activation checkpointing that a second derivative respects.
+"""Activation checkpointing that also saves memory in a second derivative.
 
-``torch.utils.checkpoint`` recomputes a module in the backward, but the graph of that backward keeps what was
-recomputed. Here the backward is a Function of its own that keeps its inputs alone, and recomputes again when it is
-differentiated: a kept gradient graph then holds what goes into each module and the gradient that comes back, and a
-product costs half as much again.
+``torch.utils.checkpoint`` recomputes a module in the backward, but if that backward is differentiated, its graph keeps
+the recomputed activations. Here the backward is an autograd Function too. It saves its inputs only, and recomputes the
+module again when it is differentiated. A kept gradient graph then holds only the inputs of each module and the gradient
+of its outputs. A product takes half as much time again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Run = Callable[..., Any]
 
 
 class _Call:
-    """A call of a module as a function of its tensors: those among the arguments, then its parameters."""
+    """A call of a module as a function of tensors: the tensors among its arguments, then its parameters."""
 
     def __init__(self, forward: Run, parameters: Sequence[Tensor], args: Any, kwargs: Any) -> None:
         leaves, self.spec = tree_flatten((args, kwargs))
         self.forward = forward
-        self.fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.other_leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.inputs = [leaves[i] for i in self.places]
         self.parameters = list(parameters)
@@ -36,7 +36,7 @@ class _Call:
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
     def __call__(self, *inputs: Tensor) -> Any:
-        leaves = list(self.fixed)
+        leaves = list(self.other_leaves)
         for place, tensor in zip(self.places, inputs, strict=True):
             leaves[place] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
@@ -44,18 +44,26 @@ class _Call:
         with torch.autocast(device, dtype, enabled):
             return self.forward(*args, **kwargs)
 
-    def again(self, tensors: Sequence[Tensor], needed: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
-        """Run on detached inputs; return the outputs that have a gradient, and the tensors that it is asked for."""
+    def rerun(self, tensors: Sequence[Tensor], needed: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+        """Run the module again on detached inputs, with the same random numbers.
+
+        Args:
+            tensors: the inputs, possibly followed by the parameters.
+            needed: for each input and parameter, whether its gradient is needed.
+
+        Returns:
+            The outputs, and the inputs and parameters whose gradient is needed.
+        """
         count = len(self.places)
         inputs = [t.detach().requires_grad_(n) for t, n in zip(tensors[:count], needed, strict=False)]
-        with self.random.replayed():  # the same dropout
+        with self.random.replayed():
             outputs = tree_flatten(self(*inputs))[0]
         leaves = [t for t, n in zip((*inputs, *self.parameters), needed, strict=True) if n]
         return outputs, leaves
 
 
 class _Checkpoint(torch.autograd.Function):
-    """The module's outputs, from a forward that keeps nothing."""
+    """The outputs of a module, without its activations."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Any:
@@ -73,7 +81,7 @@ class _Checkpoint(torch.autograd.Function):
 
 
 class _CheckpointBackward(torch.autograd.Function):
-    """The gradients of the module's tensors, from a forward run again."""
+    """The gradients of a module's inputs and parameters, from a recomputed forward."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, needed: tuple[bool, ...], count: int, *tensors: Any) -> Any:
@@ -82,8 +90,8 @@ class _CheckpointBackward(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         with torch.enable_grad():
             grads = _gradients(call, needed, tensors[:count], tensors[count:], create_graph=False)[0]
-        found = iter(grads)
-        return tuple(next(found) if n else None for n in needed)
+        remaining = iter(grads)
+        return tuple(next(remaining) if n else None for n in needed)
 
     @staticmethod
     def backward(ctx: Any, *v: Any) -> Any:
@@ -95,19 +103,21 @@ class _CheckpointBackward(torch.autograd.Function):
         live = [
             (g, t) for g, t in zip(grads, along, strict=True) if g is not None and t is not None and g.requires_grad
         ]
-        given = [g for g in upstream if g is not None]
-        found: Iterator[Any] = iter(())
+        upstream_tensors = [g for g in upstream if g is not None]
+        second: Iterator[Any] = iter(())
         if live:
             outputs, tangents = zip(*live, strict=True)
-            found = iter(torch.autograd.grad(outputs, (*leaves, *given), tangents, allow_unused=True))
-        first = [next(found, None) if n else None for n in ctx.needed]
-        return None, None, None, *first, *(None if g is None else next(found, None) for g in upstream)
+            second = iter(torch.autograd.grad(outputs, (*leaves, *upstream_tensors), tangents, allow_unused=True))
+        for_tensors = [next(second, None) if n else None for n in ctx.needed]
+        for_upstream = [None if g is None else next(second, None) for g in upstream]
+        return None, None, None, *for_tensors, *for_upstream
 
 
 def _gradients(
     call: _Call, needed: Sequence[bool], tensors: Sequence[Tensor], g: Sequence[Any], *, create_graph: bool
 ) -> tuple[list[Any], list[Tensor]]:
-    outputs, leaves = call.again(tensors, needed)
+    """Run the module again; return the gradients of the tensors that need one, and these tensors."""
+    outputs, leaves = call.rerun(tensors, needed)
     pairs = [(y, t) for y, t in zip(outputs, g, strict=True) if t is not None and y.requires_grad]
     if not pairs:
         return [None] * len(leaves), leaves
@@ -128,11 +138,11 @@ def _wrapped(module: nn.Module) -> Run:
 
 @contextlib.contextmanager
 def checkpointed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Run modules without keeping what happens inside, for as long as the context lasts.
+    """Run modules with activation checkpointing within the context.
 
     Args:
-        modules: their inputs and outputs are tensors, or nested lists, tuples and dictionaries of such. They compute
-            the same when they run again from the same buffers and random numbers of torch.
+        modules: the modules. Their inputs and outputs are tensors, or nested lists, tuples and dictionaries of tensors.
+            From the same buffers and the same random numbers of torch they must compute the same result again.
     """
     wrapped = []
     try:
@@ -155,18 +165,18 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: if there is none.
     """
-    found: list[nn.Module] = []
+    elements: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
             if isinstance(module, (nn.ModuleList, nn.Sequential)) and any(True for _ in child.parameters()):
-                found.append(child)
+                elements.append(child)
             else:
                 visit(child)
 
     visit(model)
-    if not found:
+    if not elements:
         raise ValueError(
-            "checkpoint is True, but the model has no ModuleList or Sequential: give the modules to run again"
+            "checkpoint is True, but the model has no ModuleList or Sequential: give a list of modules to checkpoint"
         )
-    return found
+    return elements

@@ -1,9 +1,10 @@
-"""The Lanczos process with full reorthogonalization: every vector is held against the whole basis at every step.
+"""The Lanczos process with full reorthogonalization: every new vector is made orthogonal to the whole basis.
 
-In exact arithmetic three vectors suffice. In floating point the others come back as soon as an eigenvalue has
-converged, and with them copies of it ("ghosts"). So each new vector is multiplied with the whole basis, and what is
-there is subtracted, twice at most, until nothing above rounding is left. Often nothing is, and the pass that finds this
-out is the only one (:func:`qatkernels.ops.gram_schmidt`: one read of the basis subtracts and multiplies).
+In exact arithmetic orthogonality to the last two vectors suffices. With rounding, earlier directions return as soon as
+an eigenvalue has converged, and bring copies of that eigenvalue ("ghosts"). So each new vector is multiplied with the
+whole basis, and its components along the basis are subtracted, at most twice, until they are below rounding. Often they
+are from the start, and one pass over the basis is enough (:func:`qatkernels.ops.gram_schmidt` subtracts and multiplies
+in one pass).
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ class NotFiniteError(ArithmeticError):
 
 
 def orthogonalize(basis: Tensor, w: Tensor, dots: Tensor, sq: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Subtract ``h @ basis`` from ``w`` in place; return what is left of ``w`` along each row, and its squared norm."""
+    """Subtract ``h @ basis`` from ``w`` in place; return the new ``basis @ w``, and the squared norm of ``w``."""
     _gram_schmidt(basis, w, h, w, dots[: len(basis)], sq)
     return dots[: len(basis)], sq
 
 
 class Basis:
-    """Room for the vectors of a Krylov basis, the only memory of size (parameters x steps) in this package.
+    """Memory for the vectors of a Krylov basis: the only memory of size parameters times steps in this package.
 
     Args:
-        rows: how many vectors.
+        rows: number of vectors.
         like: the operator.
-        dtype: what to keep them in; the operator's dtype if None. In bfloat16 the vectors that the recurrence itself
-            uses, the last two, stay in full precision apart.
-        device: where to keep them; the operator's device if None.
+        dtype: dtype to store vectors in; the operator's dtype if None. The last two vectors, which the recurrence
+            itself uses, are also kept elsewhere in full precision.
+        device: device to store vectors on; the operator's device if None.
 
     Raises:
-        ValueError: if the dtype is none that the kernel takes.
+        ValueError: if the kernel does not support the dtype.
     """
 
     def __init__(
@@ -56,7 +57,8 @@ class Basis:
         self.rows = torch.empty(rows, like.n, dtype=dtype or like.dtype, device=self.device)
         self._dots = torch.empty(rows, dtype=torch.float64, device=self.device)
         self._sq = torch.empty((), dtype=torch.float64, device=self.device)
-        # Below this a product with a unit vector is rounding: of the vector, and of a row that is kept in fewer bits.
+        # A product of a vector with a row is rounding error if it is below this times the vector's norm. Rows in a
+        # narrower dtype add their own rounding.
         self.tolerance = 10 * torch.finfo(like.dtype).eps
         if torch.finfo(self.rows.dtype).eps > torch.finfo(like.dtype).eps:
             self.tolerance += 4 * torch.finfo(self.rows.dtype).eps / max(like.n, 1) ** 0.5
@@ -69,34 +71,34 @@ class Basis:
         """Make ``w`` orthogonal to the first ``count`` vectors.
 
         Returns:
-            ``w`` (the tensor given, where the basis lives on its device), the coefficients that were subtracted, and
-            the norm of what is left.
+            The new ``w``, the coefficients that were subtracted, and the norm of the new ``w``. The new ``w`` is the
+            tensor ``w`` itself if the basis is on its device.
         """
-        here = w if w.device == self.device else w.to(self.device)
+        local = w if w.device == self.device else w.to(self.device)
         rows = self.rows[:count]
-        dots, sq = orthogonalize(rows, here, self._dots, self._sq)
+        dots, sq = orthogonalize(rows, local, self._dots, self._sq)
         subtracted = torch.zeros_like(dots)
         for _ in range(passes):
             if not float(dots.abs().max()) > self.tolerance * float(sq) ** 0.5:
                 break
             h = dots.clone()
             subtracted += h
-            dots, sq = orthogonalize(rows, here, self._dots, self._sq, h)
-        return here.to(w.device), subtracted, float(sq) ** 0.5
+            dots, sq = orthogonalize(rows, local, self._dots, self._sq, h)
+        return local.to(w.device), subtracted, float(sq) ** 0.5
 
 
 def basis_bytes(n: int, steps: int, dtype: torch.dtype, block: int = 1) -> int:
-    """Return the bytes of a Krylov basis, and with it nearly all memory that Lanczos adds to the operator's own."""
+    """Return the bytes of a Krylov basis. That is nearly all the memory that Lanczos needs beside the operator's."""
     return n * steps * block * torch.empty((), dtype=dtype).element_size()
 
 
 class Tridiagonal(NamedTuple):
-    """What a Lanczos process leaves.
+    """The tridiagonal matrix of a Lanczos process.
 
     Attributes:
         alpha: float64 diagonal ``[m]``.
         beta: float64 off-diagonal ``[m - 1]``.
-        residual: norm of the vector that would have been next, 0 where the subspace is invariant.
+        residual: norm of the next vector, which would be the next off-diagonal entry; 0 in an invariant subspace.
     """
 
     alpha: Tensor
@@ -104,7 +106,7 @@ class Tridiagonal(NamedTuple):
     residual: float
 
     def eigh(self) -> tuple[Tensor, Tensor]:
-        """Return its eigenvalues, ascending, and eigenvectors, in float64."""
+        """Return the eigenvalues, ascending, and the eigenvectors, in float64."""
         values, vectors = torch.linalg.eigh(
             torch.diag(self.alpha) + torch.diag(self.beta, 1) + torch.diag(self.beta, -1)
         )
@@ -116,7 +118,7 @@ class _Process:
 
     def __init__(self, start: Tensor, basis: Basis) -> None:
         self.basis = basis
-        # The recurrence's own two vectors: rows 0 and 1 in turn.
+        # The last two vectors in full precision; step i uses row i % 2 for the newest one.
         self.recent = torch.zeros(2, start.numel(), dtype=start.dtype, device=start.device)
         self._dots = torch.empty(2, dtype=torch.float64, device=start.device)
         self._sq = torch.empty((), dtype=torch.float64, device=start.device)
@@ -124,13 +126,13 @@ class _Process:
         self.beta: list[float] = []
         self.residual = float(torch.linalg.vector_norm(start, dtype=torch.float64))
         if not 0 < self.residual < math.inf:
-            raise ValueError("the start vector is zero or not finite, must have a direction")
+            raise ValueError("the start vector is zero or not finite, must be finite and not zero")
         self.done = False
         self._next(start)
 
     @property
     def vector(self) -> Tensor:
-        """What to multiply next, a unit vector."""
+        """The unit vector to multiply with the matrix next."""
         return self.recent[len(self.alpha) % 2]
 
     def _next(self, w: Tensor) -> None:
@@ -138,23 +140,23 @@ class _Process:
         self.basis.keep(len(self.alpha), self.vector)
 
     def step(self, w: Tensor, last: bool) -> None:
-        """Take the product with :attr:`vector`; ``w`` is overwritten."""
-        at = len(self.alpha)
-        now = at % 2
-        # Twice, because alpha may be much larger than what is left.
+        """Process the product ``w`` of the matrix with :attr:`vector`; ``w`` is overwritten."""
+        index = len(self.alpha)
+        newest = index % 2
+        # Subtract twice: alpha may be much larger than the remaining vector, and its rounding error then matters.
         dots, _ = orthogonalize(self.recent, w, self._dots, self._sq)
         h = dots.clone()
         dots, _ = orthogonalize(self.recent, w, self._dots, self._sq, h)
-        alpha = float(h[now] + dots[now])
+        alpha = float(h[newest] + dots[newest])
         if not math.isfinite(alpha):
-            raise NotFiniteError(f"the product of step {at + 1} holds NaN or infinity")
-        w, _, norm = self.basis.clean(at + 1, w)
+            raise NotFiniteError(f"the product of step {index + 1} holds NaN or infinity")
+        w, _, norm = self.basis.clean(index + 1, w)
         if not math.isfinite(norm):
-            raise NotFiniteError(f"the product of step {at + 1} holds NaN or infinity")
+            raise NotFiniteError(f"the product of step {index + 1} holds NaN or infinity")
         self.alpha.append(alpha)
         scale = max(*map(abs, self.alpha), *self.beta, 0.0)
         self.residual = norm
-        # An invariant subspace: what is left is the rounding of what was subtracted.
+        # The subspace is invariant: the rest of w is the rounding error of the subtractions.
         if norm <= 100 * torch.finfo(w.dtype).eps * scale:
             self.residual, self.done = 0.0, True
         elif last:
@@ -176,17 +178,17 @@ def lanczos(
     bases: Sequence[Basis],
     advance: Callable[[int], None] | None = None,
 ) -> list[Tridiagonal]:
-    """Run one process from each start vector, in lockstep, so that a pass over the data serves all of them.
+    """Run one process from each start vector in lockstep, so that a pass over the data serves all processes.
 
     Args:
         op: the matrix.
         starts: start vectors ``[n]``, which need not be normalized.
-        steps: largest number of steps; a process ends earlier where its subspace turns out to be invariant.
-        bases: room for ``steps`` vectors for each.
-        advance: called after each step with the number of products that it took.
+        steps: largest number of steps. A process ends earlier if its subspace is invariant.
+        bases: one basis per start vector, for ``steps`` vectors each.
+        advance: called after each step with the number of products in it.
 
     Returns:
-        A tridiagonal matrix for each start vector.
+        One tridiagonal matrix per start vector.
 
     Raises:
         NotFiniteError: if a product holds NaN or infinity.

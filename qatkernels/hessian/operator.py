@@ -1,4 +1,4 @@
-"""The Hessian of a model's loss over its data, as a symmetric linear map that only ever multiplies."""
+"""The Hessian of a model's loss over batches of data, as a linear map: it is multiplied with vectors, never stored."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from .checkpoint import blocks, checkpointed
 
 ModelLoss = Callable[[Any, Any], Tensor]
 
-#: Relative difference of two evaluations of a loss above which it is called random; far above what the order of a sum
-#: does, far below what dropout does.
-_SAME = 1e-5
+#: If two evaluations of a loss have a larger relative difference than this, the loss is random. The order of sums
+#: changes a loss far less, dropout far more.
+_RANDOM_ABOVE = 1e-5
 
 
 class SymmetricMap(Protocol):
-    """What the methods of this package need of a symmetric matrix: its size, and products with vectors."""
+    """The interface of a symmetric matrix in this package: its size, and products with vectors."""
 
     n: int
     dtype: torch.dtype
@@ -49,7 +49,7 @@ class SymmetricMap(Protocol):
 
 
 class MatrixMap:
-    """A symmetric matrix that is there, as a :class:`SymmetricMap`.
+    """A symmetric matrix that is stored as a tensor, as a :class:`SymmetricMap`.
 
     Args:
         matrix: ``[n, n]``, float32 or float64.
@@ -65,44 +65,45 @@ class MatrixMap:
 
 
 class HessianOperator:
-    """The Hessian of a mean loss over batches, with respect to parameters in their order, each flattened.
+    """The Hessian of the mean loss over batches. Rows and columns are the elements of ``params``, flattened in order.
 
-    The model is read as it is: in its mode (``eval()`` turns dropout and noise off) and with its present values, also
-    when they change later (by way of ``.data`` only after :meth:`refresh`). Nothing of it is changed: buffers, modes
-    and gradients are after every product as before, and so are torch's generators.
+    The model is used in its current mode (``eval()`` turns dropout and noise off) and with its current values. When
+    values change, products change with them; after a change through ``.data`` call :meth:`refresh`. Products change
+    nothing: buffers, modes and gradients of the model, and torch's generators, are restored.
 
-    All products are of one function, whatever the mode. In training mode batch norm normalizes by the statistics of
-    each batch, through which the derivative goes; buffers have the model's values whenever the loss is evaluated;
-    and the dropout and noise of each batch are one draw, the one that evaluating the batches in their order would have
-    made when the operator was made.
+    All products are with the same matrix, in every mode. In training mode batch norm uses the statistics of each batch,
+    and the derivative goes through them. Every evaluation of the loss starts from the model's buffers. Dropout and
+    noise of a batch are the same in every product: those of evaluating all batches in order at the time when the
+    operator was made.
 
-    Products are computed in ``dtype``. Where the model has another one (bfloat16, say) a copy of it in ``dtype`` is
-    made, batches are cast along, and the quantized weights stay what they are: codes are taken in float32 anyway.
+    Products are computed in ``dtype``. If the model has another dtype (such as bfloat16), a copy of the model in
+    ``dtype`` is made, and batches are cast. Quantized weights do not change, because codes are computed in float32
+    anyway.
 
     Args:
         model: the model; wrapped in DistributedDataParallel or not.
-        loss_fn: ``loss_fn(model, batch)`` gives the loss, a scalar, the same at every call.
-        batches: what ``loss_fn`` takes, one after the other; any iterable, read once.
-        params: parameters of the model; those that :func:`qatkernels.quantized_weights` lists if None.
+        loss_fn: ``loss_fn(model, batch)`` returns the loss, a scalar: the same value at every call.
+        batches: the batches for ``loss_fn``; any iterable, read once.
+        params: parameters of the model; the quantized weights (:func:`qatkernels.quantized_weights`) if None.
         engine: ``"reverse"`` or ``"forward"``, see :func:`qatkernels.hessian.hvp`.
-        dtype: float32 or float64; None for float32, or float64 if a parameter is.
-        retain: keep the gradient's graph of every batch between products, which makes a product a third cheaper and
-            takes the memory of the graphs. Only for engine ``"reverse"``; None for "if there is one batch".
-        checkpoint: modules whose insides are run again instead of kept, or True for the outermost elements of the
+        dtype: float32 or float64; if None, float64 if a parameter is float64, else float32.
+        retain: keep the graph of the gradient of every batch between products. A product then takes a third less time,
+            and the graphs take memory. Only for engine ``"reverse"``; if None, True if there is one batch.
+        checkpoint: modules whose activations are recomputed instead of kept. True means the outermost elements of the
             model's ModuleLists and Sequentials. Only for engine ``"reverse"``.
         weights: weight of each batch in the mean; equal if None. Give the batch sizes if they differ.
-        distributed: average over the processes of torch.distributed, each of which has batches of its own; None for "if
-            it is initialised". Every process must then take part in every product.
+        distributed: average over the processes of torch.distributed, where each process has its own batches. Every
+            process must then take part in every product. If None, True if torch.distributed is initialised.
 
     Attributes:
-        n: number of parameters.
-        params: what is differentiated, of the copy where there is one.
+        n: number of elements of the parameters.
+        params: the parameters that are differentiated; those of the copy if there is one.
         dtype: dtype of vectors and products.
         device: device of vectors and products.
         count: products so far.
 
     Raises:
-        ValueError: if an argument cannot be used, naming it; the model has an activation scale that is not initialized.
+        ValueError: if an argument cannot be used, naming it, or an activation scale of the model is not initialized.
             The loss is checked by the first product.
     """
 
@@ -127,10 +128,10 @@ class HessianOperator:
         check_whole(self.source.parameters())
         check_calibrated(self.source)
         self.loss_fn, self.engine = loss_fn, engine
-        self._given = _parameters(self.source, params)
-        self.dtype = _product_dtype(self._given, dtype)
-        self.device = self._given[0].device
-        self.n = sum(p.numel() for p in self._given)
+        self._source_params = _parameters(self.source, params)
+        self.dtype = _product_dtype(self._source_params, dtype)
+        self.device = self._source_params[0].device
+        self.n = sum(p.numel() for p in self._source_params)
         self.batches = list(batches)
         if not self.batches:
             raise ValueError("batches is empty, must hold a batch")
@@ -145,9 +146,9 @@ class HessianOperator:
         self._weights = self._normalised(weights)
         self.count = 0
         self._graphs: list[GradientGraph | None] = [None] * len(self.batches)
-        #: Where each batch draws from; that of a later batch is known when the one before it has been evaluated.
+        #: Random state before each batch. It is known once the batch before it has been evaluated.
         self._random: list[RandomState | None] = [self._random_state(), *[None] * len(self.batches)]
-        self._tried = False
+        self._checked_randomness = False
         self.refresh()
 
     @property
@@ -156,26 +157,26 @@ class HessianOperator:
         return self.n, self.n
 
     def refresh(self) -> None:
-        """Forget what was computed from earlier values of the model."""
+        """Discard everything that was computed from earlier values of the model."""
         self._graphs = [None] * len(self.batches)
-        others = [p for p in self._given if p.dtype != self.dtype]
-        if not others:
-            self.model, self.params = self.source, self._given
+        needs_copy = any(p.dtype != self.dtype for p in self._source_params)
+        if not needs_copy:
+            self.model, self.params = self.source, self._source_params
         else:
             names = {id(p): name for name, p in self.source.named_parameters()}
             self.model = copy.deepcopy(self.source).to(self.dtype)
             copies = dict(self.model.named_parameters())
-            self.params = [copies[names[id(p)]] for p in self._given]
+            self.params = [copies[names[id(p)]] for p in self._source_params]
         if self._checkpoint is True:
             self._blocks = blocks(self.model)
         else:
-            ours = dict(zip(self.source.modules(), self.model.modules(), strict=True))
-            self._blocks = [ours[m] for m in self._checkpoint or ()]
+            counterparts = dict(zip(self.source.modules(), self.model.modules(), strict=True))
+            self._blocks = [counterparts[m] for m in self._checkpoint or ()]
         self._scope = scope_of(self.model)
-        self._stamp = self._state()
+        self._used_state = self._state()
 
     def _state(self) -> tuple[Any, ...]:
-        """Return what tells whether the loss is another function than before."""
+        """Return versions and modes of the model. If they change, the loss is another function."""
         modules, layers = self.source.modules(), quantized_modules(self.source).values()
         return (
             [(id(t), t._version) for t in (*self.source.parameters(), *self.source.buffers())],
@@ -187,24 +188,25 @@ class HessianOperator:
         return RandomState(self.source.parameters())
 
     def _normalised(self, weights: Sequence[float] | None) -> list[float]:
-        given = [1.0] * len(self.batches) if weights is None else [float(w) for w in weights]
-        if len(given) != len(self.batches) or not all(0 <= w < math.inf for w in given):
+        """Return the weights of this process's batches. They sum to 1 over all processes."""
+        values = [1.0] * len(self.batches) if weights is None else [float(w) for w in weights]
+        if len(values) != len(self.batches) or not all(0 <= w < math.inf for w in values):
             raise ValueError(
                 f"weights is {weights}, must hold a finite weight >= 0 for each of {len(self.batches)} batches"
             )
-        total = torch.tensor(sum(given), dtype=torch.float64, device=self.device)
+        total = torch.tensor(sum(values), dtype=torch.float64, device=self.device)
         if self.distributed:
             dist.all_reduce(total)
         if total == 0:
             raise ValueError("weights are all 0, one must be positive")
-        return [w / float(total) for w in given]
+        return [w / float(total) for w in values]
 
     def _loss(self, index: int) -> Tensor:
         batch = self.batches[index]
         if self.model is not self.source:
             batch = tree_map(self._cast, batch)
         start = self._random[index]
-        assert start is not None, "batches are evaluated in their order"
+        assert start is not None, "batches must be evaluated in order"
         with start.replayed(), checkpointed(self._blocks):
             loss = self.loss_fn(self.model, batch)
             if self._random[index + 1] is None:
@@ -224,33 +226,34 @@ class HessianOperator:
         return graph
 
     def _warn_if_random(self, index: int, loss: Tensor) -> None:
-        if self._tried:
+        """Evaluate the loss a second time, once per operator, and warn if it differs."""
+        if self._checked_randomness:
             return
-        self._tried = True
+        self._checked_randomness = True
         with self._scope(), twice_differentiable(), torch.no_grad():
-            again = float(self._loss(index))
-        if abs(again - float(loss)) > _SAME * (abs(again) + abs(float(loss))):
+            second = float(self._loss(index))
+        if abs(second - float(loss)) > _RANDOM_ABOVE * (abs(second) + abs(float(loss))):
             warnings.warn(
-                f"the loss changes from call to call ({float(loss):.6g}, then {again:.6g}) although buffers and "
-                "torch's random numbers are the same, so it has no one Hessian: loss_fn must not draw batches or "
-                "random numbers of its own, nor count its calls",
+                f"the loss changes from call to call ({float(loss):.6g}, then {second:.6g}) although buffers and "
+                "torch's random numbers are the same, so its Hessian is not defined: loss_fn must not draw batches or "
+                "use random numbers of its own, nor depend on how often it was called",
                 stacklevel=5,
             )
 
     def _split(self, vector: Tensor) -> list[Tensor]:
         parts = vector.split([p.numel() for p in self.params])
-        # Scales are float32 in a float64 model, too.
+        # Scales stay float32 in a float64 model.
         return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, self.params, strict=True)]
 
     def _batch_products(self, index: int, vectors: Sequence[Tensor]) -> list[list[Tensor]]:
         if self.engine == "forward":
-            found = []
+            products = []
             for v in vectors:
                 with self._scope():
                     loss, _, product = forward_product(lambda: self._loss(index), self.params, self._split(v))
                 self._warn_if_random(index, loss)
-                found.append(product)
-            return found
+                products.append(product)
+            return products
         graph = self._graph(index)
         last = len(vectors) - 1
         return [graph.product(self._split(v), keep=self.retain or i < last) for i, v in enumerate(vectors)]
@@ -262,7 +265,7 @@ class HessianOperator:
             vectors: tensors ``[n]`` of the operator's dtype and device.
 
         Raises:
-            ValueError: if the loss is no scalar or does not depend on the parameters, or a vector does not fit.
+            ValueError: if the loss is not a scalar or does not depend on the parameters, or a vector does not fit.
         """
         for v in vectors:
             if v.shape != (self.n,) or v.dtype != self.dtype or v.device != self.device:
@@ -270,14 +273,19 @@ class HessianOperator:
                     f"the vector is {v.dtype} of shape {tuple(v.shape)} on {v.device}, "
                     f"must be {self.dtype} of shape ({self.n},) on {self.device}"
                 )
-        if self._state() != self._stamp:
+        if self._state() != self._used_state:
             self.refresh()
         results = self._mean(lambda index: self._batch_products(index, vectors), len(vectors))
         self.count += len(vectors)
         return results
 
     def _mean(self, of_batch: Callable[[int], list[list[Tensor]]], count: int) -> list[Tensor]:
-        """Return weighted means over batches and processes, each flattened."""
+        """Return weighted means over batches and processes as flat vectors.
+
+        Args:
+            of_batch: from the index of a batch to ``count`` results, each with one tensor per parameter.
+            count: number of results.
+        """
         results: list[Tensor] = []
         for index, weight in enumerate(self._weights):
             flat = [torch.cat([t.reshape(-1).to(self.dtype) for t in parts]) for parts in of_batch(index)]
@@ -294,7 +302,7 @@ class HessianOperator:
 
     def gradient(self) -> Tensor:
         """Return the gradient of the mean loss, ``[n]``."""
-        if self._state() != self._stamp:
+        if self._state() != self._used_state:
             self.refresh()
 
         def of_batch(index: int) -> list[list[Tensor]]:
@@ -308,14 +316,14 @@ class HessianOperator:
         return self._mean(of_batch, 1)[0]
 
     def matvec(self, v: Any) -> Any:
-        """Return the Hessian times a vector ``[n]``, or ``[n, 1]`` as scipy has it; NumPy in, NumPy out."""
+        """Return the Hessian times a vector ``[n]``, or ``[n, 1]`` as scipy uses. A NumPy array gives a NumPy array."""
         if isinstance(v, np.ndarray):
             product = self.products([self._from_numpy(v.reshape(-1))])[0]
             return product.cpu().numpy().astype(v.dtype if v.dtype.kind == "f" else np.float64).reshape(v.shape)
         return self.products([v.reshape(-1)])[0].reshape(v.shape)
 
     def matmat(self, v: Any) -> Any:
-        """Return the Hessian times a matrix ``[n, k]``, one pass over the batches for all columns."""
+        """Return the Hessian times a matrix ``[n, k]``. One pass over the batches serves all columns."""
         if isinstance(v, np.ndarray):
             columns = [self._from_numpy(np.ascontiguousarray(v[:, i])) for i in range(v.shape[1])]
             product = torch.stack(self.products(columns), 1)
@@ -326,7 +334,7 @@ class HessianOperator:
         return torch.from_numpy(v).to(self.device, self.dtype)
 
     def to_scipy(self) -> Any:
-        """Return a ``scipy.sparse.linalg.LinearOperator``, for ``eigsh``, ``cg`` and the like; needs scipy."""
+        """Return a ``scipy.sparse.linalg.LinearOperator``, for ``eigsh``, ``cg`` and others; needs scipy."""
         from scipy.sparse.linalg import LinearOperator
 
         dtype = np.float64 if self.dtype == torch.float64 else np.float32
@@ -338,29 +346,31 @@ class HessianOperator:
 def _parameters(model: nn.Module, params: Sequence[Tensor] | None) -> list[Tensor]:
     if params is None:
         check_weights(quantized_modules(model), "params must name what it is computed from, or leave it out")
-        found: list[Tensor] = list(quantized_weights(model))
-        if not found:
+        weights: list[Tensor] = list(quantized_weights(model))
+        if not weights:
             raise ValueError(
-                "the model has no quantized layer: quantize_model() makes some, or give params "
-                "(list(model.parameters()), say)"
+                "the model has no quantized layer: call quantize_model(), or give params "
+                "(such as list(model.parameters()))"
             )
-        return found
-    given = list(params)
-    if not given or not all(isinstance(p, Tensor) for p in given):
+        return weights
+    params = list(params)
+    if not params or not all(isinstance(p, Tensor) for p in params):
         raise ValueError("params must be one or more parameters of the model")
-    own = {id(p) for p in model.parameters()}
-    if strangers := [i for i, p in enumerate(given) if id(p) not in own]:
-        raise ValueError(f"params{strangers[:5]} are no parameters of the model")
-    if len({id(p) for p in given}) != len(given):
+    in_model = {id(p) for p in model.parameters()}
+    if others := [i for i, p in enumerate(params) if id(p) not in in_model]:
+        raise ValueError(f"params{others[:5]} are not parameters of the model")
+    if len({id(p) for p in params}) != len(params):
         raise ValueError("params holds a parameter twice")
-    if len({p.device for p in given}) > 1:
-        raise ValueError(f"params are on {sorted({str(p.device) for p in given})}, must be on one device")
-    return given
+    if len({p.device for p in params}) > 1:
+        raise ValueError(f"params are on {sorted({str(p.device) for p in params})}, must be on one device")
+    return params
 
 
 def _product_dtype(params: Sequence[Tensor], dtype: torch.dtype | None) -> torch.dtype:
     if dtype is None:
         return torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype is {dtype}, must be torch.float32 or torch.float64: 16 bits hold no second derivative")
+        raise ValueError(
+            f"dtype is {dtype}, must be torch.float32 or torch.float64: 16 bits are not enough for second derivatives"
+        )
     return dtype

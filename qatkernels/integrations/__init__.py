@@ -1,1 +1,1 @@
-"""Other people's training frameworks, each in the module of its name; needs that framework."""
+"""Integrations with other training frameworks. Each is in a module named like its framework, and needs it."""

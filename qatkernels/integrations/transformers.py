@@ -4,9 +4,10 @@
     winq = WinQCallback(reset_every=60_000, reset_weight=0.4, noise_std=1e-3)
     SQuATTrainer(model, args, train_dataset=data, callbacks=[winq], squat={"rho": 0.05}).train()
 
-Either works without the other. Both begin at the Trainer's global step, so that a resumed run goes on without a state
-of theirs, and both add what they know to the Trainer's logs. A callback works in any Trainer, but cannot reach
-reporters that come before it, nor learn that training failed: WinQ without SQuAT is best off in a :class:`QATTrainer`.
+Each works without the other. Both start from the Trainer's global step, so a resumed run needs no state of theirs. Both
+add their values to the Trainer's logs. The callback works in any Trainer, but it has two limits there: reporters that
+come before it do not get its values, and it is not told when training fails. So use a :class:`QATTrainer` for WinQ
+without SQuAT.
 """
 
 from __future__ import annotations
@@ -35,34 +36,34 @@ from .quantizer import QatConfig as QatConfig
 
 
 class WinQCallback(TrainerCallback):
-    """WinQ as a callback of any Trainer: noise while it trains, resets after optimizer steps.
+    """WinQ as a callback of any Trainer: noise in training, and resets after optimizer steps.
 
-    In a Trainer that is no :class:`QATTrainer`, reporters such as TensorBoard's do not get its numbers (the log history
-    does), and the noise stays on if ``train()`` raises an error, until ``callback.winq.remove()``.
+    In a Trainer that is not a :class:`QATTrainer`, the log history gets its values, but reporters such as TensorBoard's
+    do not. If ``train()`` raises an error there, the noise stays on until you call ``callback.winq.remove()``.
 
     Args:
-        **settings: those of :class:`~qatkernels.methods.WinQ`, by the same names and with the same defaults; steps are
-            optimizer steps. ``two_sided`` and more than one of ``samples`` need a :class:`QATTrainer`, which takes the
-            passes. ``reset_weight`` is the weight on the **quantized** value: the callback released with the paper
-            takes the weight on the full-precision value instead, so that its 0.2 is 0.8 here.
+        **settings: arguments of :class:`~qatkernels.methods.WinQ` with the same defaults; steps are optimizer steps.
+            ``two_sided``, and ``samples`` above 1, need a :class:`QATTrainer`, which makes the passes.
+            ``reset_weight`` is the weight on the **quantized** value. The callback that the authors of the paper
+            released takes the weight on the full-precision value, so its 0.2 is 0.8 here.
 
     Attributes:
-        winq: the :class:`~qatkernels.methods.WinQ` of the present run, None before the first.
+        winq: the :class:`~qatkernels.methods.WinQ` of the current run, None before the first run.
 
     Raises:
-        TypeError: if a setting is not one of WinQ's, or one that has no default is missing.
+        TypeError: if WinQ has no argument of a name, or an argument without a default is missing.
     """
 
     def __init__(self, **settings: Any) -> None:
-        inspect.signature(WinQ).bind(None, **settings)  # a wrong name is an error here, not when training begins
+        inspect.signature(WinQ).bind(None, **settings)  # raise for a wrong name here, not when training starts
         self.settings = settings
         self.winq: WinQ | None = None
-        self.passes_taken = False  # by a QATTrainer
+        self.passes_taken = False  # a QATTrainer sets this: it makes the passes of a step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Turn the noise on; raises ValueError where WinQ does."""
+        """Turn the noise on. Raises the errors of WinQ."""
         winq = WinQ(model, **self.settings)
         if winq.passes > 1 and not self.passes_taken:
             winq.remove()
@@ -93,26 +94,26 @@ class WinQCallback(TrainerCallback):
             self.winq.remove()
 
     def add_to(self, logs: dict[str, float]) -> dict[str, float]:
-        """Add what WinQ sees to a training log that does not have it, and return that."""
+        """Add WinQ's values to a training log, unless it has them, and return these values."""
         if self.winq is None or "loss" not in logs or "winq/flips" in logs:
             return {}
-        found = self.winq.log()
-        logs.update(found)
-        return found
+        values = self.winq.log()
+        logs.update(values)
+        return values
 
 
 class QATTrainer(Trainer):
-    """A Trainer for quantized models: scales do not decay, and have a learning rate that fits their size.
+    """A Trainer for quantized models: scales have no weight decay, and a learning rate that fits their size.
 
-    Training logs have ``scales_at_floor``, the number of scales that fell to the smallest value, with a warning once
-    (:func:`qatkernels.scales_at_floor`). With a :class:`WinQCallback`, its numbers reach every reporter, an error turns
-    the noise off, and a step averages over as many passes as it asks for.
+    Training logs have ``scales_at_floor``, the number of scales at the smallest value, and the first time that it is
+    not 0 there is a warning (:func:`qatkernels.scales_at_floor`). A :class:`WinQCallback` works fully: every reporter
+    gets its values, an error turns its noise off, and a step averages over several passes.
 
     Args:
-        *args: the Trainer's.
+        *args: arguments of Trainer.
         scale_lr: learning rate of scales and zero points; None as for :func:`qatkernels.param_groups`. The Trainer's
-            schedule applies to it. An optimizer that the Trainer is given stays as it is.
-        **kwargs: the Trainer's.
+            schedule applies to it. An optimizer that is given to the Trainer is not changed.
+        **kwargs: arguments of Trainer.
     """
 
     def __init__(self, *args: Any, scale_lr: float | None = None, **kwargs: Any) -> None:
@@ -121,17 +122,17 @@ class QATTrainer(Trainer):
         self._warned_of_floor = False
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Return the Trainer's optimizer, with groups of their own for scales."""
-        given = self.optimizer is not None
+        """Return the Trainer's optimizer, with separate parameter groups for scales."""
+        is_given = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         model: Any = args[0] if args else kwargs.get("model") or self.model
-        if not given and quantized_modules(model):
-            self._give_scales_groups(optimizer, param_groups(model, lr=self.args.learning_rate, scale_lr=self.scale_lr))
+        if not is_given and quantized_modules(model):
+            self._separate_scales(optimizer, param_groups(model, lr=self.args.learning_rate, scale_lr=self.scale_lr))
         return optimizer
 
     @staticmethod
-    def _give_scales_groups(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
-        """Move scales out of the optimizer's groups into new ones with their learning rates and no decay."""
+    def _separate_scales(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+        """Move scales from the optimizer's groups into new groups, with their learning rates and no weight decay."""
         rates = {id(p): group["lr"] for group in groups if group["name"] == "scales" for p in group["params"]}
         for group in list(optimizer.param_groups):
             by_rate: dict[float, list[Tensor]] = {}
@@ -143,27 +144,28 @@ class QATTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": scales, "lr": rate, "weight_decay": 0.0})
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return the Trainer's choice without scales and zero points of weights and activations."""
+        """Return the parameters that the Trainer decays, without scales and zero points of weights and activations."""
         scales = set(map(id, scales_of(model)))
-        kept = {name for name, p in model.named_parameters() if id(p) in scales}
-        return [name for name in super().get_decay_parameter_names(model) if name not in kept]
+        scale_names = {name for name, p in model.named_parameters() if id(p) in scales}
+        return [name for name in super().get_decay_parameter_names(model) if name not in scale_names]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss, the mean of those of WinQ's passes."""
+        """Return the loss: the mean over WinQ's passes."""
 
-        def closure() -> Tensor:  # a loss may take its labels out of the batch
+        def closure() -> Tensor:
+            # A copy for each pass, because computing the loss may remove the labels from the batch.
             loss: Tensor = super(QATTrainer, self).training_step(model, copy.copy(inputs), *args, **kwargs)
             return loss
 
-        several = next((c.winq for c in self._winq() if c.winq is not None and c.winq.passes > 1), None)
-        if several is None:
+        winq = next((c.winq for c in self._winq() if c.winq is not None and c.winq.passes > 1), None)
+        if winq is None:
             return closure()
-        several.model = model  # wrapped only now
-        loss: Tensor = several.gradient(closure, accumulate=True)
+        winq.model = model  # the Trainer has wrapped the model since on_train_begin
+        loss: Tensor = winq.gradient(closure, accumulate=True)
         return loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as any Trainer does."""
+        """Train; arguments and result are those of ``Trainer.train``."""
         for callback in self._winq():
             callback.passes_taken = True
         try:
@@ -174,7 +176,7 @@ class QATTrainer(Trainer):
                 callback.passes_taken = False
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add WinQ's log to a training log, before the callbacks get it in their order."""
+        """Add WinQ's values and ``scales_at_floor`` to a training log, before any callback gets it."""
         for callback in self._winq():
             callback.add_to(logs)
         model: Any = self.model
@@ -192,7 +194,7 @@ class QATTrainer(Trainer):
 
 
 class _AfterStep(TrainerCallback):
-    """Begins SQuAT anew with each training, and counts its steps."""
+    """Makes a new SQuAT for each training, and counts its steps."""
 
     def __init__(self, trainer: SQuATTrainer) -> None:
         self.trainer = trainer
@@ -206,15 +208,15 @@ class _AfterStep(TrainerCallback):
 
 
 class SQuATTrainer(QATTrainer):
-    """A Trainer whose every training step is SQuAT's: two passes, one at perturbed weights.
+    """A Trainer that trains with SQuAT: two passes a step, one of them at perturbed weights.
 
     With ``gradient_accumulation_steps`` each micro-batch is perturbed along its own gradient, and all micro-batches of
-    a step serve the same objective; several processes average the gradients of each.
+    a step have the same objective. Several processes average the gradients of each micro-batch.
 
     Args:
-        *args: the Trainer's.
+        *args: arguments of Trainer.
         squat: keyword arguments of :class:`~qatkernels.methods.SQuAT`.
-        **kwargs: the Trainer's.
+        **kwargs: arguments of Trainer.
 
     Attributes:
         squat: the SQuAT of the model being trained, None before the first step.
@@ -227,7 +229,7 @@ class SQuATTrainer(QATTrainer):
         self.add_callback(_AfterStep(self))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss at the quantized weights, gradients left for the Trainer's optimizer."""
+        """Compute the gradients of SQuAT, and return the loss at the quantized weights."""
         if self.squat is None:
             self.squat = SQuAT(model, **self._settings)
             self.squat.load_state_dict({"steps": self.state.global_step})
@@ -239,7 +241,7 @@ class SQuATTrainer(QATTrainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add SQuAT's log to a training log."""
+        """Add SQuAT's values to a training log."""
         if self.squat is not None and "loss" in logs:
             logs.update(self.squat.log())
         super().log(logs, *args, **kwargs)

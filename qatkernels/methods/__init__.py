@@ -1,4 +1,4 @@
-"""Training methods for any loop: WinQ and SQuAT, and what they count. Needs torch alone."""
+"""Training methods for any loop: WinQ and SQuAT, and statistics of the codes. Needs torch alone."""
 
 from .squat import SQuAT
 from .stats import GridStats

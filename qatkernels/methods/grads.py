@@ -1,4 +1,4 @@
-"""Gradients of several passes: taken away and added up."""
+"""Gradients of several passes: take them out of the parameters, add them, put them back."""
 
 from __future__ import annotations
 
@@ -16,31 +16,34 @@ from ..dtensor import is_dtensor, is_fsdp
 Grads = list[Tensor | None]
 
 
-def own(g: Tensor) -> Tensor:
-    """Return a gradient in memory of its own: in a bucket of DDP's, the next pass would write over it."""
+def copy_if_shared(g: Tensor) -> Tensor:
+    """Return a gradient that shares memory with nothing else.
+
+    A gradient may be a view of a bucket of DDP, which the next pass overwrites.
+    """
     if is_dtensor(g) or g.layout != torch.strided:
         return g
     shared = is_view(g) or g.untyped_storage().nbytes() > g.numel() * g.element_size()
     return g.clone() if shared else g
 
 
-def take(parameters: Sequence[Tensor]) -> Grads:
-    """Return the gradients and leave None in their place."""
-    grads: Grads = [None if p.grad is None else own(p.grad) for p in parameters]
+def take_grads(parameters: Sequence[Tensor]) -> Grads:
+    """Return the gradients of parameters, and set ``.grad`` to None."""
+    grads: Grads = [None if p.grad is None else copy_if_shared(p.grad) for p in parameters]
     for parameter in parameters:
         parameter.grad = None
     return grads
 
 
-def put(parameters: Sequence[Tensor], grads: Grads) -> None:
-    """Set the gradients."""
+def set_grads(parameters: Sequence[Tensor], grads: Grads) -> None:
+    """Set the gradients of parameters."""
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
 
 
 @torch.no_grad()
 def add_(total: Grads, grads: Grads, factor: float = 1.0) -> Grads:
-    """Return ``total + factor * grads``, computed in memory of one of them; None counts as zero."""
+    """Return ``total + factor * grads``. The result reuses the memory of one of the two; None counts as zero."""
     result: Grads = []
     for t, g in zip(total, grads, strict=True):
         if g is None:
@@ -52,11 +55,11 @@ def add_(total: Grads, grads: Grads, factor: float = 1.0) -> Grads:
     return result
 
 
-def run(closure: Callable[[], Any], layers: Mapping[str, nn.Module]) -> Any:
-    """Return what a closure returns.
+def run_closure(closure: Callable[[], Any], layers: Mapping[str, nn.Module]) -> Any:
+    """Call a closure and return its result.
 
     Raises:
-        RuntimeError: if it changed the weight of a layer: passes of a step are at the same weights.
+        RuntimeError: if it changed the weight of a layer. All passes of a step must use the same weights.
     """
     before = {name: (weight, weight._version) for name, layer in layers.items() if (weight := layer.weight) is not None}
     loss = closure()
@@ -67,44 +70,47 @@ def run(closure: Callable[[], Any], layers: Mapping[str, nn.Module]) -> Any:
 
 
 @contextmanager
-def apart(model: nn.Module, parameters: Sequence[Tensor], accumulate: bool) -> Iterator[None]:
-    """Let passes find no gradients; afterwards add theirs to those that were there, or drop these.
+def without_old_grads(model: nn.Module, parameters: Sequence[Tensor], accumulate: bool) -> Iterator[None]:
+    """Set aside the gradients of earlier calls while passes run; afterwards add the new gradients to them.
 
-    An error of the passes leaves the gradients that were to be added to as they were.
+    If ``accumulate`` is False, the old gradients are dropped. If a pass raises an error, gradients that were to be
+    added to are restored.
 
     Args:
-        model: as the passes call it, DDP or FSDP2 included: where gradients are added they are reduced in each pass,
-            also within ``no_sync``. What is taken away here the last pass of a step would not reduce.
-        parameters: those that are trained.
-        accumulate: whether to add.
+        model: the module that the passes call, with its DDP or FSDP2 wrapper. With ``accumulate``, every pass reduces
+            its gradients over the processes, also within ``no_sync``: the last pass of a step would not reduce the
+            gradients that were set aside here.
+        parameters: the trained parameters.
+        accumulate: whether to add to the old gradients.
     """
     if not accumulate:
         for parameter in parameters:
             parameter.grad = None
         yield
         return
-    before = take(parameters)
+    before = take_grads(parameters)
     try:
-        with _reduced(model):
+        with _synchronized(model):
             yield
     except BaseException:
-        put(parameters, before)
+        set_grads(parameters, before)
         raise
-    put(parameters, add_(before, take(parameters)))
+    set_grads(parameters, add_(before, take_grads(parameters)))
 
 
 @contextmanager
-def _reduced(model: nn.Module) -> Iterator[None]:
+def _synchronized(model: nn.Module) -> Iterator[None]:
+    """Reduce gradients over the processes in every backward pass within the context."""
     replicas = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-    asked = [replica.require_backward_grad_sync for replica in replicas]
+    settings = [replica.require_backward_grad_sync for replica in replicas]
     for replica in replicas:
         replica.require_backward_grad_sync = True
     for module in model.modules():
         if is_fsdp(module):
-            # This flag has no getter to restore from; loops set it for each micro-batch.
+            # FSDP2 has no getter for this flag, so it is not restored. Loops set it for each micro-batch anyway.
             module.set_requires_gradient_sync(True, recurse=False)  # type: ignore[operator]
     try:
         yield
     finally:
-        for replica, before in zip(replicas, asked, strict=True):
+        for replica, before in zip(replicas, settings, strict=True):
             replica.require_backward_grad_sync = before

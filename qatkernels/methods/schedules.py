@@ -1,4 +1,4 @@
-"""Learning rate schedules: plain functions of the step that return a factor of the peak learning rate."""
+"""Learning rate schedules: functions from the step to the learning rate, as a factor of the peak."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def wsd(step: int, steps: int, warmup: int = 0, decay: int = 0, floor: float = 0
         step: the step about to be taken, from 0.
         steps: steps of the whole run.
         warmup: steps over which the factor rises linearly; the last of them has factor 1.
-        decay: steps at the end over which it falls.
+        decay: steps at the end over which the factor falls.
         floor: factor that the decay approaches at ``steps``.
         shape: ``"linear"``, ``"sqrt"`` (one minus the square root of the progress) or ``"cosine"``.
 
@@ -65,11 +65,11 @@ def wsd(step: int, steps: int, warmup: int = 0, decay: int = 0, floor: float = 0
 
 
 def split(steps: int, fraction: float) -> tuple[int, int]:
-    """Return how many of ``steps`` are in full precision and how many quantized; never zero of either.
+    """Return the number of full-precision steps and of QAT steps, each at least 1.
 
     Args:
         steps: steps of both phases together, at least 2.
-        fraction: share of the quantized ones, in (0, 1).
+        fraction: fraction of QAT steps, in (0, 1).
 
     Raises:
         ValueError: if ``steps`` or ``fraction`` is out of range.
@@ -86,21 +86,21 @@ def classic(
     step: int, steps: int, qat_steps: int, warmup: int = 0, cooldown: int = 0, rewarmup: int = 0,
     floor: float = 0.0, shape: str = "sqrt", qat_peak: float = 1.0,
 ) -> float:  # fmt: skip
-    """Return the factor of a full-precision training that is finished, cooldown and all, and then quantized.
+    """Return the factor of a complete full-precision training, with cooldown, that QAT follows.
 
-    The first ``steps - qat_steps`` are in full precision: warmup, constant, cooldown. Then QAT starts from the
-    cooled-down weights: re-warmup, decay. Plain functions of the step, so that
-    ``LambdaLR(optimizer, partial(classic, steps=..., qat_steps=...))`` works; its call after the last step is allowed.
+    The first ``steps - qat_steps`` steps are in full precision: warmup, constant, cooldown. Then QAT starts from the
+    cooled-down weights: re-warmup, decay. The function works with
+    ``LambdaLR(optimizer, partial(classic, steps=..., qat_steps=...))``, which also calls it after the last step.
 
     Args:
-        step: the step about to be taken in the whole run, from 0; ``steps`` gives the rate that the decay ends at.
+        step: the step about to be taken in the whole run, from 0; ``steps`` gives the rate at the end of the decay.
         steps: steps of both phases together.
-        qat_steps: how many of them, at the end, are quantized.
+        qat_steps: the last steps, which are quantized.
         warmup: first steps, over which the factor rises linearly; the last of them has factor 1.
         cooldown: last steps of the full-precision phase, over which it falls.
         rewarmup: first steps of the quantized phase, over which it rises again.
-        floor: share of the peak at which both decays end.
-        shape: of both decays; a key of ``DECAYS``.
+        floor: factor at which both decays end, as a fraction of their peak.
+        shape: shape of both decays; a key of ``DECAYS``.
         qat_peak: factor at the peak of the quantized phase.
 
     Raises:
@@ -113,11 +113,11 @@ def fused(
     step: int, steps: int, qat_steps: int, warmup: int = 0, rewarmup: int = 0,
     floor: float = 0.0, shape: str = "sqrt", qat_peak: float = 1.0,
 ) -> float:  # fmt: skip
-    """Return the factor of a training whose only cooldown happens while it is quantized.
+    """Return the factor of a training whose only cooldown is the decay of QAT.
 
-    The first ``steps - qat_steps`` are in full precision: warmup, constant. Where the cooldown would start QAT takes
-    over from the weights at the constant rate: re-warmup, then the decay. Arguments and errors are those of
-    :func:`classic`, which has as many steps in each phase.
+    The first ``steps - qat_steps`` steps are in full precision: warmup, constant. QAT starts where :func:`classic`
+    would start its cooldown, from the weights at the constant rate: re-warmup, decay. Arguments and errors are those of
+    :func:`classic`.
     """
     return _two_phases(step, steps, qat_steps, (warmup, 0), rewarmup, floor, shape, qat_peak)
 
@@ -133,6 +133,6 @@ def _two_phases(
     warmup, cooldown = ends
     if step < first:
         return wsd(step, first, warmup, cooldown, floor, shape)
-    if step == steps:  # where LambdaLR looks once more
+    if step == steps:  # LambdaLR calls the schedule once more after the last step
         return floor * peak if qat_steps else floor if cooldown else 1.0
     return peak * wsd(step - first, qat_steps, rewarmup, qat_steps - rewarmup, floor, shape)

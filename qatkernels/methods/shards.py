@@ -1,4 +1,4 @@
-"""What this process holds of a quantized layer: everything, or under FSDP2 a shard of whole rows or groups."""
+"""The local part of quantized layers: all of a layer, or under FSDP2 this process's shard of rows or groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..nn.quantized import Quantized, check_weights
 
 
 class Part(NamedTuple):
-    """The local part of a layer's weight and what quantizes it."""
+    """The local part of a layer's weight, and the scales and zero points of that part."""
 
     weight: Tensor
     scale: Tensor
@@ -23,33 +23,42 @@ class Part(NamedTuple):
 
 
 def layers_by_weight(model: nn.Module) -> dict[str, Quantized]:
-    """Return the quantized layers by name, one for each weight.
+    """Return the quantized layers by name. Of layers that share a weight, only the first is listed.
 
     Raises:
-        ValueError: if there is none, one has a weight that is computed (pruned, or parametrized by weight_norm), or
+        ValueError: if there is no quantized layer, a weight is computed (pruned, or parametrized by weight_norm), or
             layers share a weight and quantize it differently.
     """
-    first: dict[int, tuple[str, Quantized]] = {}
+    by_weight: dict[int, tuple[str, Quantized]] = {}
     check_parameters(quantized_modules(model))
     for name, module in quantized_modules(model).items():
-        known, twin = first.setdefault(id(module.weight), (name, module))
-        if module.scale is not twin.scale or module.config != twin.config:
-            raise ValueError(f"{known} and {name} share a weight but not its scales: it has no one grid")
-    if not first:
+        first_name, first = by_weight.setdefault(id(module.weight), (name, module))
+        if module.scale is not first.scale or module.config != first.config:
+            raise ValueError(
+                f"{first_name} and {name} share a weight but quantize it differently: give both the same scales and "
+                "configuration"
+            )
+    if not by_weight:
         raise ValueError("the model has no quantized layer: call quantize_model first")
-    return dict(first.values())
+    return dict(by_weight.values())
 
 
 def check_parameters(layers: dict[str, Quantized]) -> None:
-    """Raise ValueError if a layer's weight is computed: what is written to it is lost, and it has no gradient."""
+    """Raise ValueError if a layer's weight is computed: a change of it would be lost, and it has no gradient."""
     check_weights(layers, "WinQ's resets and SQuAT's perturbations would be lost, and statistics of the past")
 
 
 def local(name: str, module: Quantized) -> Part:
-    """Return the local part of a layer; a scale for the whole weight is gathered, which all processes must join.
+    """Return the local part of a layer.
+
+    If the whole weight has one scale, that scale is gathered, so all processes must call this.
+
+    Args:
+        name: name of the layer, for error messages.
+        module: the layer.
 
     Raises:
-        ValueError: if the weight is computed, or sharded so that a row or a group is not whole.
+        ValueError: if the weight is computed, or the shards split a row or a group.
     """
     check_parameters({name: module})
     weight, scale = module.weight.detach(), module.quantizer.stored(module.scale).detach()
@@ -63,9 +72,11 @@ def local(name: str, module: Quantized) -> Part:
     sharded = {p.dim for p in weight.placements if isinstance(p, Shard)}
     same = is_dtensor(scale) and scale.placements == weight.placements
     simple = all(isinstance(p, Replicate) or type(p) is Shard for p in weight.placements)
-    # Equal chunks of columns are whole groups if the groups divide evenly.
-    unbroken = sharded <= {0} or (module.group_size is not None and scale.shape[1] % weight.device_mesh.size() == 0)
-    if not (same and simple and unbroken):
+    # Sharding along columns gives equal chunks. They do not split a group if the number of groups divides evenly.
+    groups_complete = sharded <= {0} or (
+        module.group_size is not None and scale.shape[1] % weight.device_mesh.size() == 0
+    )
+    if not (same and simple and groups_complete):
         raise ValueError(
             f"{name} has a weight sharded as {weight.placements} and a scale as {getattr(scale, 'placements', None)}; "
             "rows (or groups) must be whole in each process: shard both along dimension 0, as fully_shard does"
@@ -74,19 +85,19 @@ def local(name: str, module: Quantized) -> Part:
 
 
 def locals_of(layers: dict[str, Quantized]) -> Iterator[tuple[Quantized, Part]]:
-    """Yield each layer and its local part, which may be empty."""
+    """Yield each layer with its local part, which may be empty."""
     for name, module in layers.items():
         yield module, local(name, module)
 
 
 def total(sums: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the sum of values that processes computed from their parts of weights.
+    """Return the sum over all weights of a value that each process computed from its local parts.
 
     Args:
-        sums: weights and the value of each one's local part.
+        sums: for each weight, the weight and the value of its local part.
     """
     device = sums[0][1].device
-    everything = torch.zeros_like(sums[0][1])
+    result = torch.zeros_like(sums[0][1])
     sharded: dict[Any, Tensor] = {}
     groups: dict[Any, list[dist.ProcessGroup]] = {}
     for weight, value in sums:
@@ -96,9 +107,9 @@ def total(sums: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
             sharded[key] = sharded[key] + value if key in sharded else value.clone()
             groups[key] = [weight.device_mesh.get_group(i) for i, p in enumerate(weight.placements) if p.is_shard()]
         else:
-            everything = everything + value
+            result = result + value
     for key, value in sharded.items():
         for group in groups[key]:
             dist.all_reduce(value, group=group)
-        everything = everything + value
-    return everything
+        result = result + value
+    return result

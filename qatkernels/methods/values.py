@@ -1,4 +1,4 @@
-"""What a value given by hand may be: True is no number, half a step is no step, a loss is no closure."""
+"""Validators for values that users give: bools are not numbers, counts are integers, a closure is a function."""
 
 from __future__ import annotations
 
@@ -19,25 +19,37 @@ def is_number(value: Any) -> bool:
 
 
 def check_seed(name: str, value: int) -> None:
-    """Raise ValueError if torch's generators do not take a seed."""
+    """Raise ValueError if torch's generators do not accept a seed."""
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"{name} is {value}, must be -2**63 to 2**64 - 1")
 
 
 def check_count(name: str, value: Any, least: int, otherwise: str = "") -> None:
-    """Raise ValueError if a value is no integer of at least ``least``; ``otherwise`` says what else is allowed."""
+    """Raise ValueError unless a value is an integer of at least ``least``.
+
+    Args:
+        name: name of the argument, for the message.
+        value: its value.
+        least: smallest value that is allowed.
+        otherwise: end of the message, which names other allowed values.
+    """
     if not is_whole(value) or value < least:
         raise ValueError(f"{name} is {value!r}, must be a whole number and at least {least}{otherwise}")
 
 
 def check_size(name: str, value: Any) -> None:
-    """Raise ValueError if a value is no finite number of at least 0."""
+    """Raise ValueError unless a value is a finite number of at least 0."""
     if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{name} is {value!r}, must be finite and >= 0")
 
 
 def check_closure(call: str, closure: Any) -> Callable[[], Any]:
-    """Return what is to be called without arguments; raise ValueError, naming who asked, if it cannot be called."""
+    """Return ``closure``, or raise ValueError if it cannot be called.
+
+    Args:
+        call: the method that was called, for the message.
+        closure: a function without arguments.
+    """
     if not callable(closure):
         raise ValueError(
             f"closure is {type(closure).__name__}, must be a function without arguments that zeroes the gradients, "

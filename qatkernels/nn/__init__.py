@@ -4,7 +4,7 @@ from .._moved import moved
 from ._check import CheckReport, LayerCheck, check
 from ._load_weights import load_weights
 from ._pack_model import PACKERS, compile_kernels, model_bytes, pack_model, packed_modules
-from ._param_groups import param_groups, scales_at_floor
+from ._param_groups import param_groups, param_groups_from_rates, scales_at_floor
 from ._quantize_model import quantize_model, quantized_modules, quantized_weights
 from .activation import DynamicActivation, LearnedActivation, calibrate
 from .config import QuantConfig
@@ -36,6 +36,7 @@ __all__ = [
     "pack_model",
     "packed_modules",
     "param_groups",
+    "param_groups_from_rates",
     "quantization_report",
     "quantize_model",
     "quantized_modules",

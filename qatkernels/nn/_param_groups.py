@@ -63,13 +63,26 @@ def param_groups(
         raise ValueError("model has no quantized layer: call quantize_model first")
 
     rates = [(scale_lr, scales_of(model))] if scale_lr is not None else _fitting_rates(layers, lr * RELATIVE_RATE)
-    return grouped(model, lr, weight_decay, rates)
+    return param_groups_from_rates(model, lr, weight_decay, rates)
 
 
-def grouped(
+def param_groups_from_rates(
     model: nn.Module, lr: float, weight_decay: float, scale_rates: Sequence[tuple[float, Sequence[nn.Parameter]]] = ()
 ) -> list[dict[str, Any]]:
-    """Return the groups of :func:`param_groups` for given learning rates of scales; the model need not be quantized."""
+    """Return the groups of :func:`param_groups` for learning rates of the scales that the caller chose.
+
+    For loops that also train in full precision: the model need not be quantized, and nothing is checked.
+
+    Args:
+        model: the model, wrapped or not.
+        lr: learning rate of weights and others.
+        weight_decay: decay of the group ``"weights"``.
+        scale_rates: learning rates, each with the scales and zero points that get it. A scale in none of them is in no
+            group.
+
+    Returns:
+        Groups with ``"params"``, ``"lr"``, ``"weight_decay"`` and ``"name"``, as :func:`param_groups` returns them.
+    """
     learned = set(map(id, scales_of(model)))
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     rest = [p for p in model.parameters() if id(p) not in learned]

@@ -1,4 +1,4 @@
-"""Compute-optimal QAT: how many tokens in full precision, how many quantized, at which bit width."""
+"""Compute-optimal QAT: how many tokens to train in full precision, how many quantized, and at which bit width."""
 
 from .decide import BitChoice, best_bits_under_memory, full_precision_parity, wasted_tokens
 from .fit import FitError, LossFit, fit_loss_law, measured_optima, read_runs

@@ -1,4 +1,4 @@
-"""What follows from a fitted law: tokens that a bad split wastes, parity with full precision, the best bit width."""
+"""Decisions from a fitted law: tokens that a bad split wastes, parity with full precision, the best bit width."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .formula import Array, plain, positive
+from .formula import Array, as_positive, scalar_as_float
 from .law import LossLaw
 
-#: Tokens between which :func:`full_precision_parity` looks.
+#: Range of tokens that :func:`full_precision_parity` searches.
 TOKENS_SEARCHED = (1e3, 1e18)
 
 
 def wasted_tokens(law: LossLaw, params: ArrayLike, tokens: ArrayLike, bits: ArrayLike, fraction: ArrayLike) -> Any:
-    """Return D − D′, the tokens that training with another than the best fraction wastes.
+    """Return D − D′, the tokens that a training with this fraction wastes.
 
-    D′ is the budget with which the best fraction gives the loss that D tokens give at this one:
+    With the best fraction, D′ tokens are enough for the loss that D tokens give with this fraction:
     min_f L(D′, f) = L(D, fraction).
 
     Args:
         law: the loss law.
-        params: N, parameters; this and the rest broadcast.
+        params: N, parameters; broadcasts with the other arguments.
         tokens: D, tokens of both phases.
         bits: B, bits of a weight.
-        fraction: share of quantized tokens, in (0, 1).
+        fraction: fraction of quantized tokens, in (0, 1).
 
     Returns:
         Tokens in [0, D).
@@ -36,10 +36,10 @@ def wasted_tokens(law: LossLaw, params: ArrayLike, tokens: ArrayLike, bits: Arra
         ValueError: if an argument is out of range.
     """
     loss = np.asarray(law.at_fraction(params, tokens, bits, fraction))
-    n, b = positive("params", params), positive("bits", bits)
-    high = np.broadcast_to(np.log(positive("tokens", tokens)), loss.shape)
+    n, b = as_positive("params", params), as_positive("bits", bits)
+    high = np.broadcast_to(np.log(as_positive("tokens", tokens)), loss.shape)
     best = _bisect(lambda x: np.asarray(law.minimum(n, np.exp(x), b)) - loss, high - 60.0, high)
-    return plain(np.maximum(np.exp(high) - np.exp(best), 0.0))
+    return scalar_as_float(np.maximum(np.exp(high) - np.exp(best), 0.0))
 
 
 def full_precision_parity(
@@ -47,23 +47,23 @@ def full_precision_parity(
 ) -> tuple[float, float] | None:
     """Return the range of tokens in which QAT at its best fraction matches full precision with as many tokens.
 
-    By its form the law never puts QAT below full precision, so that matching means a loss at most ``tolerance`` above
-    [ours].
+    In the law, the loss of QAT is never below that of full precision. So QAT matches if its loss is at most
+    ``tolerance`` higher (our definition).
 
     Args:
         law: the loss law.
         params: N, parameters.
         bits: B, bits of a weight.
-        tolerance: relative difference of the losses that counts as none.
+        tolerance: largest relative difference of losses that counts as a match.
 
     Returns:
-        Smallest and largest number of tokens (both phases) of the first range in which they match; inf where it has no
-        end below 10¹⁸; None if there is none.
+        Smallest and largest number of tokens (both phases) of the first range in which the two match. The largest is
+        inf if the range has no end below 10¹⁸. None if they match nowhere.
 
     Raises:
         ValueError: if an argument is not positive and finite.
     """
-    tolerance = float(positive("tolerance", tolerance))
+    tolerance = float(as_positive("tolerance", tolerance))
 
     def excess(x: Array) -> Array:
         d = np.exp(x)
@@ -92,8 +92,8 @@ class BitChoice:
         bits: B.
         params: N, parameters that fill the memory at B bits.
         tokens: D, tokens that the compute allows.
-        fraction: f*, share of quantized tokens.
-        loss: at that fraction.
+        fraction: f*, the best fraction of quantized tokens.
+        loss: loss at that fraction.
     """
 
     bits: float
@@ -106,30 +106,30 @@ class BitChoice:
 def best_bits_under_memory(
     law: LossLaw, memory: float, compute: float, bits: Sequence[float] = (1, 1.58, 2, 3, 4, 6)
 ) -> list[BitChoice]:
-    """Return bit widths, the best first, where fewer bits buy more parameters and so fewer tokens.
+    """Return the bit widths ordered by their loss, for a fixed memory and a fixed compute.
 
-    The weights fill the memory, M = N·B/8, and training takes the compute, C = 6·N·D, at any width; so S is the same
-    for all of them.
+    At every bit width the weights fill the memory, M = N·B/8, and training takes the compute, C = 6·N·D. Fewer bits
+    allow more parameters, and more parameters allow fewer tokens. S is the same at all bit widths.
 
     Args:
         law: the loss law.
-        memory: M, bytes of weights.
+        memory: M, bytes of the weights.
         compute: C, floating point operations of the whole training.
-        bits: widths to choose from.
+        bits: bit widths to choose from.
 
     Raises:
         ValueError: if an argument is not positive and finite.
     """
-    b = np.atleast_1d(positive("bits", bits))
-    n = positive("memory", memory) * 8 / b
-    d = positive("compute", compute) / (6 * n)
+    b = np.atleast_1d(as_positive("bits", bits))
+    n = as_positive("memory", memory) * 8 / b
+    d = as_positive("compute", compute) / (6 * n)
     fractions, losses = law.optimal_fraction(n, d, b), law.minimum(n, d, b)
     rows = np.stack([b, n, d, fractions, losses], 1)
     return [BitChoice(*row.tolist()) for row in rows[np.argsort(losses, kind="stable")]]
 
 
 def _bisect(function: Callable[[Array], Array], low: ArrayLike, high: ArrayLike) -> Array:
-    """Return where a function, elementwise positive at ``low`` and not at ``high``, stops being positive."""
+    """Return, for each element, where a function stops being positive: it is positive at ``low``, not at ``high``."""
     a, b = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
     for _ in range(60):
         middle = 0.5 * (a + b)

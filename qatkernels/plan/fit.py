@@ -1,11 +1,15 @@
-"""Finding the coefficients of the loss law in a table of runs.
+"""Fits the coefficients of the loss law to a table of runs.
 
-The objective is a Huber loss on residuals of the logarithm of the loss, over the logarithms of the coefficients, which
-keeps them positive. Given its ten exponents the law is linear in its six amplitudes; starts are therefore random
-exponents with the amplitudes that non-negative least squares gives them. Some iteratively reweighted
-Levenberg-Marquardt steps improve the best of them, L-BFGS follows the best of those, and more such steps finish. These
-are computed for many points, or for many resamples from the fit to all rows, at a time, which is what makes restarts
-and a bootstrap affordable.
+The objective is the Huber loss of the residuals of ln(loss). The variables are the logarithms of the coefficients,
+which keeps coefficients positive. For given exponents (ten) the law is linear in its amplitudes (six). So a start has
+random exponents, and the amplitudes that non-negative least squares finds for them.
+
+1. Make random starts, and improve the best ones by iteratively reweighted Levenberg-Marquardt steps.
+2. Run L-BFGS from the best of these points.
+3. Improve its results by more Levenberg-Marquardt steps, and take the best.
+
+Levenberg-Marquardt steps are vectorised over points, and in the bootstrap over resamples, which start from the fit to
+all rows. That makes many starts and a bootstrap affordable.
 """
 
 from __future__ import annotations
@@ -25,36 +29,36 @@ from ..extras import missing
 from .formula import Array, ExtrapolationWarning, PlanError
 from .law import COEFFICIENTS, TERMS, LossLaw, features, jacobian, terms
 
-#: What a table of runs must have: N, D_qat, D_fp (tokens), B and the loss.
+#: Columns that a table of runs must have: N, D_qat, D_fp (tokens), B and the loss.
 COLUMNS = ("params", "tokens_qat", "tokens_fp", "bits", "loss")
-#: Limits of the exponents, and of a term's size where the features have their means, as a share of the median loss.
+#: Limits of the exponents; and limits of a term at the mean features, as a fraction of the median loss.
 EXPONENT_RANGE, TERM_RANGE = (1e-3, 20.0), (1e-7, 1e2)
 _AMPLITUDES = [amplitude for amplitude, _ in TERMS]
 _EXPONENTS = [exponent for _, exponents in TERMS for exponent, _ in exponents]
-#: Random starts, how many of the best of them are improved before L-BFGS, and resamples that are fitted at a time.
-_SCREENED, _IMPROVED, _AT_ONCE = 128, 32, 32
+#: Number of random starts; how many of the best starts are improved before L-BFGS; resamples that are fitted together.
+_RANDOM_STARTS, _IMPROVED_STARTS, _RESAMPLES_TOGETHER = 128, 32, 32
 
 
 class FitError(PlanError):
-    """A table of runs cannot be fitted; the message says what it lacks."""
+    """A law cannot be fitted to a table of runs; the message says what is missing or wrong."""
 
 
 @dataclass(frozen=True)
 class LossFit:
-    """A fitted law and what is known about it.
+    """A fitted law, its confidence intervals, and how well it describes the runs.
 
     Attributes:
-        law: the fit to all rows.
-        intervals: a confidence interval of each coefficient, by name; nan without resamples.
-        confidence: the level of the intervals.
-        r2: share of the variance of the losses that the law explains.
-        optimum_mae: mean absolute difference of predicted and measured optimal fractions, over the groups of runs with
-            equal params, bits and total tokens and at least three fractions; nan without such groups.
-        optima: the groups: params, tokens, bits, measured, predicted and (whether the best of the measured is the
-            smallest or largest fraction tried) edge.
+        law: the law fitted to all rows.
+        intervals: confidence interval of each coefficient, by name; nan without resamples.
+        confidence: confidence level of the intervals.
+        r2: fraction of the variance of the losses that the law explains.
+        optimum_mae: mean absolute difference of predicted and measured optimal fractions. The mean is over the groups
+            of runs that have equal params, bits and total tokens and at least three fractions; nan if there is none.
+        optima: these groups, with the keys params, tokens, bits, measured, predicted, and edge: whether the best
+            measured fraction is the smallest or largest one in the group.
         runs: number of rows.
-        ranges: smallest and largest params, tokens (both phases) and bits among the quantized rows.
-        undetermined: coefficients that ended at a limit: the table does not say what they are.
+        ranges: smallest and largest params, tokens (both phases) and bits in the quantized rows.
+        undetermined: names of the coefficients that ended at a limit. The table does not determine them.
         resampled: logarithms of the coefficients of each resample, ``[resamples, 16]``.
     """
 
@@ -70,19 +74,19 @@ class LossFit:
     resampled: Array = field(repr=False)
 
     def interval(self, quantity: Callable[[LossLaw], ArrayLike]) -> tuple[Any, Any]:
-        """Return the limits of the confidence interval of anything that follows from a law, such as an optimum.
+        """Return the confidence interval of a quantity that is computed from a law, such as an optimum.
 
         Args:
-            quantity: called with the law of each resample.
+            quantity: computes the quantity from a law; called once per resample.
 
         Returns:
-            Lower and upper limit, in the shape of what ``quantity`` returns.
+            Lower and upper limit, each in the shape of the quantity.
         """
         values = np.stack([np.asarray(quantity(_law(logs)), dtype=np.float64) for logs in self.resampled])
         return _limits(values, self.confidence)
 
     def warn_outside(self, params: float, tokens: float, bits: float) -> None:
-        """Warn with an :class:`ExtrapolationWarning` if a question is outside of the runs that were fitted."""
+        """Give an :class:`ExtrapolationWarning` if an argument is outside of the range of the fitted runs."""
         for (name, (low, high)), value in zip(self.ranges.items(), (params, tokens, bits), strict=True):
             if not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
                 warnings.warn(
@@ -91,7 +95,7 @@ class LossFit:
                 )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the resamples, fit for JSON: None is what is not known."""
+        """Return everything except the resamples as JSON-able values; None for what is not known."""
         return {
             "coefficients": self.law.to_dict(),
             "intervals": {
@@ -108,11 +112,11 @@ class LossFit:
 
 
 def read_runs(path: str | Path) -> dict[str, list[Any]]:
-    """Read a table of runs from a CSV file with at least the columns of ``COLUMNS``; others are kept as text.
+    """Read a table of runs from a CSV file with the columns of ``COLUMNS``. Other columns are kept as text.
 
     Raises:
-        FitError: if the file cannot be read, lacks a column, holds something that is not a number in one, or a row has
-            more values than there are columns.
+        FitError: if the file cannot be read, lacks a column, has a value in one of these columns that is not a number,
+            or a row has more values than there are columns.
     """
     try:
         with open(path, newline="") as file:
@@ -124,9 +128,9 @@ def read_runs(path: str | Path) -> dict[str, list[Any]]:
     for number, row in enumerate(rows, start=1):
         if None in row:
             raise FitError(f"{path} has {len(row[None])} more values in row {number} than columns")
-    missing = [name for name in COLUMNS if name not in rows[0]]
-    if missing:
-        raise FitError(f"{path} lacks the column {missing[0]!r}, must have {', '.join(COLUMNS)}")
+    lacking = [name for name in COLUMNS if name not in rows[0]]
+    if lacking:
+        raise FitError(f"{path} lacks the column {lacking[0]!r}, must have {', '.join(COLUMNS)}")
     table: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in rows[0]}
     for name in COLUMNS:
         try:
@@ -144,19 +148,19 @@ def fit_loss_law(
 
     Args:
         runs: columns of equal length: ``params``, ``tokens_qat`` (0 in runs without quantization), ``tokens_fp``,
-            ``bits`` (not read in those) and ``loss``; others are ignored.
-        delta: residual of the logarithm of the loss beyond which the Huber loss is linear.
-        starts: how many starting points, the best of 128, L-BFGS follows.
-        resamples: bootstrap fits; 0 gives no intervals.
-        confidence: level of the intervals.
-        seed: of the starting points and of the resampling.
+            ``bits`` (ignored in runs without quantization) and ``loss``. Other columns are ignored.
+        delta: residual of ln(loss) above which the Huber loss is linear.
+        starts: number of starting points of L-BFGS; they are the best of 128.
+        resamples: number of bootstrap fits; 0 gives no intervals.
+        confidence: confidence level of the intervals.
+        seed: seed of the starting points and of the resampling.
 
     Returns:
         The law, its intervals, and how well it describes the runs.
 
     Raises:
-        FitError: if a column is missing or of another length, a value is out of range, or the rows are fewer than the
-            coefficients or do not vary in what the law depends on.
+        FitError: if a column is missing or has another length, a value is out of range, there are not more rows than
+            coefficients, or a variable of the law has the same value in all rows.
         PlanError: if an option is out of range.
     """
     if not (delta > 0 and starts >= 1 and resamples >= 0 and 0 < confidence < 1 and seed >= 0):
@@ -168,9 +172,9 @@ def fit_loss_law(
     problem = _Problem(table, delta)
     random = np.random.default_rng(seed)
     best = problem.solve(random, starts)
-    drawn = problem.bootstrap(best, random, resamples)
+    resampled_points = problem.bootstrap(best, random, resamples)
     law = _law(problem.decode(best))
-    resampled = problem.decode(drawn.T).T
+    resampled = problem.decode(resampled_points.T).T
     low, high = _limits(resampled, confidence) if resamples else (np.full(16, np.nan), np.full(16, np.nan))
     loss = table["loss"]
     predicted = law(table["params"], table["tokens_qat"], table["tokens_fp"], table["bits"])
@@ -188,7 +192,7 @@ def fit_loss_law(
         optima=optima,
         runs=len(loss),
         ranges=_ranges(table),
-        undetermined=tuple(n for n, hit in zip(COEFFICIENTS, at_limit, strict=True) if hit),
+        undetermined=tuple(n for n, limited in zip(COEFFICIENTS, at_limit, strict=True) if limited),
         resampled=resampled,
     )
 
@@ -196,20 +200,21 @@ def fit_loss_law(
 def measured_optima(runs: Mapping[str, ArrayLike]) -> list[dict[str, float]]:
     """Return the best fraction of each group of runs with equal params, bits and total tokens.
 
-    Runs of equal fraction (other seeds) are averaged. The optimum is that of the parabola in the logit of the fraction
-    through the best of at least three and its neighbours, or the best one itself where that is the first or last.
+    Runs with the same fraction (other seeds) are averaged. Groups with fewer than three fractions are left out. The
+    optimum is the minimum of a parabola through the best fraction and its two neighbours, over the logit of the
+    fraction. If the best fraction is the smallest or largest one, it is the optimum itself.
     """
     table = _columns(runs)
     total = table["tokens_qat"] + table["tokens_fp"]
     quantized = (table["tokens_qat"] > 0) & (table["tokens_fp"] > 0)
     keys = np.stack([table["params"], total, table["bits"]], 1)
-    found = []
+    optima = []
     for key in np.unique(keys[quantized], axis=0):
-        mine = quantized & (keys == key).all(1)
-        fractions, which = np.unique(table["tokens_qat"][mine] / total[mine], return_inverse=True)
+        in_group = quantized & (keys == key).all(1)
+        fractions, which = np.unique(table["tokens_qat"][in_group] / total[in_group], return_inverse=True)
         if len(fractions) < 3:
             continue
-        losses = np.bincount(which, table["loss"][mine]) / np.bincount(which)
+        losses = np.bincount(which, table["loss"][in_group]) / np.bincount(which)
         i = int(losses.argmin())
         edge = i in (0, len(losses) - 1)
         best = fractions[i]
@@ -217,15 +222,15 @@ def measured_optima(runs: Mapping[str, ArrayLike]) -> list[dict[str, float]]:
             logits = np.log(fractions[i - 1 : i + 2]) - np.log1p(-fractions[i - 1 : i + 2])
             a, b, _ = np.polyfit(logits - logits[1], losses[i - 1 : i + 2], 2)
             best = 1 / (1 + math.exp(-(logits[1] - b / (2 * a))))
-        found.append({"params": key[0], "tokens": key[1], "bits": key[2], "measured": float(best), "edge": edge})
-    return found
+        optima.append({"params": key[0], "tokens": key[1], "bits": key[2], "measured": float(best), "edge": edge})
+    return optima
 
 
 class _Problem:
     """The runs as a least-squares problem in centred coordinates.
 
-    Those are logarithms of the terms where the features have their means, instead of logarithms of the amplitudes,
-    which every change of an exponent would drag along.
+    The coordinates of a point are the logarithms of the exponents, and the logarithms of the terms at the mean
+    features. The latter replace the logarithms of the amplitudes, which depend strongly on the exponents.
     """
 
     def __init__(self, table: Mapping[str, Array], delta: float) -> None:
@@ -250,7 +255,7 @@ class _Problem:
                 raise FitError(f"the {name} of the runs must take at least two values")
 
     def decode(self, points: Array) -> Array:
-        """Return logarithms of coefficients from centred ones, ``[16, ...]`` both."""
+        """Return logarithms of coefficients ``[16, ...]`` from centred coordinates ``[16, ...]``."""
         logs = points.copy()
         for amplitude, exponents in TERMS:
             for exponent, row in exponents:
@@ -258,7 +263,7 @@ class _Problem:
         return logs
 
     def residuals(self, points: Array) -> tuple[Array, Array]:
-        """Return the six terms and the residuals of the logarithm at points ``[16, *batch]``."""
+        """Return the six terms, and the residuals of ln(loss), at points ``[16, *batch]``."""
         parts = terms(self.x, points)
         return parts, np.log(parts.sum(0)) - self.target
 
@@ -268,29 +273,29 @@ class _Problem:
         return (weights * np.where(size <= self.delta, 0.5 * size**2, self.delta * (size - 0.5 * self.delta))).sum(-1)
 
     def objective(self, point: Array) -> tuple[float, Array]:
-        """Return the objective and its gradient, for L-BFGS, in units of δ²."""
+        """Return the objective and its gradient for L-BFGS, both divided by δ²."""
         parts, residuals = self.residuals(point)
         slope = np.clip(residuals, -self.delta, self.delta) / parts.sum(0)
         return float(self.huber(residuals)) / self.delta**2, jacobian(self.x, point, parts) @ slope / self.delta**2
 
     def solve(self, random: np.random.Generator, starts: int) -> Array:
-        """Return the best point found from several starts."""
-        points = [self._start(random) for _ in range(_SCREENED)]
-        improved = self.descend(np.stack(self._best(points, max(_IMPROVED, starts))))
+        """Return the best point from several starts."""
+        points = [self._start(random) for _ in range(_RANDOM_STARTS)]
+        improved = self.descend(np.stack(self._best(points, max(_IMPROVED_STARTS, starts))))
         optimize = _scipy_optimize()
         bounds = optimize.Bounds(self.low, self.high)
         options = {"maxiter": 300, "maxcor": 30}
-        found = [
+        minima = [
             optimize.minimize(self.objective, point, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
             for point in self._best(improved, starts)
         ]
-        return self._best(self.descend(np.stack(found), steps=200), 1)[0]
+        return self._best(self.descend(np.stack(minima), steps=200), 1)[0]
 
     def _best(self, points: Iterable[Array], count: int) -> list[Array]:
         return sorted(points, key=lambda point: self.objective(point)[0])[:count]
 
     def _start(self, random: np.random.Generator) -> Array:
-        """Return random exponents with the best amplitudes for them."""
+        """Return a point with random exponents, and the best amplitudes for them."""
         point = np.zeros(len(COEFFICIENTS))
         point[_EXPONENTS] = np.log(0.4) + 0.8 * random.standard_normal(len(_EXPONENTS))
         loss = np.exp(self.target)
@@ -299,20 +304,25 @@ class _Problem:
         return np.clip(point, self.low, self.high)
 
     def bootstrap(self, best: Array, random: np.random.Generator, resamples: int) -> Array:
-        """Return the points of fits to resampled runs, ``[resamples, 16]``."""
+        """Return the points ``[resamples, 16]`` that fit resampled runs best."""
         count = len(self.target)
-        found = [np.empty((0, len(COEFFICIENTS)))]
-        for first in range(0, resamples, _AT_ONCE):
-            size = min(_AT_ONCE, resamples - first)
+        fits = [np.empty((0, len(COEFFICIENTS)))]
+        for first in range(0, resamples, _RESAMPLES_TOGETHER):
+            size = min(_RESAMPLES_TOGETHER, resamples - first)
             weights = random.multinomial(count, np.full(count, 1 / count), size).astype(np.float64)
-            found.append(self.descend(np.repeat(best[None], size, 0), weights))
-        return np.concatenate(found)
+            fits.append(self.descend(np.repeat(best[None], size, 0), weights))
+        return np.concatenate(fits)
 
     def descend(self, points: Array, weights: Array | None = None, steps: int = 40) -> Array:
-        """Return where Levenberg-Marquardt steps lead from ``points [R, 16]`` with weights ``[R, runs]`` of the runs.
+        """Return the points that Levenberg-Marquardt steps lead to.
 
-        The Huber loss is a weighted square of each step's residuals. A problem whose objective no longer falls by a
-        millionth is left alone.
+        Each step replaces the Huber loss by weighted squares of the residuals (iterative reweighting). A point stops
+        when a step lowers its objective by less than a millionth.
+
+        Args:
+            points: starting points ``[R, 16]``.
+            weights: weights of the runs ``[R, runs]``; 1 if None.
+            steps: largest number of steps.
         """
         points, damping, active = points.copy(), np.full(len(points), 1e-2), np.arange(len(points))
         weights = np.ones((len(points), len(self.target))) if weights is None else weights
@@ -328,14 +338,14 @@ class _Problem:
             diagonal = np.einsum("rii->ri", normal)
             ridge = damping[active, None] * diagonal + 1e-12 * diagonal.max(1, keepdims=True) + 1e-300
             move = np.linalg.solve(normal + ridge[:, :, None] * np.eye(len(COEFFICIENTS)), gradient[..., None])[..., 0]
-            tried = np.clip(points[active] - np.clip(move, -1, 1), self.low, self.high)
-            new_parts, new_residuals = self.residuals(tried.T)
+            new_points = np.clip(points[active] - np.clip(move, -1, 1), self.low, self.high)
+            new_parts, new_residuals = self.residuals(new_points.T)
             new = self.huber(new_residuals, weights[active])
             better = new < values[active]
             gain = values[active] - new
-            won = active[better]
-            points[won], residuals[won], values[won] = tried[better], new_residuals[better], new[better]
-            parts[:, won] = new_parts[:, better]
+            improved = active[better]
+            points[improved], residuals[improved] = new_points[better], new_residuals[better]
+            values[improved], parts[:, improved] = new[better], new_parts[:, better]
             damping[active] = np.clip(np.where(better, damping[active] / 5, damping[active] * 4), 1e-8, 1e8)
             small = (gain < 1e-6 * values[active]) & better
             active = active[~small & (damping[active] < 1e7)]
@@ -348,7 +358,7 @@ def _columns(runs: Mapping[str, ArrayLike]) -> dict[str, Array]:
     """Return the columns as arrays of equal length.
 
     Raises:
-        FitError: if one is missing, of another length, or out of range.
+        FitError: if a column is missing, has another length, or holds a value that is out of range.
     """
     table: dict[str, Array] = {}
     for name in COLUMNS:
@@ -362,35 +372,40 @@ def _columns(runs: Mapping[str, ArrayLike]) -> dict[str, Array]:
             raise FitError(f"column {name} has shape {table[name].shape}, must be [{len(table['params'])}]")
         bad = ~np.isfinite(table[name]) | (table[name] < 0) | ((table[name] == 0) & (name != "tokens_qat"))
         if bad.any():
-            raise FitError(f"column {name} holds {table[name][bad][0]} in row {int(bad.argmax()) + 1}")
+            allowed = "finite and at least 0" if name == "tokens_qat" else "finite and positive"
+            raise FitError(
+                f"column {name} holds {table[name][bad][0]} in row {int(bad.argmax()) + 1}, must be {allowed}"
+            )
     return table
 
 
 def _ranges(table: Mapping[str, Array]) -> dict[str, tuple[float, float]]:
-    mine = table["tokens_qat"] > 0
-    known = {"params": table["params"], "tokens": table["tokens_qat"] + table["tokens_fp"], "bits": table["bits"]}
-    return {name: (float(values[mine].min()), float(values[mine].max())) for name, values in known.items()}
+    """Return the smallest and largest params, tokens and bits in the quantized rows."""
+    quantized = table["tokens_qat"] > 0
+    columns = {"params": table["params"], "tokens": table["tokens_qat"] + table["tokens_fp"], "bits": table["bits"]}
+    return {name: (float(values[quantized].min()), float(values[quantized].max())) for name, values in columns.items()}
 
 
 def _law(logs: Array) -> LossLaw:
+    """Return the law with these logarithms of coefficients."""
     return LossLaw(*np.exp(logs).tolist())
 
 
 def _limits(values: Array, confidence: float) -> tuple[Any, Any]:
-    """Return the central percentiles over the first dimension."""
+    """Return the lower and upper limit of the central ``confidence`` of values, along the first dimension."""
     tail = 50 * (1 - confidence)
     return np.percentile(values, tail, axis=0), np.percentile(values, 100 - tail, axis=0)
 
 
-def select(runs: Mapping[str, Sequence[Any]], **wanted: Any) -> dict[str, list[Any]]:
-    """Return the rows of a table whose columns have the given values, compared as text."""
+def select(runs: Mapping[str, Sequence[Any]], **values: Any) -> dict[str, list[Any]]:
+    """Return the rows of a table in which each named column has the given value. Values are compared as text."""
     count = len(next(iter(runs.values())))
-    kept = [i for i in range(count) if all(str(runs[name][i]) == str(value) for name, value in wanted.items())]
-    return {name: [column[i] for i in kept] for name, column in runs.items()}
+    rows = [i for i in range(count) if all(str(runs[name][i]) == str(value) for name, value in values.items())]
+    return {name: [column[i] for i in rows] for name, column in runs.items()}
 
 
 def _scipy_optimize() -> Any:
-    """Return scipy's optimizers. Imported here, since formula and schedules are of use without them."""
+    """Return ``scipy.optimize``. It is imported here because formula and schedules work without scipy."""
     try:
         from scipy import optimize
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The loss as a function of size, tokens in each phase and bit width, and where it is least."""
+"""The loss as a function of parameters, tokens in each phase and bit width, and its minimum over the QAT fraction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .formula import Array, PlanError, plain, positive, tokens_per_parameter_byte
+from .formula import Array, PlanError, as_positive, scalar_as_float, tokens_per_parameter_byte
 
 _LN2 = math.log(2.0)
 
@@ -19,25 +19,25 @@ _LN2 = math.log(2.0)
 class LossLaw:
     """L = α + β/D^γ + ζ/N^η + θ·2^(−κB) + φ·2^(−χB)/(N^ψ·S_qat^ω) + λ·2^(−μB)/(N^ν·S_fp^ξ·S_qat^ρ).
 
-    N are parameters, D = D_qat + D_fp tokens, B bits, and S_x = D_x / (N·B/8) tokens per byte of weights. The form of
-    the last three terms is that of *Compute-Optimal Quantization-Aware Training*; the first three are Chinchilla's (our
-    choice). They are all that is left without a quantized phase (D_qat = 0). The loss is in the units of the runs it
-    was fitted to. The paper's own coefficients are not public, so there are no defaults: `fit_loss_law` finds them.
+    N are parameters, D = D_qat + D_fp tokens, B bits, and S_x = D_x / (N·B/8) tokens per byte of weights. The last
+    three terms have the form of *Compute-Optimal Quantization-Aware Training*. The first three are Chinchilla's (our
+    choice), and only they remain without a quantized phase (D_qat = 0). The unit of the loss is that of the fitted
+    runs. The paper's own coefficients are not public, so there are no defaults: `fit_loss_law` finds the coefficients.
 
     Attributes:
-        alpha: α, the loss that no training reaches; in units of the loss.
-        beta: β, amplitude of what more tokens take away; loss · tokens^γ.
+        alpha: α, irreducible loss.
+        beta: β, amplitude of the term that falls with tokens; loss · tokens^γ.
         gamma: γ, exponent of the tokens.
-        zeta: ζ, amplitude of what more parameters take away; loss · parameters^η.
+        zeta: ζ, amplitude of the term that falls with parameters; loss · parameters^η.
         eta: η, exponent of the parameters.
-        theta: θ, loss that quantization to B bits costs for ever, at B = 0.
-        kappa: κ, halvings of that for each bit.
-        phi: φ, amplitude of what a short quantized phase costs.
-        chi: χ, its halvings for each bit.
+        theta: θ, amplitude of the loss from quantization that no training removes; its value at B = 0.
+        kappa: κ, its halvings per bit.
+        phi: φ, amplitude of the loss from a short quantized phase.
+        chi: χ, its halvings per bit.
         psi: ψ, its exponent of the parameters.
         omega: ω, its exponent of S_qat.
-        lambda_: λ, amplitude of what both phases do for each other.
-        mu: μ, its halvings for each bit.
+        lambda_: λ, amplitude of the interaction of both phases.
+        mu: μ, its halvings per bit.
         nu: ν, its exponent of the parameters.
         xi: ξ, its exponent of S_fp.
         rho: ρ, its exponent of S_qat.
@@ -74,20 +74,20 @@ class LossLaw:
 
         Args:
             params: N, parameters; all arguments broadcast.
-            tokens_qat: D_qat, quantized tokens; 0 for a training in full precision alone.
-            tokens_fp: D_fp, tokens in full precision before.
-            bits: B, bits of a weight; not read where ``tokens_qat`` is 0.
+            tokens_qat: D_qat, quantized tokens; 0 for training in full precision only.
+            tokens_fp: D_fp, tokens in full precision before them.
+            bits: B, bits of a weight; ignored where ``tokens_qat`` is 0.
 
         Returns:
-            The loss, a float where all arguments are numbers.
+            The loss; a float if all arguments are numbers.
 
         Raises:
             PlanError: if an argument is negative or not finite, or ``tokens_fp`` is 0.
         """
-        return plain(terms(features(params, tokens_qat, tokens_fp, bits), self.log_coefficients()).sum(0))
+        return scalar_as_float(terms(features(params, tokens_qat, tokens_fp, bits), self.log_coefficients()).sum(0))
 
     def gradient(self, params: ArrayLike, tokens_qat: ArrayLike, tokens_fp: ArrayLike, bits: ArrayLike) -> Array:
-        """Return the derivative of the loss by each coefficient, ``[..., 16]`` in the order of ``COEFFICIENTS``."""
+        """Return the derivative of the loss with respect to each coefficient, ``[..., 16]``, as in ``COEFFICIENTS``."""
         x, logs = features(params, tokens_qat, tokens_fp, bits), self.log_coefficients()
         return np.moveaxis(jacobian(x, logs, terms(x, logs)), 0, -1) / np.exp(logs)
 
@@ -96,18 +96,18 @@ class LossLaw:
         return np.log([getattr(self, name) for name in COEFFICIENTS])
 
     def at_fraction(self, params: ArrayLike, tokens: ArrayLike, bits: ArrayLike, fraction: ArrayLike) -> Any:
-        """Return the loss of ``tokens`` (D of both phases) of which a share in (0, 1) is quantized."""
+        """Return the loss of a training with ``tokens`` (D, both phases), of which ``fraction`` are quantized."""
         f = np.asarray(fraction, dtype=np.float64)
         if not ((f > 0) & (f < 1)).all():
             raise PlanError(f"fraction is {fraction!r}, must be in (0, 1)")
-        d = positive("tokens", tokens)
+        d = as_positive("tokens", tokens)
         return self(params, f * d, (1 - f) * d, bits)
 
     def optimal_fraction(self, params: ArrayLike, tokens: ArrayLike, bits: ArrayLike) -> Any:
-        """Return f*, the share of quantized tokens at which the loss is least.
+        """Return f*, the fraction of quantized tokens with the smallest loss.
 
-        With A and C the last two amplitudes at all D tokens, f* minimises A·f^(−ω) + C·(1−f)^(−ξ)·f^(−ρ), which has one
-        minimum, above ρ/(ρ+ξ); it is found by bisection to machine precision.
+        f* minimises A·f^(−ω) + C·(1−f)^(−ξ)·f^(−ρ), where A and C are the values of the last two terms with D tokens in
+        each phase. There is one minimum, above ρ/(ρ+ξ). Bisection finds it to machine precision.
 
         Args:
             params: N, parameters.
@@ -115,26 +115,26 @@ class LossLaw:
             bits: B, bits of a weight.
 
         Returns:
-            f* in (0, 1); a float where all arguments are numbers.
+            f* in (0, 1); a float if all arguments are numbers.
 
         Raises:
             PlanError: if an argument is not positive and finite.
         """
-        n, b = positive("params", params), positive("bits", bits)
+        n, b = as_positive("params", params), as_positive("bits", bits)
         ln_s = np.log(tokens_per_parameter_byte(n, tokens, b))
-        # ln(A ω / C), the logarithm of how much more the first term matters.
-        lead = math.log(self.phi) - math.log(self.lambda_) + math.log(self.omega) - np.asarray(
+        log_ratio = math.log(self.phi) - math.log(self.lambda_) + math.log(self.omega) - np.asarray(
             (self.chi - self.mu) * b * _LN2 + (self.psi - self.nu) * np.log(n)
             + (self.omega - self.xi - self.rho) * ln_s
         )  # fmt: skip
-        low = np.full(np.shape(lead), math.log(self.rho) - math.log(self.xi))  # logit of ρ/(ρ+ξ)
-        high = np.maximum(low, 0) + np.abs(lead) + 60.0
+        # log_ratio is ln(A·ω/C). Bisect the logit of f, from that of ρ/(ρ+ξ) up.
+        low = np.full(np.shape(log_ratio), math.log(self.rho) - math.log(self.xi))
+        high = np.maximum(low, 0) + np.abs(log_ratio) + 60.0
         for _ in range(80):
             middle = 0.5 * (low + high)
-            falling = lead > _slope(middle, self.omega, self.xi, self.rho)
-            low, high = np.where(falling, middle, low), np.where(falling, high, middle)
-        # Exactly, it is above ρ/(ρ+ξ): where rounding has it an ulp below, that number is the nearer one.
-        return plain(np.maximum(1 / (1 + np.exp(-0.5 * (low + high))), self.rho / (self.rho + self.xi)))
+            loss_falls = log_ratio > _log_ratio_of_optimum(middle, self.omega, self.xi, self.rho)
+            low, high = np.where(loss_falls, middle, low), np.where(loss_falls, high, middle)
+        # f* is above ρ/(ρ+ξ). Rounding may put it below, and then ρ/(ρ+ξ) is the nearest float64 that is not.
+        return scalar_as_float(np.maximum(1 / (1 + np.exp(-0.5 * (low + high))), self.rho / (self.rho + self.xi)))
 
     def minimum(self, params: ArrayLike, tokens: ArrayLike, bits: ArrayLike) -> Any:
         """Return the loss at the best fraction."""
@@ -147,7 +147,7 @@ class LossLaw:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, float]) -> LossLaw:
-        """Return the law of :meth:`to_dict`.
+        """Return the law that :meth:`to_dict` was called on.
 
         Raises:
             PlanError: if a coefficient is missing, unknown or not positive.
@@ -157,11 +157,12 @@ class LossLaw:
         return cls(**{name: float(value) for name, value in values.items()})
 
 
-#: Names of the coefficients in their order.
+#: Names of the coefficients, in the order of arrays of coefficients.
 COEFFICIENTS = tuple(entry.name for entry in fields(LossLaw))
 (_ALPHA, _BETA, _GAMMA, _ZETA, _ETA, _THETA, _KAPPA, _PHI, _CHI, _PSI, _OMEGA, _LAMBDA, _MU, _NU, _XI, _RHO) = range(16)
 
-#: For each term its amplitude, and its exponents with the row of the features that each multiplies.
+#: For each term: the index of its amplitude; and for each of its exponents, the index of the exponent and the row of
+#: the features that it multiplies.
 TERMS: tuple[tuple[int, tuple[tuple[int, int], ...]], ...] = (
     (_ALPHA, ()),
     (_BETA, ((_GAMMA, 0),)),
@@ -178,12 +179,12 @@ def features(params: ArrayLike, tokens_qat: ArrayLike, tokens_fp: ArrayLike, bit
     Raises:
         PlanError: if an argument is out of range.
     """
-    n, fp = positive("params", params), positive("tokens_fp", tokens_fp)
+    n, fp = as_positive("params", params), as_positive("tokens_fp", tokens_fp)
     qat = np.asarray(tokens_qat, dtype=np.float64)
     if not (np.isfinite(qat) & (qat >= 0)).all():
         raise PlanError(f"tokens_qat is {tokens_qat!r}, must be finite and at least 0")
     quantized = qat > 0
-    b = positive("bits", np.where(quantized, bits, 1.0))
+    b = as_positive("bits", np.where(quantized, bits, 1.0))
     n, qat, fp, b, quantized = np.broadcast_arrays(n, qat, fp, b, quantized)
     size = np.log(n * (b / 8))
     s_qat = np.where(quantized, np.log(np.where(quantized, qat, 1.0)) - size, 0.0)
@@ -195,13 +196,13 @@ def terms(x: Array, logs: Array) -> Array:
 
     Args:
         x: :func:`features` ``[6, ...]``.
-        logs: logarithms of the coefficients, ``[16, *batch]``; their shape is followed by that of the features.
+        logs: logarithms of the coefficients, ``[16, *batch]``.
     """
-    spread = logs.reshape(logs.shape + (1,) * (x.ndim - 1))
-    values = np.exp(spread)
+    broadcastable = logs.reshape(logs.shape + (1,) * (x.ndim - 1))
+    values = np.exp(broadcastable)
     result = np.empty((len(TERMS), *logs.shape[1:], *x.shape[1:]))
     for i, (amplitude, exponents) in enumerate(TERMS):
-        result[i] = spread[amplitude]
+        result[i] = broadcastable[amplitude]
         for exponent, row in exponents:
             result[i] -= values[exponent] * x[row]
     np.exp(result, out=result)
@@ -210,12 +211,12 @@ def terms(x: Array, logs: Array) -> Array:
 
 
 def jacobian(x: Array, logs: Array, parts: Array) -> Array:
-    """Return the derivative of the loss by the logarithm of each coefficient, ``[16, *batch, ...]``.
+    """Return the derivative of the loss with respect to the logarithm of each coefficient, ``[16, *batch, ...]``.
 
     Args:
         x: :func:`features`.
         logs: logarithms of the coefficients.
-        parts: what :func:`terms` gave for them.
+        parts: the result of :func:`terms` for ``x`` and ``logs``.
     """
     values = np.exp(logs.reshape(logs.shape + (1,) * (x.ndim - 1)))
     result = np.empty((len(COEFFICIENTS), *parts.shape[1:]))
@@ -226,8 +227,8 @@ def jacobian(x: Array, logs: Array, parts: Array) -> Array:
     return result
 
 
-def _slope(logit: Array, omega: float, xi: float, rho: float) -> Array:
-    """Return ln of what ω·A/C equals where f = sigmoid(logit) is the optimum; rises from −∞ at ρ/(ρ+ξ) to ∞."""
+def _log_ratio_of_optimum(logit: Array, omega: float, xi: float, rho: float) -> Array:
+    """Return the ln(A·ω/C) for which f = sigmoid(logit) is the optimum. It rises from −∞ at f = ρ/(ρ+ξ) to ∞."""
     ln_f, ln_rest = -np.logaddexp(0, -logit), -np.logaddexp(0, logit)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         # ξ f/(1−f) − ρ, in logarithms because f/(1−f) may be huge

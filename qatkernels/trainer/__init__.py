@@ -1,6 +1,6 @@
-"""The reference application: trains in full precision, then quantized, from a configuration and crash-safe.
+"""The reference application: crash-safe training from a configuration, first in full precision, then quantized.
 
-Needs the extra ``train``: its progress and its tables are rich's, its pictures matplotlib's.
+It needs the extra ``train``: rich prints progress and tables, matplotlib draws the plots.
 """
 
 from ..extras import missing

@@ -1,4 +1,4 @@
-"""What a phase trains: its model, its optimizer, and what is written about them."""
+"""Builds the model and the optimizer of a phase, and the header of the files that a model is saved in."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from .. import files
-from ..nn import quantize_model, quantized_modules
-from ..nn._param_groups import grouped
+from ..nn import param_groups_from_rates, quantize_model, quantized_modules
 from ..nn.activation import scales_of
 from . import models
 from .config import TrainConfig
@@ -18,10 +17,18 @@ from .phases import Phase
 
 
 def build_model(config: TrainConfig, phase: Phase, seed: int) -> nn.Module:
-    """Return the initial model for the first phase, and for the others that of the phase they start from, quantized.
+    """Return the model that a phase starts with.
+
+    The first phase starts with the initial model. Every other phase starts with the weights of the phase that
+    ``phase.start`` names, quantized if the phase is.
+
+    Args:
+        config: the resolved configuration.
+        phase: the phase to train.
+        seed: seed of new weights.
 
     Raises:
-        CheckpointError: if the weights that it starts from cannot be read, or are of another model.
+        CheckpointError: if the initial weights cannot be read, or belong to another model.
     """
     torch.manual_seed(seed)
     model = models.build(config.described)
@@ -36,15 +43,20 @@ def build_model(config: TrainConfig, phase: Phase, seed: int) -> nn.Module:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, phase: Phase) -> torch.optim.Optimizer:
-    """Return AdamW over the groups of :func:`qatkernels.param_groups`; each keeps its peak learning rate as "peak"."""
-    groups = grouped(model, phase.lr, phase.weight_decay, [(config.training.scale_lr, scales_of(model))])
+    """Return AdamW over the groups of :func:`qatkernels.param_groups`.
+
+    Each group has its peak learning rate as ``"peak"``: the schedule multiplies it at every step.
+    """
+    groups = param_groups_from_rates(
+        model, phase.lr, phase.weight_decay, [(config.training.scale_lr, scales_of(model))]
+    )
     for group in groups:
         group["peak"] = group["lr"]
     return torch.optim.AdamW(groups, betas=(config.training.beta1, config.training.beta2), fused=True)
 
 
-def described(config: TrainConfig, phase: Phase, model: nn.Module, result: dict[str, Any]) -> dict[str, Any]:
-    """Return what is written beside a model."""
+def model_header(config: TrainConfig, phase: Phase, model: nn.Module, result: dict[str, Any]) -> dict[str, Any]:
+    """Return the header of a model's file: what it was built from, how it is quantized, and its result."""
     return {
         "phase": phase.name,
         "model": config.described,
@@ -55,15 +67,18 @@ def described(config: TrainConfig, phase: Phase, model: nn.Module, result: dict[
 
 
 def sizes(model: nn.Module) -> dict[str, int]:
-    """Count parameters, and bytes once packed: codes at the grid's storage width, everything else in float32."""
+    """Count the parameters of a model, and the bytes that it takes once packed.
+
+    Codes count at the storage width of their grid, everything else as float32.
+    """
     layers = quantized_modules(model).values()
     weights = sum(layer.weight.numel() for layer in layers)
     scales = sum(layer.scale.numel() for layer in layers)
     packed = 4 * scales + sum(-(-layer.weight.numel() * layer.grid.storage_bits // 8) for layer in layers)
     total = sum(parameter.numel() for parameter in model.parameters())
-    ours = set(scales_of(model))
+    quantizer_scales = set(scales_of(model))
     return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter not in ours),
+        "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter not in quantizer_scales),
         "quantized_parameters": weights,
         "quantized_bytes": packed,
         "model_bytes": packed + 4 * (total - weights - scales),

@@ -1,10 +1,10 @@
-"""The states that a phase is taken up from: model, optimizer and progress at a step, the last few of them.
+"""The states that a phase is resumed from: model, optimizer and progress at a step. The last few are kept.
 
     state-00000100.safetensors     one process, or DDP: one file
-    state-00000100/                FSDP2: a file for each process, by torch.distributed.checkpoint, also safetensors,
-                                   and state.json, which has the progress and the digest of each file
+    state-00000100/                FSDP2: torch.distributed.checkpoint writes one safetensors file for each process;
+                                   state.json has the progress and the digest of each file
 
-Either appears whole or not at all, and either can be read by any number of processes.
+A state is written completely or not at all. Any number of processes can read either form.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from .parallel import Processes
 
 def newest_first(folder: Path) -> list[Path]:
     """Return the states in a phase's folder."""
-    # An earlier version kept one state, without a number; by name it comes last, and it was the only one.
+    # An earlier version kept a single state without a number. Sorted by name it comes last, and it is the only one.
     return sorted((p for p in folder.glob("state*") if p.suffix in ("", ".safetensors")), reverse=True)
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """Return what kills left of files that were being written in a phase's folder."""
+    """Return the temporary files in a phase's folder: a process was killed while it wrote them."""
     return sorted(folder.glob("*.tmp"))
 
 
 def remove(path: Path) -> None:
-    """Delete a state, if it is there."""
+    """Delete a state if it exists."""
     with files.explained("deleted", path):
         if path.is_dir():
             shutil.rmtree(path)
@@ -52,20 +52,20 @@ def save(
     folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, header: Mapping[str, Any],
     keep: int, group: Processes, stats: GridStats | None = None,
 ) -> None:  # fmt: skip
-    """Write the state at a step, then delete all but the last ones.
+    """Write the state at a step, then delete all but the newest states.
 
     Args:
-        folder: of the phase.
-        step: of the phase.
-        model: not wrapped.
+        folder: folder of the phase.
+        step: step of the phase.
+        model: the model, not wrapped.
         optimizer: its AdamW.
-        header: JSON-able values that belong to it.
-        keep: how many states are left.
-        group: the processes; all must call.
-        stats: whose next count of flips must not depend on whether training was taken up again.
+        header: JSON-able values that are saved with the tensors.
+        keep: how many states to keep.
+        group: the processes that train together; all must call this function.
+        stats: statistics of the codes. They are saved so that the next count of flips is the same after a resume.
 
     Raises:
-        CheckpointError: if it cannot be written; earlier states are as they were.
+        CheckpointError: if the state cannot be written; earlier states are not touched.
     """
     tensors, path = snapshot(model, optimizer), folder / f"state-{step:08d}"
     if stats is not None:
@@ -76,10 +76,10 @@ def save(
             _save_sharded(path, tensors, header, group)
         else:
             file = path.with_suffix(".safetensors")
-            _together(file, group, lambda: files.save(file, tensors, header) if group.first else None)
+            _in_every_process(file, group, lambda: files.save(file, tensors, header) if group.first else None)
     except CheckpointError as error:
         last = f"; {before[0]} is whole" if before else ""
-        raise CheckpointError(f"{error}{last}; the same command goes on from there when that is mended") from error
+        raise CheckpointError(f"{error}{last}; once this is fixed, the same command resumes from there") from error
     if group.first:
         for old in newest_first(folder)[keep:]:
             remove(old)
@@ -89,48 +89,50 @@ def save(
 def restore(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: Processes, stats: GridStats | None = None
 ) -> dict[str, Any]:
-    """Load a state into a model, an optimizer and statistics that were just built, and return its header.
+    """Load a state into a newly built model, optimizer and statistics, and return the header of the state.
 
     Raises:
-        DamagedError: if it is not what was written.
-        CheckpointError: if it cannot be read, or is of another model.
+        DamagedError: if the state is damaged.
+        CheckpointError: if the state cannot be read, or belongs to another model.
     """
     live = {f"model.{name}": value for name, value in model.state_dict().items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     order = [p for g in optimizer.param_groups for p in g["params"]]
     try:
         if path.is_dir():
-            header = _verified(path, group)
-            present = _names(path)
+            header = _verified_header(path, group)
+            present = _tensor_names(path)
         else:
             tensors, header = files.load(path)
             present = set(tensors)
         moments: dict[int, dict[str, Tensor]] = {}
         for i, parameter in enumerate(order):
             prefix = f"optimizer.{names[id(parameter)]}"
-            if f"{prefix}.step" in present:  # a parameter that has not moved yet has none
+            if f"{prefix}.step" in present:  # a parameter that the optimizer has not stepped yet has no moments
                 moments[i] = {"step": torch.zeros(())}
                 moments[i] |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
                 live |= {f"{prefix}.{key}": value for key, value in moments[i].items()}
         codes: dict[str, Tensor] = {}
         if stats is not None and any(name.startswith("codes.") for name in present):
-            codes = stats.codes()  # of the shape, type and place of those that were saved
+            codes = stats.codes()  # buffers with the shape, dtype and device of the saved codes
             live |= {f"codes.{name}": value for name, value in codes.items()}
         layouts = {name: live.pop(name) for name in list(live) if name.endswith("_extra_state")}
-        live |= {name: layout for name, layout in layouts.items() if name in present}  # earlier versions had none
+        live |= {
+            name: layout for name, layout in layouts.items() if name in present
+        }  # earlier versions saved no layout
         if live.keys() != present:
-            odd = sorted(live.keys() ^ present)
-            raise KeyError(f"it has no {odd[0]}" if odd[0] in live else f"{odd[0]} is not in the model")
+            different = sorted(live.keys() ^ present)[0]
+            raise KeyError(f"it has no {different}" if different in live else f"{different} is not in the model")
         if path.is_dir():
             _load_sharded(path, live)
         else:
             with torch.no_grad():
                 for name, value in live.items():
                     if name not in layouts:
-                        _fill(value, tensors[name])
+                        _copy_into(value, tensors[name])
             live |= {name: tensors[name] for name in layouts if name in present}
-        found = {name.removeprefix("model."): live[name] for name in layouts if name in present}
-        model.load_state_dict(found, strict=False)  # which compares them
+        saved_layouts = {name.removeprefix("model."): live[name] for name in layouts if name in present}
+        model.load_state_dict(saved_layouts, strict=False)  # raises an error if a layout differs
         if stats is not None:
             stats.load_state_dict(codes)
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -145,9 +147,9 @@ def restore(
 
 
 def verify(path: Path, group: Processes) -> None:
-    """Raise DamagedError if a state, or a safetensors file of this package, is not what was written."""
+    """Raise DamagedError if a state, or a safetensors file of this package, does not match its digests."""
     if path.is_dir():
-        _verified(path, group)
+        _verified_header(path, group)
     else:
         files.load(path)
 
@@ -162,17 +164,18 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 
 def header(path: Path) -> dict[str, Any]:
-    """Return what was saved with the tensors of a state, which are not looked at."""
+    """Return the header of a state, without reading its tensors."""
     if not path.is_dir():
         return files.header(path)
-    found: dict[str, Any] = files.read_json(path / "state.json").get("header", {})
-    return found
+    stored: dict[str, Any] = files.read_json(path / "state.json").get("header", {})
+    return stored
 
 
-def _fill(live: Tensor, stored: Tensor) -> None:
+def _copy_into(live: Tensor, stored: Tensor) -> None:
     if live.shape != stored.shape or live.dtype != stored.dtype:
         raise ValueError(
-            f"a tensor of {tuple(stored.shape)} {stored.dtype} for one of {tuple(live.shape)} {live.dtype}"
+            f"a stored tensor has shape {tuple(stored.shape)} and dtype {stored.dtype}, the model's has "
+            f"{tuple(live.shape)} and {live.dtype}"
         )
     if isinstance(live, DTensor):
         stored = distribute_tensor(stored.to(live.device), live.device_mesh, live.placements)
@@ -183,23 +186,26 @@ def _save_sharded(path: Path, tensors: dict[str, Tensor], header: Mapping[str, A
     import torch.distributed.checkpoint as dcp
 
     temporary = path.with_name(f"{path.name}.tmp")
-    _together(path, group, lambda: remove(temporary) if group.first else None)
+    _in_every_process(path, group, lambda: remove(temporary) if group.first else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        _together(path, group, lambda: dcp.save(tensors, storage_writer=writer))
+        _in_every_process(path, group, lambda: dcp.save(tensors, storage_writer=writer))
     digests = _digests(temporary, group)
 
-    def name() -> None:
+    def publish() -> None:
         files.write_json(temporary / "state.json", {"header": dict(header), "sha256": digests}, sealed=True)
         remove(path)
         files.rename(temporary, path)
 
-    _together(path, group, name if group.first else lambda: None)
+    _in_every_process(path, group, publish if group.first else lambda: None)
 
 
-def _together(path: Path, group: Processes, work: Callable[[], object]) -> None:
-    """Call `work`, and raise in every process if it failed in one: none may wait for another that has left."""
+def _in_every_process(path: Path, group: Processes, work: Callable[[], object]) -> None:
+    """Call `work`, and raise an error in every process if it failed in one.
+
+    Without that, the other processes would wait forever for the one that stopped.
+    """
     failure: str | None = None
     try:
         work()
@@ -207,12 +213,12 @@ def _together(path: Path, group: Processes, work: Callable[[], object]) -> None:
         failure = str(error)
     except OSError as error:
         failure = f"{path} cannot be written: {error.strerror or error}"
-    except CheckpointException as error:  # torch's, from every process
+    except CheckpointException as error:  # torch raises it in every process
         reason = next(iter(error.failures.values()))[0]
         failure = f"{path} cannot be written: {getattr(reason, 'strerror', None) or reason}"
-    for found in group.gathered(failure):
-        if found is not None:
-            raise CheckpointError(found)
+    for message in group.gathered(failure):
+        if message is not None:
+            raise CheckpointError(message)
 
 
 def _load_sharded(path: Path, live: dict[str, Tensor]) -> None:
@@ -224,27 +230,28 @@ def _load_sharded(path: Path, live: dict[str, Tensor]) -> None:
         dcp.load(live, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=not dist.is_initialized())
 
 
-def _names(path: Path) -> set[str]:
+def _tensor_names(path: Path) -> set[str]:
     import torch.distributed.checkpoint as dcp
 
     return set(dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata)
 
 
 def _digests(folder: Path, group: Processes) -> dict[str, str]:
-    """Return the SHA-256 of each file of tensors; every process reads its share of them."""
-    own = {}
+    """Return the SHA-256 of each file of tensors by name; every process reads a share of the files."""
+    digests = {}
     for file in sorted(folder.glob("*.safetensors"))[group.rank :: group.size]:
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         with files.explained("read", file), open(file, "rb") as content:
-            os.fsync(content.fileno())  # of one just written: the name comes after the content
+            # A file that was just written must be on disk before its folder gets its final name.
+            os.fsync(content.fileno())
             while part := content.read(2**24):
-                found.update(part)
-        own[file.name] = found.hexdigest()
-    return {name: value for part in group.gathered(own) for name, value in part.items()}
+                digest.update(part)
+        digests[file.name] = digest.hexdigest()
+    return {name: value for part in group.gathered(digests) for name, value in part.items()}
 
 
-def _verified(path: Path, group: Processes) -> dict[str, Any]:
-    """Return the header of a sharded state whose files are what was written."""
+def _verified_header(path: Path, group: Processes) -> dict[str, Any]:
+    """Return the header of a sharded state, after comparing the digests of its files."""
     stored = files.read_json(path / "state.json")
     if not isinstance(stored.get("header"), dict) or _digests(path, group) != stored.get("sha256"):
         raise DamagedError(path, "its digests do not match")

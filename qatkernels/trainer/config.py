@@ -1,4 +1,4 @@
-"""The settings of a run, in tables. Each is a field here and a command line option of the same name."""
+"""The settings of a run, in tables. Each setting is a field here and a command-line option of the same name."""
 
 from __future__ import annotations
 
@@ -22,57 +22,62 @@ from .demo_model import ModelConfig
 from .methods import METHODS, MethodConfig
 from .parallel import MODES
 
-#: Schedules by name: what happens to the learning rate, and where QAT starts (`phases.py`).
+#: Schedules by name. A schedule decides the learning rate, and the step at which QAT starts (`phases.py`).
 SCHEDULES = ("cosine", "wsd", "classic", "fused")
-#: Those in which each phase warms up and decays on its own.
+#: The schedules in which each phase has its own warmup and decay.
 OWN_DECAY = ("cosine", "wsd")
 
 
 def fraction(text: str) -> float | str:
-    """Return a share, or the word ``auto``; argparse names this function when the text is neither."""
+    """Return a fraction, or the word ``auto``. argparse shows the name of this function in its error message."""
     return text if text == "auto" else float(text)
 
 
 def bit_width(text: str) -> float:
-    """Return a number, integral where it is a whole one; argparse names this function when the text is none."""
+    """Return a number, an int where it is integral. argparse shows the name of this function in its error message."""
     value = float(text)
     return int(value) if value.is_integer() else value
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long the phases are, and how the optimizer steps."""
+    """Length of the phases, and settings of the optimizer."""
 
-    batch: int = option(16, "windows in a step", AT_LEAST_1)
-    accumulate: int = option(1, "parts of a batch that go through the model one after another", AT_LEAST_1)
+    batch: int = option(16, "windows (sequences) in a step", AT_LEAST_1)
+    accumulate: int = option(1, "micro-batches that a batch is split into (gradient accumulation)", AT_LEAST_1)
     steps: int = option(900, "steps in full precision", AT_LEAST_0)
     qat_steps: int = option(200, "steps of quantization-aware training at each bit width", AT_LEAST_1)
     tokens: int | None = option(
-        None, "bytes of both phases together, such as 10M, instead of --steps and --qat-steps", AT_LEAST_1, parse=count
+        None, "tokens of both phases together, such as 10M; replaces --steps and --qat-steps", AT_LEAST_1, parse=count
     )
     qat_fraction: Literal["auto"] | float = option(
-        "auto", "share of --tokens to train quantized; auto: the planner's, for each width", parse=fraction
+        "auto",
+        "fraction of --tokens to train quantized; auto: what `qatkernels plan` computes for each bit width",
+        parse=fraction,
     )
     schedule: Literal["auto", "cosine", "wsd", "classic", "fused"] = option(
         "auto",
-        "cosine: each phase has a warmup and a cosine decay of its own; wsd: a warmup, a constant part and a decay; "
-        "classic: warmup, constant, cooldown, then QAT with re-warmup and decay; fused: no cooldown, QAT starts from "
-        "the constant rate and decays; auto: classic with --tokens, else cosine",
+        "cosine: each phase has its own warmup and cosine decay; wsd: each phase has a warmup, a constant rate and a "
+        "decay; classic: warmup, constant rate, cooldown, then QAT with re-warmup and decay; fused: no cooldown, QAT "
+        "starts from the constant rate and decays; auto: classic with --tokens, else cosine",
     )
     cooldown: float = option(
         0.2,
-        "share of the full-precision steps that the classic cooldown takes, of each phase's the decay of wsd",
+        "classic: length of the cooldown, as a fraction of the full-precision steps; wsd: length of the decay, as a "
+        "fraction of the steps of its phase",
         SHARE,
     )
-    decay: str = option("sqrt", "shape of the decays of wsd, classic and fused: linear, sqrt or cosine")
+    decay: str = option("sqrt", "shape of the decay of wsd, classic and fused: linear, sqrt or cosine")
     lr: float = option(2e-3, "peak learning rate in full precision", AT_LEAST_0)
     qat_lr: float = option(1e-3, "peak learning rate of quantization-aware training", AT_LEAST_0)
     scale_lr: float = option(1e-4, "peak learning rate of the quantizers' scales", AT_LEAST_0)
-    weight_decay: float = option(0.1, "decay of weight matrices in full precision (QAT has none)", AT_LEAST_0)
+    weight_decay: float = option(
+        0.1, "weight decay of matrices in full precision (QAT has no weight decay)", AT_LEAST_0
+    )
     beta1: float = option(0.9, "AdamW's decay of the first moment", Range(0, 1, open_high=True))
     beta2: float = option(0.95, "AdamW's decay of the second moment", Range(0, 1, open_high=True))
-    warmup: float = option(0.05, "share of a phase's steps over which the learning rate rises", SHARE)
-    clip: float = option(1.0, "largest norm of the gradient", POSITIVE)
+    warmup: float = option(0.05, "length of the warmup, as a fraction of the steps of its phase", SHARE)
+    clip: float = option(1.0, "norm that gradients are clipped to", POSITIVE)
 
     def __post_init__(self) -> None:
         check(self)
@@ -88,28 +93,33 @@ class TrainingConfig:
         if share != "auto" and not (isinstance(share, float) and 0 < share < 1):
             raise ConfigError(f"--qat-fraction is {share}, must be auto or in (0, 1)")
         if share != "auto" and self.tokens is None:
-            raise ConfigError(f"--qat-fraction is {share}, a share of --tokens: give --tokens too, or use --qat-steps")
+            raise ConfigError(
+                f"--qat-fraction is {share}, a fraction of --tokens: give --tokens too, or use --qat-steps"
+            )
         if self.tokens is not None and self.schedule in OWN_DECAY:
             raise ConfigError(f"--schedule is {self.schedule}, must be classic or fused with --tokens")
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured, logged and kept along the way."""
+    """How often the run evaluates, logs and saves."""
 
     eval_every: int = option(50, "steps between evaluations on held-out text", AT_LEAST_1)
-    eval_windows: int = option(256, "held-out windows in an evaluation", AT_LEAST_1)
+    eval_windows: int = option(256, "held-out windows (sequences) in an evaluation", AT_LEAST_1)
     tensorboard: bool = option(
         False, "also write the log for TensorBoard, to tensorboard/ (extra tensorboard)", resumable=True
     )
     log_every: int = option(10, "steps between training losses in the log", AT_LEAST_1)
     stats_every: int | None = option(
-        None, "steps of QAT between counts of flipped codes in the log; none if not given", AT_LEAST_1, resumable=True
+        None, "QAT steps between counts of flipped codes in the log; no counts if not given", AT_LEAST_1, resumable=True
     )
     save_every: int = option(100, "steps between checkpoints", AT_LEAST_1, resumable=True)
-    keep_last: int = option(2, "checkpoints that are kept while a phase trains", AT_LEAST_1, resumable=True)
+    keep_last: int = option(2, "newest checkpoints to keep while a phase trains", AT_LEAST_1, resumable=True)
     keep_every: int | None = option(
-        None, "steps between models that are kept in each phase's folder; none if not given", AT_LEAST_1, resumable=True
+        None,
+        "steps between copies of the model that stay in the folder of the phase; no copies if not given",
+        AT_LEAST_1,
+        resumable=True,
     )
 
     def __post_init__(self) -> None:
@@ -118,34 +128,34 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, init=False)
 class TrainConfig(Settings):
-    """Everything that decides the result of a run. `qatkernels train --help` lists the settings with their meaning.
+    """All settings of a run. `qatkernels train --help` lists them with their meaning.
 
-    Settings are given by name, whatever table they are in; or whole tables; or both.
+    The constructor takes single settings by name, in whatever table they are, or whole tables, or both:
 
         TrainConfig(out="runs/x", bits=(2,), lr=1e-3, method="winq", samples=2)
         TrainConfig(out="runs/x", bits=(2,), method="winq", lr=1e-3, winq=WinQConfig(samples=2))
 
     Raises:
-        ConfigError: if a setting has a value that cannot be used.
-        TypeError: if a name is not known.
+        ConfigError: if the value of a setting is not allowed.
+        TypeError: if there is no setting of a given name.
     """
 
     own_table = "run"
 
     out: str = option("runs/demo", "folder for checkpoints, log and report", resumable=True)
     data: str | None = option(
-        None, "text file or folder; this Python's standard library sources if not given", resumable=True
+        None, "text file or folder; the sources of Python's standard library if not given", resumable=True
     )
     bits: tuple[float, ...] = option(
         (4, 2, 1.58, 1), "bit widths to train; more may be added later", parse=bit_width, resumable=True, metavar="BITS"
     )
     model: str = option(
         models.DEMO,
-        "demo; a folder or file that `qatkernels train` left; or a folder with the config.json of a causal language "
-        "model of transformers, its weights and tokenizer.json if they are there (extra hf)",
+        "demo; or a folder or file that `qatkernels train` wrote; or the folder of a causal language model of "
+        "transformers with its config.json, and optionally its weights and tokenizer.json (extra hf)",
     )
     act_bits: int | None = option(
-        None, "bit width of the activations, 2 to 8, a scale for each token; not quantized if not given", Range(2, 8)
+        None, "bit width of activations, 2 to 8, one scale per token; not quantized if not given", Range(2, 8)
     )
     method: str = option("qat", "how quantized weights are trained: qat, winq or squat")
     seed: int = option(0, "seed of the initial weights and of the batches")
@@ -154,7 +164,7 @@ class TrainConfig(Settings):
         "none", "several processes, started by torchrun: ddp, or fsdp (FSDP2, sharded checkpoints)", resumable=True
     )
     precision: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "float32, or bfloat16 autocast; auto: bfloat16 where the hardware multiplies it"
+        "auto", "float32, or bfloat16 autocast; auto: bfloat16 where the hardware supports it"
     )
 
     shape: ModelConfig = table(ModelConfig, "model")
@@ -173,7 +183,7 @@ class TrainConfig(Settings):
             for bits in self.bits:
                 paretoq(bits)
         except ValueError as error:
-            raise ConfigError(f"--{error}") from error  # it names what is wrong first
+            raise ConfigError(f"--{error}") from error  # the message starts with "bits", which makes it "--bits"
         for name, allowed in (("method", METHODS), ("parallel", MODES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"--{name} is {getattr(self, name)!r}, must be one of {', '.join(allowed)}")
@@ -184,34 +194,35 @@ class TrainConfig(Settings):
 
     @functools.cached_property
     def described(self) -> dict[str, Any]:
-        """What the model is built from."""
+        """The values that the model is built from (:func:`models.describe`)."""
         return models.describe(self.model, self.shape)
 
     @property
     def method_config(self) -> MethodConfig:
-        """How quantized weights are trained."""
+        """The training method and its settings."""
         return MethodConfig(self.method, self.winq, self.squat)
 
     def resolved(self) -> TrainConfig:
-        """Return the configuration with ``auto`` replaced by what this machine has.
+        """Return the configuration with each ``auto`` replaced by the value for this machine.
 
         Raises:
-            ConfigError: if CUDA is asked for and missing, or the model is.
+            ConfigError: if CUDA is requested but not available, or the model cannot be used.
         """
         training, context = self.training, self.shape.context
         try:
             vocab, longest = models.limits(self.described)
-            drawn = not models.weight_files(self.model)
+            random_weights = not models.weight_files(self.model)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if vocab < 256 and models.tokenizer(self.model) is None:
             raise ConfigError(
-                f"--model is {self.model}, whose {vocab} tokens are too few for bytes: give it a tokenizer.json"
+                f"--model is {self.model}, whose vocabulary of {vocab} tokens is too small to read bytes: give it a "
+                "tokenizer.json"
             )
-        if drawn and training.steps == 0 and training.tokens is None:
+        if random_weights and training.steps == 0 and training.tokens is None:
             raise ConfigError(f"--steps is 0, must be at least 1 with --model {self.model}, which has no weights")
         if self.evaluation.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise ConfigError("--tensorboard needs it: pip install qatkernels[tensorboard]")
+            raise ConfigError("--tensorboard needs the package tensorboard: pip install qatkernels[tensorboard]")
         if longest is not None and context > longest:
             raise ConfigError(f"--context is {context}, must be at most {longest} for --model {self.model}")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -227,33 +238,33 @@ class TrainConfig(Settings):
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 arithmetic; without it autocast is slower than float32."""
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    """Whether this CPU has bfloat16 instructions; without them autocast is slower than float32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Return what is in a ``run.json``.
+    """Return the contents of a ``run.json``.
 
     Raises:
-        CheckpointError: if it cannot be read or is damaged.
+        CheckpointError: if the file cannot be read or is damaged.
     """
     try:
-        found: dict[str, Any] = files.read_json(path)
+        stored: dict[str, Any] = files.read_json(path)
     except files.DamagedError as error:
         raise files.CheckpointError(f"{error.what}; give another --out, or --restart to start over") from error
-    return found
+    return stored
 
 
 def resumed(given: dict[str, Any]) -> TrainConfig:
-    """Return the configuration of the run in ``given["out"]``, changed only by what else is given.
+    """Return the configuration of the run in the folder ``given["out"]``, with the other given settings changed.
 
     Args:
-        given: fields of :class:`TrainConfig` by name, as few as there are.
+        given: settings of :class:`TrainConfig` by name. Settings that are not given stay as they are in the run.
 
     Raises:
-        ConfigError: if there is no run, or a field is not known.
-        CheckpointError: if its configuration is damaged.
+        ConfigError: if the folder holds no run, or there is no setting of a given name.
+        CheckpointError: if the configuration of the run is damaged.
     """
     out = given.get("out", TrainConfig().out)
     path = Path(out) / "run.json"

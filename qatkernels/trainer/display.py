@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, and lines everywhere."""
+"""Progress output: a bar on a terminal, and lines of text everywhere."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 class Display:
-    """What has been done of work that consists of many equal units, and how long the rest will take.
+    """Shows the progress of work in equal units, and estimates the remaining time.
 
     Args:
         total: units of work.
-        unit: what they are called.
-        say: receives lines instead of the terminal.
+        unit: their name, such as ``"steps"``.
+        say: called with each line instead of printing it.
 
     Attributes:
         say: prints a line.
-        done: units so far, with those of earlier processes.
-        left: how much time is left, in words.
-        has_bar: whether there is a terminal with a bar on it.
+        done: units done so far, including those of earlier processes.
+        left: the remaining time as text.
+        has_bar: whether a bar is shown on a terminal.
     """
 
     def __init__(self, total: int, unit: str, say: Callable[[str], None] | None = None) -> None:
@@ -39,7 +39,7 @@ class Display:
         self.say = say or (lambda line: self._bar.console.print(line, soft_wrap=True))
         self.has_bar = not self._bar.disable
         self.done, self.left = 0, ""
-        self._total, self._unit, self._here = total, unit, 0
+        self._total, self._unit, self._done_by_this_process = total, unit, 0
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -51,25 +51,31 @@ class Display:
         self._bar.stop()
 
     def begin(self, name: str, done: int = 0) -> None:
-        """Start a part of the work, of which an earlier process has done so many units."""
+        """Start a part of the work.
+
+        Args:
+            name: name of the part.
+            done: units of it that an earlier process has done.
+        """
         self.done += done
         self._bar.update(self._task, completed=self.done, description=name)
 
     def advance(self, units: int = 1, note: str = "") -> None:
         """Count units, and show a note beside the bar."""
-        self.done, self._here = self.done + units, self._here + units
-        seconds = (time.perf_counter() - self._began) / self._here * (self._total - self.done)
+        self.done, self._done_by_this_process = self.done + units, self._done_by_this_process + units
+        seconds_per_unit = (time.perf_counter() - self._began) / self._done_by_this_process
+        seconds = seconds_per_unit * (self._total - self.done)
         self.left = f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
         note = f"{self.done}/{self._total} {self._unit}, {note}{self.left}"
         self._bar.update(self._task, completed=self.done, note=note)
 
 
 class TrainingDisplay(Display):
-    """The display of a training run: a line for each evaluation where there is no bar.
+    """The display of a training run. Without a bar it prints one line per evaluation.
 
     Args:
         total: steps of all phases.
-        say: receives lines instead of the terminal.
+        say: called with each line instead of printing it.
     """
 
     def __init__(self, total: int, say: Callable[[str], None] | None = None) -> None:
@@ -77,14 +83,20 @@ class TrainingDisplay(Display):
         self._held_out = ""
 
     def begin(self, name: str, done: int = 0) -> None:
-        """Start a phase of which an earlier process has taken so many steps."""
+        """Start a phase; ``done`` is the number of steps that an earlier process has taken."""
         self._held_out = ""
         if done:
             self.say(f"{name:<6} {done} steps were done before")
         super().begin(name, done)
 
     def step(self, phase: str, entry: dict[str, Any], rate: float) -> None:
-        """Show one step: the log's entry and the tokens per second of the phase."""
+        """Show one step.
+
+        Args:
+            phase: name of the phase.
+            entry: the log entry of the step.
+            rate: tokens per second in this phase.
+        """
         speed = f"{human(rate)} tokens/s, "
         if "held_out" in entry:
             self._held_out = f"{entry['held_out']:.3f} bits/byte held out, "

@@ -1,4 +1,4 @@
-"""Text from a trained model, packed or not, one byte at a time; and the packing of what `train` left."""
+"""Generates text from a trained model, packed or not, and packs the models that `train` wrote."""
 
 from __future__ import annotations
 
@@ -27,23 +27,22 @@ def generate(
     generator: torch.Generator | None = None,
     cached: bool = True,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Go on from a prompt.
+    """Continue a prompt.
 
-    A sequence that has filled the context goes on from its second half, which is then read anew: between two such
-    steps a token costs one position.
+    When a sequence has filled the context, the model reads its second half again and continues from there. Between two
+    such steps each token costs one position.
 
     Args:
         model: a :class:`Transformer` in eval mode.
-        prompt: at least one byte; of what exceeds the context only the end is read.
+        prompt: at least one byte; if it is longer than the context, only its end is read.
         count: number of tokens.
-        temperature: 0 takes the likeliest token, the first of those that are equal; otherwise the logits are divided by
-            it and a token is drawn.
-        generator: draws them, on the CPU; torch's default one if None.
-        cached: keep keys and values. Without, every token costs the whole window; the results are those of the same
-            windows.
+        temperature: 0 takes the most likely token, the first one if several are equal. Otherwise the logits are divided
+            by the temperature, and a token is drawn.
+        generator: a CPU generator to draw tokens with; torch's default generator if None.
+        cached: keep keys and values. If False, every token computes the whole window again, with the same result.
 
     Yields:
-        Each token, and the float32 logits ``[vocab]`` that it was chosen from, on the CPU.
+        Each token, with the float32 logits ``[vocab]`` that it was chosen from, on the CPU.
 
     Raises:
         ValueError: if the prompt is empty.
@@ -62,7 +61,7 @@ def generate(
             cache = Cache(config)
         logits = model(torch.tensor([new], device=device), cache)[0, -1].float().cpu()
         if temperature:
-            # In float64 and from the largest logit down, so that no temperature makes two infinite, or 0 / 0.
+            # In float64 and relative to the largest logit, so that no temperature overflows or gives 0 / 0.
             scaled = (logits - logits.max()).double() / temperature
             token = int(torch.multinomial(scaled.softmax(-1).float(), 1, generator=generator))
         else:
@@ -71,11 +70,14 @@ def generate(
         yield token, logits
 
 
-def opened(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a model, packed or trained, and the values that it was built from (:func:`models.describe`).
+def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a packed or trained model, and the values that it was built from (:func:`models.describe`).
+
+    Args:
+        path: a file with a packed model, or the folder of a finished phase.
 
     Raises:
-        CheckpointError: if it is missing, damaged, or of another kind.
+        CheckpointError: if the model is missing or damaged, or the file is of another kind.
     """
     if path.is_dir():
         trained = models.load_trained(path)
@@ -85,7 +87,7 @@ def opened(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     def build(config: dict[str, Any]) -> nn.Module:
         try:
             described.update(config["model"])
-            models.check_room(described, path.stat().st_size)
+            models.check_plausible_size(described, path.stat().st_size)
             return models.build(described)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} does not hold a model of this version ({error})") from error
@@ -94,12 +96,12 @@ def opened(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def load(path: Path) -> nn.Module:
-    """Return a byte-level model in eval mode: a packed one from a file, a trained one from its folder.
+    """Return a demo model in eval mode: a packed one from a file, or a trained one from its folder.
 
     Raises:
-        CheckpointError: if it is missing, damaged, or of another kind.
+        CheckpointError: if the model is missing or damaged, or is not a demo model.
     """
-    model, _ = opened(path)
+    model, _ = open_model(path)
     if not isinstance(model, Transformer):
         raise CheckpointError(f"{path} holds a {type(model).__name__}, must be a model of --model demo")
     return model.eval()
@@ -111,18 +113,18 @@ def pack(folder: Path, out: Path, scale_dtype: torch.dtype = torch.float32) -> d
     Args:
         folder: a folder that `qatkernels train` wrote, such as ``runs/demo/w2``.
         out: the file.
-        scale_dtype: dtype that scales are stored in.
+        scale_dtype: dtype to store scales in.
 
     Returns:
-        ``parameters`` of the model without its scales, and the bytes of the packed one on ``disk`` and in ``memory``.
+        ``parameters``: number of parameters without scales; ``disk`` and ``memory``: bytes of the packed model.
 
     Raises:
-        CheckpointError: if the model cannot be read, was trained in full precision, or ``out`` cannot be written or is
-            one of the files that are packed.
+        CheckpointError: if the model cannot be read or was trained in full precision, or ``out`` cannot be written or
+            is one of the files of the model.
     """
     for source in ("model.safetensors", "config.json"):
         if out.exists() and (folder / source).exists() and out.samefile(folder / source):
-            raise CheckpointError(f"{out} is a file of the model in {folder}, give another one to write")
+            raise CheckpointError(f"{out} is a file of the model in {folder}, give another file to write to")
     trained = models.load_trained(folder)
     if trained.about["quantization"] is None:
         raise CheckpointError(f"{folder} was trained in full precision, there is nothing to pack")

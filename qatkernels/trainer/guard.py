@@ -1,4 +1,4 @@
-"""Losses and gradients that are no longer numbers: which step was the first, and where in the model it began."""
+"""Detects non-finite losses and gradients: at which step they first occur, and in which module."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..dtensor import local_part
 
 
 class DivergedError(RuntimeError):
-    """The loss or its gradient is no longer a number."""
+    """The loss, its gradient or a weight is not finite."""
 
 
 class Guard:
-    """Notices the first bad step without waiting for the device, and keeps the weights of before it.
+    """Detects the first non-finite step without a device sync. Weights stay as they were before that step.
 
-    The optimizer is told as a GradScaler tells it: its fused kernels leave everything as it is while ``found_inf`` is
-    one, and it stays one.
+    It uses the interface of GradScaler: the fused kernels of torch's optimizers skip a step while ``found_inf`` is 1.
+    The guard sets ``found_inf`` to 1 at the first non-finite step, and never back.
 
     Args:
-        optimizer: a fused one of torch's.
-        device: where losses are.
+        optimizer: one of torch's fused optimizers.
+        device: device of the losses.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: str) -> None:
@@ -33,61 +33,61 @@ class Guard:
         optimizer.found_inf = self._bad  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def see(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        """Look at a step before the optimizer takes it.
+    def observe(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """Check loss and gradient of a step. Call this before the optimizer's step.
 
         Args:
-            step: its number, from 1.
+            step: number of the step, from 1.
             loss: a scalar.
-            norm: of the gradient.
+            norm: norm of the gradient.
         """
-        now = torch.stack([torch.full_like(loss, step), loss, norm]).double()
-        self._first.copy_(torch.where(self._bad > 0, self._first, now))
-        self._bad.copy_(torch.maximum(self._bad, 1 - now.isfinite().all().to(self._bad.dtype)))
+        current = torch.stack([torch.full_like(loss, step), loss, norm]).double()
+        self._first.copy_(torch.where(self._bad > 0, self._first, current))
+        self._bad.copy_(torch.maximum(self._bad, 1 - current.isfinite().all().to(self._bad.dtype)))
 
-    def found(self) -> tuple[int, float, float] | None:
-        """Return step, loss and norm of the first bad step, None if there was none; waits for the device."""
+    def first_bad_step(self) -> tuple[int, float, float] | None:
+        """Return step, loss and norm of the first non-finite step, or None if there was none. Syncs the device."""
         if not self._bad.item():
             return None
         step, loss, norm = self._first.tolist()
         return int(step), loss, norm
 
 
-def origin(model: nn.Module, again: Callable[[], Any]) -> str | None:
-    """Run a step again and say where it first stops being finite.
+def find_non_finite(model: nn.Module, rerun: Callable[[], Any]) -> str | None:
+    """Run a step again and return where the first non-finite value appears.
 
     Args:
-        model: not wrapped, with the weights from before the step.
-        again: computes the loss and its gradient.
+        model: the model, not wrapped, with the weights from before the step.
+        rerun: computes the loss and its gradient.
 
     Returns:
-        The first module whose output, or the gradient of whose output, is not finite, in words; the first parameter
-        whose gradient is not, if all of these are; None if everything is finite.
+        A phrase that names the first module with a non-finite output, or a non-finite gradient of its output. If there
+        is none, the first parameter with a non-finite gradient. None if everything is finite.
     """
-    found: list[str] = []
-    with _watched(model, found):
-        again()
+    places: list[str] = []
+    with _recorded_non_finite(model, places):
+        rerun()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not _finite(parameter.grad):
-            found.append(f"the gradient of {name}")
-    return found[0] if found else None
+            places.append(f"the gradient of {name}")
+    return places[0] if places else None
 
 
 @contextlib.contextmanager
-def _watched(model: nn.Module, found: list[str]) -> Iterator[None]:
-    """Note what is not finite, in the order in which it is computed: an inner module before the one around it."""
+def _recorded_non_finite(model: nn.Module, places: list[str]) -> Iterator[None]:
+    """Append to ``places`` where values are not finite, in the order of computation: inner modules come first."""
 
-    def watch(name: str) -> Callable[..., None]:
+    def make_hook(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             for tensor in _tensors(output):
                 if not _finite(tensor):
-                    found.append(f"the output of {name or 'the model'}")
+                    places.append(f"the output of {name or 'the model'}")
                 elif tensor.requires_grad:
-                    tensor.register_hook(lambda g: None if _finite(g) else found.append(f"the gradient at {name}"))
+                    tensor.register_hook(lambda g: None if _finite(g) else places.append(f"the gradient at {name}"))
 
         return hook
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    hooks = [module.register_forward_hook(make_hook(name)) for name, module in model.named_modules()]
     try:
         yield
     finally:

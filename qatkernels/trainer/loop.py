@@ -1,16 +1,15 @@
 """The reference training loop: full precision first, then quantization-aware training from it at each bit width.
 
-Everything a step needs is a function of the configuration and the step number: the learning rate, the batch, any
-random draw. A checkpoint is therefore the model, the optimizer's moments and one integer, and a run that was killed and
-started again ends with the same weights, bit for bit on a CPU (same machine, same number of threads), as one that was
-not.
+The learning rate, the batch and all random numbers of a step depend on the configuration and the step number only. So
+a checkpoint needs no more than the model, the optimizer's moments and the step. A run that was killed and resumed ends
+with the same weights as one that was not: bit for bit on a CPU, on the same machine with the same number of threads.
 
-    out/run.json          the configuration; another one is refused here
-    out/log.jsonl         one line for each logged step
-    out/<phase>/          fp, then w4, w2, w1.58, w1 (phases.py): the last states while it trains (checkpoints.py),
-                          then model.safetensors and, last of all, config.json;
-                          step-<n>.safetensors, its model at every keep_every-th step before
-    out/report.json       the table and the curves, also as curves.png
+    out/run.json          the configuration; a run with another configuration in this folder is an error
+    out/log.jsonl         one line per logged step
+    out/<phase>/          fp, then w4, w2, w1.58, w1 (phases.py). While the phase trains: its newest states
+                          (checkpoints.py). At its end: model.safetensors, and config.json, which is written last.
+                          With keep_every also step-<n>.safetensors, the model at every keep_every-th step
+    out/report.json       table and curves of the run; curves.png plots them
 """
 
 from __future__ import annotations
@@ -34,29 +33,29 @@ from . import checkpoints, data, models, report, run_folder, saving
 from .build import build_model, build_optimizer
 from .config import ConfigError, TrainConfig
 from .display import TrainingDisplay
-from .guard import DivergedError, Guard, origin
+from .guard import DivergedError, Guard, find_non_finite
 from .methods import QAT
 from .parallel import Processes, joined
 from .phases import Phase, phases
 from .signals import Stop
 from .state import Run, Training
 
-_ALONE = Processes()
+_ONE_PROCESS = Processes()
 
 
 def train(config: TrainConfig, *, restart: bool = False, say: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Train, or go on with what an earlier call with the same ``out`` left. Sets torch's seed.
+    """Train, or resume the run in the folder ``config.out``. Sets torch's seed.
 
     Args:
         config: the configuration.
-        restart: delete what ``config.out`` holds of an earlier run first.
-        say: receives lines of text about the progress; a progress bar on the terminal if None.
+        restart: first delete the run that is in ``config.out``.
+        say: called with each line about the progress. If None, a progress bar is shown on the terminal.
 
     Returns:
-        The report, as it is written to ``report.json``.
+        The report that is written to ``report.json``.
 
     Raises:
-        ConfigError: if a setting or model cannot be used here, or differs from the run that is being resumed.
+        ConfigError: if a setting or model cannot be used here, or a setting differs from the run that is resumed.
         DataError: if the text cannot be used.
         CheckpointError: if ``out`` cannot be written to, is in use, or holds a damaged checkpoint.
         DivergedError: if the loss is not finite.
@@ -70,23 +69,23 @@ def train(config: TrainConfig, *, restart: bool = False, say: Callable[[str], No
             if restart and group.first:
                 run_folder.remove_run(out)
             results, log = run_phases(config, corpus, plan, say, group)
-            made = report.write(out, config.settings(), corpus, results, log) if group.first else {}
-            found: dict[str, Any] = group.gathered(made)[0]
-            return found
+            written = report.write(out, config.settings(), corpus, results, log) if group.first else {}
+            first_process_report: dict[str, Any] = group.gathered(written)[0]
+            return first_process_report
 
 
 def run_phases(
     config: TrainConfig, corpus: data.Corpus, plan: list[Phase], say: Callable[[str], None] | None = None,
-    group: Processes = _ALONE,
+    group: Processes = _ONE_PROCESS,
 ) -> tuple[list[dict[str, Any]], report.Log]:  # fmt: skip
-    """Run phases in order, which may be others than those of the configuration; one that is finished is not run again.
+    """Run phases in order, except those that are finished. They need not be the phases of the configuration.
 
     Args:
-        config: the resolved configuration. The caller holds ``config.out``.
+        config: the resolved configuration. The caller must have locked ``config.out`` (:func:`run_folder.exclusive`).
         corpus: the text.
-        plan: each phase after the one that it starts from, unless that is finished.
-        say: receives lines of text about the progress.
-        group: the processes that train together; this one alone if None.
+        plan: the phases. A phase comes after the one that it starts from, unless that one is finished already.
+        say: called with each line about the progress.
+        group: the processes that train together.
 
     Returns:
         The result of each phase, and the log.
@@ -98,55 +97,55 @@ def run_phases(
     batch, parts = config.training.batch, config.training.accumulate
     if batch % group.size or batch // group.size < parts:
         raise ConfigError(
-            f"--batch is {batch}, must be a multiple of the {group.size} processes, and at least --accumulate "
-            f"({parts}) times as many"
+            f"--batch is {batch}, must be a multiple of the {group.size} processes, and at least {group.size * parts}: "
+            f"--accumulate is {parts}"
         )
     vocab, _ = models.limits(config.described)
     largest = max(int(corpus.train.max()), int(corpus.held_out.max()))
     if 0 < vocab <= largest:
         raise ConfigError(
             f"--model is {config.model}, whose tokenizer.json makes token {largest} of --data, must be below {vocab}, "
-            "the vocab_size of its config.json"
+            "the vocab_size in its config.json"
         )
     if group.first:
         saving.open_run(out, config, corpus)
     group.wait()
     log = report.Log(out / "log.jsonl", group.first, out / "tensorboard" if config.evaluation.tensorboard else None)
     if not group.first:
-        say = _nothing
+        say = _ignore
     with Stop() as stop, TrainingDisplay(sum(phase.steps for phase in plan), say) as display:
         run = Run(config, corpus, log, display, stop, group)
-        results = [saving.finished(run, phase) or run_phase(run, phase) for phase in plan]
+        results = [saving.finished_result(run, phase) or run_phase(run, phase) for phase in plan]
         log.close()
-        run.stop_if_asked()  # in the very last step: whoever called is asked to stop too
+        run.stop_if_asked()  # a signal during the very last step must reach the caller too
         return results, log
 
 
-def _nothing(line: str) -> None:
-    """Say nothing."""
+def _ignore(line: str) -> None:
+    """Drop a line: only the first process prints."""
 
 
 def begin(run: Run, phase: Phase) -> Training:
-    """Build what a phase starts with, before any of its steps."""
+    """Build the model, optimizer and method of a phase, before its first step."""
     model = build_model(run.config, phase, _seed(run.config.seed, "weights", 0))
-    wrapped = run.group.wrap(model)  # under FSDP2 parameters are others from here on
+    wrapped = run.group.wrap(model)  # FSDP2 replaces the parameters, so the optimizer must be built after this
     optimizer = build_optimizer(model, run.config, phase)
     method = phase.method.start(model, optimizer, phase.steps) if phase.bits is not None else QAT(model, False)
     return Training(run, phase, model.train(), wrapped, optimizer, method, Guard(optimizer, run.config.device))
 
 
 def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
-    """Train one phase to its end, from its last state if it has one, and return its result."""
+    """Train one phase to its end, from its newest state if there is one, and return its result."""
     run.stop_if_asked()
     config, training = run.config, begin(run, phase)
-    progress = saving.resumed(training)
+    progress = saving.resume(training)
     run.display.begin(phase.name, progress.step)
     windows = run.corpus.evaluation(config.evaluation.eval_windows, config.shape.context)
-    if progress.step == 0:  # of a quantized phase this is round-to-nearest: nothing has been trained at this width
+    if progress.step == 0:  # in a quantized phase this is the loss of round-to-nearest, before any training
         progress.start = progress.held_out = _held_out(training, windows, 0)
         run.log.add(phase=phase.name, step=0, held_out=progress.start)
         if config.evaluation.keep_every is not None:
-            saving.keep(training, 0)
+            saving.keep_model(training, 0)
 
     while progress.step < phase.steps:
         began = time.perf_counter()
@@ -163,9 +162,10 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
             )
         )
         entry = {"phase": phase.name, "step": progress.step}
-        if (logged or evaluated or saved or kept or last or stop) and training.guard.found():  # waits for the device
+        # The guard syncs the device, so it is asked only in steps that sync anyway.
+        if (logged or evaluated or saved or kept or last or stop) and training.guard.first_bad_step():
             raise _diverged(training)
-        if logged or last:  # waits too, so it belongs to the measured time
+        if logged or last:  # loss.item() syncs the device; that belongs to the measured time
             bits = loss.item() / math.log(2) / run.corpus.bytes_per_token
             entry |= {"train": bits, "lr": training.optimizer.param_groups[0]["lr"]}
             if training.method.stats is not None:
@@ -194,7 +194,7 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
         if last:
             break
         if kept:
-            saving.keep(training, progress.step)
+            saving.keep_model(training, progress.step)
         if stop or saved:
             saving.save(training, progress, config.evaluation.keep_last)
             run.stop_if_asked()
@@ -202,21 +202,22 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
 
 
 def take_step(training: Training, step: int) -> Tensor:
-    """Take a step, counted from 0, and return the loss at the weights before it, in nats."""
+    """Take step ``step`` (from 0), and return the loss in nats at the weights before the step."""
     for group in training.optimizer.param_groups:
         group["lr"] = group["peak"] * training.phase.rate(step)
     loss = gradient(training, step)
     norm = nn.utils.clip_grad_norm_(training.model.parameters(), training.run.config.training.clip)
-    training.guard.see(step + 1, loss, whole(norm))
+    training.guard.observe(step + 1, loss, whole(norm))
     training.optimizer.step()
-    # The optimizer stands still from a bad step on, and so do resets; only one that is due waits for the device.
-    if not (training.method.due and training.guard.found()):
+    # After a non-finite step the optimizer skips all steps, and resets must be skipped too. first_bad_step() syncs the
+    # device, so it is called only in a step that resets.
+    if not (training.method.due and training.guard.first_bad_step()):
         training.method.after_step()
     return loss
 
 
 def gradient(training: Training, step: int) -> Tensor:
-    """Leave the gradient of a step in ``.grad``, and return the loss over the whole batch, in nats."""
+    """Compute the gradient of a step into ``.grad``, and return the loss over the whole batch, in nats."""
     run, phase, config = training.run, training.phase, training.run.config
     torch.manual_seed(_seed(config.seed, *(("fp", phase.first + step) if phase.bits is None else ("qat", step))))
     windows = run.group.share(run.corpus.batch(config.training.batch, config.shape.context))
@@ -231,9 +232,9 @@ def accumulated(
     windows: Tensor,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
-    group: Processes = _ALONE,
+    group: Processes = _ONE_PROCESS,
 ) -> Tensor:
-    """Leave the gradient of the mean loss of the windows in ``.grad``, part by part, and return the loss."""
+    """Compute the gradient of the mean loss of the windows into ``.grad``, in micro-batches, and return the loss."""
     optimizer.zero_grad()
     total = torch.zeros((), device=config.device)
     parts = windows.chunk(config.training.accumulate)
@@ -250,19 +251,20 @@ def mean_loss(model: nn.Module, windows: Tensor, config: TrainConfig) -> Tensor:
     windows = windows.to(config.device)
     with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bfloat16"):
         logits = model(windows[:, :-1])
-    logits = getattr(logits, "logits", logits)  # transformers' models have more to say
+    logits = getattr(logits, "logits", logits)  # transformers' models return an object with more than the logits
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, windows: Tensor, config: TrainConfig, group: Processes = _ALONE) -> float:
-    """Return bits per token on ``windows`` ``[count, context + 1]``; each window starts without context."""
+def evaluate(model: nn.Module, windows: Tensor, config: TrainConfig, group: Processes = _ONE_PROCESS) -> float:
+    """Return the loss in bits per token on ``windows`` ``[count, context + 1]``; each window starts without context."""
     model.eval()
-    own = group.share(windows)
-    total = sum(mean_loss(model, part, config).item() * len(part) for part in own.split(64) if len(part))
-    # FSDP2 gathers weights in every forward: whoever has fewer of them joins for nothing.
-    most = -(-len(windows) // group.size)
-    for _ in range(-(-most // 64) - -(-len(own) // 64)):
+    share = group.share(windows)
+    total = sum(mean_loss(model, part, config).item() * len(part) for part in share.split(64) if len(part))
+    # FSDP2 gathers weights in every forward, so all processes must make the same number of forwards. A process with
+    # fewer windows makes the missing ones without using the result.
+    largest_share = -(-len(windows) // group.size)
+    for _ in range(-(-largest_share // 64) - -(-len(share) // 64)):
         mean_loss(model, windows[:1], config)
     model.train()
     return group.sums(total)[0] / len(windows) / math.log(2)
@@ -273,22 +275,22 @@ def _held_out(training: Training, windows: Tensor, step: int) -> float:
     value = evaluate(training.wrapped, windows, run.config, run.group) / run.corpus.bytes_per_token
     if not math.isfinite(value):
         raise DivergedError(
-            f"the held-out loss is {value} at step {step} of {training.phase.name}, though that of training is finite; "
-            f"{_ADVICE}; {_last_good(training)}"
+            f"the held-out loss is {value} at step {step} of {training.phase.name}, though the training loss is "
+            f"finite; {_ADVICE}; {_last_good(training)}"
         )
     return value
 
 
 def _diverged(training: Training) -> DivergedError:
-    """Return the error of a step that was not finite, after running it again to find where that began."""
-    run, found = training.run, training.guard.found()
-    step, loss, norm = found or (0, math.nan, math.nan)
-    training.method.steps = step - 1  # more were taken before the guard was asked
-    begins = run.group.gathered(origin(training.model, lambda: gradient(training, step - 1)))
-    where = next((name for name in begins if name is not None), None)
+    """Run the first non-finite step again to find the module where it began, and return the error to raise."""
+    run = training.run
+    step, loss, norm = training.guard.first_bad_step() or (0, math.nan, math.nan)
+    training.method.steps = step - 1  # the loop took more steps before it asked the guard
+    places = run.group.gathered(find_non_finite(training.model, lambda: gradient(training, step - 1)))
+    where = next((place for place in places if place is not None), None)
     message = (
         f"the loss is {loss:.4g} and the norm of its gradient {norm:.4g} at step {step} of {training.phase.name}; "
-        + (f"not finite first: {where}" if where else "run again it is finite")
+        + (f"the first non-finite value is {where}" if where else "it is finite when the step is run again")
         + f"; {_ADVICE}; {_last_good(training)}"
     )
     run.log.add(phase=training.phase.name, step=step, note=message)
@@ -304,7 +306,7 @@ def _last_good(training: Training) -> str:
 
 
 def _seed(seed: int, purpose: str, step: int) -> int:
-    """Return 64 bits that depend on all three; what is drawn at a step needs no generator's state to be saved."""
+    """Return a 64-bit seed that depends on all arguments. With it no generator state needs to be saved."""
     return int.from_bytes(hashlib.sha256(f"{seed} {purpose} {step}".encode()).digest()[:8], "little", signed=True)
 
 
@@ -317,7 +319,7 @@ def _warn_of_floor(training: Training, entry: dict[str, Any]) -> None:
 
 
 def _check_weights(training: Training, step: int) -> None:
-    """Raise DivergedError if weights are not finite, though loss and gradient were: the optimizer made them so."""
+    """Raise DivergedError if the optimizer's step made a weight non-finite although loss and gradient were finite."""
     broken = (name for name, p in training.model.named_parameters() if not local_part(p.detach()).isfinite().all())
     if where := next(filter(None, training.run.group.gathered(next(broken, None))), None):
         message = (

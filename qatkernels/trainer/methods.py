@@ -1,4 +1,4 @@
-"""What a step of quantization-aware training is: plain, WinQ's or SQuAT's, behind one interface."""
+"""The training methods behind one interface: plain QAT, WinQ and SQuAT."""
 
 from __future__ import annotations
 
@@ -17,42 +17,40 @@ METHODS = ("qat", "winq", "squat")
 
 
 class Method(Protocol):
-    """What the loop asks of a method; WinQ and SQuAT are, as they stand.
+    """What the loop needs of a training method. :class:`WinQ` and :class:`SQuAT` fit without an adapter.
 
     Attributes:
         steps: optimizer steps so far.
-        stats: what counts flips; None if nothing is quantized.
-        due: whether the next :meth:`after_step` moves weights.
     """
 
     steps: int
 
     @property
     def stats(self) -> GridStats | None:
-        """See above."""
+        """Statistics of the codes; None if the model has no quantized layer."""
 
     @property
     def due(self) -> bool:
-        """See above."""
+        """Whether the next :meth:`after_step` changes weights."""
 
     def gradient(self, closure: Closure) -> Any:
-        """Leave the gradient to step with in ``.grad``, and return the loss at the quantized weights."""
+        """Compute the gradient for the optimizer into ``.grad``, and return the loss at the quantized weights."""
 
     def after_step(self) -> Any:
-        """Count the optimizer's step, and do what comes after it."""
+        """Count a step of the optimizer, and do what the method does after a step."""
 
     def log(self) -> dict[str, float]:
-        """Return what to log, and begin to count anew."""
+        """Return the values to log, and restart the counts."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs, as JSON-able values."""
+        """Return the state for a checkpoint, as JSON-able values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was called."""
+        """Restore the state that ``state_dict`` returned."""
 
 
 class QAT:
-    """The plain gradient; without a quantized layer in the model nothing is logged."""
+    """Plain quantization-aware training: one pass a step. It logs nothing if the model has no quantized layer."""
 
     due = False
 
@@ -65,11 +63,11 @@ class QAT:
         return closure()
 
     def after_step(self) -> None:
-        """Count."""
+        """Count the step."""
         self.steps += 1
 
     def log(self) -> dict[str, float]:
-        """Return flips since the last call, and the distance to the grid in spacings."""
+        """Return the fraction of codes that flipped since the last call, and the distance to the grid in spacings."""
         return {} if self.stats is None else {"flips": self.stats.flips(), "distance": self.stats.distance()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,12 +80,12 @@ class QAT:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """A method, and the settings of each.
+    """The chosen method, and the settings of all methods.
 
     Attributes:
         name: one of ``METHODS``.
-        winq: used by ``winq`` alone.
-        squat: used by ``squat`` alone.
+        winq: settings of ``winq``, ignored by other methods.
+        squat: settings of ``squat``, ignored by other methods.
     """
 
     name: str = "qat"

@@ -1,4 +1,4 @@
-"""Which model a run trains: the demo's, one that an earlier run left, or one of transformers."""
+"""The model that a run trains: the demo model, a model that an earlier run wrote, or one of transformers."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ from ..files import CheckpointError, DamagedError, header, load, open_tensors, r
 from ..nn import QuantConfig, quantize_model
 from .demo_model import ModelConfig, Transformer
 
-#: The model that ``--model`` names unless it is a path.
+#: The value of ``--model`` that is not a path.
 DEMO = "demo"
-#: Layers of the demo's model that stay in full precision, as in the papers.
+#: Layers of the demo model that stay in full precision, as in the papers.
 EXCLUDED = ("lm_head",)
-_STRANGE = "no model that `qatkernels train` wrote, or one of another version"
-#: Bytes that the rotary angles of a stored model may take: a few numbers in a header ask for them, no file holds them.
+_NOT_OURS = "not a model that `qatkernels train` wrote, or a model of another version"
+#: Largest size in bytes of the rotary angles of a stored model. They are computed from numbers in the file's header, so
+#: the size of the file does not limit them.
 _MAX_ANGLES = 2**27
 
 
 def describe(model: str, shape: ModelConfig) -> dict[str, Any]:
-    """Return the values that a model is built from, as they are written beside its weights.
+    """Return the values that a model is built from. They are saved in the header of its weights.
 
     Args:
-        model: ``--model``: ``demo``; a folder or file that `qatkernels train` left; a folder with the ``config.json``
-            of a causal language model of transformers, and perhaps its weights, or that file alone.
-        shape: of the demo's model.
+        model: the value of ``--model``: ``demo``; a folder or file that `qatkernels train` wrote; a folder with the
+            ``config.json`` of a causal language model of transformers, with or without weights; or such a
+            ``config.json``.
+        shape: shape of the demo model.
 
     Returns:
-        The fields of :class:`ModelConfig`, or ``transformers`` with the fields of a configuration of transformers.
+        The fields of :class:`ModelConfig`; or a dictionary with the key ``transformers``, whose value has the fields of
+        a configuration of transformers.
 
     Raises:
         ValueError: if there is no such model.
@@ -41,28 +44,31 @@ def describe(model: str, shape: ModelConfig) -> dict[str, Any]:
     path = Path(model)
     try:
         if path.suffix == ".safetensors":
-            found = header(path)
+            content = header(path)
         else:
-            found = read_json(path / "config.json" if path.is_dir() else path)
+            content = read_json(path / "config.json" if path.is_dir() else path)
     except CheckpointError as error:
         raise ValueError(f"--model is {model}, must be {DEMO}, or hold a model: {error}") from error
-    if "model_type" in found:
-        return {"transformers": found}
-    ours = found.get("model")
-    if not isinstance(ours, dict):
+    if "model_type" in content:
+        return {"transformers": content}
+    described = content.get("model")
+    if not isinstance(described, dict):
         raise ValueError(
             f"--model is {model}, which holds neither a model of `qatkernels train` nor one of transformers"
         )
-    if "transformers" in ours:
-        return ours
-    return {**ours, "context": shape.context}  # rotary positions: nothing in the weights depends on it
+    if "transformers" in described:
+        return described
+    return {**described, "context": shape.context}  # with rotary positions no weight depends on the context
 
 
 def build(described: dict[str, Any]) -> nn.Module:
-    """Return a new model of the kind that :func:`describe` told, its weights drawn from torch's generator.
+    """Return a new model, with weights drawn from torch's default generator.
+
+    Args:
+        described: what :func:`describe` returned.
 
     Raises:
-        ValueError: if it is none that can be built here.
+        ValueError: if such a model cannot be built here.
     """
     if "transformers" not in described:
         return Transformer(ModelConfig(**described))
@@ -77,22 +83,22 @@ def build(described: dict[str, Any]) -> nn.Module:
     return model
 
 
-def check_room(described: dict[str, Any], size: int) -> None:
-    """Raise ValueError if a demo's model is larger than a file of so many bytes can be, before it is built.
+def check_plausible_size(described: dict[str, Any], size: int) -> None:
+    """Raise ValueError if a demo model has more weights than its file can hold.
 
-    What a file says of its model decides how much memory is asked for, and a stranger may have written it. A model of
-    transformers has no such formula and is not checked.
+    The header of a file decides how much memory the model takes, and the file may be malicious. So this is checked
+    before the model is built. There is no formula for models of transformers, which are not checked.
 
     Args:
-        described: as :func:`describe` returns it.
-        size: bytes of the file with its weights.
+        described: what :func:`describe` returned.
+        size: bytes of the file with the weights.
     """
     if "transformers" in described:
         return
     config = ModelConfig(**described)
-    weights = 2 * config.vocab * config.width + 4 * config.depth * config.width**2  # at least; each has a bit or more
-    if weights > 8 * size:
-        raise ValueError(f"its model has {weights} weights or more, which {size} bytes cannot hold")
+    weights = 2 * config.vocab * config.width + 4 * config.depth * config.width**2  # a lower bound, without the MLPs
+    if weights > 8 * size:  # a weight takes at least one bit
+        raise ValueError(f"its model has at least {weights} weights, which {size} bytes cannot hold")
     if (angles := 4 * config.context * config.width // config.heads) > _MAX_ANGLES:
         raise ValueError(
             f"context is {config.context}, whose rotary angles take {angles} bytes, must be at most {_MAX_ANGLES}"
@@ -100,10 +106,10 @@ def check_room(described: dict[str, Any], size: int) -> None:
 
 
 def weight_files(model: str) -> list[Path]:
-    """Return the files of the weights that training starts from, none if they are to be drawn.
+    """Return the files with the weights that training starts from; an empty list means random weights.
 
     Raises:
-        ValueError: if there are weights that cannot be read.
+        ValueError: if there are weights in a format that is not read.
     """
     path = Path(model)
     if model == DEMO or (path.is_file() and path.suffix != ".safetensors"):
@@ -115,35 +121,36 @@ def weight_files(model: str) -> list[Path]:
     files = sorted(path.glob("*.safetensors"))
     if not files and (pickled := sorted(path.glob("*.bin"))):
         raise ValueError(
-            f"--model is {model}, whose weights are in {pickled[0].name}, must be in *.safetensors: a pickle "
-            "is not opened here; for new weights give the config.json alone"
+            f"--model is {model}, whose weights are in {pickled[0].name}, must be in *.safetensors: pickles "
+            "are not opened, because they can run code; for random weights give the path of config.json"
         )
     return files
 
 
 def initial_weights(model: str) -> dict[str, Tensor] | None:
-    """Return the weights that training starts from, None if they are to be drawn.
+    """Return the weights that training starts from, or None for random weights.
 
-    A model that was quantized gives its full-precision master weights, without the scales.
+    Of a quantized model these are the full-precision master weights, without the scales.
 
     Raises:
-        CheckpointError: if they cannot be read.
-        ValueError: if they are there in a form that is not read.
+        CheckpointError: if the weights cannot be read.
+        ValueError: if the weights are in a format that is not read.
     """
     files = weight_files(model)
     if not files:
         return None
     tensors: dict[str, Tensor] = {}
     for file in files:
-        found, about = _tensors(file)
-        tensors |= found if about is None else _masters(found, about, file)
+        content, about = _read_tensors(file)
+        tensors |= content if about is None else _master_weights(content, about, file)
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def _masters(tensors: dict[str, Tensor], about: dict[str, Any], file: Path) -> dict[str, Tensor]:
-    """Leave out what quantization added: entries of linear layers that the model does not have in full precision.
+def _master_weights(tensors: dict[str, Tensor], about: dict[str, Any], file: Path) -> dict[str, Tensor]:
+    """Return the tensors without those that quantization added to linear layers.
 
-    The names alone do not tell, because models have parameters of their own that are called ``scale``.
+    A tensor was added if the full-precision model does not have it. Names alone do not tell, because a model may have
+    parameters of its own that are called ``scale``.
     """
     if about.get("quantization") is None:
         return tensors
@@ -151,26 +158,26 @@ def _masters(tensors: dict[str, Tensor], about: dict[str, Any], file: Path) -> d
         with torch.device("meta"):
             model = build(about["model"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} is {_STRANGE} ({error})") from error
-    own, kept = model.state_dict().keys(), set(about.get("exclude", ()))
-    layers = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in kept}
-    return {name: t for name, t in tensors.items() if name in own or not _within(name, layers)}
+        raise CheckpointError(f"{file} is {_NOT_OURS} ({error})") from error
+    full_precision, exclude = model.state_dict().keys(), set(about.get("exclude", ()))
+    layers = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in exclude}
+    return {name: t for name, t in tensors.items() if name in full_precision or not _is_inside(name, layers)}
 
 
-def _within(name: str, modules: set[str]) -> bool:
-    """Whether a tensor belongs to one of the modules, or to a part of one."""
+def _is_inside(name: str, modules: set[str]) -> bool:
+    """Whether the tensor of this name belongs to one of the modules, or to a submodule of one."""
     parts = name.split(".")
     return any(".".join(parts[:end]) in modules for end in range(1, len(parts)))
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model that `qatkernels train` left.
+    """A model that `qatkernels train` wrote.
 
     Attributes:
-        model: on the CPU, in training mode; quantized if it was trained so.
-        about: what was written beside it: phase, model, quantization, exclude and result.
-        file: where its weights are.
+        model: the model on the CPU, in training mode; quantized if it was trained quantized.
+        about: the header of its file: phase, model, quantization, exclude and result.
+        file: the file with its weights.
     """
 
     model: nn.Module
@@ -179,23 +186,23 @@ class Trained:
 
 
 def load_trained(path: Path) -> Trained:
-    """Return a model of `qatkernels train`.
+    """Return a model that `qatkernels train` wrote.
 
     Args:
         path: the folder of a finished phase, such as ``runs/demo/w2``, or a ``.safetensors`` file in one.
 
     Raises:
-        CheckpointError: if a file is missing, damaged, or of another kind.
+        CheckpointError: if a file is missing or damaged, or was not written by `qatkernels train`.
     """
-    alone = path.suffix == ".safetensors"
-    file = path if alone else path / "model.safetensors"
-    described = None if alone else read_json(path / "config.json")  # it is written last: the phase is finished
-    tensors, inside = load(file)
-    if described is not None and described != inside:
-        raise DamagedError(path / "config.json", "model.safetensors says something else of itself")
-    about = inside if described is None else described
+    is_file = path.suffix == ".safetensors"
+    file = path if is_file else path / "model.safetensors"
+    about = None if is_file else read_json(path / "config.json")  # written last, so it means a finished phase
+    tensors, file_header = load(file)
+    if about is not None and about != file_header:
+        raise DamagedError(path / "config.json", "it differs from the header of model.safetensors")
+    about = file_header
     try:
-        check_room(about["model"], file.stat().st_size)
+        check_plausible_size(about["model"], file.stat().st_size)
         model = build(about["model"])
         if about["quantization"] is not None:
             quantization = QuantConfig.from_dict(about["quantization"])
@@ -203,31 +210,36 @@ def load_trained(path: Path) -> Trained:
         model.load_state_dict(tensors)
         about["phase"], about["result"]["steps"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is {_STRANGE} ({' '.join(str(error).split())})") from error
+        raise CheckpointError(f"{path} is {_NOT_OURS} ({' '.join(str(error).split())})") from error
     return Trained(model, about, file)
 
 
 def fill(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Load weights by name; those that are tied to another may be missing.
+    """Load weights into a model by name. A weight that is tied to another one may be missing.
+
+    Args:
+        model: changed in place.
+        weights: tensors by name.
+        where: where the weights come from, for the error message.
 
     Raises:
-        CheckpointError: if they are not this model's.
+        CheckpointError: if the weights belong to another model.
     """
-    tied = {id(p): name for name, p in model.named_parameters()}
-    own = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
-    twins = {name for name, p in own.items() if tied[id(p)] != name}
+    first_names = {id(p): name for name, p in model.named_parameters()}
+    all_names = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    tied = {name for name, p in all_names.items() if first_names[id(p)] != name}
     try:
-        found = model.load_state_dict(weights, strict=False)
+        result = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{where} does not fit the model: {' '.join(str(error).split())}") from error
-    missing = set(found.missing_keys) - twins
-    if missing or found.unexpected_keys:
-        name = sorted(missing or found.unexpected_keys)[0]
+    missing = set(result.missing_keys) - tied
+    if missing or result.unexpected_keys:
+        name = sorted(missing or result.unexpected_keys)[0]
         raise CheckpointError(f"{where} does not fit the model: {'it has no' if missing else 'it has a'} {name}")
 
 
 def excluded(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the linear layers that stay in full precision: the one that makes the logits."""
+    """Return the names of the linear layers that stay in full precision: the output head."""
     if isinstance(model, Transformer):
         return EXCLUDED
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -235,7 +247,7 @@ def excluded(model: nn.Module) -> tuple[str, ...]:
 
 
 def limits(described: dict[str, Any]) -> tuple[int, int | None]:
-    """Return the size of a model's vocabulary, and the longest sequence if there is one."""
+    """Return the vocabulary size of a model, and its longest sequence, None if there is no limit."""
     if "transformers" not in described:
         return int(described["vocab"]), int(described["context"])
     settings = described["transformers"]
@@ -243,13 +255,13 @@ def limits(described: dict[str, Any]) -> tuple[int, int | None]:
 
 
 def tokenizer(model: str) -> Path | None:
-    """Return the file of the tokenizer that lies beside a model of transformers; without one tokens are bytes."""
+    """Return the ``tokenizer.json`` in the folder of a model of transformers, or None: tokens are then bytes."""
     file = Path(model) / "tokenizer.json"
     return file if model != DEMO and file.is_file() else None
 
 
-def _tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Read a safetensors file; one of ours is held against its digest, and comes with its header."""
+def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Read a safetensors file. A file of this package is compared with its digest, and its header is returned too."""
     with open_tensors(file) as content:
         if "header" in (content.metadata() or {}):
             return load(file)

@@ -1,7 +1,7 @@
-"""The processes that train together: one alone, or torchrun's with torch's own DDP or FSDP2.
+"""The processes that train together: a single one, or those that torchrun started, with torch's DDP or FSDP2.
 
-Every process draws the whole batch of a step and takes its own rows of it, and every process draws the same noise. The
-losses of many are therefore those of one, up to the order in which gradients are added.
+Every process draws the whole batch of a step and uses its share of the windows. All processes draw the same noise. So
+the losses do not depend on the number of processes, except for the order in which gradients are added.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-#: Ways to train with several processes by the name on the command line.
+#: Ways to train with several processes, by their names on the command line.
 MODES = ("none", "ddp", "fsdp")
-_groups = 0  # that this process has made; those that it has left leave threads behind
+#: Process groups that this process has created. Their threads outlive them.
+_groups = 0
 
 
 class ParallelError(ValueError):
-    """The processes cannot train together as the configuration asks."""
+    """The processes cannot train together in the way that the configuration says."""
 
 
 class Processes:
-    """The group that this process trains in.
+    """The group of processes that this process trains in.
 
     Attributes:
         mode: one of ``MODES``.
-        rank: number of this process.
-        size: how many there are.
+        rank: rank of this process.
+        size: number of processes.
     """
 
     def __init__(self, mode: str = "none") -> None:
@@ -41,16 +42,16 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     @property
     def sharded(self) -> bool:
-        """Whether a parameter is spread over the processes."""
+        """Whether each process holds a shard of every parameter."""
         return self.mode == "fsdp"
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Return what to call in place of the model; under FSDP2 its parameters become DTensors, in place."""
+        """Return the module to call instead of the model. FSDP2 makes the model's parameters DTensors, in place."""
         if self.mode == "ddp":
             device = next(model.parameters()).device
             return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
@@ -67,70 +68,72 @@ class Processes:
 
     @contextlib.contextmanager
     def synchronized(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
-        """Let backward passes add up gradients of other processes if this is the last one of a step."""
+        """Reduce gradients over the processes in the last backward pass of a step only."""
         if self.mode == "fsdp":
             wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]
-        apart = self.mode == "ddp" and not last
-        with wrapped.no_sync() if apart else contextlib.nullcontext():  # type: ignore[operator]
+        no_sync = self.mode == "ddp" and not last
+        with wrapped.no_sync() if no_sync else contextlib.nullcontext():  # type: ignore[operator]
             yield
 
     def share(self, windows: Tensor) -> Tensor:
-        """Return this process's rows; as many as any other's, or one fewer."""
+        """Return this process's share of the windows. The sizes of two shares differ by at most one."""
         return windows[self.rank :: self.size]
 
     def mean(self, value: Tensor) -> Tensor:
-        """Return the mean of a value over the processes, on its device."""
+        """Return the mean of a tensor over the processes, on the tensor's device."""
         if self.size > 1:
             dist.all_reduce(value)
             value /= self.size
         return value
 
     def sums(self, *values: float) -> list[float]:
-        """Return sums over the processes."""
+        """Return the sum of each value over the processes."""
         if self.size == 1:
             return list(values)
-        found = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(found)
-        return [float(value) for value in found]
+        totals = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(totals)
+        return [float(value) for value in totals]
 
     def means(self, values: dict[str, float]) -> dict[str, float]:
-        """Return means over the processes."""
+        """Return the mean of each value over the processes."""
         if self.size == 1:
             return values
         return {name: total / self.size for name, total in zip(values, self.sums(*values.values()), strict=True)}
 
     def any(self, number: int) -> int:
-        """Return the largest number that a process has; every process gets the same."""
+        """Return the largest ``number`` of all processes, in every process: not 0 if any process has one."""
         if self.size == 1:
             return number
-        found = torch.tensor(number)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        largest = torch.tensor(number)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
-    def gathered(self, thing: Any) -> list[Any]:
-        """Return what each process has, in order of their ranks."""
+    def gathered(self, value: Any) -> list[Any]:
+        """Return the value of each process, ordered by rank."""
         if self.size == 1:
-            return [thing]
-        things: list[Any] = [None] * self.size
-        dist.all_gather_object(things, thing)
-        return things
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
-        """Return when all processes are here."""
+        """Block until all processes have called this."""
         if self.size > 1:
             self.any(0)
 
 
 @contextlib.contextmanager
 def joined(mode: str, device: str) -> Iterator[Processes]:
-    """Join the processes that torchrun started, unless that was done before, and leave them at the end.
+    """Join the processes that torchrun started, and leave the group at the end.
+
+    If this process is in a group already, that group is used and kept.
 
     Args:
         mode: one of ``MODES``.
-        device: ``"cpu"`` or ``"cuda"``; of several GPUs a process takes the one that its local rank names.
+        device: ``"cpu"`` or ``"cuda"``. Each process uses the GPU with the number of its local rank.
 
     Raises:
-        ParallelError: if this process was not started by torchrun, or was and trains alone.
+        ParallelError: if torchrun did not start this process, or if it did and ``mode`` is ``"none"``.
     """
     started = "RANK" in os.environ or dist.is_initialized()
     if mode == "none":
@@ -144,36 +147,35 @@ def joined(mode: str, device: str) -> Iterator[Processes]:
         )
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    ours = not dist.is_initialized()
-    if ours:
-        # Flags and JSON-able values go over gloo, tensors on a GPU over NCCL.
+    creates_group = not dist.is_initialized()
+    if creates_group:
+        # gloo carries flags and JSON-able values, NCCL carries tensors on a GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         global _groups
         _groups += 1
     try:
         yield Processes(mode)
-        if ours:
+        if creates_group:
             dist.barrier()
     finally:
-        if ours:
+        if creates_group:
             dist.destroy_process_group()
 
 
-def joined_any() -> bool:
-    """Whether this process has trained with others, so that :func:`leave` has to end it."""
+def has_joined() -> bool:
+    """Whether this process has created a process group, so that :func:`leave` must end it."""
     return _groups > 0
 
 
 def leave(code: int) -> NoReturn:
-    """End a process that was one of several, without the interpreter's end.
+    """End a process that trained with others, without finalizing the interpreter.
 
-    Functions of :mod:`atexit` run and the output is written, as at the interpreter's end.
-
-    Threads of gloo need the interpreter's lock to drop a collective's tensors, and one that asks for it while the
-    interpreter ends aborts the process. They do not end with their group: torch's caches keep that alive under FSDP2.
+    Functions of :mod:`atexit` run and output is flushed, as at a normal end. The interpreter is not finalized because
+    threads of gloo take the GIL when they free the tensors of a collective. A thread that takes the GIL during
+    finalization aborts the process. These threads outlive their group: under FSDP2 torch's caches keep it alive.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a reader that left, a stream that was closed
+        with contextlib.suppress(OSError, ValueError):  # the pipe is broken, or the stream is closed
             stream.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""What a run trains, in order: phases in full precision and, from the right one's end, one for each bit width."""
+"""The phases of a run, in order: one or more in full precision, then one for each bit width."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Phase:
     """One training run within the run: in full precision, or at one bit width.
 
     Attributes:
-        name: of its folder.
+        name: name of its folder.
         bits: bit width of the weights; None for full precision.
-        steps: how many it takes.
+        steps: number of steps.
         lr: peak learning rate.
-        weight_decay: of weight matrices.
-        rate: factor of the peak at each of its steps.
-        start: name of the phase whose weights it starts from; None for new weights.
-        goes_on: whether it also takes over that phase's optimizer, as if the two were one.
-        kept: whether another phase may go on from its end.
-        first: steps that its weights have seen before.
-        act_bits: bit width of the activations; None leaves them alone.
-        method: how it trains quantized weights.
+        weight_decay: weight decay of matrices.
+        rate: learning rate at each step, as a factor of the peak.
+        start: name of the phase whose weights this one starts from; None for the initial weights.
+        takes_optimizer: whether it also continues the optimizer of ``start``, as if the two phases were one.
+        keeps_state: whether its last state is kept, so that another phase can continue from it.
+        first: steps that its initial weights were trained for in earlier phases.
+        act_bits: bit width of the activations; None if they are not quantized.
+        method: training method of the quantized weights.
     """
 
     name: str
@@ -43,28 +43,28 @@ class Phase:
     weight_decay: float
     rate: Callable[[int], float]
     start: str | None = None
-    goes_on: bool = False
-    kept: bool = False
+    takes_optimizer: bool = False
+    keeps_state: bool = False
     first: int = 0
     act_bits: int | None = None
     method: MethodConfig = field(default_factory=MethodConfig)
 
     @property
     def quantization(self) -> QuantConfig | None:
-        """What the linear layers are quantized to."""
+        """The configuration that the linear layers are quantized with; None in full precision."""
         return None if self.bits is None else QuantConfig(bits=self.bits, act_bits=self.act_bits)
 
 
 def phases(config: TrainConfig) -> list[Phase]:
-    """Return what is trained, in order.
+    """Return the phases of a run, in order.
 
-    With ``cosine`` and ``wsd`` that is one phase in full precision, from whose end every bit width starts. With
-    ``classic`` and ``fused`` the widths may leave full precision at different steps. The constant learning rate up
-    to there is trained once, in parts that go on from each other (``fp<steps>``); ``fused`` quantizes from their
-    ends, ``classic`` from a cooldown that branches off (``cooled<steps>``).
+    With ``cosine`` and ``wsd`` there is one phase in full precision, and every bit width starts from its end. With
+    ``classic`` and ``fused`` the bit widths may leave full precision at different steps. They share the training at the
+    constant learning rate, in parts that continue each other (``fp<steps>``). With ``fused`` QAT starts from the end of
+    a part, with ``classic`` from a cooldown that starts at the end of a part (``cooled<steps>``).
 
     Raises:
-        ConfigError: if the parts of the schedule do not fit into the steps, or no fraction is known for a width.
+        ConfigError: if warmup and cooldown do not fit into the steps, or there is no QAT fraction for a bit width.
     """
     if config.training.schedule in OWN_DECAY:
         first = Phase(
@@ -81,16 +81,16 @@ def phases(config: TrainConfig) -> list[Phase]:
     cooldowns = {full: _cooldown(config, full) for full, _ in splits.values()}
     trunk = trunk_parts(config, sorted({full - cooldown for full, cooldown in cooldowns.items()}))
     cooled = {full: cooled_from(config, trunk[full - c], c) if c else trunk[full] for full, c in cooldowns.items()}
-    branches = [phase for phase in cooled.values() if not phase.kept]
+    branches = [phase for phase in cooled.values() if not phase.keeps_state]
     quantized = (quantized_from(config, bits, steps, cooled[full]) for bits, (full, steps) in splits.items())
     return [*trunk.values(), *branches, *quantized]
 
 
 def steps_of(config: TrainConfig, bits: float) -> tuple[int, int]:
-    """Return the steps in full precision and quantized at one bit width.
+    """Return the number of full-precision steps and of QAT steps for one bit width.
 
     Raises:
-        ConfigError: if the formula for the fraction has no answer, or the tokens are fewer than two steps.
+        ConfigError: if the formula gives no QAT fraction, or the tokens are fewer than two steps.
     """
     if config.training.tokens is None:
         return config.training.steps, config.training.qat_steps
@@ -104,16 +104,16 @@ def steps_of(config: TrainConfig, bits: float) -> tuple[int, int]:
 
 
 def quantized_parameters(config: TrainConfig) -> int:
-    """Return how many weights `quantize_model` will quantize, the N that the formula for the fraction is about."""
+    """Return how many weights `quantize_model` will quantize: the N in the formula of the QAT fraction."""
     with torch.device("meta"):
         model = models.build(config.described)
     chosen = choose(model, Rules(QuantConfig(), None, models.excluded(model)))
-    weights = {layer._parameters["weight"] for layer, found in chosen.items() if isinstance(found, QuantConfig)}
+    weights = {layer._parameters["weight"] for layer, choice in chosen.items() if isinstance(choice, QuantConfig)}
     return sum(weight.numel() for weight in weights if weight is not None)
 
 
 def own_decay(config: TrainConfig, steps: int) -> Callable[[int], float]:
-    """Return the schedule of a phase that warms up and decays on its own."""
+    """Return the schedule of a phase that has its own warmup and decay."""
     warmup = int(config.training.warmup * steps)
     if config.training.schedule == "cosine":
         return lambda step: cosine(step, steps, warmup)
@@ -121,7 +121,7 @@ def own_decay(config: TrainConfig, steps: int) -> Callable[[int], float]:
 
 
 def _cooldown(config: TrainConfig, full: int) -> int:
-    """Return the steps of the cooldown in a full-precision phase of ``full``."""
+    """Return the steps of the cooldown at the end of ``full`` steps in full precision."""
     schedule, warmup = config.training.schedule, _warmup(config)
     cooldown = int(config.training.cooldown * full) if schedule == "classic" else 0
     if full - cooldown < max(warmup, 1):
@@ -133,7 +133,7 @@ def _cooldown(config: TrainConfig, full: int) -> int:
 
 
 def _warmup(config: TrainConfig) -> int:
-    """Return the steps of the first warmup, the same for all bit widths."""
+    """Return the steps of the warmup in full precision, which all bit widths share."""
     total = config.training.steps + config.training.qat_steps
     if config.training.tokens is not None:
         total = round(config.training.tokens / (config.training.batch * config.shape.context))
@@ -141,9 +141,9 @@ def _warmup(config: TrainConfig) -> int:
 
 
 def trunk_parts(config: TrainConfig, stops: list[int]) -> dict[int, Phase]:
-    """Return the parts of the training at a constant rate, by the step at which they end."""
+    """Return the parts of the training at the constant learning rate, by the step at which they end."""
     parts: dict[int, Phase] = {}
-    before: Phase | None = None
+    before: Phase | None = None  # the part before
     for stop in stops:
         first = before.first + before.steps if before else 0
         rate = functools.partial(_shifted, by=first, rate=functools.partial(
@@ -151,13 +151,13 @@ def trunk_parts(config: TrainConfig, stops: list[int]) -> dict[int, Phase]:
         ))  # fmt: skip
         before = parts[stop] = Phase(
             f"fp{stop}", None, stop - first, config.training.lr, config.training.weight_decay, rate,
-            before.name if before else None, goes_on=before is not None, kept=True, first=first,
+            before.name if before else None, takes_optimizer=before is not None, keeps_state=True, first=first,
         )  # fmt: skip
     return parts
 
 
 def cooled_from(config: TrainConfig, trunk: Phase, cooldown: int) -> Phase:
-    """Return the cooldown that branches off from the end of a part at the constant rate."""
+    """Return the cooldown that starts at the end of a part with the constant learning rate."""
     first = trunk.first + trunk.steps
     full = first + cooldown
     rate = functools.partial(_shifted, by=first, rate=functools.partial(
@@ -171,13 +171,13 @@ def cooled_from(config: TrainConfig, trunk: Phase, cooldown: int) -> Phase:
         config.training.weight_decay,
         rate,
         trunk.name,
-        goes_on=True,
+        takes_optimizer=True,
         first=first,
     )
 
 
 def quantized_from(config: TrainConfig, bits: float, steps: int, start: Phase) -> Phase:
-    """Return QAT at one width from the end of another phase: re-warmup, then the decay."""
+    """Return the QAT phase of one bit width, which starts from the end of another phase: re-warmup, then decay."""
     rewarmup = int(config.training.warmup * steps)
     rate = functools.partial(fused, steps=steps, qat_steps=steps, rewarmup=rewarmup, shape=config.training.decay)
     return Phase(

@@ -1,4 +1,4 @@
-"""The picture of a run: loss over training, and what rounding costs before and after QAT."""
+"""The plot of a run: loss over training, and the loss of rounding to nearest beside that of QAT."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _colours(report: dict[str, Any]) -> list[str]:
 
 
 def _draw_training(axes: Axes, report: dict[str, Any]) -> None:
-    """Held-out loss over the steps: full precision, then each bit width from where it leaves it."""
+    """Draw the held-out loss over the steps: full precision, and each bit width from the step where its QAT starts."""
     curves, first, quantized = report["curves"], report["full_precision"], {row["phase"] for row in report["rows"]}
     for i, name in enumerate(name for name in curves if name not in quantized):
         start = report["starts"][name][1]
@@ -70,7 +70,7 @@ def _draw_training(axes: Axes, report: dict[str, Any]) -> None:
 
 
 def _draw_rounding(axes: Axes, report: dict[str, Any]) -> None:
-    """For each bit width, the loss of rounding to nearest above the loss after QAT, with the size of the model."""
+    """Draw for each bit width the loss of rounding to nearest, the loss after QAT and the size of the model."""
     first, rows = report["full_precision"], report["rows"]
     axes.axhline(first["full_precision"], color=INK, linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)
     axes.plot(0, first["full_precision"], "o", color=INK, markersize=9)

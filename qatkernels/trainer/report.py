@@ -1,4 +1,4 @@
-"""What a run leaves to read: a line per logged step, and at the end a table, a JSON file and a picture."""
+"""The log of a run, and its report: a table, a JSON file and a plot."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .plot import plot
 
 
 class Log:
-    """``log.jsonl``: one JSON object a line with the phase, the step, and whatever was measured there.
+    """The file ``log.jsonl``: each line is a JSON object with the phase, the step, and the values measured there.
 
     Args:
         path: the file.
-        writes: whether this process is the one that writes it.
-        board: folder for the same in the files of TensorBoard, a run for each phase; None for none.
+        writes: whether this process writes it; the other processes log nothing.
+        board: folder for TensorBoard files with the same values, one TensorBoard run per phase; None for none.
     """
 
     def __init__(self, path: Path, writes: bool = True, board: Path | None = None) -> None:
@@ -34,7 +34,7 @@ class Log:
         self._writer: Any = None
 
     def add(self, **entry: Any) -> None:
-        """Append one line; what is worth a sentence is a ``note``."""
+        """Append one line. Text, such as a warning, goes into the key ``note``."""
         if not self.writes:
             return
         with files.explained("written", self.path), open(self.path, "a") as file:
@@ -46,10 +46,10 @@ class Log:
             self._writer.flush()
 
     def entries(self) -> list[dict[str, Any]]:
-        """Return every line that is an entry; one that a kill cut short or a disk damaged is left out."""
+        """Return the valid entries. Lines that were cut short by a kill, or damaged, are skipped."""
         if not self.path.exists():
             return []
-        found = []
+        entries = []
         with files.explained("read", self.path):
             lines = self.path.read_bytes().splitlines()
         for line in lines:
@@ -58,11 +58,11 @@ class Log:
             except (ValueError, RecursionError):
                 continue
             if isinstance(entry, dict) and isinstance(entry.get("phase"), str) and is_number(entry.get("step")):
-                found.append(entry)
-        return found
+                entries.append(entry)
+        return entries
 
     def trim(self, phase: str, step: int) -> None:
-        """Forget what a phase logged after the step of the checkpoint that it goes on from, but for notes."""
+        """Delete the entries of a phase after a step, except notes. A resumed phase logs those steps again."""
         if not self.writes:
             return
         kept = [e for e in self.entries() if e["phase"] != phase or "note" in e or (step > 0 and e["step"] <= step)]
@@ -75,7 +75,7 @@ class Log:
                 self._writer = SummaryWriter(str(self._board / phase), purge_step=step + 1 if step else 0)
 
     def close(self) -> None:
-        """Finish TensorBoard's file."""
+        """Close the TensorBoard file."""
         if self._writer is not None:
             self._writer.close()
 
@@ -86,13 +86,13 @@ def write(out: Path, config: dict[str, Any], corpus: Corpus, results: list[dict[
     Args:
         out: folder of the run.
         config: settings of the run.
-        corpus: text that it read.
-        results: one result a phase.
+        corpus: its text.
+        results: one result per phase.
         log: its log.
     """
     quantized = [result for result in results if result["bits"] is not None]
     starts = {name: r for r in results if (name := r["phase"]) in {q["start"] for q in quantized}}
-    first = max(starts.values(), key=lambda r: r["first"] + r["steps"])  # the longest training in full precision
+    full_precision = max(starts.values(), key=lambda r: r["first"] + r["steps"])  # the phase that trained longest
     entries = log.entries()
     curves = {result["phase"]: _curves(result, entries) for result in results}
     report = {
@@ -106,9 +106,9 @@ def write(out: Path, config: dict[str, Any], corpus: Corpus, results: list[dict[
             "train_files": len(corpus.train_files),
             "held_out_files": len(corpus.held_out_files),
         },
-        "parameters": first["parameters"],
+        "parameters": full_precision["parameters"],
         "quantized_parameters": quantized[0]["quantized_parameters"],
-        "full_precision": _row(first, first, 4 * quantized[0]["quantized_parameters"]),
+        "full_precision": _row(full_precision, full_precision, 4 * quantized[0]["quantized_parameters"]),
         "rows": [_row(result, starts[result["start"]], result["quantized_bytes"]) for result in quantized],
         "starts": {result["phase"]: [result["start"], result["first"]] for result in results},
         "curves": curves,
@@ -120,22 +120,28 @@ def write(out: Path, config: dict[str, Any], corpus: Corpus, results: list[dict[
 
 
 def _curves(result: dict[str, Any], entries: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
-    """Return the points ``[step, bits per byte]`` of a phase; of a log that was lost, the first and the last."""
-    own = [e for e in entries if e["phase"] == result["phase"]]
-    train, held_out = ([[e["step"], e[kind]] for e in own if kind in e] for kind in ("train", "held_out"))
+    """Return the points ``[step, bits per byte]`` of a phase. If the log was lost, only the first and the last."""
+    of_phase = [e for e in entries if e["phase"] == result["phase"]]
+    train, held_out = ([[e["step"], e[kind]] for e in of_phase if kind in e] for kind in ("train", "held_out"))
     ends = [[0, result["start_bits_per_byte"]], [result["steps"], result["bits_per_byte"]]]
     return {"train": train, "held_out": held_out or ends}
 
 
-def _row(result: dict[str, Any], first: dict[str, Any], quantized_bytes: int) -> dict[str, Any]:
-    """One row of the table; bits per byte are on held-out text, sizes in bytes."""
-    is_first = result is first
+def _row(result: dict[str, Any], start: dict[str, Any], quantized_bytes: int) -> dict[str, Any]:
+    """Return one row of the table; losses are bits per byte on held-out text, sizes are bytes.
+
+    Args:
+        result: result of a phase.
+        start: result of the phase in full precision that it started from; ``result`` itself for full precision.
+        quantized_bytes: bytes of the quantized weights.
+    """
+    is_full_precision = result is start
     return {
         "phase": result["phase"],
-        "bits": 32 if is_first else result["bits"],
-        "full_precision": first["bits_per_byte"],
-        "round_to_nearest": None if is_first else result["start_bits_per_byte"],
-        "qat": None if is_first else result["bits_per_byte"],
+        "bits": 32 if is_full_precision else result["bits"],
+        "full_precision": start["bits_per_byte"],
+        "round_to_nearest": None if is_full_precision else result["start_bits_per_byte"],
+        "qat": None if is_full_precision else result["bits_per_byte"],
         "quantized_bytes": quantized_bytes,
         "model_bytes": result["model_bytes"],
         "first": result["first"],
@@ -146,7 +152,7 @@ def _row(result: dict[str, Any], first: dict[str, Any], quantized_bytes: int) ->
 
 
 def machine() -> dict[str, Any]:
-    """Return what a report says of the machine and the versions."""
+    """Return the versions and the machine, for the report."""
     from ..version import __version__
 
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -161,7 +167,7 @@ def machine() -> dict[str, Any]:
 
 
 def show(report: dict[str, Any], out: str) -> None:
-    """Print the report, and where its files are."""
+    """Print the report, and the paths of its files."""
     text, console = report["text"], Console(highlight=False)
     console.print()
     console.print(

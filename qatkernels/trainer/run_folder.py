@@ -1,4 +1,7 @@
-"""Where a run keeps its state: the files of `qatkernels.files`, and one process at a time in a folder."""
+"""The folder of a run: a lock that admits one run at a time, and deleting a run.
+
+It also exports the functions of `qatkernels.files`.
+"""
 
 from __future__ import annotations
 
@@ -48,12 +51,12 @@ __all__ = [
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Create a folder and keep other processes that ask the same out of it; a kill frees it.
+    """Create a folder and lock it against other runs. The lock ends with the process, even if it is killed.
 
-    What a kill left half written goes: it takes room and is of no use.
+    Temporary files that a killed process left in the folder are deleted.
 
     Raises:
-        CheckpointError: if it is in use or cannot be created.
+        CheckpointError: if another run uses the folder, or it cannot be created.
     """
     with explained("written", folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,19 +73,19 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
-#: Folders of `qatkernels.trainer.phases`, and of the studies in studies.
+#: Names of the folders that `qatkernels.trainer.phases` and the studies (`studies/`) make for their phases.
 _PHASE = re.compile(r"fp\d*|cooled\d+|w\d(\.\d+)?(a\d)?(-.*)?")
 
 
-def of_run(out: Path) -> list[Path]:
-    """Return what the phases of a run left in its folder."""
+def files_of_run(out: Path) -> list[Path]:
+    """Return the files that the phases of a run wrote into its folder."""
     names = ("config.json", "model.safetensors", "state*", "step-*.safetensors")
     folders = [folder for folder in sorted(out.glob("*")) if _PHASE.fullmatch(folder.name)]
     return [path for folder in folders for name in names for path in folder.glob(name)]
 
 
 def remove_run(out: Path) -> None:
-    """Delete the checkpoints and the log of the run in a folder, and nothing else.
+    """Delete the checkpoints and the log of the run in a folder. Other files stay.
 
     Raises:
         CheckpointError: if a file cannot be deleted.
@@ -90,8 +93,9 @@ def remove_run(out: Path) -> None:
     if not (out / "run.json").exists():
         return
     with explained("deleted", out):
-        for path in of_run(out):
+        for path in files_of_run(out):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         (out / "log.jsonl").unlink(missing_ok=True)
-        # Last: without it the phases would be taken for finished ones of whatever run comes next.
+        # Last, so that a kill before this line leaves run.json: without it the next run would take phases that are
+        # left for its own finished ones.
         (out / "run.json").unlink()

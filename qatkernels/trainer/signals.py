@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM between steps instead of anywhere."""
+"""Delays SIGINT and SIGTERM to the end of a training step."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """SIGINT and SIGTERM as a flag that is read between steps; a second signal acts at once."""
+    """Stores SIGINT and SIGTERM in a flag, which the loop reads between steps. A second signal acts at once.
+
+    Attributes:
+        number: the signal that arrived, or None.
+    """
 
     def __enter__(self) -> Stop:
         self.number: int | None = None
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {s: signal.signal(s, self._store) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _store(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         signal.signal(number, self._before[number])
 

@@ -1,4 +1,4 @@
-"""The loss surface of checkpoints of `qatkernels train`: their spectra on one text, as JSON and as a picture."""
+"""Hessian spectra of checkpoints of `qatkernels train` on one text, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch
 
 @dataclass(frozen=True)
 class SpectrumConfig:
-    """What `qatkernels spectrum` is asked for.
+    """The settings of `qatkernels spectrum`.
 
     Raises:
         ConfigError: if a setting cannot be used.
@@ -42,31 +42,35 @@ class SpectrumConfig:
     )
     out: str = option("runs/spectrum", "folder for the results")
     data: str | None = option(
-        None, "text file or folder; what the checkpoint was trained on if not given", metavar="PATH"
+        None, "text file or folder; the text that the checkpoint was trained on if not given", metavar="PATH"
     )
     context: int | None = option(
-        None, "tokens in a window; as many as the checkpoints were trained with if not given", AT_LEAST_1
+        None, "tokens in a window; the context that the checkpoints were trained with if not given", AT_LEAST_1
     )
     windows: int = option(16, "windows of text in a batch", AT_LEAST_1)
-    batches: int = option(1, "batches that the loss is the mean of", AT_LEAST_1)
-    probes: int = option(20, "random vectors", AT_LEAST_1)
-    steps: int = option(60, "Lanczos steps from each", AT_LEAST_1)
-    block: int = option(1, "probes that share a pass over the batches, and memory for as many bases", AT_LEAST_1)
+    batches: int = option(1, "batches; the loss is their mean", AT_LEAST_1)
+    probes: int = option(20, "random start vectors (probes)", AT_LEAST_1)
+    steps: int = option(60, "Lanczos steps from each probe", AT_LEAST_1)
+    block: int = option(
+        1, "probes that share a pass over the batches; each needs memory for its own Krylov basis", AT_LEAST_1
+    )
     seed: int = option(0, "seed of windows and probes")
-    near_zero: float = option(1.5e-3, "eigenvalues below this in magnitude are near zero", POSITIVE)
-    rho: float = option(RHO, "radius of the sharpness", POSITIVE)
-    dtype: Literal["float32", "float64"] = option("float32", "dtype of the products: float32 or float64")
+    near_zero: float = option(1.5e-3, "eigenvalues below this in magnitude count as near zero", POSITIVE)
+    rho: float = option(RHO, "radius of the perturbation that measures sharpness", POSITIVE)
+    dtype: Literal["float32", "float64"] = option("float32", "dtype of the Hessian-vector products: float32 or float64")
     basis_dtype: Literal["float32", "float64", "bfloat16"] | None = option(
-        None, "dtype that the Krylov basis is kept in: float32, float64 or bfloat16; --dtype if not given",
+        None, "dtype to store the Krylov basis in: float32, float64 or bfloat16; --dtype if not given",
         metavar="DTYPE",
     )  # fmt: skip
     basis_device: str | None = option(
-        None, "where the Krylov basis is kept, cpu say; --device if not given", metavar="DEVICE"
+        None, "device to store the Krylov basis on, such as cpu; --device if not given", metavar="DEVICE"
     )
-    engine: Literal["reverse", "forward"] = option("reverse", "how products are computed: reverse or forward")
-    checkpointing: bool = option(False, "recompute the blocks' activations instead of keeping them")
+    engine: Literal["reverse", "forward"] = option(
+        "reverse", "how products are computed: reverse (double backward) or forward (forward over reverse)"
+    )
+    checkpointing: bool = option(False, "recompute activations of the blocks instead of keeping them")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "cpu, cuda, or auto: cuda where there is one")
-    restart: bool = option(False, "compute again what --out holds already")
+    restart: bool = option(False, "compute again the results that --out already holds")
 
     def __post_init__(self) -> None:
         if not self.checkpoints:
@@ -90,7 +94,15 @@ class SpectrumConfig:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint: its model, the weights that are quantized or would be, and what was written beside it."""
+    """A checkpoint.
+
+    Attributes:
+        name: name for messages and files.
+        model: the model in eval mode.
+        params: the weights that are quantized, or would be if the model were.
+        header: the header of its file.
+        file: the file with its weights.
+    """
 
     name: str
     model: nn.Module
@@ -103,15 +115,15 @@ def load(path: str | Path) -> Loaded:
     """Rebuild the model of a checkpoint.
 
     Args:
-        path: folder with ``model.safetensors``, or such a file.
+        path: a folder with ``model.safetensors``, or a ``.safetensors`` file.
 
     Raises:
-        CheckpointError: if there is none, or it does not describe a model of `qatkernels train`.
+        CheckpointError: if the file is missing or damaged, or was not written by `qatkernels train`.
     """
     trained = load_trained(Path(path))
     model, about, file = trained.model, trained.about, trained.file
     weights: list[Tensor] = list(quantized_weights(model))
-    if about["quantization"] is None:  # the weights that the quantized models quantize
+    if about["quantization"] is None:  # take the weights that a quantized version of this model would quantize
         twin = quantize_model(build(about["model"]), QuantConfig(), exclude=about["exclude"], warn_below=0)
         quantized = set(quantized_weights(twin))
         names = {name for name, p in twin.named_parameters() if p in quantized}
@@ -121,17 +133,17 @@ def load(path: str | Path) -> Loaded:
 
 
 def run(config: SpectrumConfig, say: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Analyse checkpoints.
+    """Compute the spectra of checkpoints.
 
     Args:
-        config: what to do.
-        say: receives lines of text about the progress; a progress bar on the terminal if None.
+        config: the settings.
+        say: called with each line about the progress. If None, a progress bar is shown on the terminal.
 
     Returns:
-        The report, as it is written to ``report.json``.
+        The report that is written to ``report.json``.
 
     Raises:
-        CheckpointError: if a checkpoint cannot be read, or ``out`` not be written to.
+        CheckpointError: if a checkpoint cannot be read, or ``out`` cannot be written to.
         ConfigError: if a setting cannot be used.
         DataError: if the text cannot be used.
         NotFiniteError: if a model's products are not finite.
@@ -140,28 +152,28 @@ def run(config: SpectrumConfig, say: Callable[[str], None] | None = None) -> dic
     device = torch.device(auto if config.device == "auto" else config.device)
     models = [load(path) for path in config.checkpoints]
     context = _context(config, models)
-    corpus = data.load(config.data or _run_of(models[0]).get("data"), context, _tokenizer(models))
+    corpus = data.load(config.data or _run_settings(models[0]).get("data"), context, _tokenizer(models))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         batches = [corpus.batch(config.windows, context).to(device) for _ in range(config.batches)]
     out = Path(config.out)
     with run_folder.exclusive(out), Display(len(models) * config.probes * config.steps, "products", say) as display:
-        display.say(_memory(config, max(sum(p.numel() for p in m.params) for m in models), device))
-        found = [_analysed(m, config, batches, device, corpus, display, i) for i, m in enumerate(models)]
+        display.say(_memory_note(config, max(sum(p.numel() for p in m.params) for m in models), device))
+        entries = [_analyse(m, config, batches, device, corpus, display, i) for i, m in enumerate(models)]
         report = {
             "settings": {k: v for k, v in asdict(config).items() if k not in ("checkpoints", "out", "restart")},
             "machine": machine(),
             "text": {"source": corpus.source, "sha256": corpus.sha256, "context": context},
-            "checkpoints": [pictures.summary(entry) for entry in found],
+            "checkpoints": [pictures.summary(entry) for entry in entries],
         }
         files.write(out / "report.json", pictures.write(report))
         with files.explained("written", out / "spectra.png"):
-            pictures.plot(found, out / "spectra.png")
+            pictures.plot(entries, out / "spectra.png")
     return report
 
 
-def _memory(config: SpectrumConfig, n: int, device: torch.device) -> str:
-    """Return what is known before the first product: the memory that grows with parameters times steps."""
+def _memory_note(config: SpectrumConfig, n: int, device: torch.device) -> str:
+    """Return a line with the memory of the Krylov basis, which grows with parameters times steps."""
     dtype = config.basis_dtype or config.dtype
     size = basis_bytes(n, min(config.steps, n), _DTYPES[dtype], min(config.block, config.probes))
     return (
@@ -170,28 +182,30 @@ def _memory(config: SpectrumConfig, n: int, device: torch.device) -> str:
     )
 
 
-def _run_of(model: Loaded) -> dict[str, Any]:
-    """Return the run.json of the run that a checkpoint is of, empty if it lies elsewhere."""
+def _run_settings(model: Loaded) -> dict[str, Any]:
+    """Return the run.json of the run that a checkpoint belongs to; empty if there is none beside the checkpoint."""
     for folder in (model.file.parent, model.file.parent.parent):
         if (folder / "run.json").exists():
             run = files.read_json(folder / "run.json")
-            for name, kind, wanted in (
+            for name, kind, allowed in (
                 ("data", str, "a path or null; give --data"),
                 ("context", int, "a number of tokens or null; give --context"),
                 ("model", str, "a path or null"),
             ):
                 if not isinstance(run.get(name), kind | None):
-                    raise files.CheckpointError(f"{folder / 'run.json'} has {name} {run[name]!r:.80}, must be {wanted}")
+                    raise files.CheckpointError(
+                        f"{folder / 'run.json'} has {name} {run[name]!r:.80}, must be {allowed}"
+                    )
             return run
     return {}
 
 
 def _context(config: SpectrumConfig, models: Sequence[Loaded]) -> int:
-    """Return the length of the windows: what was asked for, or the shortest that a checkpoint was trained with."""
-    trained: list[Any] = [m.header["model"].get("context") or _run_of(m).get("context") for m in models]
+    """Return the length of the windows: ``--context``, or the shortest context that a checkpoint was trained with."""
+    trained: list[Any] = [m.header["model"].get("context") or _run_settings(m).get("context") for m in models]
     if config.context is None and None in trained:
         file = models[trained.index(None)].file
-        raise ConfigError(f"--context is not given, and no run.json beside {file} says it; must be a number of tokens")
+        raise ConfigError(f"--context is not given, and no run.json beside {file} has it; must be a number of tokens")
     context: int = min(trained) if config.context is None else config.context
     for model in models:
         longest = limits(model.header["model"])[1]
@@ -201,28 +215,34 @@ def _context(config: SpectrumConfig, models: Sequence[Loaded]) -> int:
 
 
 def _tokenizer(models: Sequence[Loaded]) -> Path | None:
-    """Return the tokenizer that the checkpoints share, beside one or its run's; None for bytes.
+    """Return the tokenizer that the checkpoints share, None for bytes.
+
+    It lies beside a checkpoint, or in the folder of the model that its run started from.
 
     Raises:
-        ConfigError: if they do not share one.
+        ConfigError: if the checkpoints have different tokenizers.
     """
-    found = []
+    tokenizers = []
     for model in models:
-        places = (str(model.file.parent), _run_of(model).get("model", DEMO))
-        known = (tokenizer(place) for place in places if "transformers" in model.header["model"])
-        found.append(next((file for file in known if file), None))
-    if len({file and file.read_bytes() for file in found}) > 1:
-        raise ConfigError("the checkpoints have different tokenizers; their losses are not on the same tokens")
-    return found[0]
+        places = (str(model.file.parent), _run_settings(model).get("model", DEMO))
+        candidates = (tokenizer(place) for place in places if "transformers" in model.header["model"])
+        tokenizers.append(next((file for file in candidates if file), None))
+    if len({file and file.read_bytes() for file in tokenizers}) > 1:
+        raise ConfigError(
+            "the checkpoints have different tokenizers, so their losses cannot be compared; give checkpoints with the "
+            "same tokenizer"
+        )
+    return tokenizers[0]
 
 
 def mean_loss(model: nn.Module, windows: Tensor) -> Tensor:
     """Return the mean cross-entropy in nats of predicting each token of the windows from those before it."""
     logits = model(windows[:, :-1])
-    return cross_entropy(getattr(logits, "logits", logits), windows[:, 1:])  # transformers' models have more to say
+    # transformers' models return an object with more than the logits
+    return cross_entropy(getattr(logits, "logits", logits), windows[:, 1:])
 
 
-def _analysed(
+def _analyse(
     loaded: Loaded,
     config: SpectrumConfig,
     batches: list[Tensor],
@@ -231,7 +251,7 @@ def _analysed(
     display: Display,
     index: int,
 ) -> dict[str, Any]:
-    """Return everything about one checkpoint, from an earlier call's file where it is the same."""
+    """Return the results of one checkpoint: stored ones if nothing changed since, else computed ones."""
     identity = {
         "settings": {
             k: v
@@ -244,10 +264,10 @@ def _analysed(
     }
     work = config.probes * config.steps
     file = Path(config.out) / "ritz" / f"{index:02d}-{loaded.name}.json"
-    if not config.restart and (before := found_before(file, identity)) is not None:
+    if not config.restart and (stored := stored_entry(file, identity)) is not None:
         display.begin(loaded.name, work)
         display.say(f"{loaded.name:<14} was done before")
-        return before
+        return stored
     display.begin(loaded.name)
     end = display.done + work
     model = loaded.model.to(device)
@@ -260,48 +280,48 @@ def _analysed(
         total = torch.stack([mean_loss(model, batch) for batch in batches])
         return total.mean()
 
-    found = spectrum(
+    result = spectrum(
         op, config.probes, config.steps, seed=config.seed, near_zero=config.near_zero, block=config.block,
         basis_dtype=_DTYPES[config.basis_dtype] if config.basis_dtype else None, basis_device=config.basis_device,
         advance=display.advance,
     )  # fmt: skip
     with torch.no_grad():
         nats = float(loss())
-    result = loaded.header["result"]
+    training = loaded.header["result"]
     targets = ("latent", "quantized") if loaded.header["quantization"] else ("latent",)
     entry = {
         "identity": identity,
         "name": loaded.name,
         "phase": loaded.header["phase"],
-        "bits": result.get("bits"),
-        "step": result["steps"],
+        "bits": training.get("bits"),
+        "step": training["steps"],
         "bits_per_byte": nats / math.log(2) / corpus.bytes_per_token,
         "clamped": clamped(model),
         "gradient_norm_ratio": gradient_norm_ratio(loss, loaded.params),
         "sharpness": {target: _sharpness(model, loss, config.rho, target, loaded.params) for target in targets},
-        "spectrum": found.to_dict(),
+        "spectrum": result.to_dict(),
     }
     files.write_json(file, entry, sealed=True, indent=None)
     model.cpu()
-    display.done = end  # an invariant subspace takes fewer products than announced
+    display.done = end  # Lanczos may stop early, at an invariant subspace
     display.say(f"{loaded.name:<14} {pictures.line(entry)}")
     return entry
 
 
-def found_before(file: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what an earlier call with the same settings, text and weights found, None if there is none.
+def stored_entry(file: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the stored results if they are for the same settings, text and weights, else None.
 
     Raises:
-        CheckpointError: if the file is there and cannot be read or is damaged.
+        CheckpointError: if the file exists but cannot be read or is damaged.
     """
     if not file.exists():
         return None
-    before = files.read_json(file)
-    return before if before.get("identity") == identity else None
+    stored = files.read_json(file)
+    return stored if stored.get("identity") == identity else None
 
 
 def clamped(model: nn.Module) -> float:
-    """Return the share of quantized weights that the gradient does not pass: their rows of the Hessian are zero."""
+    """Return the fraction of quantized weights outside the pass-through range: their rows of the Hessian are zero."""
     passed = [
         torch.autograd.grad(layer.quantized_weight().sum(), layer.weight)[0]
         for layer in quantized_modules(model).values()
@@ -314,9 +334,9 @@ def _sharpness(model: nn.Module, loss: Callable[[], Tensor], rho: float, target:
 
 
 def show(report: dict[str, Any], out: str) -> None:
-    """Print the report, and where its files are."""
+    """Print the report, and the paths of its files."""
     console = Console(highlight=False)
-    # Cut off at the 80 columns of a pipe it would lose its numbers.
+    # Into a pipe, rich would cut the table at 80 columns, and numbers would be lost.
     console.width = max(console.width, 140)
     console.print(pictures.table(report))
     console.print(f"{out}/report.json, {out}/spectra.png", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Spectra of several checkpoints as a table, as JSON and as a picture.
+"""Spectra of several checkpoints as a table, as JSON and as a plot.
 
 An *entry* is a dictionary with ``name``, ``phase``, ``step``, ``bits``, ``bits_per_byte``, ``clamped``,
 ``gradient_norm_ratio``, ``sharpness`` and ``spectrum`` (:meth:`Spectrum.to_dict`).
@@ -22,30 +22,31 @@ from rich.table import Table
 from ..hessian import Spectrum
 from ..plotting import COLOURS, INK
 
-#: Bins of the density on a logarithmic axis: four per decade, of either sign, and what is closer to zero.
+#: Logarithmic bins of the density: exponents of the smallest and largest edge, and bins per decade. The same bins serve
+#: negative eigenvalues, and one bin between them is for values closer to zero.
 _FINEST, _COARSEST, _PER_DECADE = -6, 4, 4
 
 
-#: Thresholds of the near-zero mass in a report, from WinQ's to one that few steps resolve.
+#: Thresholds of the near-zero mass in a report, from that of WinQ's paper to one that a few Lanczos steps resolve.
 THRESHOLDS = (1.5e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 
 
-def masses(found: Spectrum) -> list[dict[str, Any]]:
-    """Return near-zero and negative mass at several thresholds: value, standard error, and what the steps allow."""
+def masses(result: Spectrum) -> list[dict[str, Any]]:
+    """Return near-zero and negative mass at several thresholds: value, standard error, and bounds on the value."""
 
     def mass(low: float, high: float) -> dict[str, float | None]:
-        least, most = found.bounds(low, high)
-        return found.mass(low, high).to_dict() | {"least": least, "most": most}
+        least, most = result.bounds(low, high)
+        return result.mass(low, high).to_dict() | {"least": least, "most": most}
 
     return [{"below": t, "near_zero": mass(-t, t), "negative": mass(-math.inf, -t)} for t in THRESHOLDS]
 
 
-def bins(found: Spectrum) -> dict[str, list[float]]:
+def bins(result: Spectrum) -> dict[str, list[float]]:
     """Return the mass in logarithmic bins: edges, mean over the probes, standard error."""
     decades = torch.arange(_FINEST * _PER_DECADE, _COARSEST * _PER_DECADE + 1, dtype=torch.float64) / _PER_DECADE
     edges = torch.cat([-(10**decades).flip(0), 10**decades])
     masses = torch.stack(
-        [torch.histogram(t, edges, weight=w).hist for t, w in zip(found.ritz, found.weights, strict=True)]
+        [torch.histogram(t, edges, weight=w).hist for t, w in zip(result.ritz, result.weights, strict=True)]
     )
     used = masses.sum(0).nonzero().flatten()
     first, last = int(used[0]), int(used[-1]) + 1
@@ -56,16 +57,16 @@ def bins(found: Spectrum) -> dict[str, list[float]]:
 
 
 def summary(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return an entry with bins in place of every Ritz value."""
-    found = entry["spectrum"]
-    short = {k: v for k, v in found.items() if k not in ("ritz", "weights", "residuals")}
+    """Return an entry with bins instead of all Ritz values."""
+    full = entry["spectrum"]
+    short = {k: v for k, v in full.items() if k not in ("ritz", "weights", "residuals")}
     rest = {k: v for k, v in entry.items() if k not in ("identity", "spectrum")}
-    spectrum = Spectrum.from_dict(found)
+    spectrum = Spectrum.from_dict(full)
     return rest | {"spectrum": short | {"masses": masses(spectrum), "bins": bins(spectrum)}}
 
 
 def write(report: dict[str, Any]) -> bytes:
-    """Return a report as JSON, lists of numbers on one line each."""
+    """Return a report as JSON, with each list of numbers on one line."""
     text = json.dumps(report, indent=1, allow_nan=False)
     return (re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n").encode()
 
@@ -126,7 +127,8 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
     several = {name: group for name, group in groups.items() if len(group) > 1}
     figure = Figure(figsize=(13, 8), dpi=130, layout="constrained")
     upper, lower = figure.subfigures(2, 1, squeeze=False)[:, 0]
-    # One panel for each run with several checkpoints; the others are together, or the reference in each.
+    # One panel for each run with several checkpoints. Single checkpoints are drawn into every panel as a reference, or
+    # into one panel if there is no such run.
     panels = list(several.values()) or [alone]
     axes = upper.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     spectra = {id(e): Spectrum.from_dict(e["spectrum"]) for e in entries}
@@ -153,15 +155,18 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def _window(found: list[Spectrum]) -> tuple[float, float, float, tuple[float, float] | None]:
-    """Return width of the Gaussians and limits that suit most spectra, and the extremes if they lie outside."""
-    spreads = sorted(s.lambda_max - s.lambda_min for s in found)
-    most = max(3 * spreads[(len(spreads) - 1) // 2], 1e-6)
-    shown = [s for s in found if s.lambda_max - s.lambda_min <= most]
+def _window(spectra: list[Spectrum]) -> tuple[float, float, float, tuple[float, float] | None]:
+    """Return the width of the Gaussians and the limits of the axis, and the extreme eigenvalues if outside them.
+
+    The limits fit the spectra that are at most three times as wide as the median one.
+    """
+    spreads = sorted(s.lambda_max - s.lambda_min for s in spectra)
+    widest = max(3 * spreads[(len(spreads) - 1) // 2], 1e-6)
+    shown = [s for s in spectra if s.lambda_max - s.lambda_min <= widest]
     low, high = min(s.lambda_min for s in shown), max(s.lambda_max for s in shown)
-    extremes = min(s.lambda_min for s in found), max(s.lambda_max for s in found)
+    extremes = min(s.lambda_min for s in spectra), max(s.lambda_max for s in spectra)
     sigma = max(0.01 * (high - low), 1e-6)
-    return sigma, low - 5 * sigma, high + 5 * sigma, extremes if len(shown) < len(found) else None
+    return sigma, low - 5 * sigma, high + 5 * sigma, extremes if len(shown) < len(spectra) else None
 
 
 def _label(entry: dict[str, Any]) -> str:
@@ -169,11 +174,11 @@ def _label(entry: dict[str, Any]) -> str:
 
 
 def _draw_density(
-    axes: Axes, found: Spectrum, grid: torch.Tensor, sigma: float, colour: Any, entry: dict[str, Any]
+    axes: Axes, result: Spectrum, grid: torch.Tensor, sigma: float, colour: Any, entry: dict[str, Any]
 ) -> None:
-    points, density, error = found.density(grid, sigma)
+    points, density, error = result.density(grid, sigma)
     axes.plot(points, density, color=colour, linewidth=1.4, label=_label(entry))
-    if len(found.ritz) > 1:
+    if len(result.ritz) > 1:
         axes.fill_between(
             points, (density - error).clamp_min(1e-12), density + error, color=colour, alpha=0.2, linewidth=0
         )
@@ -182,13 +187,13 @@ def _draw_density(
 
 
 def _draw_training(mass: Axes, extremes: Axes, groups: dict[str, list[dict[str, Any]]]) -> None:
-    """Near-zero mass, and the largest and smallest eigenvalue, over the steps of each run."""
+    """Draw the near-zero mass, and the largest and smallest eigenvalue, over the steps of each run."""
     curves = any(len(group) > 1 for group in groups.values())
     for index, (name, group) in enumerate(groups.items()):
         found = [entry["spectrum"] for entry in group]
         values = [100 * f["near_zero_mass"]["value"] for f in found]
         largest, smallest = [f["lambda_max"] for f in found], [-min(f["lambda_min"], 0.0) for f in found]
-        if curves and len(group) == 1:  # what the others started from
+        if curves and len(group) == 1:  # a single checkpoint is the reference that the runs started from
             mass.axhline(values[0], color=INK, linewidth=1, linestyle="--", label=name)
             extremes.axhline(largest[0], color=INK, linewidth=1, linestyle="--", label=name)
             extremes.axhline(smallest[0], color=INK, linewidth=1, linestyle=":")

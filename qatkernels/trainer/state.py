@@ -1,4 +1,4 @@
-"""What the steps of a phase work on, and how far they are."""
+"""The objects that training steps use, and the progress of a phase."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .signals import Interrupted, Stop
 
 @dataclass(frozen=True)
 class Run:
-    """What every phase shares."""
+    """The objects that all phases of a run share."""
 
     config: TrainConfig
     corpus: data.Corpus
@@ -33,27 +33,27 @@ class Run:
     group: Processes
 
     def folder(self, name: str) -> Path:
-        """Return the folder of a phase."""
+        """Return the folder of the phase of this name."""
         return Path(self.config.out) / name
 
     def stop_if_asked(self) -> None:
-        """Raise Interrupted if a process was sent a signal; all must call."""
+        """Raise Interrupted if any process received a signal; all processes must call this."""
         if number := self.group.any(self.stop.number or 0):
             raise Interrupted(number)
 
 
 @dataclass(frozen=True)
 class Training:
-    """What the steps of a phase work on.
+    """The objects that the steps of one phase use.
 
     Attributes:
-        run: what the phases share.
-        phase: the one.
-        model: bare, for whoever looks at its parameters.
-        wrapped: what is called in place of the model.
-        optimizer: its AdamW.
-        method: what makes gradients of passes.
-        guard: what notices the first bad step.
+        run: the objects that all phases share.
+        phase: this phase.
+        model: the model, not wrapped: for its parameters and its state dict.
+        wrapped: the module to call: the model, or its DDP or FSDP2 wrapper.
+        optimizer: AdamW of the model.
+        method: computes gradients from one or more passes.
+        guard: detects the first non-finite step.
     """
 
     run: Run
@@ -67,18 +67,28 @@ class Training:
 
 @dataclass
 class Progress:
-    """How far a phase is, and how many steps its weights had seen before; part of its checkpoint."""
+    """The progress of a phase; part of its checkpoint.
+
+    Attributes:
+        first: steps that the initial weights of the phase were trained for in earlier phases.
+        step: steps taken in this phase.
+        seconds: time that its steps took.
+        start: held-out bits per byte before its first step.
+        held_out: held-out bits per byte at the last evaluation.
+        warned: whether the warning about scales at the floor was given.
+        method: state of the training method.
+    """
 
     first: int = 0
     step: int = 0
     seconds: float = 0.0
     start: float = math.nan
     held_out: float = math.nan
-    warned: bool = False  # that scales are at the floor
+    warned: bool = False
     method: dict[str, Any] = field(default_factory=dict)
 
     def check(self, steps: int) -> None:
-        """Raise ValueError unless this is how far a phase of so many steps can be."""
+        """Raise ValueError if this cannot be the progress of a phase of ``steps`` steps."""
         check_count("first", self.first, 0)
         check_count("step", self.step, 0)
         if self.step > steps:

@@ -256,7 +256,7 @@ MODEL, DATA = make()
         (lambda: HessianOperator(nn.Linear(2, 2), loss_fn, DATA), "no quantized layer.*give params"),
         (lambda: HessianOperator(MODEL, loss_fn, []), "batches is empty"),
         (lambda: HessianOperator(MODEL, loss_fn, DATA, params=[]), "params must be one or more"),
-        (lambda: HessianOperator(MODEL, loss_fn, DATA, params=[torch.ones(1)]), r"params\[0\] are no parameters"),
+        (lambda: HessianOperator(MODEL, loss_fn, DATA, params=[torch.ones(1)]), r"params\[0\] are not parameters"),
         (lambda: HessianOperator(MODEL, loss_fn, DATA, params=[MODEL[0].weight] * 2), "twice"),
         (lambda: HessianOperator(MODEL, loss_fn, DATA, engine="x"), "engine is 'x'"),
         (lambda: HessianOperator(MODEL, loss_fn, DATA, engine="forward", retain=True), "retain and checkpoint are for"),

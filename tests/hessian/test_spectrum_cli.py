@@ -9,7 +9,7 @@ import torch
 from qatkernels import files
 from qatkernels.cli import main
 from qatkernels.cli._main import parsers
-from qatkernels.cli.arguments import made
+from qatkernels.cli.arguments import from_arguments
 from qatkernels.hessian import HessianOperator, Spectrum, spectrum
 from qatkernels.nn import quantized_weights
 from qatkernels.trainer import CheckpointError, ConfigError, TrainConfig, data, spectra, train
@@ -22,7 +22,7 @@ OPTIONS = ["--probes", "2", "--steps", "8", "--windows", "3", "--device", "cpu"]
 def configured(arguments):
     """Return what a command line asks for."""
     argv = ["spectrum", *arguments]
-    return made(parsers(argv)[0].parse_args(argv), spectra.SpectrumConfig)
+    return from_arguments(parsers(argv)[0].parse_args(argv), spectra.SpectrumConfig)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_bad_input(run, arguments, words, capsys, tmp_path, request):
 def test_models_of_others_are_refused(run, tmp_path, capsys):
     stranger = tmp_path / "stranger.safetensors"
     files.save(stranger, {"w": torch.ones(2)}, {"made": "elsewhere"})
-    with pytest.raises(CheckpointError, match="is no model that `qatkernels train` wrote"):
+    with pytest.raises(CheckpointError, match="is not a model that `qatkernels train` wrote"):
         spectra.load(stranger)
     broken = tmp_path / "w4"
     shutil.copytree(run / "w4", broken)

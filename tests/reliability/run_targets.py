@@ -127,7 +127,7 @@ class State(Run):
         training.optimizer.state.clear()
         training.method.load_state_dict({"steps": 0, "resets": 0})
         stats.load_state_dict({})
-        progress = saving.resumed(training)
+        progress = saving.resume(training)
         return {
             **vars(progress), **bits_of(checkpoints.snapshot(training.model, training.optimizer)),
             **bits_of({f"codes.{k}": v for k, v in stats.state_dict().items()}),
@@ -244,7 +244,7 @@ class Result(Run):
         """Ask for the result, and load the model."""
         if case % 2:
             self.said.clear()
-            return saving.finished(self.run, self.phase)
+            return saving.finished_result(self.run, self.phase)
         trained = models.load_trained(self.out / "w2")
         return {**bits_of(trained.model.state_dict()), "described": json.dumps(trained.about)}
 
@@ -281,7 +281,7 @@ class Ritz(Run):
 
     def read(self, case: int) -> Any:
         """Ask for what was found before; None is computed anew."""
-        return spectra.found_before(self.file, self.identity)
+        return spectra.stored_entry(self.file, self.identity)
 
     def right(self, content: bytes, found: Any) -> str | None:
         """Of another call, or the original, perhaps with a field that nobody reads."""

@@ -89,7 +89,7 @@ def test_presets_are_consistent(name: str, tmp_path: Path) -> None:
             last = training.phases[-1]
             assert last.bits is None or last.steps == round(training.fraction * unit.steps)
             if training.schedule == "fused":
-                assert training.phases[-2].kept
+                assert training.phases[-2].keeps_state
 
 
 def test_presets_cover_what_the_law_needs() -> None:

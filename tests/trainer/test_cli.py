@@ -30,7 +30,7 @@ def test_terminated_says_how_to_go_on(tiny: dict[str, Any]) -> None:
         rest = child.stderr.read()
         assert child.wait(60) == 128 + signal.SIGTERM
     assert rest.splitlines()[-1] == (
-        f"stopped by SIGTERM; `qatkernels train --resume --out {tiny['out']}` goes on from here"
+        f"stopped by SIGTERM; `qatkernels train --resume --out {tiny['out']}` continues from here"
     )
     assert list((Path(tiny["out"]) / "fp").glob("state-*.safetensors"))
 

@@ -319,8 +319,8 @@ def test_a_folder_of_another_version(run: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 2**20, "heads": 2}, "its model has .* weights or more, which .* bytes cannot hold"),
-        ({"depth": 10**9}, "its model has .* weights or more"),
+        ({"width": 2**20, "heads": 2}, "its model has at least .* weights, which .* bytes cannot hold"),
+        ({"depth": 10**9}, "its model has at least .* weights"),
         ({"context": 2**40}, "context is 1099511627776, whose rotary angles take .* bytes"),
         ({"context": 2**22}, "context is 4194304, whose rotary angles take .* bytes, must be at most 134217728"),
         ({"depth": 1.5}, "depth is 1.5, must be a whole number"),

@@ -162,7 +162,7 @@ def test_a_damaged_sharded_state(runs: Runs) -> None:
     (path / "state.json").write_text("{}")
     ends, said = runs.train("fsdp", "damaged")
     assert ends == ["done"] * 2
-    assert f"{path} is damaged (its digests do not match): going on from the checkpoint before" in "\n".join(said)
+    assert f"{path} is damaged (its digests do not match): resuming from the checkpoint before it" in "\n".join(said)
     assert any(line.startswith("fp42   15 steps were done before") for line in said)
     assert outcome_of(runs.folder / "damaged") == outcome_of(runs.whole("fsdp"))
 

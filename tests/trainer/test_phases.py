@@ -112,7 +112,7 @@ def test_parts_that_go_on_are_one_training(tiny: dict[str, Any], tmp_path: Path,
     """A constant rate trained in two parts, for two widths, gives the bits of one part that is as long."""
     config = by_tokens(tiny, bits=(4, 1), schedule=schedule, **SMALL)
     first, second, *_ = plan = phases(config)
-    assert second.goes_on
+    assert second.takes_optimizer
     assert second.first == first.steps
     quietly(config)
     assert {p.name for p in plan} == {p.name for p in Path(config.out).iterdir() if p.is_dir()}
@@ -159,7 +159,7 @@ def test_by_tokens_on_the_command_line(tiny: dict[str, Any], capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": None}, "--qat-fraction is 0.3, a share of --tokens"),
+        ({"tokens": None}, "--qat-fraction is 0.3, a fraction of --tokens"),
         ({"tokens": 0}, "--tokens is 0, must be at least 1"),
         ({"schedule": "cosine"}, "must be classic or fused with --tokens"),
         ({"schedule": "fast"}, "--schedule is 'fast', must be one of auto, cosine, wsd, classic, fused"),

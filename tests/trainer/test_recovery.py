@@ -77,7 +77,8 @@ def test_a_damaged_state_costs_steps_only(tiny: dict[str, Any], tmp_path: Path, 
     said: list[str] = []
     run(tiny, said)
     for path in newest[:damaged]:
-        line = f"{path} is damaged (its digest does not match): going on from the checkpoint before, or the start of fp"
+        resumed = "resuming from the checkpoint before it, or from the start of fp"
+        line = f"{path} is damaged (its digest does not match): {resumed}"
         assert line in said
         assert line in notes(tiny["out"])
     assert any("15 steps were done before" in line for line in said) == (damaged == 1)
@@ -211,7 +212,7 @@ def test_a_file_that_finds_no_room(tiny: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(caught.value) == (
         f"{state.with_name('state-00000006.safetensors')} cannot be written: File too large; {state} is whole; "
-        "the same command goes on from there when that is mended"
+        "once this is fixed, the same command resumes from there"
     )
     assert [p.name for p in state.parent.iterdir()] == [state.name]
     assert state.read_bytes() == before
@@ -327,13 +328,13 @@ def test_the_guard_keeps_the_weights_of_before() -> None:
         optimizer.zero_grad()
         loss = (model(torch.ones(2, 3)) * factor).sum()
         loss.backward()
-        watch.see(step, loss, nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+        watch.observe(step, loss, nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
         optimizer.step()
         weights.append(model.weight.detach().clone())
-        assert (watch.found() is None) == (step < 3)
+        assert (watch.first_bad_step() is None) == (step < 3)
     assert not torch.equal(weights[0], weights[1])
     assert all(torch.equal(weights[1], later) for later in weights[2:])
-    found = watch.found()
+    found = watch.first_bad_step()
     assert found is not None
     assert found[0] == 3
     assert all(tensor.isfinite().all() for state in optimizer.state.values() for tensor in state.values())

@@ -161,7 +161,7 @@ def test_what_is_of_a_run(tmp_path: Path) -> None:
     for name in (*own, "fp16-llama", "weights", "w", "fpx"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
-    assert {path.parent.name for path in run_folder.of_run(tmp_path)} == set(own)
+    assert {path.parent.name for path in run_folder.files_of_run(tmp_path)} == set(own)
 
 
 def test_remove_run_deletes_nothing_else(tmp_path: Path) -> None:
