@@ -21,6 +21,9 @@ from qatkernels import backends
 from .case import Settings
 from .clock import Clock, Events, race, wall
 
+#: Folders of results. Writing results does not make a checkout dirty.
+RESULTS = ("bench/results", "docs/results")
+
 
 class Machine:
     """The device at hand and its measured ceilings."""
@@ -139,14 +142,6 @@ def versions() -> dict[str, str | None]:
     return known
 
 
-def machines(device: str, *earlier: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what a study's trainings ran on: this machine, and those of the studies that it goes on with."""
-    found = [{"device": device, "threads": torch.get_num_threads(), "versions": versions()}]
-    for study in earlier:
-        found += [machine for machine in study["machines"] if machine not in found]
-    return found
-
-
 def build_info() -> dict[str, Any] | None:
     """Return what the compiled extension says of itself, or None without one."""
     compiled = backends.extension()
@@ -163,5 +158,5 @@ def git_state() -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    changes = git("status", "--porcelain", "--", ":/", ":(exclude,top)bench/results")
+    changes = git("status", "--porcelain", "--", ":/", *(f":(exclude,top){folder}" for folder in RESULTS))
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
