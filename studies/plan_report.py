@@ -68,6 +68,7 @@ def table(results: Results) -> dict[str, list[Any]]:
 
 
 def as_csv(runs: Mapping[str, Sequence[Any]]) -> bytes:
+    """Return the runs as the content of runs.csv."""
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
     out.writerow(runs)

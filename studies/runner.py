@@ -131,7 +131,7 @@ def studies() -> dict[str, str]:
 
 def command(study: Study, argv: Sequence[str]) -> int:
     """Run a study, or report its results, and return the exit code."""
-    parser = _parser(study)
+    parser = parser_of(study)
     options = parser.parse_args(argv)
     size = "smoke" if options.smoke else options.size
     out: Path = options.out or Path("runs") / f"{study.name}-{size}"
@@ -157,7 +157,8 @@ def command(study: Study, argv: Sequence[str]) -> int:
         return 128 + stop.number
 
 
-def _parser(study: Study) -> argparse.ArgumentParser:
+def parser_of(study: Study) -> argparse.ArgumentParser:
+    """Return the command line of a study."""
     sizes = ", ".join(study.sizes)
     parser = argparse.ArgumentParser(
         prog=f"python -m studies {study.name}", description=sys.modules[study.cases.__module__].__doc__,

@@ -181,7 +181,7 @@ def fit(model: nn.Module, t: Training, p: Size, train: Sentences) -> tuple[float
                 with torch.autocast("cpu", torch.bfloat16, enabled=p.precision == "bfloat16"):
                     logits = model(batch["input_ids"], batch["attention_mask"]).logits
                 loss = nn.functional.cross_entropy(logits.float(), batch["labels"])
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 return loss
 
             loss = closure() if squat is None else squat.gradient(closure)

@@ -86,8 +86,8 @@ def second(call: Call, after: Path) -> None:
         one = (*_GPU, "profile", kernel, *_dry(call))
         call.run_under(Step(f"ncu {kernel}", one, 40, log="ncu.txt"), profiler)
     if STUDY.exists():
-        study = (sys.executable, "-m", "studies.real_model", "--journal", str(call.journal.path), *_dry(call))
-        call.run(Step("study", study, 120))
+        study = (sys.executable, "-m", "studies", STUDY.stem, "--out", str(call.folder / "study"), "--minutes", "1.5")
+        call.run(Step("study", (*study, "--smoke") if call.dry else study, 120))
     else:
         call.skip("study", f"there is no study of a real model in this checkout ({STUDY.relative_to(ROOT)})")
 

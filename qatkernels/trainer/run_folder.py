@@ -70,7 +70,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
-#: Folders of `qatkernels.trainer.phases`, and of the studies in studies.
+#: Names of the folders of phases: those of `qatkernels.trainer.phases`, and those that studies/ gives its phases.
 _PHASE = re.compile(r"fp\d*|cooled\d+|w\d(\.\d+)?(a\d)?(-.*)?")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,31 @@ import pytest
 from qatkernels.plan.fit import select
 from studies import plan_report, squat
 from studies.results import Results
-from studies.runner import Session, Study
+from studies.runner import Session, Study, parser_of, studies
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "docs" / "results").glob("*/*.jsonl"))
 #: Which page has the tables of a study's report as they are.
 PAGES = {"winq": "reproduction.md", "squat": "reproduction.md", "plan": "planner.md"}
+
+
+TEXTS = {path.name: path.read_text() for path in (ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}
+COMMANDS = [(name, *found) for name, text in TEXTS.items()
+            for found in re.findall(r"python -m studies (\w+)([^`;#\n]*)", text)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "name", "arguments"), COMMANDS)
+def test_commands_of_the_documents(page: str, name: str, arguments: str) -> None:
+    assert name in studies()
+    study: Study = importlib.import_module(f"studies.{name}").STUDY
+    parser_of(study).parse_args(shlex.split(arguments))
+
+
+def test_links_to_results() -> None:
+    for name, text in TEXTS.items():
+        for link in re.findall(r"\]\(((?:\.\./bench/|docs/)?results/[^)]*)\)", text):
+            assert (ROOT / "docs" / link).exists(), f"{name}: {link}"
+    assert len(COMMANDS) > 8
 
 
 def study_of(path: Path) -> Study:
