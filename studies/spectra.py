@@ -108,7 +108,7 @@ def run(session: Session, part: Part, seed: int, phase: str, step: int | None, n
     return spectrum_of(session, file, name, seed, part.analysis, config.device)
 
 
-def spectrum_of(session: Session, file: Path, name: str, seed: int, analysis: Analysis, device: str) -> Figures:
+def spectrum_of(session: Session, file: Path, name: str, seed: int, analysis: Analysis, device: Any) -> Figures:
     """Return the spectrum of one model, without its Ritz values."""
     config = spectra.SpectrumConfig(
         (str(file),), str(session.work / "spectra" / f"seed{seed}" / name), data=session.data, seed=seed,
