@@ -108,7 +108,7 @@ class Problem:
 
 
 def math_attention(call: Times) -> Times:
-    """Return a call that uses the math attention. Only that has second derivatives, and other tools do not select it."""
+    """Return a call with math attention. Only that has second derivatives, and other tools do not select it."""
 
     def inside(v: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):

@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench.gpu``. torch is imported only where it is needed, since calls only start processes."""
+"""The command line: ``python -m bench.gpu``. It imports torch only where needed: calls only start processes."""
 
 from __future__ import annotations
 

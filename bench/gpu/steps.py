@@ -83,7 +83,7 @@ class Call:
         return self._finished(step, self._started(step), limit)
 
     def persist(self, step: Step, reserve: float = 0, attempts: int = 6) -> int | None:
-        """Run a step, and start it again whenever its process loses the GPU. It continues after the case that caused that."""
+        """Run a step; when its process loses the GPU, start it again. It continues after the case that caused that."""
         for attempt in range(1, attempts + 1):
             named = step if attempt == 1 else replace(step, name=f"{step.name}, process {attempt}")
             limit = min(step.limit, self.left() - reserve)

@@ -59,9 +59,7 @@ def main(part: str, seconds: float, share: tuple[int, int] = (0, 1), *, compilin
 def _attempt(name: str, job: Callable[[], Any]) -> None:
     try:
         job()
-    except (
-        Exception
-    ) as error:  # The result is meaningless, so code that uses it may raise. The kernel is compiled by then.
+    except Exception as error:  # code that uses the meaningless result may raise; the kernel is compiled by then
         if os.environ.get("VERBOSE"):
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
 

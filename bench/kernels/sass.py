@@ -91,7 +91,7 @@ def width(instruction: Instruction) -> int:
 
 
 def usual(code: Sequence[Instruction]) -> list[Instruction]:
-    """Return the code without the slow path of divisions, which is rare: a jump over it, and the subroutine it calls."""
+    """Return the code without the rare slow path of divisions, which calls a subroutine, and without that."""
     calls = [i for i in code if i.base == "CALL"]
     subroutines = [int(found[1], 16) for i in calls if (found := _TARGET.search(i.operands.rstrip()))]
     end = min(

@@ -183,7 +183,7 @@ def loss_twice(dtype: torch.dtype, settings: Settings) -> Case:
 
 
 def linear_loss_twice(dtype: torch.dtype, settings: Settings) -> Case:
-    """Return the same through the layer that computes the logits. The floor counts no product twice; the fused op does."""
+    """Return the same through the layer that computes the logits. The floor counts each product once."""
     tokens, vocabulary, features = _tokens(settings)
     device = settings.device
     h, vh = (_random(tokens, features, device=device, dtype=dtype, seed=seed) for seed in (1, 2))

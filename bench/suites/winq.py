@@ -82,12 +82,10 @@ def _loop(settings: Settings, precision: str) -> Iterator[Case]:
     winq = training(method="winq", reset_every=0)
     loop.take_step(winq, 0)
     config, parameters = winq.run.config, list(winq.model.parameters())
-    tokens, features = config.training.batch * config.shape.context, sum(w.numel() for w in parameters if w.ndim == 2)
+    width, tokens = config.shape.width, config.training.batch * config.shape.context
+    features = sum(w.numel() for w in parameters if w.ndim == 2)
     common: dict[str, Any] = {"grid": "seq2", "granularity": "per row"}
-    shape, product = (
-        (config.shape.width, config.shape.width),
-        torch.bfloat16 if precision == "bfloat16" else torch.float32,
-    )
+    shape, product = (width, width), torch.bfloat16 if precision == "bfloat16" else torch.float32
     yield Case(
         "step of the training loop", shape, torch.float32, calls, tuple, (), 4 * bytes_of(*parameters),
         flops=6 * tokens * features, product_dtype=product, memory=True,
