@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-#: Results of a call in float64; None where there is nothing to compare.
+#: Expected outputs in float64; None for an output that is not compared.
 Expected = tuple[Tensor | None, ...]
 
 
@@ -19,11 +19,11 @@ class Settings:
     """What the command line asks of a suite.
 
     Attributes:
-        device: where the cases live.
+        device: device of the tensors.
         dtypes: dtypes of the cases.
-        peers: whether other libraries compete.
+        peers: whether other libraries are timed too.
         quick: tiny shapes, for tests.
-        gpu_shapes: whether the cases are those of a GPU, wherever they live; None for what the device is.
+        gpu_shapes: whether to use the shapes meant for a GPU, on any device; None to decide by the device.
     """
 
     device: torch.device
@@ -34,7 +34,7 @@ class Settings:
 
     @property
     def for_gpu(self) -> bool:
-        """Whether the cases are those of a GPU."""
+        """Whether to use the shapes meant for a GPU."""
         return self.device.type == "cuda" if self.gpu_shapes is None else self.gpu_shapes
 
 
@@ -45,12 +45,12 @@ class Call:
     Attributes:
         name: implementation, as the table shows it.
         run: does the work once and returns the outputs in the order of the case's ``expected``.
-        kind: ``"ours"``, ``"peer"``, or ``"baseline"`` for what the others are measured against.
-        output: whether the outputs are allocated by the call or supplied to it.
-        expected: right answer of an implementation that follows a rule of its own; the case's if None.
-        unchecked: why its result cannot be compared with anything; empty if it is compared.
-        note: what the reader must know to read the number.
-        graph: whether a CUDA graph can hold it.
+        kind: ``"ours"``, ``"peer"``, or ``"baseline"`` for the copies that give the floor.
+        output: ``"fresh"`` if the call allocates its outputs, ``"out"`` if it writes into given ones.
+        expected: expected outputs of an implementation with another gradient rule; those of the case if None.
+        unchecked: why its result is not compared; empty if it is.
+        note: a remark that the report prints with the number.
+        graph: whether it can be captured in a CUDA graph.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Call:
 
 
 class Missing(NamedTuple):
-    """An implementation that should be here and is not."""
+    """An implementation that is not available here."""
 
     name: str
     reason: str
@@ -72,22 +72,22 @@ class Missing(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One problem, and everything that solves it.
+    """One problem, and the calls that solve it.
 
     Attributes:
         op: what is timed.
         shape: shape of the weight.
         dtype: dtype of the weight.
-        calls: the competitors.
-        expected: gives the right answer; called once, when the first implementation is checked.
+        calls: the calls that are compared.
+        expected: returns the expected outputs; called once, when the first implementation is checked.
         tolerances: largest error of each output, see :func:`bench.exact.errors`.
         bytes: what the op must move: every input read once, every output written once.
         flops: what the op must compute, in matrix products.
         product_dtype: dtype of those products; ``dtype`` if None.
         grid: name of the grid.
-        granularity: what shares a scale.
-        variant: what else tells this case from its neighbours.
-        memory: whether the memory that a call needs is measured.
+        granularity: which weights share a scale.
+        variant: any other setting that distinguishes this case.
+        memory: whether peak memory is measured.
     """
 
     op: str
@@ -106,29 +106,29 @@ class Case:
 
     @functools.cached_property
     def right(self) -> Expected:
-        """The right answer."""
+        """The expected outputs."""
         return self.expected()
 
     @property
     def title(self) -> str:
-        """One line that tells it from every other case."""
+        """One line that identifies the case."""
         shape = "x".join(map(str, self.shape))
         parts = (self.op, self.grid, shape, str(self.dtype)[6:], self.granularity, self.variant)
         return " ".join(part for part in parts if part)
 
 
-#: A suite is a function from settings to what builds its cases. They are built one at a time, so that one case's
-#: tensors live at once and a case that cannot be built leaves the others alone.
+#: A suite takes the settings and yields builders of cases. Cases are built one at a time, so that only one case's
+#: tensors are in memory, and a case that cannot be built does not stop the others.
 Suite = Callable[[Settings], Iterator[Callable[[], Case]]]
 
 
 def built(case: Case) -> Callable[[], Case]:
-    """Return what gives a case that is there already, because it shares its tensors with others."""
+    """Return a builder for a case that exists already, because it shares its tensors with others."""
     return lambda: case
 
 
 def attempt(name: str, build: Callable[[], Call]) -> Call | Missing:
-    """Build a call that may need something that is not installed."""
+    """Build a call whose library may not be installed."""
     try:
         return build()
     except (ImportError, AttributeError, TypeError, RuntimeError, ValueError) as error:

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         earlier = everything if options.out else []
 
         def keep(rows: list[Row], name: str = name, target: Path = target, earlier: list[Row] = earlier) -> None:
-            # After every case: a run that is killed loses one.
+            # Written after every case, so a killed run loses at most one.
             if options.out or not (options.quick or options.journal):
                 suites = list(options.suite) if options.out else [name]
                 write([*earlier, *rows], machine, {**recorded, "suites": suites}, target)
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Run:
-    """Cases, one after the other, and what is known of them on disk at once."""
+    """Runs cases one after the other, and writes each result to the journal at once."""
 
     def __init__(
         self, settings: Settings, machine: Machine, budget: float, journal: Path | None, again: Path | None,
@@ -79,12 +79,12 @@ class _Run:
         self.doomed = False
 
     def note(self, kind: str, record: Row) -> None:
-        """Write to the journal, if there is one."""
+        """Append a record to the journal, if there is one."""
         if self.journal:
             self.journal.write(kind, record)
 
     def suite(self, name: str, until: float, keep: Callable[[list[Row]], None]) -> list[Row]:
-        """Run a suite's cases until a time; ``keep`` gets the rows so far after each."""
+        """Run the cases of a suite until a time. After each case ``keep`` is called with all rows so far."""
         rows: list[Row] = []
         for index, build in enumerate(SUITES[name](self.settings)):
             key = f"{name} {index}"
@@ -109,7 +109,7 @@ class _Run:
         try:
             found = run_case(name, build(), self.machine, self.budget)
             show(found)
-        except Exception as problem:  # One case that cannot be built leaves the others alone.
+        except Exception as problem:  # A case that cannot be built does not stop the others.
             found = [{"suite": name, "case": key, "implementation": "", "timing": "", "status": "failed"}]
             found[0] |= {"kind": "ours", "note": reason(problem)}
             print(f"\n{key}: {reason(problem)}", flush=True)
@@ -124,11 +124,11 @@ class _Run:
         print(f"{key}: not done after {self.case_seconds} s", flush=True)
         row = {"status": "failed", "kind": "ours", "note": f"not done after {self.case_seconds} s"}
         self.note("row", {"key": key, "row": row})
-        os._exit(DOOMED)  # nothing less ends a call that waits for a kernel
+        os._exit(DOOMED)  # only this ends a process whose call waits for a kernel
 
 
 def failed_cases(journal: Path) -> set[str]:
-    """Return the keys of a journal's cases that gave something wrong, or nothing, or had no time left for them."""
+    """Return the keys of the cases in a journal that were wrong, failed, did not finish, or had no time left."""
     records = read(journal, "begin", "row", "cut")
     bad = {r["key"] for r in records if r["kind"] == "row" and r["row"]["status"] in ("wrong", "failed")}
     finished = {r["key"] for r in records if r["kind"] == "row"}
@@ -145,17 +145,23 @@ def _verdict(rows: Sequence[Row]) -> int:
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Check, then time, every op and its peers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Check the results of every op and its peers, then time them."
+    )
     parser.add_argument("suite", nargs="*", help=f"{', '.join(SUITES)}; all by default. NAME:SECONDS limits its time")
-    parser.add_argument("--peers", action="store_true", help="also time other libraries; those not installed are said")
+    parser.add_argument(
+        "--peers", action="store_true", help="also time other libraries; the report names those that are not installed"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, for tests; recorded only with --out")
     parser.add_argument("--out", type=Path, help="one JSON file for all rows instead of one per suite")
-    parser.add_argument("--journal", type=Path, help="JSON lines instead; cases that it has begun are left out")
-    parser.add_argument("--again", type=Path, help="only what failed or had no time left according to this journal")
+    parser.add_argument(
+        "--journal", type=Path, help="append JSON lines to this file instead; cases that it already has are skipped"
+    )
+    parser.add_argument("--again", type=Path, help="run only the cases that failed or had no time left in this journal")
     parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["fp32", "bf16"], help="dtypes of the weights")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--budget", type=float, help="seconds of timing per case (8, or 2 on CUDA)")
-    parser.add_argument("--seconds", type=float, help="begin no case after so long")
+    parser.add_argument("--seconds", type=float, help="start no case after so many seconds")
     parser.add_argument("--case-seconds", type=float, help=f"exit with {DOOMED} if a case takes longer")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Timing: calls that compete take turns, so that a neighbour's noise hits all of them alike."""
+"""Timing. The calls of a case take turns, so that noise from other processes affects all of them alike."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from dataclasses import dataclass
 import torch
 
 Run = Callable[[], object]
-#: Milliseconds of one call.
+#: Returns the milliseconds of one call.
 Clock = Callable[[Run], float]
 
 _FEWEST, _ENOUGH, _MOST = 3, 15, 1000
-#: Stop when the median of every call is known this well (its standard error, relative).
+#: Stop when the relative standard error of every median is below this.
 _PRECISION = 0.01
-#: What evicts the L2 cache: several times the largest one.
+#: Bytes read to evict the L2 cache: several times the largest L2 cache.
 _FLUSH_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class Times:
-    """Repetitions of one call, in milliseconds and ascending."""
+    """Repetitions of one call in milliseconds, ascending."""
 
     samples: tuple[float, ...]
 
@@ -45,15 +45,15 @@ class Times:
         return {name: round(self.quantile(q), 6) for name, q in points.items()}
 
     @property
-    def settled(self) -> bool:
-        """Whether more repetitions would tell little."""
+    def converged(self) -> bool:
+        """Whether the median is precise enough to stop."""
         n = len(self.samples)
         spread = (self.quantile(0.75) - self.quantile(0.25)) / max(self.median, 1e-9)
         return n >= _ENOUGH and 0.93 * spread / n**0.5 < _PRECISION
 
 
 def wall(run: Run) -> float:
-    """Milliseconds of one call on the CPU, the release of its outputs included."""
+    """Return the milliseconds of one call on the CPU, including the release of its outputs."""
     start = time.perf_counter_ns()
     run()
     return (time.perf_counter_ns() - start) * 1e-6
@@ -71,11 +71,11 @@ class Events:
 
         Args:
             run: the call.
-            launch: whether the device is idle when the call begins, so that the time until its first kernel arrives
-                counts; or is still busy evicting the cache, so that it does not.
+            launch: whether to wait until the device is idle before the call. Then launch latency counts. Otherwise the
+                device is still evicting the cache while kernels are launched, and launch latency does not count.
         """
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # A read: lines left dirty by a write would be written back at the expense of the call.
+        # A read, not a write: dirty cache lines would be written back during the timed call.
         torch.sum(self.flush, dim=0, out=self.total)
         if launch:
             torch.cuda.synchronize()
@@ -110,12 +110,13 @@ def captured(run: Run) -> Run:
 
 
 def race(runs: Mapping[str, Run], clock: Clock, budget: float) -> dict[str, Times]:
-    """Time calls in turn until all medians are precise or the budget is spent.
+    """Time calls in turn until all medians are precise enough, or the budget is spent.
 
     Args:
-        runs: the calls by name, each of which ran before.
-        clock: milliseconds of one call.
-        budget: seconds for all together; a call that has used its equal share leaves the race, after three repetitions.
+        runs: the calls by name. Each must have run once before (warm-up).
+        clock: returns the milliseconds of one call.
+        budget: seconds for all calls together. A call stops when it has used its equal share, but runs at least three
+            times.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     share = 1e3 * budget / max(len(runs), 1)
@@ -130,7 +131,7 @@ def race(runs: Mapping[str, Run], clock: Clock, budget: float) -> dict[str, Time
                 continue
             racing = [name for name in racing if sum(samples[name]) < share]
             done = time.perf_counter() > deadline or not racing
-            if done or (turn % _ENOUGH == 0 and all(_times(samples[name]).settled for name in racing)):
+            if done or (turn % _ENOUGH == 0 and all(_times(samples[name]).converged for name in racing)):
                 break
     finally:
         if collecting:

@@ -1,7 +1,7 @@
-"""Exit codes that programs here understand of one another."""
+"""Exit codes with which programs of this package tell each other what happened."""
 
-#: The process cannot go on: its GPU answers no longer, or a case was stuck. Started again with the same journal it goes
-#: on with the next case.
+#: The process cannot continue: its GPU does not respond any more, or a case hung. Start it again with the same journal,
+#: and it continues with the next case.
 DOOMED = 3
-#: Triton's cache does not hold what it should.
+#: A kernel is missing from Triton's cache.
 MISSED = 4

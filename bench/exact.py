@@ -1,8 +1,8 @@
-"""Right answers in float64, computed a few rows at a time, and the error against them.
+"""Expected outputs in float64, computed a few rows at a time, and the error of outputs against them.
 
-A code flips where a weight lies so close to a tie that float32 and float64 round it differently, and one flipped code
-is a whole level off. `settle` moves the few weights that are that close, so that afterwards every implementation must
-agree with the float64 reference everywhere, to rounding, and one wrong element is enough to be found out.
+Where a weight is very close to a rounding tie, float32 and float64 may round it to different codes, and the outputs
+then differ by a whole level. `avoid_ties` moves these few weights. Afterwards every implementation must agree with the
+float64 reference at every element, up to rounding, so a single wrong element is an error.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from qatkernels.testing.samples import Sample
 
 from .case import Expected
 
-#: Distance of w / scale * steps from a decision below which float32 may decide otherwise, relative to its size.
+#: If w / scale * steps is closer to a rounding tie or clamp limit than this (relative), float32 may round differently.
 MARGIN = 2.0**-16
 _ROWS_AT_ONCE = 256
 _ELEMENTS = 2**22
 
 
 def errors(outputs: Any, expected: Expected) -> list[float]:
-    """Return for each output the largest error of any element, relative to its size plus the output's root mean square.
+    """Return the largest error of each output, relative to the element's magnitude plus the output's root mean square.
 
-    NaN and infinities, also unwritten elements of a poisoned output, wrong shapes and missing outputs give infinity.
+    NaN, infinity, a wrong shape or a missing output give infinity. Outputs are filled with NaN before the call, so an
+    element that was not written counts too.
     """
     given = as_tuple(outputs)
     if len(given) != len(expected):
@@ -50,14 +51,14 @@ def _error(actual: Tensor | None, wanted: Tensor | None) -> float:
     return worst
 
 
-def settle(w: Tensor, scale: Tensor, grid: Grid, added: Tensor | None = None) -> Tensor:
-    """Return ``w`` with the weights moved that lie on, or within rounding of, a decision of the grid.
+def avoid_ties(w: Tensor, scale: Tensor, grid: Grid, added: Tensor | None = None) -> Tensor:
+    """Return ``w`` with those weights moved that are on or near a rounding tie or clamp limit of the grid.
 
     Args:
-        w: weight whose elements divide evenly among the scales.
+        w: weight; each scale has the same number of elements.
         scale: the scales.
         grid: a grid without zero point.
-        added: noise like ``w`` that the op will add.
+        added: noise of the shape of ``w`` that the op will add.
     """
     rows = w.reshape(scale.numel(), -1).clone()
     extra = None if added is None else added.reshape(rows.shape)
@@ -67,7 +68,7 @@ def settle(w: Tensor, scale: Tensor, grid: Grid, added: Tensor | None = None) ->
         s = scale.reshape(-1, 1)[part].double().clamp_min(MIN_SCALE)
         for _ in range(8):
             r = (rows[part].double() + (0 if extra is None else extra[part].double())) / s
-            near = _undecided(r, grid)
+            near = _near_tie(r, grid)
             if not near.any():
                 break
             moved = rows[part].double() + torch.maximum(s, rows[part].abs().double()) / 32
@@ -75,7 +76,7 @@ def settle(w: Tensor, scale: Tensor, grid: Grid, added: Tensor | None = None) ->
     return rows.view(w.shape)
 
 
-def _undecided(r: Tensor, grid: Grid) -> Tensor:
+def _near_tie(r: Tensor, grid: Grid) -> Tensor:
     t = r * grid.steps - grid.offset
     near = (t - t.floor() - 0.5).abs() < MARGIN * t.abs().clamp_min(1)
     for edge in grid.passes:
@@ -83,8 +84,8 @@ def _undecided(r: Tensor, grid: Grid) -> Tensor:
     return near
 
 
-def drawn(sample: Sample) -> tuple[Tensor | None, Tensor | None]:
-    """Return the noise that a sample's op adds to the weight and to the scales."""
+def noise_of(sample: Sample) -> tuple[Tensor | None, Tensor | None]:
+    """Return the noise that the op of a sample adds to the weight and to the scales."""
     if sample.seed is None:
         return None, None
 
@@ -98,15 +99,15 @@ def drawn(sample: Sample) -> tuple[Tensor | None, Tensor | None]:
     )
 
 
-def settled(sample: Sample) -> Sample:
-    """Return a sample whose every decision is the same in float32 and in float64."""
-    on_weight, on_scale = drawn(sample)
+def without_ties(sample: Sample) -> Sample:
+    """Return a sample that float32 and float64 round to the same codes."""
+    on_weight, on_scale = noise_of(sample)
     scale = sample.scale if on_scale is None else sample.scale + on_scale
-    return dataclasses.replace(sample, w=settle(sample.w, scale, sample.grid, on_weight))
+    return dataclasses.replace(sample, w=avoid_ties(sample.w, scale, sample.grid, on_weight))
 
 
 def expected(op: str, sample: Sample, args: tuple[Any, ...]) -> Expected:
-    """Return what an op of the fake-quantize family must give, in float64.
+    """Return the expected outputs of an op of the fake-quantize family, in float64.
 
     Args:
         op: name of the op.
@@ -114,15 +115,15 @@ def expected(op: str, sample: Sample, args: tuple[Any, ...]) -> Expected:
         args: ``sample.args(op)``.
     """
     rows = sample.w.shape[0]
-    on_weight, on_scale = drawn(sample)
+    on_weight, on_scale = noise_of(sample)
 
     def cut(a: Any, part: slice) -> Any:
         if a is sample.seed or isinstance(a, torch.dtype):
-            return None  # The noise is added here, and float64 is what comes out.
+            return None  # no seed: the noise is added below. No output dtype: the result is float64.
         if not isinstance(a, Tensor):
             return a
         if on_weight is not None and on_scale is not None:
-            # The op defines this sum as a float32 one; where it cancels, float64 would be another number.
+            # The op defines this sum in float32. Where it cancels, float64 would give another value.
             a = a.float() + on_weight if a is sample.w else a + on_scale if a is sample.scale else a
         return (a[part] if a.ndim > 0 and a.shape[0] == rows else a).double()
 

@@ -1,4 +1,4 @@
-"""ggml's products with quantized weights, through the shared libraries that llama-cpp-python brings."""
+"""ggml's products with quantized weights, called in the shared libraries of llama-cpp-python."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-#: Numbers of ggml's types; part of its file format, so they stay.
+#: ggml's type numbers. They are part of its file format, so they do not change.
 TYPES = {"Q4_0": 2, "Q2_K": 10, "TQ1_0": 34, "TQ2_0": 35}
 
 
@@ -54,8 +54,8 @@ def linear(weight: Tensor, tokens: int, kind: str) -> Callable[[Tensor], Tensor]
     """Return a function from float32 ``[tokens, K]`` to ``[tokens, N]`` with torch's number of threads.
 
     Args:
-        weight: float32 ``[N, K]``, quantized here by ggml's own rule.
-        tokens: rows that the function takes.
+        weight: float32 ``[N, K]``; ggml quantizes it.
+        tokens: number of rows that the function takes.
         kind: name in :data:`TYPES`.
 
     Raises:
@@ -79,10 +79,10 @@ def linear(weight: Tensor, tokens: int, kind: str) -> Callable[[Tensor], Tensor]
     target, source = base.ggml_get_data(x), base.ggml_get_data(y)
 
     def run(activations: Tensor) -> Tensor:
-        assert work.data_ptr() == plan.work_data  # and lives: the plan has the address alone
+        assert work.data_ptr() == plan.work_data  # keeps `work` alive: the plan holds only its address
         ctypes.memmove(target, activations.data_ptr(), activations.nbytes)
         if status := cpu.ggml_graph_compute(graph, ctypes.byref(plan)):
-            raise RuntimeError(f"ggml gave status {status}")
+            raise RuntimeError(f"ggml_graph_compute returned status {status}")
         ctypes.memmove(result.data_ptr(), source, result.nbytes)
         return result
 

@@ -1,4 +1,4 @@
-"""The problem that Hessian tools are compared on, and the tools: the same model, batch and parameters for each."""
+"""The Hessian tools that are compared, and the problem: the same model, batch and parameters for each tool."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Times = Callable[[Tensor], Tensor]
 
 
 class Flat(nn.Module):
-    """A language model whose logits are rows, which is how criteria of other libraries take them."""
+    """A language model with logits ``[tokens, vocabulary]``, the shape that other libraries' loss functions take."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -42,8 +42,8 @@ class Problem:
         config: shape of the model.
         windows: windows in the batch.
         bits: width of the quantized weights.
-        device: where it lives.
-        steps: steps of training, so that the loss surface is not that of random weights.
+        device: device of model and batch.
+        steps: training steps before the comparison, so that the weights are not random.
     """
 
     config: ModelConfig
@@ -56,7 +56,7 @@ class Problem:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = quantize_model(Transformer(self.config), QuantConfig(bits=self.bits), exclude=EXCLUDED)
-            # Text with few rules: the next byte is the present one's successor, or a random one.
+            # Synthetic text: the next byte is the current one plus 1, or random.
             shape = (self.windows, self.config.context + 1)
             steps = torch.where(torch.rand(shape) < 0.1, torch.randint(self.config.vocab, shape), 1)
             tokens = steps.cumsum(1) % self.config.vocab
@@ -64,7 +64,7 @@ class Problem:
         self.model = Flat(model).to(self.device)
         self._train()
         self.params = quantized_weights(self.model)
-        for p in self.model.parameters():  # the tools differentiate what requires grad
+        for p in self.model.parameters():  # the tools differentiate every parameter that requires grad
             p.requires_grad_(any(p is q for q in self.params))
 
     def _train(self) -> None:
@@ -85,30 +85,30 @@ class Problem:
         return self.y.numel()
 
     def loss(self, model: nn.Module, batch: Any = None) -> Tensor:
-        """The mean cross-entropy as anyone writes it."""
+        """Return the mean cross-entropy, in plain PyTorch."""
         return F.cross_entropy(model(self.x), self.y.flatten())
 
     def vector(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A unit vector to multiply."""
+        """Return a random unit vector."""
         v = torch.randn(self.n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         return (v / v.norm()).to(self.device, dtype)
 
     def operator(self, **options: Any) -> HessianOperator:
-        """Our operator."""
+        """Return our operator."""
         return HessianOperator(self.model, lambda m, _: cross_entropy(m(self.x), self.y.flatten()), [None], **options)
 
     def gradient(self) -> Tensor:
-        """The gradient as training takes it: any attention, no second derivatives."""
+        """Return the gradient as in training: with any attention kernel, and without second derivatives."""
         grads = torch.autograd.grad(self.loss(self.model), self.params)
         return torch.cat([g.reshape(-1) for g in grads])
 
     def copy(self) -> nn.Module:
-        """The model, for tools that leave something in it."""
+        """Return a copy of the model, for tools that modify it."""
         return copy.deepcopy(self.model)
 
 
 def math_attention(call: Times) -> Times:
-    """Return a call with the attention that has second derivatives, which other tools leave to their user."""
+    """Return a call with math attention. Only that has second derivatives, and other tools do not select it."""
 
     def inside(v: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
@@ -118,7 +118,7 @@ def math_attention(call: Times) -> Times:
 
 
 def pyhessian(problem: Problem) -> tuple[Times, Any]:
-    """PyHessian's product (double backward on a kept graph), and its object."""
+    """Return PyHessian's product (double backward on a graph that it keeps), and its object."""
     from pyhessian import hessian
     from pyhessian.utils import hessian_vector_product
 
@@ -137,7 +137,7 @@ def pyhessian(problem: Problem) -> tuple[Times, Any]:
 
 
 def eigenthings(problem: Problem, method: str = "autograd") -> tuple[Times, Any]:
-    """Hessian-eigenthings' product, and its operator."""
+    """Return the product of hessian-eigenthings, and its operator."""
     from hessian_eigenthings import HessianOperator as Operator
 
     operator = Operator(problem.copy(), [None], problem.loss, method=method)
@@ -145,9 +145,9 @@ def eigenthings(problem: Problem, method: str = "autograd") -> tuple[Times, Any]
 
 
 def curvlinops(problem: Problem) -> tuple[Times, Any]:
-    """Product of curvlinops (forward over reverse), and its operator.
+    """Return the product of curvlinops (forward over reverse), and its operator.
 
-    It runs torch's quickest backward formulas, and that of SiLU has no forward mode: here it gets SiLU as a product.
+    torch's fused backward of SiLU has no forward mode. SiLU is replaced by x * sigmoid(x) during the product.
     """
     from curvlinops import HessianLinearOperator
 

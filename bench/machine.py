@@ -1,4 +1,4 @@
-"""What the numbers were measured on, and how fast it moves bytes and multiplies matrices."""
+"""The machine that numbers are measured on: its name, versions, bandwidth and rate of matrix products."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from qatkernels import backends
 from .case import Settings
 from .clock import Clock, Events, race, wall
 
+#: Folders of results. Writing results does not make a checkout dirty.
+RESULTS = ("bench/results", "docs/results")
+
 
 class Machine:
-    """The device at hand and its measured ceilings."""
+    """The device, with its measured bandwidth and rates of matrix products."""
 
     def __init__(self, settings: Settings) -> None:
         self.device = settings.device
@@ -35,7 +38,7 @@ class Machine:
         if self.cuda:
             self.clock = events = Events()
             self.replay_clock = functools.partial(events, launch=False)
-        #: Runnable processes on average over the last minute: whether anything else was running.
+        #: Load average of the last minute, which shows whether other processes were running.
         self.load = os.getloadavg()[0]
         self._products: dict[str, float] = {}
 
@@ -46,7 +49,7 @@ class Machine:
 
     @property
     def slug(self) -> str:
-        """The name, fit for a file name."""
+        """The name as a part of a file name."""
         return slug(self.name)
 
     @functools.cached_property
@@ -70,7 +73,7 @@ class Machine:
         return self._products[key]
 
     def describe(self) -> dict[str, Any]:
-        """Return all that a reader needs to place the numbers; no names of hosts or folders."""
+        """Return what a reader needs to interpret the numbers, without names of hosts or folders."""
         return {
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "device": {"type": self.device.type, "name": self.name, "cpu": cpu_model()},
@@ -85,7 +88,7 @@ class Machine:
 
 
 def alive(device: torch.device) -> bool:
-    """Whether a device still answers: after an illegal access nothing in this process can use a GPU."""
+    """Return whether a device still responds. After an illegal access this process cannot use its GPU any more."""
     try:
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -95,7 +98,7 @@ def alive(device: torch.device) -> bool:
 
 
 def slug(name: str) -> str:
-    """Return a device's name, fit for a file name: "h100" for "NVIDIA H100 80GB HBM3"."""
+    """Return a device's name as a part of a file name: "h100" for "NVIDIA H100 80GB HBM3"."""
     words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").split("-")
     if words[0] == "nvidia":
         said = r"nvidia|geforce|tesla|laptop|gpu|\d+gb|hbm\d\w*|pcie|sxm\d*|nvl"
@@ -104,7 +107,7 @@ def slug(name: str) -> str:
 
 
 def copy_of(size: int, device: torch.device, *, fresh: bool = False) -> Any:
-    """Return a call that moves ``size`` bytes by copying, into the same memory each time or into fresh memory."""
+    """Return a call that copies and moves ``size`` bytes (read plus written), into the same or into fresh memory."""
     source = torch.randn(max(size // 8, 1), device=device)
     if fresh:
         return source.clone
@@ -127,9 +130,9 @@ def cpu_model() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions that matter."""
+    """Return the versions of Python, this package, torch, Triton, numpy and CUDA."""
     known: dict[str, str | None] = {"python": platform.python_version(), "qatkernels": qatkernels.__version__}
-    known["torch"] = torch.__version__  # with the build, which its metadata does not have
+    known["torch"] = torch.__version__  # unlike the package metadata, this has the build label
     for package in ("triton", "numpy"):
         try:
             known[package] = importlib.metadata.version(package)
@@ -139,22 +142,14 @@ def versions() -> dict[str, str | None]:
     return known
 
 
-def machines(device: str, *earlier: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what a study's trainings ran on: this machine, and those of the studies that it goes on with."""
-    found = [{"device": device, "threads": torch.get_num_threads(), "versions": versions()}]
-    for study in earlier:
-        found += [machine for machine in study["machines"] if machine not in found]
-    return found
-
-
 def build_info() -> dict[str, Any] | None:
-    """Return what the compiled extension says of itself, or None without one."""
+    """Return the build information of the compiled extension, or None without one."""
     compiled = backends.extension()
     return dict(compiled.build_info()) if compiled is not None else None
 
 
 def git_state() -> dict[str, Any]:
-    """Return the commit and whether anything but results differs from it; nulls outside a checkout."""
+    """Return the commit, and whether files other than results differ from it; None for both outside a checkout."""
 
     def git(*arguments: str) -> str | None:
         command = ("git", "-C", str(Path(__file__).parent), *arguments)
@@ -163,5 +158,5 @@ def git_state() -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    changes = git("status", "--porcelain", "--", ":/", ":(exclude,top)bench/results")
+    changes = git("status", "--porcelain", "--", ":/", *(f":(exclude,top){folder}" for folder in RESULTS))
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}

@@ -1,4 +1,4 @@
-"""How much memory a call needs beyond what was there before it."""
+"""The peak memory of a call."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak(run: Run, device: torch.device) -> int | None:
-    """Return the bytes that a call adds to the memory in use at its worst moment, outputs included.
+    """Return the peak memory of a call minus the memory before it, in bytes. Outputs count.
 
-    On a CPU this is the kernel's high-water mark of resident pages; None where it cannot be reset.
+    On a CPU it is the peak resident set size that Linux reports; None where that cannot be reset.
     """
     gc.collect()
     qatkernels.empty_cache()
@@ -42,7 +42,7 @@ def peak(run: Run, device: torch.device) -> int | None:
 
 
 def _trim() -> None:
-    """Give the system what glibc keeps of freed blocks: a call that takes those would seem to need nothing."""
+    """Return glibc's free blocks to the system. A call that reused them would seem to need no memory."""
     with contextlib.suppress(AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 

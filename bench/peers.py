@@ -1,7 +1,7 @@
-"""The competition: torch's own ops, formulas in plain PyTorch as QAT code writes them, and other libraries.
+"""The peers: torch's own ops, the formulas in plain PyTorch that QAT code uses, and other libraries.
 
-Rows share a scale: a weight is ``[rows, cols]`` and its scales are ``[rows]``, whatever the granularity.
-Where a peer follows a straight-through rule of its own, its result is compared with that rule.
+For every granularity a weight is viewed as ``[rows, cols]`` with one scale for each row. A peer with another
+straight-through rule is compared with its own rule.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qatkernels.ops._op import as_tuple
 from qatkernels.testing.samples import Sample
 
 from .case import Call, Expected, Missing, attempt
-from .exact import drawn
+from .exact import noise_of
 
 aten = torch.ops.aten
 
@@ -29,7 +29,7 @@ def _values(w: Tensor, s: Tensor, grid: Grid) -> Tensor:
 
 
 def eager_forward(w: Tensor, scale: Tensor, grid: Grid, dtype: torch.dtype | None = None) -> Tensor:
-    """Fake-quantize with half a dozen passes over memory."""
+    """Fake-quantize in plain PyTorch, with about six passes over memory."""
     return _values(w, scale.clamp_min(MIN_SCALE)[:, None], grid).to(dtype or w.dtype)
 
 
@@ -43,29 +43,29 @@ def _derivatives(w: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def eager_backward(g: Tensor, w: Tensor, scale: Tensor, grid: Grid, grad_scale: float) -> tuple[Tensor, Tensor]:
-    """Straight-through gradients of the weight and of the scale, by indicator masks."""
+    """Return the straight-through gradients of the weight and of the scale."""
     inside, slope = _derivatives(w, scale, grid)
     return (inside * g).to(w.dtype), (slope * g * grad_scale).sum(-1)
 
 
 def eager_jvp(tw: Tensor, ts: Tensor, w: Tensor, scale: Tensor, grid: Grid, grad_scale: float) -> Tensor:
-    """Forward mode of the same rule."""
+    """Return the tangent (forward mode) by the same rule."""
     inside, slope = _derivatives(w, scale, grid)
     return (inside * tw + slope * ts[:, None] * grad_scale).to(w.dtype)
 
 
 def eager_quantize(w: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Integer codes."""
+    """Return integer codes."""
     s = scale.clamp_min(MIN_SCALE)[:, None]
     return torch.round(torch.clamp(w / s, *grid.clamp) * grid.steps - grid.offset).to(grid.code_dtype)
 
 
 class EagerFakeQuantize(torch.autograd.Function):
-    """The eager formulas as QAT code uses them."""
+    """The formulas above as an autograd function, as QAT code writes it."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, scale: Tensor, grid: Grid, grad_scale: float) -> Tensor:
-        """Keep the inputs."""
+        """Save the inputs."""
         ctx.save_for_backward(w, scale)
         ctx.rest = grid, grad_scale
         return eager_forward(w, scale, grid)
@@ -77,7 +77,7 @@ class EagerFakeQuantize(torch.autograd.Function):
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile for one shape; a fall-back to eager would be an error, not a slow row."""
+    """Compile for one shape. With fullgraph a graph break is an error; otherwise it would be timed unnoticed."""
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -117,8 +117,8 @@ def of_op(op: str, sample: Sample, args: tuple[Any, ...]) -> Iterator[Call | Mis
 
 
 def _row_form(op: str, sample: Sample) -> tuple[Tensor, Tensor]:
-    """The weight and its scales, with the noise that a forward would have stored for its backward."""
-    on_weight, on_scale = drawn(sample) if op == "fake_quantize_backward" else (None, None)
+    """Return the weight and its scales as rows; for the backward, with the noise that the forward stored."""
+    on_weight, on_scale = noise_of(sample) if op == "fake_quantize_backward" else (None, None)
     w = sample.w if on_weight is None else sample.w.float() + on_weight
     scale = sample.scale if on_scale is None else sample.scale + on_scale
     return w.view(scale.numel(), -1), scale.view(-1)
@@ -129,7 +129,7 @@ def _scale_tangent(args: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _shaped(outputs: Any, op: str, sample: Sample) -> tuple[Tensor, ...]:
-    """Outputs in the shapes that the op gives, None for the zero point's gradient."""
+    """Return outputs in the op's shapes, with an empty gradient of the zero point."""
     given = as_tuple(outputs)
     if op == "fake_quantize_backward":
         return given[0].view(sample.w.shape), given[1].view(sample.scale.shape), given[1].new_empty(0)
@@ -145,7 +145,7 @@ def _noisy(w: Tensor, scale: Tensor, sample: Sample) -> Call:
 
 
 def _torch(op: str, of_w: list[Tensor], w: Tensor, scale: Tensor, sample: Sample) -> Iterator[Call]:
-    """Yield torch's fake-quantize ops, per channel or per tensor; their mask and slope are taken after rounding."""
+    """Yield torch's fake-quantize ops, per channel or per tensor. Their gradient mask is computed after rounding."""
     whole = scale.numel() == 1
     where = (sample.grid.code_min, sample.grid.code_max) if whole else (0, sample.grid.code_min, sample.grid.code_max)
     shape, zero, real_zero = sample.w.shape, torch.zeros_like(scale, dtype=torch.int32), torch.zeros_like(scale)
@@ -180,7 +180,7 @@ def _torch(op: str, of_w: list[Tensor], w: Tensor, scale: Tensor, sample: Sample
 
 
 def _torch_rule(g: Tensor, w: Tensor, scale: Tensor, sample: Sample) -> Expected:
-    """What the backward of torch's ops means, in float64."""
+    """Return the result of torch's backward rule, in float64."""
     low, high = sample.grid.code_min, sample.grid.code_max
     r = w.double() / scale.double()[:, None]
     k = r.round()

@@ -1,4 +1,4 @@
-"""Rows for people and for files."""
+"""Rows as tables on the terminal and as JSON files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .run import Row
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
 
-#: Third over first quartile of a row's repetitions above which its median is not worth much.
+#: A row is reported as noisy if the third quartile of its repetitions is more than this times the first.
 _NOISY = 1.5
 
 _HEADER = ("implementation", "output", "timed", "median ms", "p10 ... p90", "of floor", "error", "over the best peer")
@@ -63,13 +63,13 @@ def _cells(row: Row) -> tuple[str, ...]:
         return (*lead, "FAILED", "", "", "", row["note"])
     q = row["quantiles_ms"]
     spread = f"{q['p10']:.4g} ... {q['p90']:.4g}"
-    # Where products make the floor, a copy has nothing to do with it.
+    # A copy is not compared with a floor that matrix products give.
     fraction = "" if row["flops"] and row["unchecked"] else f"{row['fraction_of_floor']:.0%}"
     return (*lead, f"{row['median_ms']:.4g}", spread, fraction, shown, _against(row))
 
 
 def _against(row: Row) -> str:
-    """Return how many times as fast it is as the fastest peer, or as a plain copy where there is none."""
+    """Return the speedup over the fastest peer, or over a plain copy without peers."""
     ratios: dict[str, float] = row.get("speedup_over", {})
     rivals = {name: ratio for name, ratio in ratios.items() if not name.startswith("copy")} or ratios
     if not rivals:
@@ -99,17 +99,17 @@ def _rich(head: str, lines: list[tuple[str, ...]]) -> Any:
 
 
 def write(rows: Sequence[Row], machine: Machine, settings: dict[str, Any], path: Path) -> None:
-    """Write rows and what they were measured on as JSON."""
+    """Write rows and the description of the machine as JSON."""
     save(document(rows, machine.describe(), settings), path)
 
 
 def document(rows: Sequence[Row], described: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return rows with what they were measured on, as a file of results holds them."""
+    """Return the content of a file of results: the rows and the description of the machine."""
     return {"schema": SCHEMA, **described, "settings": settings, "rows": list(rows)}
 
 
 def save(document: dict[str, Any], path: Path) -> Path:
-    """Write a document as JSON and return where."""
+    """Write a document as JSON, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     return path

@@ -1,4 +1,4 @@
-"""From a case to rows: every call is checked first, and only a right one is timed."""
+"""Runs a case and returns rows. Every call is checked first; only calls with correct results are timed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .exact import errors
 from .machine import Machine, copy_of
 from .memory import peak
 
-#: A row as it goes to JSON; `status` is "ok", "wrong", "failed" or "missing", and only "ok" rows carry times.
+#: A row of the JSON file. `status` is "ok", "wrong", "failed" or "missing"; only "ok" rows have times.
 Row = dict[str, Any]
 
-#: Calls whose launches are timed together: so few that they do not wait for one another in the driver's queue, and
-#: about how long the GPU may be busy with them.
+#: How many calls are launched together to time a launch. They must be few, so that the driver's queue does not fill up;
+#: the second number is the time that the GPU may take for them.
 _HOST_CALLS, _HOST_MS = 20, 20.0
 
 COPY, FRESH_COPY = "copy_", "copy into fresh memory"
@@ -55,7 +55,7 @@ def run_case(suite: str, case: Case, machine: Machine, budget: float) -> list[Ro
 
 
 def _baselines(case: Case, machine: Machine) -> list[Call]:
-    """Copies that move as many bytes as the case must."""
+    """Return copies that move as many bytes as the case."""
     runs = ((COPY, "out", False), (FRESH_COPY, "fresh", True))
     return [
         Call(name, copy_of(case.bytes, machine.device, fresh=fresh), "baseline", output, unchecked="a copy")  # type: ignore[arg-type]
@@ -64,7 +64,7 @@ def _baselines(case: Case, machine: Machine) -> list[Call]:
 
 
 def _judged(suite: str, case: Case, call: Call | Missing) -> Row:
-    """Return the row of a call, run once and compared with the right answer."""
+    """Run a call once, compare it with the expected outputs, and return its row."""
     row: Row = {
         "suite": suite,
         "case": case.title,
@@ -86,12 +86,12 @@ def _judged(suite: str, case: Case, call: Call | Missing) -> Row:
 
 
 def _checked(call: Call, run: Run, case: Case) -> Row:
-    """Run a call once and return its status, with its errors or why there are none."""
+    """Run a call once; return its status, and its errors or the reason of a failure."""
     try:
         outputs = run()
         wanted = call.expected() if call.expected else case.right
         found = [] if call.unchecked else errors(outputs, wanted)
-    except Exception as problem:  # Whatever an implementation raises belongs in its row, and the others go on.
+    except Exception as problem:  # any exception goes into the row of the implementation; the others continue
         return {"status": "missing" if call.kind == "peer" else "failed", "note": reason(problem)}
     right = all(error <= allowed for error, allowed in zip(found, case.tolerances, strict=False))
     # JSON has no infinity.
@@ -118,7 +118,7 @@ def _graphs(replays: list[tuple[Row, Call]], case: Case) -> list[tuple[Row, Call
 
 
 def _host_us(run: Run, milliseconds: float) -> float:
-    """Return the microseconds of a call on the CPU, which goes on before the GPU is done after ``milliseconds``."""
+    """Return the microseconds that a call takes on the CPU. The GPU works on it for ``milliseconds``."""
     calls = max(3, min(_HOST_CALLS, int(_HOST_MS / milliseconds)))
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -130,11 +130,11 @@ def _host_us(run: Run, milliseconds: float) -> float:
 
 
 def _timed(racing: list[tuple[Row, Call]], case: Case, machine: Machine, budget: float, clock: Clock) -> None:
-    """Race the calls and complete their rows."""
+    """Time the calls in turn, and add the times to their rows."""
     runs: dict[str, Run] = {f"{i}": call.run for i, (_, call) in enumerate(racing)}
     times = race(runs, clock, budget)
     by_call = [(row, call, times[f"{i}"]) for i, (row, call) in enumerate(racing)]
-    # As many bytes, copied in the same race. Products count where they take longer.
+    # The floor is the time of a copy of as many bytes in the same race, or of the matrix products if that is longer.
     floor = next(t.median for _, call, t in by_call if call.name == COPY)
     if case.flops:
         floor = max(floor, 1e3 * case.flops / machine.products(case.product_dtype or case.dtype))
@@ -142,7 +142,7 @@ def _timed(racing: list[tuple[Row, Call]], case: Case, machine: Machine, budget:
     for row, call, t in by_call:
         if machine.cuda and row["timing"] == "call":
             row["host_us"] = _host_us(call.run, t.median)
-        # Once more: what was right at first may not be in memory that is used again.
+        # Checked again: a result may be right in fresh memory, and wrong in memory that is reused.
         if call.kind == "ours" and (again := _checked(call, call.run, case))["status"] != "ok":
             row |= again
             continue

@@ -1,62 +1,50 @@
-"""How the best share of quantized training depends on size, tokens and bits: ``python -m studies.plan``.
+"""How the best share of quantized training depends on size, tokens and bits.
 
-For every size of model one training at a constant learning rate, with snapshots where something branches off: for each
-budget and fraction a cooldown and QAT from it (classic), and QAT from the constant rate (fused), at each bit width. All
-budgets, fractions and widths share that prefix exactly. Every phase is one of `qatkernels.trainer`, finished ones are
-never run again, and a signal stops at a checkpoint: run the same command again to go on.
-
-    <out>/<model>-seed<n>/   a folder of `qatkernels.trainer`
-    <out>/runs.csv           one line for each finished training, rewritten after each
+For every model one training at a constant learning rate, with snapshots where something branches off: for each budget
+and fraction a cooldown and QAT from it (classic), and QAT from the constant rate (fused), at each bit width. All
+budgets, fractions and widths share that prefix exactly. Cases are called MODEL-STEPS-SCHEDULE-FRACTION-wBITS.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import io
-import os
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from bench.machine import cpu_model, git_state, versions
 from qatkernels import files
 from qatkernels.methods.schedules import split
-from qatkernels.trainer import Interrupted, TrainConfig, data, loop, run_folder
+from qatkernels.trainer import TrainConfig, loop
 from qatkernels.trainer.phases import Phase, cooled_from, quantized_from, quantized_parameters, trunk_parts
 
-COLUMNS = ("params", "bits", "tokens_fp", "tokens_qat", "loss", "seed", "schedule", "shape", "fraction", "model",
-           "round_to_nearest", "seconds")  # fmt: skip
+from .plan_report import report
+from .results import Case, Figures
+from .runner import Session, Study
 
 
 class Unit(NamedTuple):
-    """A part of a grid: one budget, in steps of both phases together; sizes are places in those of the preset."""
+    """A part of a grid: one budget, in steps of both phases together; sizes are places in those of the size."""
 
     steps: int
     seeds: tuple[int, ...] = (0,)
     schedules: tuple[str, ...] = ("classic", "fused")
-    sizes: tuple[int, ...] = (0, 1, 2)
+    models: tuple[int, ...] = (0, 1, 2)
 
 
 @dataclass(frozen=True)
-class Preset:
+class Size:
     """A grid of trainings.
 
     Attributes:
-        sizes: width, depth and heads of each model.
+        models: width, depth and heads of each.
         units: what is run, in order.
         fractions: shares of QAT.
         bits: widths.
         config: everything else.
     """
 
-    sizes: tuple[tuple[int, int, int], ...]
+    models: tuple[tuple[int, int, int], ...]
     units: tuple[Unit, ...]
     fractions: tuple[float, ...]
     bits: tuple[float, ...]
@@ -66,13 +54,13 @@ class Preset:
 #: No evaluation and no line of the log but at the ends of a phase.
 _QUIET = {"eval_every": 10**9, "log_every": 10**9, "save_every": 500}
 # fmt: off
-PRESETS = {
+SIZES = {
     # 512 bytes a step. Cheap and complete first, so that a run that is cut short is still a grid.
-    "cpu": Preset(
-        sizes=((16, 2, 2), (32, 2, 2), (64, 2, 2)),
+    "cpu": Size(
+        models=((16, 2, 2), (32, 2, 2), (64, 2, 2)),
         units=(
             Unit(128), Unit(512), Unit(128, (1, 2)), Unit(1024, (0,), ("classic",)),
-            Unit(2048, (0,), ("classic",), (0,)), Unit(512, (1, 2), sizes=(0,)), Unit(512, (1, 2), sizes=(1, 2)),
+            Unit(2048, (0,), ("classic",), (0,)), Unit(512, (1, 2), models=(0,)), Unit(512, (1, 2), models=(1, 2)),
             Unit(2048, (0,), ("classic",), (1, 2)), Unit(1024, (0,), ("fused",)), Unit(1024, (1, 2)),
         ),
         fractions=(0.05, 0.1, 0.2, 0.35, 0.5, 0.7),
@@ -83,8 +71,8 @@ PRESETS = {
         ),
     ),
     # 16,384 bytes a step, up to 30 million quantized parameters and 1.6 billion bytes: give it --data of that size.
-    "gpu": Preset(
-        sizes=((128, 4, 4), (256, 6, 8), (640, 6, 10)),
+    "gpu": Size(
+        models=((128, 4, 4), (256, 6, 8), (640, 6, 10)),
         units=(Unit(500), Unit(2000), Unit(8000), Unit(32_000), Unit(2000, (1, 2)), Unit(100_000)),
         fractions=(0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7),
         bits=(1, 1.58, 2, 3, 4, 6),
@@ -93,9 +81,9 @@ PRESETS = {
             eval_windows=4096, **_QUIET,
         ),
     ),
-    "test": Preset(
-        sizes=((16, 1, 1),),
-        units=(Unit(16, sizes=(0,)), Unit(24, (0, 1), ("classic",), (0,))),
+    "smoke": Size(
+        models=((16, 1, 1),),
+        units=(Unit(16, models=(0,)), Unit(24, (0, 1), ("classic",), (0,))),
         fractions=(0.25, 0.5),
         bits=(1, 4),
         config=TrainConfig(
@@ -108,41 +96,65 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Training:
-    """One row of the table: the phases that lead to a model, and what they are."""
+    """The phases that lead to a model, and what they are.
+
+    A unit without classic schedules has a row in full precision too. It is the ``same`` training as that of the unit
+    with classic ones. The published fit counts both rows.
+    """
 
     phases: tuple[Phase, ...]
     steps: int
     fraction: float
     schedule: str
+    same: bool = False
+
+    @property
+    def last(self) -> Phase:
+        """The phase that ends with the model."""
+        return self.phases[-1]
+
+    @property
+    def name(self) -> str:
+        """Name of the training among those of its model and seed."""
+        last = self.last
+        return (
+            f"{self.steps}-{self.schedule}-{self.fraction:g}-w{last.bits:g}"
+            if last.bits
+            else f"{self.steps}-fp{'-same' if self.same else ''}"
+        )
 
 
-def configured(preset: Preset, size: tuple[int, int, int], seed: int, out: Path) -> TrainConfig:
-    """Return the configuration of one folder; its tokens, the smallest budget, decide the length of the warmup."""
-    width, depth, heads = size
-    tokens = min(unit.steps for unit in preset.units) * preset.config.training.batch * preset.config.shape.context
-    name = f"{width}x{depth}-seed{seed}"
-    return preset.config.changed(
-        width=width, depth=depth, heads=heads, seed=seed, tokens=tokens, out=str(out / name),
-        bits=preset.bits, schedule="classic", qat_fraction=0.5,
+def configured(size: Size, model: tuple[int, int, int], seed: int, work: Path) -> TrainConfig:
+    """Return the configuration of a model and seed. The smallest budget decides the length of the warmup."""
+    width, depth, heads = model
+    tokens = min(unit.steps for unit in size.units) * _tokens(size.config)
+    return size.config.changed(
+        width=width, depth=depth, heads=heads, seed=seed, tokens=tokens, out=str(work / f"{width}x{depth}-seed{seed}"),
+        bits=size.bits, schedule="classic", qat_fraction=0.5,
     ).resolved()  # fmt: skip
 
 
-def trainings(preset: Preset, config: TrainConfig, unit: Unit) -> Iterator[Training]:
+def _tokens(config: TrainConfig) -> int:
+    """Return the tokens of a step."""
+    return config.training.batch * config.shape.context
+
+
+def trainings(size: Size, config: TrainConfig, unit: Unit) -> Iterator[Training]:
     """Yield the trainings of one model and seed.
 
-    The parts at the constant rate are those of the whole preset, so that they do not depend on what is run first.
+    The parts at the constant rate are those of all units together, so they do not depend on what runs first.
     """
-    budgets, steps = sorted({unit.steps for unit in preset.units}), unit.steps
-    splits = {(steps, f): split(steps, f) for steps in budgets for f in preset.fractions}
+    budgets, steps = sorted({unit.steps for unit in size.units}), unit.steps
+    splits = {(steps, f): split(steps, f) for steps in budgets for f in size.fractions}
     stops = {full for full, _ in splits.values()}
     stops |= {_start_of_cooldown(config, full) for full in (*stops, *budgets)}
     trunk = trunk_parts(config, sorted(stops))
-    yield Training(_cooled(config, trunk, steps), steps, 0.0, "classic")
-    for fraction in preset.fractions:
+    yield Training(_cooled(config, trunk, steps), steps, 0.0, "classic", same="classic" not in unit.schedules)
+    for fraction in size.fractions:
         full, quantized = splits[steps, fraction]
         for schedule in unit.schedules:
             before = _cooled(config, trunk, full) if schedule == "classic" else _constant(trunk, full)
-            for bits in preset.bits:
+            for bits in size.bits:
                 last = quantized_from(config, bits, quantized, before[-1])
                 last = replace(last, name=f"{last.name}-{schedule}{full}-{quantized}")
                 yield Training((*before, last), steps, fraction, schedule)
@@ -163,117 +175,56 @@ def _cooled(config: TrainConfig, trunk: dict[int, Phase], full: int) -> tuple[Ph
     return *_constant(trunk, start), cooled_from(config, trunk[start], full - start)
 
 
-def sweep(preset: Preset, out: Path, text: str | None, deadline: float) -> int:
-    """Run what is not finished until the deadline (of `time.monotonic`).
-
-    Returns:
-        How many trainings are left.
-    """
-    left = 0
-    for unit, seed, size in order(preset):
-        config = configured(preset, size, seed, out).changed(data=text)
-        corpus = data.load(config.data, config.shape.context)
-        for training in trainings(preset, config, unit):
-            missing = [p for p in training.phases if not (Path(config.out) / p.name / "config.json").exists()]
-            if missing and time.monotonic() > deadline:
-                left += 1
-            elif missing:
-                loop.run_phases(config, corpus, missing, lambda line: None)
-        write_table(preset, out)
-        print(f"{Path(config.out).name}, {unit.steps} steps: {left} left out so far", flush=True)
-    return left
-
-
-def order(preset: Preset) -> Iterator[tuple[Unit, int, tuple[int, int, int]]]:
-    """Yield each unit with each of its seeds and each size."""
-    for unit in preset.units:
+def order(size: Size) -> Iterator[tuple[Unit, int, tuple[int, int, int]]]:
+    """Yield each unit with each of its seeds and each model."""
+    for unit in size.units:
         for seed in unit.seeds:
-            for size in unit.sizes:
-                yield unit, seed, preset.sizes[size]
+            for model in unit.models:
+                yield unit, seed, size.models[model]
 
 
-def rows(preset: Preset, out: Path) -> list[dict[str, Any]]:
-    """Return a row for each finished training in a folder."""
-    found = []
-    for unit, seed, size in order(preset):
-        config = configured(preset, size, seed, out)
-        params, step = quantized_parameters(config), config.training.batch * config.shape.context
-        for training in trainings(preset, config, unit):
-            path = Path(config.out) / training.phases[-1].name / "config.json"
-            if path.exists():
-                result, last = files.read_json(path)["result"], training.phases[-1]
-                quantized = last.steps if last.bits else 0
-                found.append({
-                    "params": params,
-                    "bits": last.bits or 32,
-                    "tokens_fp": step * (training.steps - quantized),
-                    "tokens_qat": step * quantized,
-                    "loss": round(result["bits_per_byte"], 6),
-                    "seed": seed,
-                    "schedule": training.schedule,
-                    "shape": config.training.decay,
-                    "fraction": training.fraction,
-                    "model": f"{size[0]}x{size[1]}",
-                    "round_to_nearest": round(result["start_bits_per_byte"], 6) if last.bits else "",
-                    "seconds": round(result["seconds"], 2),
-                })  # fmt: skip
-    return found
-
-
-def write_table(preset: Preset, out: Path) -> None:
-    """Replace ``runs.csv`` by what is finished now."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows(preset, out))
-    files.write(out / "runs.csv", text.getvalue().encode())
-
-
-def describe(name: str, preset: Preset, corpus: data.Corpus, left: int) -> dict[str, Any]:
-    """Return what the numbers were measured on, and with which settings."""
-    config = preset.config.settings()
+def settings(session: Session) -> dict[str, Any]:
+    """Return what all trainings share."""
+    size, config = session.size, session.size.config.settings()
     for unused in ("out", "data", "width", "depth", "heads", "seed", "steps", "qat_steps", "tokens", "qat_fraction"):
         del config[unused]
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "device": torch.cuda.get_device_name() if preset.config.device == "cuda" else cpu_model(),
-        "cpu": cpu_model(),
-        "threads": torch.get_num_threads(),
-        "load": [round(x, 2) for x in os.getloadavg()],
-        "versions": versions(),
-        "git": git_state(),
-        "preset": name,
-        "sizes": preset.sizes,
-        "units": preset.units,
-        "unfinished": left,
-        "text": {"sha256": corpus.sha256, "train_bytes": len(corpus.train), "held_out_bytes": len(corpus.held_out)},
+        "text": session.text_settings(size.config.shape.context),
+        "smallest_budget": min(unit.steps for unit in size.units),
         "config": config,
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run or go on with a sweep; exit code 3 if trainings are left."""
-    parser = argparse.ArgumentParser(prog="python -m studies.plan", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--out", type=Path, default=None, help="working folder (default: runs/plan-<preset>)")
-    parser.add_argument("--data", help="text to train on; this Python's standard library if not given")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no phase after so many minutes")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (results depend on it in the last bits)")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    preset, out = PRESETS[options.preset], options.out or Path("runs") / f"plan-{options.preset}"
-    try:
-        with run_folder.exclusive(out):
-            left = sweep(preset, out, options.data, time.monotonic() + 60 * options.minutes)
-            corpus = data.load(options.data, preset.config.shape.context)
-            files.write_json(out / "sweep.json", describe(options.preset, preset, corpus, left))
-    except Interrupted as stop:
-        print(f"{stop}; the same command goes on from here", file=sys.stderr)
-        return 128 + stop.number
-    print(f"{out}/runs.csv; {left} trainings left")
-    return 3 if left else 0
+def cases(session: Session) -> Iterator[Case]:
+    """Yield the trainings."""
+    size: Size = session.size
+    for unit, seed, model in order(size):
+        config = configured(size, model, seed, session.work).changed(data=session.data)
+        name = f"{model[0]}x{model[1]}"
+        for t in trainings(size, config, unit):
+            own = {
+                "model": name, "steps": t.steps, "schedule": t.schedule, "shape": config.training.decay,
+                "fraction": t.fraction, "bits": t.last.bits or 32,
+            }  # fmt: skip
+            yield Case(f"{name}-{t.name}", seed, own, partial(train, session, config, t))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def train(session: Session, config: TrainConfig, t: Training) -> Figures:
+    """Run the phases that are not finished, and return the loss of the last one."""
+    out = Path(config.out)
+    missing = [p for p in t.phases if not (out / p.name / "config.json").exists()]
+    if missing:
+        loop.run_phases(config, session.text(config.shape.context), missing, lambda line: None)
+    found = files.read_json(out / t.last.name / "config.json")["result"]
+    quantized = t.last.steps if t.last.bits else 0
+    return {
+        "params": quantized_parameters(config),
+        "tokens_fp": _tokens(config) * (t.steps - quantized),
+        "tokens_qat": _tokens(config) * quantized,
+        "loss": round(found["bits_per_byte"], 6),
+        "round_to_nearest": round(found["start_bits_per_byte"], 6) if t.last.bits else None,
+        "seconds": round(found["seconds"], 2),
+    }
+
+
+STUDY = Study("plan", SIZES, cases, report, settings)

@@ -1,26 +1,25 @@
-"""Are planted coefficients found again, and do intervals cover them? ``python -m studies.plan_recovery``.
+"""Does the fitter of the loss law find planted coefficients, and do its intervals cover them?
 
-Tables of runs are drawn from a law with known coefficients and noise in the logarithm of the loss, and fitted. Recorded
-are how often each interval holds the true value, and how far predicted optimal fractions are from the true ones.
+Tables of runs are drawn from a law with known coefficients, with noise in the logarithm of the loss, and fitted.
+Recorded are how often each interval holds the true value, and how far predicted optimal fractions are from the true
+ones.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-import time
-from collections.abc import Sequence
-from datetime import datetime, timezone
+from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.machine import cpu_model, git_state, versions
-from qatkernels import files
 from qatkernels.plan import LossLaw, fit_loss_law
 from qatkernels.plan.law import COEFFICIENTS
+
+from .results import Case, Figures, Results
+from .runner import Session, Study
 
 #: Coefficients of our own invention whose optima rise from 15% to 40% where the questions are; no fit of anything.
 PLANTED = LossLaw(
@@ -60,11 +59,26 @@ def table(design: str, noise: float, seed: int, law: LossLaw = PLANTED) -> dict[
     return {"params": params, "tokens_qat": qat, "tokens_fp": fp, "bits": bits, "loss": loss}
 
 
-def study(design: str, repetitions: int, resamples: int, starts: int, noise: float = 0.005) -> dict[str, Any]:
-    """Fit tables of different noise and return the coverage of the intervals and the errors of the optima."""
+class Trial(NamedTuple):
+    """A design, how many tables are fitted, and how; without resamples there are no intervals."""
+
+    design: str
+    repetitions: int
+    resamples: int
+    starts: int = 2
+    noise: float = 0.005
+
+
+SIZES = {
+    "cpu": (Trial("small", 200, 100), Trial("large", 20, 0)),
+    "smoke": (Trial("small", 1, 2, starts=1),),
+}
+
+
+def run(design: str, repetitions: int, resamples: int, starts: int, noise: float) -> Figures:
+    """Fit tables of different noise, and return the coverage of the intervals and the errors of the optima."""
     true = PLANTED.optimal_fraction(*QUESTIONS)
     hits, optimum_hits, errors, runs = np.zeros(16), np.zeros(len(true)), [], 0
-    began = time.perf_counter()
     for seed in range(repetitions):
         fit = fit_loss_law(table(design, noise, seed), seed=seed, resamples=resamples, starts=starts)
         runs = fit.runs
@@ -76,50 +90,54 @@ def study(design: str, repetitions: int, resamples: int, starts: int, noise: flo
             low, high = fit.interval(lambda law: law.optimal_fraction(*QUESTIONS))
             optimum_hits += (low <= true) & (true <= high)
     off = np.array(errors)
-    result: dict[str, Any] = {
-        "design": design, "runs": runs, "noise": noise, "repetitions": repetitions, "resamples": resamples,
-        "starts": starts, "seconds": round(time.perf_counter() - began, 1),
+    figures: Figures = {
+        "runs": runs,
         "optimum_error": {
-            "mean": off.mean(), "p95": float(np.percentile(off, 95)), "max": off.max(),
-            "mean_of_worst_question": off.max(1).mean(), "share_within_0.02": float((off <= 0.02).mean()),
+            "mean": float(off.mean()), "p95": float(np.percentile(off, 95)), "max": float(off.max()),
+            "mean_of_worst_question": float(off.max(1).mean()), "share_within_0.02": float((off <= 0.02).mean()),
         },
     }  # fmt: skip
     if resamples:
-        result |= {
+        figures |= {
             "confidence": 0.9,
             "coverage": dict(zip(COEFFICIENTS, (hits / repetitions).tolist(), strict=True)),
             "coverage_mean": float(hits.mean() / repetitions),
             "optimum_coverage": (optimum_hits / repetitions).tolist(),
             "optimum_coverage_mean": float(optimum_hits.mean() / repetitions),
         }
-    return result
+    return figures
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the study and write its JSON."""
-    parser = argparse.ArgumentParser(prog="python -m studies.plan_recovery", description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=200)
-    parser.add_argument("--resamples", type=int, default=100)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/plan-recovery.json"))
-    options = parser.parse_args(argv)
-    found = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "cpu": cpu_model(),
-        "versions": versions(),
-        "git": git_state(),
+def settings(session: Session) -> dict[str, Any]:
+    """Return the planted coefficients, the questions and their true answers."""
+    return {
         "planted": PLANTED.to_dict(),
         "questions": {name: row.tolist() for name, row in zip(("params", "tokens", "bits"), QUESTIONS, strict=True)},
         "true_optima": PLANTED.optimal_fraction(*QUESTIONS).tolist(),
-        "studies": [
-            study("small", options.repetitions, options.resamples, starts=2),
-            study("large", max(options.repetitions // 10, 1), 0, starts=2),
-        ],
     }
-    files.write_json(options.out, found)
-    for one in found["studies"]:
-        print({key: value for key, value in one.items() if not isinstance(value, list)})
-    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def cases(session: Session) -> Iterator[Case]:
+    """Yield the designs."""
+    for trial in session.size:
+        yield Case(trial.design, 0, trial._asdict(), partial(run, *trial))
+
+
+def report(results: Results, folder: Path) -> str:
+    """Return the table."""
+    lines = [
+        "| design | runs | tables | error of the optimum: mean | within 0.02, % | largest "
+        "| coverage of coefficients, % | of optima, % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results.rows:
+        figures, error = row["figures"], row["figures"]["optimum_error"]
+        coverage = [f"{100 * figures[name]:.0f}" if name in figures else "-"
+                    for name in ("coverage_mean", "optimum_coverage_mean")]  # fmt: skip
+        shown = [row["case"], str(figures["runs"]), str(row["settings"]["repetitions"]), f"{error['mean']:.4f}",
+                 f"{100 * error['share_within_0.02']:.1f}", f"{error['max']:.4f}", *coverage]  # fmt: skip
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+STUDY = Study("plan_recovery", SIZES, cases, report, settings)

@@ -1,10 +1,9 @@
-"""From a sweep's table to its results: ``python -m studies.plan_report``. Fits the law, compares, draws."""
+"""Tables and pictures of the planner's sweep: the fitted law, and fused against classic schedules."""
 
 from __future__ import annotations
 
-import argparse
-import shutil
-import sys
+import csv
+import io
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,49 +15,65 @@ from matplotlib.figure import Figure
 
 from qatkernels import files
 from qatkernels.methods.schedules import DECAYS, classic, fused
-from qatkernels.plan import LossFit, fit_loss_law, optimal_qat_fraction, read_runs, tokens_per_parameter_byte
+from qatkernels.plan import FitError, LossFit, fit_loss_law, optimal_qat_fraction, tokens_per_parameter_byte
 from qatkernels.plan.fit import select
 from qatkernels.plan.formula import ExtrapolationWarning
-from qatkernels.plan.plot import draw, draw_optima
+from qatkernels.plan.plot import draw_optima
 from qatkernels.plotting import COLOURS, QUIET, tidy
 
+from .results import Results
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write fit.json and the pictures beside a copy of the table."""
-    parser = argparse.ArgumentParser(prog="python -m studies.plan_report", description=__doc__)
-    parser.add_argument("--sweep", type=Path, default=Path("runs/plan-cpu"), help="folder of studies.plan")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/plan-amd-epyc"))
-    parser.add_argument("--starts", type=int, default=16)
-    parser.add_argument("--resamples", type=int, default=200)
-    options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name in ("runs.csv", "sweep.json"):
-        if (options.sweep / name).exists():
-            shutil.copyfile(options.sweep / name, options.out / name)
-    runs = complete(read_runs(options.out / "runs.csv"))
+#: Columns of runs.csv, which ``qatkernels plan --runs`` reads.
+COLUMNS = ("params", "bits", "tokens_fp", "tokens_qat", "loss", "seed", "schedule", "shape", "fraction", "model",
+           "round_to_nearest", "seconds")  # fmt: skip
+#: Options of the fit by size of the study.
+FITS = {"smoke": {"starts": 2, "resamples": 4}}
+_FIT = {"starts": 16, "resamples": 200}
+
+
+def report(results: Results, folder: Path) -> str:
+    """Write runs.csv and fit.json, draw the pictures, and return the tables."""
+    runs = table(results)
+    files.write(folder / "runs.csv", as_csv(runs))
+    draw_schedules(folder / "schedules.png")
+    runs = complete(runs)
+    compared = compare(runs)
     classic = select(runs, schedule="classic")
     budgets = sorted(set(_budgets(classic)[np.array(classic["tokens_qat"]) > 0]))
-    settings = {"starts": options.starts, "resamples": options.resamples}
-    fits = {
-        "all budgets": fit_loss_law(classic, **settings),
-        "without the smallest budget": fit_loss_law(_from(classic, budgets[1]), **settings),
-    }
+    options = FITS.get(results.study["size"], _FIT)
+    try:
+        fits = {
+            "all budgets": fit_loss_law(classic, **options),
+            "without the smallest budget": fit_loss_law(_from(classic, budgets[1]), **options),
+        }
+    except (FitError, IndexError) as error:
+        return f"too few runs to fit the law ({error})\n\n{markdown_of_schedules(compared)}"
     chosen = fits["without the smallest budget"]
-    compared = compare(runs)
-    files.write_json(options.out / "fit.json", {
+    files.write_json(folder / "fit.json", {
         "fits": {name: fit.to_dict() | against_formula(fit) | without_smallest(fit, budgets[0])
                  for name, fit in fits.items()},
         "regret_percent": regret(chosen, classic),
         "fused_against_classic": compared,
     })  # fmt: skip
-    draw_schedules(options.out / "schedules.png")
-    draw_optima(options.out / "optima.png", chosen)
-    params = sorted(set(classic["params"]))
-    draw(options.out / "law.png", params[1], budgets[-1], [1, 2, 4], chosen.law)
-    draw_losses(options.out / "losses.png", runs, chosen)
-    print(markdown(chosen, compared))
-    print({name: round(value, 3) for name, value in regret(chosen, classic).items()})
-    return 0
+    draw_optima(folder / "optima.png", chosen)
+    draw_losses(folder / "losses.png", runs, chosen)
+    regrets = ", ".join(f"{name} {value:.3f} %" for name, value in regret(chosen, classic).items())
+    return f"{markdown_of_optima(chosen)}\n\n{markdown_of_schedules(compared)}\n\nregret: {regrets}"
+
+
+def table(results: Results) -> dict[str, list[Any]]:
+    """Return the runs as columns."""
+    rows = [{"seed": row["seed"], **row["settings"], **row["figures"]} for row in results.rows]
+    return {name: [row[name] for row in rows] for name in COLUMNS}
+
+
+def as_csv(runs: Mapping[str, Sequence[Any]]) -> bytes:
+    """Return the runs as the content of runs.csv."""
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow(runs)
+    out.writerows(zip(*runs.values(), strict=True))
+    return text.getvalue().encode()
 
 
 def complete(runs: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -201,33 +216,6 @@ def draw_losses(path: Path, runs: dict[str, list[Any]], fit: LossFit) -> None:
     figure.savefig(path)
 
 
-def markdown(fit: LossFit, compared: list[dict[str, Any]]) -> str:
-    """Return the tables of the document."""
-    lines = ["| parameters | tokens | bits | S | measured | law | formula |", "|---|---|---|---|---|---|---|"]
-    for g in fit.optima:
-        formula, s = _formula(g["params"], g["tokens"], g["bits"]), tokens_per_parameter_byte(
-            g["params"], g["tokens"], g["bits"]
-        )  # fmt: skip
-        measured = f"{g['measured']:.3f}" + (" (end of grid)" if g["edge"] else "")
-        lines.append(
-            f"| {g['params']:,.0f} | {g['tokens']:,.0f} | {g['bits']:g} | {s:.3g} | {measured} | {g['predicted']:.3f} "
-            f"| {'none' if formula is None else f'{formula:.3f}'} |"
-        )
-    header = "| parameters | tokens | bits | seeds | classic | fused | fused is | seeds better |"
-    lines += ["", header, "|" + "---|" * 8]
-    for c in compared:
-        spread = "" if c["best_percent_sd"] is None else f" ± {c['best_percent_sd']:.2f}"
-        lines.append(
-            f"| {c['params']:,.0f} | {c['tokens']:,.0f} | {c['bits']:g} | {c['seeds']} | {c['classic_best']:.3f} | "
-            f"{c['fused_best']:.3f} | {c['best_percent']:+.2f}{spread}% | {c['seeds_fused_better']} of {c['seeds']} |"
-        )
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 def draw_schedules(path: str | Path, steps: int = 1000, qat_steps: int = 300) -> None:
     """Draw the classic and the fused schedule with each shape of decay."""
     figure = Figure(figsize=(12, 4), dpi=150, layout="constrained")
@@ -249,3 +237,31 @@ def draw_schedules(path: str | Path, steps: int = 1000, qat_steps: int = 300) ->
         axes.legend(frameon=False, loc="center left")
     figure.axes[0].set_ylabel("learning rate, share of the peak")
     figure.savefig(path)
+
+
+def markdown_of_optima(fit: LossFit) -> str:
+    """Return the table of measured and predicted fractions."""
+    lines = ["| parameters | tokens | bits | S | measured | law | formula |", "|---|---|---|---|---|---|---|"]
+    for g in fit.optima:
+        formula, s = _formula(g["params"], g["tokens"], g["bits"]), tokens_per_parameter_byte(
+            g["params"], g["tokens"], g["bits"]
+        )  # fmt: skip
+        measured = f"{g['measured']:.3f}" + (" (end of grid)" if g["edge"] else "")
+        lines.append(
+            f"| {g['params']:,.0f} | {g['tokens']:,.0f} | {g['bits']:g} | {s:.3g} | {measured} | {g['predicted']:.3f} "
+            f"| {'none' if formula is None else f'{formula:.3f}'} |"
+        )
+    return "\n".join(lines)
+
+
+def markdown_of_schedules(compared: list[dict[str, Any]]) -> str:
+    """Return the table that compares both schedules at equal tokens."""
+    header = "| parameters | tokens | bits | seeds | classic | fused | fused is | seeds better |"
+    lines = [header, "|" + "---|" * 8]
+    for c in compared:
+        spread = "" if c["best_percent_sd"] is None else f" ± {c['best_percent_sd']:.2f}"
+        lines.append(
+            f"| {c['params']:,.0f} | {c['tokens']:,.0f} | {c['bits']:g} | {c['seeds']} | {c['classic_best']:.3f} | "
+            f"{c['fused_best']:.3f} | {c['best_percent']:+.2f}{spread}% | {c['seeds_fused_better']} of {c['seeds']} |"
+        )
+    return "\n".join(lines)

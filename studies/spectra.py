@@ -1,84 +1,156 @@
-"""The loss surface of the demo's models along QAT: ``python -m studies.spectra``.
+"""The loss surface of the demo's models along QAT: spectra of the Hessian at several steps.
 
-Trains the demo in full precision and at 4, 2 and 1 bits, keeps the model at several steps of each, and analyses all of
-them on the same text. A second call goes on where the first one stopped; finished spectra are not computed again.
+Trains the demo in full precision and at 4, 2 and 1 bits, keeps the model at several steps of each, and analyses each of
+them on the same text. Pictures need the Ritz values of every spectrum, which are in the work folder only.
 """
 
 from __future__ import annotations
 
-import argparse
+import io
 import math
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+from rich.console import Console
 
-from qatkernels.trainer import TrainConfig, spectra, toml, train
+from qatkernels import files
+from qatkernels.trainer import TrainConfig, loop, spectra, spectra_report
+from qatkernels.trainer.phases import phases
 
-#: Half the width, two of three blocks, half the context, and more steps: minutes in place of an hour on two cores.
-SMALL = {
-    "width": 96, "depth": 2, "context": 64, "steps": 1500, "qat_steps": 600, "eval_windows": 64, "precision": "float32",
+from .results import Case, Figures, Results, Row
+from .runner import Session, Study
+
+
+class Analysis(NamedTuple):
+    """How a spectrum is computed: windows of text in the loss, random vectors, Lanczos steps from each, near zero."""
+
+    windows: int
+    probes: int
+    lanczos: int
+    near_zero: float
+
+
+class Part(NamedTuple):
+    """Some of the spectra: of one model, each seed at each width, at these steps of QAT and at its end."""
+
+    model: str
+    seeds: tuple[int, ...]
+    at: tuple[int, ...]
+    analysis: Analysis
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size of the study: settings of each model, the widths, and what is analysed."""
+
+    models: Mapping[str, Mapping[str, Any]]
+    parts: tuple[Part, ...]
+    bits: tuple[float, ...] = (4, 2, 1)
+
+
+SIZES = {
+    "cpu": Size(
+        {
+            # Half the width, two of three blocks, half the context, and more steps: minutes instead of an hour.
+            "small": {"width": 96, "depth": 2, "context": 64, "steps": 1500, "qat_steps": 600, "eval_windows": 64,
+                      "precision": "float32"},
+            "demo": {},
+        },
+        (
+            Part("small", (0,), (0, 50, 200), Analysis(16, 3, 200, 0.02)),
+            Part("small", (1,), (50,), Analysis(16, 3, 200, 0.02)),
+            Part("small", (0,), (), Analysis(16, 5, 60, 0.0015)),
+            Part("demo", (0,), (), Analysis(8, 3, 120, 0.02)),
+        ),
+    ),
+    "smoke": Size(
+        {"small": {"width": 16, "depth": 1, "heads": 2, "context": 16, "batch": 2, "steps": 4, "qat_steps": 4,
+                   "eval_windows": 4, "precision": "float32", "device": "cpu"}},
+        (Part("small", (0,), (2,), Analysis(2, 2, 6, 0.02)),),
+        bits=(4, 1),
+    ),
 }  # fmt: skip
 
 
-def models(config: TrainConfig, steps: list[int]) -> list[Path]:
-    """Return the models in the order of training: full precision, then each width at these steps and its end."""
-    out = Path(config.out)
-    found = [out / "fp"]
-    for bits in config.bits:
-        folder = out / f"w{bits:g}"
-        kept = [folder / f"step-{step:06d}.safetensors" for step in steps if step < config.training.qat_steps]
-        found += [*kept, folder]
-    return found
+def settings(session: Session) -> dict[str, Any]:
+    """Return what identifies the text."""
+    return {"text": session.text_settings(64)}  # the context does not change what the text is
 
 
-def options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return what the command line asks for."""
-    parser = argparse.ArgumentParser(prog="python -m studies.spectra", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", default="runs/spectra", help="folder of the run (default: runs/spectra)")
-    parser.add_argument("--small", action="store_true", help="a smaller model, trained longer")
-    parser.add_argument("--config", type=Path, help="TOML file with other settings of the training")
-    parser.add_argument("--bits", type=float, nargs="+", default=[4, 2, 1], help="bit widths (default: 4 2 1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches, windows and probes (default: 0)")
-    parser.add_argument(
-        "--at",
-        type=int,
-        nargs="+",
-        default=[0, 50, 200],
-        help="steps of QAT to look at besides the last (default: 0 50 200)",
-    )
-    parser.add_argument("--windows", type=int, default=16, help="windows of text in the loss (default: 16)")
-    parser.add_argument("--probes", type=int, default=3, help="random vectors (default: 3)")
-    parser.add_argument("--lanczos", type=int, default=200, help="Lanczos steps from each (default: 200)")
-    parser.add_argument(
-        "--near-zero", type=float, default=0.02, help="what is near zero in table and picture (default: 0.02)"
-    )
-    parser.add_argument("--results", help="folder that report.json and spectra.png are copied to")
-    return parser.parse_args(arguments)
+def cases(session: Session) -> Iterator[Case]:
+    """Yield the spectra in the order of training: full precision, then each width."""
+    for part in session.size.parts:
+        for seed in part.seeds:
+            for bits in (None, *session.size.bits):
+                for step in (None,) if bits is None else (*part.at, None):
+                    phase = "fp" if bits is None else f"w{bits:g}"
+                    model = phase if step is None else f"{phase}-step-{step:06d}"
+                    name = f"{part.model}-{model}-{part.analysis.lanczos}x{part.analysis.probes}"
+                    own = {"model": part.model, "bits": bits, "at": step, **part.analysis._asdict()}
+                    yield Case(name, seed, own, partial(run, session, part, seed, phase, step, name))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line."""
-    asked = options(arguments)
-    other: dict[str, Any] = (SMALL if asked.small else {}) | (toml.read(asked.config) if asked.config else {})
-    settings: dict[str, Any] = {"out": asked.out, "bits": tuple(asked.bits), "seed": asked.seed}
-    settings["keep_every"] = math.gcd(*asked.at) or 10**9
-    config = TrainConfig(**settings | other).resolved()
-    train(config)
-    out = Path(asked.out) / "spectra"
-    report = spectra.run(spectra.SpectrumConfig(
-        checkpoints=tuple(map(str, models(config, asked.at))), out=str(out), windows=asked.windows, seed=asked.seed,
-        probes=asked.probes, steps=asked.lanczos, near_zero=asked.near_zero, device=config.device,
-    ))  # fmt: skip
-    spectra.show(report, str(out))
-    if asked.results:
-        Path(asked.results).mkdir(parents=True, exist_ok=True)
-        for name in ("report.json", "spectra.png"):
-            shutil.copy(out / name, Path(asked.results) / name)
+def run(session: Session, part: Part, seed: int, phase: str, step: int | None, name: str) -> Figures:
+    """Train what the model needs, if it is not there, and return its spectrum."""
+    out = session.work / f"{part.model}-seed{seed}"
+    steps = sorted({s for p in session.size.parts if p.model == part.model for s in p.at})
+    config = TrainConfig(
+        out=str(out), data=session.data, seed=seed, bits=session.size.bits, keep_every=math.gcd(*steps) or None,
+        **session.size.models[part.model],
+    ).resolved()  # fmt: skip
+    file = out / phase / ("model.safetensors" if step is None else f"step-{step:06d}.safetensors")
+    if not file.exists():
+        needed = [p for p in phases(config) if p.name in ("fp", phase)]
+        loop.run_phases(config, session.text(config.shape.context), needed, lambda line: None)
+    return spectrum_of(session, file, name, seed, part.analysis, config.device)
 
 
-if __name__ == "__main__":
-    torch.set_float32_matmul_precision("highest")
-    main()
+def spectrum_of(session: Session, file: Path, name: str, seed: int, analysis: Analysis, device: Any) -> Figures:
+    """Return the spectrum of one model, without its Ritz values."""
+    config = spectra.SpectrumConfig(
+        (str(file),), str(session.work / "spectra" / f"seed{seed}" / name), data=session.data, seed=seed,
+        windows=analysis.windows, probes=analysis.probes, steps=analysis.lanczos, near_zero=analysis.near_zero,
+        device=device,
+    )  # fmt: skip
+    figures: Figures = spectra.run(config, lambda line: None)["checkpoints"][0]
+    return figures
+
+
+def report(results: Results, folder: Path) -> str:
+    """Draw a picture for each model, seed and analysis whose Ritz values are in the work folder; return the tables."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in results.rows:
+        own = row["settings"]
+        key = own["model"], row["seed"], *(own[name] for name in Analysis._fields)
+        groups.setdefault(key, []).append(row)
+    texts = []
+    for (model, seed, *analysis), rows in groups.items():
+        how = Analysis(*analysis)
+        title = f"{model}-seed{seed}-{how.lanczos}x{how.probes}"
+        draw(folder / f"{title}.png", folder, rows)
+        texts.append(f"{title}\n\n{table(rows, how.near_zero)}")
+    return "\n\n".join(texts)
+
+
+def draw(path: Path, folder: Path, rows: Sequence[Row]) -> None:
+    """Draw spectra, if the work folder has the Ritz values of all of them."""
+    work = [
+        list((folder / "work" / "spectra" / f"seed{row['seed']}" / row["case"] / "ritz").glob("*.json")) for row in rows
+    ]
+    if all(work):
+        spectra_report.plot([files.read_json(found[0]) for found in work], path)
+
+
+def table(rows: Sequence[Row], near_zero: float) -> str:
+    """Return spectra as text."""
+    console = Console(file=io.StringIO(), width=180, highlight=False)
+    console.print(spectra_report.table({
+        "settings": {"near_zero": near_zero}, "checkpoints": [row["figures"] for row in rows],
+    }))  # fmt: skip
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+
+
+STUDY = Study("spectra", SIZES, cases, report, settings)

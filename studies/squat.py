@@ -1,35 +1,31 @@
-"""SQuAT against LSQ on a BERT that tells good reviews from bad ones: ``python -m studies.squat``.
+"""SQuAT against LSQ on a BERT that tells good reviews from bad ones.
 
 MiniLM-L6 is fine-tuned in full precision, and from there by QAT at each width with 8-bit activations: with LSQ, with
-SQuAT for as many steps, and at 2 bits with LSQ for twice as many, which costs what SQuAT does. Learning rate and then
-rho are chosen for each width, on seed 0 by the validation sentences; accuracy is reported of the test sentences, on the
-other seeds. Beforehand, once: ``python -m studies.fetch``. Finished trainings are never run again: run the same
-command again to go on.
-
-    <out>/seed<n>/<training>.json    what was measured
-    <out>/seed<n>/fp.safetensors     what QAT starts from
+SQuAT for as many steps, and at 2 bits with LSQ for twice as many, which costs what SQuAT does. The learning rate and
+then rho are chosen for each width on seed 0, by the validation sentences. Accuracy is reported of the test sentences,
+on the other seeds. Model and sentences are downloaded once: ``python -m studies.fetch``.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, logging
 
-from bench.machine import cpu_model, git_state, machines
 from qatkernels import QuantConfig, files, quantize_model
 from qatkernels.hessian import HessianOperator, sharpness, spectrum
 from qatkernels.methods import SQuAT
 from qatkernels.methods.schedules import cosine
-from qatkernels.trainer import run_folder
+
+from .results import Case, Figures, MissingError, StudyError
+from .runner import Session, Study
+from .squat_report import merit, report
 
 
 class Sentences(NamedTuple):
@@ -48,8 +44,8 @@ class Split(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A study.
+class Size:
+    """A size of the study.
 
     Attributes:
         epochs: of fine-tuning, and of QAT.
@@ -79,8 +75,10 @@ class Preset:
     precision: str = "bfloat16"
 
 
-PRESETS = {"cpu": Preset(), "test": Preset((1, 1), lrs=(1e-3,), rhos=(0.05, 0.1), bits=(2,), seeds=(1,), batch=4,
-                                           longest=12, flatness=8, lanczos=3, precision="float32")}  # fmt: skip
+SIZES = {"cpu": Size(), "smoke": Size((1, 1), lrs=(1e-3,), rhos=(0.05, 0.1), bits=(2,), seeds=(1,), batch=4,
+                                      longest=12, flatness=8, lanczos=3, precision="float32")}  # fmt: skip
+#: Attributes of a size that say which cases there are. The others are settings that all cases share.
+_CASES = ("epochs", "fp_lr", "lrs", "rhos", "bits", "twice", "seeds")
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Training:
 
     @property
     def name(self) -> str:
-        """Name of its file."""
+        """Name of the case."""
         if self.bits is None:
             return "fp"
         return f"w{self.bits}-{self.epochs}-{self.lr:g}" + ("" if self.rho is None else f"-squat-{self.rho:g}")
@@ -103,6 +101,8 @@ class Training:
 
 def read(folder: Path, longest: int) -> Split:
     """Return the sentences, without those that are rated 0."""
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     parts: tuple[list[tuple[str, int]], ...] = ([], [], [])
     for line in (folder / "reviews.tsv").read_text(encoding="utf-8").splitlines():
@@ -143,6 +143,8 @@ def in_order(sentences: Sentences, size: int) -> Iterator[dict[str, Tensor]]:
 
 def build(folder: Path, seed: int, t: Training, start: Path) -> nn.Module:
     """Return the model that a training starts with; embeddings are frozen, and stay in full precision."""
+    from transformers import BertConfig, BertForSequenceClassification, logging
+
     torch.manual_seed(seed)
     config = BertConfig.from_pretrained(folder / "model", num_labels=2, attn_implementation="eager")
     logging.set_verbosity_error()  # that the classifier is new
@@ -155,7 +157,7 @@ def build(folder: Path, seed: int, t: Training, start: Path) -> nn.Module:
     return model
 
 
-def fit(model: nn.Module, t: Training, p: Preset, train: Sentences) -> tuple[float, float]:
+def fit(model: nn.Module, t: Training, p: Size, train: Sentences) -> tuple[float, float]:
     """Train, and return the seconds and the last epoch's mean loss."""
     groups: dict[float, list[Tensor]] = {p.weight_decay: [], 0.0: []}
     for parameter in model.parameters():
@@ -179,7 +181,7 @@ def fit(model: nn.Module, t: Training, p: Preset, train: Sentences) -> tuple[flo
                 with torch.autocast("cpu", torch.bfloat16, enabled=p.precision == "bfloat16"):
                     logits = model(batch["input_ids"], batch["attention_mask"]).logits
                 loss = nn.functional.cross_entropy(logits.float(), batch["labels"])
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 return loss
 
             loss = closure() if squat is None else squat.gradient(closure)
@@ -202,7 +204,7 @@ def scored(model: nn.Module, sentences: Sentences) -> dict[str, float]:
     return {"accuracy": right / len(sentences.labels), "loss": loss / len(sentences.labels)}
 
 
-def flat(model: nn.Module, p: Preset, train: Sentences) -> dict[str, float]:
+def flat(model: nn.Module, p: Size, train: Sentences) -> dict[str, float]:
     """Return sharpness and the largest eigenvalue at the quantized weights, on the first training sentences.
 
     The eigenvalue is the largest Ritz value of a Lanczos process: from below, and close, since it is an outlier.
@@ -220,117 +222,105 @@ def flat(model: nn.Module, p: Preset, train: Sentences) -> dict[str, float]:
     return {"sharpness": rise(0.05), "sharpness at 0.5": rise(0.5), "lambda_max": found.lambda_max}
 
 
-def run(t: Training, p: Preset, folder: Path, out: Path, data: Split) -> dict[str, Any]:
-    """Return what a training led to; trained now if it is not there."""
-    path = out / f"seed{t.seed}" / f"{t.name}.json"
-    if path.exists():
-        found: dict[str, Any] = files.read_json(path)
-        return found
-    return train(t, p, folder, path, data)
+def folder_of(session: Session) -> Path:
+    """Return the folder with model and sentences.
+
+    Raises:
+        StudyError: if they are not there.
+    """
+    folder = Path(session.data or "runs/minilm")
+    if not (folder / "reviews.tsv").exists():
+        raise StudyError(f"--data {folder} has no reviews.tsv; run python -m studies.fetch --out {folder} first")
+    return folder
 
 
-def train(t: Training, p: Preset, folder: Path, path: Path, data: Split) -> dict[str, Any]:
-    """Train, write the result to a path, and return it."""
-    start = path.with_name("fp.safetensors")
-    if t.bits is not None and not start.exists():  # its result was made elsewhere
-        train(Training(t.seed, None, p.epochs[0], p.fp_lr), p, folder, path.with_name("fp.json"), data)
-    model = build(folder, t.seed, t, start).train()
+def settings(session: Session) -> dict[str, Any]:
+    """Return what all trainings share, with how many sentences there are."""
+    p: Size = session.size
+    return {
+        "preset": {name: value for name, value in asdict(p).items() if name not in _CASES},
+        "sentences": {k: len(v.labels) for k, v in read(folder_of(session), p.longest)._asdict().items()},
+    }
+
+
+def cases(session: Session) -> Iterator[Case]:
+    """Yield the fine-tunings, what chooses learning rate and rho on seed 0, and what is reported."""
+    p: Size = session.size
+    data = read(folder_of(session), p.longest)
+
+    def case(t: Training) -> Case:
+        own = {"bits": t.bits, "epochs": t.epochs, "lr": t.lr, "rho": t.rho}
+        return Case(t.name, t.seed, own, partial(train, session, t, data))
+
+    for seed in (0, *p.seeds):
+        yield case(Training(seed, None, p.epochs[0], p.fp_lr))
+    chosen = []
+    for bits in p.bits:
+        rates = [Training(0, bits, p.epochs[1], lr) for lr in p.lrs]
+        yield from map(case, rates)
+        plain = best(session, rates)
+        radii = [replace(plain, rho=rho) for rho in p.rhos]
+        yield from map(case, radii)
+        chosen.append(best(session, radii))
+    for t in chosen:
+        for seed in p.seeds:
+            yield case(replace(t, seed=seed, rho=None))
+            yield case(replace(t, seed=seed))
+    for t in chosen:
+        if t.bits in p.twice:
+            yield from (case(replace(t, seed=seed, rho=None, epochs=2 * t.epochs)) for seed in p.seeds)
+
+
+def best(session: Session, tried: Sequence[Training]) -> Training:
+    """Return the training with the most merit.
+
+    Raises:
+        MissingError: if one is not finished.
+    """
+    return max(tried, key=lambda t: merit(session.results.figures(t.name, t.seed)))
+
+
+def train(session: Session, t: Training, data: Split) -> Figures:
+    """Train, and return losses, accuracies and, of what is reported, how flat the minimum is."""
+    p: Size = session.size
+    start = session.work / f"seed{t.seed}" / "fp.safetensors"
+    if t.bits is not None and not start.exists():
+        _tune_again(session, t.seed, data)
+    model = build(folder_of(session), t.seed, t, start).train()
     seconds, loss = fit(model, t, p, data.train)
     model.eval()
-    result = {
-        **asdict(t), "seconds": round(seconds, 1), "train_loss": loss, "validation": scored(model, data.validation),
+    figures: Figures = {
+        "seconds": round(seconds, 1), "train_loss": loss, "validation": scored(model, data.validation),
         "test": scored(model, data.test),
     }  # fmt: skip
     if t.bits is None:
-        if path.exists() and (before := files.read_json(path)["test"]) != result["test"]:
-            raise SystemExit(
-                f"seed {t.seed} in full precision gives {result['test']} here and gave {before} in the earlier study: "
-                "what starts from one cannot be held against the other's; give another --out, no --earlier"
-            )
         files.save(start, model.state_dict(), {"seed": t.seed})
     elif t.seed:
-        result |= flat(model, p, data.train)
-    files.write_json(path, result)
-    print(f"seed {t.seed}, {t.name}: {result['test']['accuracy']:.4f} ({seconds:.0f} s)", flush=True)
-    return result
+        figures |= flat(model, p, data.train)
+    return figures
 
 
-def take_over(report: Path, out: Path) -> None:
-    """Write the results in a report that was made elsewhere, where there are none yet."""
-    names = {field.name for field in fields(Training)}
-    for result in files.read_json(report)["trainings"]:
-        t = Training(**{name: value for name, value in result.items() if name in names})
-        path = out / f"seed{t.seed}" / f"{t.name}.json"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(path, result)
+def _tune_again(session: Session, seed: int, data: Split) -> None:
+    """Fine-tune a seed whose results were made elsewhere, so that its model is not here.
+
+    Raises:
+        StudyError: if that gives another model. QAT from it cannot be compared with QAT from the other.
+    """
+    p: Size = session.size
+    t = Training(seed, None, p.epochs[0], p.fp_lr)
+    now = train(session, t, data)["test"]
+    try:
+        before = session.results.figures(t.name, seed)["test"]
+    except MissingError:
+        return
+    if now != before:
+        (session.work / f"seed{seed}" / "fp.safetensors").unlink()
+        raise StudyError(
+            f"seed {seed} in full precision gives {now} here, and {before} in {session.results.path}; QAT from the two "
+            "cannot be compared: give another --out"
+        )
 
 
-def best(tried: Sequence[Training], trained: Callable[[Training], dict[str, Any]]) -> Training:
-    """Return the training that is right about most validation sentences; of two the one with the lower loss."""
-
-    def merit(t: Training) -> tuple[float, float]:
-        found = trained(t)["validation"]
-        return found["accuracy"], -found["loss"]
-
-    return max(tried, key=merit)
-
-
-def choose(p: Preset, trained: Callable[[Training], dict[str, Any]]) -> dict[int, Training]:
-    """Return what is chosen for each width, as a training of SQuAT's."""
-    found = {}
-    for bits in p.bits:
-        plain = best([Training(0, bits, p.epochs[1], lr) for lr in p.lrs], trained)
-        found[bits] = best([replace(plain, rho=rho) for rho in p.rhos], trained)
-    return found
-
-
-def reported(p: Preset, chosen: dict[int, Training]) -> list[Training]:
-    """Return what is reported, with LSQ for twice the steps last."""
-    squat = [replace(chosen[bits], seed=seed) for bits in p.bits for seed in p.seeds]
-    lsq = [replace(t, rho=None) for t in squat]
-    once = [t for pair in zip(lsq, squat, strict=True) for t in pair]
-    return [*once, *(replace(t, epochs=2 * t.epochs) for t in lsq if t.bits in p.twice)]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run or go on with the study."""
-    parser = argparse.ArgumentParser(prog="python -m studies.squat", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--data", type=Path, default=Path("runs/minilm"), help="folder of studies.fetch")
-    parser.add_argument("--out", type=Path, help="working folder (default: runs/squat-<preset>)")
-    parser.add_argument("--earlier", type=Path, help="results.json of a study to go on with; none is run again")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (results depend on it in the last bits)")
-    options = parser.parse_args(argv)
-    if not (options.data / "reviews.tsv").exists():
-        parser.error(f"--data {options.data} has no reviews.tsv: python -m studies.fetch --out {options.data}")
-    torch.set_num_threads(options.threads)
-    p, out = PRESETS[options.preset], options.out or Path("runs") / f"squat-{options.preset}"
-    with run_folder.exclusive(out):
-        before = [files.read_json(out / "study.json")] if (out / "study.json").exists() else []
-        if options.earlier:
-            take_over(options.earlier, out)
-            before.append(files.read_json(options.earlier)["study"])
-        data = read(options.data, p.longest)
-        made = {
-            "machines": machines(cpu_model(), *before), "git": git_state(),
-            "preset": asdict(p), "sentences": {k: len(v.labels) for k, v in data._asdict().items()},
-        }  # fmt: skip
-
-        def trained(t: Training) -> dict[str, Any]:
-            return run(t, p, options.data, out, data)
-
-        for seed in (0, *p.seeds):
-            trained(Training(seed, None, p.epochs[0], p.fp_lr))
-        chosen = choose(p, trained)
-        made["chosen"] = {str(bits): {"lr": t.lr, "rho": t.rho} for bits, t in chosen.items()}
-        files.write_json(out / "study.json", made)
-        for t in reported(p, chosen):
-            trained(t)
-    print(f"{out}; now python -m studies.squat_report --study {out}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+STUDY = Study(
+    "squat", SIZES, cases, report, settings, data="folder that studies.fetch downloaded to (default: runs/minilm)"
+)

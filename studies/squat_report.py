@@ -1,23 +1,22 @@
-"""From a study's files to its results: ``python -m studies.squat_report``. Compares with LSQ, draws."""
+"""Table and picture of the study of SQuAT."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from qatkernels import files
 from qatkernels.plotting import COLOURS, tidy
+
+from .results import Figures, Results, Row
 
 #: Method and what it is called: LSQ, SQuAT, LSQ for twice the steps.
 METHODS = {"lsq": "LSQ", "squat": "SQuAT", "lsq-twice": "LSQ, twice the steps"}
-MEASURES: dict[str, Callable[[dict[str, Any]], float]] = {
+MEASURES: dict[str, Callable[[Figures], float]] = {
     "accuracy": lambda x: 100 * x["test"]["accuracy"],
     "loss": lambda x: x["test"]["loss"],
     "train loss": lambda x: x["train_loss"],
@@ -26,54 +25,67 @@ MEASURES: dict[str, Callable[[dict[str, Any]], float]] = {
     "largest eigenvalue": lambda x: x["lambda_max"],
     "seconds": lambda x: x["seconds"],
 }
-Runs = dict[tuple[int, str], dict[int, dict[str, Any]]]  # by width and method, then by seed
+Runs = dict[tuple[int, str], dict[int, Figures]]  # by width and method, then by seed
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write results.json and squat.png, and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m studies.squat_report", description=__doc__)
-    parser.add_argument("--study", type=Path, default=Path("runs/squat-cpu"), help="folder of studies.squat")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/squat-amd-epyc"))
-    options = parser.parse_args(argv)
-    study = files.read_json(options.study / "study.json")
-    trainings = [files.read_json(path) for path in sorted(options.study.glob("seed*/*.json"))]
-    runs, full = grouped(trainings, study["preset"]["epochs"][1], study["chosen"])
-    table = [compared(bits, method, own, runs[bits, "lsq"]) for (bits, method), own in sorted(runs.items())]
-    report = {"study": study, "full precision": estimate(full, MEASURES["accuracy"]), "rows": table}
-    options.out.mkdir(parents=True, exist_ok=True)
-    files.write_json(options.out / "results.json", {**report, "trainings": trainings})
-    draw(options.out / "squat.png", runs, full)
-    print(markdown(report))
-    return 0
+def report(results: Results, folder: Path) -> str:
+    """Draw squat.png, and return the table."""
+    runs, full = grouped(results)
+    if not full or not runs:
+        return "too few trainings are finished for a table"
+    table = [compared(bits, method, own, runs.get((bits, "lsq"), {})) for (bits, method), own in sorted(runs.items())]
+    draw(folder / "squat.png", runs, full)
+    return markdown(estimate(full, MEASURES["accuracy"]), table)
 
 
-def grouped(
-    trainings: Sequence[dict[str, Any]], epochs: int, chosen: dict[str, dict[str, float]]
-) -> tuple[Runs, list[dict[str, Any]]]:
-    """Return the reported trainings, and those in full precision; seed 0 made the choices."""
+def merit(figures: Figures) -> tuple[float, float]:
+    """Return by what trainings are chosen: right about most validation sentences, of two equals the lower loss."""
+    return figures["validation"]["accuracy"], -figures["validation"]["loss"]
+
+
+def choices(results: Results) -> dict[int, Row]:
+    """Return the training of SQuAT's on seed 0 that chose learning rate and rho, for each width that has one."""
+    tried = [row for row in results.rows if row["seed"] == 0 and row["settings"]["bits"]]
+    found = {}
+    for bits in sorted({row["settings"]["bits"] for row in tried}):
+        own = [row for row in tried if row["settings"]["bits"] == bits]
+        plain = [row for row in own if row["settings"]["rho"] is None]
+        rate = max(plain, key=lambda row: merit(row["figures"]))["settings"]["lr"]
+        squat = [row for row in own if row["settings"]["rho"] and row["settings"]["lr"] == rate]
+        if squat:
+            found[bits] = max(squat, key=lambda row: merit(row["figures"]))
+    return found
+
+
+def grouped(results: Results) -> tuple[Runs, list[Figures]]:
+    """Return the reported trainings by width and method, and those in full precision.
+
+    Seed 0 only chose. Trainings with another learning rate or rho than the chosen ones are not reported.
+    """
+    chosen = {bits: row["settings"] for bits, row in choices(results).items()}
     runs: Runs = {}
     full = []
-    for x in trainings:
-        if x["seed"] == 0:
+    for row in results.rows:
+        own = row["settings"]
+        right = chosen.get(own["bits"])
+        if row["seed"] == 0:
             continue
-        if x["bits"] is None:
-            full.append(x)
-            continue
-        right = chosen.get(str(x["bits"]))
-        if right is None or x["lr"] != right["lr"] or x["rho"] not in (None, right["rho"]):
-            continue  # of an earlier choice
-        method = "squat" if x["rho"] is not None else "lsq" if x["epochs"] == epochs else "lsq-twice"
-        runs.setdefault((x["bits"], method), {})[x["seed"]] = x
+        if own["bits"] is None:
+            full.append(row["figures"])
+        elif right is not None and own["lr"] == right["lr"] and own["rho"] in (None, right["rho"]):
+            plain = "lsq" if own["epochs"] == right["epochs"] else "lsq-twice"
+            method = plain if own["rho"] is None else "squat"
+            runs.setdefault((own["bits"], method), {})[row["seed"]] = row["figures"]
     return runs, full
 
 
-def estimate(found: Sequence[dict[str, Any]], measure: Callable[[dict[str, Any]], float]) -> list[float]:
+def estimate(found: Sequence[Figures], measure: Callable[[Figures], float]) -> list[float]:
     """Return mean and standard deviation over seeds."""
     values = [measure(x) for x in found]
     return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
 
 
-def compared(bits: int, method: str, own: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def compared(bits: int, method: str, own: dict[int, Figures], base: dict[int, Figures]) -> dict[str, Any]:
     """Return the measures of a method, and its differences to LSQ, seed by seed."""
     row: dict[str, Any] = {"bits": bits, "method": method, "seeds": sorted(own)}
     for name, measure in MEASURES.items():
@@ -83,9 +95,9 @@ def compared(bits: int, method: str, own: dict[int, dict[str, Any]], base: dict[
     return row
 
 
-def markdown(report: dict[str, Any]) -> str:
+def markdown(full: Sequence[float], table: Sequence[dict[str, Any]]) -> str:
     """Return the results as a table."""
-    mean, deviation = report["full precision"]
+    mean, deviation = full
     lines = [
         f"Full precision: {mean:.2f} ± {deviation:.2f} %",
         "",
@@ -93,7 +105,7 @@ def markdown(report: dict[str, Any]) -> str:
         "largest eigenvalue |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in report["rows"]:
+    for row in table:
         shown = [f"{row['accuracy'][0]:.2f} ± {row['accuracy'][1]:.2f}"]
         shown.append("" if row["method"] == "lsq" or not row["gain"] else "{:+.2f} ± {:.2f}".format(*row["gain"]))
         shown += [rounded(*row[n]) for n in list(MEASURES)[2:6]]
@@ -107,7 +119,7 @@ def rounded(mean: float, deviation: float) -> str:
     return f"{mean:.{places}f} ± {deviation:.{places}f}"
 
 
-def draw(path: Path, runs: Runs, full: Sequence[dict[str, Any]]) -> None:
+def draw(path: Path, runs: Runs, full: Sequence[Figures]) -> None:
     """Draw accuracy and the largest eigenvalue of every seed by width."""
     figure = Figure(figsize=(7.2, 2.8), layout="constrained")
     widths = sorted({bits for bits, _ in runs})
@@ -128,7 +140,3 @@ def draw(path: Path, runs: Runs, full: Sequence[dict[str, Any]]) -> None:
         axes.set_xticks(range(len(widths)), [f"{bits} bits" for bits in widths])
         tidy(axes)
     figure.savefig(path, dpi=150)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

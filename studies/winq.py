@@ -1,61 +1,43 @@
-"""WinQ against plain QAT on a language model trained from scratch: ``python -m studies.winq``.
+"""WinQ against plain QAT on a language model trained from scratch.
 
-For every seed one training in full precision, and from its end QAT at each width, with and without 8-bit activations:
-plain (``base``), with ``noise`` only, with ``reset`` only, with ``both``; and, ours, under a rate that stays at its
-peak for four fifths of the steps, plain (``wsd``) and with a reset half way (``plateau``). Every variant of a seed sees
-the same batches. The period and the weight of the resets are chosen on seed 0, which is not reported. Finished phases
-are never run again: run the same command again to go on.
+Every seed is trained once in full precision. From there QAT runs at each width, with and without 8-bit activations:
+plain (``base``), with ``noise`` only, with ``reset`` only, and with ``both``. Two variants of our own keep the rate at
+its peak for four fifths of the steps: plain (``wsd``), and with one reset half way (``plateau``). All variants of a
+seed see the same batches. The period and the weight of the resets are chosen on seed 0, which is not reported.
 
-    <out>/seed<n>/           a folder of `qatkernels.trainer`, a phase for each training, and a result <phase>.json
-    <out>/runs.csv           one line for each finished training, rewritten after each
-    <out>/curves.json        held-out loss by step of each
+To share the study among processes run ``--seeds 0`` first. Then copy winq.jsonl into a folder for each other seed, run
+``--seeds N --out FOLDER`` there, and join the files with ``cat``.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import io
-import os
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from bench.machine import cpu_model, git_state, machines
 from qatkernels import files
 from qatkernels.methods.winq import WinQConfig
-from qatkernels.trainer import Interrupted, TrainConfig, data, loop, run_folder
+from qatkernels.trainer import TrainConfig, loop
 from qatkernels.trainer.methods import MethodConfig
 from qatkernels.trainer.phases import Phase, own_decay, phases, quantized_from
 from qatkernels.trainer.report import Log
 
-#: Of the table; a result also has its curve.
-COLUMNS = ("seed", "bits", "act_bits", "steps", "variant", "reset_every", "reset_weight", "loss", "seconds")
-
-
-class StudyError(Exception):
-    """A study cannot go on like this; the message says why."""
-
-
-class NotChosenError(StudyError):
-    """Seed 0 has not been trained far enough."""
+from .results import Case, Figures
+from .runner import Session, Study
+from .winq_report import report
 
 
 class Resets(NamedTuple):
-    """When and how far: the period as a share of the phase."""
+    """When and how far weights are reset: the period as a share of the steps, and the weight of a reset."""
 
     period: float
     weight: float
 
 
 class Variant(NamedTuple):
-    """What is done on top of plain QAT."""
+    """What is done in addition to plain QAT."""
 
     noise: bool = False
     resets: bool = False
@@ -73,7 +55,7 @@ VARIANTS = {
 
 
 class Choice(NamedTuple):
-    """How resets are chosen, for all variants with resets under the same schedule: on seed 0, by these trainings."""
+    """The trainings on seed 0 that choose the resets of all variants with the same schedule."""
 
     variant: str
     bits: tuple[float, ...]
@@ -82,7 +64,7 @@ class Choice(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some of the trainings: every seed with every width, activation and variant."""
+    """Some of the reported trainings: every seed with every width, activation and variant."""
 
     seeds: tuple[int, ...]
     bits: tuple[float, ...]
@@ -92,13 +74,13 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A study.
+class Size:
+    """A size of the study.
 
     Attributes:
         config: model and training.
         choices: of the resets, one for each schedule that has them.
-        parts: what is reported, in the order in which it is run.
+        parts: what is reported, in the order in which it runs.
         noise_std: of ``noise`` and ``both``.
     """
 
@@ -112,9 +94,9 @@ _CANDIDATES = tuple(Resets(period, weight) for period in (0.5, 0.25) for weight 
 _HALF_WAY = tuple(Resets(0.5, weight) for weight in (0.1, 0.2, 0.4))
 _PAPER, _OURS = ("base", "noise", "reset", "both"), ("base", "wsd", "plateau")
 # fmt: off
-PRESETS = {
+SIZES = {
     # 0.33 million quantized parameters, 1024 bytes a step.
-    "cpu": Preset(
+    "cpu": Size(
         TrainConfig(
             device="cpu", precision="bfloat16", width=96, depth=3, heads=3, context=128, batch=8, steps=2500,
             qat_steps=1200, lr=2e-3, qat_lr=5e-4, eval_every=100, eval_windows=256, log_every=100, save_every=500,
@@ -130,7 +112,7 @@ PRESETS = {
         ),
     ),
     # 57 million parameters, 65,536 bytes a step: give it --data of some billion bytes. Not run yet.
-    "gpu": Preset(
+    "gpu": Size(
         TrainConfig(
             device="cuda", precision="bfloat16", width=768, depth=8, heads=12, context=512, batch=128, steps=8000,
             qat_steps=8000, lr=1e-3, qat_lr=2e-4, eval_every=200, eval_windows=1024, log_every=100, save_every=500,
@@ -139,7 +121,7 @@ PRESETS = {
         (Choice("both", (1, 2), 8000, _CANDIDATES), Choice("plateau", (1, 2), 8000, _HALF_WAY)),
         (Part((1, 2, 3), (1, 1.58, 2, 3), (None, 8), (*_PAPER, *_OURS[1:]), 8000),),
     ),
-    "test": Preset(
+    "smoke": Size(
         TrainConfig(
             device="cpu", precision="float32", width=16, depth=1, heads=1, context=16, batch=4, steps=8, qat_steps=8,
             eval_every=2, eval_windows=8, log_every=2, save_every=4, schedule="cosine",
@@ -151,229 +133,92 @@ PRESETS = {
 # fmt: on
 
 
-@dataclass(frozen=True)
-class Training:
-    """One line of the table."""
-
-    seed: int
-    bits: float
-    act_bits: int | None
-    variant: str
-    resets: Resets
-    phase: Phase
+def shared(session: Session) -> dict[str, Any]:
+    """Return the text and the configuration."""
+    config, own = session.size.config, ("out", "data", "seed", "bits", "method")
+    return {
+        "text": session.text_settings(config.shape.context),
+        "config": {name: value for name, value in config.settings().items() if name not in own},
+    }
 
 
-def configured(preset: Preset, seed: int, out: Path, text: str | None) -> TrainConfig:
-    """Return the configuration of a seed's folder."""
-    return preset.config.changed(seed=seed, out=str(out / f"seed{seed}"), data=text).resolved()
+def settings(session: Session) -> dict[str, Any]:
+    """Return what all trainings share."""
+    return {"noise_std": session.size.noise_std, **shared(session)}
 
 
-def training(
-    preset: Preset, seed: int, bits: float, act_bits: int | None, variant: str, resets: Resets, steps: int, out: Path
-) -> Training:
-    """Return one training; its phase starts from the end of the seed's phase in full precision."""
-    config, kind = configured(preset, seed, out, None).changed(qat_steps=steps), VARIANTS[variant]
-    every = max(round(resets.period * steps), 1) if kind.resets else 0
-    method = MethodConfig(
-        "winq" if kind.noise or kind.resets else "qat",
-        WinQConfig(every, resets.weight, noise_std=preset.noise_std if kind.noise else 0.0),
-    )  # fmt: skip
-    rate = own_decay(config.changed(schedule=kind.schedule, cooldown=0.2), steps)
-    name = f"w{bits:g}{'' if act_bits is None else f'a{act_bits}'}-{steps}-{variant}"
-    if every:
-        name += f"-{every}-{resets.weight:g}"
-    phase = quantized_from(config, bits, steps, phases(config)[0])
-    phase = replace(phase, name=name, rate=rate, act_bits=act_bits, method=method)
-    return Training(seed, bits, act_bits, variant, resets, phase)
-
-
-def named(line: dict[str, Any]) -> str:
-    """Return the name of the phase of a line of the table."""
-    act, every = line["act_bits"], line["reset_every"]
-    name = f"w{float(line['bits']):g}{f'a{act}' if act else ''}-{line['steps']}-{line['variant']}"
-    return name + f"-{every}-{float(line['reset_weight']):g}" if every else name
-
-
-def result(t: Training, out: Path) -> dict[str, Any] | None:
-    """Return the result of a training, None if it is not finished."""
-    path = out / f"seed{t.seed}" / f"{t.phase.name}.json"
-    return files.read_json(path) if path.exists() else None
-
-
-def run(t: Training, config: TrainConfig) -> dict[str, Any]:
-    """Train, and return the result."""
-    corpus = data.load(config.data, config.shape.context)
-    loop.run_phases(config, corpus, [phases(config)[0], t.phase], lambda line: None)
-    folder = Path(config.out)
-    found, resets = files.read_json(folder / t.phase.name / "config.json")["result"], VARIANTS[t.variant].resets
-    entries = [e for e in Log(folder / "log.jsonl").entries() if e["phase"] == t.phase.name and "held_out" in e]
-    line = {
-        "seed": t.seed, "bits": t.bits, "act_bits": t.act_bits or "", "steps": t.phase.steps, "variant": t.variant,
-        "reset_every": t.phase.method.winq.reset_every or "", "reset_weight": t.resets.weight if resets else "",
-        "loss": round(found["bits_per_byte"], 6), "seconds": round(found["seconds"], 1),
-        "curve": [[e["step"], round(e["held_out"], 6)] for e in entries],
-    }  # fmt: skip
-    files.write_json(folder / f"{t.phase.name}.json", line)
-    return line
-
-
-def take_over(tables: Path, out: Path, sha256: str) -> None:
-    """Write the results of tables that were made elsewhere, where there are none yet.
-
-    Raises:
-        StudyError: if they are of another text.
-    """
-    other = files.read_json(tables / "study.json")["text"]["sha256"]
-    if other != sha256:
-        raise StudyError(f"--earlier {tables} is of a text with SHA-256 {other}, must be that of --data, {sha256}")
-    curves = files.read_json(tables / "curves.json")
-    with open(tables / "runs.csv", newline="") as file:
-        for line in csv.DictReader(file):
-            path = out / f"seed{line['seed']}" / f"{named(line)}.json"
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                number = {"seed": int(line["seed"]), "loss": float(line["loss"])}
-                files.write_json(path, {**line, **number, "curve": curves[line["seed"]][named(line)]})
-
-
-def tried(preset: Preset, choice: Choice, bits: float, out: Path) -> list[Training]:
-    """Return the trainings on seed 0 that decide the resets at a width."""
-    return [training(preset, 0, bits, None, choice.variant, r, choice.steps, out) for r in choice.candidates]
-
-
-def chosen(preset: Preset, choice: Choice, bits: float, out: Path) -> Resets | None:
-    """Return the resets with the lowest loss on seed 0 at the nearest width tried, None if that is not finished."""
-    nearest = min(choice.bits, key=lambda tried_bits: abs(tried_bits - bits))
-    lines = [(result(t, out), t.resets) for t in tried(preset, choice, nearest, out)]
-    losses = [(line["loss"], resets) for line, resets in lines if line is not None]
-    return min(losses)[1] if len(losses) == len(lines) else None
-
-
-def trainings(preset: Preset, out: Path) -> Iterator[Training]:
-    """Yield what is to be run, in order; what depends on a choice comes after its choice is finished."""
-    for choice in preset.choices:
+def cases(session: Session) -> Iterator[Case]:
+    """Yield the trainings: those that choose the resets, then those that are reported."""
+    for choice in session.size.choices:
         for bits in choice.bits:
-            yield from tried(preset, choice, bits, out)
-    choices = {VARIANTS[choice.variant].schedule: choice for choice in preset.choices}
-    for part in preset.parts:
+            yield from tried(session, choice, bits)
+    choices = {VARIANTS[choice.variant].schedule: choice for choice in session.size.choices}
+    for part in session.size.parts:
         for seed in part.seeds:
             for act_bits in part.act_bits:
                 for bits in part.bits:
                     for variant in part.variants:
-                        resets = chosen(preset, choices[VARIANTS[variant].schedule], bits, out)
-                        if resets is None:
-                            raise NotChosenError("the resets are not chosen yet: seed 0 does that")
-                        yield training(preset, seed, bits, act_bits, variant, resets, part.steps, out)
+                        resets = chosen(session, choices[VARIANTS[variant].schedule], bits)
+                        yield training(session, seed, bits, act_bits, variant, resets, part.steps)
 
 
-def study(preset: Preset, out: Path, text: str | None, deadline: float, seeds: Sequence[int] | None) -> bool:
-    """Run what is not finished until the deadline (of `time.monotonic`), and return whether all is."""
-    whole = True
-    for t in trainings(preset, out):
-        if result(t, out) is None:
-            if seeds is not None and t.seed not in seeds:
-                whole = False
-                continue
-            if time.monotonic() > deadline:
-                return False
-            line = run(t, configured(preset, t.seed, out, text))
-            write_tables(preset, out)
-            print(f"seed {t.seed}, {t.phase.name}: {line['loss']:.4f}", flush=True)
-    return whole
+def tried(session: Session, choice: Choice, bits: float) -> list[Case]:
+    """Return the trainings on seed 0 that choose the resets at a width, one for each candidate."""
+    return [training(session, 0, bits, None, choice.variant, r, choice.steps) for r in choice.candidates]
 
 
-def finished(preset: Preset, out: Path) -> list[dict[str, Any]]:
-    """Return the results that there are."""
-    found = []
-    try:
-        for t in trainings(preset, out):
-            if (line := result(t, out)) is not None:
-                found.append(line)
-    except NotChosenError:
-        pass  # the rest waits for a choice
-    return found
+def chosen(session: Session, choice: Choice, bits: float) -> Resets:
+    """Return the resets with the lowest loss on seed 0, at the nearest of the widths that were tried.
+
+    Raises:
+        MissingError: if a training on seed 0 is not finished.
+    """
+    nearest = min(choice.bits, key=lambda tried_bits: abs(tried_bits - bits))
+    losses = [session.results.figures(case.name, 0)["loss"] for case in tried(session, choice, nearest)]
+    return min(zip(losses, choice.candidates, strict=True))[1]
 
 
-def write_tables(preset: Preset, out: Path) -> None:
-    """Replace ``runs.csv`` and ``curves.json`` by what is finished now."""
-    lines, text = finished(preset, out), io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
-    table.writeheader()
-    table.writerows(lines)
-    files.write(out / "runs.csv", text.getvalue().encode())
-    curves: dict[str, dict[str, Any]] = {}
-    for line in lines:
-        curves.setdefault(str(line["seed"]), {})[named(line)] = line["curve"]
-    files.write_json(out / "curves.json", curves)
+def training(
+    session: Session, seed: int, bits: float, act_bits: int | None, variant: str, resets: Resets, steps: int
+) -> Case:
+    """Return one training."""
+    every = max(round(resets.period * steps), 1) if VARIANTS[variant].resets else None
+    name = f"w{bits:g}{'' if act_bits is None else f'a{act_bits}'}-{steps}-{variant}"
+    if every:
+        name += f"-{every}-{resets.weight:g}"
+    own = {
+        "bits": bits, "act_bits": act_bits, "steps": steps, "variant": variant, "reset_every": every,
+        "reset_weight": resets.weight if every else None,
+    }  # fmt: skip
+    return Case(name, seed, own, partial(train, session, seed, name, own))
 
 
-def describe(name: str, preset: Preset, out: Path, corpus: data.Corpus, earlier: Sequence[Path]) -> dict[str, Any]:
-    """Return what the numbers are measured on, and with which settings."""
-    device = torch.cuda.get_device_name() if preset.config.device == "cuda" else cpu_model()
-    before = [folder / "study.json" for folder in (out, *earlier)]
+def phase_of(size: Size, config: TrainConfig, name: str, own: Mapping[str, Any]) -> Phase:
+    """Return the QAT of a training. It starts from the end of the seed's phase in full precision."""
+    kind, steps = VARIANTS[own["variant"]], own["steps"]
+    config = config.changed(qat_steps=steps)
+    weight = {} if own["reset_weight"] is None else {"reset_weight": own["reset_weight"]}
+    winq = WinQConfig(own["reset_every"] or 0, noise_std=size.noise_std if kind.noise else 0.0, **weight)
+    phase = quantized_from(config, own["bits"], steps, phases(config)[0])
+    return replace(
+        phase, name=name, act_bits=own["act_bits"],
+        method=MethodConfig("winq" if kind.noise or kind.resets else "qat", winq),
+        rate=own_decay(config.changed(schedule=kind.schedule, cooldown=0.2), steps),
+    )  # fmt: skip
+
+
+def train(session: Session, seed: int, name: str, own: Mapping[str, Any]) -> Figures:
+    """Train in full precision if this seed has not been, then quantized; return the losses on held-out text."""
+    config = session.size.config.changed(seed=seed, out=str(session.work / f"seed{seed}"), data=session.data).resolved()
+    phase, folder = phase_of(session.size, config, name, own), Path(config.out)
+    loop.run_phases(config, session.text(config.shape.context), [phases(config)[0], phase], lambda line: None)
+    found = files.read_json(folder / name / "config.json")["result"]
+    entries = [e for e in Log(folder / "log.jsonl").entries() if e["phase"] == name and "held_out" in e]
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "machines": machines(device, *(files.read_json(path) for path in before if path.exists())),
-        "load": [round(x, 2) for x in os.getloadavg()],
-        "git": git_state(),
-        "preset": name,
-        "noise_std": preset.noise_std,
-        "text": {"sha256": corpus.sha256, "train_bytes": len(corpus.train), "held_out_bytes": len(corpus.held_out)},
-        "config": {
-            k: v for k, v in preset.config.settings().items() if k not in ("out", "data", "seed", "bits", "method")
-        },
+        "loss": round(found["bits_per_byte"], 6),
+        "seconds": round(found["seconds"], 1),
+        "curve": [[e["step"], round(e["held_out"], 6)] for e in entries],
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run or go on with the study; exit code 3 if something is left."""
-    parser = argparse.ArgumentParser(prog="python -m studies.winq", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--out", type=Path, default=None, help="working folder (default: runs/winq-<preset>)")
-    parser.add_argument("--data", help="text to train on; this Python's standard library if not given")
-    parser.add_argument(
-        "--earlier",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="folders with tables of studies to go on with; none is run again",
-    )
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", help="run these only, to share a study among processes: 0 first, which chooses "
-        "the resets, then the others with an --out each and --earlier for seed 0's; --earlier of all joins them",
-    )  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after so many minutes")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (results depend on it in the last bits)")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    preset, out = PRESETS[options.preset], options.out or Path("runs") / f"winq-{options.preset}"
-    known = {0, *(seed for part in preset.parts for seed in part.seeds)}
-    if not set(options.seeds or ()) <= known:
-        parser.error(f"--seeds is {options.seeds}, must be of {sorted(known)}")
-    corpus = data.load(options.data, preset.config.shape.context)
-    try:
-        with run_folder.exclusive(out):
-            made = describe(options.preset, preset, out, corpus, options.earlier)
-            for tables in options.earlier:
-                take_over(tables, out, corpus.sha256)
-
-            def note(finished: bool) -> None:
-                resets = {c.variant: {f"{b:g}": chosen(preset, c, b, out) for b in c.bits} for c in preset.choices}
-                files.write_json(out / "study.json", {**made, "finished": finished, "resets": resets})
-
-            note(False)
-            whole = study(preset, out, options.data, time.monotonic() + 60 * options.minutes, options.seeds)
-            write_tables(preset, out)
-            note(whole)
-    except (StudyError, files.CheckpointError) as error:
-        parser.error(str(error))
-    except Interrupted as stop:
-        print(f"{stop}; the same command goes on from here", file=sys.stderr)
-        return 128 + stop.number
-    print(f"{out}/runs.csv; {'finished' if whole else 'the same command goes on from here'}")
-    return 0 if whole else 3
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+STUDY = Study("winq", SIZES, cases, report, settings)

@@ -1,14 +1,9 @@
-"""From the studies to their results: ``python -m studies.winq_report``. Compares with plain QAT, draws."""
+"""Tables and pictures of the study of WinQ: its variants against plain QAT."""
 
 from __future__ import annotations
 
-import argparse
-import csv
 import itertools
-import json
-import shutil
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,62 +11,33 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from qatkernels import files
 from qatkernels.plotting import COLOURS, tidy
 
-from . import winq_why
-from .winq import named
+from .results import Figures, Results
 
-#: What is held against plain QAT under the cosine: the paper's, ours.
+#: Variants that are compared with plain QAT under a cosine: those of the paper, and ours.
 TABLES = (("noise", "reset", "both"), ("wsd", "plateau"))
 VARIANTS = ("base", *TABLES[0], *TABLES[1])
-Cell = tuple[float, str, int]  # bits, act_bits (empty for none), steps
+Cell = tuple[float, int | None, int]  # bits, act_bits, steps
+Runs = dict[str, dict[int, Figures]]  # by variant, then by seed
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write results.json and pictures beside a copy of what was measured, and print the tables."""
-    parser = argparse.ArgumentParser(prog="python -m studies.winq_report", description=__doc__)
-    parser.add_argument("--study", type=Path, default=Path("runs/winq-cpu"), help="folder of studies.winq")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/winq-amd-epyc"))
-    parser.add_argument(
-        "--why", type=Path, default=Path("runs/winq-why-cpu"), help="folder of studies.winq_why, and with -long"
-    )
-    options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
-    long = options.why.with_name(f"{options.why.name}-long")
-    for source, name in (
-        (options.why / "why.json", "why.json"), (options.why / "spectra" / "report.json", "spectra.json"),
-        (options.why / "spectra" / "spectra.png", "spectra.png"), (long / "why.json", "why-long.json"),
-    ):  # fmt: skip
-        if source.exists():
-            shutil.copyfile(source, options.out / name)
-    for name in ("why", "why-long"):
-        if (options.out / f"{name}.json").exists():
-            trials = json.loads((options.out / f"{name}.json").read_text())["trials"]
-            winq_why.draw(options.out / f"{name}.png", trials)
-            print(winq_why.table(trials), end="\n\n")
-    for name in ("runs.csv", "curves.json", "study.json"):
-        if (options.study / name).exists():
-            shutil.copyfile(options.study / name, options.out / name)
-    found = cells(options.out)
-    files.write_json(options.out / "results.json", {"cells": [compared(cell, runs) for cell, runs in found.items()]})
-    draw(options.out / "curves.png", found)
-    print(markdown(found))
-    return 0
+def report(results: Results, folder: Path) -> str:
+    """Draw curves.png, and return the tables: the final loss of plain QAT, and the differences to it."""
+    found = cells(results)
+    draw(folder / "curves.png", found)
+    return "\n\n".join(_table(found, variants) for variants in TABLES)
 
 
-def cells(folder: Path) -> dict[Cell, dict[str, dict[int, dict[str, Any]]]]:
-    """Return the reported trainings by cell, variant and seed, each with its curve; seed 0 chose the resets."""
-    curves = json.loads((folder / "curves.json").read_text())
-    found: dict[Cell, dict[str, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
-    with open(folder / "runs.csv", newline="") as file:
-        for line in csv.DictReader(file):
-            if line["seed"] == "0":
-                continue
-            bits, steps = float(line["bits"]), int(line["steps"])
-            run = {**line, "loss": float(line["loss"]), "curve": curves[line["seed"]][named(line)]}
-            found[bits, line["act_bits"], steps][line["variant"]][int(line["seed"])] = run
-    return found
+def cells(results: Results) -> dict[Cell, Runs]:
+    """Return the figures of the reported trainings by cell, variant and seed. Seed 0 only chose the resets."""
+    found: dict[Cell, Runs] = defaultdict(lambda: defaultdict(dict))
+    for row in results.rows:
+        if row["seed"]:
+            own = row["settings"]
+            cell = own["bits"], own["act_bits"], own["steps"]
+            found[cell][own["variant"]][row["seed"]] = row["figures"]
+    return dict(sorted(found.items(), key=lambda item: (item[0][2], item[0][1] or 0, item[0][0])))
 
 
 def reached(curve: list[list[float]], loss: float) -> float | None:
@@ -87,10 +53,13 @@ def lead(curve: list[list[float]], plain: list[list[float]]) -> list[float]:
     return max([round(other[1] - own[1], 6), own[0]] for own, other in zip(curve, plain, strict=True))
 
 
-def compared(cell: Cell, runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
-    """Return mean and deviation of each variant's final loss, its paired difference to plain QAT, when it was there."""
-    bits, act_bits, steps = cell
-    result: dict[str, Any] = {"bits": bits, "act_bits": int(act_bits) if act_bits else None, "steps": steps}
+def compared(runs: Runs) -> dict[str, dict[str, Any]]:
+    """Return, for each variant of a cell, mean and deviation over the seeds.
+
+    ``loss`` is the final loss, ``difference`` that to plain QAT on the same seed, ``steps_to_base`` when the variant is
+    as low as plain QAT at its end, and ``lead`` the largest lead over plain QAT.
+    """
+    result = {}
     for variant in VARIANTS:
         if not (own := runs.get(variant)):
             continue
@@ -99,8 +68,6 @@ def compared(cell: Cell, runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str
         differences = [run["loss"] - base["loss"] for run, base in pairs]
         at = [reached(run["curve"], base["loss"]) for run, base in pairs]
         result[variant] = {
-            "seeds": sorted(own),
-            "resets": [next(iter(own.values()))[name] for name in ("reset_every", "reset_weight")],
             "loss": statistics.mean(losses),
             "deviation": _deviation(losses),
             "difference": statistics.mean(differences) if differences else None,
@@ -119,23 +86,18 @@ def _deviation(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def markdown(found: dict[Cell, dict[str, dict[int, dict[str, Any]]]]) -> str:
-    """Return the results as tables: final loss of plain QAT, the differences to it, and the steps to its end."""
-    return "\n\n".join(_table(found, variants) for variants in TABLES)
-
-
-def _table(found: dict[Cell, dict[str, dict[int, dict[str, Any]]]], variants: Sequence[str]) -> str:
+def _table(found: dict[Cell, Runs], variants: Sequence[str]) -> str:
     lines = [
         f"| bits, steps | base | {' | '.join(variants)} | largest lead of {variants[-1]} on the way, at step "
         f"| steps of {variants[-1]} to the end of base |",
         "|---|---|" + "---|" * len(variants) + "---|---|",
     ]
-    for cell, runs in sorted(found.items(), key=lambda item: (item[0][2], item[0][1], item[0][0])):
-        result = compared(cell, runs)
+    for cell, runs in found.items():
+        result = compared(runs)
         if not any(variant in result for variant in variants) or "base" not in result:
             continue
         shown = [
-            f"{cell[0]:g}{', A' + cell[1] if cell[1] else ''}, {cell[2]}",
+            f"{_widths(cell)}, {cell[2]}",
             _shown(result["base"]["loss"], result["base"]["deviation"], ".4f"),
         ]
         for v in (result.get(variant) or {"difference": None} for variant in variants):
@@ -149,13 +111,16 @@ def _table(found: dict[Cell, dict[str, dict[int, dict[str, Any]]]], variants: Se
     return "\n".join(lines)
 
 
-def draw(path: Path, found: dict[Cell, dict[str, dict[int, dict[str, Any]]]]) -> None:
+def _widths(cell: Cell, unit: str = "") -> str:
+    return f"{cell[0]:g}{unit}" + (f", A{cell[1]}" if cell[1] else "")
+
+
+def draw(path: Path, found: dict[Cell, Runs]) -> None:
     """Draw the mean held-out loss of each variant by step, a panel for each cell."""
-    panels = sorted(found.items(), key=lambda item: (item[0][2], item[0][1], item[0][0]))
-    columns = min(4, max(len(panels), 1))
-    rows = max(-(-len(panels) // columns), 1)
+    columns = min(4, max(len(found), 1))
+    rows = max(-(-len(found) // columns), 1)
     figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
-    for i, (cell, runs) in enumerate(panels):
+    for i, (cell, runs) in enumerate(found.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
         for colour, variant in zip(COLOURS, VARIANTS, strict=False):
             if not (own := runs.get(variant)):
@@ -166,13 +131,9 @@ def draw(path: Path, found: dict[Cell, dict[str, dict[int, dict[str, Any]]]]) ->
                       color=colour, label=variant, linewidth=1.2)  # fmt: skip
         last = [run["curve"][-1][1] for own in runs.values() for run in own.values()]
         axes.set_ylim(min(last) - 0.02, min(last) + 0.35)
-        axes.set_title(f"{cell[0]:g} bits{', A' + cell[1] if cell[1] else ''}, {cell[2]} steps", fontsize=9)
+        axes.set_title(f"{_widths(cell, ' bits')}, {cell[2]} steps", fontsize=9)
         tidy(axes)
         if i == 0:
             axes.legend(fontsize=7, frameon=False)
             axes.set_ylabel("held-out bits per byte")
     figure.savefig(path, dpi=150)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

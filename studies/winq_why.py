@@ -1,48 +1,45 @@
-"""What decides whether WinQ's resets help: ``python -m studies.winq_why``.
+"""What decides whether WinQ's resets help.
 
-One bit, one seed of the model of :mod:`studies.winq`, no noise unless that is the question. Each question
-changes one thing, for plain QAT and for QAT with one reset, half way unless that is the question; ``--preset cpu-long``
-asks when, in runs four times as long. Flips and distances to the grid are logged on the way; models around the reset
-are kept, and their spectra computed but for the long runs. Finished trainings are never run again: run the same command
-again to go on.
+One bit, one seed of the model of :mod:`studies.winq`, no noise unless that is the question. Each question changes one
+thing, for plain QAT and for QAT with one reset. The reset is half way unless that is the question. Runs four times as
+long ask again when to reset. Flips and distances to the grid are logged during training. Spectra are computed of the
+models before and after the reset, but not for the long runs.
 
-    <out>/<start>/<name>/    a phase of `qatkernels.trainer`
-    <out>/why.json           a line for each training, with its curves
-    <out>/spectra/           of the models around the reset
+Cases are called by the steps of QAT (``--only '2400-*'``).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 
-from bench.machine import cpu_model, git_state, versions
 from qatkernels import files
 from qatkernels.methods.winq import WinQConfig
 from qatkernels.nn import quantized_modules
 from qatkernels.plotting import COLOURS, tidy
-from qatkernels.trainer import Interrupted, TrainConfig, data, loop, run_folder, spectra
+from qatkernels.trainer import TrainConfig, loop, spectra
 from qatkernels.trainer.methods import MethodConfig
 from qatkernels.trainer.phases import Phase, own_decay, phases, quantized_from
 from qatkernels.trainer.report import Log
 
-from .winq import PRESETS
+from . import winq
+from .results import Case, Figures, Results
+from .runner import Session, Study
+from .spectra import Analysis, spectrum_of
+from .spectra import table as spectra_table
 
 
 class Trial(NamedTuple):
-    """One training.
+    """One training, which changes one thing.
 
     Attributes:
-        question: what it answers.
+        question: the one that it answers.
         at: when the one reset is, as a share of the steps; None for plain QAT.
         weight: the reset's.
         schedule: cosine, or wsd with its decay over the last fifth.
@@ -61,7 +58,7 @@ class Trial(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of its folder, the same for two trials that are the same training."""
+        """Name of its phase, the same for two trials that are the same training."""
         reset = "plain" if self.at is None else f"reset{100 * self.at:g}-{self.weight:g}"
         return (
             f"{self.schedule}-{reset}"
@@ -69,8 +66,13 @@ class Trial(NamedTuple):
             + (f"-noise{self.noise:g}" if self.noise else "")
         )
 
+    @property
+    def label(self) -> str:
+        """The name, with the start where it is another."""
+        return self.name + (f"-start{self.start:g}" if self.start != 1 else "")
 
-#: Two trials follow each other: plain, with the reset. Or one, to be held against the first of all.
+
+#: A question has a plain trial and trials with a reset. One without a plain trial is compared with the very first.
 TRIALS = (
     Trial("plain"),
     *(Trial("when", at) for at in (0.5, 0.25, 0.75, 0.9)),
@@ -80,7 +82,7 @@ TRIALS = (
     *(Trial("start", at, start=0.2) for at in (None, 0.5)),
     *(Trial("noise", noise=noise) for noise in (1e-4, 1e-3)),
 )  # fmt: skip
-BITS = 1
+BITS, SEED = 1, 1
 
 
 class Asked(NamedTuple):
@@ -92,23 +94,51 @@ class Asked(NamedTuple):
     spectra: bool = True
 
 
-ASKED = {
-    "cpu": Asked(PRESETS["cpu"].config, 2400, TRIALS),
-    "cpu-long": Asked(PRESETS["cpu"].config, 9600, (
-        Trial("plain"), Trial("when", 0.5), Trial("when", 0.25), Trial("when and how far", 0.25, 0.1),
-    ), spectra=False),
-    "test": Asked(PRESETS["test"].config, 8, (
-        Trial("plain"), Trial("when", 0.5), *(t for t in TRIALS if t.question == "schedule"),
-    )),
-}  # fmt: skip
+class Part(NamedTuple):
+    """Trials of the same length, and how spectra are computed of the first two; None for no spectra."""
+
+    steps: int
+    trials: tuple[Trial, ...]
+    analysis: Analysis | None = None
 
 
-def configured(preset: str, t: Trial, out: Path, text: str | None) -> TrainConfig:
-    """Return the configuration of a trial's folder."""
-    config, steps, *_ = ASKED[preset]
+@dataclass(frozen=True)
+class Size:
+    """A size of the study; the configuration is that of :mod:`studies.winq`."""
+
+    config: TrainConfig
+    parts: tuple[Part, ...]
+
+
+_LONG = (Trial("plain"), Trial("when", 0.5), Trial("when", 0.25), Trial("when and how far", 0.25, 0.1))
+_FEW = (Trial("plain"), Trial("when", 0.5), *(t for t in TRIALS if t.question == "schedule"))
+SIZES = {
+    "cpu": Size(winq.SIZES["cpu"].config, (Part(2400, TRIALS, Analysis(16, 2, 80, 0.0015)), Part(9600, _LONG))),
+    "smoke": Size(winq.SIZES["smoke"].config, (Part(8, _FEW, Analysis(2, 1, 4, 0.0015)),)),
+}
+
+
+def cases(session: Session) -> Iterator[Case]:
+    """Yield the trials of each length, then the spectra of its first two."""
+    for part in session.size.parts:
+        for t in part.trials:
+            yield Case(f"{part.steps}-{t.label}", SEED, {"steps": part.steps, "name": t.name, **t._asdict()},
+                       partial(train, session, part.steps, t))  # fmt: skip
+        if part.analysis is None:
+            continue
+        for step in (part.steps // 2, part.steps * 3 // 4, None):
+            for t in part.trials[:2]:
+                name = f"{part.steps}-spectrum-{t.name}" + ("" if step is None else f"-step-{step:06d}")
+                own = {"steps": part.steps, "trial": t.name, "at": step, **part.analysis._asdict()}
+                yield Case(name, SEED, own, partial(analysed, session, part, t, step, name))
+
+
+def configured(session: Session, steps: int, t: Trial) -> TrainConfig:
+    """Return the configuration of a trial. Trials of equal length and start share a folder, and what it starts from."""
+    config: TrainConfig = session.size.config
     return config.changed(
-        seed=1, steps=round(t.start * config.training.steps), qat_steps=steps, stats_every=max(steps // 48, 1),
-        keep_every=steps // 4, out=str(out / f"start{t.start:g}"), data=text,
+        seed=SEED, steps=round(t.start * config.training.steps), qat_steps=steps, stats_every=max(steps // 48, 1),
+        keep_every=steps // 4, out=str(session.work / f"{steps}-start{t.start:g}"), data=session.data,
     ).resolved()  # fmt: skip
 
 
@@ -124,44 +154,50 @@ def phase_of(config: TrainConfig, t: Trial) -> Phase:
     return replace(phase, name=t.name, lr=t.rate * phase.lr, rate=own_decay(schedule, steps), method=method)
 
 
+def train(session: Session, steps: int, t: Trial) -> Figures:
+    """Train, and return the final loss and the curves of loss, flips and distance to the grid."""
+    config = configured(session, steps, t)
+    phase, out = phase_of(config, t), Path(config.out)
+    loop.run_phases(config, session.text(config.shape.context), [phases(config)[0], phase], lambda line: None)
+    entries = [e for e in Log(out / "log.jsonl").entries() if e["phase"] == t.name]
+    curves = {
+        name: [[e["step"], e[key]] for e in entries for key in e if key.rpartition("/")[2] == name]
+        for name in ("held_out", "flips", "distance")
+    }
+    loss = files.read_json(out / t.name / "config.json")["result"]["bits_per_byte"]
+    return {"loss": loss, "crossings": crossings(config, phase, t, out / t.name), "curves": curves}
+
+
 def crossings(config: TrainConfig, phase: Phase, t: Trial, folder: Path) -> float:
-    """Return how many spacings of the grid Adam can move a weight until the reset, half way without one."""
+    """Return how many grid spacings Adam can move a weight before the reset, or in the first half without one."""
     layers = quantized_modules(spectra.load(folder).model).values()
     spacings = torch.cat([layer.scale.detach().flatten() / layer.grid.steps for layer in layers])
     reset = round((t.at or 0.5) * phase.steps)
     return sum(phase.lr * phase.rate(step) for step in range(reset)) / float(spacings.median())
 
 
-def study(preset: str, out: Path, text: str | None, deadline: float) -> list[dict[str, Any]] | None:
-    """Run what is not finished, and return a line for each trial; None if the deadline came first."""
-    lines = []
-    for t in ASKED[preset].trials:
-        config = configured(preset, t, out, text)
-        phase, folder = phase_of(config, t), Path(config.out) / t.name
-        if not (folder / "config.json").exists():
-            if time.monotonic() > deadline:
-                return None
-            corpus = data.load(config.data, config.shape.context)
-            loop.run_phases(config, corpus, [phases(config)[0], phase], lambda line: None)
-            print(f"{t.question}, {t.name}", flush=True)
-        entries = [e for e in Log(Path(config.out) / "log.jsonl").entries() if e["phase"] == t.name]
-        curves = {
-            name: [[e["step"], e[key]] for e in entries for key in e if key.rpartition("/")[2] == name]
-            for name in ("held_out", "flips", "distance")
-        }
-        loss = files.read_json(folder / "config.json")["result"]["bits_per_byte"]
-        lines.append({**t._asdict(), "name": t.name, "loss": loss, "crossings": crossings(config, phase, t, folder),
-                      "curves": curves})  # fmt: skip
-    return lines
+def analysed(session: Session, part: Part, t: Trial, step: int | None, name: str) -> Figures:
+    """Return the spectrum of a trial's model at a step, or at its end."""
+    assert part.analysis is not None
+    folder = Path(configured(session, part.steps, t).out) / t.name
+    file = folder / ("model.safetensors" if step is None else f"step-{step:06d}.safetensors")
+    if not file.exists():
+        train(session, part.steps, t)
+    return spectrum_of(session, file, name, 0, part.analysis, session.size.config.device)
 
 
-def models(preset: str, out: Path, text: str | None) -> list[Path]:
-    """Return the models just before and after the reset, and both runs' later ones."""
-    plain, reset, *_ = ASKED[preset].trials
-    folder = Path(configured(preset, plain, out, text).out)
-    steps = [ASKED[preset].steps // 2, ASKED[preset].steps * 3 // 4]
-    found = [folder / t.name / f"step-{step:06d}.safetensors" for step in steps for t in (plain, reset)]
-    return [*found, folder / plain.name, folder / reset.name]
+def report(results: Results, folder: Path) -> str:
+    """Draw why-<steps>.png for each length, and return the tables of trials and spectra."""
+    texts = []
+    for steps in sorted({row["settings"]["steps"] for row in results.rows}):
+        rows = [row for row in results.rows if row["settings"]["steps"] == steps]
+        lines = [row["settings"] | row["figures"] for row in rows if "question" in row["settings"]]
+        if lines:
+            draw(folder / f"why-{steps}.png", lines)
+            texts.append(f"{steps} steps of QAT\n\n{table(lines)}")
+        if spectra_rows := [row for row in rows if "trial" in row["settings"]]:
+            texts.append(spectra_table(spectra_rows, spectra_rows[0]["settings"]["near_zero"]))
+    return "\n\n".join(texts)
 
 
 def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -206,40 +242,4 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run or go on with the study; exit code 3 if something is left."""
-    parser = argparse.ArgumentParser(prog="python -m studies.winq_why", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--preset", choices=ASKED, default="cpu")
-    parser.add_argument("--out", type=Path, help="working folder (default: runs/winq-why-<preset>)")
-    parser.add_argument("--data", help="text to train on; this Python's standard library if not given")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after so many minutes")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (results depend on it in the last bits)")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    out = options.out or Path("runs") / f"winq-why-{options.preset}"
-    try:
-        with run_folder.exclusive(out):
-            lines = study(options.preset, out, options.data, time.monotonic() + 60 * options.minutes)
-            if lines is None:
-                print("the same command goes on from here")
-                return 3
-            made = {"device": cpu_model(), "threads": options.threads, "versions": versions(), "git": git_state()}
-            steps = ASKED[options.preset].steps
-            whole = {**made, "preset": options.preset, "bits": BITS, "steps": steps, "trials": lines}
-            files.write(out / "why.json", (json.dumps(whole) + "\n").encode())
-    except Interrupted as stop:
-        print(f"{stop}; the same command goes on from here", file=sys.stderr)
-        return 128 + stop.number
-    if ASKED[options.preset].spectra:
-        small = options.preset == "test"
-        spectra.run(spectra.SpectrumConfig(
-            tuple(map(str, models(options.preset, out, options.data))), str(out / "spectra"), data=options.data,
-            windows=2 if small else 16, probes=1 if small else 2, steps=4 if small else 80, device="cpu",
-        ), print)  # fmt: skip
-    print(table(lines))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+STUDY = Study("winq_why", SIZES, cases, report, winq.shared)

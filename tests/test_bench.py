@@ -126,7 +126,7 @@ def test_wrong_results_are_not_speeds(tmp_path):
 
 
 def test_a_code_that_is_off_by_one_is_seen():
-    from bench.exact import errors, expected, settled
+    from bench.exact import errors, expected, without_ties
     from bench.suites.fake_quantize import TOLERANCE
     from qatkernels.grids import lsq
     from qatkernels.ops._op import OPS
@@ -134,7 +134,7 @@ def test_a_code_that_is_off_by_one_is_seen():
 
     for dtype in (torch.float32, torch.bfloat16):
         for noise in (False, True):
-            sample = settled(make(lsq(4), (64, 256), dtype, noise=noise))
+            sample = without_ties(make(lsq(4), (64, 256), dtype, noise=noise))
             args = sample.args("fake_quantize")
             wanted = expected("fake_quantize", sample, args)
             y = OPS["fake_quantize"].reference(*args)
@@ -144,14 +144,14 @@ def test_a_code_that_is_off_by_one_is_seen():
 
 
 def test_settled_weights_leave_no_tie():
-    from bench.exact import settle
+    from bench.exact import avoid_ties
     from qatkernels.testing.samples import GRIDS
 
     for grid in GRIDS:
         levels = torch.tensor(grid.values)
         ties = torch.cat([(levels[1:] + levels[:-1]) / 2, torch.tensor(grid.passes)]).repeat(2, 1)
         scale = torch.tensor([0.5, 0.3])
-        w = settle(ties * scale[:, None], scale, grid)
+        w = avoid_ties(ties * scale[:, None], scale, grid)
         exact, single = w.double() / scale.double()[:, None], w / scale[:, None]
         code = [torch.round(r * grid.steps - grid.offset) for r in (exact, single)]
         assert torch.equal(code[0].float(), code[1])

@@ -1,1 +1,4 @@
-"""A GPU for a few minutes: what is taken along, two calls that lose nothing when they are killed, and the way home."""
+"""Tools for a GPU machine that is there for minutes only: a pack to upload, two calls, the import of their results.
+
+A call that is killed loses no result: each one is written to a journal at once.
+"""

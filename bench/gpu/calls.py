@@ -11,19 +11,19 @@ from . import pack
 from .steps import Call, Step
 from .target import ROOT
 
-#: The suites of the first call, what tells most first, and how long each may take on a GPU.
+#: The suites of the first call, the most informative first, and the seconds that each may take on a GPU.
 SUITE_SECONDS = {"fake_quantize": 45, "lowbit": 100, "linear": 35, "second_order": 30, "grouped": 20, "hessian": 15}
-#: What needs a GPU: `pytest -m "gpu or backends"` over these, in one pool of processes.
+#: Tests that need a GPU: `pytest -m "gpu or backends"` on these, in one pool of processes.
 GPU_TESTS = (
     "tests/cuda/test_gpu.py", "tests/cuda/test_gpu_products.py", "tests/hessian/test_hessian_gpu.py", "tests/ops",
     "tests/nn/test_forward_mode.py", "-m", "gpu or backends",
 )  # fmt: skip
-#: What a dry run starts instead: a few tests, and suites that take a CPU seconds.
+#: What a dry run starts instead: a few tests, and suites that take seconds on a CPU.
 DRY_TESTS = ("tests/cuda/test_gpu_products.py", "tests/ops/test_packing.py", "-k", "views or float64")
 SLOW = ("hessian", "second_order", "grouped")
 #: Kernels that the profiler looks at, as `bench.gpu profile` knows them.
 PROFILED = ("gemv", "decode", "backward")
-#: Names of the hand-written CUDA kernels begin so.
+#: Selects the hand-written CUDA kernels by a part of their names.
 CUDA_KERNELS = "kernel_substring=qk4cuda"
 #: The end-to-end study of a real model, where there is one.
 STUDY = ROOT / "studies/real_model.py"
@@ -32,14 +32,14 @@ _GPU = (sys.executable, "-m", "bench.gpu")
 
 
 def first(call: Call) -> None:
-    """Import, doctor, smoke, rows, tests: whether everything is right, and how fast it is."""
+    """Run import, doctor, smoke checks, benchmarks and tests: is everything right, and how fast is it?"""
     if not call.dry:
         call.note("pack", pack.unpack())
         if call.run(Step("import", (sys.executable, "-c", _IMPORT), 40)) != 0:
             call.run(Step("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 150, env=pack.BUILD))
     call.run(Step("doctor", (sys.executable, "-m", "qatkernels", "doctor"), 30))
     if not call.dry and call.run(Step("cache", (*_GPU, "probe"), 40)) == MISSED:
-        # Another Triton than the pack was made with: what the rows need is compiled at once, on all processors.
+        # Triton is not the version that made the pack: compile what the benchmarks need now, on all processors.
         share = (sys.executable, "-O", "-W", "ignore", *_GPU[1:], "warm", "rows", "--share")
         call.run_together([Step(f"warm {i}", (*share, f"{i}/12"), 60) for i in range(12)])
     few = ("--every", "5") if call.dry else ()
@@ -49,7 +49,7 @@ def first(call: Call) -> None:
 
 
 def second(call: Call, after: Path) -> None:
-    """What failed in the first call again, sanitizers, the profiler, and a real model.
+    """Run again what failed in the first call, then sanitizers, the profiler, and a study of a real model.
 
     Args:
         call: the call.
@@ -79,15 +79,15 @@ def second(call: Call, after: Path) -> None:
             "--under",
             tool,
         )
-        # Without torch's caching allocator, which would hide an access beyond a tensor.
+        # torch's caching allocator would hide an access beyond the end of a tensor.
         call.run_under(Step(tool, checks, 90, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}), sanitizer)
     for kernel in PROFILED:
         profiler = ("ncu", "--clock-control", "none", "--profile-from-start", "off", "--launch-count", "4", *_SECTIONS)
         one = (*_GPU, "profile", kernel, *_dry(call))
         call.run_under(Step(f"ncu {kernel}", one, 40, log="ncu.txt"), profiler)
     if STUDY.exists():
-        study = (sys.executable, "-m", "studies.real_model", "--journal", str(call.journal.path), *_dry(call))
-        call.run(Step("study", study, 120))
+        study = (sys.executable, "-m", "studies", STUDY.stem, "--out", str(call.folder / "study"), "--minutes", "1.5")
+        call.run(Step("study", (*study, "--smoke") if call.dry else study, 120))
     else:
         call.skip("study", f"there is no study of a real model in this checkout ({STUDY.relative_to(ROOT)})")
 
@@ -109,7 +109,7 @@ def _rows(call: Call, budget: float, reserve: float, again: tuple[str, ...] = ()
 def _tests(call: Call, tests: tuple[str, ...], limit: float) -> None:
     workers = 0 if call.dry else min(14, pack.processors())
     parallel = ("-n", str(workers), "--dist", "worksteal") if workers and pack.has("xdist") else ()
-    # One test that hangs must not take what comes after it along.
+    # One test that hangs must not prevent the tests after it.
     patience = ("--timeout", "60") if pack.has("pytest_timeout") else ()
     options = ("-q", "-p", "no:cacheprovider", "-p", "bench.gpu.recorder", "--tb=short", *parallel, *patience)
     environment = {"QATKERNELS_JOURNAL": str(call.journal.path)} | ({"OMP_NUM_THREADS": "1"} if parallel else {})

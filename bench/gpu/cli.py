@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench.gpu``. Nothing here imports torch before it must: calls only start processes."""
+"""The command line: ``python -m bench.gpu``. It imports torch only where needed: calls only start processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from .target import FOLDER, LAST, MOST_BYTES, PACK, ROOT
 
-#: How long each call may take, in seconds, and what the machine that runs it may add before it ends the command.
+#: Seconds that each call may take, and how many more the machine allows before it kills the command.
 SECONDS = {"call1": 440.0, "call2": 300.0}
 _MARGIN = 20
 _DRY_SECONDS = 1800.0
@@ -57,7 +57,7 @@ def _call(options: argparse.Namespace) -> int:
     from .results import summary
     from .steps import Call
 
-    # A dry run says nothing about time, and may run on a busy machine.
+    # A dry run does not measure time, and the machine may be busy.
     seconds = options.seconds or (_DRY_SECONDS if options.dry else SECONDS[options.command])
     call = Call(options.out, seconds, options.dry)
 
@@ -157,7 +157,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _here(add: Any) -> None:
-    """Add what runs on this side."""
+    """Add the commands that run here, not on the GPU machine."""
     pack = add("pack", f"Make what is taken along: the extension and Triton's cache, in {PACK.relative_to(ROOT)}.")
     pack.add_argument("--seconds", type=float, default=float("inf"), help="when to stop compiling a part's kernels")
     pack.add_argument("--jobs", type=int, default=1, help="processes that compile at once")
@@ -177,7 +177,7 @@ def _here(add: Any) -> None:
 
 
 def _parts(add: Any) -> None:
-    """Add what calls and packs are made of."""
+    """Add the commands that calls and packs start."""
     warm = add("warm", "Compile, or count, the Triton kernels that a part of the calls needs. No GPU is needed.")
     warm.add_argument("part", choices=("smoke", "rows", "tests"))
     warm.add_argument("--seconds", type=float, default=float("inf"), help="when to stop")

@@ -1,7 +1,7 @@
-"""A driver for Triton that compiles for a GPU that is not there and launches nothing.
+"""A fake driver for Triton: it compiles for a GPU that is not there, and launches nothing.
 
-Triton's own launch path runs on tensors of the CPU: it binds arguments, specializes on them, makes the key of its cache
-and compiles. What lies in the cache afterwards is what the same calls look for on the GPU.
+Triton's own launch path runs on CPU tensors: it binds arguments, specializes on them, computes the cache key and
+compiles. Afterwards the cache holds the kernels that the same calls need on the GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Utils:
 
 
 class _Launcher:
-    """Compiles the C function that would launch a kernel, and launches nothing."""
+    """Compiles the C launcher of a kernel, and does not launch."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         constants = getattr(source, "constants", {})
@@ -77,13 +77,13 @@ class _Driver:
 
 
 def compile_module(source: str, name: str) -> None:
-    """Put a module of C into Triton's cache as it would itself; without loading it, which needs a driver."""
+    """Put a C module into Triton's cache, as Triton does, but do not load it: that needs a driver."""
     cache = get_cache_manager(hashlib.sha256((source + build.platform_key()).encode()).hexdigest())
     file = f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if cache.get_file(file) is not None:
         return
     with tempfile.TemporaryDirectory() as folder:
-        # An empty library of the driver's name: the module asks for the name, and finds the functions where it is used.
+        # Link to an empty library with the driver's name; on the GPU machine the real driver has the functions.
         empty = ("-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1")
         subprocess.run(["gcc", *empty, "-o", f"{folder}/libcuda.so.1"], check=True)
         path = Path(folder) / f"{name}.c"
@@ -93,7 +93,7 @@ def compile_module(source: str, name: str) -> None:
 
 
 class _Counted:
-    """Stands for a kernel where kernels are only counted."""
+    """Replaces a kernel when kernels are only counted."""
 
     function, packed_metadata = 1, None
 
@@ -105,7 +105,7 @@ class _Counted:
 
 
 def install(capability: tuple[int, int], *, compiling: bool = True) -> None:
-    """Replace Triton's driver, and tell the launchers what GPU they are on.
+    """Replace Triton's driver, and let the launchers see a GPU of a given capability.
 
     Args:
         capability: compute capability of the GPU.
@@ -138,9 +138,9 @@ def install(capability: tuple[int, int], *, compiling: bool = True) -> None:
 
 
 def serve_cpu_tensors() -> None:
-    """Let torch's dispatcher take the Triton launchers for tensors of the CPU too; what they allocate is zero.
+    """Register the Triton launchers for CPU tensors too. What they allocate is zero.
 
-    Calls are not replayed: a plan allocates without zeros.
+    Launch plans are off: they would allocate memory that is not zero.
     """
     from qatkernels.backends import IMPLS
     from qatkernels.backends.triton import _plans
@@ -152,7 +152,7 @@ def serve_cpu_tensors() -> None:
         def outputs(*args: Any) -> Any:
             found = meta(*args)
             for out in as_tuple(found):
-                out.set_(torch.zeros_like(out))  # no page of it is touched until somebody writes there
+                out.set_(torch.zeros_like(out))  # zero pages take no memory until something writes to them
             return found
 
         return outputs

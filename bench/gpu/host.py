@@ -1,8 +1,8 @@
-"""Microseconds that a call costs on the host: ``python -m bench.gpu host``, without a GPU too.
+"""Host time of a call in microseconds: ``python -m bench.gpu host``. It needs no GPU.
 
-There the process runs with `fake_runtime.cpp`, a CUDA runtime whose launches do nothing, and with the driver of Triton
-of `fake_driver.py`. Everything before a launch is real: Python, the dispatcher, checks, allocation, the choice of a
-kernel. What is missing is the launch itself, 2 to 3 µs in CUDA's runtime or driver, and for Triton its C launcher.
+Without a GPU the process uses `fake_runtime.cpp`, a CUDA runtime whose launches do nothing, and `fake_driver.py` for
+Triton. Everything before a launch is real: Python, the dispatcher, checks, allocation, the choice of a kernel. The
+launch itself is missing: 2 to 3 µs in CUDA's runtime or driver, and Triton's C launcher.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TOKENS = (1, 8, 9, 512)
 
 
 def main() -> int:
-    """Measure, in a process of its own with the runtime that launches nothing where there is no GPU."""
+    """Measure. Without a GPU a new process runs with the fake runtime."""
     if torch.cuda.is_available():
         _measure()
         return 0
@@ -58,14 +58,14 @@ def build() -> Path:
 
 
 def pretend() -> None:
-    """Let Triton compile nothing and launch nothing."""
+    """Install a fake driver, so that Triton neither compiles nor launches."""
     from . import fake_driver
 
     fake_driver.install(CAPABILITY, compiling=False)
 
 
 def microseconds(run: Callable[[], Any]) -> float:
-    """Return the time of this thread for a call: the tenth percentile of turns, as neighbours only add to it."""
+    """Return the thread time of a call: the 10th percentile of repetitions, since other processes only add time."""
     for _ in range(20):
         run()
     turns = []
@@ -79,7 +79,7 @@ def microseconds(run: Callable[[], Any]) -> float:
 
 
 def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield what is timed."""
+    """Yield the calls that are timed."""
     import qatkernels as qk
     from qatkernels.backends import IMPLS
     from qatkernels.nn.packed_linear import PackedLinear

@@ -1,4 +1,4 @@
-"""What is taken along: the extension and Triton's cache, made here for the GPU machine, in one file."""
+"""The pack: one file with the extension and Triton's cache, built here for the GPU machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .target import ARCHS, CACHE, MOST_BYTES, PACK, PYTHON, ROOT, TORCH, TRITON
 
 #: Environment of a build of the extension.
 BUILD = {"QATKERNELS_BUILD": "require", "QATKERNELS_CUDA_ARCHS": ARCHS}
-#: Of Triton's cache: what a launch looks for. The rest are the stages of a compilation.
+#: Files of Triton's cache that a launch needs. The others are intermediate stages of a compilation.
 _KEPT = (".cubin", ".json", ".so")
 _MANIFEST = "pack.json"
 _EXTENSION = f"qatkernels/_C.cpython-{PYTHON[0]}{PYTHON[1]}-x86_64-linux-gnu.so"
@@ -58,7 +58,7 @@ def make(seconds: float, jobs: int, parts: tuple[str, ...]) -> int:
 
 
 def _check_versions() -> None:
-    """Raise SystemExit unless this interpreter is what the pack is for."""
+    """Raise SystemExit unless this interpreter and its packages have the versions of the GPU machine."""
     import torch
     import triton
 
@@ -84,7 +84,7 @@ def _write() -> int:
     with tarfile.open(PACK, "w:xz", preset=6) as tar:
         tar.add(described, _MANIFEST)
         tar.add(ROOT / _EXTENSION, _EXTENSION)
-        # Kernels of one name resemble one another: side by side they compress better.
+        # Kernels of the same name are similar; stored next to each other they compress better.
         for file in sorted(files, key=lambda f: (f.name, str(f))):
             tar.add(file, f"cache/{file.relative_to(CACHE)}")
     return int(manifest["kernels"])
@@ -95,7 +95,7 @@ def _cached() -> Iterator[Path]:
 
 
 def sources() -> str:
-    """Return a hash of what the extension is built from."""
+    """Return a hash of the extension's sources."""
     found = hashlib.sha256()
     for file in (*sorted((ROOT / "csrc").rglob("*")), ROOT / "CMakeLists.txt"):
         if file.is_file():
@@ -110,7 +110,7 @@ def _git() -> dict[str, Any]:
 
 
 def unpack(pack: Path = PACK) -> dict[str, Any]:
-    """Put the extension and the cache where they belong, and return what the pack says of itself."""
+    """Install the extension and the cache from the pack, and return the description in the pack."""
     if not pack.exists():
         return {"status": "absent", "note": f"{pack} is not here: everything is compiled"}
     with tarfile.open(pack) as tar:
@@ -121,7 +121,7 @@ def unpack(pack: Path = PACK) -> dict[str, Any]:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source = tar.extractfile(member)
                 assert source is not None
-                target.unlink(missing_ok=True)  # a process that runs the old one keeps it
+                target.unlink(missing_ok=True)  # a process that uses the old file keeps it
                 target.write_bytes(source.read())
             elif member.name == _MANIFEST:
                 described = tar.extractfile(member)
@@ -138,7 +138,7 @@ def entries() -> int:
 
 
 def probe() -> int:
-    """Launch one kernel that the pack holds, and return :data:`bench.codes.MISSED` if Triton compiled it again."""
+    """Launch a kernel of the pack. Return :data:`bench.codes.MISSED` if Triton compiled it again."""
     import torch
 
     import qatkernels as qk

@@ -1,4 +1,4 @@
-"""Calls of single kernels for a profiler, which starts and stops where it is told."""
+"""Calls of single kernels for a profiler. The profiler starts and stops at marks in the program."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _backward(backend: str, shape: tuple[int, int], device: torch.device) -> Run
     return lambda: IMPLS["fake_quantize_backward"][backend](*args)
 
 
-#: What is profiled: the decode kernel in CUDA C++ and in Triton at one token, and the backward of fake quantization.
+#: Profiled kernels: the decode kernel in CUDA C++ and in Triton at one token, and the backward of fake quantization.
 CALLS: dict[str, tuple[Callable[[str, tuple[int, int], torch.device], Run], str, tuple[int, int]]] = {
     "gemv": (_packed, "cuda", (8192, 28672)),
     "decode": (_packed, "triton", (8192, 28672)),
@@ -37,7 +37,7 @@ CALLS: dict[str, tuple[Callable[[str, tuple[int, int], torch.device], Run], str,
 
 
 def main(name: str, *, dry: bool = False) -> int:
-    """Run one kernel a few times, the last one between the marks that a profiler waits for."""
+    """Run a kernel a few times, and the last time between the profiler's start and stop marks."""
     build, backend, shape = CALLS[name]
     if dry:
         build(

@@ -1,4 +1,4 @@
-"""A pytest plugin that writes outcomes to the journal named by QATKERNELS_JOURNAL as they come in."""
+"""A pytest plugin that writes outcomes at once to the journal that QATKERNELS_JOURNAL names."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from ..journal import Journal
 
-#: Outcomes after which the counts are written.
+#: The counts are written after so many outcomes.
 _BATCH = 50
 
 
 class Recorder:
-    """Failures at once, and counts now and then."""
+    """Writes each failure at once, and the counts from time to time."""
 
     def __init__(self, path: Path) -> None:
         self.journal = Journal(path)
@@ -23,7 +23,7 @@ class Recorder:
         self.begun = time.monotonic()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Count a test, and write down one that failed."""
+        """Count a test, and write a record if it failed."""
         if report.when != "call" and report.outcome == "passed":
             return
         self.counts[report.outcome] += 1
@@ -44,6 +44,6 @@ class Recorder:
 
 
 def pytest_configure(config: Any) -> None:
-    """Record where outcomes arrive: not in the processes that xdist starts."""
+    """Register the recorder in the main process only, not in the workers of xdist."""
     if "QATKERNELS_JOURNAL" in os.environ and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder(Path(os.environ["QATKERNELS_JOURNAL"])))

@@ -1,4 +1,4 @@
-"""The way home: from the journals of calls to files in bench/results, the tables of the docs, and a summary."""
+"""Import of results: from the journals of calls to files in bench/results, tables of the docs, and a summary."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from . import smoke, tables
 from .target import LAST
 
 _JOURNAL = "journal.jsonl"
-#: Lines that a part of a summary has at most: the end of a call's output is what is seen first.
+#: Maximum lines of a part of a summary. Only the end of a call's output is shown, so it must be short.
 _MOST = 30
 
 
 def bring_home(folders: Sequence[Path], results: Path, docs: Path, last: Path = LAST) -> list[Path]:
-    """Write what calls found to files for the repository.
+    """Write the results of calls to files of the repository.
 
     Args:
         folders: folders of calls on one device, the earliest first; a case that was run again replaces the earlier one.
@@ -47,7 +47,7 @@ def bring_home(folders: Sequence[Path], results: Path, docs: Path, last: Path = 
     described = {k: v for k, v in machines[-1].items() if k not in ("kind", "settings")}
     for machine in machines:
         described["products_tflop_s"] = machine["products_tflop_s"] | described["products_tflop_s"]
-    # The GPU machine may have no repository; the pack knows what it was made from.
+    # The GPU machine may have no repository. The pack names the commit that it was made from.
     packs = [r for r in records if r["kind"] == "pack" and r.get("git")]
     if packs and described["git"]["commit"] is None:
         described["git"] = packs[-1]["git"]
@@ -82,7 +82,7 @@ def _bare(record: Record) -> Record:
 
 
 def latest_rows(records: Sequence[Record]) -> Iterator[Row]:
-    """Yield the rows of each case; where it was begun again, those of the last time that gave any."""
+    """Yield the rows of each case; of a case that ran several times, those of the last time that gave rows."""
     found: dict[str, list[list[Row]]] = {}
     for record in records:
         if record["kind"] == "begin":
@@ -98,7 +98,7 @@ def latest_rows(records: Sequence[Record]) -> Iterator[Row]:
 
 
 def summary(folder: Path) -> str:
-    """Return what a call found: its steps, what failed, and the rows as tables."""
+    """Return the summary of a call: its steps, the rows as tables, and what failed."""
     records = read(_journal(folder))
     parts = [_steps(records), _smoke(records), _tests(records)]
     machines = [r for r in records if r["kind"] == "machine"]
@@ -108,7 +108,7 @@ def summary(folder: Path) -> str:
         parts.append(f"{machines[-1]['device']['name']}: copies {bandwidth:.0f} GB/s, products {rates} TFLOP/s")
         parts += tables.sections([_complete(row) for row in latest_rows(records)], bandwidth * 1e9)
     parts += [f"out of time: {r['suite']} from case {r['before']} on" for r in records if r["kind"] == "cut"]
-    # What failed last: it is what must be seen where the beginning is cut off.
+    # Failures come last, because the beginning of long output is cut off.
     return "\n\n".join([*parts[3:], *parts[:3]])
 
 

@@ -1,4 +1,4 @@
-"""Every op on every backend that is there, once: `qatkernels/testing/checks.py` on a GPU, a journal line each."""
+"""Smoke checks: every op on every backend once (`qatkernels/testing/checks.py`), with a journal line for each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..codes import DOOMED
 from ..journal import Journal, Record, read
 from ..machine import alive
 
-#: What tells a check from its neighbours in a journal.
+#: Fields that identify a check in a journal.
 KEY = ("op", "name", "backend", "under")
 
 
@@ -46,7 +46,7 @@ def main(journal: Path, *, dry: bool = False, backend: str | None = None, every:
         if key in done or (wanted is not None and key[:3] not in wanted):
             continue
         record = dict(zip(KEY, key, strict=True))
-        # What ends this process must not be met again by the next one.
+        # Written before the check: if the check kills this process, the next process skips it.
         out.write("smoke", record | {"status": "begun"})
         record |= _outcome(check, implementation)
         out.write("smoke", record)
@@ -61,7 +61,7 @@ def main(journal: Path, *, dry: bool = False, backend: str | None = None, every:
 
 
 def outcomes(journal: Path) -> dict[tuple[str, ...], Record]:
-    """Return the last record of each check of a journal: one that only began took its process along."""
+    """Return the last record of each check in a journal. If that is its beginning, the check killed its process."""
     return outcomes_of(read(journal, "smoke"))
 
 
@@ -76,7 +76,7 @@ def _calls(dry: bool, wanted: str | None) -> Iterator[tuple[Any, str, Any]]:
 
     for check in every_check(torch.device("cpu") if dry else GPU):
         for backend, implementation, device in implementations(check.op):
-            # A dry run has no other backend than the CPU's, whichever is asked for.
+            # A dry run checks the CPU's backend, whatever --backend says.
             if device.type == ("cpu" if dry else "cuda") and backend not in check.refused_by and (
                 dry or wanted in (None, backend)
             ):  # fmt: skip
@@ -87,7 +87,7 @@ def _outcome(check: Any, implementation: Any) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         check.run(implementation)
-    except Exception as problem:  # an op that fails leaves the others to be looked at
+    except Exception as problem:  # an op that fails does not stop the others
         traceback.print_exc()
         return {"status": "failed", "note": reason(problem), "seconds": round(time.perf_counter() - start, 3)}
     return {"status": "ok", "seconds": round(time.perf_counter() - start, 3)}

@@ -1,4 +1,4 @@
-"""A call: steps one after the other, each a process with a time limit, and what became of them in a journal."""
+"""A call: steps that run one after the other. Each is a process with a time limit; a journal records the outcome."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..codes import DOOMED
 from ..journal import Journal, Record
 from .target import CACHE, ROOT
 
-#: Lines of a failed step's output that its record keeps.
+#: How many last lines of a failed step's output its record has.
 _TAIL = 25
 #: Seconds between asking a process to stop and ending it, and below which a step is not begun.
 _GRACE, _LEAST = 5, 5
@@ -69,13 +69,13 @@ class Call:
         self.journal.write(kind, record)
 
     def skip(self, name: str, why: str) -> None:
-        """Say that a step is not run."""
+        """Record that a step is not run, and why."""
         print(f"== {name}: not run: {why}", flush=True)
         self.note("step", {"name": name, "status": "not run", "seconds": 0.0, "note": why})
 
     def run(self, step: Step) -> int | None:
         """Run a step and return its exit code; None where there was no time for it or it was ended."""
-        # A dry run shows that everything runs, on a machine that may be busy; how long it takes says nothing.
+        # A dry run only shows that everything runs. The machine may be busy, so its time does not count.
         limit = min(step.limit * (5 if self.dry else 1), self.left())
         if limit < _LEAST:
             self.skip(step.name, "out of time")
@@ -83,7 +83,7 @@ class Call:
         return self._finished(step, self._started(step), limit)
 
     def persist(self, step: Step, reserve: float = 0, attempts: int = 6) -> int | None:
-        """Run a step whose process may lose its GPU, again and again: it goes on after what took the process along."""
+        """Run a step; when its process loses the GPU, start it again. It continues after the case that caused that."""
         for attempt in range(1, attempts + 1):
             named = step if attempt == 1 else replace(step, name=f"{step.name}, process {attempt}")
             limit = min(step.limit, self.left() - reserve)
@@ -102,7 +102,7 @@ class Call:
             self._finished(step, process, min(step.limit, max(self.left(), 1)))
 
     def run_under(self, step: Step, tool: Sequence[str]) -> int | None:
-        """Run a step under a tool; by itself in a dry run, to see that it would."""
+        """Run a step under a tool. A dry run runs it without the tool."""
         if self.dry:
             return self.run(replace(step, name=f"{step.name} (without {tool[0]})"))
         if shutil.which(tool[0]) is None:
@@ -111,7 +111,7 @@ class Call:
         return self.run(replace(step, command=(*tool, *step.command)))
 
     def stop(self) -> None:
-        """End what is running."""
+        """Kill the processes that are running."""
         for process in self._running:
             _signal(process, signal.SIGKILL)
 
@@ -124,7 +124,7 @@ class Call:
         process = subprocess.Popen(
             step.command, cwd=ROOT, env=environment, text=True, errors="replace", stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            preexec_fn=os.setpgrp,  # a group of its own: the limit reaches whatever the step started
+            preexec_fn=os.setpgrp,  # its own process group, so that the time limit also kills what the step started
         )  # fmt: skip
         self._running.append(process)
         return process
@@ -136,7 +136,7 @@ class Call:
             late.set()
             _signal(process, signal.SIGINT)
             time.sleep(_GRACE)
-            _signal(process, signal.SIGKILL)  # what the step started too, and holds its output open
+            _signal(process, signal.SIGKILL)  # also the processes that the step started, which keep its output open
 
         watchdog = threading.Timer(limit, end)
         watchdog.daemon = True
@@ -163,6 +163,6 @@ class Call:
 
 
 def _signal(process: subprocess.Popen[str], number: int) -> None:
-    """Send a signal to whatever is left of a process's group."""
+    """Send a signal to the remaining processes of a group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)

@@ -1,4 +1,4 @@
-"""Rows of a GPU as tables in Markdown: for docs/benchmarks.md, and for the end of a call.
+"""Markdown tables of rows that were measured on a GPU: for docs/benchmarks.md, and for the summary of a call.
 
 A row's *floor* is what a copy of as many bytes took in the same race. Shares of the bandwidth are of large copies in
 the same run, shares of cuBLAS of `nn.Linear` with a 16-bit weight of the same shape in the same race.
@@ -17,12 +17,12 @@ from .target import ROOT
 DOCS = ROOT / "docs/benchmarks.md"
 BEGIN, END = "<!-- made by `python -m bench.gpu docs`: begin -->", "<!-- end -->"
 NOTHING = "Not measured yet: nothing has run on a GPU."
-#: Tokens up to which a packed product is a matter of reading the weight.
+#: Up to so many tokens a packed product is bound by reading the weight.
 _FEW = 8
 
 
 def update(docs: Path, results: Path) -> None:
-    """Write the tables of all results of GPUs between the marks of a page."""
+    """Write the tables of all GPU results between the marks of a page."""
     text = docs.read_text()
     before, rest = text.split(BEGIN)
     after = rest.split(END, 1)[1]
@@ -55,7 +55,7 @@ def _device(name: str, documents: Sequence[dict[str, Any]]) -> str:
 
 
 def sections(rows: Sequence[Row], bandwidth: float) -> list[str]:
-    """Return the tables of a run's rows that have any."""
+    """Return the tables of a run, without empty ones."""
     good = [row for row in rows if row["status"] == "ok"]
     found = [_family(good), *_products(good, bandwidth), _steps(good), _others(good), _bad(rows)]
     return [text for text in found if text]

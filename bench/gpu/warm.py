@@ -1,7 +1,7 @@
-"""Fills Triton's cache with what the calls on a GPU will need, without a GPU.
+"""Fills Triton's cache with the kernels that the calls on a GPU need, without a GPU.
 
-Runs the same calls on tensors of the CPU through :mod:`bench.gpu.fake_driver`. Nothing is computed and nothing is
-compared: numbers are zeros or whatever was in memory, and Python's ``-O`` takes the assertions out of the tests.
+It runs the same calls on CPU tensors with :mod:`bench.gpu.fake_driver`. Nothing is computed or compared: tensors hold
+zeros or arbitrary memory, and Python's ``-O`` removes the assertions of the tests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PARTS = ("rows", "smoke", "tests")
 
 
 def main(part: str, seconds: float, share: tuple[int, int] = (0, 1), *, compiling: bool = True) -> int:
-    """Compile what one part of the calls needs, or count it.
+    """Compile the kernels of one part of the calls, or only count them.
 
     Args:
         part: one of :data:`PARTS`.
@@ -59,7 +59,7 @@ def main(part: str, seconds: float, share: tuple[int, int] = (0, 1), *, compilin
 def _attempt(name: str, job: Callable[[], Any]) -> None:
     try:
         job()
-    except Exception as error:  # A result of nothing may be refused by whatever takes it; the kernel is there.
+    except Exception as error:  # code that uses the meaningless result may raise; the kernel is compiled by then
         if os.environ.get("VERBOSE"):
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
 
@@ -123,7 +123,7 @@ def _run_calls(build: Callable[[], Any]) -> None:
 
 
 def _draw_nothing() -> None:
-    """Numbers are zeros, for which no page is touched, and no weight is moved off a tie."""
+    """Make random tensors zero, which takes no memory, and leave weights on ties where they are."""
     from qatkernels.testing import samples
 
     from .. import exact
@@ -133,7 +133,7 @@ def _draw_nothing() -> None:
 
     samples.draw = zeros
     torch.Tensor.normal_ = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
-    exact.settle = lambda w, *args: w  # type: ignore[assignment]
+    exact.avoid_ties = lambda w, *args: w  # type: ignore[assignment]
 
 
 def _tests(end: float, share: tuple[int, int]) -> None:

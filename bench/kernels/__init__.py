@@ -1,1 +1,1 @@
-"""The machine code of the Triton kernels, measured without a GPU: instructions, registers, loads, resident blocks."""
+"""Statistics of the Triton kernels' machine code, without a GPU: instructions, registers, loads, resident blocks."""

@@ -1,4 +1,4 @@
-"""``python -m bench.kernels``: what the Triton kernels are as machine code, without a GPU.
+"""``python -m bench.kernels``: statistics of the Triton kernels' machine code, without a GPU.
 
 A run measures every case and keeps it in bench/results/kernels-sm90.json under a name, ``after`` unless told otherwise;
 earlier names stay. ``docs`` makes the table of docs/benchmarks.md from that file.
@@ -19,12 +19,12 @@ from ..report import RESULTS, save
 from .table import DOCS, update
 
 ARCHITECTURE = 90
-#: Arguments of kernels that say how a call is cut into tiles.
+#: Arguments of kernels that describe the tiling.
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT", "R", "C", "T", "N", "K")
 
 
 def measured(name: str, architecture: int = ARCHITECTURE) -> dict[str, Any]:
-    """Return what is known of the kernel of one case."""
+    """Return the statistics of the kernel of a case."""
     from .ahead import compiled, disassembly, recorded_launches, resources
     from .cases import CASES, on
     from .sass import counts, hot, parsed, resident, usual

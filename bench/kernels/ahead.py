@@ -1,6 +1,6 @@
-"""What a call of a Triton launcher would launch, compiled ahead of time for a GPU that is not here.
+"""Compiles the kernels of a call of a Triton launcher ahead of time, for a GPU that is not there.
 
-A launch is recorded instead of run; its arguments become the signature that Triton's JIT would compile for.
+A launch is recorded and not run. Its arguments give the signature that Triton's JIT would compile.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Launch = tuple[Any, dict[str, Any], dict[str, Any]]
 @contextmanager
 def _recording(launches: list[tuple[Any, Any, Any]]) -> Iterator[None]:
     run, replays = triton.JITFunction.run, _plans.enabled
-    _plans.enabled = False  # each call is launched by Triton
+    _plans.enabled = False  # launch plans are off, so that Triton sees every launch
     triton.JITFunction.run = lambda self, *a, grid, warmup, **k: launches.append((self, a, k))
     try:
         yield
@@ -47,7 +47,7 @@ def _recording(launches: list[tuple[Any, Any, Any]]) -> Iterator[None]:
 
 
 def recorded(call: Callable[[], Any]) -> list[Launch]:
-    """Return each launch that a call leads to."""
+    """Return the launches of a call."""
     launches: list[tuple[Any, Any, Any]] = []
     with _recording(launches):
         call()
@@ -60,13 +60,13 @@ def recorded(call: Callable[[], Any]) -> list[Launch]:
 
 
 def recorded_launches(op: str, args: tuple[Any, ...]) -> list[Launch]:
-    """Return each launch that an op leads to."""
+    """Return the launches of an op."""
     implementation = IMPLS[f"{op}_out" if OPS[op].outputs else op]["triton"]
     return recorded(lambda: implementation(*args, *as_tuple(OPS[op].meta(*args))))
 
 
 def specialized(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
-    """Return the signature, constants and attributes that a launch with these arguments compiles a kernel for."""
+    """Return the signature, constants and attributes that Triton compiles for a launch with these arguments."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
@@ -101,7 +101,7 @@ def resources(cubin: bytes) -> tuple[int, int, int]:
     text = _cuobjdump("--dump-resource-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
     if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {text}")
+        raise RuntimeError(f"cuobjdump reports no registers: {text}")
     registers, stack, local = map(int, found.groups())
     return registers, stack, local
 

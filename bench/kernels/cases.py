@@ -1,4 +1,4 @@
-"""The calls whose kernels are measured: real shapes, on tensors whose memory nobody touches."""
+"""The calls whose kernels are measured. Shapes are real; the tensors' memory is never accessed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SQUARE = 4096
 
 @contextmanager
 def on(architecture: int) -> Iterator[None]:
-    """Let the launchers believe that they are on a GPU."""
+    """Let the launchers see a GPU."""
     module = importlib.import_module("qatkernels.backends.triton.lowbit_linear")
     known, module.capability = module.capability, lambda device: divmod(architecture, 10)
     try:

@@ -1,6 +1,6 @@
-"""Machine code counted: what a thread executes in the loop where a kernel spends its time.
+"""Counts the instructions in the loop in which a kernel spends its time.
 
-Counts are of instructions as they stand, each once; what they cost is another matter.
+Each instruction of the loop counts once. The count does not tell how long they take.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 
-#: Of a multiprocessor of compute capability 8.0 and 9.0: registers, warps, blocks; warps that registers are given to at
-#: once, and of how many a warp gets them.
+#: Limits of a multiprocessor of compute capability 8.0 and 9.0: registers, warps, blocks, warps that are allocated
+#: together, and registers that are allocated together for a warp.
 _REGISTERS, _WARPS, _BLOCKS, _TOGETHER, _UNIT = 65536, 64, 32, 4, 256
-#: Bytes of shared memory of a multiprocessor by architecture, and what each block takes for itself.
+#: Bytes of shared memory of a multiprocessor by architecture, and the bytes that are reserved for each block.
 _SHARED, _OWN = {80: 167936, 90: 233472, 100: 233472}, 1024
 
 #: Matrix instructions of both generations.
@@ -71,7 +71,7 @@ def loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
 
 
 def hot(code: Sequence[Instruction]) -> list[Instruction]:
-    """Return the innermost loop with most matrix instructions, then with most instructions; all code without loops."""
+    """Return the innermost loop with most matrix instructions, of equals the longest; all code if there is no loop."""
 
     def weight(body: Sequence[Instruction]) -> tuple[int, int]:
         return sum(i.base in _MATRIX for i in body), len(body)
@@ -91,7 +91,7 @@ def width(instruction: Instruction) -> int:
 
 
 def usual(code: Sequence[Instruction]) -> list[Instruction]:
-    """Return code without what is jumped over unless a division is a hard one: it calls a subroutine, left out too."""
+    """Return the code without the rare slow path of divisions, which calls a subroutine, and without that."""
     calls = [i for i in code if i.base == "CALL"]
     subroutines = [int(found[1], 16) for i in calls if (found := _TARGET.search(i.operands.rstrip()))]
     end = min(

@@ -25,7 +25,7 @@ def update(docs: Path, results: Path) -> None:
 
 
 def render(results: Path) -> str:
-    """Return the table: what differs between the two measurements as ``before → after``."""
+    """Return the table. A value that differs between the measurements is shown as ``before → after``."""
     runs: dict[str, Any] = json.loads(results.read_text())["runs"]
     before, after = (runs.get(name, {"cases": {}})["cases"] for name in ("before", "after"))
     lines = []

@@ -16,22 +16,22 @@ from qatkernels.testing.samples import Sample, make
 
 from .. import peers
 from ..case import Call, Case, Missing, Settings, bytes_of
-from ..exact import expected, settled
+from ..exact import expected, without_ties
 
 FORWARD, BACKWARD, JVP, QUANTIZE = "fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "quantize"
 
 INT4 = lsq(4)
 
-#: Largest error by dtype of an output: a few roundings, or those of a row's sum in float32.
+#: Tolerance by dtype of an output: a few roundings, or those of the float32 sum over a row.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.int8: 0.0, torch.uint8: 0.0}
 
-#: Backends whose calls are listed, whatever the device; those of the device if empty. `bench/gpu/warm.py` sets it.
+#: Backends to list on any device; those of the device if empty. `bench/gpu/warm.py` sets this.
 ONLY: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One line of the list below."""
+    """A case of the list below."""
 
     op: str
     dtype: torch.dtype
@@ -43,7 +43,7 @@ class Problem:
 
 
 def problems(settings: Settings) -> Iterator[Problem]:
-    """The headline in every form, then one change at a time."""
+    """Return the main case in every form, then variants that change one setting each."""
     large, small, group = ((4096, 4096), (1024, 1024), 128) if not settings.quick else ((64, 256), (16, 32), 32)
     for dtype in settings.dtypes:
         huge = settings.for_gpu and not settings.quick
@@ -63,14 +63,14 @@ def problems(settings: Settings) -> Iterator[Problem]:
 
 
 def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
-    """Yield what builds the suite's cases."""
+    """Yield builders of the cases."""
     return (partial(build, problem, settings) for problem in problems(settings))
 
 
 def build(problem: Problem, settings: Settings) -> Case:
     """Return the case of a problem: every backend present, fresh and into given memory, and the peers."""
     p = problem
-    sample = settled(make(p.grid, p.shape, p.dtype, p.granularity, settings.device, p.noise, p.out_dtype))
+    sample = without_ties(make(p.grid, p.shape, p.dtype, p.granularity, settings.device, p.noise, p.out_dtype))
     args = sample.args(p.op)
     calls: list[Call | Missing] = list(ours(p.op, args, settings.device))
     if p.op == FORWARD:
@@ -90,9 +90,9 @@ def build(problem: Problem, settings: Settings) -> Case:
 
 
 def ours(op: str, args: tuple[Any, ...], device: torch.device) -> Iterator[Call | Missing]:
-    """Yield every backend's call of an op on a device, with fresh outputs and with given ones.
+    """Yield the call of each backend on a device, with outputs that it allocates and with given ones.
 
-    The reference competes on a CPU only: a GPU has no time for it.
+    The reference is timed on a CPU only; it would take too much GPU time.
     """
     for backend in ONLY or backends.REGISTRY.preference(device.type.upper()):
         if backend == "reference" and device.type == "cuda":
@@ -109,7 +109,7 @@ def ours(op: str, args: tuple[Any, ...], device: torch.device) -> Iterator[Call 
 def _into(backend: str, impl: Any, op: str, args: tuple[Any, ...]) -> Call:
     outputs = as_tuple(OPS[op].meta(*args))
     for out in outputs:
-        # Poison: what the call does not write must not pass.
+        # Filled with NaN, so that an element that the call does not write is an error.
         out.fill_(float("nan") if out.is_floating_point() else 113)
 
     def run() -> Any:

@@ -1,4 +1,4 @@
-"""Products of tokens with the weights of their experts: packed ones against a loop, and one training step."""
+"""Products of tokens with the weights of their experts: packed weights against a loop, and a training step."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from qatkernels.ops import PackedWeight, grouped_lowbit_linear, lowbit_linear
 from qatkernels.testing.samples import Sample, weights
 
 from ..case import Call, Case, Expected, Missing, Settings, attempt, bytes_of
-from ..exact import expected, settle
+from ..exact import avoid_ties, expected
 
-#: Largest error by dtype of the products: sums of up to 4096 of them, and the rounding of the result.
+#: Tolerance by dtype: sums of up to 4096 products, and the rounding of the result.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Experts and how many tokens each has."""
+    """A stack of experts, and how many tokens each has."""
 
     experts: int
     rows: int
@@ -47,7 +47,7 @@ class Problem:
 
     @property
     def counts(self) -> list[int]:
-        """Tokens of each expert: equal, or falling with the expert's number to none for the last quarter."""
+        """Tokens of each expert: equal, or decreasing with the expert's index, with none for the last quarter."""
         if self.load == "balanced":
             return [self.tokens // self.experts] * self.experts
         busy = max(1, self.experts * 3 // 4)
@@ -67,7 +67,7 @@ class Problem:
 
     @property
     def names(self) -> dict[str, Any]:
-        """What the case is called."""
+        """The fields that name the case."""
         return {
             "grid": f"{self.grid.scheme}{self.grid.bits}", "granularity": "per row",
             "variant": f"{sum(self.counts)} tokens, {self.load}",
@@ -75,7 +75,7 @@ class Problem:
 
 
 def problems(settings: Settings, training: bool) -> Iterator[Problem]:
-    """Few large experts and many small ones, from a few tokens for each to many."""
+    """Return few large experts and many small ones, with few and many tokens each."""
     shapes = ((4, 32, 64, (8, 24)),) if settings.quick else ((8, 1024, 2048, (8, 64, 512)), (64, 256, 512, (64, 512)))
     for experts, rows, cols, batches in shapes:
         for tokens in batches:
@@ -86,13 +86,13 @@ def problems(settings: Settings, training: bool) -> Iterator[Problem]:
 
 
 def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
-    """Yield what builds the suite's cases."""
+    """Yield builders of the cases."""
     yield from (functools.partial(packed, p) for p in problems(settings, training=False))
     yield from (functools.partial(step, p) for p in problems(settings, training=True))
 
 
 def _looped(p: Problem, x: Tensor, experts: list[Callable[[Tensor], Tensor]]) -> Callable[[], Tensor]:
-    """Return a call of the experts one after another, as models without a grouped product do it."""
+    """Return a call that loops over the experts, as models without a grouped product do."""
     counts = p.counts
     return lambda: torch.cat([e(part) for e, part in zip(experts, x.split(counts), strict=True) if len(part)])
 
@@ -103,7 +103,7 @@ def _each(p: Problem, x: Tensor, w: Tensor) -> Tensor:
 
 
 def packed(p: Problem) -> Case:
-    """Return the case of packed experts; dense is one weight that all tokens meet, a product of another result."""
+    """Return the case of packed experts. ``dense`` multiplies all tokens with one weight, so its result differs."""
     w = weights((p.experts * p.rows, p.cols), torch.float32, p.device).view(p.shape)
     weight = PackedWeight.from_float(w, p.grid.init_scale(w), p.grid)
     one = PackedWeight.from_float(w[0], p.grid.init_scale(w[0]), p.grid)
@@ -143,8 +143,8 @@ def step(p: Problem) -> Case:
     """Return the case of a forward and backward of fake-quantized experts."""
     x, g, offsets, config = p.draw(p.cols, 3), p.draw(p.rows, 4), p.offsets, QuantConfig(bits=p.bits)
     w = weights((p.experts * p.rows, p.cols), p.dtype, p.device)
-    scale = p.grid.init_scale(w) * 0.5  # half as wide as they should be, so that some weights saturate
-    w = settle(w, scale, p.grid)
+    scale = p.grid.init_scale(w) * 0.5  # half the usual scales, so that some weights saturate
+    w = avoid_ties(w, scale, p.grid)
     grouped = GroupedQuantLinear.from_stacked(nn.Parameter(w.view(p.shape).clone()), config=config, transposed=False)
     grouped.scale.data.copy_(scale.view(p.shape[:2]))
     experts = [QuantLinear.from_linear(_trainable(e), config) for e in w.view(p.shape)]
@@ -204,7 +204,7 @@ def _plain(p: Problem, x: Tensor, g: Tensor, w: Tensor) -> Expected:
 
 
 def _expected(p: Problem, x: Tensor, g: Tensor, w: Tensor, scale: Tensor) -> Expected:
-    # One expert's rows are rows of one tall weight, but the scales' gradients shrink with the size of one expert.
+    # The experts' rows are rows of one tall weight, but the factor of the scales' gradients depends on one expert.
     sample = Sample("", p.grid, w, scale)
     (values,) = expected("fake_quantize", sample, sample.args("fake_quantize"))
     assert values is not None

@@ -1,4 +1,4 @@
-"""Hessian-vector products and spectra of the demo's model, beside one gradient and beside other tools."""
+"""Hessian-vector products and spectra of the demo's model, compared with one gradient and with other tools."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from qatkernels.trainer.demo_model import ModelConfig
 from .. import hessian as tools
 from ..case import Call, Case, Missing, Settings, attempt
 
-#: Probes and steps that are timed: each of the twenty probes of a spectrum costs the same.
+#: Probes and steps that are timed. Each of the twenty probes of a spectrum costs the same.
 PROBES, STEPS = 1, 60
 
 
 def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
-    """Yield what builds the suite's cases, float32 whatever was asked for: products have no other dtype but float64."""
+    """Yield builders of the cases. They are float32 for every --dtype: the only other dtype of products is float64."""
     config = ModelConfig(32, 1, 2, 16, 31) if settings.quick else ModelConfig(context=128)
     problem = cache(lambda: tools.Problem(config, 4 if settings.quick else 16, device=settings.device))
     yield lambda: _product(problem(), settings)
@@ -46,7 +46,7 @@ def _product(problem: tools.Problem, settings: Settings) -> Case:
             attempt("finite differences", lambda: _differences(problem, v)),
             attempt("curvlinops", lambda: _call("curvlinops", tools.curvlinops(problem)[0], v, "forward over reverse")),
         ]
-    # Six products with each weight: two for each of the gradient's three, one of which is the forward's.
+    # Six matrix products with each weight: a gradient takes three (one is the forward's), and each becomes two.
     return Case(
         "hvp", (problem.n,), torch.float32, calls, lambda: (exact.products([v.double()])[0],), (2e-4,), 8 * problem.n,
         flops=12 * problem.tokens * problem.n, grid="seq2", variant=f"{problem.tokens} tokens",
@@ -66,7 +66,7 @@ def _differences(problem: tools.Problem, v: Tensor) -> Call:
 
 
 class Free:
-    """A matrix whose products cost next to nothing: what remains of Lanczos is its vector work."""
+    """A diagonal matrix. Its products cost almost nothing, so only Lanczos' vector work is timed."""
 
     def __init__(self, n: int, device: torch.device) -> None:
         self.n, self.dtype, self.device = n, torch.float32, device
@@ -120,7 +120,7 @@ def _eigenthings(problem: tools.Problem, probes: int, steps: int) -> Call:
 
 
 class _Start:
-    """Curvlinops' operator, as its Lanczos asks for it."""
+    """An operator with the interface that curvlinops' Lanczos needs."""
 
     def __init__(self, times: Callable[[Tensor], Tensor], operator: Any) -> None:
         self.times, self.operator = times, operator

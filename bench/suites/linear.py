@@ -1,4 +1,4 @@
-"""One training step of a linear layer, forward and backward: what quantization-aware training adds to nn.Linear."""
+"""A training step of a linear layer, forward and backward: the cost of QAT compared with nn.Linear."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from qatkernels.testing.samples import Sample, draw, weights
 
 from .. import peers
 from ..case import Call, Case, Expected, Missing, Settings, attempt, bytes_of
-from ..exact import expected, settle
+from ..exact import avoid_ties, expected
 
-#: Largest error by dtype of the products: sums of 1024 of them, and of 1024 tokens.
+#: Tolerance by dtype: sums of 1024 products, and of 1024 tokens.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
@@ -41,7 +41,7 @@ class Problem:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """What the matrix products run in."""
+        """The dtype of the matrix products."""
         return self.autocast or self.dtype
 
     def activations(self) -> tuple[Tensor, Tensor]:
@@ -52,14 +52,14 @@ class Problem:
         )
 
     def linear(self) -> nn.Linear:
-        """Return a plain layer."""
+        """Return an nn.Linear."""
         layer = nn.Linear(self.features, self.features, bias=False, device=self.device, dtype=self.dtype)
         layer.weight.data.copy_(weights((self.features, self.features), self.dtype, self.device))
         return layer
 
 
 def problems(settings: Settings) -> Iterator[Problem]:
-    """Two batch sizes, two widths, and 16 bits both ways: parameters in bfloat16, or float32 ones under autocast."""
+    """Return two batch sizes, two widths, and both kinds of 16-bit training: bfloat16 parameters, or autocast."""
     sizes = ((64, 1024), (1024, 1024))
     if settings.for_gpu:
         sizes = ((8192, 4096), (1024, 4096), (8192, 1024), (1024, 1024))
@@ -72,14 +72,14 @@ def problems(settings: Settings) -> Iterator[Problem]:
 
 
 def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
-    """Yield what builds the suite's cases."""
+    """Yield builders of the cases."""
     return (partial(build, problem, settings) for problem in problems(settings))
 
 
 def build(p: Problem, settings: Settings) -> Case:
     """Return the case of a problem: QuantLinear, nn.Linear, and the peers."""
     x, g = p.activations()
-    w, scale = _settled(p)
+    w, scale = _layer_without_ties(p)
     calls: list[Call | Missing] = [_plain(p, x, g), _ours(p, x, g, w, scale)]
     if settings.peers:
         calls += _peers(p, x, g, w, scale)
@@ -92,11 +92,11 @@ def build(p: Problem, settings: Settings) -> Case:
     )  # fmt: skip
 
 
-def _settled(p: Problem) -> tuple[Tensor, Tensor]:
+def _layer_without_ties(p: Problem) -> tuple[Tensor, Tensor]:
     w = p.linear().weight.detach()
-    # Half as wide as they should be, so that some weights saturate.
+    # Half the usual scales, so that some weights saturate.
     scale = p.grid.init_scale(w) * 0.5
-    return settle(w, scale, p.grid), scale
+    return avoid_ties(w, scale, p.grid), scale
 
 
 def _expected(p: Problem, x: Tensor, g: Tensor, w: Tensor, scale: Tensor) -> Expected:

@@ -18,7 +18,7 @@ from .. import ggml
 from ..case import Call, Case, Missing, Settings, attempt, bytes_of
 from .fake_quantize import ours
 
-#: Largest error by dtype of the activations: sums of up to 16384 products, and the rounding of the result.
+#: Tolerance by dtype of the activations: sums of up to 16384 products, and the rounding of the result.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 #: Most tokens that the CUDA kernel takes.
 DECODED = 8
@@ -26,7 +26,7 @@ DECODED = 8
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer, how it is packed, and how many tokens it meets."""
+    """A layer, how it is packed, and the number of tokens."""
 
     shape: tuple[int, int]
     bits: float
@@ -41,7 +41,7 @@ class Problem:
 
     @property
     def names(self) -> dict[str, str]:
-        """What the case is called."""
+        """The fields that name the case."""
         return {
             "grid": f"{self.grid.scheme}{self.grid.bits}", "variant": f"{self.tokens} tokens",
             "granularity": "per row" if self.group_size is None else f"groups of {self.group_size}",
@@ -49,7 +49,7 @@ class Problem:
 
 
 def problems(settings: Settings) -> Iterator[Problem]:
-    """4 bits at every number of tokens, other widths at some, and weights that no cache holds."""
+    """Return 4 bits at every number of tokens, other widths at some, and weights larger than any cache."""
     small, large = (4096, 4096), (16384, 16384)
     if settings.quick:
         yield from (Problem((64, 64), 4, 32, 1), Problem((64, 64), 2, None, 5))
@@ -73,7 +73,7 @@ def problems(settings: Settings) -> Iterator[Problem]:
 
 
 def _of_gpu() -> Iterator[Problem]:
-    """Every width at every number of tokens, what tells most first: the time on a GPU may end before the list does."""
+    """Return every width at every number of tokens, the most informative first: time on a GPU may run out."""
     widths = ((1, None), (1.58, None), (2, None), (3, None), (4, None), (4, 128), (8, None))
     for tokens in (1, 4096, 8, 64, 512, 2048, 16, 4, 128, 2, 32):
         for shape in ((8192, 28672), (4096, 4096)):
@@ -82,7 +82,7 @@ def _of_gpu() -> Iterator[Problem]:
 
 
 def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
-    """Yield what builds the suite's cases."""
+    """Yield builders of the cases."""
     yield from (partial(build, problem, settings) for problem in problems(settings))
     shape, batches = ((64, 64), (3,)) if settings.quick else ((4096, 4096), (512, 4096))
     if settings.quick or settings.for_gpu:
@@ -116,7 +116,7 @@ def _packed(p: Problem, device: torch.device) -> tuple[Tensor, PackedWeight]:
 
 
 def _backends(p: Problem, x: Tensor, w: PackedWeight, device: torch.device) -> Iterator[Call | Missing]:
-    """Yield each backend's call, with the CUDA kernel where it serves: the public function takes one of them."""
+    """Yield the call of each backend, with the CUDA kernel where it takes the call."""
     grid = (list(p.grid.constants), p.grid.code_min, w.bits)
     for call in ours("lowbit_linear", (x, w.packed, w.scale, w.zero_point, None, None, *grid, None), device):
         if getattr(call, "output", "fresh") == "fresh" and (call.name != "cuda" or p.tokens <= DECODED):
@@ -124,7 +124,7 @@ def _backends(p: Problem, x: Tensor, w: PackedWeight, device: torch.device) -> I
 
 
 def transposed(p: Problem, settings: Settings) -> Case:
-    """Return the case of the product with the weight itself, which a gradient of activations takes."""
+    """Return the case of the transposed product, which gives the gradient of activations."""
     _, packed = _packed(p, settings.device)
     g = draw((p.tokens, p.shape[0]), p.dtype, settings.device, seed=3)
     plain = draw(p.shape, p.dtype, settings.device, width=0.02)

@@ -1,4 +1,4 @@
-"""Packed products of several widths in one race: what fewer bits are worth at one token."""
+"""Packed products of several bit widths in one race: the speedup of fewer bits at one token."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .lowbit import TOLERANCE, product
 
 
 def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
-    """Yield what builds the suite's one case."""
+    """Yield the builder of the only case."""
     yield partial(build, settings)
 
 
 def build(settings: Settings) -> Case:
-    """Return the case: weights that no cache holds, one token."""
+    """Return the case: weights larger than any cache, one token."""
     features = 64 if settings.quick else 16384
     w = weights((features, features), torch.float32, settings.device)
     x = torch.randn(1, features, generator=torch.Generator().manual_seed(3)).to(settings.device, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What WinQ and SQuAT add to a step of quantization-aware training, and what their passes over the weights cost."""
+"""The cost of WinQ and SQuAT: in a whole training step, and of each of their passes over the weights."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from qatkernels.trainer.parallel import Processes
 from qatkernels.trainer.phases import Phase
 
 from ..case import Call, Case, Settings, built, bytes_of
-from ..exact import expected, settle
+from ..exact import avoid_ties, expected
 
-#: The released scripts' noise; where it is drawn it costs the same whatever it is.
+#: The noise of the released scripts. Its size does not change its cost.
 NOISE = 1e-3
 #: Why a step's result is not compared here.
 TESTED = "tests/methods compares it"
@@ -43,7 +43,7 @@ class Problem:
 
 
 def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
-    """Yield what builds steps of the demo's model and of single layers, then the passes by themselves."""
+    """Yield builders of steps of the demo's model and of single layers, then of the single passes."""
     widths, tokens = ((32,), (8, 16)) if settings.quick else ((1024, 2048, 4096), (1024, 4096))
     for dtype in settings.dtypes:
         for autocast in (False, True) if dtype == torch.float32 else (False,):
@@ -56,7 +56,7 @@ def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
 
 
 def _loop(settings: Settings, precision: str) -> Iterator[Case]:
-    """Yield races of the training loop's own steps on the demo's model, and of what comes between them."""
+    """Yield steps of the training loop on the demo's model, and what runs between them."""
     small: dict[str, Any] = {"width": 32, "depth": 1, "heads": 2, "context": 16, "batch": 2} if settings.quick else {}
 
     def training(**kwargs: Any) -> loop.Training:
@@ -64,7 +64,7 @@ def _loop(settings: Settings, precision: str) -> Iterator[Case]:
         config = TrainConfig(device=device, precision=precision, bits=(2,), qat_lr=0.0, scale_lr=0.0, **small, **kwargs)
         text = torch.randint(256, (2**20,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
         corpus = Corpus("random bytes", text, text, (), (), "", len(text), len(text))
-        # Rates of zero: no call's weights wander off while it is timed.
+        # Learning rates of zero, so that the weights do not change while a call is timed.
         phase = Phase("w2", 2, 1000, 0.0, 0.0, lambda step: 0.0, method=config.method_config)
         return loop.begin(loop.Run(config, corpus, None, None, None, Processes()), phase)  # type: ignore[arg-type]
 
@@ -82,9 +82,10 @@ def _loop(settings: Settings, precision: str) -> Iterator[Case]:
     winq = training(method="winq", reset_every=0)
     loop.take_step(winq, 0)
     config, parameters = winq.run.config, list(winq.model.parameters())
-    tokens, features = config.batch * config.context, sum(w.numel() for w in parameters if w.ndim == 2)
+    width, tokens = config.shape.width, config.training.batch * config.shape.context
+    features = sum(w.numel() for w in parameters if w.ndim == 2)
     common: dict[str, Any] = {"grid": "seq2", "granularity": "per row"}
-    shape, product = (config.width, config.width), torch.bfloat16 if precision == "bfloat16" else torch.float32
+    shape, product = (width, width), torch.bfloat16 if precision == "bfloat16" else torch.float32
     yield Case(
         "step of the training loop", shape, torch.float32, calls, tuple, (), 4 * bytes_of(*parameters),
         flops=6 * tokens * features, product_dtype=product, memory=True,
@@ -103,7 +104,7 @@ def _loop(settings: Settings, precision: str) -> Iterator[Case]:
 
 
 def _model(p: Problem) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
-    """Return a new layer and a loss whose gradient is random: the products are those of a layer within a model."""
+    """Return a new layer, and a loss with a random gradient, so that all products of a layer in a model are done."""
     torch.manual_seed(0)
     layer = nn.Linear(*p.shape, bias=False, device=p.device, dtype=p.dtype)
     layer.weight.data.copy_(weights(p.shape, p.dtype, p.device))
@@ -113,12 +114,12 @@ def _model(p: Problem) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
 
 
 def _step(p: Problem) -> Case:
-    """Return a race of whole steps: forward, backward, AdamW."""
+    """Return whole steps: forward, backward, AdamW."""
 
     def call(name: str, kind: Any, build: Callable[[nn.Module, Any], Callable[[Callable[[], Tensor]], object]]) -> Call:
         model, loss = _model(p)
         model.train()
-        # A learning rate of zero: no call's weights wander off while it is timed.
+        # A learning rate of zero, so that the weights do not change while a call is timed.
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
         step = build(model, optimizer)
 
@@ -160,16 +161,16 @@ def _step(p: Problem) -> Case:
 
 
 def _passes(width: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    """Yield a reset beside an optimizer's step, and the passes of a perturbation."""
+    """Yield a reset, compared with an optimizer's step, and the passes of a perturbation."""
     grid, shape = paretoq(2), (width, width)
     scale = grid.init_scale(weights(shape, dtype, device)) * 0.5
-    w = settle(weights(shape, dtype, device), scale, grid)
+    w = avoid_ties(weights(shape, dtype, device), scale, grid)
     sample = Sample("", grid, w, scale)
     (values,) = expected("fake_quantize", sample, sample.args("fake_quantize"))
     common = {"grid": "seq2", "granularity": "per row"}
     tolerance = (2.0**-7 if dtype == torch.bfloat16 else 1e-5,)
 
-    # All the way to the grid, where a second reset leaves the weights: the result stays what it must be.
+    # The weight of the reset is 1: it moves weights onto the grid, so a second reset changes nothing.
     moving = w.clone()
     layer = QuantLinear(width, width, bias=False, config=QuantConfig(bits=2), device=device, dtype=dtype)
     layer.weight.grad, layer.scale.grad = torch.ones_like(w), torch.ones_like(scale)
@@ -180,7 +181,7 @@ def _passes(width: int, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
     ]
     yield Case("reset", shape, dtype, calls, lambda: (values,), tolerance, 2 * bytes_of(w), **common)  # type: ignore[arg-type]
 
-    # A factor of zero: the weight stays, and lies in the gradient's memory from the first call on.
+    # A factor of zero, so that the weight does not change; from the first call on it is in the gradient's memory.
     changed, g, factor = w.clone(), torch.randn_like(w), torch.zeros((), device=device)
 
     def swap() -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
-"""Implementations of the ops, and which of them serves which call.
+"""Implementations of the ops, and the choice of the one that serves a call.
 
-`registry.py` has the rule and the table, `dispatch.py` tells it to torch. Each other file or package of this folder
-that has ``BACKENDS`` is found by itself. A distribution of its own may bring backends too: an entry point in the group
-``qatkernels.backends`` that names an iterable of :class:`Backend` (CONTRIBUTING.md has an example).
+`registry.py` has the rule and the table. `dispatch.py` registers them with torch. Every other file or package in this
+folder that has ``BACKENDS`` is found automatically. Another distribution can add backends through an entry point in the
+group ``qatkernels.backends`` that names an iterable of :class:`Backend` (example in CONTRIBUTING.md).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ order, chosen, report, load_backend = REGISTRY.order, REGISTRY.chosen, REGISTRY.
 
 
 def install() -> None:
-    """Find the backends and what they implement, and tell torch."""
+    """Find the backends and their implementations, and register them with torch."""
     for found in pkgutil.iter_modules(__path__):
         declare(getattr(importlib.import_module(f"{__name__}.{found.name}"), "BACKENDS", ()))
     for entry in importlib.metadata.entry_points(group="qatkernels.backends"):
@@ -52,10 +52,10 @@ def install() -> None:
 
 
 def empty_cache() -> None:
-    """Return the memory that the CPU kernels keep for their next results to the system.
+    """Release the CPU kernels' memory pool to the system, as ``torch.cuda.empty_cache`` does for CUDA.
 
-    Results of a MiB or more come from blocks that are reused once nothing refers to them; what is kept never makes the
-    footprint exceed its own peak. The counterpart of ``torch.cuda.empty_cache``.
+    Outputs of 1 MiB or more are allocated from blocks of the pool. A block is reused when no tensor refers to it any
+    more. The pool never keeps more than was in use at once.
     """
     compiled = extension()
     if compiled is not None:

@@ -1,4 +1,4 @@
-"""The backends that the extension holds: C++ kernels for the CPU, and CUDA kernels where it was built with CUDA."""
+"""The backends in the compiled extension: C++ kernels for the CPU, and CUDA kernels if it was built with CUDA."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def _extension() -> ModuleType:
 
 
 def fits(built: str, running: str, cuda: bool) -> bool:
-    """Return whether an extension works with a torch.
+    """Return whether an extension works with the running version of torch.
 
-    Nothing promises that another version lays out its tensors alike, so it must be the version that the extension was
-    built with. Builds of one release from one source are alike but for CUDA: they differ in the label after the ``+``
-    (``2.13.0``, ``2.13.0+cpu``, ``2.13.0+cu130``), and an extension without CUDA kernels uses nothing that differs. One
-    with CUDA kernels links to libraries of one label. For versions that are no releases the label is the source.
+    The release must be the same, because torch guarantees no binary compatibility between releases. Builds of one
+    release (``2.13.0``, ``2.13.0+cpu``, ``2.13.0+cu130``) differ only in CUDA. An extension without CUDA kernels works
+    with all of them; one with CUDA kernels links to CUDA libraries, so it needs the same build. Of a version that is
+    not a release, the part after the ``+`` names the source, so it must be the same too.
 
     Args:
         built: version of torch that the extension was built with.
-        running: version of torch that is there.
-        cuda: whether the extension holds CUDA kernels.
+        running: version of torch that is installed.
+        cuda: whether the extension has CUDA kernels.
     """
     release = built.partition("+")[0]
     if cuda or re.fullmatch(r"[0-9.]+(\.post[0-9]+)?", release) is None:
@@ -74,7 +74,7 @@ def _load_cuda(registry: Registry) -> None:
 
 
 def _enter(registry: Registry, compiled: ModuleType, op: Op, backend: str, device: str) -> None:
-    """Enter what the extension holds of an op on a device: its kernels, and what says which calls they take."""
+    """Register the extension's kernels of an op on a device, and the condition under which they take a call."""
     for name in op.schemas:
         if compiled.serves(name, device):
             registry.enter(backend, name, getattr(torch.ops.qatkernels_cpp, name))
@@ -83,7 +83,7 @@ def _enter(registry: Registry, compiled: ModuleType, op: Op, backend: str, devic
 
 
 def condition(op: Op) -> str:
-    """Return the name of the op that says which calls a kernel takes."""
+    """Return the name of the op that tells whether a kernel takes a call."""
     return f"{op.name}_serves"
 
 

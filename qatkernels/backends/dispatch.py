@@ -1,7 +1,7 @@
-"""What the registry says, told to torch's dispatcher.
+"""Registers the backends' implementations with torch's dispatcher.
 
-The choice between backends is made in C++, by the extension: a call that a C++ kernel takes never enters Python.
-Without the extension it is made here.
+If several backends can serve a call, the extension chooses in C++, so a call that a C++ kernel takes never enters
+Python. Without the extension, the choice is made here in Python.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .registry import DEVICES, REGISTRY, Registry, Stage
 
 
 def register() -> None:
-    """Register the orders with torch's dispatcher: a kernel itself where it takes every call, a choice where not."""
+    """Register each op: the first backend's kernel if it takes every call, otherwise a function that chooses."""
     for op in REGISTRY.ops.values():
         for device in DEVICES:
             stages = REGISTRY.order(op.name, device)
@@ -31,7 +31,7 @@ def register() -> None:
                     compiled = importlib.import_module("qatkernels._C")
                     compiled.choose("qatkernels", op_name, device, [named(op, op_name, s, device) for s in stages])
                 elif backend == "reference":
-                    pass  # it serves where nothing else does
+                    pass  # torch calls the reference if nothing else is registered
                 elif REGISTRY.backends[backend].compiled:
                     importlib.import_module("qatkernels._C").implement("qatkernels", op_name, device)
                 else:
@@ -39,7 +39,7 @@ def register() -> None:
 
 
 def choice(op: Op, op_name: str, stages: list[Stage], registry: Registry = REGISTRY) -> Callable[..., Any]:
-    """Return what passes each call to the first stage that takes it, in Python."""
+    """Return a Python function that passes each call to the first stage that takes it."""
 
     def run(*args: Any) -> Any:
         inputs = args[: len(op.parameters)]
@@ -62,17 +62,17 @@ def _implementation(op: Op, op_name: str, stage: Stage, registry: Registry) -> C
 def named(
     op: Op, op_name: str, stage: Stage, device: str, registry: Registry = REGISTRY
 ) -> tuple[str, str | None, int | None]:
-    """Return a stage as the extension's choice takes it, by names of ops: what is written in Python becomes one.
+    """Return a stage in the form that the extension needs: names of ops. A Python implementation becomes an op.
 
     Args:
         op: the op.
         op_name: its name, or that of its ``_out`` form.
         stage: a stage of its order.
-        device: ``"CPU"`` or ``"CUDA"``, where the choice is to be made.
-        registry: where the stage is from.
+        device: ``"CPU"`` or ``"CUDA"``, the device of the calls.
+        registry: the registry of the stage.
 
     Returns:
-        The op to call, the op that says whether it takes a call if there is one, and the stage's limit of rows.
+        The op to call, the op that tells whether it takes a call (None if it takes all), and the limit of rows.
     """
     backend = registry.backends.get(stage.backend)
     if backend is not None and backend.compiled:
@@ -85,10 +85,10 @@ def named(
 
 
 def _as_op(backend: str, schema: str, implementation: Callable[..., Any], device: str) -> str:
-    """Make an op of a Python function, in a namespace of its backend, and return its name."""
+    """Register a Python function as an op in the namespace of its backend, and return the op's name."""
     library, (name, signature) = _library(backend), schema.split("(", 1)
     while hasattr(getattr(torch.ops, library.ns), name):
-        name += "_again"  # registered before, in a test: choices made then keep what they had
+        name += "_again"  # registered before, in a test; earlier choices keep the earlier op
     library.define(f"{name}({signature}")
     library.impl(name, implementation, device)
     return f"{library.ns}::{name}"
@@ -96,5 +96,5 @@ def _as_op(backend: str, schema: str, implementation: Callable[..., Any], device
 
 @functools.cache
 def _library(backend: str) -> torch.library.Library:
-    """Return the namespace of a backend that is written in Python; as long as the process lives."""
+    """Return the namespace of a Python backend. It exists until the process ends."""
     return torch.library.Library(f"qatkernels_{backend}", "FRAGMENT")

@@ -1,11 +1,12 @@
-"""Which implementation serves which call: backends in an order for each device; a call goes to the first that takes it.
+"""Which implementation serves a call. Each device has an order of backends; the first that takes a call serves it.
 
-A backend is declared in a file of its own (:class:`Backend`) and enters its implementations itself, each where it is
-defined. One whose kernel takes only some calls enters a condition with it, and passes the others on. The reference
-takes every call and ends every order.
+Each backend is declared in its own file (:class:`Backend`) and registers its implementations where they are defined. A
+kernel that takes only some calls is registered with a condition; other calls go to the next backend. The reference
+takes every call and is the last in every order.
 
-``QATKERNELS_BACKEND=<name>`` puts a backend first for every op that has a kernel there; what its kernels do not take
-goes on in the usual order. A backend that is missing altogether is an error, never a silent substitute.
+``QATKERNELS_BACKEND=<name>`` puts a backend first for every op that it has a kernel for. Calls that its kernels do not
+take go to the others in the usual order. If that backend is not available, an error is raised; it is never replaced
+silently.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ DEVICES = ("CPU", "CUDA")
 
 @dataclass(frozen=True)
 class Backend:
-    """Implementations that come together.
+    """A set of implementations.
 
     Attributes:
-        name: what QATKERNELS_BACKEND and `doctor` call it.
-        devices: where its kernels run: ``"CPU"``, ``"CUDA"``.
-        load: enters its implementations into a registry; raises ImportError with the reason if it is not here.
-        priority: of two backends of a device, calls try the one with more first.
-        compiled: whether the extension holds its kernels.
-        wrap: makes of an op and what would run it what runs it.
-        unreachable: says why no call can reach its kernels in this process, None if one can. Such a backend is loaded
-            only on demand (:meth:`Registry.load_backend`), because that takes time.
+        name: its name in QATKERNELS_BACKEND and `doctor`.
+        devices: devices of its kernels: ``"CPU"``, ``"CUDA"``.
+        load: registers its implementations; raises ImportError with the reason if the backend is not available.
+        priority: calls try the backend with the highest priority first.
+        compiled: whether its kernels are in the compiled extension.
+        wrap: takes an op and its implementation, and returns the implementation to use.
+        unreachable: returns why no call can reach its kernels in this process, None if one can. Such a backend is loaded
+            only on demand (:meth:`Registry.load_backend`), because loading takes time.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Rule:
 
     Attributes:
         backend: the backend.
-        rows: the calls are those whose first argument has at most so many rows (tokens); all calls if None.
+        rows: the rule holds for calls whose first argument has at most so many rows (tokens); for all if None.
     """
 
     backend: str
@@ -63,12 +64,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Stage:
-    """A backend that calls of an op may reach.
+    """A backend in the order of an op.
 
     Attributes:
         backend: the backend.
-        rows: most rows of the first argument that it is asked for; any number if None.
-        asked: whether its kernel takes only some calls, and is asked for each.
+        rows: only calls whose first argument has at most so many rows reach it; all calls if None.
+        asked: whether its kernel has a condition, which is evaluated for each call.
     """
 
     backend: str
@@ -77,7 +78,7 @@ class Stage:
 
     @property
     def takes_all(self) -> bool:
-        """Whether no call goes on from here."""
+        """Whether it takes every call that reaches it."""
         return self.rows is None and not self.asked
 
     def __str__(self) -> str:
@@ -94,11 +95,11 @@ class Registry:
         backends: the backends by name.
         implementations: every implementation present, ``implementations[op][backend]``; ``op`` is a name in
             ``torch.ops.qatkernels``, with ``_out`` for the form that writes into given outputs.
-        conditions: what says of an op's arguments whether a kernel that takes only some calls takes one,
-            ``conditions[op][backend]``.
-        loaded: names of the backends whose implementations are entered.
-        missing: why a backend is absent, for `qatkernels doctor`.
-        rules: exceptions from the usual order by op and device, first match first.
+        conditions: for a kernel that takes only some calls, a function of the op's arguments that returns whether it
+            takes a call, ``conditions[op][backend]``.
+        loaded: names of the backends that are loaded.
+        missing: why a backend is not available, for `qatkernels doctor`.
+        rules: exceptions from the usual order by op and device; the first that matches counts.
     """
 
     ops: dict[str, Op] = field(default_factory=dict)
@@ -122,7 +123,7 @@ class Registry:
         self.backends[backend.name] = backend
 
     def load(self) -> None:
-        """Enter the references and what every backend has; a backend that is not here says why in ``missing``."""
+        """Register the references and the implementations of every backend that is available."""
         for op in self.ops.values():
             self.enter("reference", op.name, op.reference)
             if op.outputs:
@@ -137,10 +138,10 @@ class Registry:
                 self.missing[name] = str(error)
 
     def load_backend(self, name: str) -> None:
-        """Enter what a backend has, even if no call can reach it, as for compiling its kernels ahead of time.
+        """Register the implementations of a backend even if no call can reach them; to compile them, say.
 
         Raises:
-            ImportError: if it is not here.
+            ImportError: if the backend is not available.
         """
         if name not in self.loaded:
             self.backends[name].load(self)
@@ -148,19 +149,19 @@ class Registry:
             self.missing.pop(name, None)
 
     def enter(self, backend: str, name: str, run: Callable[..., Any]) -> None:
-        """Enter what runs an op, or its ``_out`` form, on a backend; it sees to its arguments itself."""
+        """Register an implementation of an op, or of its ``_out`` form, that checks its arguments itself."""
         self.implementations.setdefault(name, {})[backend] = run
 
     def enter_kernel(
         self, backend: str, op: str, run: Callable[..., None], serves: Callable[..., bool] | None = None
     ) -> None:
-        """Enter a kernel that is written in Python; it is called as the contract of the op says.
+        """Register a kernel that is written in Python. Its arguments are checked by the op's contract before.
 
         Args:
             backend: the backend.
             op: name of the op.
-            run: takes the arguments of the op, then its outputs, which it writes.
-            serves: says of the arguments of the op whether the kernel takes a call; it takes all if None.
+            run: takes the arguments of the op, then the outputs, and writes the outputs.
+            serves: takes the arguments of the op, and returns whether the kernel takes the call; all calls if None.
         """
         declared, wrap = self.ops[op], self.backends[backend].wrap
         kernel = Kernel(declared, run)
@@ -177,7 +178,7 @@ class Registry:
         return (*(backend.name for backend in here), "reference")
 
     def order(self, op: str, device: str) -> list[Stage]:
-        """Return the backends that calls of an op may reach, in the order in which a call tries them.
+        """Return the backends of an op, in the order in which a call tries them.
 
         Args:
             op: name of the op.
@@ -187,8 +188,8 @@ class Registry:
             Stages. The last one, and only it, takes all calls.
 
         Raises:
-            RuntimeError: if QATKERNELS_BACKEND names a backend that is unknown or missing, or a rule one of another
-                device.
+            RuntimeError: if QATKERNELS_BACKEND names a backend that is unknown or not available, or a rule names a
+                backend of another device.
         """
         forced, preference = self._forced(device), self.preference(device)
         first = self.rules.get((op, device), ()) if forced is None else (Rule(forced),)
@@ -204,7 +205,7 @@ class Registry:
         return stages
 
     def _forced(self, device: str) -> str | None:
-        """Return the backend that QATKERNELS_BACKEND puts first on a device, None if it says nothing about it."""
+        """Return the backend that QATKERNELS_BACKEND puts first on a device, or None."""
         forced = os.environ.get("QATKERNELS_BACKEND")
         if not forced:
             return None
@@ -226,7 +227,7 @@ class Registry:
         return self.order(op, device)[0].backend
 
     def report(self) -> dict[str, dict[str, list[str]]]:
-        """Return by op and device what a call tries, in order, as text; and by op what is ``present``."""
+        """Return the order of backends as text, by op and device; and by op the backends that are ``present``."""
         return {
             op: {device: [str(stage) for stage in self.order(op, device)] for device in DEVICES}
             | {"present": sorted(self.implementations[op])}
@@ -235,13 +236,13 @@ class Registry:
 
 
 def _asked(op: Op, serves: Callable[..., bool], *args: Any) -> bool:
-    """Whether a kernel takes a call; it is asked only for calls that the contract of the op allows."""
+    """Return whether a kernel takes a call. The op's contract is checked first."""
     op.contract.check(args)
     return serves(*args)
 
 
 def read_rules(path: Path) -> dict[tuple[str, str], tuple[Rule, ...]]:
-    """Read exceptions from the usual order, each of which says what it rests on."""
+    """Read the exceptions from the usual order. Each entry of the file names the results that support it."""
     found: dict[tuple[str, str], tuple[Rule, ...]] = {}
     for entry in json.loads(path.read_text()):
         key = entry["op"], entry["device"]
@@ -249,20 +250,20 @@ def read_rules(path: Path) -> dict[tuple[str, str], tuple[Rule, ...]]:
     return found
 
 
-#: What serves ``torch.ops.qatkernels``.
+#: The registry of ``torch.ops.qatkernels``.
 REGISTRY = Registry(ops=OPS, rules=read_rules(Path(__file__).with_name("choices.json")))
 
 
 def implements(
     op: str, backend: str, *, serves: Callable[..., bool] | None = None, registry: Registry = REGISTRY
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that enters a function as the kernel of an op on a backend.
+    """Return a decorator that registers a function as the kernel of an op on a backend.
 
     Args:
         op: name of the op.
-        backend: name of the backend, which is declared.
-        serves: says of the arguments of the op whether the kernel takes a call; it takes all if None.
-        registry: where it is entered.
+        backend: name of a declared backend.
+        serves: takes the arguments of the op, and returns whether the kernel takes the call; all calls if None.
+        registry: the registry to use.
     """
 
     def enter(run: Callable[..., None]) -> Callable[..., None]:
@@ -273,6 +274,6 @@ def implements(
 
 
 def declare(backends: Iterable[Backend]) -> None:
-    """Declare backends in the registry that serves ``torch.ops.qatkernels``."""
+    """Declare backends in the registry of ``torch.ops.qatkernels``."""
     for backend in backends:
         REGISTRY.add(backend)

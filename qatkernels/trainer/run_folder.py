@@ -73,7 +73,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
-#: Names of the folders that `qatkernels.trainer.phases` and the studies (`studies/`) make for their phases.
+#: Names of the folders of phases: those of `qatkernels.trainer.phases`, and those that studies/ gives its phases.
 _PHASE = re.compile(r"fp\d*|cooled\d+|w\d(\.\d+)?(a\d)?(-.*)?")
 
 

@@ -14,6 +14,8 @@ from qatkernels.hessian import HessianOperator, Spectrum, spectrum
 from qatkernels.nn import quantized_weights
 from qatkernels.trainer import CheckpointError, ConfigError, TrainConfig, data, spectra, train
 from studies import spectra as study
+from studies.results import Results
+from studies.runner import command
 from tests.passes import each_pass
 
 OPTIONS = ["--probes", "2", "--steps", "8", "--windows", "3", "--device", "cpu"]
@@ -119,27 +121,20 @@ def test_options_reach_the_operator(run, tmp_path):
 
 
 def test_the_study_is_one_command(run, tmp_path):
-    """Models along QAT, in the order of training, into a report; a second call computes nothing."""
-    text = str(run.parent / "text.txt")
-    tiny = {
-        "data": text, "width": 16, "depth": 1, "heads": 2, "context": 16, "batch": 2, "steps": 4, "qat_steps": 4,
-        "eval_windows": 4, "precision": "float32", "device": "cpu",
-    }  # fmt: skip
-    config = tmp_path / "tiny.toml"
-    config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in tiny.items()))
-    given = ["--bits", "4", "1", "--at", "0", "2", "--probes", "2", "--lanczos", "6", "--windows", "2"]
-    given += ["--config", str(config), "--out", str(tmp_path / "run"), "--results", str(tmp_path)]
+    """Models along QAT, in the order of training; a second call computes nothing."""
+    given = ["--smoke", "--data", str(run.parent), "--out", str(tmp_path)]
     with each_pass() as passes:
-        study.main(given)
+        assert command(study.STUDY, given) == 0
     assert passes.count > 0
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert [(c["phase"], c["step"]) for c in report["checkpoints"]] == [
-        ("fp", 4), ("w4", 0), ("w4", 2), ("w4", 4), ("w1", 0), ("w1", 2), ("w1", 4)
+    results = Results(tmp_path / "spectra.jsonl")
+    assert [(row["figures"]["phase"], row["figures"]["step"]) for row in results.rows] == [
+        ("fp", 4), ("w4", 2), ("w4", 4), ("w1", 2), ("w1", 4)
     ]  # fmt: skip
-    assert len({c["name"] for c in report["checkpoints"]}) == 7
-    assert (tmp_path / "spectra.png").exists()
+    text = study.report(results, tmp_path)
+    assert text.count("w4-step-000002") == 1
+    assert (tmp_path / "small-seed0-6x2.png").exists()
     with each_pass() as passes:
-        study.main(given)
+        assert command(study.STUDY, given) == 0
     assert passes.count == 0
 
 

@@ -35,7 +35,7 @@ def test_without_noise_the_coefficients_are_found() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_optima_within_two_hundredths(seed: int) -> None:
-    """With 0.5% noise; the study of 200 tables is docs/results/plan-recovery.json."""
+    """With 0.5% noise; the study of 200 tables is docs/results/plan-amd-epyc/plan_recovery.jsonl."""
     fit = fit_loss_law(table("large", 0.005, seed), resamples=0, starts=2)
     assert np.abs(fit.law.optimal_fraction(*QUESTIONS) - TRUE).max() < 0.02
     assert fit.r2 > 0.99
@@ -44,7 +44,7 @@ def test_optima_within_two_hundredths(seed: int) -> None:
 def test_intervals_cover() -> None:
     """At the nominal 90%; were that the coverage of all 40 intervals, the bound would fail once in a thousand times.
 
-    The study of 200 tables is docs/results/plan-recovery.json.
+    The study of 200 tables is docs/results/plan-amd-epyc/plan_recovery.jsonl.
     """
     repetitions, planted = 30, np.array([getattr(PLANTED, name) for name in COEFFICIENTS])
     hits, optimum_hits, widths = np.zeros(16), np.zeros(len(TRUE)), []

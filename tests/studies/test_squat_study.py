@@ -1,52 +1,51 @@
-"""The study of SQuAT, tiny and on a BERT made up here: what is chosen where, that it goes on, what its report says."""
+"""The study of SQuAT at its smoke size, on a BERT made up here: what is chosen where, that it resumes, its report."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-from qatkernels import files  # noqa: E402
-from studies import squat, squat_report  # noqa: E402
-
-WORDS = ["a", "good", "bad", "film", "plot", "very", "dull", "fine", "scene", "end"]
+from qatkernels import files
+from studies import squat, squat_report
+from studies.results import Results
+from studies.runner import command
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as studies.fetch leaves it."""
-    folder = tmp_path_factory.mktemp("data")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=16,
-    )  # fmt: skip
-    transformers.BertModel(config).save_pretrained(folder / "model")
-    vocabulary = {word: i for i, word in enumerate(words)}
-    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder / "model")
-    draw = torch.Generator().manual_seed(1)
-    lines = []
-    for number in range(120):
-        count = int(torch.randint(3, 8, (), generator=draw))
-        picked = [WORDS[i] for i in torch.randint(len(WORDS), (count,), generator=draw)]
-        rating = 0.0 if number % 40 == 5 else picked.count("good") - picked.count("bad") + 0.5
-        lines.append(f"{number}\t{rating}\t{' '.join(picked)}")
-    (folder / "reviews.tsv").write_text("\n".join(lines))
-    return folder
+def data(reviews: Path) -> Path:
+    return reviews
 
 
 @pytest.fixture(scope="module")
 def out(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished study."""
     folder = tmp_path_factory.mktemp("study")
-    assert squat.main(["--preset", "test", "--data", str(data), "--out", str(folder)]) == 0
+    assert ran(data, folder) == 0
     return folder
+
+
+def ran(data: Path, out: Path) -> int:
+    return command(squat.STUDY, ["--smoke", "--data", str(data), "--out", str(out)])
+
+
+def without(out: Path, left_out: tuple[str, int], to: Path) -> dict[str, Any]:
+    """Write the results of a study but for one run, as if they were made elsewhere; return that run."""
+    to.mkdir(exist_ok=True)
+    lines = (out / "squat.jsonl").read_text().splitlines(keepends=True)
+    one = [line for line in lines if (json.loads(line).get("case"), json.loads(line).get("seed")) == left_out]
+    assert len(one) == 1
+    (to / "squat.jsonl").write_text("".join(line for line in lines if line not in one))
+    return json.loads(one[0])
+
+
+def the_squat(out: Path) -> tuple[str, int]:
+    return next((row["case"], 1) for row in Results(out / "squat.jsonl").rows if row["seed"] and row["settings"]["rho"])
 
 
 def test_sentences_are_split_by_their_number(data: Path) -> None:
@@ -66,78 +65,74 @@ def test_an_epoch_has_every_sentence_once(data: Path) -> None:
 
 
 def test_only_linear_layers_of_the_encoder_learn_and_are_quantized(data: Path, out: Path) -> None:
-    model = squat.build(data, 1, squat.Training(1, 2, 1, 1e-3), out / "seed1" / "fp.safetensors")
+    model = squat.build(data, 1, squat.Training(1, 2, 1, 1e-3), out / "work" / "seed1" / "fp.safetensors")
     assert not any(p.requires_grad for p in model.bert.embeddings.parameters())
     scales = [name for name, _ in model.named_parameters() if name.endswith("scale")]
     assert len(scales) == 6 + 1  # the pooler is the seventh
     assert not any("classifier" in name for name in scales)
-    tuned, _ = files.load(out / "seed1" / "fp.safetensors")
+    tuned, _ = files.load(out / "work" / "seed1" / "fp.safetensors")
     assert torch.equal(model.state_dict()["bert.pooler.dense.weight"], tuned["bert.pooler.dense.weight"])
     published = squat.build(data, 1, squat.Training(1, None, 1, 1e-3), out)
     assert not torch.equal(published.state_dict()["bert.pooler.dense.weight"], tuned["bert.pooler.dense.weight"])
 
 
 def test_choices_are_made_on_seed_0(out: Path) -> None:
-    study = json.loads((out / "study.json").read_text())
-    tried = {path.stem for path in (out / "seed0").glob("w*.json")}
-    assert tried == {"w2-1-0.001", "w2-1-0.001-squat-0.05", "w2-1-0.001-squat-0.1"}
-    found = {rho: json.loads((out / "seed0" / f"w2-1-0.001-squat-{rho}.json").read_text()) for rho in (0.05, 0.1)}
-    merit = {rho: (x["validation"]["accuracy"], -x["validation"]["loss"]) for rho, x in found.items()}
-    assert study["chosen"] == {"2": {"lr": 1e-3, "rho": max(merit, key=lambda rho: merit[rho])}}
+    results = Results(out / "squat.jsonl")
+    tried = {row["case"] for row in results.rows if row["seed"] == 0}
+    assert tried == {"fp", "w2-1-0.001", "w2-1-0.001-squat-0.05", "w2-1-0.001-squat-0.1"}
+    merit = {}
+    for rho in (0.05, 0.1):
+        found = results.figures(f"w2-1-0.001-squat-{rho}", 0)["validation"]
+        merit[rho] = found["accuracy"], -found["loss"]
+    best = max(merit, key=lambda rho: merit[rho])
+    assert squat_report.choices(results)[2]["settings"]["rho"] == best
+    assert {row["settings"]["rho"] for row in results.rows if row["seed"]} == {None, best}
 
 
-def test_it_goes_on_without_training_again(data: Path, out: Path) -> None:
-    one = out / "seed1" / "w2-2-0.001.json"
-    before = {path: path.stat().st_mtime_ns for path in out.glob("seed*/*.json") if path != one}
-    result = json.loads(one.read_text())
-    one.unlink()
-    assert squat.main(["--preset", "test", "--data", str(data), "--out", str(out)]) == 0
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    again = json.loads(one.read_text())
-    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in result.items() if k != "seconds"}
+def test_a_missing_run_is_run_again(data: Path, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "work").symlink_to(out / "work")
+    one = without(out, ("w2-2-0.001", 1), tmp_path)
+    before = Results(tmp_path / "squat.jsonl").rows
+    assert ran(data, tmp_path) == 0
+    *others, again = Results(tmp_path / "squat.jsonl").rows
+    assert others == before
+    for row in (one, again):
+        del row["figures"]["seconds"]
+    assert again["figures"] == one["figures"]
 
 
-def test_report(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert squat_report.main(["--study", str(out), "--out", str(tmp_path)]) == 0
-    rows = {row["method"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
-    assert set(rows) == set(squat_report.METHODS)
-    one = json.loads(next((out / "seed1").glob("*squat*.json")).read_text())
-    base = json.loads((out / "seed1" / "w2-1-0.001.json").read_text())
-    assert rows["squat"]["accuracy"] == [100 * one["test"]["accuracy"], 0.0]
-    assert rows["squat"]["gain"][0] == pytest.approx(100 * (one["test"]["accuracy"] - base["test"]["accuracy"]))
-    assert rows["lsq"]["largest eigenvalue"][0] == base["lambda_max"]
+def test_report(out: Path, tmp_path: Path) -> None:
+    results = Results(out / "squat.jsonl")
+    runs, full = squat_report.grouped(results)
+    assert {method for _, method in runs} == set(squat_report.METHODS)
+    assert len(full) == 1
+    row = squat_report.compared(2, "squat", runs[2, "squat"], runs[2, "lsq"])
+    one, base = results.figures(*the_squat(out)), results.figures("w2-1-0.001", 1)
+    assert row["accuracy"] == [100 * one["test"]["accuracy"], 0.0]
+    assert row["gain"][0] == pytest.approx(100 * (one["test"]["accuracy"] - base["test"]["accuracy"]))
+    assert row["largest eigenvalue"][0] == one["lambda_max"]
+    assert "| 2 | SQuAT |" in squat_report.report(results, tmp_path)
     assert (tmp_path / "squat.png").stat().st_size > 1000
-    assert "| 2 | SQuAT |" in capsys.readouterr().out
 
 
 def test_goes_on_with_results_made_elsewhere(data: Path, out: Path, tmp_path: Path) -> None:
-    assert squat_report.main(["--study", str(out), "--out", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "results.json").read_text())
-    one = next(x for x in report["trainings"] if x["seed"] == 1 and x["rho"] is not None)
-    report["trainings"].remove(one)
-    (tmp_path / "results.json").write_text(json.dumps(report))
-    command = ["--preset", "test", "--data", str(data), "--out", str(tmp_path / "all")]
-    assert squat.main([*command, "--earlier", str(tmp_path / "results.json")]) == 0
-    assert not (tmp_path / "all" / "seed0" / "fp.safetensors").exists(), "nothing of this seed is left to train"
-    again = json.loads(next((tmp_path / "all" / "seed1").glob("*squat*.json")).read_text())
-    assert again["test"] == one["test"]
+    one = without(out, the_squat(out), tmp_path)
+    assert ran(data, tmp_path) == 0
+    assert not (tmp_path / "work" / "seed0").exists(), "nothing of this seed is left to train"
+    assert Results(tmp_path / "squat.jsonl").figures(*the_squat(out))["test"] == one["figures"]["test"]
 
 
-def test_another_start_is_not_mixed_in(data: Path, out: Path, tmp_path: Path) -> None:
+def test_another_start_is_not_mixed_in(data: Path, out: Path, tmp_path: Path, capsys: Any) -> None:
     """Full precision that gives something else here, as with another version of torch."""
-    assert squat_report.main(["--study", str(out), "--out", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "results.json").read_text())
-    full = next(x for x in report["trainings"] if x["seed"] == 1 and x["bits"] is None)
-    full["test"]["loss"] += 0.01
-    report["trainings"].remove(next(x for x in report["trainings"] if x["seed"] == 1 and x["rho"] is not None))
-    (tmp_path / "results.json").write_text(json.dumps(report))
-    command = ["--preset", "test", "--data", str(data), "--out", str(tmp_path / "all")]
+    without(out, the_squat(out), tmp_path)
+    path = tmp_path / "squat.jsonl"
+    loss = json.dumps(Results(path).figures("fp", 1)["test"]["loss"])
+    path.write_text(path.read_text().replace(loss, "0.123", 1))
     for _ in range(2):
-        with pytest.raises(SystemExit, match="give another --out, no --earlier"):
-            squat.main([*command, "--earlier", str(tmp_path / "results.json")])
+        assert ran(data, tmp_path) == 2
+        assert "cannot be compared: give another --out" in capsys.readouterr().err
 
 
-def test_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        squat.main(["--data", str(tmp_path)])
+def test_without_data(tmp_path: Path, capsys: Any) -> None:
+    assert command(squat.STUDY, ["--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "studies.fetch" in capsys.readouterr().err

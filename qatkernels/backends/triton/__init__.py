@@ -1,4 +1,4 @@
-"""Triton kernels: one file for each op or family, named as its meaning in `qatkernels/ops`."""
+"""Triton kernels: one file for each op or family of ops, with the same name as in `qatkernels/ops`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _unreachable() -> str | None:
 
 
 def _load(registry: Registry) -> None:
-    """Import every file of kernels: launchers enter themselves.
+    """Import every file of kernels. Each registers its launchers.
 
     Raises:
         ImportError: if Triton is not installed.
@@ -33,7 +33,7 @@ def _load(registry: Registry) -> None:
 
 
 def _planned(op: Op, implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an implementation that runs launchers as one that replays calls like earlier ones."""
+    """Return an implementation that replays launches of earlier calls of the same kind (`_plans.py`)."""
     return importlib.import_module(f"{__name__}._plans").planned(op, implementation)
 
 

@@ -1,9 +1,9 @@
-"""Packed codes as operands of products: 32-bit words from memory, shifts known at compile time, no conversions.
+"""Unpacks codes into operands of products: loads 32-bit words, shifts by compile-time constants, avoids conversions.
 
-A *group* is the fewest words that hold whole codes: one word of 1, 2, 4 or 8 bits, ``BITS`` words of 3, 5 or 7 and
-three of 6. A *unit* is four codes in one word. A code becomes a float without a conversion, for which a GPU has few
-units: its bits replace those of the mantissa of a power of two, where each counts as much as it does in the code, and
-the power is subtracted. Both steps are exact.
+A *group* is the smallest number of words that holds a whole number of codes: one word for 1, 2, 4 or 8 bits, ``BITS``
+words for 3, 5 or 7 bits, three words for 6 bits. A *unit* is four consecutive codes. A GPU converts integers to floats
+slowly, so a code becomes a float without a conversion instruction: its bits are put into the mantissa of a power of
+two, at the place where they have the value of the code, and the power of two is subtracted. Both steps are exact.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from .packing import load_codes
 
 
 def group_of(bits: int) -> tuple[int, int]:
-    """Return how many words a group of codes has, and how many units."""
+    """Return the number of words and of units in a group of codes."""
     return bits // gcd(bits, 8), 8 // gcd(bits, 8)
 
 
 def by_words(bits: int, row_bytes: int, address: int, columns: int) -> bool:
-    """Return whether tiles of so many columns can be loaded as words.
+    """Return whether tiles with so many columns can be loaded as 32-bit words.
 
     Args:
         bits: bits of a code.
         row_bytes: bytes of a row.
-        address: where the first row starts.
-        columns: columns of a tile, which starts at a multiple of them.
+        address: address of the first row.
+        columns: columns of a tile; a tile starts at a multiple of this.
     """
     return row_bytes % 4 == 0 and address % 4 == 0 and columns % (4 * group_of(bits)[1]) == 0
 
 
 @triton.jit
 def unit(words, J: tl.constexpr, BITS: tl.constexpr):
-    """The ``J``-th four codes of a group, from bit 1 on (8-bit ones, which fill a word, from bit 0 on)."""
+    """The ``J``-th unit of a group. Its codes start at bit 1 (at bit 0 for 8-bit codes, which fill the word)."""
     WORD: tl.constexpr = J * 4 * BITS // 32
     AT: tl.constexpr = J * 4 * BITS % 32
     if BITS == 8:
@@ -51,7 +51,7 @@ def unit(words, J: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def units(words, J: tl.constexpr, STRIDE: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr):
-    """Every ``STRIDE``-th unit from the ``J``-th on, in new last dimensions of 2."""
+    """The units J, J + STRIDE, J + 2 STRIDE, ..., joined in new last dimensions of size 2."""
     if STRIDE == UNITS:
         return unit(words, J, BITS)
     else:
@@ -60,7 +60,7 @@ def units(words, J: tl.constexpr, STRIDE: tl.constexpr, UNITS: tl.constexpr, BIT
 
 @triton.jit
 def chosen(x, MASK: tl.constexpr, BITS: tl.constexpr):
-    """The bits of x under a mask, with other bits set: one instruction, which the compiler would not find."""
+    """(x & MASK) | BITS in one instruction (lop3), which the compiler does not generate by itself."""
     if INTERPRETED:
         return (x & MASK) | BITS
     else:
@@ -73,11 +73,11 @@ def chosen(x, MASK: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def number(x, AT: tl.constexpr, BITS: tl.constexpr, DOT: tl.constexpr, FACTOR: tl.constexpr, ADD: tl.constexpr):
-    """The code at a bit of x as an operand, ``FACTOR * code + ADD``; a factor only for integers."""
+    """The code that starts at bit AT of x, as an operand ``FACTOR * code + ADD``. Only integers have a factor."""
     if DOT.is_int():
         return (((x >> AT) & ((1 << BITS) - 1)).to(tl.int16) * FACTOR + ADD).to(tl.int8)
     else:
-        # At bit 0 a half could not be added; beyond bit 23 there is no mantissa.
+        # PLACE is the bit of the mantissa where the code goes: not 0, so that ADD may be a half, and not beyond bit 23.
         PLACE: tl.constexpr = 1 if AT == 0 or AT + BITS > 23 else AT
         if AT < PLACE:
             x = x << 1
@@ -92,7 +92,7 @@ def numbers(
     row_ptr, exists, first, row_bytes, BITS: tl.constexpr, WORDS: tl.constexpr, UNITS: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, FACTOR: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Operands ``[C / 4 / UNITS, R, 2, 2, ...]``, whose dimensions but the second are the columns."""
+    """Operands ``[C / 4 / UNITS, R, 2, 2, ...]``. Dimension 1 is the rows, all others together are the columns."""
     row_ptr = row_ptr.to(tl.pointer_type(tl.uint32))
     words = ()  # type: tuple[tl.tensor, ...]
     for j in tl.static_range(WORDS):
@@ -107,7 +107,7 @@ def numbers(
 
 @triton.jit
 def columns_first(x, R: tl.constexpr, C: tl.constexpr):
-    """What `numbers` returns as ``[C, R]``."""
+    """Return the result of `numbers` as ``[C, R]``."""
     if len(x.shape) == 4:
         x = tl.permute(x, (0, 2, 3, 1))
     elif len(x.shape) == 5:
@@ -121,7 +121,7 @@ def columns_first(x, R: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def operand(codes, DOT: tl.constexpr, FACTOR: tl.constexpr, ADD: tl.constexpr):
-    """Stored codes that were loaded by bytes as operands, which hold them exactly."""
+    """Convert codes that were loaded byte by byte to operands. The conversion is exact."""
     if DOT.is_int():
         return (codes.to(tl.int16) * FACTOR + ADD).to(tl.int8)
     if ADD == 0:
@@ -134,9 +134,9 @@ def load_operands(
     packed_ptr, row, exists, first, row_bytes, BITS: tl.constexpr, WORDS: tl.constexpr, UNITS: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, FACTOR: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Operands ``[C, R]``: columns of a tile from the byte ``first`` on, of rows ``[R]`` that exist.
+    """Operands ``[C, R]`` of a tile: rows ``[R]`` where they exist, and C columns that start at byte ``first``.
 
-    ``WORDS`` is 0 where tiles are no whole groups of words; then they are loaded by bytes.
+    ``WORDS`` is 0 if a tile is not a whole number of groups. Then it is loaded byte by byte.
     """
     if WORDS == 0:
         codes = load_codes(packed_ptr + row[:, None] * row_bytes, exists[:, None], first, row_bytes, BITS, C)

@@ -1,8 +1,8 @@
-"""One element's meaning in Triton: the mirror of ops/_fake_quantize.py and ops/noise.py, equal to them bit for bit.
+"""The formulas of one element in Triton. Results equal those of ops/_fake_quantize.py and ops/noise.py bit for bit.
 
-Every operation is rounded on its own, or says `fused`: launch with `OPTIONS`, divide by `tl.div_rn` or
-:func:`divide_rows`, take roots by `tl.sqrt_rn`. ``GRID`` is `Grid.constants` as a compile-time tuple, so what a scheme
-does not need folds away.
+Every operation is rounded separately, except in `fused`. So: launch with `OPTIONS`, divide by `tl.div_rn` or
+:func:`divide_rows`, take square roots by `tl.sqrt_rn`. ``GRID`` is `Grid.constants` as a compile-time tuple, so the
+compiler removes what a scheme does not need.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import os
 import triton
 import triton.language as tl
 
-#: Options of every launch: fused multiply-adds of the compiler's own would change bits; eight warps leave a thread few
-#: enough elements.
+#: Options of every launch. The compiler must not fuse multiply-adds, which would change bits. Eight warps keep the
+#: elements of a thread few.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 8}
 
-#: Triton's interpreter truncates where hardware rounds to bfloat16; there the conversion is spelled out.
+#: Triton's interpreter truncates to bfloat16, where hardware rounds. In the interpreter we convert ourselves.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 MIN_SCALE = tl.constexpr(1e-5)
@@ -27,13 +27,13 @@ SCALE_STREAM = tl.constexpr(1)
 
 @triton.jit
 def constant(x: tl.constexpr, like):
-    """A compile-time number as a scalar of the type of ``like``, which float64 needs."""
+    """A compile-time number as a scalar of the dtype of ``like``; without it float64 would lose precision."""
     return tl.full((), x, like.dtype)
 
 
 @triton.jit
 def from_element(x, COMPUTE: tl.constexpr):
-    """An element as loaded, in the computing type."""
+    """Convert a loaded element to the dtype of computations."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True).to(COMPUTE)
     return x.to(COMPUTE)
@@ -41,7 +41,7 @@ def from_element(x, COMPUTE: tl.constexpr):
 
 @triton.jit
 def to_element(y, dtype: tl.constexpr):
-    """A result as an element, rounded to nearest even."""
+    """Convert a result to the dtype of elements, rounding to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = y.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -51,14 +51,14 @@ def to_element(y, dtype: tl.constexpr):
 
 @triton.jit
 def divide(a, b):
-    """Quotient, correctly rounded; Triton's own float32 division is not."""
+    """Quotient, correctly rounded. Triton's own float32 division is not."""
     if a.dtype == tl.float64:
         return a / b
     return tl.div_rn(a, b)
 
 
 def _quotients(also_tiny: bool) -> str:
-    """PTX of four quotients $0 ... $3 of $4 ... $7 by $8 ... $11, whose reciprocals are $12 ... $15."""
+    """Return PTX for four quotients: $0 ... $3 = $4 ... $7 / $8 ... $11, with the reciprocals in $12 ... $15."""
     lines = [".reg .pred again, tiny;", ".reg .f32 rest, minus;", "setp.ne.f32 again, $8, $8;"]
     for i in range(4):
         q, a, b, y = f"${i}", f"${i + 4}", f"${i + 8}", f"${i + 12}"
@@ -78,11 +78,11 @@ QUOTIENT_REGISTERS = tl.constexpr(",".join(["=&f"] * 4 + ["f"] * 12))
 
 @triton.jit
 def divide_rows(a, b, TINY: tl.constexpr):
-    """Quotients of ``[R, C]`` by ``[R, 1]``, correctly rounded, with one reciprocal for a row.
+    """Quotients of ``[R, C]`` by ``[R, 1]``, correctly rounded, with one reciprocal for each row.
 
-    The scheme and what it rests on are those of csrc/cuda/divide.h: two corrections by an exact remainder, and division
-    again where one of four is NaN. If not ``TINY``, a quotient of 0 < abs(a) < 2^-100 is only known to be below 2^-39,
-    all that rounding asks. A zero may lose its sign, which no caller looks at. The interpreter divides.
+    The method is that of csrc/cuda/divide.h: two corrections by an exact remainder, and a real division if one of four
+    results is NaN. Without ``TINY``, a quotient with 0 < abs(a) < 2^-100 is only known to be below 2^-39, which is
+    enough to round it to a code. A zero may lose its sign, which no caller uses. The interpreter divides.
     """
     if INTERPRETED or a.dtype == tl.float64:
         return divide(a, tl.broadcast_to(b, a.shape))
@@ -98,7 +98,7 @@ def divide_rows(a, b, TINY: tl.constexpr):
 
 @triton.constexpr_function
 def exactly_invertible(x):
-    """Whether x is a power of two, by whose reciprocal a product is the quotient."""
+    """Whether x is a power of two. Then a product with its reciprocal equals the quotient."""
     return math.frexp(x)[0] == 0.5
 
 
@@ -113,7 +113,7 @@ def by_steps(x, STEPS: tl.constexpr):
 
 @triton.jit
 def round_half_even(x):
-    """For magnitudes far below 2**22, which clamped values are; NaN stays."""
+    """Round half to even. For magnitudes far below 2**22, as clamped values have; NaN stays NaN."""
     if x.dtype == tl.float64:
         return (x + 6755399441055744.0) - 6755399441055744.0
     return (x + 12582912.0) - 12582912.0
@@ -133,7 +133,7 @@ def select_high(x, bound):
 
 @triton.jit
 def code_of(w, r, zero, GRID: tl.constexpr):
-    """The code of w as a floating point number; r = w / scale."""
+    """The code of w as a floating point number, where r = w / scale."""
     if GRID[0] != 0:
         code = tl.where(w < 0, -1.0, 0.0).to(w.dtype)
         return tl.where(w != w, w, code)
@@ -151,7 +151,7 @@ def value_of(code, scale, zero, GRID: tl.constexpr):
 
 @triton.jit
 def fused(a, b, c):
-    """Sum a * b + c of float32, rounded once; the interpreter goes by way of float64, as ops/noise.py does."""
+    """Return a * b + c in float32, rounded once. The interpreter computes it in float64, as ops/noise.py does."""
     if INTERPRETED:
         return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
     return tl.fma(a, b, c)
@@ -195,7 +195,7 @@ def words_at(seed, counter, stream: tl.constexpr):
 
 @triton.jit
 def normals_each(seed, index, stream: tl.constexpr):
-    """Normals of any elements, one Philox block for each."""
+    """Normals of arbitrary elements, with one Philox block for each element."""
     x0, x1, x2, x3 = words_at(seed, index // 8, stream)
     second, upper = (index & 2) == 2, (index & 4) == 4
     cosine, sine = box_muller(tl.where(upper, tl.where(second, x3, x2), tl.where(second, x1, x0)))

@@ -1,4 +1,4 @@
-"""How the launchers of this package are entered."""
+"""The decorator that registers the launchers of this package."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import functools
 
 from ..registry import implements
 
-#: ``@launches("<op>")`` enters a function as what launches the kernels of an op.
+#: ``@launches("<op>")`` registers a function that launches the kernels of an op.
 launches = functools.partial(implements, backend="triton")

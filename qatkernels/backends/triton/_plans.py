@@ -1,19 +1,19 @@
-"""Launch plans: a call like an earlier one launches the same kernels again, without asking how.
+"""Launch plans: record the kernel launches of a call, and replay them for later calls of the same kind.
 
-A call of a launcher checks its arguments, decides tiles and constants, and enters Triton, which binds the arguments of
-each kernel, specializes on them and looks for the compiled kernel. For calls that are alike all of that has the same
-outcome. The second of them is recorded: the tensors that it allocates, and the compiled kernels that it launches with
-their arguments. Later ones allocate and launch, nothing else. The first is left alone, because recording costs three
-times what it does, and a call of many tokens may never come again.
+A call of a launcher checks its arguments, chooses tiles and constants, and enters Triton. Triton binds the arguments of
+each kernel, specializes on them and looks up the compiled kernel. For calls of the same kind all of this has the same
+result. So the second call of a kind is recorded: the tensors that it allocates, and the compiled kernels that it
+launches, with their arguments. Later calls only allocate and launch. The first call is not recorded, because recording
+takes three times as long as the call, and a call with many tokens may never come again.
 
-Two calls are alike if their keys are equal (:meth:`Planned.key`). The key has all that a launcher may look at, which is
-everything about a tensor but its numbers, and all that Triton specializes on: dtypes, whether an address is a multiple
-of 16, every number, and the current device. A call that does anything else than allocate, view and launch (it computes
-with torch, or looks at numbers) is not replayed; the recording sees every operation of torch and decides that.
+Two calls are of the same kind if their keys are equal (:meth:`Planned.key`). The key has everything that a launcher may
+depend on (all of a tensor but its contents) and everything that Triton specializes on: dtypes, whether an address is a
+multiple of 16, every number, and the current device. If a call does more than allocate, view and launch (it computes
+with torch, or reads contents), it is never replayed; the recording sees every operation of torch and detects that.
 
-Plans take the place of :meth:`JITFunction.run` and call what it would call, so they are used only with the versions of
-Triton for which this is known (:data:`KNOWN`), and never in its interpreter. What Triton does at each launch besides
-(hooks of profilers, checks of global variables) happens where a hook is set, and at the first call.
+Plans bypass :meth:`JITFunction.run` and call Triton's internal functions. They are used only with versions of Triton
+for which these are known (:data:`KNOWN`), and never in the interpreter. What Triton does besides at each launch happens
+only at the first calls (checks of global variables), or turns plans off (hooks of profilers).
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ from ..._torch_compat import TorchDispatchMode
 from ...ops._op import Op
 from ._element import INTERPRETED
 
-#: Versions of Triton whose compiled kernels are launched as :func:`_launch` does.
+#: Versions of Triton that launch compiled kernels as :func:`_launch` does.
 KNOWN = ("3.6.0",)
 #: Whether calls are recorded and replayed.
 enabled = triton.__version__ in KNOWN and not INTERPRETED
-#: Plans that an op keeps; the oldest makes room. One is a few KiB.
+#: Maximum number of plans of an op; then the oldest is dropped. A plan is a few KiB.
 MOST = 4096
-#: Addresses that Triton takes for aligned are multiples of this.
+#: Triton treats addresses that are multiples of this as aligned.
 ALIGNMENT = 16
 
 _aten = torch.ops.aten
-#: Operations whose result is where their argument is.
+#: Operations whose result has the address of their argument.
 _VIEWS = {_aten.view.default, _aten._unsafe_view.default, _aten.alias.default, _aten.detach.default}
 _ALLOCATIONS = {
     _aten.empty.memory_format, _aten.new_empty.default, _aten.empty_like.default, _aten.empty_strided.default,
 }  # fmt: skip
 _thread = threading.local()
-#: What is known of a key without a plan: nothing, that it came once, that there is none.
+#: States of a key without a plan: not seen, seen once, cannot be replayed.
 _UNKNOWN, _ONCE, _NONE = object(), object(), object()
 
 
 class Allocation(NamedTuple):
-    """A contiguous tensor to make: as new of another that is empty, which is the fastest way from Python."""
+    """A contiguous tensor to allocate, by ``new_empty_strided`` of an empty one: the fastest way in Python."""
 
     prototype: Tensor
     shape: tuple[int, ...]
@@ -67,7 +67,7 @@ class Allocation(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A kernel to launch. ``pointers`` are pairs: which of ``arguments`` is the address of which tensor."""
+    """A kernel to launch. ``pointers`` are pairs: the index of an argument, and the number of its tensor."""
 
     kernel: Any
     grid: tuple[int, int, int]
@@ -77,10 +77,10 @@ class Launch(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call does. Tensors are numbered: those of the arguments in their order, then what is allocated.
+    """The launches of a call. Tensors are numbered: first those of the arguments, then the allocated ones.
 
     Attributes:
-        allocations: tensors to make.
+        allocations: tensors to allocate.
         launches: kernels to launch, in order.
         results: which of the allocations the call returns.
         single: whether it returns a tensor, not a tuple.
@@ -93,11 +93,11 @@ class Plan:
 
 
 class Recording(TorchDispatchMode):
-    """What a call does while this is the current mode; ``faithful`` as long as a plan can say it."""
+    """Records what a call does while this mode is active. ``faithful`` is false if a plan cannot repeat it."""
 
     def __init__(self, arguments: tuple[Any, ...]) -> None:
         super().__init__()
-        self.held = [a for a in arguments if isinstance(a, Tensor)]  # kept, so that no id is given twice
+        self.held = [a for a in arguments if isinstance(a, Tensor)]  # kept alive, so that no id is reused
         self.number = {id(t): i for i, t in enumerate(self.held)}
         self.faithful = len(self.number) == len(self.held)
         self.allocations: list[Allocation] = []
@@ -105,12 +105,12 @@ class Recording(TorchDispatchMode):
         self.inputs = len(self.held)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and note what comes of it."""
+        """Run an operation, and record its result."""
         out = func(*args, **(kwargs or {}))
         if not isinstance(out, Tensor):
             self.faithful = False
         elif out.device.type == "meta":
-            pass  # a description of a tensor, for the shape rule
+            pass  # only the meta rule uses it
         elif func in _ALLOCATIONS and out.is_contiguous() and out.data_ptr() % ALIGNMENT == 0:
             self._name(out, self.inputs + len(self.allocations))
             empty = torch.empty(0, dtype=out.dtype, device=out.device)
@@ -126,7 +126,7 @@ class Recording(TorchDispatchMode):
         self.number[id(tensor)] = number
 
     def launched(self, function: JITFunction[Any], kernel: Any, grid: Any, args: Any, kwargs: Any) -> None:
-        """Note a launch of a kernel."""
+        """Record the launch of a kernel."""
         named = {name: value for name, value in kwargs.items() if name in function.signature.parameters}
         bound = function.signature.bind(*args, **named)
         bound.apply_defaults()
@@ -140,13 +140,13 @@ class Recording(TorchDispatchMode):
                 pointers.append((i, self.number[id(value)]))
                 arguments[i] = 0
         if callable(grid) or kernel is None or hasattr(kernel, "result"):
-            self.faithful = False  # a grid that depends on arguments, or a kernel that is still being compiled
+            self.faithful = False  # the grid depends on arguments, or the kernel is still being compiled
             return
         x, y, z = (*grid, 1, 1)[:3]
         self.launches.append(Launch(kernel, (x, y, z), tuple(arguments), tuple(pointers)))
 
     def plan(self, returned: Any) -> Plan | object:
-        """Return the plan of a call that returned this, or the mark of a call that has none."""
+        """Return the plan of a call that returned this, or the mark of a call that cannot be replayed."""
         results = (returned,) if isinstance(returned, Tensor) else tuple(returned or ())
         if not self.faithful or any(self.number.get(id(t), 0) < self.inputs for t in results):
             return _NONE
@@ -155,11 +155,11 @@ class Recording(TorchDispatchMode):
 
 
 class Planned:
-    """An implementation of an op by launchers of Triton, which records calls and replays those like them.
+    """A Triton implementation of an op that records calls, and replays later calls of the same kind.
 
     Args:
         op: the op.
-        impl: the op, or its ``_out`` form: that has the outputs behind the other arguments.
+        impl: the op, or its ``_out`` form, whose last arguments are the outputs.
     """
 
     def __init__(self, op: Op, impl: Callable[..., Any]) -> None:
@@ -173,7 +173,7 @@ class Planned:
         self.others = [i for i in range(len(kinds)) if i not in known]
 
     def __call__(self, *args: Any) -> Any:
-        """Call the implementation, or do what it did for a call like this one."""
+        """Replay the plan of this kind of call, or call the implementation."""
         if not enabled or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
             return self.impl(*args)
         active = driver.active
@@ -210,12 +210,12 @@ class Planned:
             address = t.data_ptr()
             addresses.append(address)
             key += (t.shape, t.dtype, t.get_device(), address % ALIGNMENT, t.is_contiguous() or t.stride())
-        numbers = array("d")  # to be compared bit by bit: 0.0 and -0.0 are two constants
+        numbers = array("d")  # compared bit by bit: 0.0 and -0.0 are different constants
         for i in self.lists:
             numbers.extend(args[i])
         for i in self.floats:
             if args[i] is None:
-                key.append(i)  # which argument is None; the others are numbers
+                key.append(i)  # the index of the argument that is None
             else:
                 numbers.append(args[i])
         key.append(numbers.tobytes())
@@ -224,7 +224,7 @@ class Planned:
         return tuple(key), addresses
 
     def _record(self, key: Any, args: tuple[Any, ...]) -> Any:
-        # Tensors of their own, so that one that is given twice has two numbers.
+        # New tensor objects, so that a tensor that is passed twice has two numbers.
         given = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         recording = Recording(given)
         former, _thread.recording = getattr(_thread, "recording", None), recording
@@ -245,12 +245,12 @@ class Planned:
 
 
 def planned(op: Op, impl: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an implementation with plans, or as it is where there are none."""
+    """Return an implementation with launch plans, or unchanged if plans are not enabled."""
     return Planned(op, impl) if enabled else impl
 
 
 def _launch(launch: Launch, addresses: list[int], stream: int) -> None:
-    """Launch as Triton's JIT does, with addresses in place of tensors and without hooks, of which there are none."""
+    """Launch as Triton's JIT does, with addresses instead of tensors. No hooks are set here, so none are passed."""
     kernel, grid, arguments, pointers = launch
     given = list(arguments)
     for place, number in pointers:
@@ -259,7 +259,7 @@ def _launch(launch: Launch, addresses: list[int], stream: int) -> None:
 
 
 def observe() -> None:
-    """Have the kernels of this package tell the recording about their launches; once all of it is imported."""
+    """Let the kernels of this package report launches to the recording. Call it once all files are imported."""
     package = importlib.import_module(__package__)
     for found in pkgutil.iter_modules(package.__path__):
         for value in vars(importlib.import_module(f"{__package__}.{found.name}")).values():

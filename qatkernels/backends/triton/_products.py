@@ -1,8 +1,8 @@
-"""How a product with a packed weight is cut into tiles: the configurations as data, and the choice among them.
+"""Tilings of products with a packed weight: the configurations as a table, and the choice of one.
 
-The choice depends on shapes and the generation of the GPU alone, so that sums are added in one order; how many tokens
-each expert has is known on the device only, so a stack of experts is cut for their average. None of these numbers was
-measured on a GPU: they are the sizes that products of this kind use elsewhere, and what compiles without spills.
+The choice depends only on the shapes and the generation of the GPU, so that the order of a sum is always the same. The
+number of tokens of each expert is known only on the device, so a stack of experts uses the average. None of these
+numbers was measured on a GPU: they are common sizes for such products, and they compile without register spills.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import triton
 
-PROGRAMS = 264  # two for each processor of an H100; fewer tiles than that are split along the sum
-MIN_BLOCK = {True: 32, False: 16}  # the smallest side of a tile along the sum, of integer products and of others
-NARROW = 32  # columns of a tile that takes registers: zero points or parts at each step, codes by bytes
-MAX_INTEGERS = 65536  # products of -127 ... 127 and 0 ... 255 that 32 bits can sum
+PROGRAMS = 264  # two for each multiprocessor of an H100; with fewer tiles the sum is split (split-K)
+MIN_BLOCK = {True: 32, False: 16}  # smallest block_k of integer products, and of others
+NARROW = 32  # block_n of variants that need many registers: zero points or parts at each step, codes loaded by bytes
+MAX_INTEGERS = 65536  # so many products of -127 ... 127 and 0 ... 255 fit a 32-bit sum
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,16 @@ class Config:
     """One row of the table.
 
     Attributes:
-        capability: compute capability from which on it applies.
-        kind: what is multiplied: ``"rows"`` 8-bit or 16-bit numbers, scaled at the end; ``"groups"`` the same, scaled
-            at each step; ``"parts"`` float32 numbers in parts; ``"ieee"`` float32 numbers without tensor cores.
-        tokens: up to so many tokens, of an expert on average.
+        capability: it applies to this compute capability and newer ones.
+        kind: ``"rows"``: 8-bit or 16-bit operands, scaled after the sum; ``"groups"``: the same, scaled at each step;
+            ``"parts"``: float32 split into bfloat16 parts; ``"ieee"``: float32 without tensor cores.
+        tokens: it applies up to so many tokens (of an expert, on average).
         block_m: rows of an output tile.
         block_n: columns of an output tile.
-        block_k: terms of a sum that a step adds.
+        block_k: terms of the sum in one step.
         warps: warps of a program.
-        stages: tiles in flight.
-        split: most parts of a sum that programs share.
+        stages: stages of the software pipeline.
+        split: maximum number of programs that share one sum (split-K).
     """
 
     capability: tuple[int, int]
@@ -58,7 +58,7 @@ CONFIGS = (
     Config((10, 0), "groups", ANY, 64, 32, 64, 4, 3, 4),
     Config((10, 0), "parts", 16, 16, 64, 32, 4, 3, 16),
     Config((10, 0), "parts", ANY, 64, 64, 32, 4, 3, 8),
-    # 4 warps of 128 columns: two blocks, of which one multiplies while the other one decodes.
+    # 4 warps and 128 columns: two blocks fit a multiprocessor, so one can multiply while the other decodes.
     Config((9, 0), "rows", 16, 16, 32, 128, 4, 4, 16),
     Config((9, 0), "rows", 64, 64, 64, 128, 4, 3, 8),
     Config((9, 0), "rows", ANY, 128, 128, 64, 4, 3, 4),
@@ -76,7 +76,7 @@ CONFIGS = (
     Config((8, 0), "groups", ANY, 128, 64, 64, 8, 3, 4),
     Config((8, 0), "parts", 16, 16, 64, 32, 4, 3, 16),
     Config((8, 0), "parts", ANY, 64, 64, 32, 4, 3, 8),
-    # Triton 3.6 takes float32 tiles of 64 rows to Blackwell's tensor cores, as TF32, whatever precision is asked for.
+    # Triton 3.6 multiplies float32 tiles of 64 rows as TF32 on Blackwell, whatever input_precision says.
     Config((10, 0), "ieee", 16, 16, 32, 32, 4, 2, 16),
     Config((10, 0), "ieee", ANY, 32, 64, 16, 4, 2, 4),
     Config((8, 0), "ieee", 16, 16, 32, 32, 4, 2, 16),
@@ -85,13 +85,13 @@ CONFIGS = (
 
 
 def choose(capability: tuple[int, int], kind: str, tokens: int) -> Config:
-    """Return the first row of the table that fits; devices older than every row get the oldest ones."""
+    """Return the first row of the table that applies. Devices older than every row use the oldest rows."""
     capability = max(capability, min(c.capability for c in CONFIGS))
     return next(c for c in CONFIGS if c.capability <= capability and c.kind == kind and tokens <= c.tokens)
 
 
 def by_elements(config: Config) -> Config:
-    """Return a configuration for tiles that are loaded element by element, whose addresses take registers."""
+    """Return a configuration for tiles that are loaded element by element. Their addresses need registers."""
     if config.block_m * config.block_k <= 64 * 64:
         return config
     return replace(config, block_n=min(config.block_n, 64), block_k=min(config.block_k, 64), warps=8)
@@ -104,10 +104,10 @@ def common_block(block: int, size: int, least: int) -> int | None:
 
 
 def fitted(config: Config, tokens: int, outputs: int, terms: int, least: int) -> Config:
-    """Return a configuration for one shape: no tile much larger than the matrix, and as many parts as keep a GPU busy.
+    """Adapt a configuration to a shape: no tile much larger than the matrix, and enough programs to fill a GPU.
 
     Args:
-        config: a row of the table, its blocks possibly made smaller.
+        config: a row of the table; its blocks may be smaller.
         tokens: rows of the output.
         outputs: columns of the output.
         terms: terms of a sum.
@@ -118,15 +118,15 @@ def fitted(config: Config, tokens: int, outputs: int, terms: int, least: int) ->
     tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(outputs, block_n)
     steps = triton.cdiv(terms, block_k)
     split = max(1, min(config.split, PROGRAMS // tiles, steps // 2))
-    split = 1 << (split.bit_length() - 1)  # few variants to compile
+    split = 1 << (split.bit_length() - 1)  # a power of two, so that few variants are compiled
     return replace(config, block_n=block_n, block_k=block_k, split=split)
 
 
 def distinct(plan: Callable[[int], Any]) -> list[int]:
-    """Return the fewest tokens for each different plan that any number of tokens has."""
+    """Return, for each different plan, the smallest number of tokens that has it."""
     found: dict[Any, int] = {}
-    step = min(c.block_m for c in CONFIGS)  # between its multiples nothing changes
-    most = max(c.block_m for c in CONFIGS) * PROGRAMS  # from there on a product has tiles enough not to be split
+    step = min(c.block_m for c in CONFIGS)  # plans change only at multiples of this
+    most = max(c.block_m for c in CONFIGS) * PROGRAMS  # with more tokens no product is split
     for tokens in range(1, most + step, step):
         found.setdefault(plan(tokens), tokens)
     return list(found.values())

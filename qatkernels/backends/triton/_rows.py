@@ -1,4 +1,4 @@
-"""How a weight is cut into tiles: rows that share a scale times columns, decided by the shape alone."""
+"""Tiling of a weight: rows that share a scale, times columns. It depends on the shape only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHUNK_COLUMNS = 16384  # columns that one program reduces
 
 
 class Tiling(NamedTuple):
-    """Tiles ``[tile_rows, tile_cols]``; a program walks ``chunk`` columns of its rows."""
+    """Tiles ``[tile_rows, tile_cols]``. A program processes ``chunk`` columns of its rows."""
 
     tile_rows: int
     tile_cols: int
@@ -41,7 +41,7 @@ def shape_of(w: Tensor, scale: Tensor) -> tuple[int, int]:
 
 
 def compute_type(dtype: torch.dtype) -> Any:
-    """Return the Triton dtype in which a weight is computed with."""
+    """Return the Triton dtype of computations with a weight."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
@@ -49,9 +49,9 @@ def point(
     w: Tensor, scale: Tensor, zero_point: Tensor | None, seed: Tensor | None,
     grid: list[float], noise_std: float, scale_noise_std: float, dtype: torch.dtype,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
-    """Return the arguments that kernels of the family share: run-time ones, and compile-time ones by name.
+    """Return the arguments that all kernels of the family share: run-time ones, and compile-time ones by name.
 
-    An absent tensor is passed as the scale, which the compile-time flags keep from being read.
+    An absent tensor is replaced by the scale. Compile-time flags prevent that it is read.
     """
     rows, cols = shape_of(w, scale)
     noisy, scale_noisy = seed is not None and noise_std != 0, seed is not None and scale_noise_std != 0
@@ -69,7 +69,7 @@ def point(
 
 @triton.jit
 def rows_of_program(rows, chunks, R: tl.constexpr):
-    """The rows of this program as [R, 1], which of them exist, and its chunk."""
+    """The rows of this program ``[R, 1]``, a mask of those that exist, and the program's chunk."""
     program = tl.program_id(0)
     row = (program // chunks).to(tl.int64) * R + tl.arange(0, R)
     return row[:, None], row[:, None] < rows, program % chunks
@@ -80,7 +80,7 @@ def load_scale(
     scale_ptr, zero_ptr, seed_ptr, row, exists, scale_noise_std,
     COMPUTE: tl.constexpr, ZERO: tl.constexpr, SCALE_NOISE: tl.constexpr,
 ):  # fmt: skip
-    """The effective scales and zero points of rows, [R, 1]."""
+    """The scales of rows (with noise, at least MIN_SCALE) and their zero points, ``[R, 1]``."""
     scale = tl.load(scale_ptr + row, exists, other=1.0).to(COMPUTE)
     if SCALE_NOISE:
         drawn = normals_each(tl.load(seed_ptr), row, SCALE_STREAM)

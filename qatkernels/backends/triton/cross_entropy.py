@@ -1,6 +1,6 @@
-"""Softmax cross-entropy in Triton: a program walks a row; what needs no sum has a program for each part of a row.
+"""Softmax cross-entropy in Triton. A program processes a row; kernels without a sum use several programs for a row.
 
-Exponentials are the hardware's, so results differ from the reference in the last places.
+They use the hardware's exponential, so the last bits differ from the reference.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def cross_entropy_fwd_kernel(
         z = from_element(tl.load(logits_ptr + row * cols + columns, mask, other=0.0), COMPUTE)
         z = tl.where(mask, z, float("-inf"))
         most = tl.maximum(largest, tl.max(z, 0))
-        # Where all so far is -inf there is nothing to shift.
+        # If all logits so far are -inf, do not shift by the maximum: -inf - -inf is NaN.
         shift = tl.where(most == float("-inf"), 0.0, most)
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(z - shift), 0)
         at_target += tl.sum(tl.where(columns == target, z, 0.0), 0)
@@ -100,7 +100,7 @@ def cross_entropy_hvp_kernel(
             columns = start + tl.arange(0, C)
             mask = columns < cols
             offset = row * cols + columns
-            # Before any store: the outputs may lie where the inputs do.
+            # Load before any store: outputs may have the memory of the inputs.
             z = from_element(tl.load(logits_ptr + offset, mask, other=0.0), COMPUTE)
             v = from_element(tl.load(tangent_ptr + offset, mask, other=0.0), COMPUTE)
             p = tl.exp(z - lse)
@@ -148,7 +148,7 @@ def _second_order(
     rows, cols = logits.shape
     if rows == 0:
         return
-    # What is absent is passed as lse, which the flags keep from being touched.
+    # An absent tensor is replaced by lse; the flags prevent that it is accessed.
     numbers = [lse if t is None else t for t in (tangent_g, g)]
     outputs = [lse if t is None else t for t in (grad, tangent_grad)]
     cross_entropy_hvp_kernel[(rows,)](

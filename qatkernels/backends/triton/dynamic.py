@@ -1,4 +1,4 @@
-"""Dynamic activation quantization in Triton: a program finds its tokens' largest magnitudes, then quantizes."""
+"""Dynamic activation quantization in Triton: a program finds max(abs(x)) of each of its tokens, then quantizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._rows import compute_type, tiling
 
 @triton.jit
 def magnitude_bits(x):
-    """The bits of abs(x) as an integer, ordered as magnitudes are, NaN the largest."""
+    """The bits of abs(x) as an integer. They are ordered like the magnitudes; NaN is the largest."""
     if x.dtype == tl.float64:
         return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -23,7 +23,7 @@ def magnitude_bits(x):
 def token_scale(
     x_ptr, row, exists, column, cols, QMAX: tl.constexpr, COMPUTE: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):
-    """The scales ``[R, 1]`` of rows: NaN or infinite as an element is."""
+    """The scales ``[R, 1]`` of rows; NaN or infinite if an element is."""
     most = magnitude_bits(tl.zeros((R, C), COMPUTE))
     for start in range(0, cols, C):
         mask = exists & (start + column < cols)

@@ -16,13 +16,13 @@ from ._rows import load_scale, load_weight, point, rows_of_program, shape_of, ti
 
 @triton.jit
 def slopes_of(w, scale, zero, GRID: tl.constexpr):
-    """Where r is below and above the pass-through range, and dy/ds."""
+    """Masks of r below and above the pass-through range, and dy/ds."""
     return slopes_at(divide_rows(w, scale, True), w, zero, GRID)
 
 
 @triton.jit
 def slopes_at(r, w, zero, GRID: tl.constexpr):
-    """The same for a ratio r = w / scale that is known."""
+    """The same, given the ratio r = w / scale."""
     below = r < constant(GRID[5], r) - zero
     above = r > constant(GRID[6], r) - zero
     code = code_of(w, r, zero, GRID)
@@ -156,7 +156,7 @@ def _tangent_out(
 ) -> None:  # fmt: skip
     if w.numel() == 0:
         return
-    # The gradient scale goes into the few tangents of scales; a kernel argument would be float32 for float64, too.
+    # grad_scale multiplies the tangents of the scales here. As a kernel argument it would be float32, also for float64.
     scaled = (None if t is None else t * grad_scale for t in (tangent_scale, tangent_zero_point))
     tangents = [scale if t is None else t for t in (tangent_w, *scaled)]
     args, constants = point(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, w.dtype)

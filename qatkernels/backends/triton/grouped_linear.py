@@ -1,18 +1,18 @@
-"""Products of tokens with their experts' weights in Triton: one launch, whatever the division of the tokens.
+"""Products of tokens with their experts' weights in Triton: one launch for any distribution of the tokens.
 
-Where experts end is read on the device, in every dtype: no launch waits for it. The grid has as many programs as any
-division of the tokens could need; each walks the ends to find its expert and tile, and those left over, at most one for
-each expert and column of tiles, have nothing to do. Sums are float32 (float64 for float64), in an order that depends on
-shapes and offsets alone. Any strides.
+Offsets are read on the device in every dtype, so no launch waits for them. The grid has enough programs for every
+possible distribution. Each program searches the offsets for its expert and tile. At most one program for each expert
+and column of tiles has nothing to do. Sums are float32 (float64 for float64), in an order that depends only on shapes
+and offsets. Strides are arbitrary.
 
 The floor of each of the three over the n tokens that have an expert is 2 n N K operations at the rate of the tensor
 cores, or the bytes that must move, whichever takes longer: tokens in and out, and the weights of the experts that have
-tokens (for `grouped_outer` the weights of all, because those without are written as zeros). An expert whose last tile
-is partial pays for all of it: with t tokens and tiles of R rows the rate is at best t / (R ceil(t / R)) of that.
-For float32 that rate is of ordinary multiply-adds, because tensor cores would round it; float64 has tensor cores on
+tokens (for `grouped_outer` the weights of all experts, since those without tokens are written as zeros). A partial last
+tile costs as much as a full one: with t tokens and tiles of R rows at best t / (R ceil(t / R)) of the rate is reached.
+For float32 it is the rate of ordinary multiply-adds, because tensor cores would round; float64 has tensor cores on
 Ampere and Hopper.
 
-Compiled ahead of time and interpreted; neither run nor measured on a GPU, and neither are the tilings.
+The kernels are compiled ahead of time and tested in the interpreter. They, and the tilings, were not run on a GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Config:
     stages: int
 
 
-#: The tiling by the most tokens that an expert has on average; the first that is large enough.
+#: Tilings by the maximum number of tokens of an expert on average. The first that is large enough is used.
 CONFIGS: tuple[tuple[float, Config], ...] = (
     (32, Config(16, 128, 64, 4, 4)),
     (128, Config(64, 128, 64, 4, 4)),
@@ -47,12 +47,12 @@ CONFIGS: tuple[tuple[float, Config], ...] = (
 )
 
 
-#: For the wide dtypes, whatever the number of tokens.
+#: Tilings of float32 and float64, for any number of tokens.
 WIDE = {torch.float32: Config(64, 64, 32, 4, 3), torch.float64: Config(32, 32, 16, 4, 2)}
 
 
 def choose(tokens: int, experts: int, dtype: torch.dtype) -> Config:
-    """Return the tiling for so many tokens."""
+    """Return the tiling for a number of tokens."""
     if dtype in WIDE:
         return WIDE[dtype]
     return next(config for limit, config in CONFIGS if tokens <= limit * max(experts, 1))
@@ -60,7 +60,7 @@ def choose(tokens: int, experts: int, dtype: torch.dtype) -> Config:
 
 @triton.jit
 def multiply(a, b, acc):
-    """Acc + a @ b, summed in the dtype of acc; the interpreter cannot multiply bfloat16."""
+    """Return acc + a @ b in the dtype of acc. The interpreter cannot multiply bfloat16, so it gets other operands."""
     if INTERPRETED:
         a, b = a.to(acc.dtype), b.to(acc.dtype)
     return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
@@ -68,7 +68,7 @@ def multiply(a, b, acc):
 
 @triton.jit
 def no_sum(y_ptr, R: tl.constexpr, C: tl.constexpr):
-    """A tile of zeros in the dtype that products for an output are summed in."""
+    """A tile of zeros, in the dtype in which products for an output are summed."""
     return tl.zeros((R, C), tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32)
 
 
@@ -81,7 +81,9 @@ def grouped_rows_kernel(
     tile = tl.program_id(0)
     start, first, last, expert = 0, 0, 0, -1
     for e in range(experts):
-        end = tl.maximum(tl.minimum(tl.load(ends_ptr + e), tokens), start)  # bad offsets must not leave the tensors
+        end = tl.maximum(
+            tl.minimum(tl.load(ends_ptr + e), tokens), start
+        )  # wrong offsets must not lead to accesses outside the tensors
         tiles = tl.cdiv(end - start, R)
         mine = (expert < 0) & (tile < tiles)
         first = tl.where(mine, start + tile * R, first)
@@ -89,7 +91,7 @@ def grouped_rows_kernel(
         expert = tl.where(mine, e, expert)
         tile = tl.where(expert < 0, tile - tiles, tile)
         start = end
-    first = tl.where(expert < 0, start + tile * R, first)  # rows that are nobody's
+    first = tl.where(expert < 0, start + tile * R, first)  # unassigned rows
     last = tl.where(expert < 0, tokens, last)
     row = tl.cast(first, tl.int64) + tl.arange(0, R)
     column = tl.program_id(1).to(tl.int64) * C + tl.arange(0, C)
@@ -140,12 +142,12 @@ def grouped_outer_kernel(
 
 
 def _rows(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor, output: int, depth: int) -> None:
-    """Multiply; ``output`` and ``depth`` are the dimensions of w that are kept and summed over."""
+    """Multiply. ``output`` is the dimension of w that is kept, ``depth`` the one that is summed over."""
     tokens, experts, outputs = x.shape[0], w.shape[0], w.shape[output]
     if out.numel() == 0:
         return
     config = choose(tokens, experts, x.dtype)
-    # A tile more for each expert, whose last one may be partial, and one for the rows that are nobody's.
+    # One more tile for each expert, whose last tile may be partial, and one for the unassigned rows.
     grid = (triton.cdiv(tokens, config.rows) + experts + 1, triton.cdiv(outputs, config.columns))
     grouped_rows_kernel[grid](
         x, w, offsets, out, tokens, outputs, w.shape[depth], experts,

@@ -1,8 +1,8 @@
-"""One pass of Gram-Schmidt in Triton: all rows of a block of columns are in registers, so the basis is read once.
+"""One pass of Gram-Schmidt in Triton. All rows of a block of columns are in registers, so the basis is read once.
 
-Two tiles are on their way while one is summed. Tile and warps are such that a thread takes 128 registers at most below
-129 rows: then four blocks share a multiprocessor, with 64 KiB on their way where 20 would do. By the machine code, not
-measured on a GPU.
+Two tiles are being loaded while one is summed. With up to 128 rows a thread uses at most 128 registers, so four blocks
+fit a multiprocessor and 64 KiB are in flight; 20 KiB would saturate the memory. These figures are from the machine
+code. Nothing was measured on a GPU.
 """
 
 from __future__ import annotations

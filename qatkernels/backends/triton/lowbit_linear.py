@@ -1,29 +1,30 @@
 """Products with packed weights in Triton.
 
-A program owns a tile of the output and walks the sum; codes become operands of `tl.dot` in registers. A weight is never
-rounded to 16 bits: tensor cores multiply whole numbers, the codes, which 8 and 16 bits hold exactly, and scales meet
-float32 sums.
+A program computes a tile of the output. Codes become operands of `tl.dot` in registers. A weight is never rounded to 16
+bits: tensor cores multiply the codes, which are exact in 8 and 16 bits, and scales multiply the float32 sums.
 
-    y[m, n] = scale[n] * (sum_k x[m, k] * code[n, k] + shift[n] * sum_k x[m, k])        one group, or a part of one
+    y[m, n] = scale[n] * (sum_k x[m, k] * code[n, k] + shift[n] * sum_k x[m, k])        for one group, or a part of it
 
-``code`` is the stored, unsigned one and ``shift`` what makes it a value: smallest code + offset - zero point. Without a
-zero point the shift is a number known at compile time, it enters the codes where they stay exact (twice it, and half
-the scale, for the half-integer codes of grids without a zero), and the sums of x fall away. Groups that no tile divides
-are dequantized element by element and multiplied in float32, without tensor cores.
+``code`` is the stored, unsigned code; ``shift`` is code_min + offset - zero point. Without a zero point the shift is a
+compile-time constant. It is then added to the codes if they stay exact, and the sums of x are not needed. (On a grid
+without a zero the codes plus shift are half-integers. For int8 operands they are doubled, and the scale is halved.) If
+no tile size divides the groups, weights are dequantized element by element and multiplied in float32, without tensor
+cores.
 
-The transposed product has scales along its sum: they multiply g, in float32. A float32 number, such a product or an
-activation, is the sum of three that bfloat16 holds, each of which tensor cores multiply with the codes; where a sum of
-float32 has an error of its own that is larger by far, two are enough.
+In the transposed product the scales vary along the sum, so they multiply g, in float32. A float32 operand (g times a
+scale, or an activation) is split into three bfloat16 numbers, each of which tensor cores multiply with the codes. Two
+are enough for long sums, whose own float32 error is much larger.
 
-Experts are found on the device: a program sees every offset, counts tiles and takes every n-th; rows of nobody are the
-tiles of one expert more. Sums of few tokens are shared by several programs, whose parts a second kernel adds in order:
-no atomics, the same bits every time. In float64 a weight is dequantized as a whole and multiplied by the library, or by
-the kernel of `grouped_linear.py` where there are experts, which reads the offsets on the device too.
+Experts are found on the device: a program reads all offsets, counts tiles, and processes every n-th tile. Unassigned
+rows form the tiles of one additional expert. With few tokens several programs share a sum (split-K), and a second
+kernel adds their parts in a fixed order: there are no atomics, and results are the same in every run. In float64 the
+whole weight is dequantized and multiplied by the library, or with experts by the kernel of `grouped_linear.py`, which
+also reads the offsets on the device.
 
-The floor of T tokens: 2 T N K operations at the rate of the operands (8 or 16 bits on tensor cores; three times as many
-for float32 activations, two or three times for the transposed product), or the bytes of x, y, and the codes and scales
-of the experts that have tokens over the bandwidth, whichever takes longer. Compiled ahead of time and interpreted;
-neither run nor measured on a GPU.
+The floor of T tokens is the longer of two times: 2 T N K operations at the rate of the operands (8 or 16 bits on tensor
+cores; three times as many for float32 activations, two or three times for the transposed product), or the bytes of x,
+y, and the codes and scales of the experts that have tokens, over the bandwidth. The kernels are compiled ahead of time
+and tested in the interpreter. They were not run on a GPU.
 """
 
 from __future__ import annotations
@@ -71,15 +72,15 @@ from ._rows import tiling
 from .dynamic import token_scale
 from .grouped_linear import grouped_linear_out, grouped_linear_transposed_out
 
-BY_ROW, BY_TILE, BY_ELEMENT = 0, 1, 2  # where scales enter
+BY_ROW, BY_TILE, BY_ELEMENT = 0, 1, 2  # scales multiply whole sums, the sum of each tile, or each element
 _BY_ROW, _BY_TILE = tl.constexpr(BY_ROW), tl.constexpr(BY_TILE)
 REDUCE = 1024  # elements that a program of the second kernel adds
-#: Terms of a sum from which on two parts of bfloat16 are enough for a float32 number: their error is a quarter of its.
+#: From so many terms of a sum on two bfloat16 parts are enough: their error is a quarter of the float32 sum's.
 ENOUGH_TERMS = 1024
-SWIZZLE = tl.constexpr(8)  # rows of tiles that programs walk together, for the cache
+SWIZZLE = tl.constexpr(8)  # rows of tiles that programs process together, so that they share data in the L2 cache
 
 
-# How many tokens there are is not compiled in: no variant for 1 or for multiples of 16, and 1 is not made a constant.
+# The number of tokens is not specialized: Triton would compile variants for 1 and for multiples of 16.
 @triton.jit(do_not_specialize=["rows"])
 def quantize_tokens_kernel(
     x_ptr, codes_ptr, scale_ptr, rows, cols, QMAX: tl.constexpr, R: tl.constexpr, C: tl.constexpr
@@ -138,7 +139,7 @@ def lowbit_linear_kernel(
         weight_row = expert.to(tl.int64) * outputs + n
         first = part * tl.cdiv(blocks, SPLIT)
         last = tl.minimum(first + tl.cdiv(blocks, SPLIT), blocks)
-        last = tl.where(expert < experts, last, first)  # nobody's rows: a sum of nothing
+        last = tl.where(expert < experts, last, first)  # unassigned rows: an empty sum
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), SUM if SCALES == _BY_ROW else tl.float32)
         total = tl.zeros((BLOCK_M,), SUM)
@@ -194,7 +195,7 @@ def lowbit_linear_transposed_kernel(
     ADD: tl.constexpr, SUMS: tl.constexpr, SCALES: tl.constexpr, GROUPED: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Here ``cols`` are the output's columns, cut by ``BLOCK_N``, ``outputs`` the terms of a sum, by ``BLOCK_K``."""
+    """``cols`` are the columns of the output (tiles of ``BLOCK_N``), ``outputs`` the terms of a sum (``BLOCK_K``)."""
     start, end, tiles = segments(offsets_ptr, rows, experts, GROUPED, EXPERTS, BLOCK_M)
     row_tiles, col_tiles = tl.sum(tiles, 0), tl.cdiv(cols, BLOCK_N)
     blocks = tl.cdiv(outputs, BLOCK_K)
@@ -246,24 +247,24 @@ def lowbit_linear_transposed_kernel(
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a device; the oldest of the table where there is none."""
+    """Return the compute capability of a device, or the oldest one of the table for the CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else CONFIGS[-1].capability
 
 
 @lru_cache
 def processors(device: torch.device) -> int:
-    """Return how many programs walk the tiles of experts."""
+    """Return how many programs process the tiles of experts."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def whole_codes(shift: float, bits: int, zero: bool, integer: bool) -> tuple[int, float, bool]:
-    """Return (factor, addend, sums): operands are ``factor * stored code + addend``; whether sums of x correct them.
+    """Return (factor, addend, sums): operands are ``factor * code + addend``; ``sums`` says if sums of x are needed.
 
     Args:
         shift: smallest code + offset of the grid.
         bits: bits of a stored code.
-        zero: whether a zero point, unknown at compile time, adds to the shift.
-        integer: whether operands are int8, or floats that hold multiples of a half up to 128 and whole ones up to 256.
+        zero: whether there is a zero point, which is not known at compile time.
+        integer: whether operands are int8. Floats hold multiples of 1/2 up to 128, and integers up to 256, exactly.
     """
     most = (1 << bits) - 1
     if not integer:
@@ -276,7 +277,7 @@ def whole_codes(shift: float, bits: int, zero: bool, integer: bool) -> tuple[int
 
 
 class _Weight:
-    """A packed weight as the kernels take it."""
+    """A packed weight, with the arguments that the kernels take."""
 
     def __init__(
         self, packed: Tensor, scale: Tensor, zero_point: Tensor | None, offsets: Tensor | None, grid: list[float],
@@ -291,7 +292,7 @@ class _Weight:
 
     @property
     def pointers(self) -> tuple[Tensor, ...]:
-        """Codes, scales and zero points; an absent tensor is the scales, which flags keep from being read."""
+        """Codes, scales and zero points. The scales replace absent zero points; flags prevent that they are read."""
         return self.packed, self.scale, self.scale if self.zero is None else self.zero
 
     @property
@@ -300,7 +301,7 @@ class _Weight:
         return self.outputs, self.cols, self.row_bytes, self.groups, self.experts
 
     def whole_words(self, columns: int) -> bool:
-        """Whether tiles of so many columns are loaded as words, and not as bytes."""
+        """Whether tiles of so many columns are loaded as 32-bit words, not as bytes."""
         return by_words(self.bits, self.row_bytes, self.packed.data_ptr(), columns)
 
     def constants(self, columns: int) -> dict[str, Any]:
@@ -308,7 +309,7 @@ class _Weight:
         grouped = self.offsets is not None
         words, units = group_of(self.bits)
         words = words if self.whole_words(columns) else 0
-        # In one group of all columns every tile is in the first.
+        # With a single group every tile is in group 0.
         group = self.group_size if self.groups > 1 else 1 << 30
         return {
             "BITS": self.bits, "STEPS": self.steps, "SHIFT": self.shift, "ZERO": self.zero is not None,
@@ -317,7 +318,7 @@ class _Weight:
         }  # fmt: skip
 
     def programs(self, config: Config, tokens: int, columns: int) -> int:
-        """Programs of a launch: one for each tile, or as many as a GPU holds where only it knows the tiles."""
+        """Return the programs of a launch: one for each tile, or with experts as many as the GPU runs at once."""
         tiles = triton.cdiv(tokens, config.block_m)
         if self.offsets is None:
             return tiles * triton.cdiv(columns, config.block_n) * config.split
@@ -333,7 +334,7 @@ def _blocks(config: Config) -> dict[str, int]:
 
 
 def _with_parts(out: Tensor, split: int, bias: Tensor | None, launch: Callable[[Tensor], None]) -> None:
-    """Launch into the output, or into parts of sums that a second kernel adds."""
+    """Launch into the output, or into partial sums that a second kernel adds."""
     if split == 1:
         launch(out)
         return
@@ -359,7 +360,7 @@ _DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.
 
 
 def _plan(device: torch.device, dtype: torch.dtype, w: _Weight, tokens: int) -> tuple[Config, int, Any, int]:
-    """Return the configuration of a product, where scales enter, the type of the operands and the parts of x."""
+    """Return the configuration of a product, where scales multiply, the dtype of operands, and the parts of x."""
     integer, each = dtype == torch.int8, triton.cdiv(tokens, w.experts)
     least, parts = MIN_BLOCK[integer], 3 if dtype == torch.float32 else 1
     scales = BY_TILE if w.groups > 1 or (integer and w.cols > MAX_INTEGERS) else BY_ROW
@@ -379,7 +380,7 @@ def _plan(device: torch.device, dtype: torch.dtype, w: _Weight, tokens: int) -> 
 
 
 def _plan_transposed(device: torch.device, dtype: torch.dtype, w: _Weight, tokens: int) -> tuple[Config, int, Any, int]:
-    """Return the configuration of a transposed product, where scales enter, the type of operands and the parts of g."""
+    """Return the same of a transposed product, with the parts of g."""
     each, scales = triton.cdiv(tokens, w.experts), BY_TILE
     config, parts = choose(capability(device), "parts", each), 3
     if w.groups > 1:
@@ -396,7 +397,7 @@ def _plan_transposed(device: torch.device, dtype: torch.dtype, w: _Weight, token
 
 
 def _dot(dtype: torch.dtype, scales: int, parts: int) -> Any:
-    """Return the type of operands; the interpreter would multiply bfloat16 as integers."""
+    """Return the dtype of operands. The interpreter would multiply bfloat16 as integers, so it uses float32."""
     dot = tl.float32 if scales == BY_ELEMENT else tl.bfloat16 if parts > 1 else _DOTS[dtype]
     return tl.float32 if INTERPRETED and dot == tl.bfloat16 else dot
 
@@ -407,7 +408,7 @@ def lowbit_linear_out(
     grid: list[float], code_min: int, bits: int, act_bits: int | None, out: Tensor,
 ) -> None:  # fmt: skip
     """Write y. Arguments as the op's."""
-    if x.dtype == torch.float64 or 0 in (x.numel(), packed.numel()):  # no tile, or no product that tiles are good at
+    if x.dtype == torch.float64 or 0 in (x.numel(), packed.numel()):  # float64, or nothing to compute
         if offsets is not None:
             numbers = x if act_bits is None else torch.ops.qatkernels.fake_quantize_dynamic(x, act_bits)
             values = unpacked(packed, scale, zero_point, grid, code_min, bits, x.shape[-1]).to(x.dtype)
@@ -475,10 +476,10 @@ def warm_up(
     bias: Tensor | None = None,
     act_bits: int | None = None,
 ) -> None:
-    """Compile what products with a weight will need, forward and transposed, for any number of tokens.
+    """Compile the kernels of products with a weight, forward and transposed, for any number of tokens.
 
-    A kernel is compiled when it is first launched; a server calls this for each shape of weight before it serves. The
-    number of tokens is no part of what is compiled, only the configuration that it leads to; each is launched once.
+    Triton compiles a kernel at its first launch. A server calls this for each shape of weight before it serves. The
+    kernels do not depend on the number of tokens but on the configuration; each configuration is launched once.
 
     Args:
         weight: packed weight on a GPU, ``[N, K]``, or ``[E, N, K]`` for grouped products.

@@ -1,4 +1,4 @@
-"""The bare noise in Triton."""
+"""The noise by itself, in Triton."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Codes to bits and back in Triton.
+"""Packs and unpacks codes in Triton.
 
-A code of 1, 2, 4 or 8 bits lies in one byte: a tile of bytes is loaded once and halved in registers until it is codes.
-Others cross borders: each code takes the byte where it starts and, where it goes on, the next.
+A code of 1, 2, 4 or 8 bits is in one byte: a tile of bytes is loaded once, and split in halves in registers until each
+element is a code. Other codes may cross a byte: each code loads the byte where it starts, and the next one if needed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ._rows import tiling
 
 @triton.jit
 def load_codes(row_ptr, exists, first, row_bytes, BITS: tl.constexpr, C: tl.constexpr):
-    """Codes less the smallest, ``[R, C]`` of uint8, from the rows at ``row_ptr`` of ``[R, 1]``.
+    """Stored codes (code - code_min) ``[R, C]`` as uint8, of the rows at ``row_ptr`` ``[R, 1]``.
 
-    ``first`` is the byte in which the tile starts, which must be the start of a code; what does not exist is 0.
+    ``first`` is the byte where the tile starts; a code must start there. Elements that do not exist are 0.
     """
     if 8 % BITS == 0:
         byte = (first + tl.arange(0, C * BITS // 8))[None, :]
@@ -42,7 +42,7 @@ def load_codes(row_ptr, exists, first, row_bytes, BITS: tl.constexpr, C: tl.cons
 
 @triton.jit
 def halves(x, BITS: tl.constexpr):
-    """The lower and upper half of each element of ``[R, C]``, side by side: ``[R, 2 C]``."""
+    """The lower and the upper half of each element of ``[R, C]``, next to each other: ``[R, 2 C]``."""
     return tl.reshape(tl.join(x & ((1 << BITS) - 1), x >> BITS), (x.shape[0], 2 * x.shape[1]))
 
 
@@ -102,7 +102,7 @@ def unpack_out(packed: Tensor, code_min: int, bits: int, cols: int, out: Tensor)
     if out.numel() == 0:
         return
     rows, row_bytes = out.numel() // cols, packed.shape[-1]
-    tiles = tiling(rows, max(cols, 8), chunk_columns=1)  # a tile of whole bytes
+    tiles = tiling(rows, max(cols, 8), chunk_columns=1)  # a whole number of bytes
     unpack_kernel[(tiles.programs,)](
         packed, out, rows, cols, row_bytes, tiles.chunks, BITS=bits, CODE_MIN=code_min,
         R=tiles.tile_rows, C=tiles.tile_cols, **OPTIONS,

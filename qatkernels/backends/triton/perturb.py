@@ -12,7 +12,7 @@ from ._launchers import launches
 from ._rows import compute_type
 
 BLOCK = 4096
-STEPS = 8  # blocks that a program of the norms walks
+STEPS = 8  # blocks that a program of the norms processes
 
 
 @triton.jit

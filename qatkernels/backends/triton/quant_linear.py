@@ -1,11 +1,12 @@
 """A quantized linear layer and its tangent in Triton.
 
-A tile of the weight and of its tangent is loaded once, quantized in registers, and multiplied three times. Neither the
-quantized weight nor its tangent is ever in memory. Float32 products are three of tf32, which keeps float32's precision.
+A tile of the weight and of its tangent is loaded once, quantized in registers, and multiplied three times. The
+quantized weight and its tangent are never written to memory. A float32 product is three TF32 products, which keeps
+float32's precision.
 
-The weight is quantized again for every tile of tokens. From the second tile on one pass over memory that quantizes it
-and the library's products take less: for a weight of N x K that pass moves 8 N K bytes in 16 bits, while a tile of 64
-tokens makes 384 N K operations at the rate of a kernel that quantizes between them.
+The weight is quantized again for every tile of tokens. With more than one tile it is faster to write the quantized
+weight once and use the library's products: for a weight N x K that pass moves 8 N K bytes in 16 bits, while a tile of
+64 tokens takes 384 N K operations at the lower rate of a kernel that also quantizes.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from ._launchers import launches
 from ._rows import shape_of
 from .fake_quantize import fake_quantize_dual_out, slopes_at
 
-#: Tokens, outputs and inputs of a tile, by bytes of an element of x: three products and two weights fill the registers.
+#: Tokens, outputs and inputs of a tile, by bytes of an element of x. Registers limit it: three sums and two weights.
 TILES = {2: (64, 64, 32), 4: (32, 32, 32)}
-#: More tokens are multiplied by the library. Estimated, not measured on a GPU.
+#: With more tokens the library multiplies. The limit is estimated, not measured on a GPU.
 MOST_TOKENS = 64
 #: Triton 3.6 fails to pipeline this loop for sm_100.
 STAGES = {"num_stages": 1}
@@ -44,7 +45,7 @@ STAGES = {"num_stages": 1}
 
 @triton.jit
 def multiplied(a, b, total, dtype: tl.constexpr):
-    """Return total + a b^T of operands rounded to a dtype; the interpreter multiplies no bfloat16."""
+    """Return total + a b^T, with a and b rounded to a dtype. The interpreter cannot multiply bfloat16."""
     a, b = to_element(a, dtype), tl.trans(to_element(b, dtype))
     if INTERPRETED:
         a, b = from_element(a, tl.float32), from_element(b, tl.float32)
@@ -116,7 +117,7 @@ def quant_linear_dual_out(
     grid: list[float], noise_std: float, scale_noise_std: float, grad_scale: float, transposed: bool,
     out: Tensor, tangent: Tensor,
 ) -> None:  # fmt: skip
-    """Write y and its tangent. Arguments as the op's. Many tokens and float64 go through memory; it has no dots."""
+    """Write y and its tangent. Arguments as the op's. Many tokens, and float64, use the library's products."""
     tangents = (tangent_w, tangent_scale, tangent_zero_point)
     call = (w, scale, zero_point, seed, grid, noise_std, scale_noise_std, grad_scale)
     if x.dtype == torch.float64 or x.shape[0] > MOST_TOKENS:
@@ -133,9 +134,9 @@ def quant_linear_dual_out(
     (outputs, inputs), strides = w.shape, (w.shape[1], 1)
     if transposed:
         outputs, inputs, strides = inputs, outputs, (1, w.shape[1])
-    # The gradient scale goes into the few tangents of scales.
+    # grad_scale multiplies the tangents of the scales here.
     scaled = (None if t is None else t * grad_scale for t in tangents[1:])
-    # What is absent is passed as the scale, which the flags keep from being read.
+    # An absent tensor is replaced by the scale; the flags prevent that it is read.
     along: list[Any] = [scale if t is None else t for t in (tangent_x, tangent_w, *scaled)]
     point = (w, scale, *(scale if t is None else t for t in (zero_point, seed)))
     t, n, k = TILES[x.element_size()]

@@ -1,4 +1,4 @@
-"""Integer codes and back in Triton."""
+"""Quantizes to integer codes and back, in Triton."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def reset_kernel(
 
 @launches("reset_")
 def reset_(w: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], quantized_weight: float) -> None:
-    """Move w. Arguments as the op's."""
+    """Move w towards its levels, in place. Arguments as the op's."""
     if w.numel() == 0:
         return
     args, constants = point(w, scale, zero_point, None, grid, 0.0, 0.0, w.dtype)

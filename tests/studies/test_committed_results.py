@@ -1,0 +1,89 @@
+"""The committed results: they are what the studies go on from, and the tables of the documents come from them."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from qatkernels.plan.fit import select
+from studies import plan_report, squat
+from studies.results import Results
+from studies.runner import Session, Study, parser_of, studies
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "docs" / "results").glob("*/*.jsonl"))
+#: Which page has the tables of a study's report as they are.
+PAGES = {"winq": "reproduction.md", "squat": "reproduction.md", "plan": "planner.md"}
+
+
+TEXTS = {path.name: path.read_text() for path in (ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}
+COMMANDS = [(name, *found) for name, text in TEXTS.items()
+            for found in re.findall(r"python -m studies (\w+)([^`;#\n]*)", text)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "name", "arguments"), COMMANDS)
+def test_commands_of_the_documents(page: str, name: str, arguments: str) -> None:
+    assert name in studies()
+    study: Study = importlib.import_module(f"studies.{name}").STUDY
+    parser_of(study).parse_args(shlex.split(arguments))
+
+
+def test_links_to_results() -> None:
+    for name, text in TEXTS.items():
+        for link in re.findall(r"\]\(((?:\.\./bench/|docs/)?results/[^)]*)\)", text):
+            assert (ROOT / "docs" / link).exists(), f"{name}: {link}"
+    assert len(COMMANDS) > 8
+
+
+def study_of(path: Path) -> Study:
+    study: Study = importlib.import_module(f"studies.{path.stem}").STUDY
+    return study
+
+
+def test_there_are_results() -> None:
+    names = {"hessian_peers", "plan", "plan_recovery", "spectra", "squat", "winq", "winq_why"}
+    assert {path.stem for path in FILES} == names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_nothing_is_left_to_run(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every case of the default size has its row, with today's settings."""
+    study, results = study_of(path), Results(path)
+    assert results.study["study"] == study.name
+    if study.name == "squat":  # its sentences are downloaded
+        (tmp_path / "reviews.tsv").write_text("")
+        monkeypatch.setattr(squat, "read", lambda folder, longest: None)
+    session = Session(study.sizes[results.study["size"]], results, tmp_path / "work", str(tmp_path))
+    cases = list(study.cases(session))
+    assert cases
+    for case in cases:
+        assert results.has(case), case.name
+
+
+def tables(text: str) -> list[str]:
+    return re.findall(r"^\|[^-].*\|$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["winq", "squat"])
+def test_documents_have_the_tables_of_the_report(name: str, tmp_path: Path) -> None:
+    path = next(path for path in FILES if path.stem == name)
+    lines = tables(study_of(path).report(Results(path), tmp_path))
+    page = (ROOT / "docs" / PAGES[name]).read_text().splitlines()
+    assert lines
+    assert [line for line in lines if line not in page] == []
+
+
+def test_the_planners_table(tmp_path: Path) -> None:
+    """runs.csv is what the report writes, and the comparison of schedules is that of the page; a fit takes too long."""
+    path = next(path for path in FILES if path.stem == "plan")
+    runs = plan_report.table(Results(path))
+    assert plan_report.as_csv(runs) == (path.parent / "runs.csv").read_bytes()
+    assert len(select(runs, schedule="classic")["loss"]) > 400
+    page = (ROOT / "docs" / PAGES["plan"]).read_text().splitlines()
+    lines = tables(plan_report.markdown_of_schedules(plan_report.compare(plan_report.complete(runs))))
+    assert len(lines) == 1 + 27
+    assert [line for line in lines if line not in page] == []
