@@ -35,6 +35,14 @@ class Float32Scales(nn.Module):
         """A text that says what the numbers in the state dict mean."""
         raise NotImplementedError
 
+    def check_scale(self) -> None:
+        """Raise RuntimeError if a wrapper has cast the scale, which no cast of the module does."""
+        if self.scale.dtype is not torch.float32:
+            raise RuntimeError(
+                f"scale is {self.scale.dtype}, must be torch.float32: no cast changes it. FSDP2's MixedPrecisionPolicy "
+                "casts it with the weights: leave its param_dtype out, and run the model under torch.autocast"
+            )
+
     def get_extra_state(self) -> Tensor:
         """Return the layout as text in a tensor."""
         # On the device of the scale, because torch.distributed rejects state dicts on several devices.

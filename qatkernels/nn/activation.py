@@ -166,6 +166,7 @@ class LearnedActivation(Float32Scales):
                 training runs in several processes.
             ValueError: if it has not been initialized and ``x`` has no elements.
         """
+        self.check_scale()
         if not self._cached:
             self._first_batch(x)
         return fake_quantize(

@@ -152,6 +152,7 @@ class Quantized(Float32Scales):
 
     def _forward_weight(self, dtype: torch.dtype | None) -> Tensor:
         """Return the weight that this forward multiplies with."""
+        self.check_scale()
         return self.quantizer(self.weight, self.scale, self.zero_point, dtype, self.training)
 
     def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:

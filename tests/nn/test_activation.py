@@ -6,7 +6,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -307,6 +307,12 @@ def calibrated_on_one(rank):
 
 
 def refused_when_sharded(rank):
+    for config in (QuantConfig(4), LEARNED[0]):
+        layer = QuantLinear(16, 12, config=config)
+        calibrate(layer, torch.randn(3, 16))
+        cast = fully_shard(layer, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        with pytest.raises(RuntimeError, match=r"scale is torch.bfloat16.*leave its param_dtype out.*torch\.autocast"):
+            cast(torch.randn(3, 16))
     model = fully_shard(QuantLinear(16, 12, config=QuantConfig(4)))
     state = QuantLinear(16, 12, config=QuantConfig(4)).state_dict()
     for call, message in (
