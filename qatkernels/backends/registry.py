@@ -36,8 +36,8 @@ class Backend:
         priority: calls try the backend with the highest priority first.
         compiled: whether its kernels are in the compiled extension.
         wrap: takes an op and its implementation, and returns the implementation to use.
-        unreachable: returns why no call can reach its kernels in this process, None if one can. Such a backend is loaded
-            only on demand (:meth:`Registry.load_backend`), because loading takes time.
+        unreachable: returns why no call can reach its kernels in this process, None if one can. Such a backend is
+            loaded only on demand (:meth:`Registry.load_backend`), because loading takes time.
     """
 
     name: str

@@ -13,7 +13,7 @@ precision, and reports the layers that it could not fill.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +22,13 @@ from torch import nn
 from ..extras import missing
 
 try:
+    from transformers.core_model_loading import Transpose, WeightConverter
     from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error:
     raise missing("qatkernels.integrations.quantizer", "hf", error) from error
 
-from ..nn import LearnedActivation, QuantConfig, quantize_model, quantized_modules
+from ..nn import LearnedActivation, QuantConfig, QuantConv1D, quantize_model, quantized_modules
 from ..nn._follow_recipe import follow
 from ..nn.recipe import METHOD, Recipe, describe
 from ..nn.selection import EXCLUDE
@@ -90,6 +91,7 @@ class QatQuantizer(HfQuantizer):
     requires_calibration = False
 
     quantization_config: QatConfig
+    _transposed: Sequence[Any] = ()
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
@@ -102,8 +104,18 @@ class QatQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *added]
         return model
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Add what transposes the weights of quantized Conv1Ds: files have ``[K, N]``, the layers ``[N, K]``."""
+        names = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, QuantConv1D)]
+        self._transposed = [WeightConverter([name], [name], [Transpose()]) for name in names]
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return updated + self._transposed
+
     @torch.no_grad()
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
+        # Saving would apply the conversions in reverse, but a QuantConv1D's state dict has [K, N] already.
+        loaded_by = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in loaded_by if c not in self._transposed]
         if self.quantization_config.recipe is None:  # the weights are there, scales of theirs are not
             for layer in quantized_modules(model).values():
                 layer.reset_scale()

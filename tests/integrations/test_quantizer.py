@@ -20,13 +20,16 @@ IDS = torch.arange(3, 15)[None]
 
 def save_plain(folder, kind="llama"):
     torch.manual_seed(0)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+        transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+        return
     sizes = {
         "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1,
     }  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **sizes))
     model.save_pretrained(folder)
-    return model
 
 
 def load(folder, **settings):
@@ -97,6 +100,18 @@ def test_saved_models_load_with_the_same_logits(plain, tmp_path, route, config, 
     # And once more, from what was loaded.
     loaded.save_pretrained(tmp_path / "again")
     assert_same_bits(logits(load(tmp_path / "again")), logits(model))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["trained", "packed"])
+def test_gpt2(tmp_path, packed):
+    """Whose weights are stored transposed."""
+    save_plain(tmp_path / "plain", "gpt2")
+    model = step(load(tmp_path / "plain", quantization_config=QatConfig(bits=4)))
+    assert len(qk.quantized_modules(model)) == 8
+    if packed:
+        qk.pack_model(model)
+    model.save_pretrained(tmp_path / "saved")
+    assert_same_bits(logits(load(tmp_path / "saved")), logits(model))
 
 
 def test_generate(plain, tmp_path):
