@@ -66,6 +66,12 @@ class ExportReport:
         return "\n".join([*lines, *self.notes, f"{self.path}: {self.nbytes:,} bytes"])
 
 
+def check_format(to: str) -> None:
+    """Raise ValueError unless models can be exported to a format."""
+    if to not in _FORMATS:
+        raise ValueError(f"to is {to!r}, must be one of {sorted(_FORMATS)}")
+
+
 def export(model: nn.Module, path: str | Path, to: str, **options: Any) -> ExportReport:
     """Write a trained model for another runtime, with the quantized values kept bit for bit.
 
@@ -87,7 +93,6 @@ def export(model: nn.Module, path: str | Path, to: str, **options: Any) -> Expor
         MissingExtraError: if a package that the format needs is not installed.
         CheckpointError: if the file cannot be written.
     """
-    if to not in _FORMATS:
-        raise ValueError(f"to is {to!r}, must be one of {sorted(_FORMATS)}")
+    check_format(to)
     write: Callable[..., ExportReport] = importlib.import_module(_FORMATS[to], __package__).export
     return write(model, Path(path), **options)
