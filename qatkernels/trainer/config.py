@@ -155,6 +155,7 @@ class TrainConfig(Settings):
         "demo; or a folder or file that `qatkernels train` wrote; or the folder of a causal language model of "
         "transformers with its config.json, and optionally its weights and tokenizer.json (extra hf)",
     )
+    scheme: str = option("paretoq", "grids of the bit widths: paretoq (seq at 2 bits, lsq above), lsq, seq, affine")
     group_size: int | None = option(
         None, "input features that share a scale; one scale for each output feature if not given", AT_LEAST_1
     )
@@ -208,7 +209,11 @@ class TrainConfig(Settings):
     def quantization(self, bits: float) -> QuantConfig:
         """Return what the linear layers are quantized to at a bit width."""
         return QuantConfig(
-            bits, group_size=self.group_size, scale_dtype=getattr(torch, self.scale_dtype), act_bits=self.act_bits
+            bits,
+            self.scheme,
+            group_size=self.group_size,
+            scale_dtype=getattr(torch, self.scale_dtype),
+            act_bits=self.act_bits,
         )
 
     @property
