@@ -1,12 +1,11 @@
 // Softmax cross-entropy of rows.
-#include "../cpu/kernels.h"
+#include "../cpu/cross_entropy.h"
+
 #include "registry.h"
 #include "tensors.h"
 
 namespace qk {
 namespace {
-
-using Kernel = void (*)(const CrossEntropyCall&, int64_t, int64_t);
 
 CrossEntropyCall call_of(const Tensor& logits, const Tensor& targets, int64_t ignore_index) {
   CrossEntropyCall call{};
@@ -19,9 +18,9 @@ CrossEntropyCall call_of(const Tensor& logits, const Tensor& targets, int64_t ig
   return call;
 }
 
-void run(const CrossEntropyCall& call, Kernel kernel) {
-  const int64_t grain = std::max<int64_t>(1, kUnitElements / std::max<int64_t>(call.cols, 1));
-  parallel(call.rows, [&](int64_t begin, int64_t end) { kernel(call, begin, end); }, grain);
+void run(const CrossEntropyCall& call, const decltype(cpu::cross_entropy)& kernel) {
+  at::parallel_for(0, call.rows, grain_of_rows(call.cols),
+                   [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
 void cross_entropy(const Tensor& logits, const Tensor& targets, int64_t ignore_index, const Tensor& loss,
@@ -29,7 +28,7 @@ void cross_entropy(const Tensor& logits, const Tensor& targets, int64_t ignore_i
   CrossEntropyCall call = call_of(logits, targets, ignore_index);
   call.loss = loss.mutable_data_ptr();
   call.lse_out = lse.mutable_data_ptr();
-  run(call, kernels().cross_entropy);
+  run(call, cpu::cross_entropy);
 }
 
 void cross_entropy_jvp(const Tensor& tangent, const Tensor& logits, const Tensor& lse, const Tensor& targets,
@@ -38,7 +37,7 @@ void cross_entropy_jvp(const Tensor& tangent, const Tensor& logits, const Tensor
   call.tangent = tangent.const_data_ptr();
   call.lse = lse.const_data_ptr();
   call.tangent_loss = tangent_loss.mutable_data_ptr();
-  run(call, kernels().cross_entropy_hvp);
+  run(call, cpu::cross_entropy_hvp);
 }
 
 void cross_entropy_backward(const Tensor& g, const Tensor& logits, const Tensor& lse, const Tensor& targets,
@@ -47,7 +46,7 @@ void cross_entropy_backward(const Tensor& g, const Tensor& logits, const Tensor&
   call.g = g.const_data_ptr();
   call.lse = lse.const_data_ptr();
   call.grad = grad.mutable_data_ptr();
-  run(call, kernels().cross_entropy_backward);
+  run(call, cpu::cross_entropy_backward);
 }
 
 // The gradient is written only where `grad` is given.
@@ -62,7 +61,7 @@ void second_order(const Tensor& tangent, const OptionalTensor& tangent_g, const 
   call.grad = grad;
   call.tangent_grad = tangent_grad.mutable_data_ptr();
   call.tangent_loss = tangent_loss.mutable_data_ptr();
-  run(call, kernels().cross_entropy_hvp);
+  run(call, cpu::cross_entropy_hvp);
 }
 
 void cross_entropy_hvp(const Tensor& tangent, const OptionalTensor& tangent_g, const Tensor& g, const Tensor& logits,

@@ -1,15 +1,18 @@
 // Packing, and products with packed weights.
+#include "../cpu/lowbit.h"
+
 #include <ATen/ops/mm.h>
 
 #include <vector>
 
 #include "../common/packing.h"
-#include "../cpu/kernels.h"
+#include "../cpu/packing.h"
+#include "gpu.h"
 #include "registry.h"
 #include "tensors.h"
 #include "text.h"
 #if defined(QK_WITH_CUDA)
-#include "../cuda/bindings.h"
+#include "../cuda/lowbit_linear.h"
 #endif
 
 namespace qk {
@@ -19,18 +22,14 @@ void pack(const Tensor& codes, int64_t code_min, int64_t bits, const Tensor& out
   const int64_t cols = codes.size(-1), rows = cols ? codes.numel() / cols : 0;
   const PackCall call{codes.const_data_ptr(),         out.mutable_data_ptr<uint8_t>(), rows, cols,
                       static_cast<int32_t>(code_min), static_cast<int32_t>(bits)};
-  parallel(
-      rows, [&](int64_t begin, int64_t end) { kernels().pack(call, begin, end); },
-      std::max<int64_t>(1, kUnitElements / std::max<int64_t>(cols, 1)));
+  at::parallel_for(0, rows, grain_of_rows(cols), [&](int64_t begin, int64_t end) { cpu::pack(call, begin, end); });
 }
 
 void unpack(const Tensor& packed, int64_t code_min, int64_t bits, int64_t cols, const Tensor& out) {
   const int64_t rows = cols ? out.numel() / cols : 0;
   const UnpackCall call{packed.const_data_ptr<uint8_t>(), out.mutable_data_ptr(),    rows, cols,
                         static_cast<int32_t>(code_min),   static_cast<int32_t>(bits)};
-  parallel(
-      rows, [&](int64_t begin, int64_t end) { kernels().unpack(call, begin, end); },
-      std::max<int64_t>(1, kUnitElements / std::max<int64_t>(cols, 1)));
+  at::parallel_for(0, rows, grain_of_rows(cols), [&](int64_t begin, int64_t end) { cpu::unpack(call, begin, end); });
 }
 
 // A packed weight in the fields of a call that describe it, and the experts that have tokens.
@@ -78,12 +77,9 @@ struct Weight {
     one.packed += row * packed.size(-1);
     one.scale = static_cast<const char*>(call.scale) + row * call.groups * scale.element_size();
     if (one.zero_point) one.zero_point += row * call.groups;
-    parallel(
-        call.cols ? call.rows : 0,
-        [&](int64_t begin, int64_t end) {
-          kernels().dequantize_packed(one, w.mutable_data_ptr(), dtype_of(w), begin, end);
-        },
-        std::max<int64_t>(1, kUnitElements / std::max<int64_t>(call.cols, 1)));
+    at::parallel_for(0, call.cols ? call.rows : 0, grain_of_rows(call.cols), [&](int64_t begin, int64_t end) {
+      cpu::dequantize_packed(one, w.mutable_data_ptr(), dtype_of(w), begin, end);
+    });
     return wide ? w.to(at::kDouble) : w;
   }
 };
@@ -123,7 +119,7 @@ bool lowbit_linear_serves(const Tensor& x, const Tensor& packed, const Tensor& s
                           int64_t bits, std::optional<int64_t> act_bits) {
   Weight w("x", x, packed, scale, zero_point, offsets, grid, code_min, bits, x.size(-1));
   const Tensor bias = add_operands(w.call, x, bias_, act_bits);
-  return cuda::can_run(w.call);
+  return cuda::lowbit_gemv_serves(w.call);
 }
 
 void lowbit_linear_cuda(const Tensor& x, const Tensor& packed, const Tensor& scale, const OptionalTensor& zero_point,
@@ -133,10 +129,15 @@ void lowbit_linear_cuda(const Tensor& x, const Tensor& packed, const Tensor& sca
   const Tensor bias = add_operands(w.call, x, bias_, act_bits);
   w.call.y = out.mutable_data_ptr();
   if (out.numel() == 0) return;
-  TORCH_CHECK(cuda::can_run(w.call),
+  TORCH_CHECK(cuda::lowbit_gemv_serves(w.call),
               "the CUDA kernel takes at most 8 tokens of one expert, and no torch.float64; x is ",
               name_of(x.scalar_type()), " of shape ", shape_string(x.sizes()), offsets ? " with offsets" : "");
-  cuda::run(w.call, x.device());
+  launch_on(x.device(), [&](cudaStream_t stream) {
+    size_t bytes = 0;
+    const cudaError_t error = cuda::lowbit_gemv_workspace(w.call, &bytes);
+    if (error != cudaSuccess) return error;
+    return cuda::lowbit_gemv(w.call, workspace(bytes, x.device()).mutable_data_ptr(), stream);
+  });
 }
 #endif
 
@@ -157,21 +158,20 @@ void lowbit_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, c
     multiply_dequantized(w, from.view({call.tokens, cols}), y, true, bias);
     return;
   }
-  const LowbitPlan plan = kernels().lowbit_plan(call);
+  const LowbitPlan plan = cpu::lowbit_plan(call);
   const Tensor memory = allocate({plan.buffer_bytes + 64}, at::kByte, x.device());
   void* const at =
       reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.mutable_data_ptr()) + 63) & ~uintptr_t{63});
-  parallel(
-      call.tokens, [&](int64_t begin, int64_t end) { kernels().lowbit_prepare(plan, at, begin, end); },
-      std::max<int64_t>(1, kUnitElements / std::max<int64_t>(cols, 1)));
+  at::parallel_for(0, call.tokens, grain_of_rows(cols),
+                   [&](int64_t begin, int64_t end) { cpu::lowbit_prepare(plan, at, begin, end); });
   const auto multiply = [&](int64_t begin, int64_t end) {
-    kernels().lowbit_multiply(plan, at, w.experts.data(), begin, end);
+    cpu::lowbit_multiply(plan, at, w.experts.data(), begin, end);
   };
   const int64_t panels = static_cast<int64_t>(w.experts.size()) * ((call.rows + kPanel - 1) / kPanel);
   if (offsets)
     parallel_dynamic(panels, multiply);
   else
-    parallel(panels, multiply);
+    at::parallel_for(0, panels, 1, multiply);
 }
 void lowbit_linear_transposed(const Tensor& g, const Tensor& packed, const Tensor& scale,
                               const OptionalTensor& zero_point, const OptionalTensor& offsets, Constants grid,

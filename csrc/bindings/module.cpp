@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../cpu/kernels.h"
+#include "../cpu/isa.h"
 #include "../cpu/pool.h"
 #include "build_info.h"
 #include "registry.h"
@@ -75,8 +75,8 @@ pybind11::dict build_info() {
   info["cxx_compiler"] = QK_CXX_COMPILER;
   info["cuda_compiler"] = QK_CUDA_COMPILER;
   info["cuda_archs"] = QK_CUDA_ARCHS;
-  info["isas"] = compiled_isas();
-  info["isa"] = kernels().isa;
+  info["isas"] = cpu::compiled_isas();
+  info["isa"] = cpu::name_of(cpu::isa());
   return info;
 }
 
@@ -102,8 +102,8 @@ PYBIND11_MODULE(_C, m) {
       "serves",
       [](const std::string& op, const std::string& device) { return qk::serves(op, c10::parseDispatchKey(device)); },
       "Whether this build has a kernel for an op on a device.");
-  m.def("has_isa", &qk::has_isa, "Whether this machine runs one of the compiled ISAs.");
-  m.def("use_isa", &qk::use_isa, pybind11::arg("isa"),
+  m.def("has_isa", &qk::cpu::has_isa, "Whether this machine runs one of the compiled ISAs.");
+  m.def("use_isa", &qk::cpu::use_isa, pybind11::arg("isa"),
         "For tests: use the kernels of a named ISA from now on, and return the name of the former one.");
   m.def("build_info", &qk::build_info, "Compilers, ISAs, CUDA architectures and versions of this build.");
   m.def("empty_cache", &qk::cpu::pool_clear, "Return the memory kept for reuse to the system.");

@@ -1,6 +1,7 @@
 // QuantArgs and calls of the fake-quantize family, filled in from tensors.
 #pragma once
 
+#include "../common/quant_args.h"
 #include "tensors.h"
 
 namespace qk {

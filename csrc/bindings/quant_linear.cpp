@@ -5,7 +5,7 @@
 
 #include <numeric>
 
-#include "../cpu/kernels.h"
+#include "../cpu/fake_quantize.h"
 #include "quant_args.h"
 #include "registry.h"
 #include "tensors.h"
@@ -62,8 +62,9 @@ void quant_linear_dual(const Tensor& x, const OptionalTensor& tangent_x, const O
                                   dtype_of(x),
                                   origin(value)};
     const FakeQuantizeCall forward{args, origin(value), dtype_of(x)};
-    parallel(end - begin, [&](int64_t from, int64_t to) {
-      moves ? kernels().jvp(jvp, begin + from, begin + to) : kernels().forward(forward, begin + from, begin + to);
+    at::parallel_for(0, end - begin, 1, [&](int64_t from, int64_t to) {
+      moves ? cpu::fake_quantize_jvp(jvp, begin + from, begin + to)
+            : cpu::fake_quantize(forward, begin + from, begin + to);
     });
     const auto part = [&](const Tensor& t) { return transposed ? t : t.narrow(1, first, count); };
     const auto operand = [&](const Tensor& t) { return transposed ? t : t.narrow(0, 0, count).t(); };

@@ -8,8 +8,9 @@
 #include <atomic>
 #include <vector>
 
-#include "../common/call.h"
-#include "../cpu/kernels.h"
+#include "../common/dtype.h"
+#include "../common/grid.h"
+#include "../cpu/units.h"
 
 namespace qk {
 
@@ -35,19 +36,14 @@ Grid<double> grid_of(Constants c);
 // A kernel that products with packed weights call too.
 void fake_quantize_dynamic(const Tensor& x, int64_t bits, const Tensor& out);
 
-// f(begin, end) over [0, units) on torch's threads, at least `grain` at a time.
-template <class F>
-void parallel(int64_t units, F f, int64_t grain = 1) {
-  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { f(begin, end); });
-}
-
-// The same for units that take unequal time: whoever is done with a few takes the next few.
+// f(begin, end) over [0, units) on torch's threads, for units that take unequal time: whoever is done with a few takes
+// the next few.
 template <class F>
 void parallel_dynamic(int64_t units, F f) {
   const int64_t threads = std::min<int64_t>(units, at::get_num_threads());
   const int64_t few = std::max<int64_t>(1, units / (16 * std::max<int64_t>(1, threads)));
   std::atomic<int64_t> next{0};
-  parallel(threads, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin)
       for (int64_t unit; (unit = next.fetch_add(few)) < units;) f(unit, std::min(units, unit + few));
   });

@@ -1,7 +1,8 @@
 // What training does to weights in place: WinQ's reset, the perturbation of sharpness-aware minimization.
 #include <vector>
 
-#include "../cpu/kernels.h"
+#include "../cpu/perturb.h"
+#include "../cpu/reset.h"
 #include "quant_args.h"
 #include "registry.h"
 #include "tensors.h"
@@ -15,8 +16,8 @@ void reset_(const Tensor& w, const Tensor& scale, const OptionalTensor& zero_poi
             double quantized_weight) {
   if (w.numel() == 0) return;
   const ResetCall call{quant_args(w, scale, zero_point, std::nullopt, grid), w.mutable_data_ptr(), quantized_weight};
-  parallel(Units(call.args.rows, call.args.cols).count(),
-           [&](int64_t begin, int64_t end) { kernels().reset(call, begin, end); });
+  at::parallel_for(0, Units(call.args.rows, call.args.cols).count(), 1,
+                   [&](int64_t begin, int64_t end) { cpu::reset(call, begin, end); });
 }
 
 // `g` is written if swapped.
@@ -24,7 +25,7 @@ void perturb(const Tensor& w, void* g, DType g_type, const Tensor& factor, std::
   const PerturbCall call{
       w.mutable_data_ptr(), g,   factor.const_data_ptr<float>(), w.numel(), dtype_of(w), g_type, eta.value_or(0),
       eta.has_value(),      swap};
-  parallel(units_of(w.numel()), [&](int64_t begin, int64_t end) { kernels().perturb(call, begin, end); });
+  at::parallel_for(0, units_of(w.numel()), 1, [&](int64_t begin, int64_t end) { cpu::perturb(call, begin, end); });
 }
 void perturb_(const Tensor& w, const Tensor& g, const Tensor& factor, std::optional<double> eta) {
   perturb(w, const_cast<void*>(g.const_data_ptr()), dtype_of(g), factor, eta, false);
@@ -38,7 +39,8 @@ void perturbation_norms(const Tensor& g, const OptionalTensor& w, double eta, co
   std::vector<double> partial(2 * units);
   const PerturbationNormsCall call{g.const_data_ptr(),   pointer_or_null(w), g.numel(),
                                    dtype_of(w ? *w : g), dtype_of(g),        eta};
-  parallel(units, [&](int64_t begin, int64_t end) { kernels().perturbation_norms(call, partial.data(), begin, end); });
+  at::parallel_for(0, units, 1,
+                   [&](int64_t begin, int64_t end) { cpu::perturbation_norms(call, partial.data(), begin, end); });
   double once = 0, twice = 0;
   for (int64_t unit = 0; unit < units; ++unit) {
     once += partial[2 * unit];

@@ -2,6 +2,8 @@
 // products), which reads two tensors of the logits' size and writes one.
 //
 // A sum runs over sixteen lanes through a span, then over spans in float64, so its order depends on the shape alone.
+#include "cross_entropy.h"
+
 #include <algorithm>
 #include <limits>
 #include <vector>

@@ -1,62 +1,29 @@
-// The choice of an ISA: a table of kernels for each, and which of them this machine can run. CMake says which were
-// built (QK_HAVE_<isa>, QK_COMPILED_ISAS).
-#include <atomic>
+// The choice of an ISA: what each needs, and which of them this machine can run.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
-#include <string>
 
-#include "kernels.h"
+#include "isa.h"
 
-#define QK_FUNCTION(name, arguments) void name arguments;
-#define QK_ENTRY(name, arguments) , name
-#define QK_DECLARE(isa)                                            \
-  namespace isa {                                                  \
-  QK_KERNELS(QK_FUNCTION)                                          \
-  LowbitPlan lowbit_plan(const LowbitLinearCall&);                 \
-  constexpr Kernels table{#isa QK_KERNELS(QK_ENTRY), lowbit_plan}; \
-  }
+#define QK_HAS(feature) (__builtin_cpu_supports(feature) != 0)
+#define QK_NEEDS_baseline true
+#define QK_NEEDS_avx2 (QK_HAS("avx2") && QK_HAS("fma") && QK_HAS("f16c"))
+#define QK_NEEDS_avx512 \
+  (QK_NEEDS_avx2 && QK_HAS("avx512f") && QK_HAS("avx512bw") && QK_HAS("avx512dq") && QK_HAS("avx512vl"))
+#define QK_NEEDS_avx512_icelake (QK_NEEDS_avx512 && QK_HAS("avx512vnni") && QK_HAS("avx512vbmi"))
+#define QK_NEEDS_avx512_bf16 (QK_NEEDS_avx512_icelake && QK_HAS("avx512bf16"))
 
-namespace qk {
-
-QK_DECLARE(baseline)
-#ifdef QK_HAVE_avx2
-QK_DECLARE(avx2)
-#endif
-#ifdef QK_HAVE_avx512
-QK_DECLARE(avx512)
-#endif
-#ifdef QK_HAVE_avx512_icelake
-QK_DECLARE(avx512_icelake)
-#endif
-#ifdef QK_HAVE_avx512_bf16
-QK_DECLARE(avx512_bf16)
-#endif
-
+namespace qk::cpu {
 namespace {
 
-// Widest first, and whether this machine has what each needs.
+// By Isa. Whether this machine has what each needs.
 const struct {
-  const Kernels& table;
+  const char* name;
   bool present;
 } isas[] = {
-#define QK_HAS(feature) (__builtin_cpu_supports(feature) != 0)
-#define QK_AVX2 (QK_HAS("avx2") && QK_HAS("fma") && QK_HAS("f16c"))
-#define QK_AVX512 (QK_AVX2 && QK_HAS("avx512f") && QK_HAS("avx512bw") && QK_HAS("avx512dq") && QK_HAS("avx512vl"))
-#define QK_ICELAKE (QK_AVX512 && QK_HAS("avx512vnni") && QK_HAS("avx512vbmi"))
-#ifdef QK_HAVE_avx512_bf16
-    {avx512_bf16::table, QK_ICELAKE&& QK_HAS("avx512bf16")},
-#endif
-#ifdef QK_HAVE_avx512_icelake
-    {avx512_icelake::table, QK_ICELAKE},
-#endif
-#ifdef QK_HAVE_avx512
-    {avx512::table, QK_AVX512},
-#endif
-#ifdef QK_HAVE_avx2
-    {avx2::table, QK_AVX2},
-#endif
-    {baseline::table, true},
+#define QK_ISA_ROW(isa) {#isa, QK_NEEDS_##isa},
+    QK_FOR_EACH_ISA(QK_ISA_ROW)
+#undef QK_ISA_ROW
 };
 
 // torch's own limit. It has no name for an ISA above the AVX-512 of Skylake, so avx512 excludes the wider ones.
@@ -70,47 +37,53 @@ bool allowed(const char* isa) {
 
 std::string present_isas() {
   std::string names;
-  for (const auto& isa : isas)
-    if (isa.present) names += (names.empty() ? "" : ", ") + std::string(isa.table.isa);
+  for (int isa = kIsas; isa-- > 0;)
+    if (isas[isa].present) names += (names.empty() ? "" : ", ") + std::string(isas[isa].name);
   return names + ", which this machine has of those compiled (" + compiled_isas() + ")";
 }
 
-const Kernels& choose() {
+// The widest that may be used.
+Isa best_isa() {
   const char* const named = std::getenv("QATKERNELS_ISA");
-  for (const auto& isa : isas)
-    if (isa.present && (named && *named ? !std::strcmp(named, isa.table.isa) : allowed(isa.table.isa)))
-      return isa.table;
+  for (int isa = kIsas; isa-- > 0;)
+    if (isas[isa].present && (named && *named ? !std::strcmp(named, isas[isa].name) : allowed(isas[isa].name)))
+      return static_cast<Isa>(isa);
   throw std::runtime_error(std::string("QATKERNELS_ISA is '") + named + "', must be one of " + present_isas());
 }
 
-std::atomic<const Kernels*> chosen{nullptr};
+// The ISA of a name that this machine has, or kIsas.
+int find_isa(const std::string& name) {
+  int isa = 0;
+  while (isa < kIsas && !(isas[isa].present && name == isas[isa].name)) ++isa;
+  return isa;
+}
 
 }  // namespace
 
-const char* compiled_isas() { return QK_COMPILED_ISAS; }
-
-bool has_isa(const char* name) {
-  for (const auto& isa : isas)
-    if (isa.present && !std::strcmp(name, isa.table.isa)) return true;
-  return false;
-}
-
-const Kernels& kernels() {
-  if (const Kernels* const known = chosen.load(std::memory_order_acquire)) return *known;
-  const Kernels* known = nullptr;
-  const Kernels& found = choose();
+Isa choose_isa() {
+  int known = -1;
+  const Isa best = best_isa();
   // Another thread may have been first, with the same choice or a test's.
-  return chosen.compare_exchange_strong(known, &found) ? found : *known;
+  return chosen_isa.compare_exchange_strong(known, best) ? best : static_cast<Isa>(known);
 }
+
+const char* name_of(Isa isa) { return isas[isa].name; }
 
 const char* use_isa(const std::string& name) {
-  for (const auto& isa : isas)
-    if (isa.present && name == isa.table.isa) {
-      const char* const former = kernels().isa;
-      chosen.store(&isa.table, std::memory_order_release);
-      return former;
-    }
-  throw std::invalid_argument("isa is '" + name + "', must be one of " + present_isas());
+  const int wanted = find_isa(name);
+  if (wanted == kIsas) throw std::invalid_argument("isa is '" + name + "', must be one of " + present_isas());
+  const Isa former = isa();
+  chosen_isa.store(wanted);
+  return name_of(former);
 }
 
-}  // namespace qk
+bool has_isa(const std::string& name) { return find_isa(name) < kIsas; }
+
+std::string compiled_isas() {
+  std::string names;
+  for (const auto& isa : isas) names += std::string(isa.name) + ' ';
+  names.pop_back();
+  return names;
+}
+
+}  // namespace qk::cpu

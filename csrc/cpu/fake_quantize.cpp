@@ -1,4 +1,6 @@
 // Fake quantization of weights on the CPU: forward, backward and forward-mode derivative, each one pass over memory.
+#include "fake_quantize.h"
+
 #include <algorithm>
 
 #include "rows.h"
@@ -6,7 +8,7 @@
 namespace qk {
 namespace QK_ISA {
 
-void forward(const FakeQuantizeCall& call, int64_t begin, int64_t end) {
+void fake_quantize(const FakeQuantizeCall& call, int64_t begin, int64_t end) {
   with_types(call.args.w_type, call.y_type, [&](auto types) {
     using T = typename decltype(types)::T;
     using W = typename decltype(types)::W;
@@ -25,7 +27,7 @@ void forward(const FakeQuantizeCall& call, int64_t begin, int64_t end) {
   });
 }
 
-void backward(const FakeQuantizeBackwardCall& call, double* partial, int64_t begin, int64_t end) {
+void fake_quantize_backward(const FakeQuantizeBackwardCall& call, double* partial, int64_t begin, int64_t end) {
   const Units units(call.args.rows, call.args.cols);
   with_types(call.args.w_type, call.g_type, [&](auto types) {
     using T = typename decltype(types)::T;
@@ -66,7 +68,7 @@ void backward(const FakeQuantizeBackwardCall& call, double* partial, int64_t beg
   });
 }
 
-void finish_backward(const FakeQuantizeBackwardCall& call, const double* partial) {
+void finish_fake_quantize_backward(const FakeQuantizeBackwardCall& call, const double* partial) {
   const Units units(call.args.rows, call.args.cols);
   if (units.pieces_per_row == 1) return;
   for (int64_t row = 0; row < units.rows; ++row) {
@@ -80,7 +82,7 @@ void finish_backward(const FakeQuantizeBackwardCall& call, const double* partial
   }
 }
 
-void jvp(const FakeQuantizeJvpCall& call, int64_t begin, int64_t end) {
+void fake_quantize_jvp(const FakeQuantizeJvpCall& call, int64_t begin, int64_t end) {
   with_types(call.args.w_type, call.y_type, [&](auto types) {
     using T = typename decltype(types)::T;
     using W = typename decltype(types)::W;

@@ -3,6 +3,8 @@
 // Columns are processed block by block. A block of w stays in the first cache level; the block of the basis is read
 // twice, the second time from the second cache level. All arithmetic is float64. A sum runs over sixteen lanes through
 // a unit of columns, then over units, so its order depends on the shape alone.
+#include "krylov.h"
+
 #include <algorithm>
 #include <vector>
 

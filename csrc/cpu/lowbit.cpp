@@ -1,5 +1,7 @@
 // Products with packed weights: the choice of a kernel, and what all kernels share. That is reading tokens, turning
 // them into integers, walking over blocks of the result, and finishing their sums.
+#include "lowbit.h"
+
 #include <algorithm>
 #include <cmath>
 #include <iterator>
@@ -7,9 +9,8 @@
 #include <memory>
 #include <vector>
 
-#include "kernels.h"
 #include "lowbit_kernels.h"
-#include "packing.h"
+#include "packed_codes.h"
 
 namespace qk {
 namespace QK_ISA {

@@ -7,9 +7,8 @@
 //
 // A sum adds the products of kColumns columns in a register, column after column, and then adds that to what it had.
 // The order depends on the number of columns alone, not on threads or on the number of tokens, and so do the bits.
-#include "kernels.h"
 #include "lowbit_kernels.h"
-#include "packing.h"
+#include "packed_codes.h"
 
 namespace qk {
 namespace QK_ISA {

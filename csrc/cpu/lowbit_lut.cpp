@@ -13,7 +13,6 @@
 // largest.
 #include <cmath>
 
-#include "kernels.h"
 #include "lowbit_words.h"
 
 namespace qk {

@@ -10,7 +10,6 @@
 // multiplied with them (multiply_many). The picture of the layouts is in lowbit_words.h.
 #include <utility>
 
-#include "kernels.h"
 #include "lowbit_operands.h"
 
 namespace qk {

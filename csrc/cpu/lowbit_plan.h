@@ -9,7 +9,7 @@
 // split.
 #pragma once
 
-#include "../common/call.h"
+#include "../common/lowbit_linear.h"
 
 namespace qk {
 

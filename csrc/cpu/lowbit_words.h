@@ -27,7 +27,7 @@
 #pragma once
 
 #include "lowbit_kernels.h"
-#include "packing.h"
+#include "packed_codes.h"
 
 #if defined(QK_LOWBIT_AVX512)
 namespace qk {

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "kernels.h"
+#include "packed_codes.h"
 
 namespace qk {
 namespace QK_ISA {

@@ -1,4 +1,6 @@
 // The perturbation of sharpness-aware minimization on the CPU, and the norms that it is scaled by.
+#include "perturb.h"
+
 #include <algorithm>
 
 #include "rows.h"

@@ -1,5 +1,7 @@
 // The reset of WinQ on the CPU: weights move towards their quantized values unless their code would change. One read
 // and one write of the weight.
+#include "reset.h"
+
 #include "rows.h"
 
 namespace qk {

@@ -6,7 +6,8 @@
 #include <type_traits>
 
 #include "../common/element_types.h"
-#include "noise.h"
+#include "../common/quant_args.h"
+#include "noise_span.h"
 
 namespace qk {
 namespace QK_ISA {

@@ -2,7 +2,7 @@
 // once where a token fits into registers.
 #include <cfloat>
 
-#include "kernels.h"
+#include "dynamic.h"
 #include "quant_weight.h"
 
 namespace qk::cuda {

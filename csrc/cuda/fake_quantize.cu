@@ -1,5 +1,5 @@
 // Fake quantization of weights on a GPU: forward, backward and forward-mode derivative, each one pass over memory.
-#include "kernels.h"
+#include "fake_quantize.h"
 #include "quant_weight.h"
 
 namespace qk::cuda {

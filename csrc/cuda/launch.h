@@ -1,5 +1,8 @@
 // How kernels are launched: by an ordinary function call instead of <<<>>>, so that tests can compile the same source
 // for the CPU.
+//
+// A launcher, which the header of an op declares, enqueues kernels on a stream and returns. Pointers of the call are on
+// the stream's device. This folder includes no header of torch (tests/cuda/on_host.py).
 #pragma once
 
 #include <cuda_runtime.h>

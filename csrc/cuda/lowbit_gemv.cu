@@ -15,9 +15,9 @@
 // fixed order. The result depends on the device only where x does not fit into its shared memory and K is cut.
 #include <atomic>
 
-#include "kernels.h"
 #include "lowbit_gemv.h"
 #include "lowbit_limbs.h"
+#include "lowbit_linear.h"
 
 namespace qk::cuda {
 namespace {

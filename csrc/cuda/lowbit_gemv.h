@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "../common/lowbit_linear.h"
 #include "lowbit_layout.h"
 #include "quant_weight.h"
 

@@ -1,5 +1,5 @@
 // Standard normals by themselves, on a GPU: the noise that kernels draw, for tests and other backends.
-#include "kernels.h"
+#include "noise.h"
 #include "quant_weight.h"
 
 namespace qk::cuda {

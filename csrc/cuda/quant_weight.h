@@ -1,9 +1,9 @@
 // QuantArgs as kernels take them (QuantWeight), and the choice of a kernel's template arguments from a call.
 #pragma once
 
-#include "../common/call.h"
 #include "../common/element_types.h"
 #include "../common/philox.h"
+#include "../common/quant_args.h"
 #include "divide.h"
 #include "tile.h"
 

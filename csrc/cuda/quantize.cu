@@ -1,6 +1,6 @@
 // Weights to integer codes and back on a GPU.
-#include "kernels.h"
 #include "quant_weight.h"
+#include "quantize.h"
 
 namespace qk::cuda {
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..grids import Grid
-from ..ops import fake_quantize, perturb_, quantize
+from ..ops import perturb_, quantize
+from ..ops._fake_quantize import FORWARD, check_fit, check_noise
+from ..ops.noise import make_seed
 from .config import QuantConfig
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class WeightQuantizer:
     Attributes:
         config: what to quantize to.
         grid: its grid.
+        constants: the constants of the grid, as a list for the ops.
         group_size: features that share a scale, or None.
         grad_scale: factor of the scales' gradients (LSQ; Esser et al., 2020).
         noise_std: standard deviation of the noise on the weight in training forwards (WinQ), negative for the mirrored
@@ -40,11 +43,12 @@ class WeightQuantizer:
         scale_noise_std: the same for the scales.
         added: what every forward adds to the quantized weight; None for nothing.
 
-    The last three are not saved. Change the noise by :meth:`set_noise`, and what is added by :meth:`modified`.
+    Noise and what is added are not saved. Change the noise by :meth:`set_noise`, and what is added by :meth:`modified`.
     """
 
     config: QuantConfig
     grid: Grid
+    constants: list[float]
     group_size: int | None
     grad_scale: float
 
@@ -60,7 +64,7 @@ class WeightQuantizer:
             numel: weights of the layer; of one expert, in a stack.
         """
         self.config, self.grid, self.group_size = config, config.grid, config.group_size
-        self.grad_scale = self.grid.grad_scale(numel)
+        self.constants, self.grad_scale = list(self.grid.constants), self.grid.grad_scale(numel)
 
     def set_noise(self, noise_std: float, scale_noise_std: float) -> None:
         """Set the noise of training forwards. WinQ sets it in its constructor and clears it when it is removed."""
@@ -111,10 +115,16 @@ class WeightQuantizer:
             dtype: bfloat16 or float16 for a float32 weight; the weight's dtype if None.
             noise: on weight and scales.
         """
-        return fake_quantize(
-            weight, self.stored(scale), self.grid, group_size=self.group_size, zero_point=zero_point,
-            noise_std=noise[0], scale_noise_std=noise[1], grad_scale=self.grad_scale, dtype=dtype,
-        )  # fmt: skip
+        # The op itself: of what the function fake_quantize checks, only assigned scales can be wrong here.
+        check_fit(weight, scale, self.grid, self.group_size, zero_point)
+        seed = None
+        if noise[0] or noise[1]:
+            check_noise(*noise)
+            seed = make_seed(None, weight.device)
+        quantized: Tensor = FORWARD.call(
+            weight, self.stored(scale), zero_point, seed, self.constants, *noise, self.grad_scale, dtype
+        )
+        return quantized
 
     def __call__(
         self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype | None, training: bool

@@ -388,13 +388,11 @@ def fake_quantize(
     The straight-through rule is that of ParetoQ (Liu et al., 2025), the noise that of WinQ; see docs/algorithms.md.
     """
     check_layout(w, scale, grid, group_size, zero_point)
-    check_reals(noise_std=noise_std, scale_noise_std=scale_noise_std)
+    check_noise(noise_std, scale_noise_std)
     check_optional_reals(grad_scale=grad_scale)
     check_optional_tensors(out=out)
     if dtype is not None:
         check_dtype(dtype)
-    if not (abs(noise_std) < math.inf and abs(scale_noise_std) < math.inf):  # torch.compile cannot trace math.isfinite
-        raise ValueError(f"noise_std is {noise_std} and scale_noise_std is {scale_noise_std}, must be finite")
     noise.check_seed(seed)
     seed = noise.make_seed(seed, w.device) if noise_std or scale_noise_std else None
     grad_scale = grid.grad_scale(w.numel()) if grad_scale is None else float(grad_scale)
@@ -411,11 +409,27 @@ def fake_quantize(
     return y
 
 
+def check_noise(noise_std: float, scale_noise_std: float) -> None:
+    """Raise TypeError or ValueError unless these are finite numbers."""
+    check_reals(noise_std=noise_std, scale_noise_std=scale_noise_std)
+    if not (abs(noise_std) < math.inf and abs(scale_noise_std) < math.inf):  # torch.compile cannot trace math.isfinite
+        raise ValueError(f"noise_std is {noise_std} and scale_noise_std is {scale_noise_std}, must be finite")
+
+
 def check_layout(w: Tensor, scale: Tensor, grid: Grid, group_size: int | None, zero_point: Tensor | None) -> None:
     """Raise TypeError or ValueError unless ``scale`` and ``zero_point`` fit ``w`` at this granularity."""
     check_tensors(w=w, scale=scale)
     check_grid(grid)
     check_optional_tensors(zero_point=zero_point)
+    check_fit(w, scale, grid, group_size, zero_point)
+
+
+def check_fit(w: Tensor, scale: Tensor, grid: Grid, group_size: int | None, zero_point: Tensor | None) -> None:
+    """Check the same of arguments whose types are known.
+
+    The contract of the op cannot tell whether a scale is one for each group or for each row: it knows of rows only how
+    many there are.
+    """
     if group_size is not None:
         if w.ndim == 0:
             raise ValueError("w has no dimension to divide into groups, group_size must be None")

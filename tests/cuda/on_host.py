@@ -27,7 +27,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 GUARD = 64  # guard bytes around every output, which must not change
 
 
-# The structures of csrc/common/call.h, field by field in the same order. `library` fails to build if they differ.
+# The structures of csrc/common, field by field in the same order. `library` fails to build if they differ.
 class Grid(Structure):
     _cpp_ = "Grid<double>"
     _fields_ = (
@@ -102,7 +102,8 @@ STRUCTURES = (
 
 def layout_checks(structures=STRUCTURES):
     """Return C++ code that compiles only if each C++ structure has the same fields as its ctypes structure here."""
-    lines = ["#include <cstddef>", '#include "common/call.h"', '#include "field_count.h"']
+    headers = sorted(path.name for path in (ROOT / "csrc/common").glob("*.h"))
+    lines = ["#include <cstddef>", *(f'#include "common/{name}"' for name in headers), '#include "field_count.h"']
 
     def check(condition, value, what):
         lines.append(f'static_assert({condition} == {value}, "on_host.py has {what} = {value}");')
@@ -126,7 +127,7 @@ def compile_command(source, *options):
 @functools.cache
 def library():
     """Build the kernels under build/ if their sources changed, and load them."""
-    sources = [*KERNELS, HOST / "harness.cpp"]
+    sources = [*KERNELS, *sorted(HOST.glob("*.cpp"))]
     headers = [*HOST.glob("*.h"), *(ROOT / "csrc/cuda").glob("*.h"), *(ROOT / "csrc/common").glob("*.h")]
     digest = hashlib.sha256((" ".join(FLAGS) + layout_checks()).encode())
     for path in sorted([*sources, *headers]):
@@ -138,7 +139,7 @@ def library():
         checks = folder / f"layout_checks.{os.getpid()}.cpp"
         checks.write_text(layout_checks())
         sources.append(checks)
-        objects = [folder / f"{source.stem}.{os.getpid()}.o" for source in sources]
+        objects = [folder / f"{source.name}.{os.getpid()}.o" for source in sources]
 
         def build(source, out):
             subprocess.run(compile_command(source, "-c", "-o", out), check=True)

@@ -1,4 +1,4 @@
-"""The mirrors of csrc/common/call.h that tests call CUDA kernels with agree with it, or do not compile."""
+"""The mirrors of the calls in csrc/common that tests call CUDA kernels with agree with it, or do not compile."""
 
 import shutil
 import subprocess
