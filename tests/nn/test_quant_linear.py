@@ -454,3 +454,25 @@ def test_what_belongs_to_the_quantizer_cannot_be_assigned_to_the_layer(name):
     layer = QuantLinear(4, 4, config=QuantConfig(2))
     with pytest.raises(AttributeError, match=rf"{name} cannot be assigned to a layer: use layer\.quantizer\."):
         setattr(layer, name, 0.1)
+
+
+class TestAssigned:
+    """What somebody assigns to a layer is checked in the forward: the op alone would compute something else."""
+
+    def test_scales_of_another_granularity(self):
+        layer = QuantLinear(16, 12, config=QuantConfig(4, group_size=8))
+        layer.scale = nn.Parameter(torch.ones(24))
+        with pytest.raises(ValueError, match=r"scale has shape \(24,\), must be \(12, 2\) for group_size 8"):
+            layer(torch.randn(2, 16))
+
+    def test_a_zero_point_of_a_grid_without_one(self):
+        layer = QuantLinear(16, 12, config=QuantConfig(4))
+        layer.zero_point = nn.Parameter(torch.ones(12))
+        with pytest.raises(ValueError, match="zero_point is given, but scheme 'lsq' has none"):
+            layer(torch.randn(2, 16))
+
+    def test_noise_that_is_not_finite(self):
+        layer = QuantLinear(16, 12, config=QuantConfig(4))
+        layer.quantizer.set_noise(float("inf"), 0.0)
+        with pytest.raises(ValueError, match="noise_std is inf and scale_noise_std is 0.0, must be finite"):
+            layer(torch.randn(2, 16))
