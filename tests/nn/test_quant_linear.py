@@ -474,5 +474,5 @@ class TestAssigned:
     def test_noise_that_is_not_finite(self):
         layer = QuantLinear(16, 12, config=QuantConfig(4))
         layer.quantizer.set_noise(float("inf"), 0.0)
-        with pytest.raises(ValueError, match="noise_std is inf and scale_noise_std is 0.0, must be finite"):
+        with pytest.raises(ValueError, match=r"noise_std is inf and scale_noise_std is 0\.0, must be finite"):
             layer(torch.randn(2, 16))
