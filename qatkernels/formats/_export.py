@@ -11,7 +11,12 @@ from typing import Any
 from torch import nn
 
 #: The module of each format, which has ``export(model, path, **options) -> ExportReport``.
-_FORMATS = {"safetensors": ".packed", "gguf": ".gguf", "compressed-tensors": ".compressed_tensors"}
+_FORMATS = {
+    "safetensors": ".packed",
+    "gguf": ".gguf",
+    "compressed-tensors": ".compressed_tensors",
+    "mlx": ".mlx",
+}
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,8 @@ def export(model: nn.Module, path: str | Path, to: str, **options: Any) -> Expor
     Args:
         model: a model from :func:`qatkernels.quantize_model`, or from :func:`qatkernels.pack_model`.
         path: the file or folder to write; a file is replaced only when the new one is complete.
-        to: the format: ``"gguf"`` (llama.cpp), ``"compressed-tensors"`` (vLLM, transformers), or ``"safetensors"``
-            (this library's own, packed models only).
+        to: the format: ``"gguf"`` (llama.cpp), ``"compressed-tensors"`` (vLLM, transformers), ``"mlx"`` (mlx-lm), or
+            ``"safetensors"`` (this library's own, packed models only).
         **options: of the format; see its ``export``, such as :func:`qatkernels.formats.gguf.export`.
 
     Returns:

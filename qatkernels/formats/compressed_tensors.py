@@ -13,7 +13,6 @@ compressed-tensors 0.18 and later; earlier versions pad numbers of 3, 5, 6 and 7
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from ._export import ExportReport, ExportRow
 from ._folder import Source, naming
-from .integers import IntegerWeight, UnfitError
+from .integers import IntegerWeight, UnfitError, words
 
 #: The widths that are written. compressed-tensors also knows 1 bit, {-1, 0}, which none of the grids here is.
 BITS = range(2, 9)
@@ -173,11 +172,11 @@ class Stored:
             "weight_shape": torch.tensor(weight.integers.shape, dtype=torch.int64),
         }
         if self.symmetric:
-            return parts | {"weight_packed": packed(weight.integers + half, self.bits)}
+            return parts | {"weight_packed": words(weight.integers + half, self.bits)}
         grouped = weight.integers.reshape(*weight.low.shape, -1) - weight.low[..., None]
-        zeros = packed(-weight.low.T, self.bits).T.contiguous()
+        zeros = words(-weight.low.T, self.bits).T.contiguous()
         return parts | {
-            "weight_packed": packed(grouped.reshape(weight.integers.shape), self.bits),
+            "weight_packed": words(grouped.reshape(weight.integers.shape), self.bits),
             "weight_zero_point": zeros,
         }
 
@@ -198,12 +197,3 @@ def _zeros_fit(weight: IntegerWeight, bits: int) -> bool:
 def _dtype(steps: Tensor, dtypes: tuple[torch.dtype, ...]) -> torch.dtype:
     """Return the first dtype that holds all steps."""
     return next(dtype for dtype in dtypes if torch.equal(steps.to(dtype).float(), steps))
-
-
-def packed(unsigned: Tensor, bits: int) -> Tensor:
-    """Pack integers ``[N, K]`` from 0 to ``2 ** bits - 1`` into int32 ``[N, ceil(K * bits / 32)]``."""
-    data: Tensor = torch.ops.qatkernels.pack(unsigned.to(torch.uint8).contiguous(), 0, bits)
-    data = torch.nn.functional.pad(data, (0, -data.shape[-1] % 4)).contiguous()
-    if sys.byteorder == "big":
-        data = data.unflatten(-1, (-1, 4)).flip(-1).flatten(-2)
-    return data.view(torch.int32)

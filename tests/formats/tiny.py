@@ -17,7 +17,7 @@ def build(kind="llama", config=None, **settings):
 
     torch.manual_seed(0)
     heads = {} if kind in ("llama", "qwen2", "gpt2") else {"head_dim": 32}
-    described = transformers.AutoConfig.for_model(kind, **SIZES, **heads, **settings)
+    described = transformers.AutoConfig.for_model(kind, **{**SIZES, **heads, **settings})
     model = transformers.AutoModelForCausalLM.from_config(described).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
