@@ -39,6 +39,11 @@ from .arguments import (
 MIN_SCALE = 1e-5
 
 
+def code_dtype(code_max: int) -> torch.dtype:
+    """Return the dtype of codes whose largest one is ``code_max``."""
+    return torch.uint8 if code_max > 127 else torch.int8
+
+
 class GridConstants(NamedTuple):
     """The numbers of a grid that kernels get, as floats in this order."""
 
@@ -153,7 +158,7 @@ class Grid:
     @property
     def code_dtype(self) -> torch.dtype:
         """Dtype of codes: int8, or uint8 if a code is above 127."""
-        return torch.uint8 if self.code_max > 127 else torch.int8
+        return code_dtype(self.code_max)
 
     @property
     def values(self) -> tuple[float, ...]:

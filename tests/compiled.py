@@ -1,4 +1,4 @@
-"""Whether a wrong result of torch.compile is this package's fault or torch's."""
+"""Tells whether a wrong result of torch.compile is a fault of this package or of torch."""
 
 from contextlib import contextmanager
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 @contextmanager
 def torch_compile_blamed(backend):
-    """Let a failing comparison of compiled with eager code say whether torch's compiler fails on plain torch too."""
+    """Add to a failed comparison of compiled and eager code whether torch's compiler also fails on plain torch code."""
     try:
         yield
     except AssertionError as error:
@@ -22,7 +22,7 @@ def torch_compile_blamed(backend):
 
 
 def _compiles_a_linear_layer_wrong(backend):
-    """Whether the compiled gradients of a linear layer are not the eager ones; 24 features are no whole registers."""
+    """Whether compiled gradients of a linear layer differ from eager ones. 24 features do not fill whole registers."""
 
     def gradients(call):
         x, w, b = (torch.ones(shape, requires_grad=True) for shape in ((6, 32), (24, 32), (24,)))

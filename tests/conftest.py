@@ -1,4 +1,4 @@
-"""Marks, profiles and fixtures of all tests; those marked `gpu` skip where there is no device."""
+"""Marks, hypothesis profiles and fixtures of all tests. Tests marked `gpu` are skipped without a CUDA device."""
 
 import os
 import sys
@@ -13,14 +13,15 @@ from tests.implementations import HAS_GPU
 from tests.isas import ISAS, using
 from tests.pair import Pair
 
-# torch.compile keeps what it generated for one instruction set and, in torch 2.13, runs it with another one under
-# ATEN_CPU_CAPABILITY: elements are left out, or written past the end (docs/training.md).
+# torch.compile caches code for one instruction set. torch 2.13 reuses it under another ATEN_CPU_CAPABILITY, and then
+# elements are missing or written past the end (docs/training.md). So each instruction set has its own cache.
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
     f"{tempfile.gettempdir()}/inductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability().replace(' ', '-')}",
 )
 
-# No test asserts a time. Where CI is set every run tries the same examples, so that a failure is the change's.
+# No test asserts a time, so there is no deadline. In CI every run tries the same examples, so that a failure comes from
+# the change.
 settings.register_profile("any machine", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "any machine")
@@ -35,7 +36,7 @@ def pytest_collection_modifyitems(items):
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if item.get_closest_marker("gpu"):  # keywords would also hold the names of folders
+        if item.get_closest_marker("gpu"):  # item.keywords would also have the names of folders
             item.add_marker(skip)
 
 

@@ -1,4 +1,4 @@
-"""Which implementations of an op run on this machine, and on which device: what compares backends asks here."""
+"""The implementations of an op on this machine, with their devices, for tests that compare backends."""
 
 from functools import cache
 
@@ -13,13 +13,13 @@ __all__ = ["CPU_BACKENDS", "GPU", "GPU_BACKENDS", "HAS_GPU", "implementations", 
 
 HAS_GPU = torch.cuda.is_available()
 GPU = torch.device("cuda")
-#: Backends of either device, other than the reference. `bench/gpu/warm.py` sets these.
+#: Backends of the CPU and of CUDA, without the reference. `bench/gpu/warm.py` sets these.
 CPU_BACKENDS: tuple[str, ...] = ("cpp",)
 GPU_BACKENDS: tuple[str, ...] = ("triton", "cuda")
 
 
 def implementations(op):
-    """Return (backend, implementation, device): the `_out` form, or the op itself where it works in place."""
+    """Return (backend, implementation, device): the `_out` form, or the op itself if it works in place."""
     name = f"{op}_out" if OPS[op].outputs else op
     here = [(backend, torch.device("cpu")) for backend in CPU_BACKENDS]
     here += [(backend, GPU) for backend in GPU_BACKENDS if HAS_GPU]
@@ -28,5 +28,5 @@ def implementations(op):
 
 @cache
 def samples_on(device):
-    """Return the samples of the fake-quantize family on a device, made once."""
+    """Return the samples of the fake-quantize family on a device (cached)."""
     return tuple(every_sample(device))

@@ -1,18 +1,18 @@
-"""The CPU kernels of every ISA that this machine has, one after another in this process."""
+"""Runs the CPU kernels of every ISA of this machine in one process."""
 
 from contextlib import contextmanager
 
 from qatkernels.backends import extension
 
-#: What this machine runs of the ISAs that were compiled, the narrowest first.
+#: The compiled ISAs that this machine supports, the narrowest first.
 ISAS = [isa for isa in extension().build_info()["isas"].split() if extension().has_isa(isa)] if extension() else []
-#: Those whose products with packed weights are sums in float32, added in one order whatever the number of tokens.
+#: ISAs whose products with packed weights are float32 sums, in the same order for any number of tokens.
 FLOAT_ISAS = [isa for isa in ISAS if isa in ("baseline", "avx2", "avx512")]
 
 
 @contextmanager
 def using(isa):
-    """Compute with the kernels of a named ISA."""
+    """Use the kernels of an ISA."""
     former = extension().use_isa(isa)
     try:
         yield

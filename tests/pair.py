@@ -1,4 +1,4 @@
-"""Two processes of one gloo group that do the jobs of many tests: torch is imported once, the group is made once.
+"""Two processes of one gloo group that run the jobs of many tests. torch is imported and the group is made only once.
 
 A test takes the fixture `pair` and sends it a job, a function at the top level of a module:
 
@@ -8,9 +8,9 @@ A test takes the fixture `pair` and sends it a job, a function at the top level 
     def test_two_processes(pair, tmp_path):
         of_rank_0, of_rank_1 = pair.run(job, tmp_path)
 
-Both processes import the job by its name and call it with their rank. The default group is there, the environment is
-that of torchrun, and every job starts with the same seeds, working directory, environment and filters of warnings.
-What a job takes and returns has to be picklable.
+Both processes import the job by its name and call it with their rank. The default process group exists, and the
+environment is that of torchrun. Every job starts with the same seeds, working directory, environment and warning
+filters. Arguments and results of a job must be picklable.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from pathlib import Path
 from typing import Any
 
 SIZE = 2
-#: Seconds until a job counts as hung.
+#: A job that takes more seconds than this counts as hung.
 LIMIT = 300.0
-#: Seconds that a process has left when the other one failed: it may be waiting for it in a collective.
+#: Seconds that a process may continue after the other one failed. It may wait for the other in a collective.
 GRACE = 10.0
 
 
 class JobFailed(Exception):
-    """A job raised, hung or took its process along; the message says in which rank, and where."""
+    """A job raised an exception, hung, or killed its process. The message has the rank and the stack."""
 
 
 class Pair:
-    """Two processes, started at the first job, and anew at the first one after a failure."""
+    """Two processes. They start with the first job, and again with the first job after a failure."""
 
     def __init__(self) -> None:
         self._ranks: list[_Rank] = []
@@ -56,17 +56,17 @@ class Pair:
         Args:
             job: a function at the top level of a module.
             args: for the job; picklable.
-            limit: seconds after which the job counts as hung.
+            limit: a job that takes more seconds than this counts as hung.
 
         Raises:
             JobFailed: if a process raised, hung or ended. The next job gets two new processes.
         """
-        message = sys.path, pickle.dumps((job, args))  # apart: without the path the job may not be found
+        message = sys.path, pickle.dumps((job, args))  # sent separately: without the path the job cannot be unpickled
         if not self._ranks:
             self._folder = tempfile.TemporaryDirectory()
             self._ranks = [_Rank(number, Path(self._folder.name)) for number in range(SIZE)]
         for rank in self._ranks:
-            with contextlib.suppress(BrokenPipeError):  # it has ended, which `_collect` will see
+            with contextlib.suppress(BrokenPipeError):  # the process has ended; `_collect` reports it
                 rank.connection.send(message)
         self._collect(limit)
         if problems := [f"rank {rank.number} {rank.problem}" for rank in self._ranks if rank.problem]:
@@ -78,7 +78,7 @@ class Pair:
     def close(self) -> None:
         """End the processes."""
         for rank in self._ranks:
-            rank.connection.close()  # a process that waits for a job ends
+            rank.connection.close()  # a process that waits for a job then ends
         for rank in self._ranks:
             rank.process.join(0 if rank.problem else GRACE)
             rank.process.kill()
@@ -88,7 +88,7 @@ class Pair:
             self._folder.cleanup()
 
     def _collect(self, limit: float) -> None:
-        """Wait until each process has answered, or for GRACE after one that failed."""
+        """Wait until both processes have answered, or for GRACE seconds after one has failed."""
         waiting = {rank.connection: rank for rank in self._ranks}
         end = time.monotonic() + limit
         while waiting:
@@ -113,11 +113,11 @@ class _Rank:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(number, theirs, folder, self.stacks), daemon=True)
         self.process.start()
-        theirs.close()  # so that the process's end is the end of the connection
+        theirs.close()  # so that the connection ends when the process ends
         self.result, self.problem = b"", ""
 
     def receive(self) -> None:
-        """Take the answer, or learn how the process ended."""
+        """Receive the answer, or record how the process ended."""
         try:
             self.result, self.problem = self.connection.recv()
         except (EOFError, OSError):
@@ -126,7 +126,7 @@ class _Rank:
             self.problem = "ended " + (f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}")
 
     def kill(self) -> None:
-        """End a process that hangs, and keep the stacks of its threads."""
+        """Kill a process that hangs, and keep the stacks of its threads."""
         os.kill(self.process.pid or 0, signal.SIGUSR1)
         time.sleep(1)
         self.process.kill()
@@ -135,7 +135,7 @@ class _Rank:
 
 
 def _serve(number: int, connection: Connection, folder: Path, stacks: Path) -> None:
-    """Join the group, and do jobs until the other side is gone."""
+    """Join the group, and run jobs until the connection is closed."""
     with stacks.open("w") as dump:
         faulthandler.register(signal.SIGUSR1, dump)
         os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(SIZE), LOCAL_WORLD_SIZE=str(SIZE))
@@ -144,18 +144,18 @@ def _serve(number: int, connection: Connection, folder: Path, stacks: Path) -> N
         import torch.distributed as dist
 
         torch.set_num_threads(1)
-        # They meet in a file: a port could be taken.
+        # They rendezvous through a file, since a port could be in use.
         dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=number, world_size=SIZE)
         with contextlib.suppress(EOFError, OSError):
             while True:
                 sys.path[:], job = connection.recv()
                 connection.send(_answer(number, job))
-    # Without the interpreter's end: a thread of gloo that asks for its lock then aborts the process.
+    # Skip the interpreter's shutdown: a gloo thread that takes the GIL during it would abort the process.
     os._exit(0)
 
 
 def _answer(number: int, message: bytes) -> tuple[bytes, str]:
-    """Do a job; return its pickled result, and what went wrong."""
+    """Run a job; return its pickled result, or the error."""
     import torch
     import torch.distributed as dist
 
@@ -166,9 +166,9 @@ def _answer(number: int, message: bytes) -> tuple[bytes, str]:
         with warnings.catch_warnings():
             job, args = pickle.loads(message)
             result = pickle.dumps(job(number, *args))
-        dist.barrier()  # both are done, files written included, and the group is whole
+        dist.barrier()  # both have finished, also writing files, and the group still works
         return result, ""
-    except BaseException:  # pytest's own are no Exception
+    except BaseException:  # pytest's own exceptions are not subclasses of Exception
         return b"", f"raised\n{traceback.format_exc()}"
     finally:
         os.chdir(folder)

@@ -1,6 +1,6 @@
-"""What happens during a training run: a signal, a lost machine or a broken layer, at a pass through the demo model.
+"""Events in the middle of a training run: a signal, a lost machine or a broken layer, at a forward pass of the model.
 
-The hooks are torch's own for every module of a process, so that nothing of the library is replaced.
+They use torch's global module hooks, so that nothing of the library is replaced.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from qatkernels.trainer.demo_model import Transformer
 
 @dataclass
 class Passes:
-    """How many passes there were."""
+    """The number of passes so far."""
 
     count: int = 0
 
 
 class MachineGone(RuntimeError):
-    """What no one catches: the run ends where it is, without a checkpoint."""
+    """An exception that nothing catches: the run ends at once, without a checkpoint."""
 
 
 @contextlib.contextmanager
 def each_pass(act: Callable[[int, nn.Module], Any] = lambda number, model: None) -> Iterator[Passes]:
-    """Call ``act(number, model)`` before each forward pass that a backward pass may follow, counted from 1.
+    """Call ``act(number, model)`` before each forward pass of training, counted from 1.
 
-    A step of plain training without parts is one such pass; evaluations are none.
+    A step of plain training without gradient accumulation is one pass. Evaluations do not count.
     """
     passes = Passes()
 
@@ -50,12 +50,12 @@ def each_pass(act: Callable[[int, nn.Module], Any] = lambda number, model: None)
 
 
 def signals_at(*numbers: int, signal_number: int = signal.SIGTERM) -> contextlib.AbstractContextManager[Passes]:
-    """Send this process a signal at some passes."""
+    """Send this process SIGTERM at the given passes."""
     return each_pass(lambda number, _: signal.raise_signal(signal_number) if number in numbers else None)
 
 
 def gone_at(*numbers: int) -> contextlib.AbstractContextManager[Passes]:
-    """Raise MachineGone at some passes."""
+    """Raise MachineGone at the given passes."""
 
     def act(number: int, model: nn.Module) -> None:
         if number in numbers:

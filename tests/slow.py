@@ -1,7 +1,7 @@
-"""Which tests are slow: those that `pytest -m "not slow"` leaves out, so that the rest is done in minutes.
+"""The list of slow tests, which `pytest -m "not slow"` leaves out. The others take a few minutes together.
 
-`tests/slow.txt` has a test function a line; conftest.py gives them the mark `slow`, as to what uses one of `FIXTURES`.
-From a whole run the list is made by
+`tests/slow.txt` has a test function in each line. conftest.py marks these as `slow`, and tests that use one of
+`FIXTURES`. Make the list from a run of all tests:
 
     python -m pytest -n 2 --ignore tests/triton --junitxml=all.xml
     python -m tests.slow all.xml
@@ -15,12 +15,12 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 LIST = Path(__file__).with_suffix(".txt")
-#: Seconds from which the cases of a function together count as slow, in a run of two processes on two cores.
+#: A test function is slow if its cases together take this many seconds, in a run of two processes on two cores.
 SLOW = 3.0
 
 
-#: Fixtures of many tests that take longer than any test of the fast lane, and where: whatever uses one is slow, not
-#: only the test that comes first and has to wait for it.
+#: Fixtures that take long, with the path of the tests that use them. All these tests are slow: only the first one waits
+#: for the fixture, but without it the next one would.
 FIXTURES = {
     "pair": "tests/",
     "run": "tests/trainer/test_pack_cli.py",
@@ -35,7 +35,7 @@ def names() -> set[str]:
 
 
 def function_of(nodeid: str) -> str:
-    """Return the function that a test is a case of."""
+    """Return the test function of a parametrized test."""
     return nodeid.partition("[")[0]
 
 

@@ -1,4 +1,4 @@
-"""Whether an implementation takes tensors of any strides: generated from the schemas, for each argument of each op."""
+"""Checks that an implementation takes tensors of any strides, for every tensor argument in an op's schema."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from qatkernels.testing.samples import complete_calls
 
 
 def views(t):
-    """Strided views, each with whether it has the values of ``t``; there are none of one element."""
+    """Return strided views, each with whether its values are those of ``t``. A single element has none."""
     if t.numel() < 2:
         return []
     other = torch.full_like(t, torch.nan if t.is_floating_point() else 1)
@@ -23,7 +23,7 @@ def views(t):
 
 
 def run(impl, op, args, out):
-    """Return what an implementation writes: its outputs, and what it changes in place."""
+    """Return what an implementation writes: its outputs, and arguments that it changes in place."""
     if out:
         outputs = poisoned(OPS[op].meta(*args))
         impl(*args, *as_tuple(outputs))
@@ -34,7 +34,7 @@ def run(impl, op, args, out):
 
 
 def forms(op, backend):
-    """Return the implementations of one backend: the op and, where there is one, its twin; the latter is marked."""
+    """Return the implementations of a backend: the op, and its `_out` form if there is one, with a flag."""
     found = [(IMPLS[name].get(backend), name != op) for name in OPS[op].schemas]
     return [(impl, out) for impl, out in found if impl is not None]
 
@@ -48,10 +48,11 @@ def assert_equal(actual, expected, exact, what):
 
 
 def check_strides(op, backend, device="cpu"):
-    """Hold one backend's results for strided arguments against those for contiguous ones of equal values.
+    """Compare a backend's results for strided arguments with those for contiguous ones of equal values.
 
-    Kernels must give the same bits. The reference is plain PyTorch, whose sums depend on the layout: there it is a
-    bound far below what one wrong element makes. The `_out` form meets every layout, the other, which calls it, one.
+    Kernels must give the same bits. The reference is plain PyTorch, whose sums depend on the layout, so it has a bound
+    far below the error of a single wrong element. The `_out` form is tested with every layout. The allocating form
+    calls it, so one layout is enough.
     """
     tried = set()
     serves = CONDITIONS.get(op, {}).get(backend, lambda *args: True)
@@ -66,7 +67,7 @@ def check_strides(op, backend, device="cpu"):
                 for layout, view, same in views(args[i])[: 1 if first else None]:
                     what = f"{op}{'_out' if out else ''} on {backend}, {name}: {layout}"
                     given = copied(args, i, view)
-                    if "!" in OPS[op].parameters[name]:  # changed in place: refused unless it is contiguous
+                    if "!" in OPS[op].parameters[name]:  # changed in place: must be contiguous
                         check_refused(op, backend, given)
                         continue
                     wanted = expected if same else run(impl, op, copied(args, i, view.contiguous()), out)
@@ -77,7 +78,7 @@ def check_strides(op, backend, device="cpu"):
 
 
 def copied(args, index=None, replacement=None):
-    """Return arguments that an op in place may change, one of them replaced."""
+    """Return copies of the arguments, which an op may change in place, with one of them replaced."""
     given = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     if index is not None:
         given[index] = replacement
@@ -85,14 +86,14 @@ def copied(args, index=None, replacement=None):
 
 
 def check_refused(op, backend, args):
-    """The reference refuses where it is registered; its function is the bare meaning."""
+    """Check that a call is refused. The reference is called as an op: its plain function checks nothing."""
     impl = IMPLS[op][backend] if backend != "reference" else getattr(torch.ops.qatkernels, op)
     with pytest.raises((RuntimeError, ValueError), match="contiguous"):
         impl(*args)
 
 
 def check_strided_outputs(op, backend, device="cpu"):
-    """An output that is not contiguous is refused, and nothing around it is touched."""
+    """Check that an output that is not contiguous is refused, and that memory around it does not change."""
     args = complete_calls(op, device)[0]
     impl = IMPLS[f"{op}_out"][backend]
     for i, output in enumerate(as_tuple(OPS[op].meta(*args))):

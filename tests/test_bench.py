@@ -197,3 +197,17 @@ def _strings(value):
     elif isinstance(value, list):
         for item in value:
             yield from _strings(item)
+
+
+@pytest.mark.parametrize("name", ["fake_quantize", "grouped", "hessian", "linear", "lowbit", "second_order", "winq"])
+def test_every_suite_builds_and_runs_a_case(name):
+    """The first case at its quick size: every call of ours runs. Values are compared by the command."""
+    from bench.case import Call, Settings
+    from bench.suites import SUITES
+
+    settings = Settings(torch.device("cpu"), (torch.float32,), quick=True)
+    case = next(SUITES[name](settings))()
+    ours = [call for call in case.calls if isinstance(call, Call) and call.kind == "ours"]
+    assert ours
+    for call in ours:
+        call.run()

@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": "Compute how many tokens to train in full precision and how many quantized.",
     "spectrum": "Estimate the spectrum of the Hessian at checkpoints.",
     "pack": "Pack a trained model into a small file.",
+    "export": "Write a trained model for another runtime, such as llama.cpp.",
     "generate": "Generate text with a trained model, packed or not.",
     "check": "Find problems in a model that would spoil training without an error.",
     "doctor": "Show which backend serves which op here, what is missing, and how to get it.",

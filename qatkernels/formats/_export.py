@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,21 @@ class ExportReport:
         return "\n".join([*lines, *self.notes, f"{self.path}: {self.nbytes:,} bytes"])
 
 
+def writer(to: str, options: Iterable[str] = ()) -> Callable[..., ExportReport]:
+    """Return the function that writes a format.
+
+    Raises:
+        ValueError: if the format is unknown, or does not have one of the options.
+    """
+    if to not in _FORMATS:
+        raise ValueError(f"to is {to!r}, must be one of {sorted(_FORMATS)}")
+    write: Callable[..., ExportReport] = importlib.import_module(_FORMATS[to], __package__).export
+    known = [name for name, p in inspect.signature(write).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"{unknown[0]} is not an option of to={to!r}, which has {', '.join(known)}")
+    return write
+
+
 def export(model: nn.Module, path: str | Path, to: str, **options: Any) -> ExportReport:
     """Write a trained model for another runtime, with the quantized values kept bit for bit.
 
@@ -89,12 +105,10 @@ def export(model: nn.Module, path: str | Path, to: str, **options: Any) -> Expor
         How each layer was stored, and the size.
 
     Raises:
-        ValueError: if ``to`` is unknown, the model has no quantized layer, or is of a kind that the format lacks.
+        ValueError: if ``to`` or an option is unknown, the model has no quantized layer, or the format does not have
+            models of its kind.
         UnfitError: if the format does not hold a weight exactly.
         MissingExtraError: if a package that the format needs is not installed.
         CheckpointError: if the file cannot be written.
     """
-    if to not in _FORMATS:
-        raise ValueError(f"to is {to!r}, must be one of {sorted(_FORMATS)}")
-    write: Callable[..., ExportReport] = importlib.import_module(_FORMATS[to], __package__).export
-    return write(model, Path(path), **options)
+    return writer(to, options)(model, Path(path), **options)

@@ -96,12 +96,15 @@ class QatQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
         if config.recipe is not None:
-            return follow(model, config.recipe)
+            return follow(model, config.recipe).eval()
         before = model.state_dict().keys()
         quantize_model(model, config.config, include=config.include, exclude=config.exclude)
+        # from_pretrained does this after loading, when scales that no file has are still undefined; a layer that leaves
+        # training mode then would warn of scales that are too small.
+        model.eval()
         # What quantization adds is set after loading; transformers need not report it as missing from the files.
         added = [f"^{re.escape(name)}$" for name in model.state_dict().keys() - before]
-        model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *added]
+        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *added}
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:

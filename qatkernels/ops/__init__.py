@@ -1,4 +1,4 @@
-"""What every op means: schema, reference, shape rule, derivatives."""
+"""The ops: schema, contract, reference and derivatives of each, and the public functions that call them."""
 
 from ._cross_entropy import cross_entropy
 from ._fake_quantize import fake_quantize

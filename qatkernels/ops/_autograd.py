@@ -46,7 +46,7 @@ class OpFunction(torch.autograd.Function):
         if "op" not in vars(cls):
             return  # a base of others
         op = cls.op
-        op.functions.append(cls)
+        object.__setattr__(op, "function", cls)  # a plain attribute of a frozen dataclass, as `define` sets others
         cls._names = tuple(op.parameters)
         cls._tensors = tuple(i for i, kind in enumerate(op.parameters.values()) if kind.startswith("Tensor"))
         if cls.saves is None:

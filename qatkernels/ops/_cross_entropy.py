@@ -1,19 +1,20 @@
-"""Softmax cross-entropy whose second derivative is one pass over the logits.
+"""Softmax cross-entropy whose second derivative takes one pass over the logits.
 
 Per row, with p = softmax(z), e the one-hot target and lse = log(sum(exp(z))),
 
     loss      l  = lse - z[target]
     jvp       dl = (p - e) . dz                                          linear in dz
     backward  b  = g * (p - e)                                           its transpose
-    hvp       db = g * p * (dz - p . dz) + dg * (p - e)                  the backward's tangent
+    hvp       db = g * p * (dz - p . dz) + dg * (p - e)                  the tangent of the backward
 
-The hvp is symmetric in dz, so it is also the backward's own backward, where `p . dz - dz[target]` is the gradient of g.
-`dual` gives b and db in one pass, possibly over the logits and the tangent themselves: the fused linear layer of
-`linear_cross_entropy.py` needs both. Only lse is kept for the backward. Third derivatives go through plain PyTorch.
+The hvp is symmetric in dz, so it is also the backward of the backward; there `p . dz - dz[target]` is the gradient of
+g. `dual` computes b and db in one pass, and may write them over the logits and the tangent. The fused linear layer in
+`_linear_cross_entropy.py` needs both. Beside the inputs only lse is kept for the backward. Third derivatives are those
+of a formula in plain PyTorch.
 
-Arithmetic is float32 (float64 for float64 logits); losses, lse and g have that dtype. A row whose target is
-``ignore_index`` has loss and gradients 0, whatever its logits. A target outside the vocabulary makes its row NaN: an
-error would have to wait for a GPU.
+Arithmetic is in float32 (float64 for float64 logits); losses, lse and g have that dtype. A row whose target is
+``ignore_index`` has loss 0 and gradient 0, whatever its logits are. A target outside the vocabulary makes its row NaN,
+because raising an error would need a sync with the GPU.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from ._op import define
 
 
 def number_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which rows of logits are computed with."""
+    """Return the dtype that computations with logits of a dtype use."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _Rows:
-    """Logits in the computing dtype, and what the targets say of each row."""
+    """Logits in the computing dtype, and which rows are ignored or have a target outside the vocabulary."""
 
     def __init__(self, logits: Tensor, targets: Tensor, ignore_index: int) -> None:
         self.logits = logits
@@ -43,20 +44,20 @@ class _Rows:
         self.outside = ~self.ignored & ((targets < 0) | (targets >= logits.shape[1]))
         self.index = targets.where(~(self.ignored | self.outside), 0).unsqueeze(1)
 
-    def numbers(self, x: Tensor) -> Tensor:
-        """One number per row, after what the target says."""
+    def mask_per_row(self, x: Tensor) -> Tensor:
+        """Return ``x [tokens]`` with 0 in ignored rows and NaN in rows whose target is outside the vocabulary."""
         return x.masked_fill(self.outside, torch.nan).masked_fill(self.ignored, 0.0)
 
     def at_target(self, t: Tensor) -> Tensor:
-        """The element of each row that its target names."""
+        """Return the element of each row at its target."""
         return t.gather(1, self.index).squeeze(1)
 
     def minus_target(self, p: Tensor) -> Tensor:
-        """P minus e."""
+        """Return p - e."""
         return p.scatter_add(1, self.index, p.new_full(self.index.shape, -1.0))
 
-    def full(self, t: Tensor) -> Tensor:
-        """A tensor like the logits, after what the targets say."""
+    def mask_logits(self, t: Tensor) -> Tensor:
+        """Return a tensor like the logits, in their dtype, masked as by :meth:`mask_per_row`."""
         t = t.masked_fill(self.outside.unsqueeze(1), torch.nan).masked_fill(self.ignored.unsqueeze(1), 0.0)
         return t.to(self.logits.dtype)
 
@@ -64,20 +65,20 @@ class _Rows:
 def _forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     rows = _Rows(logits, targets, ignore_index)
     lse = torch.logsumexp(rows.z, 1)
-    return rows.numbers(lse - rows.at_target(rows.z)), lse.masked_fill(rows.ignored, 0.0)
+    return rows.mask_per_row(lse - rows.at_target(rows.z)), lse.masked_fill(rows.ignored, 0.0)
 
 
 def jvp_of(tangent: Tensor, logits: Tensor, lse: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """The tangent of the loss, in plain PyTorch."""
+    """Return the tangent of the loss, in plain PyTorch."""
     rows = _Rows(logits, targets, ignore_index)
     tangent = tangent.to(rows.z.dtype)
     p = torch.exp(rows.z - lse.unsqueeze(1))
-    return rows.numbers((p * tangent).sum(1) - rows.at_target(tangent))
+    return rows.mask_per_row((p * tangent).sum(1) - rows.at_target(tangent))
 
 
 def _backward(g: Tensor, logits: Tensor, lse: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     rows = _Rows(logits, targets, ignore_index)
-    return rows.full(g.unsqueeze(1) * rows.minus_target(torch.exp(rows.z - lse.unsqueeze(1))))
+    return rows.mask_logits(g.unsqueeze(1) * rows.minus_target(torch.exp(rows.z - lse.unsqueeze(1))))
 
 
 def dual_of(
@@ -89,15 +90,19 @@ def dual_of(
     targets: Tensor,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient, its tangent and the tangent of the loss, in plain PyTorch."""
+    """Return the gradient, the tangent of the gradient and the tangent of the loss, in plain PyTorch."""
     rows = _Rows(logits, targets, ignore_index)
     tangent = tangent.to(rows.z.dtype)
     p = torch.exp(rows.z - lse.unsqueeze(1))
-    mean, off = (p * tangent).sum(1), rows.minus_target(p)
-    second = g.unsqueeze(1) * p * (tangent - mean.unsqueeze(1))
+    mean, difference = (p * tangent).sum(1), rows.minus_target(p)
+    tangent_grad = g.unsqueeze(1) * p * (tangent - mean.unsqueeze(1))
     if tangent_g is not None:
-        second = second + tangent_g.unsqueeze(1) * off
-    return rows.full(g.unsqueeze(1) * off), rows.full(second), rows.numbers(mean - rows.at_target(tangent))
+        tangent_grad = tangent_grad + tangent_g.unsqueeze(1) * difference
+    return (
+        rows.mask_logits(g.unsqueeze(1) * difference),
+        rows.mask_logits(tangent_grad),
+        rows.mask_per_row(mean - rows.at_target(tangent)),
+    )
 
 
 def _hvp(*args: Any) -> tuple[Tensor, Tensor]:
@@ -105,7 +110,7 @@ def _hvp(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 _POINT = "Tensor logits, Tensor lse, Tensor targets, int ignore_index"
-#: The contract of targets, of which there is one for each of T tokens.
+#: The contract of targets: one for each of the T tokens.
 TARGETS = "targets: int64 [T]"
 _LOGITS = f"""
     logits: float [T, V]
@@ -170,82 +175,82 @@ DUAL = define(
 
 
 class CrossEntropy(OpFunction):
-    """(loss, lse) of logits; lse is for the derivatives, and constant to autograd."""
+    """(loss, lse) of logits. lse is needed by the derivatives; autograd treats it as a constant."""
 
     op = FORWARD
     saves = ("logits", "lse", "targets")
 
     @classmethod
     def keep(cls, ctx: Any, call: Any, output: tuple[Tensor, Tensor]) -> None:
-        """Let lse have no derivative."""
+        """Mark lse as not differentiable."""
         ctx.mark_non_differentiable(output[1])
 
     @classmethod
     def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """The backward."""
+        """Return the backward."""
         return {} if gs[0] is None else {"logits": CrossEntropyBackward.of(kept, g=gs[0])}
 
     @classmethod
     def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
-        """The jvp."""
+        """Return the jvp."""
         if tangents.logits is None:
             return None, None
         return CrossEntropyJvp.of(kept, tangent=tangents.logits), None
 
 
 class CrossEntropyBackward(OpFunction):
-    """The gradient of logits from g: linear in g, and its derivative along logits is the hvp."""
+    """The gradient of logits from g. It is linear in g; its derivative with respect to logits is the hvp."""
 
     op = BACKWARD
 
     @classmethod
     def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """The hvp along the cotangent: it is symmetric in logits."""
+        """Return the hvp along the cotangent: the Hessian is symmetric."""
         along_logits, along_g = CrossEntropyHvp.of(kept, tangent=gs[0], tangent_g=None)
         return {"g": along_g, "logits": along_logits}
 
     @classmethod
     def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
-        """The hvp, or where logits do not move the backward of the tangent."""
+        """Return the hvp; if logits have no tangent, the backward of the tangent of g."""
         if tangents.logits is None:
             return None if tangents.g is None else CrossEntropyBackward.of(kept, g=tangents.g)
         return CrossEntropyHvp.of(kept, tangent=tangents.logits, tangent_g=tangents.g)[0]
 
 
 class CrossEntropyJvp(OpFunction):
-    """The tangent of the loss from the tangent of logits: linear in it, its transpose is the backward."""
+    """The tangent of the loss from the tangent of logits. It is linear in that; its transpose is the backward."""
 
     op = JVP
 
     @classmethod
     def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """The backward, and the hvp."""
-        g, found = gs[0], {}
+        """Return the backward for the tangent, and the hvp for logits."""
+        g, grads = gs[0], {}
         if cls.needs(ctx, "tangent"):
-            found["tangent"] = CrossEntropyBackward.of(kept, g=g)
+            grads["tangent"] = CrossEntropyBackward.of(kept, g=g)
         if cls.needs(ctx, "logits"):
-            found["logits"] = CrossEntropyHvp.of(kept, tangent_g=None, g=g)[0]
-        return found
+            grads["logits"] = CrossEntropyHvp.of(kept, tangent_g=None, g=g)[0]
+        return grads
 
     @classmethod
     def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
-        """The jvp of the second direction, and the curvature between the two."""
+        """Return the jvp of the tangent's tangent, plus the curvature between both directions."""
         total = None
         if tangents.tangent is not None:
             total = CrossEntropyJvp.of(kept, tangent=tangents.tangent)
         if tangents.logits is not None:
             # The curvature between two directions: (p * (dz - p . dz)) . dz'.
             ones = torch.ones_like(kept.lse)
-            curved, _ = CrossEntropyHvp.of(kept, tangent_g=None, g=ones)
-            curvature = (curved.to(ones.dtype) * tangents.logits.to(ones.dtype)).sum(1)
+            product, _ = CrossEntropyHvp.of(kept, tangent_g=None, g=ones)
+            curvature = (product.to(ones.dtype) * tangents.logits.to(ones.dtype)).sum(1)
             total = curvature if total is None else total + curvature
         return total
 
 
-def _plain_hvp(
+def _differentiable_hvp(
     tangent: Tensor, tangent_g: Any, g: Tensor, logits: Tensor, _lse: Tensor, targets: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    # lse as the function of logits that it is.
+    """Return the hvp as a differentiable function of logits: lse is computed here, not taken as a constant."""
     lse = torch.logsumexp(logits.to(g.dtype), 1).masked_fill(targets == ignore_index, 0.0)
     return _hvp(tangent, tangent_g, g, logits, lse, targets, ignore_index)
 
@@ -255,14 +260,14 @@ class CrossEntropyHvp(Composite):
 
     op = HVP
     differentiable = ("tangent", "tangent_g", "g", "logits")
-    formula = staticmethod(_plain_hvp)
+    formula = staticmethod(_differentiable_hvp)
 
 
 def reduced(loss: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """Return losses per token, their sum, or their mean over the tokens that are not ignored.
 
     Raises:
-        ValueError: if ``reduction`` is another word.
+        ValueError: if ``reduction`` is not ``"mean"``, ``"sum"`` or ``"none"``.
     """
     if reduction == "none":
         return loss
@@ -273,20 +278,20 @@ def reduced(loss: Tensor, targets: Tensor, ignore_index: int, reduction: str) ->
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
-    """Softmax cross-entropy, for gradients and Hessian-vector products with one tensor of logits' size at a time.
+    """Return softmax cross-entropy. Gradients and Hessian-vector products allocate only their result at logits' size.
 
     Args:
         logits: ``[..., V]``, float32, bfloat16, float16 or float64.
-        targets: int64 class indices ``[...]``; one outside ``[0, V)`` that is not ``ignore_index`` gives NaN.
-        ignore_index: the target of tokens that do not count.
-        reduction: ``"mean"`` over the tokens that count, ``"sum"``, or ``"none"``.
+        targets: int64 class indices ``[...]``. A target outside ``[0, V)`` that is not ``ignore_index`` gives NaN.
+        ignore_index: target of tokens to ignore.
+        reduction: ``"mean"`` over the tokens that are not ignored, ``"sum"``, or ``"none"``.
 
     Returns:
         The loss in float32 (float64 for float64 logits): a scalar, or ``[...]`` with ``"none"``.
 
     Raises:
-        TypeError: if an argument is of another type, naming it.
-        ValueError: if ``reduction`` is none of the three, or the shapes of logits and targets do not fit.
+        TypeError: if an argument has another type, naming it.
+        ValueError: if ``reduction`` is unknown, or the shapes of logits and targets do not fit.
         RuntimeError: if a dtype or device does not fit.
     """
     check_tensors(logits=logits, targets=targets)

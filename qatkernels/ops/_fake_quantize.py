@@ -1,23 +1,22 @@
 """Fake quantization: quantize and dequantize in one pass, with the straight-through gradients of its grid.
 
-Three ops, closed under differentiation of any order. With the pass-through mask M and the scale derivative D of the
-grid, both held constant (that is the straight-through rule), and the gradient scale gamma,
+Three ops are closed under differentiation of any order. M is the pass-through mask of the grid, D its derivative with
+respect to the scale; the straight-through rule holds both constant. gamma is the gradient scale.
 
     forward   y  = Q(w; s, z)
     jvp       dy = M * dw + gamma * (D * ds + Z * dz)                        linear in the tangents
     backward  dw = M * g,   ds = gamma * sum(D * g),   dz = gamma * sum(Z * g)     its transpose
 
-so the backward's derivative is the jvp, the jvp's is the backward, and nothing else is ever needed. Z, the derivative
-with respect to the zero point, is 0 where the gradient passes and -s elsewhere. A fourth op, the dual, gives y and dy
-together and reads w once for both.
+The derivative of the backward is the jvp, and that of the jvp is the backward, so no other op is needed. Z, the
+derivative with respect to the zero point, is 0 where the gradient passes and -s elsewhere. A fourth op, the dual,
+computes y and dy together and reads w once.
 
-A weight is seen as rows that share a scale: the whole weight, an output channel, or a group of inputs. All arithmetic
-is in float32 (float64 for float64 weights); only w, the scales and the seed are kept for the backward, and the noise is
-drawn again there.
+Here a *row* is everything that shares a scale: the whole weight, an output channel, or a group. All arithmetic is in
+float32 (float64 for float64 weights). The backward needs only w, the scales and the seed; it draws the noise again.
 
-NaN in w or in a scale gives NaN in y (the whole row for a scale) and in the gradient of the scale; it counts as inside
-the mask, so the gradient of that weight is the upstream one. Infinite weights saturate. An infinite scale gives what
-the formula gives: 0 * inf is NaN.
+NaN in w gives NaN in y and in the gradient of the scale. NaN in a scale makes the whole row NaN. A NaN counts as inside
+the mask, so the gradient of that weight is the upstream gradient. Infinite weights saturate. An infinite scale gives
+what the formula gives: 0 * inf is NaN.
 """
 
 from __future__ import annotations
@@ -37,7 +36,10 @@ from .contract import check_out
 
 
 class Rows:
-    """One call in row form: r = w / s as ``[rows, cols]``, and the grid shifted by the zero point."""
+    """The arguments of a call as rows that share a scale: r = w / s as ``[rows, cols]``, and a grid for each row.
+
+    The grid of a row is shifted by its zero point.
+    """
 
     def __init__(
         self,
@@ -55,11 +57,11 @@ class Rows:
         self.w = self.view(w)
         scale = scale.reshape(-1, 1).to(self.dtype)
         if seed is not None and noise_std:
-            drawn = noise.normal(seed, w.numel(), noise.WEIGHT_STREAM)
-            self.w = self.w + (drawn * noise_std).view(self.w.shape).to(self.dtype)
+            weight_noise = noise.normal(seed, w.numel(), noise.WEIGHT_STREAM)
+            self.w = self.w + (weight_noise * noise_std).view(self.w.shape).to(self.dtype)
         if seed is not None and scale_noise_std:
-            drawn = noise.normal(seed, scale.numel(), noise.SCALE_STREAM)
-            scale = scale + (drawn * scale_noise_std).view(-1, 1).to(self.dtype)
+            scale_noise = noise.normal(seed, scale.numel(), noise.SCALE_STREAM)
+            scale = scale + (scale_noise * scale_noise_std).view(-1, 1).to(self.dtype)
         self.scale = scale.clamp_min(MIN_SCALE)
         zero = scale.new_zeros(()) if zero_point is None else zero_point.reshape(-1, 1).to(self.dtype)
         self.offset, self.low, self.high = g.offset - zero, g.low - zero, g.high - zero
@@ -73,22 +75,22 @@ class Rows:
         return t.reshape(rows, t.numel() // rows).to(self.dtype)
 
     def codes(self) -> Tensor:
-        """Integer codes, as floating point numbers."""
+        """Return the integer codes, as floating-point numbers."""
         if self.grid.by_sign:
             return torch.where(self.w.isnan(), self.w, -(self.w < 0).to(self.dtype))
         r = torch.minimum(torch.maximum(self.r, self.low), self.high)
         return torch.round(r * self.grid.steps - self.offset)
 
     def values(self) -> Tensor:
-        """Dequantized weights."""
+        """Return the dequantized weights."""
         return (self.codes() + self.offset) * (self.scale / self.grid.steps)
 
     def masks(self) -> tuple[Tensor, Tensor]:
-        """Where r lies below and above the range in which the gradient passes."""
+        """Return where r is below, and where it is above, the pass-through range."""
         return self.r < self.pass_low, self.r > self.pass_high
 
     def scale_derivative(self) -> Tensor:
-        """D of the module's docstring."""
+        """Return D, the derivative with respect to the scale (see the docstring of this module)."""
         below, above = self.masks()
         inside = (self.codes() + self.offset) / self.grid.steps - self.grid.residual * self.r
         return torch.where(below, self.below, torch.where(above, self.above, inside))
@@ -163,7 +165,7 @@ def _dual(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 _CALL = "Tensor w, Tensor scale, Tensor? zero_point, Tensor? seed, float[] grid, float noise_std, float scale_noise_std"
-#: Parts of contracts that several ops have: scales and grid of a weight; a weight; tangents of both.
+#: Parts of contracts that several ops share: the scales and the grid of a weight; a weight; its tangents.
 SCALES = """
     require numel(S) == 0 or numel(R) > 0 and numel(S) % numel(R) == 0; scale has {numel(R)} elements, must divide the \
 {numel(S)} elements of the weight
@@ -221,14 +223,17 @@ _PRIMALS = ("w", "scale", "zero_point")
 _TANGENT_NAMES = tuple(f"tangent_{name}" for name in _PRIMALS)
 
 
-def _pulled(kept: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of w, scale and zero point."""
+def _gradients_from(kept: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of w, scale and zero point from the gradient of y."""
     dw, ds, *dz = FakeQuantizeBackward.of(kept, g=g)
     return dw, ds, None if kept.zero_point is None else dz[0]
 
 
-def _pushed(kept: Any, dtype: torch.dtype, *tangents: Tensor | None) -> Tensor:
-    """Return the tangent of y; zeros and not None, which forward mode inside forward mode does not take."""
+def _tangent_from(kept: Any, dtype: torch.dtype, *tangents: Tensor | None) -> Tensor:
+    """Return the tangent of y from those of w, scale and zero point.
+
+    Without tangents it is zeros, not None, because forward mode inside forward mode does not accept None.
+    """
     if all(t is None for t in tangents):
         return torch.zeros_like(kept.w, dtype=dtype)
     tangent: Tensor = FakeQuantizeJvp.of(kept, **dict(zip(_TANGENT_NAMES, tangents, strict=True)), dtype=dtype)
@@ -247,26 +252,26 @@ class FakeQuantize(OpFunction):
 
     @classmethod
     def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """The backward."""
-        return dict(zip(_PRIMALS, _pulled(kept, gs[0]), strict=True))
+        """Return the backward."""
+        return dict(zip(_PRIMALS, _gradients_from(kept, gs[0]), strict=True))
 
     @classmethod
     def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Tensor:
-        """The jvp."""
-        return _pushed(kept, ctx.dtype, tangents.w, tangents.scale, tangents.zero_point)
+        """Return the jvp."""
+        return _tangent_from(kept, ctx.dtype, tangents.w, tangents.scale, tangents.zero_point)
 
 
 class FakeQuantizeBackward(OpFunction):
-    """(dw, ds[, dz]) from g: linear in g, so its transpose is the jvp and its own jvp is itself."""
+    """(dw, ds[, dz]) from g. It is linear in g, so its transpose is the jvp, and its tangent is itself."""
 
     op = BACKWARD
     saves = (*_PRIMALS, "seed")
 
     @classmethod
     def run(cls, *args: Any) -> Any:
-        """Call the op; without a zero point there is no dz."""
-        found = super().run(*args)
-        return found if args[cls._names.index("zero_point")] is not None else found[:2]
+        """Call the op; drop dz if there is no zero point."""
+        outputs = super().run(*args)
+        return outputs if args[cls._names.index("zero_point")] is not None else outputs[:2]
 
     @classmethod
     def keep(cls, ctx: Any, call: Any, output: Any) -> None:
@@ -275,22 +280,22 @@ class FakeQuantizeBackward(OpFunction):
 
     @classmethod
     def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """The jvp, as its own transpose."""
+        """Return the jvp: the transpose of this op."""
         tw, ts, *tz = gs
         tangents = (tw, ts, None if kept.zero_point is None else tz[0])
-        return {} if all(t is None for t in tangents) else {"g": _pushed(kept, ctx.dtype, *tangents)}
+        return {} if all(t is None for t in tangents) else {"g": _tangent_from(kept, ctx.dtype, *tangents)}
 
     @classmethod
     def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
-        """The backward of the tangent."""
+        """Return the backward of the tangent of g."""
         if tangents.g is None:
-            held = (kept.w, kept.scale, kept.zero_point)
-            return tuple(torch.zeros_like(t) for t in held if t is not None)
+            primals = (kept.w, kept.scale, kept.zero_point)
+            return tuple(torch.zeros_like(t) for t in primals if t is not None)
         return FakeQuantizeBackward.of(kept, g=tangents.g)
 
 
 class FakeQuantizeJvp(OpFunction):
-    """dy from (dw, ds, dz): linear in them, so its transpose is the backward and its own jvp is itself."""
+    """dy from (dw, ds, dz). It is linear in them, so its transpose is the backward, and its tangent is itself."""
 
     op = JVP
     saves = (*_PRIMALS, "seed")
@@ -302,17 +307,17 @@ class FakeQuantizeJvp(OpFunction):
 
     @classmethod
     def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """The backward, as its own transpose."""
-        return dict(zip(_TANGENT_NAMES, _pulled(kept, gs[0]), strict=True))
+        """Return the backward: the transpose of this op."""
+        return dict(zip(_TANGENT_NAMES, _gradients_from(kept, gs[0]), strict=True))
 
     @classmethod
     def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Tensor:
-        """The jvp of the tangents."""
-        return _pushed(kept, ctx.dtype, *(getattr(tangents, name) for name in _TANGENT_NAMES))
+        """Return the jvp of the tangents of dw, ds and dz."""
+        return _tangent_from(kept, ctx.dtype, *(getattr(tangents, name) for name in _TANGENT_NAMES))
 
 
 class FakeQuantizeDual(OpFunction):
-    """(y, dy) from the tangents and the point: both rules at once."""
+    """(y, dy) in one op: the forward and the jvp."""
 
     op = DUAL
     saves = (*_PRIMALS, "seed")
@@ -324,18 +329,18 @@ class FakeQuantizeDual(OpFunction):
 
     @classmethod
     def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """The backward of either output."""
-        found: dict[str, Tensor | None] = {}
+        """Return the backward of each output."""
+        grads: dict[str, Tensor | None] = {}
         for names, g in zip((_PRIMALS, _TANGENT_NAMES), gs, strict=True):
             if g is not None and cls.needs(ctx, *names):
-                found.update(zip(names, _pulled(kept, g), strict=True))
-        return found
+                grads.update(zip(names, _gradients_from(kept, g), strict=True))
+        return grads
 
     @classmethod
     def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> tuple[Tensor, Tensor]:
-        """The jvp of either output."""
-        first, second = ([getattr(tangents, name) for name in names] for names in (_PRIMALS, _TANGENT_NAMES))
-        return _pushed(kept, ctx.dtype, *first), _pushed(kept, ctx.dtype, *second)
+        """Return the jvp of each output."""
+        of_primals, of_tangents = ([getattr(tangents, name) for name in names] for names in (_PRIMALS, _TANGENT_NAMES))
+        return _tangent_from(kept, ctx.dtype, *of_primals), _tangent_from(kept, ctx.dtype, *of_tangents)
 
 
 def fake_quantize(
@@ -356,31 +361,31 @@ def fake_quantize(
 
     Args:
         w: weight of any shape ``[..., K]``, float32, bfloat16, float16 or float64.
-        scale: step sizes, float32 (or float64 for a float64 ``w``). Without ``group_size`` its shape, trailing ones
-            aside, is a prefix of ``w.shape``: ``[]`` for one scale, ``[N]`` or ``[N, 1]`` for one per row. With it,
-            ``[..., K / group_size]``. Scales below 1e-5, negative ones included, act as 1e-5.
+        scale: step sizes, float32 (or float64 for a float64 ``w``). Without ``group_size`` its shape is a prefix of
+            ``w.shape``, optionally followed by ones: ``[]`` for one scale, ``[N]`` or ``[N, 1]`` for one per row. With
+            ``group_size`` its shape is ``[..., K / group_size]``. Scales below 1e-5, also negative ones, act as 1e-5.
         grid: the quantization grid.
-        group_size: number of consecutive inputs that share a scale; divides ``K``.
-        zero_point: for affine grids, like ``scale``; need not be integral.
-        noise_std: standard deviation of Gaussian noise added to ``w`` before quantizing (WinQ); a negative one
-            gives the mirrored noise of the same seed.
+        group_size: number of consecutive inputs that share a scale; must divide ``K``.
+        zero_point: zero points of affine grids, with the shape of ``scale``; they need not be integral.
+        noise_std: standard deviation of Gaussian noise that is added to ``w`` before quantizing (WinQ). If negative,
+            the noise is the mirror image of that with the same seed.
         scale_noise_std: the same for ``scale``.
-        seed: any int, of which the lower 64 bits count, or an int64 tensor with one element on ``w``'s device, which a
-            captured graph may update in place. Drawn from torch's generator if None. Equal seeds give equal bits on
-            every backend.
+        seed: an int, taken modulo 2**64; or an int64 tensor with one element on the device of ``w``, which a CUDA graph
+            may update in place. If None, it is drawn from torch's generator. Equal seeds give equal bits on every
+            backend.
         grad_scale: factor on the gradients of ``scale`` and ``zero_point``; ``grid.grad_scale(w.numel())`` if None.
-        dtype: dtype of the result, ``w.dtype`` if None; a float32 ``w`` may give bfloat16 or float16.
-        out: contiguous tensor to write into; not differentiable, as everywhere in torch.
+        dtype: dtype of the result: that of ``w`` if None; for a float32 ``w`` also bfloat16 or float16.
+        out: contiguous tensor to write into; then the call is not differentiable, as for all ops of torch.
 
     Returns:
         Tensor of the shape of ``w`` with values ``scale / grid.steps * (code + grid.offset - zero_point)``.
 
     Raises:
-        TypeError: if an argument is of another type, naming it.
+        TypeError: if an argument has another type, naming it.
         ValueError: if shapes, ``group_size``, ``out``, noise or ``zero_point`` do not fit, naming the argument.
-        RuntimeError: if a dtype or device does not fit, or ``out`` is given for inputs that require grad.
+        RuntimeError: if a dtype or device does not fit, or ``out`` is given and an input requires grad.
 
-    The straight-through rule is ParetoQ's (Liu et al., 2025), the noise WinQ's; see docs/algorithms.md.
+    The straight-through rule is that of ParetoQ (Liu et al., 2025), the noise that of WinQ; see docs/algorithms.md.
     """
     check_layout(w, scale, grid, group_size, zero_point)
     check_reals(noise_std=noise_std, scale_noise_std=scale_noise_std)
@@ -388,7 +393,7 @@ def fake_quantize(
     check_optional_tensors(out=out)
     if dtype is not None:
         check_dtype(dtype)
-    if not (abs(noise_std) < math.inf and abs(scale_noise_std) < math.inf):  # torch.compile knows no math.isfinite
+    if not (abs(noise_std) < math.inf and abs(scale_noise_std) < math.inf):  # torch.compile cannot trace math.isfinite
         raise ValueError(f"noise_std is {noise_std} and scale_noise_std is {scale_noise_std}, must be finite")
     noise.check_seed(seed)
     seed = noise.make_seed(seed, w.device) if noise_std or scale_noise_std else None
@@ -415,9 +420,9 @@ def check_layout(w: Tensor, scale: Tensor, grid: Grid, group_size: int | None, z
         if w.ndim == 0:
             raise ValueError("w has no dimension to divide into groups, group_size must be None")
         check_group_size(group_size, w.shape[-1])
-        wanted = (*w.shape[:-1], w.shape[-1] // group_size)
-        if scale.shape != wanted:
-            raise ValueError(f"scale has shape {tuple(scale.shape)}, must be {wanted} for group_size {group_size}")
+        expected = (*w.shape[:-1], w.shape[-1] // group_size)
+        if scale.shape != expected:
+            raise ValueError(f"scale has shape {tuple(scale.shape)}, must be {expected} for group_size {group_size}")
     else:
         prefix = tuple(scale.shape)
         while prefix and prefix[-1] == 1 and prefix != tuple(w.shape[: len(prefix)]):

@@ -1,15 +1,15 @@
 """Products of tokens with the weights of their experts, for tokens that are sorted by expert.
 
-Three ops, each bilinear, whose derivatives are one another, to any order and in both modes. With x_e, g_e the rows of
-expert e, which are ``offsets[e - 1] ... offsets[e] - 1``,
+Three bilinear ops. The derivatives of each are the other two, to any order and in both modes. x_e and g_e are the rows
+of expert e: rows ``offsets[e - 1]`` to ``offsets[e] - 1``.
 
     grouped_linear             y_e = x_e W_e^T     x [T, K], w [E, N, K] -> y [T, N]
     grouped_linear_transposed  x_e = g_e W_e       g [T, N], w [E, N, K] -> x [T, K]
     grouped_outer              W_e = g_e^T x_e     g [T, N], x [T, K]    -> w [E, N, K]
 
-An expert may have no rows; rows at or past the last offset belong to nobody and give 0. Any strides will do. On a CPU
-each expert's product is the library's, for one expert that has tokens after another; on a GPU all are one launch, which
-reads the offsets there.
+An expert may have no rows. Rows at or beyond offsets[-1] are unassigned and give 0. Tensors may have any strides. On a
+CPU there is one matrix product of torch for each expert with tokens. On a GPU there is one launch for all experts,
+which reads the offsets on the device.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ._lowbit_linear import segments
 from ._op import define
 
 
-def _rows(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """Multiply each expert's rows by its matrix ``[..., K, N]``."""
+def _multiply_by_expert(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """Return the rows of each expert times its matrix; ``w`` is ``[E, K, N]``."""
     y = x.new_empty(x.shape[0], w.shape[-1])
     parts = segments(offsets, x.shape[0])
     for e, (start, end) in enumerate(parts):
@@ -37,11 +37,11 @@ def _rows(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _forward(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    return _rows(x, w.mT, offsets)
+    return _multiply_by_expert(x, w.mT, offsets)
 
 
 def _transposed(g: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    return _rows(g, w, offsets)
+    return _multiply_by_expert(g, w, offsets)
 
 
 def _outer(g: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class _Bilinear(OpFunction):
 
     @classmethod
     def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
-        """The product rule."""
+        """Return the sum of the product rule."""
         along = {name: getattr(tangents, name) for name in cls._names[:2]}
         terms = [cls.of(kept, **{name: t}) for name, t in along.items() if t is not None]
         return sum(terms[1:], terms[0]) if terms else None
@@ -104,7 +104,7 @@ class GroupedLinear(_Bilinear):
 
     @classmethod
     def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """Dx = g W, dW = g^T x."""
+        """Return dx = g W and dW = g^T x."""
         return {
             "x": GroupedLinearTransposed.of(kept, g=gs[0]) if cls.needs(ctx, "x") else None,
             "w": GroupedOuter.of(kept, g=gs[0]) if cls.needs(ctx, "w") else None,
@@ -118,7 +118,7 @@ class GroupedLinearTransposed(_Bilinear):
 
     @classmethod
     def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """Dg = u W^T, dW = g^T u."""
+        """Return dg = u W^T and dW = g^T u, where u is the gradient of the result."""
         return {
             "g": GroupedLinear.of(kept, x=gs[0]) if cls.needs(ctx, "g") else None,
             "w": GroupedOuter.of(kept, x=gs[0]) if cls.needs(ctx, "w") else None,
@@ -132,7 +132,7 @@ class GroupedOuter(_Bilinear):
 
     @classmethod
     def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """Dg = x U^T, dx = g U."""
+        """Return dg = x U^T and dx = g U, where U is the gradient of the result."""
         return {
             "g": GroupedLinear.of(kept, w=gs[0]) if cls.needs(ctx, "g") else None,
             "x": GroupedLinearTransposed.of(kept, w=gs[0]) if cls.needs(ctx, "x") else None,
@@ -143,18 +143,18 @@ def grouped_linear(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     """Return each token times the weight of its expert, for tokens that are sorted by expert.
 
     Args:
-        x: tokens ``[T, K]``, those of expert 0 first; any strides.
+        x: tokens ``[T, K]``, sorted by expert; any strides.
         w: weights ``[E, N, K]`` of the dtype of x: float32, bfloat16, float16 or float64.
-        offsets: int32 ``[E]`` on the device of x: where each expert's tokens end, ascending, as ``torch._grouped_mm``
-            takes them. On a CPU offsets that descend or exceed T are an error; on a GPU, where looking would wait for
-            it, the result is then undefined.
+        offsets: int32 ``[E]`` on the device of x: the end of each expert's tokens, ascending, as for
+            ``torch._grouped_mm``. On a CPU, offsets that descend or exceed T are an error. On a GPU the result is then
+            undefined, because checking them would need a sync.
 
     Returns:
-        ``[T, N]``, summed in float32 (float64 for float64); tokens past the last offset give 0. Differentiable in x and
-        w, any order, both modes.
+        ``[T, N]``, summed in float32 (float64 for float64). Tokens at or beyond ``offsets[-1]`` give 0. Differentiable
+        in x and w, to any order, in both modes.
 
     Raises:
-        TypeError: if an argument is no tensor, naming it.
+        TypeError: if an argument is not a tensor, naming it.
         ValueError: if offsets descend or exceed T.
         RuntimeError: if a shape, dtype or device does not fit, naming the argument.
     """

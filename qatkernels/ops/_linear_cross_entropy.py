@@ -1,17 +1,17 @@
-"""A linear layer and softmax cross-entropy in one: logits exist for one chunk of tokens at a time.
+"""A linear layer and softmax cross-entropy in one op: logits exist for one chunk of tokens at a time.
 
 With z = hidden weight^T, per chunk of tokens,
 
-    loss      l                                                     of cross_entropy.py
+    loss      l                                                     as in _cross_entropy.py
     backward  d = g * (p - e);  dh = d W,  dW = d^T h               z is computed again
-    hvp       dz = th W^T + h tW^T, then d and td in the places of z and dz;
+    hvp       dz = th W^T + h tW^T, then d and td overwrite z and dz;
               tdh = td W + d tW,  tdW = td^T h + d^T th
 
-The hvp serves both modes: it is the tangent of the backward along (tg, th, tW), and for cotangents (uh, uW) of (dh, dW)
-the backward's own backward at (th, tW) = (uh, uW), with `l`'s tangent as the gradient of g. Memory is two chunks of
-logits at most; what it costs is z once more in the backward and once more in the hvp.
+The hvp serves both modes. It is the tangent of the backward along (tg, th, tW). For cotangents (uh, uW) of (dh, dW) it
+is also the backward of the backward, at (th, tW) = (uh, uW), and the tangent of l is the gradient of g. The ops hold at
+most two chunks of logits. In return, the backward and the hvp each compute z again.
 
-These ops are compositions: the matrix products are torch's, the passes over logits those of `cross_entropy.py`.
+These ops are compositions of torch's matrix products and the passes over logits in `_cross_entropy.py`.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from ._autograd import Composite, OpFunction
 from ._cross_entropy import TARGETS, dual_of, jvp_of, number_dtype, reduced
 from ._op import define
 
-#: Logits in a chunk, unless the caller says otherwise: large enough for the products to run at full speed.
+#: Default number of logits in a chunk: large enough for the products to run at full speed.
 CHUNK_ELEMENTS = 2**24
-#: Tokens in a chunk, at least, where the vocabulary is large.
+#: Smallest default number of tokens in a chunk, for large vocabularies.
 CHUNK_TOKENS = 128
 
 
 def default_chunk(vocabulary: int) -> int:
-    """Return how many tokens have logits at the same time."""
+    """Return the default number of tokens in a chunk."""
     return max(CHUNK_TOKENS, CHUNK_ELEMENTS // max(vocabulary, 1))
 
 
 class _Chunks:
-    """Walks the tokens, with room for one chunk's logits (and their tangents) that all chunks share."""
+    """The chunks of tokens, and scratch memory for the logits of one chunk (and their tangents if ``copies`` is 2)."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, chunk: int, copies: int) -> None:
         self.tokens = hidden.shape[0]
         self.chunk = min(chunk, max(self.tokens, 1))
-        self.room = hidden.new_empty(copies * self.chunk, weight.shape[0])
+        self.scratch = hidden.new_empty(copies * self.chunk, weight.shape[0])
 
     def __iter__(self) -> Iterator[slice]:
         return (slice(i, min(i + self.chunk, self.tokens)) for i in range(0, self.tokens, self.chunk))
 
 
 class _Sum:
-    """A sum of products a^T b over chunks, in float32 for 16-bit operands."""
+    """A sum of products a^T b over chunks. For 16-bit operands it is kept in float32."""
 
     def __init__(self, like: Tensor) -> None:
         self.dtype = like.dtype
@@ -68,10 +68,10 @@ class _Sum:
 
 
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk: int) -> tuple[Tensor, Tensor]:
-    loss, lse = _numbers(hidden), _numbers(hidden)
+    loss, lse = _empty_per_token(hidden), _empty_per_token(hidden)
     chunks = _Chunks(hidden, weight, chunk, 1)
     for part in chunks:
-        z = chunks.room[: part.stop - part.start]
+        z = chunks.scratch[: part.stop - part.start]
         torch.mm(hidden[part], weight.t(), out=z)
         torch.ops.qatkernels.cross_entropy_out(z, targets[part], ignore_index, loss[part], lse[part])
     return loss, lse
@@ -92,7 +92,7 @@ def _backward(
     dw = _Sum(weight) if want_weight else None
     chunks = _Chunks(hidden, weight, chunk, 1)
     for part in chunks:
-        z = chunks.room[: part.stop - part.start]
+        z = chunks.scratch[: part.stop - part.start]
         torch.mm(hidden[part], weight.t(), out=z)
         torch.ops.qatkernels.cross_entropy_backward_out(g[part], z, lse[part], targets[part], ignore_index, z)
         if want_hidden:
@@ -118,7 +118,7 @@ def _hvp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dh = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else hidden.new_empty(0)
     dw = _Sum(weight) if want_weight else None
-    tangent_loss = _numbers(hidden)
+    tangent_loss = _empty_per_token(hidden)
     chunks = _Chunks(hidden, weight, chunk, 2)
     for part in chunks:
         z, dz, both = _logits_and_tangents(chunks, part, hidden, weight, tangent_hidden, tangent_weight)
@@ -146,9 +146,9 @@ def _logits_and_tangents(
     tangent_hidden: Tensor | None,
     tangent_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return z, its tangent, and the memory in which one follows the other."""
+    """Return z, its tangent, and the memory that holds both, one after the other."""
     count = part.stop - part.start
-    both = chunks.room[: 2 * count]
+    both = chunks.scratch[: 2 * count]
     z, dz = both[:count], both[count:]
     if tangent_hidden is None:
         torch.mm(hidden[part], weight.t(), out=z)
@@ -157,7 +157,7 @@ def _logits_and_tangents(
         else:
             torch.mm(hidden[part], tangent_weight.t(), out=dz)
         return z, dz, both
-    # One product reads the weight for both.
+    # One product computes both, so the weight is read once.
     torch.mm(torch.cat((hidden[part], tangent_hidden[part])), weight.t(), out=both)
     if tangent_weight is not None:
         dz.addmm_(hidden[part], tangent_weight.t())
@@ -174,7 +174,7 @@ def _jvp(
     ignore_index: int,
     chunk: int,
 ) -> Tensor:
-    tangent_loss = _numbers(hidden)
+    tangent_loss = _empty_per_token(hidden)
     chunks = _Chunks(hidden, weight, chunk, 2)
     for part in chunks:
         z, dz, _ = _logits_and_tangents(chunks, part, hidden, weight, tangent_hidden, tangent_weight)
@@ -182,7 +182,8 @@ def _jvp(
     return tangent_loss
 
 
-def _numbers(hidden: Tensor) -> Tensor:
+def _empty_per_token(hidden: Tensor) -> Tensor:
+    """Return an uninitialized tensor with one number per token, in the dtype of losses."""
     return hidden.new_empty(hidden.shape[0], dtype=number_dtype(hidden.dtype))
 
 
@@ -248,27 +249,27 @@ HVP = define(
 
 
 class LinearCrossEntropy(OpFunction):
-    """(loss, lse); lse is for the derivatives, and constant to autograd."""
+    """(loss, lse). lse is needed by the derivatives; autograd treats it as a constant."""
 
     op = FORWARD
     saves = ("hidden", "weight", "lse", "targets")
 
     @classmethod
     def keep(cls, ctx: Any, call: Any, output: tuple[Tensor, Tensor]) -> None:
-        """Let lse have no derivative."""
+        """Mark lse as not differentiable."""
         ctx.mark_non_differentiable(output[1])
 
     @classmethod
     def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """The backward."""
+        """Return the backward."""
         want = {f"want_{name}": cls.needs(ctx, name) for name in ("hidden", "weight")}
         if gs[0] is None or not any(want.values()):
             return {}
-        return _wanted(LinearCrossEntropyBackward.of(kept, g=gs[0], **want), **want)
+        return _by_name(LinearCrossEntropyBackward.of(kept, g=gs[0], **want), **want)
 
     @classmethod
     def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
-        """The jvp."""
+        """Return the jvp."""
         if tangents.hidden is None and tangents.weight is None:
             return None, None
         along = {"tangent_hidden": tangents.hidden, "tangent_weight": tangents.weight}
@@ -276,40 +277,40 @@ class LinearCrossEntropy(OpFunction):
 
 
 class LinearCrossEntropyBackward(OpFunction):
-    """Gradients of hidden and weight from g; the derivative along (g, hidden, weight) is the hvp, in either mode."""
+    """Gradients of hidden and weight from g. In both modes, the derivative along (g, hidden, weight) is the hvp."""
 
     op = BACKWARD
 
     @classmethod
     def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """The hvp along the cotangents of the gradients that were wanted."""
-        along = _wanted(gs, kept.want_hidden, kept.want_weight)
+        """Return the hvp along the cotangents of the gradients that were computed."""
+        along = _by_name(gs, kept.want_hidden, kept.want_weight)
         if all(v is None for v in along.values()):
             return {}
         want = {f"want_{name}": cls.needs(ctx, name) for name in ("hidden", "weight")}
         tangents = {f"tangent_{name}": v for name, v in along.items()}
         *grads, along_g = LinearCrossEntropyHvp.of(kept, **tangents, tangent_g=None, **want)
-        return {"g": along_g, **_wanted(grads, **want)}
+        return {"g": along_g, **_by_name(grads, **want)}
 
     @classmethod
     def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
-        """The hvp, or where hidden and weight do not move the backward of the tangent."""
+        """Return the hvp; if hidden and weight have no tangent, the backward of the tangent of g."""
         if tangents.hidden is None and tangents.weight is None:
             return (None, None) if tangents.g is None else LinearCrossEntropyBackward.of(kept, g=tangents.g)
         along = {"tangent_hidden": tangents.hidden, "tangent_weight": tangents.weight, "tangent_g": tangents.g}
         return LinearCrossEntropyHvp.of(kept, **along)[:2]
 
 
-def _wanted(pair: Any, want_hidden: bool, want_weight: bool) -> dict[str, Tensor | None]:
-    """Return what belongs to hidden and to weight by name, None where it is not wanted."""
+def _by_name(pair: Any, want_hidden: bool, want_weight: bool) -> dict[str, Tensor | None]:
+    """Return the tensors for hidden and for weight by name, None for one that is not wanted."""
     hidden, weight = pair
     return {"hidden": hidden if want_hidden else None, "weight": weight if want_weight else None}
 
 
-def _plain_point(
+def _differentiable_logits(
     tangent_hidden: Any, tangent_weight: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return z, its tangent and lse, all of them functions of hidden and weight."""
+    """Return z, its tangent and lse, all of them differentiable functions of hidden and weight."""
     z = hidden @ weight.t()
     dz = torch.zeros_like(z)
     if tangent_hidden is not None:
@@ -320,19 +321,21 @@ def _plain_point(
     return z, dz, lse
 
 
-def _plain_jvp(
+def _differentiable_jvp(
     tangent_hidden: Any, tangent_weight: Any, hidden: Tensor, weight: Tensor, _lse: Tensor, targets: Tensor,
     ignore_index: int, _chunk: int,
 ) -> Tensor:  # fmt: skip
-    z, dz, lse = _plain_point(tangent_hidden, tangent_weight, hidden, weight, targets, ignore_index)
+    """Return the jvp as a differentiable function, without chunks."""
+    z, dz, lse = _differentiable_logits(tangent_hidden, tangent_weight, hidden, weight, targets, ignore_index)
     return jvp_of(dz, z, lse, targets, ignore_index)
 
 
-def _plain_hvp(
+def _differentiable_hvp(
     tangent_hidden: Any, tangent_weight: Any, tangent_g: Any, g: Tensor, hidden: Tensor, weight: Tensor, _lse: Tensor,
     targets: Tensor, ignore_index: int, _chunk: int, want_hidden: bool, want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    z, dz, lse = _plain_point(tangent_hidden, tangent_weight, hidden, weight, targets, ignore_index)
+    """Return the hvp as a differentiable function, without chunks."""
+    z, dz, lse = _differentiable_logits(tangent_hidden, tangent_weight, hidden, weight, targets, ignore_index)
     d, dd, tangent_loss = dual_of(dz, tangent_g, g, z, lse, targets, ignore_index)
     dh, dw = dd @ weight, dd.t() @ hidden
     if tangent_weight is not None:
@@ -347,7 +350,7 @@ class LinearCrossEntropyJvp(Composite):
 
     op = JVP
     differentiable = ("tangent_hidden", "tangent_weight", "hidden", "weight")
-    formula = staticmethod(_plain_jvp)
+    formula = staticmethod(_differentiable_jvp)
 
 
 class LinearCrossEntropyHvp(Composite):
@@ -355,7 +358,7 @@ class LinearCrossEntropyHvp(Composite):
 
     op = HVP
     differentiable = ("tangent_hidden", "tangent_weight", "tangent_g", "g", "hidden", "weight")
-    formula = staticmethod(_plain_hvp)
+    formula = staticmethod(_differentiable_hvp)
 
 
 def linear_cross_entropy(
@@ -367,25 +370,25 @@ def linear_cross_entropy(
     reduction: str = "mean",
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Cross-entropy of ``hidden @ weight.T`` without ever holding the logits of more than a chunk of tokens.
+    """Return the cross-entropy of ``hidden @ weight.T``, with the logits of one chunk of tokens at a time in memory.
 
-    The same values as ``cross_entropy(F.linear(hidden, weight), targets)``, for the loss, gradients and Hessian-vector
-    products, for one more product of hidden and weight each in the backward and the second backward.
+    Loss, gradients and Hessian-vector products are those of ``cross_entropy(F.linear(hidden, weight), targets)``. They
+    take one more product of hidden and weight in the backward, and one more in the second backward.
 
     Args:
         hidden: ``[..., K]``, float32, bfloat16, float16 or float64; cast under autocast, as in F.linear.
         weight: ``[V, K]`` of the same dtype.
-        targets: int64 ``[...]``; one outside ``[0, V)`` that is not ``ignore_index`` gives NaN.
-        ignore_index: the target of tokens that do not count.
-        reduction: ``"mean"`` over the tokens that count, ``"sum"``, or ``"none"``.
-        chunk_tokens: tokens whose logits exist at the same time; those of 2^24 logits, but 128 at least, if None.
+        targets: int64 ``[...]``. A target outside ``[0, V)`` that is not ``ignore_index`` gives NaN.
+        ignore_index: target of tokens to ignore.
+        reduction: ``"mean"`` over the tokens that are not ignored, ``"sum"``, or ``"none"``.
+        chunk_tokens: tokens in a chunk. If None, as many as have 2^24 logits together, but at least 128.
 
     Returns:
         The loss in float32 (float64 for float64 logits): a scalar, or ``[...]`` with ``"none"``.
 
     Raises:
-        TypeError: if an argument is of another type, naming it.
-        ValueError: if ``reduction`` is none of the three, ``chunk_tokens`` is not positive, or shapes do not fit.
+        TypeError: if an argument has another type, naming it.
+        ValueError: if ``reduction`` is unknown, ``chunk_tokens`` is not positive, or shapes do not fit.
         RuntimeError: if a dtype or device does not fit.
     """
     check_tensors(hidden=hidden, weight=weight, targets=targets)

@@ -1,17 +1,17 @@
-"""Matrix products with a packed weight: dense, and grouped by expert.
+"""Matrix products with a packed weight, dense or grouped by expert.
 
-Two ops that are each other's transpose, so derivatives of any order and mode are the same two kernels:
+Two ops are each other's transpose, so the same two kernels compute derivatives of any order, in both modes:
 
     lowbit_linear             y = x W^T (+ bias)      x [..., K] -> y [..., N]
     lowbit_linear_transposed  x = g W                 g [..., N] -> x [..., K]
 
-With ``offsets`` the weight is a stack ``[E, N, K]`` and the rows of x are sorted by expert: rows ``offsets[e - 1] ...
-offsets[e] - 1`` (0 before the first) meet expert e, any of which may have none; rows at or past ``offsets[-1]`` belong
-to nobody and give 0. Without, it is the case of one expert.
+With ``offsets`` the weight is a stack ``[E, N, K]``, and the rows of x are sorted by expert: rows ``offsets[e - 1]``
+to ``offsets[e] - 1`` are multiplied with expert e (from row 0 for the first one). An expert may have no rows. Rows at
+or beyond ``offsets[-1]`` are unassigned and give 0. Without ``offsets`` there is one matrix for all rows.
 
-Sums are float32. With ``act_bits`` x is quantized to symmetric integers per row first, as `fake_quantize_dynamic` does;
-then products and sums are integers, and scales enter at the end. Its derivative is that of the unquantized product, the
-straight-through rule.
+Sums are in float32. With ``act_bits`` each row of x is first quantized to symmetric integers, as in
+`fake_quantize_dynamic`. Products and sums are then integers, and scales are applied at the end. The derivative is that
+of the product without quantized activations (straight-through rule).
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def unpacked(
 
 
 def segments(offsets: Tensor, rows: int) -> list[tuple[int, int]]:
-    """Return the half-open range of rows of each expert.
+    """Return the range of rows of each expert, as (start, end).
 
     Raises:
-        ValueError: if they descend or leave ``[0, rows]``.
+        ValueError: if offsets descend, or are not within ``[0, rows]``.
     """
     ends = offsets.tolist()
     starts = [0, *ends][: len(ends)]
@@ -49,7 +49,8 @@ def segments(offsets: Tensor, rows: int) -> list[tuple[int, int]]:
 
 
 def _by_expert(x: Tensor, w: Tensor, offsets: Tensor | None) -> Tensor:
-    with without_autocast():  # sums are float32, also where autocast would have matmul round to 16 bits
+    """Return ``x @ w.mT``, for each expert its rows; unassigned rows are 0."""
+    with without_autocast():  # autocast would round the operands to 16 bits
         if offsets is None:
             return x @ w.mT
         y = x.new_zeros(x.shape[0], w.shape[-2])
@@ -95,7 +96,7 @@ def _transposed(
     return _by_expert(g.to(wide), w.mT, offsets).to(g.dtype)
 
 
-#: Scales, zero points and grid of a packed weight of K columns.
+#: The contract of scales, zero points and grid of a packed weight with K columns.
 _WEIGHT = """
     scale: float32|bfloat16|float16 [E if offsets, N, G]
     require G > 0 and K % G == 0; scale has {G} columns, must divide the {K} columns of the weight
@@ -146,24 +147,24 @@ class LowbitLinear(OpFunction):
 
     @classmethod
     def keep(cls, ctx: Any, call: Any, output: Tensor) -> None:
-        """Keep of x and bias what shapes and dtypes need, not their values."""
+        """Keep shapes and dtypes of x and bias; their values are not needed."""
         ctx.cols, ctx.shape, ctx.dtype = call.x.shape[-1], output.shape, output.dtype
         ctx.bias_dtype = None if call.bias is None else call.bias.dtype
 
     @classmethod
     def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """The product with the weight itself, and the sum over tokens."""
-        g, found = gs[0], {}
+        """Return the transposed product for x, and the sum over tokens for the bias."""
+        g, grads = gs[0], {}
         if cls.needs(ctx, "x"):
-            found["x"] = LowbitLinearTransposed.of(kept, g=g, cols=ctx.cols)
+            grads["x"] = LowbitLinearTransposed.of(kept, g=g, cols=ctx.cols)
         if cls.needs(ctx, "bias"):
-            leading = tuple(range(g.ndim - 1))  # none of them would mean all to sum()
-            found["bias"] = g.sum(leading, dtype=ctx.bias_dtype) if leading else g.to(ctx.bias_dtype)
-        return found
+            leading = tuple(range(g.ndim - 1))  # an empty tuple would make sum() reduce all dimensions
+            grads["bias"] = g.sum(leading, dtype=ctx.bias_dtype) if leading else g.to(ctx.bias_dtype)
+        return grads
 
     @classmethod
     def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
-        """The unquantized product of the tangent."""
+        """Return the product of the tangent, without quantized activations."""
         bias = None if tangents.bias is None else tangents.bias.to(ctx.dtype)
         if tangents.x is None:
             return None if bias is None else bias.expand(ctx.shape)
@@ -179,10 +180,10 @@ class LowbitLinearTransposed(OpFunction):
 
     @classmethod
     def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """The product with the transpose."""
+        """Return the product of the transposed op."""
         return {"g": LowbitLinear.of(kept, x=gs[0], bias=None, act_bits=None)}
 
     @classmethod
     def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
-        """The product of the tangent."""
+        """Return the product of the tangent of g."""
         return None if tangents.g is None else LowbitLinearTransposed.of(kept, g=tangents.g)

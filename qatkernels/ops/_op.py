@@ -1,19 +1,19 @@
-"""How an op is declared: a schema, a contract, a reference; any number of faster implementations.
+"""Declares ops: each has a schema, a contract and a reference.
 
-An op is a plain function in PyTorch (the *reference*: its meaning, and the kernel that runs where nothing faster is
-installed) and a *contract* (`contract.py`): what its arguments must be and what its outputs are. Both go to
-``torch.library``. Every op has a twin named ``<op>_out`` that writes into tensors the caller supplies; ops that change
-their arguments in place have no outputs, a name that ends in ``_``, and no twin.
+The *reference* is a function in plain PyTorch. It defines what the op computes, and it runs where no faster kernel is
+installed. The *contract* (`contract.py`) says what the arguments must be and what the outputs are. Both are registered
+with ``torch.library``. Every op has a twin named ``<op>_out`` that writes into tensors of the caller. The exception are
+ops that change their arguments in place: they have no outputs and no twin, and their names end in ``_``.
 
-`qatkernels/backends` overrides the reference per device. A kernel is written in one form only: the ``_out`` twin, or
-the op itself if it works in place. :class:`Kernel` puts it behind the contract, makes its inputs contiguous, and makes
-the op that allocates its outputs out of it.
+Kernels of `qatkernels/backends` replace the reference on their devices. A kernel is written in one form only: as the
+``_out`` twin, or as the op itself if that works in place. :class:`Kernel` checks the contract before a call, makes
+inputs contiguous, and derives from the ``_out`` form the op that allocates its outputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -35,12 +35,12 @@ class Op:
 
     Attributes:
         name: name in ``torch.ops.qatkernels``.
-        arguments: argument list of the schema; what the op changes is marked ``Tensor(a!)``.
+        arguments: argument list of the schema; tensors that the op changes are marked ``Tensor(a!)``.
         contract: what the arguments must be and what the outputs are.
-        reference: the meaning, in plain PyTorch.
-        overload: what torch calls, once the op is declared.
-        tensors_end: how many arguments there are up to the last tensor.
-        functions: the autograd Function of the op, if it has derivatives; it enters itself here.
+        reference: the definition of the op, in plain PyTorch.
+        overload: the op as torch calls it; set when the op is declared.
+        tensors_end: number of arguments up to and including the last tensor.
+        function: the autograd Function of the op, None if the op has no derivatives; `OpFunction` sets it.
     """
 
     name: str
@@ -49,11 +49,11 @@ class Op:
     reference: Callable[..., Outputs | None]
     overload: Any = None
     tensors_end: int = 0
-    functions: list[Any] = field(default_factory=list)
+    function: Any = None
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs; none if the op works in place."""
+        """Names of the outputs; empty if the op works in place."""
         return self.contract.outputs
 
     @property
@@ -70,24 +70,24 @@ class Op:
 
     @cached_property
     def parameters(self) -> dict[str, str]:
-        """Types of the arguments by name, as the schema has them: ``Tensor``, ``Tensor?``, ``Tensor(a!)``, ``int``."""
+        """Types of the arguments by name, as in the schema: ``Tensor``, ``Tensor?``, ``Tensor(a!)``, ``int``."""
         return _parameters(self.arguments)
 
     def call(self, *args: Any) -> Any:
-        """Call the op from a public function: with derivatives where somebody can ask for them."""
+        """Call the op from a public function, through its autograd Function only if derivatives may be needed."""
         if torch.compiler.is_compiling():
-            return self.overload(*args)  # the rules of its derivatives are registered with torch
+            return self.overload(*args)  # the derivatives are registered with torch.library
         if differentiable(args[: self.tensors_end]):
-            return self.functions[0].apply(*args)
+            return self.function.apply(*args)
         with below_autograd():
             return self.overload(*args)
 
     def split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Split the arguments of the ``_out`` twin into those of the op and the outputs."""
+        """Split the arguments of the ``_out`` twin into the arguments of the op and the outputs."""
         return args[: len(self.parameters)], args[len(self.parameters) :]
 
     def meta(self, *args: Any) -> Any:
-        """Check the arguments, as for every call, and return outputs that nothing was written into."""
+        """Check the arguments, as every call does, and return uninitialized outputs."""
         return self.contract.meta(*args)
 
     def meta_out(self, *args: Any) -> None:
@@ -97,7 +97,8 @@ class Op:
     def run_reference(self, *args: Any) -> Outputs | None:
         """Check the arguments and run the reference.
 
-        Outputs are never views, as those of a kernel never are: autograd refuses to change a view in place.
+        Outputs are never views, like the outputs of a kernel, because autograd does not allow in-place changes of some
+        views.
         """
         self.contract.check(args)
         outputs = self.reference(*args)
@@ -106,19 +107,19 @@ class Op:
         return None if outputs is None else _not_a_view(outputs)
 
     def run_reference_out(self, *args: Any) -> None:
-        """Check the arguments and write what the reference returns into the outputs at the end of ``args``."""
+        """Check the arguments, run the reference, and copy its results into the outputs at the end of ``args``."""
         inputs, out = self.split(args)
         self.contract.check_outputs(inputs, out)
         for destination, source in zip(out, as_tuple(self.reference(*inputs)), strict=True):
             destination.copy_(source)
 
 
-#: Every declared op by name.
+#: All declared ops by name.
 OPS: dict[str, Op] = {}
 
 
 def differentiable(args: tuple[Any, ...]) -> bool:
-    """Whether anybody can ask for derivatives of a call: gradients, forward mode or a transform of torch.func."""
+    """Whether derivatives of a call may be needed: gradients, forward mode or a transform of torch.func."""
     if torch.is_grad_enabled():
         for a in args:
             if isinstance(a, Tensor) and a.requires_grad:
@@ -131,29 +132,31 @@ def _parameters(arguments: str) -> dict[str, str]:
 
 
 def as_tuple(outputs: Outputs | None) -> tuple[Tensor, ...]:
-    """Return the outputs of an op as a tuple, also where there is one."""
+    """Return the outputs of an op as a tuple, even if there is only one or none."""
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs or ())
 
 
 def define(name: str, arguments: str, contract: str, *, reference: Callable[..., Outputs | None]) -> Op:
-    """Declare an op and its ``_out`` twin in ``torch.ops.qatkernels``, with the reference as their fallback.
+    """Declare an op and its ``_out`` twin in ``torch.ops.qatkernels``. The reference serves every device.
 
     Args:
         name: name of the op.
         arguments: argument list of the schema.
         contract: what the arguments must be and what the outputs are, in the language of `contract.py`.
-        reference: the meaning, in plain PyTorch.
+        reference: the definition of the op, in plain PyTorch.
     """
     op = Op(name, arguments, Contract(contract, _parameters(arguments)), reference)
     if bool(op.outputs) == name.endswith("_"):
-        raise ValueError(f"op {name!r} has outputs {op.outputs}: ops in place, and only they, end in '_' and have none")
+        raise ValueError(
+            f"op {name!r} has outputs {op.outputs}: the name must end in '_' if and only if there are no outputs"
+        )
     OPS[name] = op
-    twins = (op.run_reference, op.meta), (op.run_reference_out, op.meta_out)
-    for (op_name, schema), (meaning, meta) in zip(op.schemas.items(), twins, strict=False):
+    implementations = (op.run_reference, op.meta), (op.run_reference_out, op.meta_out)
+    for (op_name, schema), (reference_of_form, meta) in zip(op.schemas.items(), implementations, strict=False):
         LIBRARY.define(schema, tags=_TAGS)
-        LIBRARY.impl(op_name, meaning, "CompositeExplicitAutograd")
+        LIBRARY.impl(op_name, reference_of_form, "CompositeExplicitAutograd")
         torch.library.register_fake(f"qatkernels::{op_name}", meta, lib=LIBRARY)
-    # Plain attributes: Dynamo traces no cached property.
+    # Set as plain attributes, because Dynamo cannot trace cached properties.
     object.__setattr__(op, "overload", getattr(torch.ops.qatkernels, name).default)
     tensors = [i for i, kind in enumerate(op.parameters.values()) if kind.startswith("Tensor")]
     object.__setattr__(op, "tensors_end", tensors[-1] + 1)
@@ -165,37 +168,37 @@ def _not_a_view(tensor: Tensor) -> Tensor:
 
 
 class Kernel:
-    """A kernel that is written in Python, behind the contract of its op.
+    """A kernel written in Python, with the checks of its op's contract.
 
-    This is the one place that sees to strides: inputs are made contiguous, whatever a call has. What the op changes in
-    place must be contiguous, and so must the outputs; the contract says so.
+    For such kernels this is the only place that handles strides: it makes inputs contiguous. Outputs, and tensors that
+    the op changes in place, must be contiguous already; the contract checks that.
 
     Args:
         op: the op.
-        run: its ``_out`` form, or the op itself if it works in place.
+        run: the kernel: the ``_out`` form, or the op itself if it works in place.
     """
 
     def __init__(self, op: Op, run: Callable[..., None]) -> None:
         kinds = op.parameters
         strided = op.contract.strided
         self.op, self.run = op, run
-        self._copied = [i for i, n in enumerate(kinds) if kinds[n] in ("Tensor", "Tensor?") and n not in strided]
+        self._inputs = [i for i, n in enumerate(kinds) if kinds[n] in ("Tensor", "Tensor?") and n not in strided]
 
     def launch(self, *args: Any) -> None:
-        """Run with arguments that are checked already."""
-        given = list(args)
-        for i in self._copied:
-            if given[i] is not None:
-                given[i] = given[i].contiguous()
-        self.run(*given)
+        """Run the kernel with arguments that were checked already."""
+        contiguous = list(args)
+        for i in self._inputs:
+            if contiguous[i] is not None:
+                contiguous[i] = contiguous[i].contiguous()
+        self.run(*contiguous)
 
     def allocating(self, *args: Any) -> Any:
-        """Run the op: check the arguments and return new outputs, or change them in place."""
+        """Run the op: check the arguments, and return new outputs or change arguments in place."""
         outputs = self.op.contract.meta(*args)
         self.launch(*args, *as_tuple(outputs))
         return outputs
 
     def writing(self, *args: Any) -> None:
-        """Run the ``_out`` twin."""
+        """Run the ``_out`` twin: check the arguments and write into the outputs at the end of ``args``."""
         self.op.contract.check_outputs(*self.op.split(args))
         self.launch(*args)

@@ -1,4 +1,4 @@
-"""Quantization to integer codes and back, with the codes that `fake_quantize` uses."""
+"""Quantization to integer codes, and back. The codes are those that `fake_quantize` uses."""
 
 from __future__ import annotations
 
@@ -8,23 +8,19 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_dtype, check_tensors
-from ..grids import MIN_SCALE, Grid, GridConstants
+from ..grids import MIN_SCALE, Grid, GridConstants, code_dtype
 from ._autograd import OpFunction
 from ._fake_quantize import SCALES, Rows, check_layout
 from ._op import define
-
-
-def _code_dtype(code_max: int) -> torch.dtype:
-    return torch.uint8 if code_max > 127 else torch.int8
 
 
 def _quantize(
     w: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], code_min: int, code_max: int
 ) -> Tensor:
     codes = Rows(w, scale, zero_point, None, tuple(grid)).codes()
-    # NaN has no code, and a zero point or scale out of its range must not wrap around.
+    # NaN gets code 0. The clamp keeps codes from wrapping around in the cast, if a scale or zero point is out of range.
     codes = codes.nan_to_num(nan=0.0).clamp(code_min, code_max)
-    return codes.to(_code_dtype(code_max)).view(w.shape)
+    return codes.to(code_dtype(code_max)).view(w.shape)
 
 
 def _dequantize(
@@ -64,13 +60,13 @@ DEQUANTIZE = define(
 
 
 class Dequantize(OpFunction):
-    """The weight from codes; differentiable in scale and zero point, to first order."""
+    """The weight from codes. Differentiable in scale and zero point, to first order."""
 
     op = DEQUANTIZE
 
     @classmethod
     def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """Sums over what shares a scale."""
+        """Return the gradients of scale and zero point: sums over the elements that share a scale."""
         scale, constants = kept.scale, GridConstants(*kept.grid)
         shape = (scale.numel(), kept.codes.numel() // max(scale.numel(), 1))
         rows = (kept.codes.reshape(shape).to(scale.dtype) + constants.offset) / constants.steps
@@ -92,14 +88,15 @@ def quantize(
         scale: as for :func:`fake_quantize`.
         grid: the quantization grid.
         group_size: as for :func:`fake_quantize`.
-        zero_point: as for :func:`fake_quantize`; codes include it and stay in ``grid.code_min ... grid.code_max``.
+        zero_point: as for :func:`fake_quantize`; it is part of the codes, which stay within ``grid.code_min`` and
+            ``grid.code_max``.
 
     Returns:
-        Codes of the shape of ``w``, int8, or uint8 where ``grid.code_max`` exceeds 127. NaN gives code 0. Not
+        Codes of the shape of ``w``: int8, or uint8 if ``grid.code_max`` is above 127. NaN gives code 0. Not
         differentiable.
 
     Raises:
-        TypeError: if an argument is of another type, naming it.
+        TypeError: if an argument has another type, naming it.
         ValueError: if shapes, ``group_size`` or ``zero_point`` do not fit, naming the argument.
         RuntimeError: if a dtype or device does not fit.
     """
@@ -121,11 +118,11 @@ def dequantize(
 ) -> Tensor:
     """Return ``(codes + grid.offset - zero_point) * (scale / grid.steps)``.
 
-    Of the codes of a weight this is what :func:`fake_quantize` gives, bit for bit.
+    For the codes that :func:`quantize` returns, the result is that of :func:`fake_quantize`, bit for bit.
 
     Args:
         codes: int8 or uint8 codes ``[..., K]``.
-        scale: as for :func:`fake_quantize`; gradients flow to it and to ``zero_point``, without a gradient scale.
+        scale: as for :func:`fake_quantize`. It gets a gradient, and so does ``zero_point``, without a gradient scale.
         grid: the quantization grid.
         group_size: as for :func:`fake_quantize`.
         zero_point: as for :func:`fake_quantize`.
@@ -135,7 +132,7 @@ def dequantize(
         Weights of the shape of ``codes``.
 
     Raises:
-        TypeError: if an argument is of another type, naming it.
+        TypeError: if an argument has another type, naming it.
         ValueError: if shapes, ``group_size`` or ``zero_point`` do not fit, naming the argument.
         RuntimeError: if a dtype or device does not fit.
     """

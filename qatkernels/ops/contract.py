@@ -41,6 +41,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..grids import code_dtype
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -169,7 +171,7 @@ class _Dtypes:
             elif kind == "default":
                 found += [dtype for dtype in (of, dtypes[arguments[1]]) if dtype is not None][:1]
             elif kind == "code":
-                found.append(torch.uint8 if eval(arguments[0], _FUNCTIONS, names) > 127 else torch.int8)
+                found.append(code_dtype(eval(arguments[0], _FUNCTIONS, names)))
             else:
                 found.append(getattr(torch, kind))
         return tuple(found)

@@ -1,7 +1,7 @@
-"""Dynamic activation quantization: symmetric integers per token, the scale taken from the token itself.
+"""Dynamic activation quantization: each token is quantized to symmetric integers, with a scale computed from the token.
 
-The straight-through rule is the identity (nothing is ever clipped) and the scale gets no gradient, so forward mode and
-every higher derivative are the identity too.
+The straight-through rule is the identity, because nothing is clipped, and the scale gets no gradient. So forward mode
+and double backward are the identity too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def _reference(x: Tensor, bits: int) -> Tensor:
     values = x.to(wide)
     if x.numel() == 0:
         return torch.empty_like(x)
-    # The smallest normal number keeps an all-zero token at zero; a scale floor of 1e-5 would erase small activations.
+    # The floor keeps a token of zeros at zero. It is the smallest normal number, because 1e-5, as for weights, would
+    # round small activations to zero.
     scale = (values.abs().amax(-1, keepdim=True) / qmax).clamp_min(torch.finfo(torch.float32).tiny)
     codes = torch.round((values / scale).clamp(-qmax, qmax))
     return ((codes + 0.0) * scale).to(x.dtype)
@@ -47,12 +48,12 @@ class FakeQuantizeDynamic(OpFunction):
 
     @classmethod
     def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """The identity."""
+        """Return the gradient of y."""
         return {"x": gs[0]}
 
     @classmethod
     def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
-        """The identity, in memory of its own."""
+        """Return a copy of the tangent of x, which has its own memory, as y has."""
         return tangents.x.clone()
 
 
@@ -60,15 +61,15 @@ def fake_quantize_dynamic(x: Tensor, bits: int = 8) -> Tensor:
     """Fake-quantize activations to symmetric integers, one scale per token.
 
     Args:
-        x: activations ``[..., features]``, float32, bfloat16, float16 or float64; the last dimension shares a scale.
+        x: activations ``[..., features]``, float32, bfloat16, float16 or float64; a token is a row of features.
         bits: 2 to 8.
 
     Returns:
-        Tensor like ``x`` with values ``s * round(x / s)``, ``s = max(abs(x)) / (2**(bits - 1) - 1)`` per token. A token
-        that holds NaN or an infinity becomes NaN.
+        Tensor like ``x`` with values ``s * round(x / s)``, where ``s = max(abs(x)) / (2**(bits - 1) - 1)`` per token. A
+        token with a NaN or an infinity becomes NaN.
 
     Raises:
-        TypeError: if an argument is of another type, naming it.
+        TypeError: if an argument has another type, naming it.
         RuntimeError: if ``bits`` or the dtype does not fit.
     """
     check_tensors(x=x)

@@ -1,7 +1,7 @@
-"""The vector work of a Krylov method: one pass over a basis that both subtracts from a vector and multiplies it.
+"""The vector work of a Krylov method: one pass over the basis both updates a vector and multiplies it with the basis.
 
-Reorthogonalizing twice, which is enough, takes three such passes: the products, an update with the products that are
-left over, and a last update.
+Orthogonalizing a vector twice is enough. It takes three such passes: one that computes the products, one that subtracts
+the first products and computes the remaining ones, and one that subtracts those.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..arguments import check_optional_tensors, check_tensors
 from ._op import define
 
-#: Columns that the reference takes at a time: float64 copies of them, not of the basis.
+#: Columns that the reference processes at once. It converts them to float64, so this bounds the temporary memory.
 _COLUMNS = 2**20
 
 
@@ -45,22 +45,22 @@ GRAM_SCHMIDT = define(
 
 
 def gram_schmidt(basis: Tensor, w: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Subtract a combination of rows from a vector, and multiply the result by all rows, in one pass over memory.
+    """Subtract a combination of rows from a vector, and multiply the result with all rows, in one pass over memory.
 
-    ``gram_schmidt_out`` of ``torch.ops.qatkernels`` writes into given tensors; its ``w_new`` may be ``w``. Not
-    differentiable.
+    ``torch.ops.qatkernels.gram_schmidt_out`` writes into tensors of the caller; its output ``w_new`` may be ``w``
+    itself. Not differentiable.
 
     Args:
         basis: ``[m, n]``, float32, bfloat16 or float64; the rows need not be orthonormal.
         w: ``[n]``, float32 or float64.
-        h: ``[m]``, the coefficients to subtract; nothing is subtracted if None.
+        h: coefficients of the rows to subtract, ``[m]``; nothing is subtracted if None.
 
     Returns:
         ``w_new = w - basis.T @ h`` in the dtype of ``w``; ``basis @ w_new``, ``[m]`` in float64; and ``w_new @ w_new``,
-        a float64 scalar. Sums are float64, in an order that depends on the shape alone.
+        a float64 scalar. Sums are in float64, in an order that depends on the shape only.
 
     Raises:
-        TypeError: if an argument is no tensor, naming it.
+        TypeError: if an argument is not a tensor, naming it.
         RuntimeError: if a shape, dtype or device does not fit.
     """
     check_tensors(basis=basis, w=w)

@@ -1,14 +1,15 @@
-"""Counter-based Gaussian noise: the same seed gives the same bits on every backend, whatever the launch shape.
+"""Counter-based Gaussian noise: the same seed gives the same bits on every backend and for every launch shape.
 
 Element ``i`` of a stream comes from word ``i % 8 // 2`` of Philox4x32-7 (Salmon et al., 2011; seven rounds are the
-fewest that their tests do not tell from random, ten their default) at the counter
-``(low(i // 8), high(i // 8), stream, 0)`` under the key ``(low(seed), high(seed))``. A word makes two normals by
-Box and Muller's transform: twenty bits are the radius, ten the angle within a quadrant, two the signs. Logarithm, sine
-and cosine are polynomials in fused multiply-adds of float32, and square root is correctly rounded, so backends agree
-bit for bit: a noisy forward and its backward may even run on different ones. Nothing is stored.
+fewest that pass their tests of randomness, ten are their default) at the counter
+``(low(i // 8), high(i // 8), stream, 0)`` with the key ``(low(seed), high(seed))``. The Box-Muller transform makes two
+normals from a word: twenty bits give the radius, ten the angle within a quadrant, two the signs. Logarithm, sine and
+cosine are polynomials of float32 fused multiply-adds, and the square root is correctly rounded. So backends agree bit
+for bit: a noisy forward and its backward may even run on different backends. No noise is stored.
 
-Over all words the distribution function is the normal one to within 1e-6. The uniform under the logarithm is at least
-2**-21, so no sample exceeds 5.4 standard deviations; up to 5 the tails have the weight they should have, to 5%.
+Over all words, the distribution function differs from the normal one by at most 1e-6. The uniform number under the
+logarithm is at least 2**-21, so no sample exceeds 5.4 standard deviations. Up to 5 standard deviations the tails have
+the right weight to 5%.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..arguments import check_integers, check_tensors, is_integer, wrong_type
 from ._op import define
 
-#: Streams of the noise: on the weight, and on its scales.
+#: Streams of the noise: one for the weight, one for its scales.
 WEIGHT_STREAM, SCALE_STREAM = 0, 1
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -28,11 +29,12 @@ _MASK = 0xFFFFFFFF
 
 ROUNDS = 7
 
-#: 2**23 * (log2(1.5 + h) - 0.5 - h) = (1 / 4 - h * h) * P(h) to 2**23 * 2.2e-6 for abs(h) <= 1 / 2, exact at both ends;
-#: highest power first.
+#: Coefficients of P, highest power first. (1 / 4 - h * h) * P(h) approximates 2**23 * (log2(1.5 + h) - 0.5 - h) for
+#: abs(h) <= 1 / 2, with an error of at most 2**23 * 2.2e-6, and exactly at both ends.
 LOG_POLY = (216773.6875, -371393.53125, 644046.875, -1280924.125, 2850889.75)
-#: P(x^2) = A * cos(pi / 4 * x) and x * P(x^2) = A * sin(pi / 4 * x) for abs(x) <= 1, where A = sqrt(ln 2 / 2**23) makes
-#: both the sine and cosine of their sum's angle and sqrt(-2 * ln(u)) from sqrt(-2**23 * log2(u)).
+#: Coefficients of P: P(x^2) = A * cos(pi / 4 * x) and x * P(x^2) = A * sin(pi / 4 * x) for abs(x) <= 1. Sum and
+#: difference of the two are a sine and a cosine times sqrt(2) * A. With A = sqrt(ln 2 / 2**23), sqrt(2) * A times
+#: sqrt(-2**23 * log2(u)) is the radius sqrt(-2 * ln(u)).
 COS_POLY = (-9.166328e-8, 4.5561155e-6, -8.8657667e-5, 2.8745361e-4)
 SIN_POLY = (6.976795e-7, -2.320153e-5, 2.2576441e-4)
 
@@ -66,9 +68,9 @@ def philox(seed: Tensor, counter: Tensor, stream: int) -> tuple[Tensor, Tensor, 
 def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Return a * b + c of float32 tensors, rounded once.
 
-    It goes by way of float64, where the product is exact and the sum is rounded. To round that again is not the same as
-    to round once only if it lies half way between two float32 numbers. For `box_muller` it never does: a word has so
-    few bits that all can be tried.
+    It computes in float64, where the product is exact and the sum is rounded, and rounds the sum to float32. This
+    second rounding matters only if the float64 sum is exactly half way between two float32 numbers. In `box_muller`
+    that never happens: a word has so few bits that a test tries them all.
     """
     return (a.double() * b.double() + c.double()).float()
 
@@ -82,13 +84,14 @@ def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 def box_muller(word: Tensor) -> tuple[Tensor, Tensor]:
     """Return two independent float32 standard normals from a 32-bit word."""
-    # 2**31 * u is an odd multiple of 2**10. Its bits over 2**23 are 127 + log2(2**31 * u), with the logarithm
-    # interpolated linearly between powers of two; the polynomial is what that lacks. Everything is scaled by 2**23.
+    # 2**31 * u is an odd multiple of 2**10. The bits of a float32, divided by 2**23, are 127 + its base-2 logarithm,
+    # where the logarithm is interpolated linearly between powers of two. The polynomial corrects the interpolation.
+    # All values are scaled by 2**23.
     bits = ((word & 0x7FFFF800) | 0x400).float().view(torch.int32)
     h = ((bits & 0x007FFFFF) | 0x3F800000).view(torch.float32) - 1.5
     q = fused(h, h, torch.full_like(h, -0.25))
     minus_log2 = fused(q, _horner(h, LOG_POLY), (0x4F000000 - bits).float())
-    # By way of float64, because torch's own float32 square root (MKL's) is not correctly rounded.
+    # In float64, because torch's float32 square root (from MKL) is not correctly rounded.
     radius = torch.sqrt(minus_log2.double()).float()
     x = (word & 0x3FF).float() * 2.0**-9 + (2.0**-10 - 1.0)
     square = x * x
@@ -116,11 +119,11 @@ NORMAL = define(
 
 
 def normal(seed: Tensor, numel: int, stream: int = WEIGHT_STREAM) -> Tensor:
-    """Return the standard normals that the noisy kernels draw.
+    """Return the standard normal numbers that kernels with noise draw.
 
     Args:
-        seed: int64 tensor with one element; its device is the device of the result.
-        numel: how many.
+        seed: int64 tensor with one element; the result is on its device.
+        numel: how many numbers.
         stream: ``WEIGHT_STREAM`` or ``SCALE_STREAM``.
 
     Returns:
@@ -143,9 +146,9 @@ def check_seed(seed: int | Tensor | None) -> None:
 
 
 def make_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """Return a seed as the int64 tensor that kernels take, drawn from torch's default generator if None.
+    """Return a seed as the int64 tensor that kernels need. If None, it is drawn from torch's default generator.
 
-    An int is taken modulo 2**64: the generator's key has 64 bits, and -1 is the key 2**64 - 1.
+    An int is taken modulo 2**64, because the key of the generator has 64 bits; -1 is the key 2**64 - 1.
 
     Raises:
         TypeError: if ``seed`` is neither an int nor a tensor nor None.

@@ -1,4 +1,4 @@
-"""A packed weight, and the product with it: the one object that layers, files and kernels share."""
+"""The packed weight, which layers, files and kernels share, and the product with it."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ from .packing import SCALES, pack, readable, store_scale, unpack
 
 
 class PackedWeight(Float32Scales):
-    """A weight ``[..., N, K]`` as packed codes, and what turns them back into numbers.
+    """A weight ``[..., N, K]`` as packed codes, with the scales, zero points and grid to dequantize them.
 
-    It is a module whose tensors are buffers. So it moves, copies and saves itself with a model, and casts of the model
-    do not change its bits. Layers that share a weight share this object; that keeps them tied when the model moves,
-    because torch moves the buffers of two modules one by one.
+    It is a module whose tensors are buffers. So it is moved, copied and saved with its model, and casts of the model do
+    not change its bits. Layers that share a weight share this object, so they stay tied when the model moves. (If each
+    layer had its own buffers, torch would move them one by one, and untie them.)
 
-    It is not a tensor. A model that reads ``layer.weight`` itself instead of calling the layer gets an error that names
-    the layer and says what to do. What libraries ask of a weight is there: ``shape``, ``dtype``, ``device``,
-    ``numel()``, ``nbytes``. docs/architecture.md says why it is not a subclass of Tensor.
+    It is not a tensor. A model that uses ``layer.weight`` in an operation, instead of calling the layer, gets an error
+    that names the layer and says what to do. It has the attributes that libraries read from a weight: ``shape``,
+    ``dtype``, ``device``, ``numel()``, ``nbytes``. docs/architecture.md explains why it is not a subclass of Tensor.
 
-    Bytes alone do not say which codes they hold. The state dict therefore has the layout of the codes, and loading
-    refuses another layout, or tensors of other dtypes.
+    Packed bytes do not tell which codes they are. So the state dict also has the layout of the codes, and loading
+    another layout, or tensors of another dtype, is an error.
 
     Args:
         packed: uint8 ``[..., N, ceil(K * bits / 8)]``, as :func:`qatkernels.pack` returns.
-        scale: float32, bfloat16 or float16 ``[..., N, K / group_size]``, one column if a row shares a scale.
-        zero_point: float32 like ``scale``, or None.
+        scale: float32, bfloat16 or float16 ``[..., N, K / group_size]``; one column if there is one scale per row.
+        zero_point: float32 with the shape of ``scale``, or None.
         grid: the grid of the codes.
         cols: K.
         dtype: dtype of the weight in full precision.
 
     Attributes:
         bits: bits of a stored code.
-        constants: the constants of the grid, as ops take them.
-        dtype: follows casts of the model, as the dtype of an unpacked weight does.
-        layer: name of the layer in its model, or an empty string; for messages.
+        constants: the constants of the grid, as a list for the ops.
+        dtype: dtype of the weight in full precision; casts of the model change it.
+        layer: name of the layer in its model, for error messages; an empty string if unknown.
 
     Raises:
-        TypeError: if an argument is of another type, naming it.
+        TypeError: if an argument has another type, naming it.
         ValueError: if a shape or dtype does not fit.
     """
 
@@ -86,13 +86,13 @@ class PackedWeight(Float32Scales):
         _check_parts(packed, scale, zero_point, grid, cols)
         super().__init__()
         self.grid, self.cols, self.dtype, self.layer = grid, cols, dtype, ""
-        # Every call reads these, and building the list takes as long as a small product.
+        # Every call reads these, and building the list would take as long as a small product.
         self.bits, self.constants = grid.storage_bits, list(grid.constants)
         for name, tensor in (("packed", packed), ("scale", scale), ("zero_point", zero_point)):
             self.register_buffer(name, tensor)
 
     @classmethod
-    @torch.inference_mode(False)  # a buffer made in inference mode could not be loaded into later
+    @torch.inference_mode(False)  # loading into a buffer that was made in inference mode is an error
     @torch.no_grad()
     def from_float(
         cls,
@@ -104,7 +104,7 @@ class PackedWeight(Float32Scales):
         zero_point: Tensor | None = None,
         scale_dtype: torch.dtype = torch.float32,
     ) -> PackedWeight:
-        """Quantize and pack a weight; in float32 scales :meth:`dequantize` is `fake_quantize`, bit for bit.
+        """Quantize and pack a weight. With float32 scales, :meth:`dequantize` equals `fake_quantize` bit for bit.
 
         Args:
             w: weight ``[..., N, K]``.
@@ -112,12 +112,12 @@ class PackedWeight(Float32Scales):
             grid: the quantization grid.
             group_size: as for :func:`qatkernels.fake_quantize`.
             zero_point: as for :func:`qatkernels.fake_quantize`.
-            scale_dtype: dtype that scales are stored in. Codes are those of the scale as it was given.
+            scale_dtype: dtype to store scales in. Codes are computed with the scales before that cast.
 
         Raises:
-            TypeError: if an argument is of another type, naming it.
-            ValueError: if shapes do not fit, ``w`` has NaN, a scale or zero point is not finite, or ``scale_dtype``
-                cannot hold it.
+            TypeError: if an argument has another type, naming it.
+            ValueError: if shapes do not fit, ``w`` has NaN, a zero point is not finite, or a scale is not finite in
+                ``scale_dtype``.
             RuntimeError: if a dtype or device does not fit.
         """
         check_tensors(w=w)
@@ -126,10 +126,10 @@ class PackedWeight(Float32Scales):
             raise ValueError(f"w has shape {tuple(w.shape)}, must have at least two dimensions")
         check_layout(w, scale, grid, group_size, zero_point)
         if readable(w) and w.isnan().any():
-            raise ValueError(f"w has NaN in {int(w.isnan().sum())} of {w.numel()} elements, no code stands for it")
+            raise ValueError(f"w has NaN in {int(w.isnan().sum())} of {w.numel()} elements, must have none")
         if zero_point is not None and readable(zero_point) and not zero_point.isfinite().all():
-            odd = zero_point[~zero_point.isfinite()][0].item()
-            raise ValueError(f"zero_point has an element {odd}, must be finite")
+            element = zero_point[~zero_point.isfinite()][0].item()
+            raise ValueError(f"zero_point has an element {element}, must be finite")
         codes = quantize(w, scale, grid, group_size=group_size, zero_point=zero_point)
 
         def by_row(t: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class PackedWeight(Float32Scales):
 
     @property
     def group_size(self) -> int:
-        """Inputs that share a scale; K where a row does."""
+        """Number of inputs that share a scale; K if there is one scale per row."""
         return self.cols // self.scale.shape[-1]
 
     @property
@@ -166,9 +166,9 @@ class PackedWeight(Float32Scales):
         return self.shape.numel()
 
     def to(self, *args: Any, **kwargs: Any) -> PackedWeight:
-        """Return the same weight on another device; arguments are those of ``nn.Module.to``.
+        """Return a copy of the weight on another device; arguments are those of ``nn.Module.to``.
 
-        This weight stays where it is, as a tensor does. A model that moves takes its weights along in place.
+        Like a tensor, this object does not move itself. When a model moves, its packed weights move in place.
         """
         new = PackedWeight(self.packed, self.scale, self.zero_point, self.grid, self.cols, dtype=self.dtype)
         new.layer = self.layer
@@ -188,22 +188,22 @@ class PackedWeight(Float32Scales):
 
     @property
     def value(self) -> PackedWeight:
-        """The weight itself: in earlier versions the weight of a layer was another object that held this one."""
+        """This object. In earlier versions the weight of a layer was another object, which held this one."""
         warnings.warn("layer.weight.value is now layer.weight", DeprecationWarning, stacklevel=2)
         return self
 
     def forward(
         self, x: Tensor, bias: Tensor | None = None, offsets: Tensor | None = None, act_bits: int | None = None
     ) -> Tensor:
-        """Return :func:`lowbit_linear` of ``x``, under autocast in its dtype, as a linear layer does.
+        """Return :func:`lowbit_linear` of ``x``; under autocast in its dtype, as for a linear layer.
 
-        Layers call this, and not the function, because libraries that keep tensors elsewhere (offload) fetch those of a
-        module before its forward.
+        Layers call this method and not the function, because libraries for offloading load the tensors of a module
+        before its forward.
         """
         dtype = autocast_dtype(x)
         if dtype is None:
             return lowbit_linear(x, self, bias, offsets=offsets, act_bits=act_bits)
-        if act_bits is None:  # otherwise x is rounded to integers, which training does before any cast
+        if act_bits is None:  # with act_bits x is quantized before any cast, as in training
             x = x.to(dtype)
         return lowbit_linear(x, self, bias, offsets=offsets, act_bits=act_bits).to(dtype)
 
@@ -222,9 +222,9 @@ class PackedWeight(Float32Scales):
     def _problems(self, state_dict: Any, prefix: str) -> list[str]:
         problems = super()._problems(state_dict, prefix)
         for name in self.uncast:
-            mine, given = getattr(self, name), state_dict.get(prefix + name)
-            if isinstance(mine, Tensor) and isinstance(given, Tensor) and given.dtype != mine.dtype:
-                problems.append(f"{prefix}{name} is {given.dtype}, must be {mine.dtype}")
+            buffer, stored = getattr(self, name), state_dict.get(prefix + name)
+            if isinstance(buffer, Tensor) and isinstance(stored, Tensor) and stored.dtype != buffer.dtype:
+                problems.append(f"{prefix}{name} is {stored.dtype}, must be {buffer.dtype}")
         return problems
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -233,21 +233,22 @@ class PackedWeight(Float32Scales):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse to take part in torch's functions as if it were a tensor."""
-        found = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))
-        raise TypeError(found._refusal(f"torch's {getattr(func, '__name__', func)}"))
+        """Raise TypeError: this is not a tensor, so torch's functions cannot use it."""
+        weight = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))
+        raise TypeError(weight._refusal(f"torch's {getattr(func, '__name__', func)}"))
 
     def __getattr__(self, name: str) -> Any:
-        """Explain why an attribute that every tensor has is missing here."""
+        """Raise AttributeError; for an attribute that every tensor has, the message says what to do."""
         if not name.startswith("_") and name not in self._buffers and hasattr(Tensor, name):
             raise AttributeError(self._refusal(f".{name}"))
         return super().__getattr__(name)
 
     def _refusal(self, what: str) -> str:
+        """Return the error message for ``what``, an operation that needs a tensor."""
         layer = repr(self.layer) if self.layer else "this layer"
         return (
             f"the weight of {layer} is packed codes, which {what} cannot use: the model reads the weight of the layer "
-            f"itself instead of calling the layer. Exclude {layer} in quantize_model, which leaves it in full "
+            f"itself instead of calling the layer. Exclude {layer} in quantize_model, so that it stays in full "
             "precision, or give the model layer.weight.dequantize()"
         )
 
@@ -273,16 +274,16 @@ def _check_parts(packed: Tensor, scale: Tensor, zero_point: Tensor | None, grid:
     if cols < 0:
         raise ValueError(f"cols is {cols}, must be at least 0")
     bits = grid.storage_bits
-    allowed = (*scale.shape[:-1], row_bytes(cols, bits))
-    if packed.dtype != torch.uint8 or packed.ndim < 2 or tuple(packed.shape) != allowed:
+    expected = (*scale.shape[:-1], row_bytes(cols, bits))
+    if packed.dtype != torch.uint8 or packed.ndim < 2 or tuple(packed.shape) != expected:
         raise ValueError(
-            f"packed is {packed.dtype} of shape {tuple(packed.shape)}, must be torch.uint8 of shape {allowed} for "
+            f"packed is {packed.dtype} of shape {tuple(packed.shape)}, must be torch.uint8 of shape {expected} for "
             f"{cols} columns at {bits} bits and a scale of shape {tuple(scale.shape)}"
         )
     if scale.dtype not in SCALES:
         raise ValueError(f"scale is {scale.dtype}, must be one of {SCALES}")
     if scale.shape[-1] < 1 or cols % scale.shape[-1]:
-        raise ValueError(f"scale has {scale.shape[-1]} columns, must divide the {cols} of the weight")
+        raise ValueError(f"scale has {scale.shape[-1]} columns, must divide the {cols} columns of the weight")
     z = zero_point
     if z is not None and (z.shape != scale.shape or z.dtype != torch.float32):
         raise ValueError(
@@ -301,37 +302,40 @@ def lowbit_linear(
     offsets: Tensor | None = None,
     act_bits: int | None = None,
 ) -> Tensor:
-    """Return ``x @ weight.T + bias`` from a packed weight.
+    """Return ``x @ weight.T + bias`` for a packed weight.
 
-    With ``offsets`` the weight is a stack, and each token is multiplied with the weight of its expert
-    (:func:`grouped_lowbit_linear`).
+    With ``offsets`` the weight is a stack, and each token is multiplied with the weight of its expert (see
+    :func:`grouped_lowbit_linear`).
 
     Args:
         x: activations ``[..., K]``, float32, bfloat16, float16 or float64; ``[T, K]`` with ``offsets``.
         weight: packed weight ``[N, K]``; ``[E, N, K]`` with ``offsets``.
         bias: ``[N]``, floating point, or None; None with ``offsets``.
-        offsets: None, or int32 ``[E]`` on the device of x: where each expert's tokens end.
-        act_bits: None multiplies x as it is. 2 to 8 quantize each token of it to symmetric integers first, scale
-            ``max(abs(x)) / (2**(act_bits - 1) - 1)``, and sum integers.
+        offsets: None, or int32 ``[E]`` on the device of x: the end of each expert's tokens.
+        act_bits: None for no quantization of x. With 2 to 8, each token is first quantized to symmetric integers with
+            the scale ``max(abs(x)) / (2**(act_bits - 1) - 1)``, and products are summed as integers.
 
     Returns:
-        ``[..., N]`` in the dtype of x, summed in float32. Differentiable in x and bias, any order, both modes.
+        ``[..., N]`` in the dtype of x, summed in float32. Differentiable in x and bias, to any order, in both modes.
 
     Raises:
-        TypeError: if ``weight`` is no PackedWeight, or another argument is of another type, naming it.
+        TypeError: if ``weight`` is not a PackedWeight, or another argument has another type, naming it.
         ValueError: if offsets descend or exceed the number of tokens.
         RuntimeError: if a shape, dtype or device does not fit, naming the argument.
     """
-    usual = isinstance(x, Tensor) and isinstance(weight, PackedWeight) and (bias is None or isinstance(bias, Tensor))
-    if not usual or offsets is not None or act_bits is not None:
+    # A quick test for the most frequent call, because the checks of all arguments take longer.
+    types_fit = (
+        isinstance(x, Tensor) and isinstance(weight, PackedWeight) and (bias is None or isinstance(bias, Tensor))
+    )
+    if not types_fit or offsets is not None or act_bits is not None:
         _check_types(x, weight, bias, offsets, act_bits)
     cols = weight.cols
-    if x.ndim and x.shape[-1] != cols:  # the op takes K from x: rows of bytes alone cannot tell K from a little less
+    if x.ndim and x.shape[-1] != cols:  # the op takes K from x, and row bytes do not determine K exactly
         raise RuntimeError(f"x has shape {tuple(x.shape)}, its last dimension must be {cols} like the weight's")
-    parts = weight._buffers  # an attribute of a module costs as much as the choice of a kernel
+    buffers = weight._buffers  # reading attributes of a module would take as long as the choice of a kernel
     y: Tensor = FORWARD.call(
-        x, parts["packed"], parts["scale"], parts["zero_point"], bias, offsets, weight.constants, weight.grid.code_min,
-        weight.bits, act_bits,
+        x, buffers["packed"], buffers["scale"], buffers["zero_point"], bias, offsets, weight.constants,
+        weight.grid.code_min, weight.bits, act_bits,
     )  # fmt: skip
     return y
 
@@ -348,18 +352,18 @@ def grouped_lowbit_linear(x: Tensor, weight: PackedWeight, offsets: Tensor, *, a
     """Return each token times the packed weight of its expert, for tokens that are sorted by expert, in one launch.
 
     Args:
-        x: tokens ``[T, K]``, those of expert 0 first.
+        x: tokens ``[T, K]``, sorted by expert.
         weight: packed weights ``[E, N, K]``.
-        offsets: int32 ``[E]`` on the device of x: where each expert's tokens end, ascending. As for
-            ``torch._grouped_mm``, an expert may have no token. On a CPU offsets that descend or exceed T are an error;
-            on a GPU, where looking would wait for it, the result is then undefined.
+        offsets: int32 ``[E]`` on the device of x: the end of each expert's tokens, ascending, as for
+            ``torch._grouped_mm``. An expert may have no token. On a CPU, offsets that descend or exceed T are an error.
+            On a GPU the result is then undefined, because checking them would need a sync.
         act_bits: as for :func:`lowbit_linear`.
 
     Returns:
-        ``[T, N]`` in the dtype of x; tokens past the last offset give 0. Differentiable in x.
+        ``[T, N]`` in the dtype of x. Tokens at or beyond ``offsets[-1]`` give 0. Differentiable in x.
 
     Raises:
-        TypeError: if ``weight`` is no PackedWeight, or another argument is of another type, naming it.
+        TypeError: if ``weight`` is not a PackedWeight, or another argument has another type, naming it.
         ValueError: if offsets descend or exceed T.
         RuntimeError: if a shape, dtype or device does not fit, naming the argument.
     """

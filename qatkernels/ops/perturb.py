@@ -1,10 +1,10 @@
-"""The perturbation of sharpness-aware minimization, along a stored gradient and without a copy of the weights.
+"""The perturbation of sharpness-aware minimization, from a stored gradient and without a copy of the weights.
 
-    e = factor * T^2 * g,   T = 1 (SAM) or abs(w) + eta (ASAM, at the tensor that is perturbed)
+    e = factor * T^2 * g,   T = 1 (SAM) or abs(w) + eta (ASAM, where w is the tensor that is perturbed)
 
-`perturb_` adds it to a tensor that is made anew in every forward, such as a quantized weight. `perturb_swap_` adds it
-to a master weight and leaves the old weight where the gradient was, so that copying it back restores every bit: a
-difference of rounded sums would not. `perturbation_norms` gives what ``factor`` is computed from.
+`perturb_` adds e to a tensor that every forward computes again, such as a quantized weight. `perturb_swap_` adds e to a
+master weight and stores the old weight in the memory of the gradient. Copying it back restores every bit; subtracting e
+would not, because sums are rounded. `perturbation_norms` computes the norms that ``factor`` is computed from.
 """
 
 from __future__ import annotations
@@ -88,16 +88,16 @@ def perturb_(w: Tensor, g: Tensor, factor: Tensor, eta: float | None = None) -> 
     """Add ``factor * T**2 * g`` to ``w`` in place, ``T = abs(w) + eta``, or 1 if ``eta`` is None.
 
     Args:
-        w: contiguous tensor of ``g``'s dtype, or a 16-bit one for a float32 ``g``.
-        g: the gradient, of the shape of ``w``.
-        factor: one float32 on the same device.
-        eta: ASAM's, None for SAM.
+        w: contiguous tensor of the dtype of ``g``, or a 16-bit dtype for a float32 ``g``.
+        g: the gradient, with the shape of ``w``.
+        factor: float32 tensor with one element on the same device.
+        eta: the eta of ASAM; None for SAM.
 
     Returns:
-        ``w``. Autograd does not see the change, as if ``w`` had been so all along.
+        ``w``. Autograd does not record the change.
 
     Raises:
-        TypeError: if an argument is of another type, naming it.
+        TypeError: if an argument has another type, naming it.
         RuntimeError: if a shape, dtype, layout or device does not fit.
     """
     check_tensors(w=w, g=g, factor=factor)
@@ -110,19 +110,19 @@ def perturb_(w: Tensor, g: Tensor, factor: Tensor, eta: float | None = None) -> 
 
 @torch.no_grad()
 def perturb_swap_(w: Tensor, g: Tensor, factor: Tensor, eta: float | None = None) -> Tensor:
-    """As :func:`perturb_`, and put what ``w`` was into ``g``: ``w.copy_(g)`` then restores it, bit for bit.
+    """Do as :func:`perturb_`, and store the old ``w`` in ``g``: ``w.copy_(g)`` then restores it bit for bit.
 
     Args:
         w: contiguous tensor.
-        g: the gradient, contiguous, like ``w``; overwritten.
-        factor: one float32 on the same device.
-        eta: ASAM's, None for SAM.
+        g: the gradient: contiguous, with the shape and dtype of ``w``. It is overwritten.
+        factor: float32 tensor with one element on the same device.
+        eta: the eta of ASAM; None for SAM.
 
     Returns:
         ``w``.
 
     Raises:
-        TypeError: if an argument is of another type, naming it.
+        TypeError: if an argument has another type, naming it.
         RuntimeError: if a shape, dtype, layout or device does not fit.
     """
     check_tensors(w=w, g=g, factor=factor)
@@ -133,21 +133,22 @@ def perturb_swap_(w: Tensor, g: Tensor, factor: Tensor, eta: float | None = None
 
 
 def perturbation_norms(g: Tensor, w: Tensor | None = None, eta: float = 0.0) -> Tensor:
-    """Return the sums of ``(T * g)**2`` and of ``(T**2 * g)**2``, ``T = abs(w) + eta``, or 1 if ``w`` is None.
+    """Return the sums of ``(T * g)**2`` and of ``(T**2 * g)**2``, with ``T = abs(w) + eta``, or 1 if ``w`` is None.
 
-    Of all tensors together, the square roots of the sums are ASAM's norm of the gradient and, times ``factor``, the
-    norm of the perturbation.
+    Add the results of all tensors that are perturbed together. The square root of the first sum is ASAM's norm of the
+    gradient. The square root of the second one, times ``factor``, is the norm of the perturbation.
 
     Args:
         g: the gradient.
-        w: what is perturbed, like ``g`` (16-bit for a float32 ``g`` is allowed), or None.
-        eta: ASAM's.
+        w: the tensor that is perturbed, with the shape and dtype of ``g`` (or 16 bits for a float32 ``g``); None for
+            SAM.
+        eta: the eta of ASAM.
 
     Returns:
-        float64 tensor with two elements. The order of additions depends on the shape alone.
+        float64 tensor with two elements. The order of additions depends on the shape only.
 
     Raises:
-        TypeError: if an argument is of another type, naming it.
+        TypeError: if an argument has another type, naming it.
         RuntimeError: if a shape, dtype, layout or device does not fit.
     """
     check_tensors(g=g)

@@ -1,11 +1,11 @@
-"""A quantized linear layer and its tangent from one read of the weight and of its tangent.
+"""A quantized linear layer and its tangent, computed together. Weight and tangent of the weight are read once.
 
-With Q the quantized weight and V = M * dw + gamma * (D * ds + Z * dz) its tangent, as in `fake_quantize.py`,
+Q is the quantized weight and V = M * dw + gamma * (D * ds + Z * dz) its tangent, as in `_fake_quantize.py`.
 
     y  = x Q^T,    dy = dx Q^T + x V^T          transposed: y = x Q,  dy = dx Q + x V
 
-This is forward mode. It is also what double backward asks for: for cotangents (u, U) of the gradients of x and of w,
-the gradient of g is dy at (dx, dw) = (u, U), and the transposed form serves the gradient of x.
+This is forward mode. Double backward needs the same products: if (u, U) are the cotangents of the gradients of x and w,
+then the gradient of g is dy at (dx, dw) = (u, U), and the transposed form gives the gradient of x.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ QUANT_LINEAR_DUAL = define(
 
 
 class QuantLinearDual(Composite):
-    """(y, dy); its own derivatives are those of the formula over the dual of the weight."""
+    """(y, dy). Its derivatives are those of the formula, with the dual op of the weight."""
 
     op = QUANT_LINEAR_DUAL
     differentiable = (
@@ -65,7 +65,7 @@ class QuantLinearDual(Composite):
 
     @staticmethod
     def formula(*args: Any) -> tuple[Tensor, Tensor]:
-        """The op by differentiable parts."""
+        """Compute the op from differentiable ops."""
         return _formula(FakeQuantizeDual.call, *args)
 
 
@@ -87,30 +87,31 @@ def quant_linear_dual(
     grad_scale: float | None = None,
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return a quantized linear layer's output and its tangent, from one read of the weight and of its tangent.
+    """Return the output of a quantized linear layer and its tangent. Weight and its tangent are read once.
 
     Args:
-        x: activations ``[T, K]``, or ``[T, N]`` if ``transposed``; of the dtype of ``w``, or 16 bits for a float32 one.
+        x: activations ``[T, K]``, or ``[T, N]`` if ``transposed``, of the dtype of ``w``; or of 16 bits for a float32
+            ``w``.
         w: weight ``[N, K]``.
-        scale: as for :func:`fake_quantize`, as are the other arguments of that name.
+        scale: as for :func:`fake_quantize`; so are the other arguments that have the same names there.
         grid: the quantization grid.
         group_size: number of consecutive inputs that share a scale.
-        zero_point: for affine grids, like ``scale``.
-        tangent_x: like ``x``, None for zero.
-        tangent_w: like ``w``, None for zero.
-        tangent_scale: like ``scale``, None for zero.
-        tangent_zero_point: like ``zero_point``, None for zero.
+        zero_point: zero points of affine grids, with the shape of ``scale``.
+        tangent_x: tangent of ``x``; None for zero.
+        tangent_w: tangent of ``w``; None for zero.
+        tangent_scale: tangent of ``scale``; None for zero.
+        tangent_zero_point: tangent of ``zero_point``; None for zero.
         noise_std: standard deviation of the noise on ``w``.
-        scale_noise_std: the same for ``scale``.
-        seed: of the noise.
+        scale_noise_std: standard deviation of the noise on ``scale``.
+        seed: seed of the noise.
         grad_scale: factor on the tangents of ``scale`` and ``zero_point``.
-        transposed: multiply by the weight itself and not by its transpose.
+        transposed: whether to multiply by the weight itself instead of its transpose.
 
     Returns:
-        y and dy, ``[T, N]`` (``[T, K]`` if transposed), in the dtype of x; differentiable, any order, both modes.
+        y and dy, ``[T, N]`` (``[T, K]`` if transposed), in the dtype of x. Differentiable, to any order, in both modes.
 
     Raises:
-        TypeError: if an argument is of another type, naming it.
+        TypeError: if an argument has another type, naming it.
         ValueError: if ``scale``, ``group_size`` or ``zero_point`` do not fit ``w``, naming the argument.
         RuntimeError: if another shape, a dtype or a device does not fit, naming the argument.
     """
@@ -133,13 +134,13 @@ def quant_linear_dual(
 
 
 def forward_mode_alone(*tensors: Tensor | None) -> bool:
-    """Whether tangents are being pushed through these tensors at this level, and nothing waits for a backward.
+    """Whether forward mode is active for these tensors, and no graph for a backward is recorded.
 
-    An autograd Function learns of tangents only after its forward. Where no graph is recorded they can be taken off the
-    tensors instead, and value and tangent computed together.
+    An autograd Function gets tangents only after its forward. If no graph is recorded, a layer can read the tangents
+    from its tensors itself, and compute value and tangent together.
     """
     if not in_forward_mode():
-        return False  # no tangents anywhere
+        return False
     if in_transform():
         return innermost_transform_is_jvp()
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))

@@ -1,12 +1,12 @@
 """The reset of WinQ: weights move towards the grid in place, and no code changes.
 
-    w <- (1 - a) * w + a * Q(w),   a the weight on the quantized value
+    w <- (1 - a) * w + a * Q(w),   a is the weight on the quantized value
 
-A weight and its quantized value lie in the same cell of the grid, and so does what is between them: in exact arithmetic
-Q(w) stays. Rounding breaks that in two places. A sum can be rounded across an edge of its cell, where w is next to it;
-and a quantized value can be rounded to where it no longer quantizes to itself, as bfloat16 does to eight bits with a
-zero point. So the new weight is quantized again, and one whose code would change, or that is not finite, stays what it
-was.
+A weight and its quantized value lie in the same cell of the grid, and so do all values between them. So in exact
+arithmetic Q(w) does not change. With rounding it can change in two ways. If w is next to an edge of its cell, the sum
+can be rounded across the edge. And Q(w) itself can be rounded to a value that quantizes to another code, for example in
+bfloat16 with eight bits and a zero point. So the new weight is quantized again. If its code would change, or if it is
+not finite, the old weight is kept.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ._op import define
 
 def _reference(w: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], quantized_weight: float) -> None:
     rows = Rows(w, scale, zero_point, None, tuple(grid))
-    # As the scalars that kernels take: a Python float would multiply float32 in double precision on some backends.
+    # Tensors in the computing dtype, as kernels use: with a Python float some backends would multiply in float64.
     keep, move = (torch.tensor(x, dtype=rows.dtype, device=w.device) for x in (1 - quantized_weight, quantized_weight))
     moved = (rows.w * keep + rows.values() * move).to(w.dtype)
     same = Rows(moved.view(w.shape), scale, zero_point, None, tuple(grid)).codes() == rows.codes()
@@ -51,17 +51,17 @@ def reset_(
     group_size: int | None = None,
     zero_point: Tensor | None = None,
 ) -> Tensor:
-    """Move ``w`` towards its quantized value in place, ``w <- (1 - a) * w + a * Q(w)``; one read and write of ``w``.
+    """Move ``w`` towards its quantized value in place: ``w <- (1 - a) * w + a * Q(w)``, with one read and one write.
 
-    The codes of ``w``, and so every quantized value, are the same bits afterwards. A weight whose code the rounded
-    result would change, or that is not finite, is left as it is.
+    The codes of ``w`` do not change, and neither does any quantized value. A weight is not changed if its code would
+    change by rounding, or if it is not finite.
 
     Args:
         w: weight ``[..., K]``, float32, bfloat16, float16 or float64; need not be contiguous, may require grad.
         scale: as for :func:`fake_quantize`.
         grid: the quantization grid.
         quantized_weight: ``a``, the weight on the **quantized** value, in [0, 1]; 0 changes nothing, 1 puts every
-            weight on the grid. WinQ's paper calls it lambda; the callback released with it takes ``1 - a`` instead.
+            weight on the grid. WinQ's paper calls it lambda. The callback that its authors released takes ``1 - a``.
         group_size: as for :func:`fake_quantize`.
         zero_point: as for :func:`fake_quantize`.
 
@@ -69,7 +69,7 @@ def reset_(
         ``w``.
 
     Raises:
-        TypeError: if an argument is of another type, naming it.
+        TypeError: if an argument has another type, naming it.
         ValueError: if shapes, ``group_size``, ``zero_point`` or ``quantized_weight`` do not fit, naming the argument.
         RuntimeError: if a dtype or device does not fit.
     """

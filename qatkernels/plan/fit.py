@@ -397,7 +397,7 @@ def _limits(values: Array, confidence: float) -> tuple[Any, Any]:
     return np.percentile(values, tail, axis=0), np.percentile(values, 100 - tail, axis=0)
 
 
-def select(runs: Mapping[str, Sequence[Any]], **values: Any) -> dict[str, list[Any]]:
+def select(runs: Mapping[str, Sequence[Any]], /, **values: Any) -> dict[str, list[Any]]:
     """Return the rows of a table in which each named column has the given value. Values are compared as text."""
     count = len(next(iter(runs.values())))
     rows = [i for i in range(count) if all(str(runs[name][i]) == str(value) for name, value in values.items())]

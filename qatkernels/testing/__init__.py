@@ -1,10 +1,10 @@
-"""For authors of backends and their tests: sample calls of every op, and what a result is compared with.
+"""Helpers to test kernels: sample calls of every op, and comparisons of results with the reference.
 
     from qatkernels.testing import check_op
 
-    check_op("fake_quantize", my_kernel)    # raises AssertionError, with the call, where a bit differs
+    check_op("fake_quantize", my_kernel)    # raises AssertionError, which names the call, if a bit differs
 
-Nothing of the library imports this package.
+The rest of the library does not import this package.
 """
 
 from .checks import Check, check_op, every_check

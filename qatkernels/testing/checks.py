@@ -1,6 +1,6 @@
-"""Every op that has kernels, at an aligned and at an odd shape, in float32 and in bfloat16: a first test of a backend.
+"""A first test of a backend: every op that has kernels, at an aligned and an odd shape, in float32 and bfloat16.
 
-Small enough to run first on a new machine, and under a sanitizer. The full tests are in tests/ops and tests/cuda.
+It is small enough to run first on a new machine, and under a sanitizer. The full tests are in tests/ops and tests/cuda.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ DTYPES = (torch.float32, torch.bfloat16)
 ALIGNED, ODD = (64, 1024), (37, 1003)
 SHAPES = {"aligned": ALIGNED, "odd": ODD}
 FAMILY = ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "fake_quantize_dual", "quantize")
-#: Tokens up to which the CUDA kernel of lowbit_linear serves.
+#: Largest number of tokens that the CUDA kernel of lowbit_linear serves.
 DECODED = 8
 
 
 @dataclass(frozen=True)
 class Check:
-    """One call of one op.
+    """A check of one call of one op.
 
     Attributes:
         op: the op.
-        name: dtype, shape and what else tells it from its neighbours.
-        run: takes an implementation, calls it, and raises AssertionError unless the result is right.
-        refused_by: backends that do not serve it.
+        name: dtype, shape and whatever else distinguishes the call.
+        run: calls an implementation, and raises AssertionError unless the result is right.
+        refused_by: backends that do not serve the call.
     """
 
     op: str
@@ -48,37 +48,37 @@ def check_op(op: str, implementation: Implementation, device: torch.device | str
 
     Args:
         op: name of an op in ``torch.ops.qatkernels`` that has kernels.
-        implementation: called with the op's arguments, all contiguous and on ``device``, and then with the outputs that
-            it has to write, as ``torch.ops.qatkernels.<op>_out`` is. An op that works in place (``reset_``,
-            ``perturb_``, ``perturb_swap_``) has no outputs.
-        device: where the arguments are.
+        implementation: called like ``torch.ops.qatkernels.<op>_out``: with the op's arguments, contiguous and on
+            ``device``, followed by the outputs to write. An op that works in place (``reset_``, ``perturb_``,
+            ``perturb_swap_``) has no outputs.
+        device: device of the arguments.
 
     Returns:
-        How many calls were compared.
+        The number of calls that were compared.
 
     Raises:
         ValueError: if there are no calls of the op.
-        AssertionError: if a result is wrong; it says of which call, and by how much.
+        AssertionError: if a result is wrong; the message names the call and the error.
 
     >>> def mine(codes, code_min, bits, out):
     ...     out.copy_(torch.ops.qatkernels.pack(codes, code_min, bits))
     >>> check_op("pack", mine)
     4
     """
-    found = [check for check in checks_on(torch.device(device)) if check.op == op]
-    if not found:
+    checks = [check for check in checks_on(torch.device(device)) if check.op == op]
+    if not checks:
         known = sorted({check.op for check in checks_on(torch.device(device))})
         raise ValueError(f"op is {op!r}, must be one of {', '.join(known)}")
-    for check in found:
+    for check in checks:
         try:
             check.run(implementation)
         except AssertionError as error:
             raise AssertionError(f"{op}, {check.name}: {error}") from error
-    return len(found)
+    return len(checks)
 
 
 def every_check(device: torch.device) -> Iterator[Check]:
-    """Yield every check; nothing is drawn before it runs.
+    """Yield every check. Most checks make their tensors only when they run.
 
     >>> sorted({check.op for check in every_check(torch.device("cpu"))})[:3]
     ['cross_entropy', 'cross_entropy_backward', 'cross_entropy_dual']
@@ -100,12 +100,12 @@ def every_check(device: torch.device) -> Iterator[Check]:
 
 @cache
 def checks_on(device: torch.device) -> tuple[Check, ...]:
-    """Return every check on a device, made once."""
+    """Return every check on a device; the result is cached."""
     return tuple(every_check(device))
 
 
 def family(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], name: str) -> Iterator[Check]:
-    """Fake quantization with zero points and without, with noise and without."""
+    """Yield checks of fake quantization, with and without zero points, with and without noise."""
     for op in FAMILY:
         for grid, noise in ((grids.affine(4), False), (grids.seq(2), op != "quantize")):
             sample = partial(make, grid, shape, dtype, device=device, noise=noise)
@@ -123,7 +123,7 @@ def family(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], nam
 
 
 def of_rows(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], name: str) -> Iterator[Check]:
-    """Cross-entropy and Gram-Schmidt."""
+    """Yield checks of cross-entropy and Gram-Schmidt."""
     size = "3x4096" if shape is ALIGNED else "4x1500"
     for kind, op, args in logits_calls(dtype):
         if kind.startswith(size):
@@ -141,7 +141,7 @@ def of_rows(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], na
 
 
 def in_place(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], name: str) -> Iterator[Check]:
-    """Resets and perturbations."""
+    """Yield checks of resets and perturbations."""
 
     def reset(impl: Implementation) -> None:
         compare.check_in_place("reset_", impl, make(grids.affine(4), shape, dtype, device=device).args("reset_"))
@@ -155,7 +155,7 @@ def in_place(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], n
 
 
 def products(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], name: str) -> Iterator[Check]:
-    """Products with a packed weight, forward and transposed, and a layer with its tangent."""
+    """Yield checks of products with a packed weight, forward and transposed, and of a layer with its tangent."""
     rows, cols = shape
     for grid, group in (
         (grids.binary(), None),
@@ -182,7 +182,7 @@ def products(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], n
 
 
 def experts(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], name: str) -> Iterator[Check]:
-    """Products of tokens with the weights of their experts, one of whom has none."""
+    """Yield checks of products by expert, where one expert has no tokens."""
     rows, cols = shape
     for op in ("grouped_linear", "grouped_linear_transposed", "grouped_outer"):
         x, g = draw((40, cols), dtype), draw((40, rows), dtype, seed=1)
@@ -192,7 +192,7 @@ def experts(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], na
 
 
 def moved(args: Arguments, device: torch.device | str) -> Arguments:
-    """Return arguments with their tensors on a device."""
+    """Return arguments with all tensors on a device."""
     return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
 
 

@@ -1,6 +1,6 @@
-"""Comparing an implementation of an op with its reference: of bits where the op is exact, else within a bound.
+"""Compares an implementation of an op with its reference: bit for bit if the op is exact, else within an error bound.
 
-A bound is what the arithmetic explains: roundings times magnitudes. It is no setting.
+A bound follows from the arithmetic: the number of roundings times magnitudes. It is not a tolerance to tune.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from ..ops._fake_quantize import Rows
 from ..ops._op import OPS, as_tuple
 from .samples import Sample
 
-#: An implementation: arguments of the op, then outputs to write, where the op has some.
+#: An implementation of an op. It takes the arguments of the op, followed by the outputs to write, if there are any.
 Implementation = Callable[..., Any]
 #: Arguments of an op.
 Arguments = tuple[Any, ...]
 
-#: Additions that a float32 sum may take one after the other before it goes to float64 or up a tree; the error of a sum
-#: is below this times the unit roundoff times the sum of magnitudes.
+#: Number of sequential float32 additions that a kernel may make before it continues in float64 or by a tree. The error
+#: of a sum is at most this, times the unit roundoff, times the sum of magnitudes.
 SEQUENTIAL_ADDITIONS = 128
 
 
 def meaning(op: str, *args: Any) -> tuple[Tensor, ...]:
-    """Return the outputs of an op's reference."""
+    """Return the outputs of an op's reference as a tuple."""
     return as_tuple(OPS[op].reference(*args))
 
 
 def poisoned(outputs: Any) -> Any:
-    """Fill outputs with NaN, or the largest integer: what is not written shows."""
+    """Fill outputs with NaN, or the largest integer, so that elements that a kernel does not write are noticed."""
     for out in as_tuple(outputs):
         out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).max)
     return outputs
 
 
 def run_out(op: str, impl_out: Implementation, args: Arguments) -> tuple[Tensor, ...]:
-    """Run an implementation into outputs that are filled with NaN, and return them.
+    """Run an implementation with outputs that are filled with NaN, and return the outputs.
 
     Args:
         op: name of an op that has outputs.
@@ -58,7 +58,7 @@ def run_out(op: str, impl_out: Implementation, args: Arguments) -> tuple[Tensor,
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    """Raise AssertionError unless tensors are equal bit for bit; any NaN is equal to any other.
+    """Raise AssertionError unless tensors are equal bit for bit. All NaNs count as equal.
 
     >>> assert_same_bits(torch.tensor([0.0]), torch.tensor([-0.0]), "y")
     Traceback (most recent call last):
@@ -78,21 +78,21 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
 
 
 def run_in_place(impl: Implementation, args: Arguments) -> list[Tensor]:
-    """Run an op in place on copies of its tensors and return them as they are afterwards."""
-    given = [a.clone() if isinstance(a, Tensor) else a for a in args]
-    impl(*given)
-    return [a for a in given if isinstance(a, Tensor)]
+    """Run an op that works in place on copies of its tensors, and return the copies."""
+    copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
+    impl(*copies)
+    return [a for a in copies if isinstance(a, Tensor)]
 
 
 def check_in_place(op: str, impl: Implementation, args: Arguments, what: str = "") -> None:
-    """Hold an implementation of an op in place against the reference: every tensor, changed or not, bit for bit."""
-    expected = run_in_place(OPS[op].reference, _on_cpu(args))
-    for actual, wanted in zip(run_in_place(impl, args), expected, strict=True):
-        assert_same_bits(actual.cpu(), wanted, f"{op} {what}")
+    """Compare an implementation of an op that works in place with the reference: all tensors, bit for bit."""
+    references = run_in_place(OPS[op].reference, _on_cpu(args))
+    for actual, expected in zip(run_in_place(impl, args), references, strict=True):
+        assert_same_bits(actual.cpu(), expected, f"{op} {what}")
 
 
 def check_norms(impl_out: Implementation, g: Tensor, w: Tensor | None, eta: float) -> None:
-    """Hold sums of squares against float64 ones, to the rounding of their additions and of each square."""
+    """Compare sums of squares with the reference. The bound allows for the rounding of additions and squares."""
     (actual,) = run_out("perturbation_norms", impl_out, (g, w, eta))
     (expected,) = meaning("perturbation_norms", *_on_cpu((g, w, eta)))
     bound = (SEQUENTIAL_ADDITIONS + 8) * torch.finfo(torch.float64 if g.dtype == torch.float64 else torch.float32).eps
@@ -119,13 +119,13 @@ def scale_gradients(sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def assert_within(actual: Tensor, expected: Tensor, bound: Tensor, what: str = "") -> None:
-    """Raise AssertionError unless every element is finite and no further from its expectation than its bound.
+    """Raise AssertionError unless every element is finite, and its error is at most its bound.
 
     Args:
-        actual: of any floating-point dtype.
-        expected: in float64.
-        bound: in float64, broadcastable.
-        what: begins the message.
+        actual: the result, of any floating-point dtype.
+        expected: the exact result in float64.
+        bound: largest error in float64; broadcasts.
+        what: start of the message.
     """
     error = (actual.double() - expected).abs()
     assert bool((error <= bound).all()), f"{what}: error {error.max().item():.3g} beyond {bound.max().item():.3g}"
@@ -152,9 +152,9 @@ def check_sample(op: str, impl_out: Implementation, sample: Sample) -> None:
 
 
 def special_calls(grid: Grid, dtype: torch.dtype) -> dict[str, Arguments]:
-    """Calls by op with ties of every level, both zeros, subnormals, the largest numbers, infinities and NaN.
+    """Return calls by op with special weights: ties between levels, both zeros, subnormals, largest numbers, inf, NaN.
 
-    Scales go from below the floor to infinite; each row has one.
+    Each row has one scale. Scales range from below the floor to infinity.
     """
     ties = [(k + 0.5 + grid.offset) / grid.steps for k in range(grid.code_min - 2, grid.code_max + 2)]
     edges = [*grid.clamp, *grid.passes, *grid.values[:4]]
@@ -176,7 +176,7 @@ def special_calls(grid: Grid, dtype: torch.dtype) -> dict[str, Arguments]:
 
 
 def check_first_output(op: str, impl_out: Implementation, args: Arguments) -> None:
-    """Hold the weight-sized output of an `_out` implementation against the reference, bit for bit."""
+    """Compare the first output (that of the weight's size) with the reference, bit for bit."""
     expected = meaning(op, *_on_cpu(args))[0]
     assert_same_bits(run_out(op, impl_out, args)[0].cpu(), expected, op)
 
@@ -186,10 +186,15 @@ def _on_cpu(args: Arguments) -> Arguments:
 
 
 def _bound_of_rows(op: str, args: Arguments, number: torch.dtype) -> tuple[Tensor, ...]:
-    """Error bounds of the outputs of an op of cross_entropy.py, whose tensors are given in float64; unit roundoff 1.
+    """Return error bounds of the outputs of an op of _cross_entropy.py, divided by the unit roundoff.
 
-    An exponential is off by what its argument is off by, and by a few units of its own. Where the dtype that it is
-    computed in, ``number``, has no normal number for it, it is 0 (csrc/cpu/simd.h).
+    The relative error of an exponential is the error of its argument plus a few roundings of its own. If its value is
+    below the smallest normal number of the computing dtype ``number``, kernels return 0 (csrc/cpu/simd.h).
+
+    Args:
+        op: the op.
+        args: its arguments, tensors in float64.
+        number: the dtype that the op computes in.
     """
     info = torch.finfo(number)
     *before, logits, lse, _, _ = args if op != "cross_entropy" else (args[0], torch.logsumexp(args[0], 1), *args[1:])
@@ -221,7 +226,7 @@ def _bound_of_rows(op: str, args: Arguments, number: torch.dtype) -> tuple[Tenso
 
 
 def check_rows(op: str, impl_out: Implementation, args: Arguments, what: str = "") -> None:
-    """Hold an `_out` implementation of an op of cross_entropy.py against the formula in float64."""
+    """Compare an implementation of an op of _cross_entropy.py with the formula in float64."""
     actual = run_out(op, impl_out, args)
     wide = tuple(a.double() if _real(a) else a for a in _on_cpu(args))
     number = torch.float64 if any(_real(a) and a.dtype == torch.float64 for a in args) else torch.float32
@@ -234,7 +239,7 @@ def check_rows(op: str, impl_out: Implementation, args: Arguments, what: str = "
         info = torch.finfo(a.dtype)
         bound = unit * bound + info.eps * (e.abs() + info.smallest_normal)
         assert torch.equal(a.isnan().cpu(), e.isnan()), f"{op} {what} {name}: NaN in different places"
-        # Of a row that is ignored the outputs are exactly 0, whatever it holds.
+        # The outputs of an ignored row are exactly 0, even if its bound is NaN.
         bound = bound.nan_to_num(nan=0.0)
         kept = ~e.isnan()
         assert_within(a.cpu()[kept], e[kept], bound.expand_as(e)[kept], f"{op} {what} {name}")
@@ -245,7 +250,7 @@ def _real(a: Any) -> bool:
 
 
 def check_gram_schmidt(impl_out: Implementation, args: Arguments, what: str = "") -> None:
-    """Hold an `_out` implementation of gram_schmidt against float64: one rounding of w, and sums of float64."""
+    """Compare an implementation of gram_schmidt with float64. It may round w once, and sums in float64."""
     basis, w, h = _on_cpu(args)
     w_new, dots, sq = (t.cpu() for t in run_out("gram_schmidt", impl_out, args))
     rows, eps = basis.double(), torch.finfo(torch.float64).eps
@@ -262,29 +267,36 @@ def check_gram_schmidt(impl_out: Implementation, args: Arguments, what: str = ""
 
 
 def check_linear_dual(impl_out: Implementation, sample: Sample, tokens: int, transposed: bool) -> None:
-    """Hold an `_out` implementation of quant_linear_dual against products of the reference's weight in float64."""
+    """Compare an implementation of quant_linear_dual with products of the reference's weight in float64."""
     dtype = sample.dtype or sample.w.dtype
     generator = torch.Generator().manual_seed(3)
     shape = tokens, sample.w.shape[0 if transposed else 1]
     x, u = (torch.randn(shape, generator=generator).to(sample.w.device, dtype) for _ in range(2))
     for tangent_x, tangents in ((u, sample.tangents()), (None, sample.tangents()), (u, (None,) * 3)):
-        got = run_out("quant_linear_dual", impl_out, (x, tangent_x, *tangents, *sample.point, transposed))
+        outputs = run_out("quant_linear_dual", impl_out, (x, tangent_x, *tangents, *sample.point, transposed))
         q, v = (t.double() for t in meaning("fake_quantize_dual", *tangents, *sample.point, dtype))
         q, v = (q, v) if transposed else (q.t(), v.t())
         wide, along = x.double(), torch.zeros_like(x).double() if tangent_x is None else u.double()
         eps, least = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         for actual, exact, size in (
-            (got[0], wide @ q, wide.abs() @ q.abs()),
-            (got[1], wide @ v + along @ q, wide.abs() @ v.abs() + along.abs() @ q.abs()),
+            (outputs[0], wide @ q, wide.abs() @ q.abs()),
+            (outputs[1], wide @ v + along @ q, wide.abs() @ v.abs() + along.abs() @ q.abs()),
         ):
-            # Sums in float32, whose order is the library's; two roundings to the dtype of x, whose numbers are
-            # ``least`` apart at least.
+            # Sums are in float32, in any order. Then there are two roundings to the dtype of x, where neighbouring
+            # numbers are at least ``least`` apart.
             bound = 2 * eps * exact.abs() + len(q) ** 0.5 * 8 * min(eps, 2**-23) * size + eps * size / 4 + 2 * least
             assert ((actual.double() - exact).abs() <= bound).all(), sample.name
 
 
 def grouped_meaning(op: str, a: Tensor, b: Tensor, ends: Sequence[int]) -> Tensor:
-    """Return a product of tokens with their experts' weights by its definition, one expert at a time."""
+    """Return a product by expert from its definition, one expert at a time.
+
+    Args:
+        op: name of the op.
+        a: its first argument.
+        b: its second argument.
+        ends: end of each expert's tokens.
+    """
     parts = [slice(s, e) for s, e in zip((0, *ends), ends, strict=False)]
     if op == "grouped_outer":
         return torch.stack([a[p].T @ b[p] for p in parts]) if parts else a.new_zeros(0, a.shape[1], b.shape[1])
@@ -303,9 +315,10 @@ def check_grouped(
     device: torch.device | str,
     what: str = "",
 ) -> None:
-    """Hold an `_out` implementation of a grouped product against float64.
+    """Compare an implementation of a grouped product with float64.
 
-    A sum of n products is off by n roundings of the sum of their magnitudes, and is rounded to the dtype.
+    The error of a sum of n products is at most n roundings of the sum of their magnitudes, plus the rounding to the
+    dtype.
     """
     a, b = args
     expected = grouped_meaning(op, a.double(), b.double(), ends)

@@ -1,4 +1,4 @@
-"""Calls of lowbit_linear with few tokens, and how far a result may be from the exact one where x becomes integers."""
+"""Calls of lowbit_linear with few tokens, and an error bound for kernels that convert activations to integers."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def make(
     bias: torch.dtype | None = None,
     act_bits: int | None = None,
 ) -> tuple[Any, ...]:
-    """Return arguments of lowbit_linear: every code occurs, x has columns of different size."""
-    where = device if rows * cols >= MANY else "cpu"
+    """Return arguments of lowbit_linear. Codes are uniformly distributed; columns of x differ in magnitude."""
+    code_device = device if rows * cols >= MANY else "cpu"
     generator = torch.Generator().manual_seed(rows * cols + tokens)
-    there = torch.Generator(where).manual_seed(rows * cols + tokens)
-    codes = torch.randint(grid.code_min, grid.code_max + 1, (rows, cols), generator=there, device=where)
+    code_generator = torch.Generator(code_device).manual_seed(rows * cols + tokens)
+    codes = torch.randint(grid.code_min, grid.code_max + 1, (rows, cols), generator=code_generator, device=code_device)
     codes = codes.to(grid.code_dtype)
     groups = 1 if group_size is None else cols // group_size
     scale = (0.01 * (0.5 + torch.rand(rows, groups, generator=generator))).to(scale_dtype)
@@ -53,12 +53,13 @@ def make(
 
 
 def reference(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """Return the result in float64 and the error that the arithmetic explains.
+    """Return the exact result in float64, and a bound of the error of a kernel.
 
-    Without act_bits x has an error of 2^-22.9 of its token's largest number, and integers, scales and their products
-    are rounded a few times to float32. Both count in the magnitude of the numbers that are added: a code centered in
-    its range plus what is added for the zero point. Sums over groups are added one after the other by a warp, then over
-    warps; in groups that are not multiples of 32 perhaps element by element.
+    Without act_bits, kernels convert x to integers with an error of 2^-22.9 times the largest number of the token.
+    Integers, scales and their products are rounded to float32 a few times. Both errors are relative to the magnitude of
+    the numbers that are added: a code centered in its range, plus the correction for the zero point. A warp adds the
+    sums of its groups sequentially, and then warps are added. If groups are not multiples of 32, it may add element by
+    element.
     """
     x, packed, scale, zero, bias, _, grid, code_min, bits, act_bits = args
     cols, wide = x.shape[-1], x.double()

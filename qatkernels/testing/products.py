@@ -1,7 +1,7 @@
-"""What a product with a packed weight must give: computed in float64, with the bound that float32 sums explain.
+"""Expected results of products with a packed weight, in float64, with the error bound of float32 sums.
 
-A kernel may add in any order, may take the codes as unsigned numbers and correct for their offset with the sum of x,
-and may let scales and zero points enter where it likes, per weight or per sum. It may not round the weight to 16 bits.
+A kernel may add in any order. It may multiply unsigned codes, and correct for their offset with the sum of x. It may
+apply scales and zero points to each weight or to sums. It must not round the weight to 16 bits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..ops.contract import FLOATS
 from ..ops.packed_weight import PackedWeight
 from ..ops.packing import SCALES
 
-#: Every width of a stored code, every kind of offset.
+#: Grids with every bit width of a stored code and every kind of offset.
 GRIDS = [
     grids.binary(), grids.ternary(), *map(grids.seq, (2, 3, 4, 8)), *map(grids.lsq, (2, 3, 4, 5, 6, 7, 8)),
     *map(grids.affine, (2, 3, 4, 8)),
@@ -42,7 +42,16 @@ def scaled_weight(
     zero: str | None = None,
     seed: int = 0,
 ) -> PackedWeight:
-    """Return a packed weight whose codes reach both ends; ``zero`` is None, ``"integral"`` or ``"any"``."""
+    """Return a packed weight whose codes reach the smallest and the largest code of the grid.
+
+    Args:
+        grid: the grid.
+        shape: shape of the weight.
+        group_size: number of weights that share a scale; None for one scale per row.
+        scale_dtype: dtype of the stored scales.
+        zero: zero points: None for none, ``"integral"`` or ``"any"``.
+        seed: seed of the weights.
+    """
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(shape, generator=generator) * 0.02
     if w.numel() == 0:
@@ -60,13 +69,13 @@ def scaled_weight(
 
 
 def replaced(weight: PackedWeight, **parts: Tensor | None) -> PackedWeight:
-    """Return a packed weight with other tensors in it."""
+    """Return a packed weight with some of its tensors replaced."""
     tensors: dict[str, Any] = {name: getattr(weight, name) for name in ("packed", "scale", "zero_point")} | parts
     return PackedWeight(**tensors, grid=weight.grid, cols=weight.cols)
 
 
 def activations(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 1) -> Tensor:
-    """Return normal numbers with one large feature, as activations have."""
+    """Return normal numbers with one large feature, as real activations often have."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     if x.numel():
         x[..., x.shape[-1] // 2] *= 8
@@ -75,7 +84,7 @@ def activations(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 1) -> Te
 
 @lru_cache(maxsize=128)
 def wide_weight(weight: PackedWeight) -> tuple[Tensor, Tensor]:
-    """Return the weight in float64, and what its magnitude is when codes are unsigned and the offset is apart."""
+    """Return the weight in float64, and its magnitude if unsigned code and offset are multiplied separately."""
     grid, codes = weight.grid, weight.codes().double()
     scale = weight.scale.float().clamp_min(MIN_SCALE).double() / grid.steps
     shift = grid.offset + grid.code_min + torch.zeros_like(scale)
@@ -90,7 +99,7 @@ def wide_weight(weight: PackedWeight) -> tuple[Tensor, Tensor]:
 
 
 def quantized_activation(x: Tensor, bits: int | None) -> Tensor:
-    """Return x as symmetric integers times a scale per token, in float64; both are exact."""
+    """Return x quantized to symmetric integers times a scale per token, exactly, in float64."""
     if bits is None or x.numel() == 0:
         return x.double()
     values = x if x.dtype == torch.float64 else x.float()
@@ -99,7 +108,7 @@ def quantized_activation(x: Tensor, bits: int | None) -> Tensor:
 
 
 def by_expert(x: Tensor, w: Tensor, offsets: Tensor | None) -> Tensor:
-    """Return x w^T in float64, expert by expert; rows of nobody are 0."""
+    """Return x w^T in float64, expert by expert; unassigned rows are 0."""
     if offsets is None:
         return x @ w.mT
     y = x.new_zeros(x.shape[0], w.shape[-2])
@@ -111,13 +120,13 @@ def by_expert(x: Tensor, w: Tensor, offsets: Tensor | None) -> Tensor:
 
 
 def rounded_bound(y: Tensor, error: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the error bound of y after it is rounded to a dtype, where ``error`` is the bound before."""
+    """Return the error bound of y after rounding to a dtype; ``error`` is the bound before."""
     info = torch.finfo(dtype)
     return error + (y.abs() + error) * (info.eps / 2) + info.smallest_normal * info.eps / 2
 
 
 def sum_error(terms: int, dtype: torch.dtype) -> float:
-    """Return the relative error of a sum of products with weights, against the sum of magnitudes."""
+    """Return the error bound of a sum of products with weights, relative to the sum of magnitudes."""
     unit = torch.finfo(torch.float64).eps / 2 if dtype == torch.float64 else SINGLE
     return (terms + 3) * unit + WEIGHT_ROUNDINGS * SINGLE
 
@@ -129,7 +138,7 @@ def expected_linear(
     offsets: Tensor | None = None,
     act_bits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``lowbit_linear`` in float64 and the error that a kernel may make."""
+    """Return the result of ``lowbit_linear`` in float64, and the error bound of a kernel."""
     w, magnitude = wide_weight(weight)
     values = quantized_activation(x, act_bits)
     y, size = by_expert(values, w, offsets), by_expert(values.abs(), magnitude, offsets)
@@ -139,7 +148,7 @@ def expected_linear(
 
 
 def expected_transposed(g: Tensor, weight: PackedWeight, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return ``lowbit_linear_transposed`` in float64 and the error that a kernel may make."""
+    """Return the result of ``lowbit_linear_transposed`` in float64, and the error bound of a kernel."""
     w, magnitude = wide_weight(weight)
     x, size = by_expert(g.double(), w.mT, offsets), by_expert(g.double().abs(), magnitude.mT, offsets)
     return x, rounded_bound(x, sum_error(weight.shape[-2], g.dtype) * size, g.dtype)
@@ -147,7 +156,7 @@ def expected_transposed(g: Tensor, weight: PackedWeight, offsets: Tensor | None 
 
 @dataclass(frozen=True)
 class Case:
-    """One product, as arguments of the two ops."""
+    """The operands of a product, for both ops."""
 
     name: str
     weight: PackedWeight
@@ -158,20 +167,20 @@ class Case:
 
     @property
     def grid(self) -> list[Any]:
-        """What the ops take instead of a Grid."""
+        """The arguments of the ops that stand for the grid."""
         return [list(self.weight.grid.constants), self.weight.grid.code_min, self.weight.bits]
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The weight as the ops take it."""
+        """The arguments of the ops that stand for the weight."""
         return self.weight.packed, self.weight.scale, self.weight.zero_point
 
     def upstream(self) -> Tensor:
-        """Return a gradient with respect to y."""
+        """Return a gradient of y."""
         return activations((*self.x.shape[:-1], self.weight.shape[-2]), self.x.dtype, seed=2)
 
     def call(self, op: str) -> tuple[tuple[Any, ...], Tensor, Tensor]:
-        """Return arguments, expectation in float64 and error bound of a named op."""
+        """Return the arguments of an op, its exact result in float64, and the error bound."""
         if op == "lowbit_linear":
             args = (self.x, *self.tensors, self.bias, self.offsets, *self.grid, self.act_bits)
             return args, *expected_linear(self.x, self.weight, self.bias, self.offsets, self.act_bits)
@@ -180,18 +189,18 @@ class Case:
         return args, *expected_transposed(g, self.weight, self.offsets)
 
 
-#: Tokens, outputs, inputs: one of each, odd, just beside and at the sizes of registers and tiles.
+#: Tokens, outputs, inputs: 1, odd sizes, and sizes at and next to those of registers and tiles.
 SIZES = [(1, 1, 1), (1, 5, 37), (3, 7, 33), (2, 16, 64), (4, 31, 96), (7, 3, 129), (1, 64, 256), (5, 17, 300)]
 LARGE = [(33, 70, 520), (130, 96, 256), (1, 33, 4096), (17, 65, 1023)]
 
 
 def granularities(cols: int) -> list[int | None]:
-    """Return group sizes to try, None for a scale per row: those in use, and one that no tile expects."""
+    """Return group sizes to test, None for one scale per row: the usual ones, and one that fits no tile."""
     return [None, *(g for g in (32, 64, 128) if cols % g == 0), *([cols // 3] if cols % 3 == 0 else [])]
 
 
 def cases(grid: Grid, dtype: torch.dtype, sizes: Iterable[tuple[int, int, int]] | None = None) -> Iterator[Case]:
-    """Yield every size and granularity with and without quantized activations; the rest takes turns."""
+    """Yield every size and granularity, with and without quantized activations. Other options alternate."""
     zeros = cycle(("integral", "any", None) if grid.has_zero_point else (None,))
     scales, odd, few = cycle(SCALES), cycle((False, True)), cycle((2, 3, 5, 6, 7))
     for tokens, rows, cols in sizes or SIZES:
@@ -205,7 +214,7 @@ def cases(grid: Grid, dtype: torch.dtype, sizes: Iterable[tuple[int, int, int]] 
 
 
 def floored_cases(grid: Grid, dtype: torch.dtype) -> Iterator[Case]:
-    """Yield products with scales that act as the smallest one: tiny, zero and negative ones, among others."""
+    """Yield products in which every other scale is tiny, zero or negative, and so acts as the smallest scale."""
     dtypes = cycle(SCALES)
     for rows, cols, group in ((33, 64, None), (17, 96, 32), (5, 60, 20)):
         for tokens, act_bits in ((1, None), (3, 8), (40, None), (2, None)):
@@ -219,12 +228,12 @@ def floored_cases(grid: Grid, dtype: torch.dtype) -> Iterator[Case]:
             yield Case(name, replaced(weight, scale=scale), x, None, None, act_bits)
 
 
-#: Where each expert's tokens end, for 11 tokens: ragged, empty at either end and between, tokens of nobody.
+#: End of each expert's tokens, for 11 tokens: uneven, empty experts at either end and between, unassigned tokens.
 OFFSETS = [(3, 4, 11), (0, 11, 11), (5, 5, 9), (0, 0, 0), (11,), (0, 0, 4, 4, 4, 11, 11)]
 
 
 def grouped_cases(grid: Grid, dtype: torch.dtype) -> Iterator[Case]:
-    """Yield products with stacks of experts with every raggedness."""
+    """Yield products by expert, with all ``OFFSETS``."""
     zeros = cycle(("any", None) if grid.has_zero_point else (None,))
     turns = cycle(((7, 33, None), (16, 64, 32), (5, 96, 32), (33, 37, None)))
     for offsets in OFFSETS:

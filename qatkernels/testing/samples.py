@@ -1,4 +1,4 @@
-"""Calls of every op: inputs that tests, benchmarks and authors of backends share."""
+"""Sample calls of every op, for tests, benchmarks and authors of backends."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 from ..grids import Grid, affine, binary, lsq, seq, ternary
 from ..ops.noise import make_seed
 
-#: One grid of each kind, and the widths at the ends.
+#: Grids of every scheme, with the smallest and the largest bit widths.
 GRIDS = (binary(), ternary(), seq(2), seq(4), lsq(2), lsq(3), lsq(4), lsq(8), affine(2), affine(4), affine(8))
-#: No scheme, but a grid of the family: its steps have no exact reciprocal, so a product with it is no division by them.
+#: A grid of no scheme. 1 / steps is not exact, so a kernel that multiplies by it instead of dividing gives other bits.
 SEVENTH = Grid("seventh", 4, -7, 7, 7.0, 0.0, (-1.0, 1.0), (-1.0, 1.0), (-1.0, 1.0))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of the fake-quantize family."""
+    """The arguments of a call of an op of the fake-quantize family."""
 
     name: str
     grid: Grid
@@ -37,25 +37,25 @@ class Sample:
 
     @property
     def point(self) -> tuple[Any, ...]:
-        """The arguments from ``w`` to ``grad_scale`` that the ops of the family share."""
+        """The arguments that all ops of the family have: ``w`` to ``grad_scale``."""
         constants, grad_scale = list(self.grid.constants), self.grid.grad_scale(self.w.numel())
         return (
             self.w, self.scale, self.zero_point, self.seed, constants, self.noise_std, self.scale_noise_std, grad_scale,
         )  # fmt: skip
 
     def upstream(self) -> Tensor:
-        """A gradient with respect to y."""
+        """Return a gradient of y."""
         return draw(self.w.shape, self.dtype or self.w.dtype, self.w.device, seed=7)
 
     def tangents(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tangents of w, scale and zero point."""
+        """Return tangents of w, scale and zero point."""
         return tuple(
             None if t is None else draw(t.shape, t.dtype, t.device, seed=seed)
             for seed, t in enumerate((self.w, self.scale, self.zero_point), 8)
         )  # type: ignore[return-value]
 
     def args(self, op: str) -> tuple[Any, ...]:
-        """Arguments of a named op of the family."""
+        """Return the arguments of an op of the family."""
         if op == "fake_quantize":
             return (*self.point, self.dtype)
         if op == "fake_quantize_backward":
@@ -71,7 +71,7 @@ class Sample:
         raise KeyError(op)
 
 
-#: Drawn on the device from so many numbers on: a CPU takes seconds for what a GPU draws at once.
+#: Tensors with at least this many elements are drawn on their device, because a CPU would take seconds.
 MANY = 2**22
 
 
@@ -82,14 +82,14 @@ def draw(
     seed: int = 0,
     width: float = 1.0,
 ) -> Tensor:
-    """Normal numbers times ``width``, the same ones on every device unless there are :data:`MANY`."""
-    where = device if math.prod(shape) >= MANY else "cpu"
-    numbers = torch.randn(shape, generator=torch.Generator(where).manual_seed(seed), device=where)
+    """Return normal numbers times ``width``. Below :data:`MANY` elements they are the same on every device."""
+    draw_device = device if math.prod(shape) >= MANY else "cpu"
+    numbers = torch.randn(shape, generator=torch.Generator(draw_device).manual_seed(seed), device=draw_device)
     return numbers.mul_(width).to(device, dtype)
 
 
 def weights(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:
-    """Weights as a linear layer has them: normal, a fiftieth wide."""
+    """Return weights like those of a linear layer: normal, with a standard deviation of 0.02."""
     return draw(shape, dtype, device, seed, width=0.02)
 
 
@@ -102,23 +102,23 @@ def make(
     noise: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> Sample:
-    """Build one sample.
+    """Return a sample.
 
     Args:
-        grid: levels of the weight.
-        shape: of the weight.
-        dtype: of the weight.
-        granularity: what shares a scale: ``"tensor"``, ``"row"``, or so many weights of a row.
-        device: of all tensors.
+        grid: grid of the weight.
+        shape: shape of the weight.
+        dtype: dtype of the weight.
+        granularity: the weights that share a scale: ``"tensor"``, ``"row"``, or a group size.
+        device: device of all tensors.
         noise: whether weight and scale get noise.
-        out_dtype: of the result; that of the weight if None.
+        out_dtype: dtype of the result; that of the weight if None.
 
     >>> make(lsq(4), (6, 48), granularity=16).name
     'lsq4-6x48-float32-16'
     """
     w = weights(shape, dtype, device)
     group_size = granularity if isinstance(granularity, int) else None
-    # Scales half as wide as they should be, so that some weights saturate.
+    # Half of the initial scale, so that some weights saturate.
     scale = grid.init_scale(w, group_size, per_tensor=granularity == "tensor") * 0.5
     zero_point = grid.init_zero_point(w, scale, group_size) if grid.has_zero_point else None
     name = f"{grid.scheme}{grid.bits}-{'x'.join(map(str, shape))}-{str(dtype)[6:]}-{granularity}"
@@ -128,7 +128,7 @@ def make(
 
 
 def perturbations(op: str, device: torch.device | str = "cpu") -> Iterator[tuple[Any, ...]]:
-    """Arguments of a perturbation's ops: every pair of dtypes that it takes, SAM and ASAM, odd sizes."""
+    """Yield arguments of an op for perturbations: every allowed pair of dtypes, SAM and ASAM, odd sizes."""
     factor, single = torch.tensor(3.7, device=device), torch.float32
     pairs = [(t, t) for t in (single, torch.bfloat16, torch.float16, torch.float64)]
     if op != "perturb_swap_":
@@ -143,7 +143,7 @@ def perturbations(op: str, device: torch.device | str = "cpu") -> Iterator[tuple
 
 
 def every_sample(device: torch.device | str = "cpu") -> Iterator[Sample]:
-    """Yield samples of every grid at every granularity and dtype, of odd sizes, with noise, with mixed dtypes.
+    """Yield samples of every grid: every granularity and dtype, odd sizes, noise, mixed dtypes.
 
     >>> sum(sample.zero_point is not None for sample in every_sample()) > 20
     True
@@ -169,14 +169,14 @@ def every_sample(device: torch.device | str = "cpu") -> Iterator[Sample]:
         yield make(grid, (4, 64), torch.float32, "row", device, out_dtype=torch.float16)
 
 
-#: A call of an op by name: what it is, the op, its arguments.
+#: A call: its name, the op, the arguments.
 Call = tuple[str, str, tuple[Any, ...]]
 
 
 def logits_calls(dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[Call]:
-    """Yield every op of cross_entropy.py on logits of several sizes.
+    """Yield calls of every op of _cross_entropy.py on logits of several sizes.
 
-    One row is ignored, one has a target outside, one is half -inf.
+    One row is ignored, one has a target outside the vocabulary, and half of one row is -inf.
     """
     for tokens, vocabulary in ((5, 7), (1, 1), (4, 1500), (3, 4096), (4, 9001)):
         generator = torch.Generator().manual_seed(vocabulary)
@@ -200,7 +200,7 @@ def logits_calls(dtype: torch.dtype, device: torch.device | str = "cpu") -> Iter
 
 
 def basis_calls(device: torch.device | str = "cpu") -> Iterator[Call]:
-    """Yield gram_schmidt in every dtype: with and without an update, one block and many, groups of rows and rests."""
+    """Yield calls of gram_schmidt in every dtype, with and without an update, at small, large and odd sizes."""
     for basis_dtype, dtype in (
         (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64),
         (torch.float32, torch.float64),
@@ -216,7 +216,7 @@ def basis_calls(device: torch.device | str = "cpu") -> Iterator[Call]:
 
 
 def _small(*shape: int, seed: int = 0) -> Tensor:
-    """Multiples of 1/4 that are small: sums of their products are exact, in whatever order they are added."""
+    """Return small multiples of 1/4. Sums of their products are exact in any order of additions."""
     return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)) / 4
 
 
@@ -290,10 +290,10 @@ def _expert_calls(op: str) -> Iterator[tuple[Any, ...]]:
 
 
 def _perturbation_calls(op: str) -> Iterator[tuple[Any, ...]]:
-    yield list(itertools.islice(perturbations(op), 2))[1]  # with ASAM's sizes, and so with w
+    yield list(itertools.islice(perturbations(op), 2))[1]  # the second one is ASAM's, in which w is not None
 
 
-#: Calls of every op in which each of its tensor arguments is there at least once; a new op needs an entry.
+#: Calls of every op in which each tensor argument is not None at least once. A new op needs an entry.
 COMPLETE_CALLS: dict[str, Callable[[str], Iterator[tuple[Any, ...]]]] = {
     **dict.fromkeys(
         ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "fake_quantize_dual", "quantize", "reset_"),
@@ -314,13 +314,13 @@ COMPLETE_CALLS: dict[str, Callable[[str], Iterator[tuple[Any, ...]]]] = {
 
 
 def complete_calls(op: str, device: torch.device | str = "cpu") -> list[tuple[Any, ...]]:
-    """Return calls of an op in which each of its tensor arguments is there at least once.
+    """Return calls of an op in which each tensor argument is not None at least once.
 
     >>> [tuple(x.shape) for x, bits in complete_calls("fake_quantize_dynamic")]
     [(5, 7)]
 
     Raises:
-        KeyError: if there are none, saying where to add them.
+        KeyError: if there are none; the message says where to add them.
     """
     if op not in COMPLETE_CALLS:
         raise KeyError(f"op {op!r} has no entry in COMPLETE_CALLS of qatkernels/testing/samples.py, add one")

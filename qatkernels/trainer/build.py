@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ def build_model(config: TrainConfig, phase: Phase, seed: int) -> nn.Module:
     if phase.quantization is not None:
         model = quantize_model(model, phase.quantization, exclude=models.excluded(model))
     return model.to(config.device)
+
+
+def build_teacher(config: TrainConfig, phase: Phase) -> nn.Module | None:
+    """Return the model that a quantized phase learns from: its initial weights in full precision; None without one."""
+    if phase.quantization is None or config.distillation.distill == 0:
+        return None
+    return build_model(config, replace(phase, quantization=None), seed=0).eval().requires_grad_(False)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, phase: Phase) -> torch.optim.Optimizer:

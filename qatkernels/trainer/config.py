@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 
 from .. import files
-from ..grids import paretoq
+from ..methods.distillation import DistillationConfig
 from ..methods.schedules import DECAYS
 from ..methods.squat import SQuATConfig
 from ..methods.winq import WinQConfig
+from ..nn import QuantConfig
 from ..options import AT_LEAST_0, AT_LEAST_1, POSITIVE, SHARE, ConfigError, Range, Settings, check, option, table
 from ..units import count
 from . import models
@@ -154,6 +155,13 @@ class TrainConfig(Settings):
         "demo; or a folder or file that `qatkernels train` wrote; or the folder of a causal language model of "
         "transformers with its config.json, and optionally its weights and tokenizer.json (extra hf)",
     )
+    scheme: str = option("paretoq", "grids of the bit widths: paretoq (seq at 2 bits, lsq above), lsq, seq, affine")
+    group_size: int | None = option(
+        None, "input features that share a scale; one scale for each output feature if not given", AT_LEAST_1
+    )
+    scale_dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "dtype that scales will be stored in; float16 for files of llama.cpp, so that they lose nothing"
+    )
     act_bits: int | None = option(
         None, "bit width of activations, 2 to 8, one scale per token; not quantized if not given", Range(2, 8)
     )
@@ -171,6 +179,7 @@ class TrainConfig(Settings):
     training: TrainingConfig = table(TrainingConfig)
     winq: WinQConfig = table(WinQConfig)
     squat: SQuATConfig = table(SQuATConfig)
+    distillation: DistillationConfig = table(DistillationConfig)
     evaluation: EvaluationConfig = table(EvaluationConfig)
 
     def __post_init__(self) -> None:
@@ -181,7 +190,7 @@ class TrainConfig(Settings):
             raise ConfigError(f"--bits is {self.bits}, must be one or more different bit widths")
         try:
             for bits in self.bits:
-                paretoq(bits)
+                self.quantization(bits)
         except ValueError as error:
             raise ConfigError(f"--{error}") from error  # the message starts with "bits", which makes it "--bits"
         for name, allowed in (("method", METHODS), ("parallel", MODES)):
@@ -196,6 +205,16 @@ class TrainConfig(Settings):
     def described(self) -> dict[str, Any]:
         """The values that the model is built from (:func:`models.describe`)."""
         return models.describe(self.model, self.shape)
+
+    def quantization(self, bits: float) -> QuantConfig:
+        """Return what the linear layers are quantized to at a bit width."""
+        return QuantConfig(
+            bits,
+            self.scheme,
+            group_size=self.group_size,
+            scale_dtype=getattr(torch, self.scale_dtype),
+            act_bits=self.act_bits,
+        )
 
     @property
     def method_config(self) -> MethodConfig:

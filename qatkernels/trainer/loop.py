@@ -27,10 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dtensor import local_part, whole
+from ..methods.distillation import distillation_loss
 from ..nn.activation import scales_of
 from ..nn.floor import floor_message
 from . import checkpoints, data, models, report, run_folder, saving
-from .build import build_model, build_optimizer
+from .build import build_model, build_optimizer, build_teacher
 from .config import ConfigError, TrainConfig
 from .display import TrainingDisplay
 from .guard import DivergedError, Guard, find_non_finite
@@ -131,7 +132,8 @@ def begin(run: Run, phase: Phase) -> Training:
     wrapped = run.group.wrap(model)  # FSDP2 replaces the parameters, so the optimizer must be built after this
     optimizer = build_optimizer(model, run.config, phase)
     method = phase.method.start(model, optimizer, phase.steps) if phase.bits is not None else QAT(model, False)
-    return Training(run, phase, model.train(), wrapped, optimizer, method, Guard(optimizer, run.config.device))
+    teacher = build_teacher(run.config, phase)
+    return Training(run, phase, model.train(), wrapped, optimizer, method, Guard(optimizer, run.config.device), teacher)
 
 
 def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
@@ -222,7 +224,7 @@ def gradient(training: Training, step: int) -> Tensor:
     torch.manual_seed(_seed(config.seed, *(("fp", phase.first + step) if phase.bits is None else ("qat", step))))
     windows = run.group.share(run.corpus.batch(config.training.batch, config.shape.context))
     loss: Tensor = training.method.gradient(
-        lambda: accumulated(training.wrapped, windows, training.optimizer, config, run.group)
+        lambda: accumulated(training.wrapped, windows, training.optimizer, config, run.group, training.teacher)
     )
     return run.group.mean(loss)
 
@@ -233,6 +235,7 @@ def accumulated(
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
     group: Processes = _ONE_PROCESS,
+    teacher: nn.Module | None = None,
 ) -> Tensor:
     """Compute the gradient of the mean loss of the windows into ``.grad``, in micro-batches, and return the loss."""
     optimizer.zero_grad()
@@ -240,19 +243,34 @@ def accumulated(
     parts = windows.chunk(config.training.accumulate)
     for i, part in enumerate(parts):
         with group.synchronized(model, last=i == len(parts) - 1):
-            loss = mean_loss(model, part, config) * (len(part) / len(windows))
+            loss = mean_loss(model, part, config, teacher) * (len(part) / len(windows))
             loss.backward()
         total += loss.detach()
     return total
 
 
-def mean_loss(model: nn.Module, windows: Tensor, config: TrainConfig) -> Tensor:
-    """Return the mean cross-entropy in nats of predicting each token of the windows from those before it."""
+def mean_loss(model: nn.Module, windows: Tensor, config: TrainConfig, teacher: nn.Module | None = None) -> Tensor:
+    """Return the mean loss in nats of predicting each token of the windows from those before it.
+
+    The loss is the cross-entropy with the tokens; with a teacher, a weighted mean of that and of the divergence from
+    the predictions of the teacher.
+    """
     windows = windows.to(config.device)
+    logits = _logits(model, windows, config)
+    loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    if teacher is None:
+        return loss
+    with torch.no_grad():
+        target = _logits(teacher, windows, config)
+    distill, temperature = config.distillation.distill, config.distillation.temperature
+    return (1 - distill) * loss + distill * distillation_loss(logits, target, temperature)
+
+
+def _logits(model: nn.Module, windows: Tensor, config: TrainConfig) -> Tensor:
+    """Return float32 logits for every token of the windows but the last."""
     with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bfloat16"):
         logits = model(windows[:, :-1])
-    logits = getattr(logits, "logits", logits)  # transformers' models return an object with more than the logits
-    return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+    return getattr(logits, "logits", logits).float()  # transformers' models return an object with more than the logits
 
 
 @torch.no_grad()

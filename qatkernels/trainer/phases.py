@@ -32,7 +32,7 @@ class Phase:
         takes_optimizer: whether it also continues the optimizer of ``start``, as if the two phases were one.
         keeps_state: whether its last state is kept, so that another phase can continue from it.
         first: steps that its initial weights were trained for in earlier phases.
-        act_bits: bit width of the activations; None if they are not quantized.
+        quantization: what the linear layers are quantized to; None in full precision.
         method: training method of the quantized weights.
     """
 
@@ -46,13 +46,8 @@ class Phase:
     takes_optimizer: bool = False
     keeps_state: bool = False
     first: int = 0
-    act_bits: int | None = None
+    quantization: QuantConfig | None = None
     method: MethodConfig = field(default_factory=MethodConfig)
-
-    @property
-    def quantization(self) -> QuantConfig | None:
-        """The configuration that the linear layers are quantized with; None in full precision."""
-        return None if self.bits is None else QuantConfig(bits=self.bits, act_bits=self.act_bits)
 
 
 def phases(config: TrainConfig) -> list[Phase]:
@@ -182,7 +177,7 @@ def quantized_from(config: TrainConfig, bits: float, steps: int, start: Phase) -
     rate = functools.partial(fused, steps=steps, qat_steps=steps, rewarmup=rewarmup, shape=config.training.decay)
     return Phase(
         f"w{bits:g}", bits, steps, config.training.qat_lr, 0.0, rate, start.name, first=start.first + start.steps,
-        act_bits=config.act_bits, method=config.method_config,
+        quantization=config.quantization(bits), method=config.method_config,
     )  # fmt: skip
 
 

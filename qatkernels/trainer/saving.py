@@ -170,7 +170,9 @@ def finish(training: Training, progress: Progress) -> dict[str, Any]:
 
 
 def _write_model(training: Training, path: Path, about: dict[str, Any]) -> None:
-    tensors = {name: whole(tensor) for name, tensor in training.model.state_dict().items()}
+    # A tied weight has several names, and is written by its first one.
+    first = {id(tensor): name for name, tensor in reversed(training.model.state_dict(keep_vars=True).items())}
+    tensors = {name: whole(tensor) for name, tensor in training.model.state_dict().items() if name in first.values()}
     if training.run.group.first:
         files.save(path, tensors, about)
 

@@ -54,6 +54,7 @@ class Training:
         optimizer: AdamW of the model.
         method: computes gradients from one or more passes.
         guard: detects the first non-finite step.
+        teacher: the model whose outputs the model also learns; None without distillation.
     """
 
     run: Run
@@ -63,6 +64,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     method: Method
     guard: Guard
+    teacher: nn.Module | None = None
 
 
 @dataclass

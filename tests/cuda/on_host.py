@@ -1,6 +1,6 @@
-"""The CUDA kernels compiled for the CPU, with the signatures of the ops' `_out` forms.
+"""Runs the CUDA kernels on the CPU, with the signatures of the ops' `_out` forms.
 
-csrc/cuda/*.cu are compiled by g++ against tests/cuda/host, unchanged, and called through ctypes.
+g++ compiles the unchanged csrc/cuda/*.cu against the headers in tests/cuda/host. ctypes calls them.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ FLAGS = (
     "-DQK_HOST_CUDA", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error",
 )  # fmt: skip
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-GUARD = 64  # bytes around every output that nothing may write
+GUARD = 64  # guard bytes around every output, which must not change
 
 
 # The structures of csrc/common/call.h, field by field in the same order. `library` fails to build if they differ.
@@ -101,7 +101,7 @@ STRUCTURES = (
 
 
 def layout_checks(structures=STRUCTURES):
-    """Return C++ that compiles if each structure of C++ has the fields of its mirror here, and no other."""
+    """Return C++ code that compiles only if each C++ structure has the same fields as its ctypes structure here."""
     lines = ["#include <cstddef>", '#include "common/call.h"', '#include "field_count.h"']
 
     def check(condition, value, what):
@@ -125,7 +125,7 @@ def compile_command(source, *options):
 
 @functools.cache
 def library():
-    """Build the kernels under build/, once for each state of their sources, and load them."""
+    """Build the kernels under build/ if their sources changed, and load them."""
     sources = [*KERNELS, HOST / "harness.cpp"]
     headers = [*HOST.glob("*.h"), *(ROOT / "csrc/cuda").glob("*.h"), *(ROOT / "csrc/common").glob("*.h")]
     digest = hashlib.sha256((" ".join(FLAGS) + layout_checks()).encode())
@@ -162,9 +162,9 @@ def pointer(tensor):
 
 
 class Guarded:
-    """Memory for an output, NaN or all ones, between guards; given to `out` at the end.
+    """Memory for an output between guard bytes, filled with NaN or all ones. It is copied to `out` at the end.
 
-    Its place among vectors is that of `out`, so that a misaligned `out` is tested misaligned.
+    It has the alignment of `out`, so that a misaligned `out` is tested misaligned.
     """
 
     def __init__(self, out):
@@ -272,14 +272,14 @@ def lowbit_linear(*args):
     y = Guarded(out)
     call, size = lowbit_call(*args, y.pointer), c_size_t()
     assert library().lowbit_gemv_workspace(byref(call), byref(size)) == 0
-    # Ends where it must, so that a kernel which needs more writes into the guard.
+    # Exactly as large as needed, so that a kernel that needs more writes into the guard.
     workspace = torch.full((size.value + GUARD,), 0xFF, dtype=torch.uint8)
     run("lowbit_gemv", call, [y], c_void_p(workspace.data_ptr()))
     assert bool((workspace[size.value :] == 0xFF).all()), "a kernel wrote outside its workspace"
 
 
 def set_device(multiprocessors, shared_kib):
-    """Set what the device says of itself."""
+    """Set the properties of the fake device."""
     library().set_device(multiprocessors, shared_kib << 10)
 
 
@@ -290,7 +290,7 @@ def divide(a, b):
 
 
 def layout(rows, cols, v, u):
-    """Return the number of pieces of a row, and their columns."""
+    """Return the number of pieces of a row, and the columns of a piece."""
     out = (c_int64 * 2)()
     library().layout(c_int64(rows), c_int64(cols), v, u, out)
     return tuple(out)

@@ -58,6 +58,7 @@ def plain(tmp_path):
 MIXED = {"*.q_proj": qk.QuantConfig(4, group_size=16, scale_dtype=torch.float16), "*.down_proj": qk.QuantConfig(1.58)}
 
 
+@pytest.mark.filterwarnings("error:.*scales have fallen")
 @pytest.mark.parametrize("config", [qk.QuantConfig(2), MIXED, qk.QuantConfig(4, act_bits=8)], ids=["2", "mixed", "a8"])
 def test_quantized_while_it_loads(plain, config):
     model = load(plain, quantization_config=QatConfig(config))

@@ -1,4 +1,4 @@
-"""Models small enough to reason about."""
+"""Small models for the tests of nn."""
 
 import pytest
 import torch

@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import qatkernels as qk
-from qatkernels.grids import MIN_SCALE
+from qatkernels.grids import MIN_SCALE, code_dtype
 from qatkernels.ops._op import OPS
 from qatkernels.ops.contract import FLOATS, row_bytes
-from qatkernels.ops.packing import SCALES, code_dtype, store_scale
+from qatkernels.ops.packing import SCALES, store_scale
 from qatkernels.testing.compare import assert_same_bits, run_out
 from qatkernels.testing.products import GRID_IDS, GRIDS, scaled_weight
 from tests.implementations import implementations
@@ -80,7 +80,7 @@ def test_round_trip(data):
     cols = data.draw(st.integers(0, 70))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     codes = torch.randint(code_min, code_min + (1 << bits), (*leading, cols), generator=generator)
-    codes = codes.to(code_dtype(code_min, bits))
+    codes = codes.to(code_dtype(code_min + (1 << bits) - 1))
     packed = torch.ops.qatkernels.pack(codes, code_min, bits)
     assert_same_bits(packed, packed_by_definition(codes, code_min, bits))
     assert_same_bits(torch.ops.qatkernels.unpack(packed, code_min, bits, cols), codes)

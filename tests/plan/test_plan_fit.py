@@ -122,6 +122,7 @@ def test_a_table_in_a_file(tmp_path: Path) -> None:
     runs = read_runs(path)
     assert runs["loss"] == [3.5, 3.7]
     assert select(runs, schedule="fused")["tokens_qat"] == [1e8]
+    assert select({"runs": ["a", "b"], "loss": [1.0, 2.0]}, runs="b")["loss"] == [2.0], "a column may be named runs"
     for content, message in (
         ("", "holds no runs"),
         ("params,loss\n1,2\n", "lacks the column 'tokens_qat'"),

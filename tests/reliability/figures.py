@@ -8,7 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT, RESULTS = ROOT / "docs" / "reliability.md", ROOT / "bench" / "results"
-#: Columns of each part's table: heading and field. What a field is called in the file is what the runner prints.
+#: Columns of the table of each part: heading, and name of the field in the file, which the runner prints too.
 COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {
     "mutations": (("cases", "cases"), ("refused", "refused"), ("read, and right", "right"), ("wrong", "wrong")),
     "kills": (
@@ -27,7 +27,7 @@ COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 def table(part: str) -> str:
-    """Return a part's table in Markdown, and what its figures were found on."""
+    """Return the table of a part in Markdown, with the machines of its figures."""
     path = RESULTS / f"reliability-{part}.json"
     if not path.exists():
         return "Not run yet.\n"
@@ -54,7 +54,7 @@ def _cell(value: Any) -> str:
 
 
 def written(text: str) -> str:
-    """Return a document with every table as its file has it."""
+    """Return a page with its tables updated from the files."""
     for part in COLUMNS:
         begin, end = f"<!-- figures: {part} -->\n", f"<!-- end: {part} -->"
         before, rest = text.split(begin)

@@ -1,8 +1,8 @@
-"""Forks of a process whose threads compute, as data loaders and pools of workers make them: what holds in the child.
+"""Forks of a process whose threads compute, as data loaders and worker pools do.
 
-The child is forked while other threads of the parent call kernels, and calls every kernel itself. Its results must be
-the parent's bits, and it must end: a lock that a thread of the parent held at the fork is held for ever in the child.
-torch's own pool of threads does not survive a fork, so that the child computes with one thread, as torch asks for.
+The child is forked while other threads of the parent call kernels, and calls every kernel itself. Its results must have
+the parent's bits, and it must end: a lock that a parent's thread held at the fork stays locked in the child. torch's
+own thread pool does not survive a fork, so the child computes with one thread, as torch requires.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .runner import Campaign
 from .threads import calls, outcome
 
 CASES = 200
-#: Seconds after which a child hangs.
+#: A child that takes more seconds than this counts as hung.
 PATIENCE = 60
 
 
 def run(campaign: Campaign) -> None:
-    """Run the part's one name."""
+    """Run the only name of this part."""
     campaign.each(["forks"], lambda name: repeatedly(campaign))
 
 
 def repeatedly(campaign: Campaign) -> dict[str, Any]:
-    """Fork many times while two threads allocate from the pool and give blocks back."""
+    """Fork many times while two threads allocate blocks from the pool and free them."""
     torch.set_num_threads(1)
     torch.manual_seed(campaign.seed)
     todo = calls(campaign.seed)
@@ -64,7 +64,7 @@ def repeatedly(campaign: Campaign) -> dict[str, Any]:
 
 
 def _forked(todo: list[Any], wanted: list[Any]) -> str | None:
-    """Fork, and return what is wrong with the child."""
+    """Fork, and return what went wrong in the child."""
     sys.stdout.flush()
     if (pid := os.fork()) == 0:
         code = 3

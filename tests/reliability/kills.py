@@ -1,9 +1,9 @@
-"""kill -9 at random moments, then the same command again: what it ends with is what an undisturbed one ends with.
+"""kill -9 at random moments, then the same command again. The final result must be that of an undisturbed run.
 
-One process imports everything and forks every other from itself, so that a case takes as long as its training does.
-It starts no thread: a fork would leave its locks behind. Each case is a folder of its own, killed one to three times,
-in three ways by turns: at a moment drawn from the time that an undisturbed run takes; while an unfinished file is
-there; or, by the process itself, at a call drawn from those that write, rename, flush and delete.
+One process imports everything and forks the others, so that a case takes no longer than its training. It starts no
+threads, since a fork would copy their locks. Each case has its own folder and is killed one to three times, in turn in
+three ways: at a random moment within the time of an undisturbed run; while an unfinished file exists; or by the process
+itself, at a random call of those that write, rename, flush and delete.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from . import tiny
 from .runner import Campaign, Wrong
 
 CASES = 100
-#: A command that takes longer than this many times its undisturbed time, and a minute, hangs.
+#: A command counts as hung if it takes longer than this many times its undisturbed time plus a minute.
 PATIENCE = 20
 _CALLS = ("fsync", "replace", "unlink", "open", "mkdir")
-#: How a command is killed, in turn, so that a few cases have each of them.
+#: Ways to kill a command. They take turns, so that a few cases include each way.
 _WAYS = ("call", "moment", "file", "moment")
 
 
 @dataclass
 class Command:
-    """What is killed.
+    """A command that is killed.
 
     Attributes:
         arguments: of the command line, with the folder of the case.
-        outcome: what must be the same in the end, by name.
-        ranks: how many processes it is.
+        outcome: the results that must be the same in the end, by name.
+        ranks: number of processes.
     """
 
     arguments: Callable[[Path], list[str]]
@@ -50,7 +50,7 @@ class Command:
 
 
 def trained(folder: Path) -> dict[str, Any]:
-    """Return what a run leaves: weights, log and report, without times."""
+    """Return the results of a run: weights, log and report, without times."""
     from qatkernels import files
 
     out = folder / "run"
@@ -71,12 +71,12 @@ def trained(folder: Path) -> dict[str, Any]:
 
 
 def contents(*names: str) -> Callable[[Path], dict[str, Any]]:
-    """Return what reads the bytes of files, the standard output among them."""
+    """Return a function that reads the bytes of files, including the standard output."""
     return lambda folder: {name: (folder / name).read_bytes() for name in names}
 
 
 def analysed(folder: Path) -> dict[str, Any]:
-    """Return what `spectrum` leaves."""
+    """Return the results of `spectrum`."""
     from qatkernels import files
 
     out = folder / "spectrum"
@@ -89,7 +89,7 @@ def analysed(folder: Path) -> dict[str, Any]:
 
 
 def commands(shared: Path) -> dict[str, Command]:
-    """Return what is killed by name; ``shared`` has the text, and for the last ones a trained model and a table."""
+    """Return the commands by name. ``shared`` has the text, and for the last ones a trained model and a table."""
     settings = {**tiny.SETTINGS, "data": str(shared / "text.txt")}
 
     def training(ranks: int = 1, **changes: Any) -> Command:
@@ -136,14 +136,14 @@ def warm() -> None:
     from studies import plan_recovery  # noqa: F401
 
     torch.set_num_threads(1)
-    # A picture takes longer to draw than everything else, and is drawn from what is compared here.
+    # Drawing a picture takes longer than everything else. It is drawn from data that are compared here.
     train_report.plot = spectra_report.plot = plot.draw = _no_picture
     if (threads := len(os.listdir("/proc/self/task"))) > 1:
         raise RuntimeError(f"{threads} threads before the first fork, must be one: set OMP_NUM_THREADS=1")
 
 
 def _no_picture(*arguments: Any) -> None:
-    """Write a file of a few bytes where a picture would be drawn."""
+    """Write a small file instead of a picture."""
     next(a if isinstance(a, Path) else Path(a) for a in arguments if isinstance(a, (str, Path))).write_bytes(b"picture")
 
 
@@ -153,7 +153,7 @@ def start(command: Command, folder: Path, dies: tuple[str, int] | None = None) -
     Args:
         command: what they do.
         folder: of the case.
-        dies: a function of `os`, and which call of it the first process does not survive.
+        dies: a function of `os`, and the number of the call of it at which the first process kills itself.
     """
     port = _free_port() if command.ranks > 1 else 0
     sys.stdout.flush()
@@ -190,7 +190,7 @@ def _forked(command: Command, folder: Path, rank: int, port: int, dies: tuple[st
 
 
 def _die_at(name: str, left: int) -> None:
-    """Let a call of a function of `os` (of Python's own for ``open``) be the last thing that this process does."""
+    """Kill this process right after a given call of a function of `os` (for ``open`` the built-in one)."""
     import builtins
 
     where: Any = builtins if name == "open" else os
@@ -202,7 +202,7 @@ def _die_at(name: str, left: int) -> None:
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         result = function(*arguments, **named)
-        if left == 1 and name != "open":  # after the call: what it did is done, what follows is not
+        if left == 1 and name != "open":  # after the call, so that its effect is there
             left = 0
             os.kill(os.getpid(), signal.SIGKILL)
         return result
@@ -221,8 +221,8 @@ def finish(pids: list[int], patience: float, grace: float | None = None) -> list
 
     Args:
         pids: the processes.
-        patience: seconds, after which they hang.
-        grace: once one ended by a signal or an error, the others are killed after so many seconds, as torchrun does.
+        patience: seconds after which they count as hung.
+        grace: if one fails, the others are killed after so many seconds, as torchrun does.
 
     Raises:
         Wrong: if they hang.
@@ -248,12 +248,12 @@ def finish(pids: list[int], patience: float, grace: float | None = None) -> list
 
 
 def whole(command: Command, folder: Path, patience: float) -> dict[str, Any]:
-    """Run a command to its end, which must be a good one, and return the outcome."""
+    """Run a command, which must succeed, and return the outcome."""
     codes = finish(start(command, folder), patience)
     if any(codes):
         said = " ".join(" ".join((folder / f"errors{rank}").read_text().split()) for rank in range(command.ranks))
         raise Wrong(f"exit codes {codes}: {said[-400:]}")
-    # Nobody sweeps the folder that `pack` and `plan` write one file into: others may be writing there.
+    # `pack` and `plan` do not delete unfinished files in their folder: other processes may be writing there.
     left = [str(path.relative_to(folder)) for path in folder.rglob("*.tmp")]
     if left and command.outcome in (trained, analysed):
         raise Wrong(f"it left {left[0]}")
@@ -261,10 +261,10 @@ def whole(command: Command, folder: Path, patience: float) -> dict[str, Any]:
 
 
 def kill(command: Command, folder: Path, way: str, draw: random.Random, seconds: float, counts: dict[str, int]) -> None:
-    """Start a command and kill it in one of `_WAYS`; one that is over before is not counted."""
+    """Start a command and kill it in one of `_WAYS`. It does not count if the command ends before."""
     if way == "call":
         call = draw.choice(_CALLS)
-        # Early calls more often than late ones: a short command makes few.
+        # Early calls are more likely than late ones, since a short command makes few calls.
         dies = call, draw.randint(1, draw.choice((1, 3, 10)))
         codes = finish(start(command, folder, dies), PATIENCE * seconds + 60, grace=2)
         counts[way if -signal.SIGKILL in codes else "over before"] += 1
@@ -288,14 +288,14 @@ def kill(command: Command, folder: Path, way: str, draw: random.Random, seconds:
 
 
 def _alive(pid: int) -> bool:
-    """Whether a child has not ended; it stays to be waited for."""
+    """Return whether a child still runs, without reaping it."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def run(campaign: Campaign) -> None:
     """Kill each command many times."""
     warm()
-    # In memory where that can be: what SIGKILL leaves does not depend on the disk, which would take most of the time.
+    # In memory if possible: the effect of SIGKILL does not depend on the disk, which would take most of the time.
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as name:
         shared = Path(name)
         tiny.text(shared)
@@ -310,7 +310,7 @@ def run(campaign: Campaign) -> None:
 
 
 def _write_table(path: Path) -> None:
-    """Write a table in a process of its own: numpy's threads stay there."""
+    """Write a table in a separate process, so that numpy starts no threads in this one."""
     if (pid := os.fork()) == 0:
         code = 1
         try:
@@ -328,7 +328,7 @@ def _write_table(path: Path) -> None:
 
 def _killed(campaign: Campaign, name: str, command: Command, shared: Path) -> dict[str, Any]:
     first, seconds = shared / f"{name}-whole", float("inf")
-    for _ in range(2):  # twice: others may be busy on this machine
+    for _ in range(2):  # twice, since the machine may be busy
         first.mkdir()
         began = time.monotonic()
         wanted = whole(command, first, 300)

@@ -1,8 +1,8 @@
-"""Memory over many steps of training: it is as large after the last step as after the first thousand.
+"""Memory leaks: after many training steps memory is as large as after the first thousand.
 
-Bounds: live tensors are counted, and may not grow by one. The pool keeps no more than was alive at once
-(csrc/cpu/pool.h), so its part is flat once a step is like the one before. Resident memory may drift by less than the
-smallest block that the pool keeps, 1 MiB, over the second half of the run: 105 bytes a step of 20,000.
+Bounds: the number of live tensors must not grow. The pool keeps no more than was in use at once (csrc/cpu/pool.h), so
+its size is constant once all steps are alike. Resident memory may grow by less than 1 MiB, the smallest block of the
+pool, over the second half of the run: 105 bytes a step with 20,000 steps.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from qatkernels.nn import QuantConfig, quantized_weights
 from .runner import Campaign
 
 CASES = 20_000
-#: Figures in a run, and how many of them are left out at its beginning: allocators settle.
+#: Number of figures of a run, and how many at its beginning are left out, while allocators warm up.
 FIGURES, WARM = 20, 10
 DRIFT = 1 << 20
 WIDTH = 520
 
 
 def model() -> nn.Module:
-    """Return a model with two layers, one of whose results are blocks of the pool, and a learned activation scale."""
+    """Return a model with a learned activation scale and two layers, one with results that come from the pool."""
     torch.manual_seed(0)
     made = nn.Sequential(nn.Linear(16, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 4))
     return qk.quantize_model(made, QuantConfig(4, act_bits=8))
@@ -120,7 +120,7 @@ WAYS: dict[str, Callable[[], Callable[[int], None]]] = {"qat": _qat, "winq": _wi
 
 
 def resident() -> int:
-    """Return the resident memory of this process in bytes, without pages that are files or that malloc keeps."""
+    """Return the resident memory of this process in bytes, without file pages and without malloc's free memory."""
     with contextlib.suppress(AttributeError):  # of glibc alone; it keeps none or all of the last tensors' memory
         ctypes.CDLL(None).malloc_trim(0)
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -130,7 +130,7 @@ def resident() -> int:
 
 
 def live() -> int:
-    """Return how many tensors there are."""
+    """Return the number of live tensors."""
     gc.collect()
     return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
@@ -145,7 +145,7 @@ def slope(xs: list[int], ys: list[int]) -> tuple[float, float]:
 
 
 def watch(step: Callable[[int], None], steps: int) -> dict[str, Any]:
-    """Take steps, and return the figures after each part of them."""
+    """Train, and return the figures after each part of the steps."""
     compiled, every = extension(), max(steps // FIGURES, 1)
     figures: dict[str, list[int]] = {"step": [], "resident": [], "tensors": [], "pool": []}
     began = time.monotonic()
@@ -172,7 +172,7 @@ def watch(step: Callable[[int], None], steps: int) -> dict[str, Any]:
 
 
 def wrong(found: dict[str, Any]) -> list[str]:
-    """Return what of the figures is beyond the bounds."""
+    """Return which figures exceed the bounds."""
     said = []
     if found["drift"] > DRIFT:
         said.append(f"resident memory drifts by {found['drift']} bytes, must be at most {DRIFT}")
@@ -184,13 +184,13 @@ def wrong(found: dict[str, Any]) -> list[str]:
 
 
 def run(campaign: Campaign) -> None:
-    """Take the steps of each way to train."""
+    """Train with each method."""
     torch.set_num_threads(1)
     campaign.each(WAYS, lambda name: watched(campaign, name))
 
 
 def watched(campaign: Campaign, name: str) -> dict[str, Any]:
-    """Take the steps of one way, and hold the figures against their bounds."""
+    """Train with one method, and compare the figures with their bounds."""
     qk.empty_cache()
     found = watch(WAYS[name](), campaign.cases or CASES)
     for why in wrong(found):

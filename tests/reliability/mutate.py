@@ -1,4 +1,4 @@
-"""How files go wrong: bits that flip, parts that are lost or change places, and contents that someone made up."""
+"""Damages files: flips bits, drops or swaps parts, and writes forged contents."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-#: What a number, a text or an object is replaced with in structured contents.
+#: Replacements of a number, a text or an object in structured contents.
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 7, 16, 255, 256, 2**31, 2**63, -(2**63) - 1, 10**30, 0.5, -0.0, 1e-320, 1e308,
     "", "0", "x", "fp", "w2", "linear", "../../x", "a\0b", "\ud800", "x" * 5000, [], [0], {}, {"a": 1}, [[]] * 50,
 )  # fmt: skip
-#: Bytes that parsers care about.
+#: Bytes with a meaning for parsers.
 _BYTES = (
     b"\0", b"\xff", b'"', b"{", b"}", b"[", b"]", b",", b":", b"\n", b"\r\n", b"-", b"1e999", b"9" * 400, b"NaN",
     b"Infinity", b"null", b"true", b"\\u0000", b"\xf0\x9f", b"#", b"=", b"'", b"[" * 3000, b"\xef\xbb\xbf",
@@ -30,7 +30,7 @@ def flip(content: bytes, draw: random.Random) -> bytes:
 
 
 def overwrite(content: bytes, draw: random.Random) -> bytes:
-    """Replace a stretch with random bytes, zeros or what parsers care about."""
+    """Replace a range with random bytes, zeros, or bytes that have a meaning for parsers."""
     start, length = draw.randrange(len(content)), draw.choice((1, 1, 4, 16, 100))
     length = min(length, len(content) - start)
     new = draw.choice((draw.randbytes(length), bytes(length), draw.choice(_BYTES)))
@@ -38,7 +38,7 @@ def overwrite(content: bytes, draw: random.Random) -> bytes:
 
 
 def truncate(content: bytes, draw: random.Random) -> bytes:
-    """Cut at a random place, or leave a page's multiple, as a lost disk write does."""
+    """Cut at a random place or at a multiple of a page, as a lost disk write does."""
     place = draw.randrange(len(content))
     return content[: place // 4096 * 4096 if draw.random() < 0.2 else place]
 
@@ -50,7 +50,7 @@ def extend(content: bytes, draw: random.Random) -> bytes:
 
 
 def rearrange(content: bytes, draw: random.Random) -> bytes:
-    """Let two stretches change places, or double or drop one."""
+    """Swap two ranges, or duplicate or drop one."""
     a, b, c, d = sorted(draw.randrange(len(content) + 1) for _ in range(4))
     parts = content[a:b], content[b:c], content[c:d]
     order = draw.choice(((2, 1, 0), (0, 1), (1, 2), (0, 1, 2, 1), (0, 0, 1, 2)))
@@ -61,7 +61,7 @@ BYTES: tuple[Callable[[bytes, random.Random], bytes], ...] = (flip, flip, overwr
 
 
 def mutated_bytes(content: bytes, draw: random.Random) -> bytes:
-    """Change a file as accidents do."""
+    """Damage the bytes of a file at random."""
     return draw.choice(BYTES)(content, draw)
 
 
@@ -72,7 +72,7 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def mutated_value(value: Any, draw: random.Random) -> Any:
-    """Change one thing within a JSON-able value: replace, drop or rename it, or exchange it for another."""
+    """Change one value within a JSON value: replace, drop, rename or swap it."""
     value = copy.deepcopy(value)
     places = _places(value)[1:]
     if not places:
@@ -115,7 +115,7 @@ def mutated_json(content: bytes, draw: random.Random) -> bytes:
 
 
 def mutated_lines(content: bytes, draw: random.Random) -> bytes:
-    """Change a file of lines: drop, double or exchange lines and cells, and change digits."""
+    """Change a text file: drop, duplicate or swap lines and cells, or change digits."""
     lines = content.splitlines(keepends=True)
     for _ in range(draw.choice((1, 1, 2))):
         i, j = draw.randrange(len(lines)), draw.randrange(len(lines))
@@ -146,14 +146,14 @@ def split_safetensors(content: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def join_safetensors(header: Any, data: bytes, length: int | None = None) -> bytes:
-    """Return a safetensors file of a header and data, the header's length as it is or as claimed."""
+    """Return a safetensors file with a header and data; the header's length may be a false one."""
     text = json.dumps(header).encode("utf-8", "surrogatepass")
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
 def swapped_tensors(content: bytes, draw: random.Random) -> bytes:
-    """Let two tensors of a safetensors file change places: their data, or all that is said of them."""
+    """Swap two tensors of a safetensors file: their data, or their entries in the header."""
     header, data = split_safetensors(content)
     names = [name for name in header if name != "__metadata__"]
     a, b = draw.sample(names, 2)
@@ -165,7 +165,7 @@ def swapped_tensors(content: bytes, draw: random.Random) -> bytes:
 
 
 def crafted_header(content: bytes, draw: random.Random) -> bytes:
-    """Change what a safetensors file says of its tensors, or how long it says that this is."""
+    """Change the header of a safetensors file, or its length."""
     header, data = split_safetensors(content)
     tensors = [name for name in header if name != "__metadata__"]
     way = draw.choice(("length", "shape", "dtype", "offsets", "value", "value", "metadata", "double", "deep"))

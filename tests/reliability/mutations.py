@@ -1,8 +1,8 @@
-"""Files that are damaged, foreign or made up: each is refused by name, or read as what it says. Never anything else.
+"""Files that are damaged, of another program, or forged. Each must be refused by name, or be read as what it says.
 
-Each target runs in a process of its own, so that a crash is a failure of the case that was being read. A case fails
-too if it computes for `LIMIT` seconds or has not ended after `PATIENCE`, needs more than `ROOM` bytes more than those
-before it, unpickles, starts a program or opens a connection.
+Each target runs in its own process, so that a crash is a failure of the case that was being read. A case also fails if
+it computes for `LIMIT` seconds, does not end within `PATIENCE` seconds, needs more than `ROOM` bytes more than the
+cases before it, unpickles, starts a program or opens a connection.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FORBIDDEN = ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "
 
 
 class _Watch:
-    """What a process must not do while it reads a file."""
+    """Raises an error if the process does something forbidden while it reads a file."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -50,7 +50,7 @@ class _Watch:
             raise Wrong(f"{event} {arguments!r:.100}")
 
     def __enter__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident memory starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak of the resident memory
         self.before, self.asked = _status("VmRSS"), _status("VmPeak")
         self.on = True
         signal.setitimer(signal.ITIMER_PROF, LIMIT)
@@ -68,7 +68,7 @@ class _Watch:
 
 
 def _status(name: str) -> int:
-    """Return a size of this process in bytes."""
+    """Return a field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) << 10
@@ -102,7 +102,7 @@ def _try(campaign: Campaign, name: str, target: Any, case: int, watch: _Watch) -
 
 
 def _work(campaign: Campaign, name: str, kind: type[Any], first: int, cases: int, counts: Any) -> None:
-    """Be the process that reads: count in shared memory, and keep failures there by printing them."""
+    """Run the reading process: count the cases in shared memory, and print failures."""
     import torch
 
     torch.set_num_threads(1)
@@ -126,7 +126,7 @@ def _work(campaign: Campaign, name: str, kind: type[Any], first: int, cases: int
 
 
 def run(campaign: Campaign, targets: dict[str, type[Any]] | None = None) -> None:
-    """Run the cases of each target, of all that there are if None are given."""
+    """Run the cases of the given targets, or of all."""
     if targets is None:
         from .targets import TARGETS, warm
 

@@ -1,4 +1,4 @@
-"""Files that users write, or other programs: settings in TOML, tables of runs, laws, weights of transformers."""
+"""Files that users or other programs write: settings in TOML, tables of runs, laws, weights of transformers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from . import mutate
 from .runner import Wrong
 from .target import Target, bits_of, decoded, difference
 
-#: Fits of a table take a second, so that only every so many cases have one.
+#: A fit of a table takes a second, so only every n-th case has one.
 _FIT_EVERY = 250
 
 
@@ -46,11 +46,11 @@ class Law(Target):
         self.config = plan.PlanConfig(**asked, law=str(self.file))
 
     def read(self, case: int) -> Any:
-        """Return what is answered."""
+        """Return the answers of the law."""
         return json.dumps(plan.answer(self.config)[0])
 
     def right(self, content: bytes, found: Any) -> str | None:
-        """Without a digest it is a law that someone wrote, which is what it says."""
+        """A law without a digest was written by a user; it must be read as it is."""
         try:
             stored = json.loads(content)
         except ValueError:
@@ -95,18 +95,18 @@ class Toml(Target):
         self.file.write_text(_TOML)
 
     def prepare(self) -> None:
-        """A range is named with its option."""
+        """Errors of a value out of range name the option."""
         self.names = (str(self.file), "--")
         self.read(0)
 
     def read(self, case: int) -> Any:
-        """Read the settings and make a configuration of them."""
+        """Read the settings, and make a configuration."""
         found = toml.read(self.file)
         TrainConfig(**found)
         return found
 
     def right(self, content: bytes, found: Any) -> str | None:
-        """Each setting is what a TOML parser finds under its name."""
+        """Each setting has the value that a TOML parser finds."""
         flat: dict[str, Any] = {}
         for name, value in tomllib.loads(content.decode()).items():
             flat |= value if isinstance(value, dict) else {name: value}
@@ -119,7 +119,7 @@ class Toml(Target):
                 wanted: Any = tuple(value) if isinstance(value, list) else (value,)
             elif name == "tokens":
                 wanted = count(str(value))
-            else:  # a number may be written as a text, and a whole one where a float is asked for
+            else:  # a number may be written as a string, and an integer may stand for a float
                 wanted = float(value) if isinstance(mine, float) else value
             if mine != wanted or isinstance(mine, bool) != isinstance(value, bool):
                 raise Wrong(f"{name} is {mine!r}, the file says {value!r}")
@@ -150,7 +150,7 @@ class Runs(Target):
         write_table(self.file)
 
     def read(self, case: int) -> Any:
-        """Read it, and fit it now and then."""
+        """Read it, and sometimes fit it."""
         if case % _FIT_EVERY == _FIT_EVERY - 1:
             plan.answer(plan.PlanConfig(10**8, 10**10, (2.0,), runs=str(self.file), resamples=0))
             return None
@@ -191,7 +191,7 @@ class External(Target):
         self.model = models.build(models.describe(str(self.folder / "llama"), TrainConfig().shape))
 
     def prepare(self) -> None:
-        """What does not fit is named with its folder."""
+        """Errors of weights that do not fit name the folder."""
         self.names = (str(self.file.parent),)
         self.wanted = self.read(0)
 
@@ -205,7 +205,7 @@ class External(Target):
         return bits_of(self.model.state_dict())
 
     def right(self, content: bytes, found: Any) -> str | None:
-        """The weights are those of the file, whose contents have no digest."""
+        """The weights are those of the file. It has no digest."""
         wanted = bits_of({name: t.float() for name, t in decoded(content).items()})
         if found != wanted:
             raise Wrong(f"the model has other weights than the file: {difference(found, wanted)}")

@@ -1,8 +1,8 @@
 """Random calls of every op on every ISA, against results that are exact or bounded in float64.
 
-An op whose every rounding is specified must give the reference's bits; of the others compare.py and products.py of
-qatkernels/testing say in float64 what a kernel may differ by. Besides, a call with strided arguments gives the bits of
-one with contiguous ones, and the form that allocates those of the form that is given memory.
+An op that specifies every rounding must give the reference's bits. For the others compare.py and products.py of
+qatkernels/testing give the allowed difference, in float64. A call with strided arguments must give the same bits as one
+with contiguous ones, and the form that allocates its outputs the same bits as the `_out` form.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _SPECIAL = (0.0, -0.0, 1e-42, -1e-42, 3e38, -3e38, torch.inf, -torch.inf, torch.
 
 
 def isas() -> list[str]:
-    """Return the ISAs to run on: all that this machine has where the extension can change between them."""
+    """Return the ISAs to test: all of this machine, if the extension can switch between them."""
     compiled = extension()
     if compiled is None:
         return []
@@ -61,21 +61,21 @@ def isas() -> list[str]:
 
 
 def use(isa: str) -> None:
-    """Let the kernels of an ISA serve from here on."""
+    """Use the kernels of an ISA from now on."""
     compiled = extension()
     if hasattr(compiled, "use_isa"):
         compiled.use_isa(isa)
 
 
 class Drawn:
-    """Random arguments, from the random numbers of a case."""
+    """Draws random arguments from the random numbers of a case."""
 
     def __init__(self, draw: random.Random) -> None:
         self.draw = draw
         self.generator = torch.Generator().manual_seed(draw.getrandbits(63))
 
     def size(self, most: int) -> int:
-        """Return a size: small ones, those beside powers of two, now and then the largest."""
+        """Return a size: usually small or next to a power of two, sometimes the largest."""
         draw = self.draw
         near = 2 ** draw.randint(0, most.bit_length() - 1) + draw.randint(-1, 1)
         return min(max(draw.choice((draw.randint(1, 9), near, near, draw.randint(1, most))), 1), most)
@@ -94,7 +94,7 @@ class Drawn:
         return torch.where(torch.rand(t.shape, generator=self.generator) < share, chosen, t)
 
     def whole(self, low: int, high: int, *shape: int) -> Tensor:
-        """Return whole numbers, both ends included."""
+        """Return integers from low to high, both included."""
         return torch.randint(low, high + 1, shape, generator=self.generator)
 
     def sample(self, dims: int | None = None, special: bool = False) -> Sample:
@@ -102,7 +102,7 @@ class Drawn:
 
         Args:
             dims: of the weight; any if None.
-            special: whether weights, scales and zero points may be anything.
+            special: whether weights, scales and zero points may have special values.
         """
         draw, grid, dtype = self.draw, self.draw.choice(_GRIDS), self.dtype()
         cols = self.size(700)
@@ -115,7 +115,7 @@ class Drawn:
         scale = magnitude * (0.2 + torch.rand(scale_shape, generator=self.generator))
         if special:
             scale = self.spoil(scale, (0.0, -1.0, 1e-7, 1e30, torch.inf, torch.nan), 0.1)
-        # Weights around the levels, some of them ties, some beyond.
+        # Weights near the levels; some are ties, some are beyond the range.
         unit = torch.randn([*leading, cols], generator=self.generator) * draw.uniform(0.1, 2) * max(grid.values)
         ties = (torch.round(unit * grid.steps) + 0.5) / grid.steps
         unit = torch.where(torch.rand(unit.shape, generator=self.generator) < 0.2, ties, unit)
@@ -175,7 +175,7 @@ class Drawn:
         }[op]  # fmt: skip
 
     def ends(self, tokens: int, experts: int) -> Tensor:
-        """Return where experts end, among tokens of which the last may be nobody's."""
+        """Return the offsets of experts; the last tokens may be unassigned."""
         return torch.tensor(sorted(self.draw.randint(0, tokens) for _ in range(experts)), dtype=torch.int32)
 
     def strided(self, t: Tensor) -> Tensor:
@@ -205,14 +205,14 @@ def out_impl(op: str) -> Callable[..., Any]:
 
 
 def same_bits(op: str, args: tuple[Any, ...]) -> None:
-    """Hold every output against the reference's bits."""
+    """Compare the bits of every output with the reference."""
     outputs = run_out(op, out_impl(op), args)
     for actual, expected in zip(outputs, as_tuple(OPS[op].reference(*args)), strict=True):
         assert_same_bits(actual, expected, op)
 
 
 def views(op: str, args: tuple[Any, ...], drawn: Drawn) -> None:
-    """Hold a call with strided tensors through torch's dispatcher against one with contiguous ones."""
+    """Compare a call with strided tensors, through torch's dispatcher, with one with contiguous ones."""
     call = getattr(torch.ops.qatkernels, op)
     apart = tuple(drawn.strided(a) if isinstance(a, Tensor) else a for a in args)
     given = run_out(op, out_impl(op), args)
@@ -225,7 +225,7 @@ CHECKS: dict[str, Callable[[Drawn], Iterator[None]]] = {}
 
 
 def checks(*ops: str) -> Callable[[Callable[[str, Drawn], Iterator[None]]], None]:
-    """Register a check for ops; it yields where the call was drawn and is made again on another ISA."""
+    """Register a check for ops. It yields after drawing the call, and then runs the call again on each ISA."""
 
     def register(check: Callable[[str, Drawn], Iterator[None]]) -> None:
         for op in ops:
@@ -243,7 +243,7 @@ def _family(op: str, drawn: Drawn) -> Iterator[None]:
         expected = as_tuple(OPS[op].reference(*args))[0]
     while True:
         yield
-        if special and op == "fake_quantize_backward":  # its sums may be anything
+        if special and op == "fake_quantize_backward":  # its sums may be arbitrary
             assert_same_bits(run_out(op, out_impl(op), args)[0], expected, op)
         else:
             check_sample(op, out_impl(op), sample)
@@ -369,7 +369,7 @@ def _lowbit(op: str, drawn: Drawn) -> Iterator[None]:
     x = activations((tokens, cols), dtype, draw.getrandbits(60)) * 10.0 ** draw.uniform(-2, 1)
     case = Case("random", weight, x, bias, offsets, draw.choice((None, 8, draw.randint(2, 8))))
     args, expected, bound = case.call(op)
-    # A token that is no number, or infinite, changes that token's results and no others.
+    # A NaN or infinite value in a token changes the results of that token only.
     spoiled, row = args[0].clone(), draw.randrange(tokens)
     spoiled[row, draw.randrange(spoiled.shape[1])] = torch.nan
     others = torch.arange(tokens) != row
@@ -408,7 +408,7 @@ def _grouped(op: str, drawn: Drawn) -> Iterator[None]:
 
 @checks("linear_cross_entropy", "linear_cross_entropy_backward", "linear_cross_entropy_jvp", "linear_cross_entropy_hvp")
 def _linear_cross_entropy(op: str, drawn: Drawn) -> Iterator[None]:
-    """In float64, where torch's own derivatives of its own formula are as good as exact."""
+    """Compare in float64, where torch's derivatives of the plain formula are nearly exact."""
     tokens, features, vocabulary = drawn.size(20), drawn.size(30), drawn.size(300)
     hidden, weight, th, tw = (
         torch.randn(rows, features, generator=drawn.generator, dtype=torch.float64)
@@ -447,7 +447,7 @@ def _linear_cross_entropy(op: str, drawn: Drawn) -> Iterator[None]:
 
 
 def run(campaign: Campaign) -> None:
-    """Draw calls of each op, each on every ISA; the time is shared by the ops."""
+    """Draw calls of each op and run each on every ISA. The ops share the time equally."""
     torch.set_num_threads(1)
     if missing := [op for op in OPS if op not in CHECKS]:
         raise RuntimeError(f"{missing[0]} has no check here: add one")

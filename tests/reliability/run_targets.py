@@ -1,4 +1,4 @@
-"""Files of a run of the trainer: its settings, states, results, log, and what is made of them."""
+"""Files of a run of the trainer: settings, states, results, log, and files that are made from them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from .target import TENSORS, Target, bits_of, decoded, difference, is_resealed
 
 
 class Run(Target):
-    """A finished run of `train`, of which a part is changed."""
+    """A finished run of `train`, one file of which is changed."""
 
     changes: dict[str, Any] = {}  # noqa: RUF012
 
@@ -51,7 +51,7 @@ class Run(Target):
         self.out = Path(self.config.out)
 
     def open(self, group: Processes | None = None) -> state.Run:
-        """Return what a phase works with."""
+        """Return the training state of a phase."""
         self.said: list[str] = []
         self.corpus = data.load(self.config.data, self.config.shape.context)
         shown = display.TrainingDisplay(1, self.said.append).__enter__()
@@ -71,13 +71,13 @@ class Packed(Run):
         generate.pack(self.out / "w2", self.file)
 
     def read(self, case: int) -> Any:
-        """Return the model's tensors and what it answers."""
+        """Return the model's tensors and its outputs."""
         model = generate.load(self.file)
-        logits = model(torch.tensor([[1, 2, 3, 250]])[:, : model.config.context])  # a made-up header may say 1
+        logits = model(torch.tensor([[1, 2, 3, 250]])[:, : model.config.context])  # a forged header may say 1
         return {**bits_of(model.state_dict()), "logits": bits_of({"": logits})[""]}
 
     def right(self, content: bytes, found: Any) -> str | None:
-        """A header that someone made up may describe another model, of the file's own tensors."""
+        """A forged header may describe another model, but its tensors must be those of the file."""
         if not is_resealed(content, self.original):
             return super().right(content, found)
         for name, bits in bits_of(decoded(content)).items():
@@ -87,14 +87,14 @@ class Packed(Run):
 
 
 class State(Run):
-    """A state of a phase of WinQ that is taken up again."""
+    """A state of a phase of WinQ that is resumed."""
 
     ways = TENSORS
     changes = {"method": "winq", "reset_every": 2, "stats_every": 1}  # noqa: RUF012
     sharded = False
 
     def make(self) -> None:
-        """Train, then again to a state in the middle of the quantized phase."""
+        """Train, then train again up to a state in the middle of the quantized phase."""
         super().make()
         (self.out / "w2" / "config.json").unlink()
         self.phase = phases(self.config)[1]
@@ -110,7 +110,7 @@ class State(Run):
         (self.file,) = (self.out / "w2").glob("state-*.safetensors")
 
     def prepare(self) -> None:
-        """Take up the original, and begin anew without one."""
+        """Resume from the original state, and start without one."""
         self.training = loop.begin(self.open(), self.phase)
         self.initial = {name: t.clone() for name, t in self.training.model.state_dict().items()}
         self.wanted = self.read(0)
@@ -120,7 +120,7 @@ class State(Run):
             raise Wrong("the state is not taken up")
 
     def read(self, case: int) -> Any:
-        """Take the phase up from its beginning, and return everything that a state restores."""
+        """Start the phase, and return everything that a state restores."""
         self.said.clear()
         training, stats = self.training, self.training.method.stats
         training.model.load_state_dict(self.initial)
@@ -135,7 +135,7 @@ class State(Run):
         }  # fmt: skip
 
     def right(self, content: bytes, found: Any) -> str | None:
-        """What is damaged is named, and the phase starts over; anything else is the state."""
+        """A damaged state is named, and the phase starts over; otherwise the state is restored."""
         if any(f"{self.file} is damaged" in line for line in self.said):
             if found != self.fresh:
                 raise Wrong(f"a damaged state left its mark: {difference(found, self.fresh)}")
@@ -143,7 +143,7 @@ class State(Run):
         if is_resealed(content, self.original):
             first = json.loads(mutate.split_safetensors(content)[0]["__metadata__"]["header"]).get("first", 6)
             tensors = {f"codes.{k[6:]}" if k[:6] == "codes." else k: v for k, v in bits_of(decoded(content)).items()}
-            if first != 6:  # of another plan: not used, which is right
+            if first != 6:  # a state of another plan is not used, which is right
                 return None
             for name, bits in tensors.items():
                 if found.get(name) != bits:
@@ -156,14 +156,14 @@ class State(Run):
 
 
 class Sharded(Target):
-    """A sharded state of FSDP2: one of its files, the progress beside it among them."""
+    """One of the files of a sharded FSDP2 state, including the file of its progress."""
 
     #: Messages between processes.
     may_unpickle = ("torch.distributed.distributed_c10d",)
     ways = (mutate.mutated_bytes,)
 
     def make(self) -> None:
-        """Write a state with the one process that there is."""
+        """Write a state with a single process."""
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -193,7 +193,7 @@ class Sharded(Target):
         self.wanted = self.read(0)
 
     def any_file(self, content: bytes, draw: random.Random) -> bytes:
-        """Change one of the files of tensors half of the time; the others are as they were."""
+        """Restore all files, then change this one in half of the cases, and a file with tensors in the others."""
         for path, whole in self.contents.items():
             path.write_bytes(whole)
         if draw.random() < 0.5:
@@ -204,7 +204,7 @@ class Sharded(Target):
         return content
 
     def read(self, case: int) -> Any:
-        """Load the state into what was built, and return what it restored."""
+        """Load the state into a new model and optimizer, and return the restored values."""
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.zero_()
@@ -216,7 +216,7 @@ class Sharded(Target):
         return {**header, **bits_of(tensors)}
 
     def right(self, content: bytes, found: Any) -> str | None:
-        """A header without a digest, as earlier versions wrote it, is what it says."""
+        """A header without a digest, as earlier versions wrote, must be read as it is."""
         try:
             stored = json.loads(content)
         except (ValueError, RecursionError):
@@ -230,7 +230,7 @@ class Sharded(Target):
 
 
 class Result(Run):
-    """The ``config.json`` of a finished phase: what `train` takes for a result, `pack` for a model."""
+    """The ``config.json`` of a finished phase, which `train` reads as a result and `pack` as a model."""
 
     ways = (mutate.mutated_bytes, mutate.mutated_json)
 
@@ -241,7 +241,7 @@ class Result(Run):
         self.run, self.phase = self.open(), phases(self.config)[1]
 
     def read(self, case: int) -> Any:
-        """Ask for the result, and load the model."""
+        """Read the result, and load the model."""
         if case % 2:
             self.said.clear()
             return saving.finished_result(self.run, self.phase)
@@ -249,11 +249,11 @@ class Result(Run):
         return {**bits_of(trained.model.state_dict()), "described": json.dumps(trained.about)}
 
     def prepare(self) -> None:
-        """Both."""
+        """Read the original result and model."""
         self.wanted, self.result = self.read(0), self.read(1)
 
     def right(self, content: bytes, found: Any) -> str | None:
-        """None means that the phase is trained again, which a line must say."""
+        """None means that the phase is trained again; a line of output must say so."""
         if found is None and any(str(self.file) in line for line in self.said):
             return "refused"
         if found is None:
@@ -265,7 +265,7 @@ class Result(Run):
 
 
 class Ritz(Run):
-    """What `spectrum` keeps of a checkpoint."""
+    """The file that `spectrum` keeps for a checkpoint."""
 
     ways = (mutate.mutated_bytes, mutate.mutated_json)
 
@@ -280,17 +280,17 @@ class Ritz(Run):
         self.identity = files.read_json(self.file)["identity"]
 
     def read(self, case: int) -> Any:
-        """Ask for what was found before; None is computed anew."""
+        """Read the earlier result; None means that it is computed again."""
         return spectra.stored_entry(self.file, self.identity)
 
     def right(self, content: bytes, found: Any) -> str | None:
-        """Of another call, or the original, perhaps with a field that nobody reads."""
+        """It is not used, or is the original, except for fields that are not read."""
         if found is not None:
             super().right(content, {name: value for name, value in found.items() if name in self.wanted})
 
 
 class Configuration(Run):
-    """``run.json``, as `--resume` and the same command read it."""
+    """``run.json``, which `--resume` and a repeated command read."""
 
     errors = (CheckpointError, ConfigError)
     ways = (mutate.mutated_bytes, mutate.mutated_json)
@@ -302,20 +302,20 @@ class Configuration(Run):
         self.open()
 
     def prepare(self) -> None:
-        """A range is named with its option, another value with the folder."""
+        """Errors name the option of a value out of range, or the folder."""
         self.names = (str(self.file), f"in {self.out} was started", "--")
         self.wanted = self.read(0)
         self.ours = self.config.settings()
 
     def read(self, case: int) -> Any:
-        """Take the run's settings, or compare ours with them."""
+        """Read the settings of the run, or compare ours with them."""
         if case % 2:
             saving.open_run(self.out, self.config, self.corpus)
             return self.config.settings()
         return resumed({"out": str(self.out)}).settings()
 
     def right(self, content: bytes, found: Any) -> str | None:
-        """Without a digest, as earlier versions wrote it, it is what it says."""
+        """A file without a digest, as earlier versions wrote, must be read as it is."""
         stored = json.loads(content)
         wanted = dict(self.wanted)
         if "digest" not in stored:
@@ -327,7 +327,7 @@ class Configuration(Run):
 
 
 class Log(Run):
-    """``log.jsonl``, of which a resumed run keeps what it does not do again."""
+    """``log.jsonl``. A resumed run keeps the entries before the step where it resumes."""
 
     ways = (mutate.mutated_bytes, mutate.mutated_lines)
 
@@ -343,7 +343,7 @@ class Log(Run):
         return log.entries()
 
     def right(self, content: bytes, found: Any) -> str | None:
-        """What is left are lines of the file, whole ones."""
+        """The remaining entries are complete lines of the file."""
         lines = set()
         for line in re.split(rb"[\n\r]", content):
             try:

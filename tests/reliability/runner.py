@@ -1,7 +1,7 @@
-"""What the parts of the campaign share: the command line, random numbers by case, progress, failures, the JSON file.
+"""Shared code of all parts of the campaign: command line, random numbers of a case, progress, failures, JSON file.
 
-A case is a part, a name within it, a seed and a number. All that is random in it is drawn from these, so that a failure
-is run again by the line that is printed for it.
+A case is identified by a part, a name within it, a seed and a number. All its random numbers depend only on these, so
+the command that is printed for a failure reproduces it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-#: Parts by name: the module here that has it, and what it tries.
+#: Parts by name: the module, and what it tests.
 PARTS = {
     "mutations": ("mutations", "damaged, foreign and crafted files"),
     "kills": ("kills", "kill -9 at random moments, then the same command again"),
@@ -34,7 +34,7 @@ _REPORT_EVERY = 15.0
 
 
 class Wrong(AssertionError):
-    """A case did not end as it should; the message says how."""
+    """A case gave a wrong result; the message describes it."""
 
 
 @dataclass
@@ -44,12 +44,12 @@ class Campaign:
     Attributes:
         part: its name.
         seed: of everything random.
-        cases: how many for each name; the part's own number if None.
-        seconds: how long for each name, instead of a number of cases.
+        cases: number of cases for each name; the default of the part if None.
+        seconds: time for each name, instead of a number of cases.
         only: names to run; all if empty.
-        case: the one case to run.
-        out: where figures are written, after each name.
-        command: what was called, for the file.
+        case: the only case to run.
+        out: file of the figures, written after each name.
+        command: the command line, recorded in the file.
     """
 
     part: str
@@ -76,7 +76,7 @@ class Campaign:
         return list(self.only) or names
 
     def each(self, names: Iterable[str], work: Callable[[str], dict[str, Any]]) -> None:
-        """Run those names that were asked for, and write the figures after each, beside those that the file has."""
+        """Run the chosen names. After each, add its figures to the file."""
         about = {"command": self.command, "seed": self.seed, **machine()}
         for name in self.chosen(names):
             before = len(self.failures)
@@ -93,11 +93,11 @@ class Campaign:
         return round(time.monotonic() - self.began, 1)
 
     def draw(self, name: str, case: int) -> random.Random:
-        """Return what a case draws its random numbers from."""
+        """Return the random generator of a case."""
         return random.Random(f"{self.seed} {self.part} {name} {case}")
 
     def numbers(self, name: str, cases: int) -> Iterator[int]:
-        """Yield numbers of cases, and say from time to time how far that is.
+        """Yield the numbers of the cases, and print the progress from time to time.
 
         Args:
             name: of what is run.
@@ -121,11 +121,11 @@ class Campaign:
             number += 1
 
     def again(self, name: str, case: int) -> str:
-        """Return the command that runs a case alone."""
+        """Return the command that runs a single case."""
         return f"python -m tests.reliability {self.part} {name} --seed {self.seed} --case {case}"
 
     def fail(self, name: str, case: int, why: str) -> None:
-        """Keep a failure, and say at once how to see it again."""
+        """Record a failure, and print at once the command that reproduces it."""
         again = self.again(name, case)
         self.failures.append({"name": name, "case": case, "why": why, "again": again})
         if sum(failure["name"] == name for failure in self.failures) <= 20:
@@ -133,12 +133,12 @@ class Campaign:
 
     @staticmethod
     def say(line: str) -> None:
-        """Print a line at once."""
+        """Print a line without buffering."""
         print(line, flush=True)
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures were found on, as the benchmarks describe it, and the commit."""
+    """Return the machine of the figures, as in the benchmarks, and the commit."""
     import torch
 
     from bench.machine import build_info, cpu_model, git_state, versions

@@ -1,10 +1,10 @@
-"""The op tests on builds of the extension that check themselves: `.ci/fault-builds`, with the figures of each.
+"""The tests of ops on sanitizer and debug builds of the extension: `.ci/fault-builds`, with figures of each.
 
 ``address``: AddressSanitizer and UndefinedBehaviorSanitizer. ``debug``: -O0 and the assertions of the C++ library.
 ``lto``: link-time optimization, where two definitions of a name that differ are an error. ``thread``: ThreadSanitizer
-on eight Python threads that use all kernels and the pool at once (`threads.py`); torch and Python are not instrumented,
-so that what they do with memory is not looked at, while their locks still order what ours does. ISAS in the environment
-("avx2|avx512") builds some ISAs only, and TREE keeps the builds in a folder, as `.ci/fault-builds` says.
+on eight Python threads that use all kernels and the pool at once (`threads.py`). torch and Python are not instrumented:
+their own memory accesses are not checked, but their locks count. The environment variable ISAS ("avx2|avx512") builds
+only some ISAs, and TREE names a folder that keeps the builds, as in `.ci/fault-builds`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KINDS = ("address", "debug", "lto", "thread")
 
 
 def run(campaign: Campaign) -> None:
-    """Build and test each kind."""
+    """Make and test each build."""
     campaign.each(KINDS, lambda kind: _tested(campaign, kind))
 
 

@@ -1,8 +1,8 @@
-"""One kind of file that the mutations are of: how it is read, and what a changed one may be taken for.
+"""One kind of file that is mutated: how the library reads it, and which results are right for a changed file.
 
-`read` returns what the library made of a file, or raises one of the target's documented errors. `right` raises
-:class:`Wrong` if that is not what the file says: of a file with a digest only the original counts as right, of others
-what a parser of their own finds in the changed bytes.
+`read` returns the library's result for a file, or raises one of the documented errors. `right` raises :class:`Wrong` if
+the result is not right: for a file with a digest only the original is right; for others, what an independent parser
+finds in the changed bytes.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class Target:
     """One file and its reader.
 
     Attributes:
-        file: what is changed.
-        errors: what reading may raise.
-        names: texts of which an error must hold one: the file, as a rule.
-        ways: how it is changed.
+        file: the file that is changed.
+        errors: exceptions that reading may raise.
+        names: texts; an error message must contain one of them, usually the name of the file.
+        ways: functions that change it.
     """
 
     errors: tuple[type[Exception], ...] = (CheckpointError,)
     ways: tuple[Way, ...] = (mutate.mutated_bytes,)
-    #: Modules that may unpickle: what they read is no file's.
+    #: Modules that may unpickle, because they do not read the file.
     may_unpickle: tuple[str, ...] = ()
     file: Path
 
@@ -55,17 +55,17 @@ class Target:
         self.prepare()
 
     def make(self) -> None:
-        """Write the file, and what else its reader needs; set ``file``."""
+        """Write the file and everything else that its reader needs; set ``file``."""
 
     def prepare(self) -> None:
-        """Read the original, as what changed ones are compared with."""
+        """Read the original, for comparison."""
         self.wanted = self.read(0)
 
     def read(self, case: int) -> Any:
         """Read the file as the library does."""
 
     def right(self, content: bytes, found: Any) -> str | None:
-        """Raise Wrong unless this is the original; return how the case counts, if not as right."""
+        """Raise Wrong unless this is the original. Return how the case counts, if not as right."""
         if found != self.wanted:
             raise Wrong(f"read as something else: {difference(found, self.wanted)}")
 
@@ -98,7 +98,7 @@ def decoded(content: bytes) -> dict[str, Tensor]:
 
 
 def resealed(content: bytes, draw: random.Random) -> bytes:
-    """Change the header that the package wrote, or exchange two tensors' contents, with a digest that matches."""
+    """Change the header of the package, or swap the contents of two tensors, and write a matching digest."""
     header, data_ = mutate.split_safetensors(content)
     about = json.loads(header["__metadata__"]["header"])
     about = mutate.mutated_value(about, draw)
@@ -110,7 +110,7 @@ def resealed(content: bytes, draw: random.Random) -> bytes:
 
 
 def is_resealed(content: bytes, original: bytes) -> bool:
-    """Whether a file's digest matches a header that is not the original's."""
+    """Return whether a file has a changed header and a matching digest."""
     try:
         mine = mutate.split_safetensors(content)[0]["__metadata__"]
         theirs = mutate.split_safetensors(original)[0]["__metadata__"]

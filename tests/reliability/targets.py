@@ -1,4 +1,4 @@
-"""The kinds of files that the mutations are of, by name."""
+"""All kinds of files that are mutated, by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TARGETS: dict[str, type[Target]] = {
 
 
 def warm() -> None:
-    """Import what readers import on their first call, so that it is not counted as theirs."""
+    """Import what readers import in their first call, so that the memory is not counted for a case."""
     import transformers  # noqa: F401
 
     hashlib.sha256(b"")

@@ -1,6 +1,6 @@
-"""Eight Python threads use all CPU kernels and the memory pool at once; each result has the bits that one thread gives.
+"""Eight Python threads call all CPU kernels and the memory pool at once. Each result must have one thread's bits.
 
-Under ThreadSanitizer (`sanitizers thread`) a race is seen even where it changes no bit.
+ThreadSanitizer (`sanitizers thread`) also detects a race that changes no bit.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .random_calls import Drawn
 from .runner import Campaign
 
 THREADS = 8
-#: Rounds that each thread makes through all calls.
+#: How often each thread runs through all calls.
 CASES = 5
 
 
 def calls(seed: int) -> list[tuple[str, tuple[Any, ...]]]:
-    """Return a call of every op that has a compiled kernel, two of whose results come from the pool's blocks."""
+    """Return calls of every op that has a compiled kernel. Two results come from blocks of the pool."""
     drawn = Drawn(random.Random(seed))
     made: list[tuple[str, tuple[Any, ...]]] = []
     for sample in (
@@ -81,7 +81,7 @@ def calls(seed: int) -> list[tuple[str, tuple[Any, ...]]]:
 
 
 def outcome(op: str, args: tuple[Any, ...]) -> list[Tensor]:
-    """Return everything that a call gives or changes, bit by bit."""
+    """Return the bits of everything that a call returns or changes."""
     args = tuple(a.clone() if isinstance(a, Tensor) and op.endswith("_") else a for a in args)
     given = as_tuple(getattr(torch.ops.qatkernels, op)(*args))
     found = given or tuple(a for a in args if isinstance(a, Tensor))
@@ -89,13 +89,13 @@ def outcome(op: str, args: tuple[Any, ...]) -> list[Tensor]:
 
 
 def run(campaign: Campaign) -> None:
-    """Run the part's one case."""
+    """Run the only case of this part."""
     campaign.each(["threads"], lambda name: together(campaign))
 
 
 def together(campaign: Campaign) -> dict[str, Any]:
-    """Start the threads, and hold each result against that of one thread alone."""
-    torch.set_num_threads(1)  # Python's threads are the threads here
+    """Start the threads, and compare each result with that of a single thread."""
+    torch.set_num_threads(1)  # the threads of this test are Python's, not torch's
     torch.manual_seed(campaign.seed)
     todo = calls(campaign.seed)
     served = {op for op in OPS if "cpp" in IMPLS[op]}
@@ -104,7 +104,7 @@ def together(campaign: Campaign) -> dict[str, Any]:
     wanted = [outcome(op, args) for op, args in todo]
     rounds, began = campaign.cases or CASES, time.monotonic()
     start, made, lock = threading.Barrier(THREADS), [0] * THREADS, threading.Lock()
-    keep: list[Any] = []  # results that one thread makes and another one drops
+    keep: list[Any] = []  # results that one thread allocates and another one frees
 
     def work(number: int) -> None:
         order = campaign.draw("threads", number)

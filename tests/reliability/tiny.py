@@ -1,4 +1,4 @@
-"""What the parts train on: a text with few rules, and the settings of runs of a fraction of a second."""
+"""A simple text, and settings of runs that take a fraction of a second, for all parts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def options(settings: dict[str, Any]) -> list[str]:
 
 
 def quietly(call: Any, *arguments: Any) -> tuple[Any, str]:
-    """Call something and return its result and what it printed."""
+    """Call a function; return its result and its output."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
         return call(*arguments), said.getvalue()

@@ -30,7 +30,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
     """The rows without what differs between two calls."""
     found = Results(out / "plan.jsonl").rows
     for row in found:
-        del row["date"], row["machine"], row["figures"]["seconds"]
+        del row["date"], row["machine"], row["git"], row["figures"]["seconds"]
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-#: A model small enough for a run of a second.
+#: Settings of a run that takes a second.
 TINY: dict[str, Any] = {
     "device": "cpu", "precision": "float32", "bits": (2,),
     "width": 32, "depth": 1, "heads": 2, "context": 32, "batch": 4, "steps": 24, "qat_steps": 12,
@@ -17,7 +17,7 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of text with few rules, which a tiny model can learn."""
+    """A folder of simple text that a tiny model can learn."""
     folder, draw = tmp_path_factory.mktemp("text"), random.Random(0)
     for i in range(20):
         pairs = ((draw.choice(("red", "green", "blue")), draw.randrange(10)) for _ in range(400))
@@ -39,7 +39,7 @@ def options(settings: dict[str, Any]) -> list[str]:
 
 
 def outcome(out: str) -> dict[str, Any]:
-    """Everything a run leaves that must not depend on how often it was interrupted."""
+    """Return all results of a run that must not depend on interruptions."""
     from qatkernels import files
 
     left: dict[str, Any] = {}

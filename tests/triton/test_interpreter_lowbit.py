@@ -11,8 +11,8 @@ import torch
 
 import qatkernels as qk
 from qatkernels.backends import IMPLS
+from qatkernels.grids import code_dtype
 from qatkernels.ops._op import OPS
-from qatkernels.ops.packing import code_dtype
 from qatkernels.testing.compare import assert_same_bits, assert_within, run_out
 from qatkernels.testing.products import (
     GRID_IDS,
@@ -62,7 +62,7 @@ def test_packing(bits, shape):
     for code_min in (0, -(1 << (bits - 1))) if shape == (70,) else (-128,):
         generator = torch.Generator().manual_seed(bits)
         codes = torch.randint(code_min, code_min + (1 << bits), shape, generator=generator)
-        codes = codes.to(code_dtype(code_min, bits))
+        codes = codes.to(code_dtype(code_min + (1 << bits) - 1))
         packed = run("pack", (codes, code_min, bits))
         assert_same_bits(packed, OPS["pack"].reference(codes, code_min, bits))
         assert_same_bits(run("unpack", (packed, code_min, bits, shape[-1])), codes)

