@@ -29,7 +29,7 @@ class ExportConfig:
     )  # fmt: skip
     out: str = option(MISSING, "file or folder to write", metavar="OUT", positional=True)
     to: str = option(
-        "gguf", "gguf (for llama.cpp), compressed-tensors (for vLLM and transformers) or mlx", metavar="FORMAT"
+        "gguf", "gguf (for llama.cpp), compressed-tensors (for vLLM and transformers), mlx or onnx", metavar="FORMAT"
     )
     tokenizer: str | None = option(
         None, "folder of a tokenizer, or a GGUF file whose vocabulary is copied; MODEL's own if it has one",
@@ -49,13 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export a model, and print how its layers are stored."""
     from ..files import CheckpointError
-    from ..formats._export import writer
+    from ..formats._export import takes, writer
 
     try:
         config = from_arguments(args, ExportConfig)
         source = Path(config.model)
         options: dict[str, Any] = {"convert": True} if config.convert else {}
-        if config.to != "safetensors" and (tokenizer := _tokenizer(source, config.tokenizer)) is not None:
+        wanted = config.tokenizer is not None or takes(config.to, "tokenizer")
+        if wanted and (tokenizer := _tokenizer(source, config.tokenizer)) is not None:
             options["tokenizer"] = tokenizer
         write = writer(config.to, options)  # raises for a wrong option, before the model is loaded
         report = write(_model(source), Path(config.out), **options)

@@ -82,10 +82,23 @@ def writer(to: str, options: Iterable[str] = ()) -> Callable[..., ExportReport]:
     if to not in _FORMATS:
         raise ValueError(f"to is {to!r}, must be one of {sorted(_FORMATS)}")
     write: Callable[..., ExportReport] = importlib.import_module(_FORMATS[to], __package__).export
-    known = [name for name, p in inspect.signature(write).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    known = _options(write)
     if unknown := [name for name in options if name not in known]:
         raise ValueError(f"{unknown[0]} is not an option of to={to!r}, which has {', '.join(known)}")
     return write
+
+
+def takes(to: str, option: str) -> bool:
+    """Whether a format has an option.
+
+    Raises:
+        ValueError: if the format is unknown.
+    """
+    return option in _options(writer(to))
+
+
+def _options(write: Callable[..., ExportReport]) -> list[str]:
+    return [name for name, p in inspect.signature(write).parameters.items() if p.kind is p.KEYWORD_ONLY]
 
 
 def export(model: nn.Module, path: str | Path, to: str, **options: Any) -> ExportReport:

@@ -58,12 +58,13 @@ class Source:
             MissingExtraError: if transformers is not installed.
         """
         try:
+            from transformers import PreTrainedModel
             from transformers.core_model_loading import revert_weight_conversion
         except ImportError as error:
             raise missing(f"export to {what}", "export", error) from error
-        config = getattr(model, "config", None)
-        if not hasattr(config, "to_json_string") or not hasattr(model, "save_pretrained"):
+        if not isinstance(model, PreTrainedModel):
             raise ValueError(f"the model is {type(model).__name__}, export to {what} takes a model of transformers")
+        config: Any = model.config
         layers: dict[str, Quantized | Packed] = {**quantized_modules(model), **packed_modules(model)}
         if not layers:
             raise ValueError("the model has no quantized layer, quantize_model makes them")
@@ -84,8 +85,7 @@ class Source:
         config.architectures = [type(model).__name__]
         if untied:
             config.tie_word_embeddings = False
-        revert: Any = revert_weight_conversion
-        others = revert(model, _others(model, layers))
+        others = revert_weight_conversion(model, _others(model, layers))
         return cls(model, config, layers, linears, others, untied)
 
     def integers(self, name: str) -> IntegerWeight:

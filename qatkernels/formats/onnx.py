@@ -113,7 +113,8 @@ def _traced(
     if inputs is None:
         if not hasattr(getattr(model, "config", None), "vocab_size"):
             raise ValueError(f"inputs is None and the model is {type(model).__name__}, give a tuple of example inputs")
-        traced, inputs = _Logits(model), (torch.zeros(2, 3, dtype=torch.int64),)
+        device = next(model.parameters()).device
+        traced, inputs = _Logits(model), (torch.zeros(2, 3, dtype=torch.int64, device=device),)
         dynamic_shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")},)
         names = {"input_names": ["input_ids"], "output_names": ["logits"]}
     with _replaced(model, replacements), _evaluating(model), torch.no_grad():

@@ -43,6 +43,15 @@ def test_folders(folder, tmp_path, capsys, to):
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
+def test_a_format_without_tokenizers(folder, tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    assert cli.main(["export", str(folder), str(tmp_path / "model.onnx"), "--to", "onnx"]) == 0
+    assert "14 layers as MatMulNBits" in capsys.readouterr().out
+    arguments = ["export", str(folder), str(tmp_path / "x"), "--to", "onnx", "--tokenizer", str(folder)]
+    assert cli.main(arguments) == 2
+    assert "tokenizer is not an option of to='onnx'" in capsys.readouterr().err
+
+
 def test_errors_are_one_line(folder, tmp_path, capsys):
     assert cli.main(["export", str(folder), str(tmp_path / "x"), "--to", "onyx"]) == 2
     assert capsys.readouterr().err.startswith("qatkernels: to is 'onyx', must be one of")  # before anything is loaded
