@@ -85,7 +85,7 @@ class Source:
         config.architectures = [type(model).__name__]
         if untied:
             config.tie_word_embeddings = False
-        others = revert_weight_conversion(model, _others(model, layers))
+        others = revert_weight_conversion(model, other_tensors(model, layers))
         return cls(model, config, layers, linears, others, untied)
 
     def integers(self, name: str) -> IntegerWeight:
@@ -200,7 +200,7 @@ def _tied(model: nn.Module, config: Any) -> list[str]:
     return [name for name, module in model.named_modules() if module is head]
 
 
-def _others(model: nn.Module, layers: Mapping[str, Quantized | Packed]) -> dict[str, Tensor]:
+def other_tensors(model: nn.Module, layers: Mapping[str, Quantized | Packed]) -> dict[str, Tensor]:
     """Return what a model's state dict holds beside quantized weights; what several names share, under the first."""
     seen: set[int] = set()
     found: dict[str, Tensor] = {}

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ..extras import missing
 from ..files import replacing
 from ..nn import packed_modules, quantized_modules
-from ..nn.packed_linear import Packed, PackedLinear
+from ..nn.packed_linear import Packed
 from ..nn.quantized import Quantized
 from ._export import ExportReport, ExportRow
+from ._folder import other_tensors
 from .gguf_blocks import BLOCKS, Block, as_steps, fitting
 from .integers import IntegerWeight, UnfitError
 
@@ -229,12 +230,7 @@ class _Tensors:
 
     def add_others(self, model: nn.Module, layers: dict[str, Quantized | Packed], embeddings: str) -> None:
         """Add every parameter that is not the weight of a quantized layer, each once."""
-        parts = {id(t) for layer in layers.values() for t in _parts(layer)}
-        seen: set[int] = set()
-        for name, tensor in model.named_parameters():
-            if id(tensor) in parts or id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
+        for name, tensor in other_tensors(model, layers).items():
             value = tensor.detach().cpu()
             if value.ndim == 2 and embeddings == "Q8_0" and value.shape[1] % 32 == 0:
                 block = BLOCKS["Q8_0"]
@@ -258,13 +254,6 @@ class _Tensors:
         if count is None:
             return None
         return torch.arange(rows).view(count, 2, -1).transpose(1, 2).reshape(-1)
-
-
-def _parts(layer: Quantized | Packed) -> list[Tensor]:
-    """Return the parameters that a quantized weight consists of."""
-    if isinstance(layer, PackedLinear | Packed):
-        return list(layer.weight.parameters())
-    return [t for t in (layer.weight, layer.scale, layer.zero_point) if t is not None]
 
 
 def _chosen(weight: IntegerWeight, types: str | None) -> tuple[Block, np.ndarray[Any, Any]]:

@@ -90,6 +90,18 @@ def test_llama_cpp_computes_the_same(kind, bits, group_size, tmp_path):
     assert error < 0.06 * wanted.std(), f"{error} of {wanted.std()}"
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["trained", "packed"])
+def test_a_quantized_head_that_is_tied(tmp_path, packed):
+    """The head becomes a tensor of its own, and the embedding stays in full precision."""
+    model = transformers.AutoModelForCausalLM.from_config(build("llama", tie_word_embeddings=True).config).eval()
+    qk.quantize_model(model, qk.QuantConfig(4, group_size=32, scale_dtype=torch.float16), exclude=())
+    embedding, head = model.model.embed_tokens.weight.detach().clone(), model.lm_head.quantized_weight().detach()
+    export(qk.pack_model(model) if packed else model, tmp_path / "model.gguf", to="gguf")
+    found = values(tmp_path / "model.gguf")
+    np.testing.assert_array_equal(found["token_embd.weight"], embedding.numpy())
+    np.testing.assert_array_equal(found["output.weight"], head.numpy())
+
+
 def test_packed_models_give_the_same_file(tmp_path):
     model = build("llama", 3, None)
     export(model, tmp_path / "trained.gguf", to="gguf")
