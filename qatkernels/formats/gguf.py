@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ..extras import missing
 from ..files import replacing
 from ..nn import packed_modules, quantized_modules
-from ..nn.packed_linear import Packed, PackedLinear
+from ..nn.packed_linear import Packed
 from ..nn.quantized import Quantized
 from ._export import ExportReport, ExportRow
+from ._folder import other_tensors
 from .gguf_blocks import BLOCKS, Block, as_steps, fitting
 from .integers import IntegerWeight, UnfitError
 
@@ -86,7 +87,7 @@ def export(
             which leaves the vocabulary out: such a file computes logits of token numbers, and no text.
         types: the type for all quantized layers, such as ``"Q4_0"``, instead of the smallest for each.
         embeddings: ``"exact"`` keeps embeddings and heads in full precision, in the smallest float type that holds
-            them; ``"Q8_0"`` rounds them to 8 bits, which llama.cpp's own files do.
+            them; ``"Q8_0"`` rounds these two to 8 bits, as llama.cpp's own files do.
         convert: round scales that float16 does not hold, instead of refusing the layer; the report says how far off
             values are.
 
@@ -146,11 +147,29 @@ def _config(model: nn.Module) -> Any:
 
 
 def _check_attention(config: Any, pattern: int) -> None:
-    """Raise ValueError if attention is not what llama.cpp takes it to be, for which a file has no field."""
+    """Raise ValueError if the model computes what llama.cpp does not, and a file has no field that says so."""
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    wanted = "gelu_pytorch_tanh" if "gemma" in config.model_type else "silu"
+    if activation != wanted:
+        raise ValueError(
+            f"the model's activation function is {activation!r}, must be {wanted!r}, as llama.cpp computes"
+        )
+    local_rope = _ropes(getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
+    if (theta := local_rope.get("rope_theta", 1e4)) != 1e4:
+        raise ValueError(f"rope_theta of local attention is {theta}, must be 10000, as llama.cpp computes")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if config.model_type != "gemma2" and getattr(config, name, None) is not None:
+            raise ValueError(f"{name} is {getattr(config, name)}, must be None: llama.cpp has it for Gemma 2 alone")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if (scalar := getattr(config, "query_pre_attn_scalar", head_dim)) != head_dim:
         raise ValueError(
             f"query_pre_attn_scalar is {scalar}, must be head_dim ({head_dim}): llama.cpp scales queries by it"
+        )
+    window, longest = getattr(config, "sliding_window", None), config.max_position_embeddings
+    if getattr(config, "layer_types", None) is None and window is not None and window < longest:
+        raise ValueError(
+            f"sliding_window is {window} and max_position_embeddings {longest}: llama.cpp computes full attention in "
+            "this family; set max_position_embeddings of the configuration to the window, or sliding_window to None"
         )
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     for i, kind in enumerate(kinds):
@@ -229,14 +248,11 @@ class _Tensors:
 
     def add_others(self, model: nn.Module, layers: dict[str, Quantized | Packed], embeddings: str) -> None:
         """Add every parameter that is not the weight of a quantized layer, each once."""
-        parts = {id(t) for layer in layers.values() for t in _parts(layer)}
-        seen: set[int] = set()
-        for name, tensor in model.named_parameters():
-            if id(tensor) in parts or id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
+        ends: Any = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+        rounded = {id(m.weight) for m in ends if m is not None} if embeddings == "Q8_0" else set()
+        for name, tensor in other_tensors(model, layers).items():
             value = tensor.detach().cpu()
-            if value.ndim == 2 and embeddings == "Q8_0" and value.shape[1] % 32 == 0:
+            if id(tensor) in rounded and value.shape[1] % 32 == 0:
                 block = BLOCKS["Q8_0"]
                 self._add(name, block.encode(as_steps(value)), block, value.shape)
                 continue
@@ -258,13 +274,6 @@ class _Tensors:
         if count is None:
             return None
         return torch.arange(rows).view(count, 2, -1).transpose(1, 2).reshape(-1)
-
-
-def _parts(layer: Quantized | Packed) -> list[Tensor]:
-    """Return the parameters that a quantized weight consists of."""
-    if isinstance(layer, PackedLinear | Packed):
-        return list(layer.weight.parameters())
-    return [t for t in (layer.weight, layer.scale, layer.zero_point) if t is not None]
 
 
 def _chosen(weight: IntegerWeight, types: str | None) -> tuple[Block, np.ndarray[Any, Any]]:

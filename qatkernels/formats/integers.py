@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,18 @@ from ..nn.quantized import Quantized
 
 class UnfitError(ValueError):
     """A format cannot hold a weight exactly; the message says why."""
+
+
+def words(unsigned: Tensor, bits: int) -> Tensor:
+    """Return integers ``[N, K]`` from 0 to ``2 ** bits - 1`` as int32 ``[N, ceil(K * bits / 32)]``.
+
+    A row is one string of bits, little end first, as in docs/packing.md, and ends with zeros.
+    """
+    packed: Tensor = torch.ops.qatkernels.pack(unsigned.to(torch.uint8).contiguous(), 0, bits)
+    packed = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4)).contiguous()
+    if sys.byteorder == "big":
+        packed = packed.unflatten(-1, (-1, 4)).flip(-1).flatten(-2)
+    return packed.view(torch.int32)
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def load_trained(path: Path) -> Trained:
         if about["quantization"] is not None:
             quantization = QuantConfig.from_dict(about["quantization"])
             model = quantize_model(model, quantization, exclude=about["exclude"], warn_below=0)
-        fill(model, tensors, str(file))
+        fill(model, tensors, file.name)
         about["phase"], about["result"]["steps"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is {_NOT_OURS} ({' '.join(str(error).split())})") from error

@@ -34,9 +34,29 @@ def test_a_folder_becomes_a_file(folder, tmp_path, capsys):
     assert "tokenizer.ggml.merges" in gguf.GGUFReader(tmp_path / "model.gguf").fields
 
 
+@pytest.mark.parametrize("to", ["compressed-tensors", "mlx"])
+def test_folders(folder, tmp_path, capsys, to):
+    if to == "compressed-tensors":
+        pytest.importorskip("compressed_tensors")
+    assert cli.main(["export", str(folder), str(tmp_path / "out"), "--to", to]) == 0
+    assert " layers as " in capsys.readouterr().out
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_a_format_without_tokenizers(folder, tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    assert cli.main(["export", str(folder), str(tmp_path / "model.onnx"), "--to", "onnx"]) == 0
+    assert "14 layers as MatMulNBits" in capsys.readouterr().out
+    arguments = ["export", str(folder), str(tmp_path / "x"), "--to", "onnx", "--tokenizer", str(folder)]
+    assert cli.main(arguments) == 2
+    assert "tokenizer is not an option of to='onnx'" in capsys.readouterr().err
+
+
 def test_errors_are_one_line(folder, tmp_path, capsys):
     assert cli.main(["export", str(folder), str(tmp_path / "x"), "--to", "onyx"]) == 2
     assert capsys.readouterr().err.startswith("qatkernels: to is 'onyx', must be one of")  # before anything is loaded
+    assert cli.main(["export", str(folder), str(tmp_path / "x"), "--to", "compressed-tensors", "--convert"]) == 2
+    assert "convert is not an option of to='compressed-tensors'" in capsys.readouterr().err
     assert cli.main(["export", str(tmp_path / "nothing"), str(tmp_path / "x")]) == 2
     assert "nothing" in capsys.readouterr().err
     build("llama", 4, 32, scale_dtype=torch.float32).save_pretrained(tmp_path / "wide")

@@ -90,6 +90,18 @@ def test_llama_cpp_computes_the_same(kind, bits, group_size, tmp_path):
     assert error < 0.06 * wanted.std(), f"{error} of {wanted.std()}"
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["trained", "packed"])
+def test_a_quantized_head_that_is_tied(tmp_path, packed):
+    """The head becomes a tensor of its own, and the embedding stays in full precision."""
+    model = transformers.AutoModelForCausalLM.from_config(build("llama", tie_word_embeddings=True).config).eval()
+    qk.quantize_model(model, qk.QuantConfig(4, group_size=32, scale_dtype=torch.float16), exclude=())
+    embedding, head = model.model.embed_tokens.weight.detach().clone(), model.lm_head.quantized_weight().detach()
+    export(qk.pack_model(model) if packed else model, tmp_path / "model.gguf", to="gguf")
+    found = values(tmp_path / "model.gguf")
+    np.testing.assert_array_equal(found["token_embd.weight"], embedding.numpy())
+    np.testing.assert_array_equal(found["output.weight"], head.numpy())
+
+
 def test_packed_models_give_the_same_file(tmp_path):
     model = build("llama", 3, None)
     export(model, tmp_path / "trained.gguf", to="gguf")
@@ -114,6 +126,11 @@ def test_types(tmp_path):
     assert {row.stored_as for row in report.rows} == {"Q8_0"}
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert (kinds["token_embd.weight"], kinds["output_norm.weight"]) == ("Q8_0", "F32")
+    model = build("llama")
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(256, 512, bias=False)  # which nobody asked to round
+    export(model, tmp_path / "model.gguf", to="gguf", embeddings="Q8_0")
+    plain = model.model.layers[0].mlp.up_proj.weight.detach().numpy()
+    np.testing.assert_array_equal(values(tmp_path / "model.gguf")["blk.0.ffn_up.weight"], plain)
     with pytest.raises(UnfitError, match=r"q_proj \(256 x 256\): groups of 32 are not whole blocks of 256"):
         export(model, tmp_path / "model.gguf", to="gguf", types="TQ1_0")
 
@@ -135,6 +152,19 @@ def test_refusals(tmp_path):
     model = build("gemma2")
     model.config.query_pre_attn_scalar = 256
     with pytest.raises(ValueError, match=r"query_pre_attn_scalar is 256, must be head_dim \(64\)"):
+        export(model, tmp_path / "x", to="gguf")
+    for kind, name, value, message in (
+        ("llama", "hidden_act", "gelu", "activation function is 'gelu', must be 'silu'"),
+        ("mistral", "sliding_window", 128, "sliding_window is 128 and max_position_embeddings 512"),
+        ("gemma3_text", "final_logit_softcapping", 30.0, "final_logit_softcapping is 30.0, must be None"),
+    ):
+        model = build(kind)
+        setattr(model.config, name, value)
+        with pytest.raises(ValueError, match=message):
+            export(model, tmp_path / "x", to="gguf")
+    model = build("gemma3_text")
+    model.config.rope_parameters["sliding_attention"]["rope_theta"] = 5e5
+    with pytest.raises(ValueError, match=r"rope_theta of local attention is 500000.0, must be 10000"):
         export(model, tmp_path / "x", to="gguf")
     model = build("qwen3")
     model.config.layer_types = ["sliding_attention", "full_attention"]

@@ -1,0 +1,214 @@
+"""Folders like those of transformers: ``config.json``, weights, generation settings, tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..extras import missing
+from ..files import CheckpointError, explained, rename
+from ..nn import packed_modules, quantized_modules
+from ..nn.packed_linear import Packed
+from ..nn.quantized import Quantized
+from .integers import IntegerWeight, UnfitError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A causal language model of transformers, taken apart.
+
+    Attributes:
+        model: the model.
+        config: its configuration, without a quantization, and with the dtype of its weights.
+        layers: quantized and packed layers by name.
+        linears: names of the linear layers that stay in full precision.
+        others: every tensor that is not part of a quantized weight, under the name that a file gives it.
+        untied: names of quantized layers that shared their weight with an embedding, which a file cannot say.
+    """
+
+    model: nn.Module
+    config: Any
+    layers: dict[str, Quantized | Packed]
+    linears: list[str]
+    others: dict[str, Tensor]
+    untied: list[str]
+
+    @classmethod
+    def of(cls, model: nn.Module, what: str) -> Source:
+        """Take a model apart.
+
+        Args:
+            model: a quantized or packed model.
+            what: the format, for messages.
+
+        Raises:
+            ValueError: if the model is not of transformers, or has no quantized layer.
+            UnfitError: if a quantized layer is no linear layer where transformers builds the model.
+            MissingExtraError: if transformers is not installed.
+        """
+        try:
+            from transformers import PreTrainedModel
+            from transformers.core_model_loading import revert_weight_conversion
+        except ImportError as error:
+            raise missing(f"export to {what}", "export", error) from error
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(f"the model is {type(model).__name__}, export to {what} takes a model of transformers")
+        config: Any = model.config
+        layers: dict[str, Quantized | Packed] = {**quantized_modules(model), **packed_modules(model)}
+        if not layers:
+            raise ValueError("the model has no quantized layer, quantize_model makes them")
+        built = _built(model, config)
+        for name, layer in layers.items():
+            if not isinstance(built.get(name), nn.Linear):
+                found = type(built[name]).__name__ if name in built else "nothing"
+                raise UnfitError(
+                    f"{name} is a {type(layer).__name__}, and transformers builds {found} of that name: {what} "
+                    "quantizes nn.Linear only. Exclude it from quantize_model"
+                )
+            if layer.act is not None or getattr(layer, "act_bits", None) is not None:
+                raise UnfitError(f"{name} quantizes its input: {_ACTIVATIONS[what]}")
+        linears = [name for name, m in built.items() if isinstance(m, nn.Linear) and name not in layers]
+        untied = [name for name in _tied(model, config) if name in layers]
+        config = _plain(config)
+        config.dtype = model.dtype
+        config.architectures = [type(model).__name__]
+        if untied:
+            config.tie_word_embeddings = False
+        others = revert_weight_conversion(model, other_tensors(model, layers))
+        return cls(model, config, layers, linears, others, untied)
+
+    def integers(self, name: str) -> IntegerWeight:
+        """Return the weight of a quantized layer; its errors name the layer."""
+        with naming(name, self.layers[name]):
+            return IntegerWeight.of(self.layers[name])
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about any folder of this model."""
+        return [
+            f"{name} and the embedding, which the model ties, are stored apart: one is quantized, the other is not"
+            for name in self.untied
+        ]
+
+    def write(
+        self, path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], kind: str, tokenizer: Any
+    ) -> int:
+        """Write a folder.
+
+        Args:
+            path: the folder, which must not exist yet or be empty.
+            tensors: the quantized weights; all others are added.
+            settings: fields to add to ``config.json``.
+            kind: ``"pt"`` or ``"mlx"``, the framework that a file of safetensors names.
+            tokenizer: a tokenizer of transformers, or None.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            CheckpointError: if the folder holds something, or cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        every = {name: t.detach().cpu().contiguous() for name, t in {**self.others, **tensors}.items()}
+        with new_folder(path) as folder:
+            save_file(every, folder / "model.safetensors", {"format": kind})
+            config = json.loads(self.config.to_json_string(use_diff=True)) | dict(settings)
+            (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            if (generation := getattr(self.model, "generation_config", None)) is not None:
+                generation.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+#: Why a format does not take layers that quantize their input.
+_ACTIVATIONS = {
+    "compressed-tensors": (
+        "compressed-tensors divides the largest element of a token by 127.5, and this library by 127 (or learns the "
+        "scale), so that the results would differ. Train without act_bits, or export to another format"
+    ),
+    "MLX": "MLX has no field for that. Train without act_bits",
+}
+
+
+@contextlib.contextmanager
+def naming(name: str, layer: Quantized | Packed) -> Iterator[None]:
+    """Put the name and the shape of a layer before the message of an UnfitError."""
+    try:
+        yield
+    except UnfitError as error:
+        raise UnfitError(f"{name} ({layer.weight.shape[0]} x {layer.weight.shape[1]}): {error}") from None
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside a path, which gets that name when the context ends without an error.
+
+    Raises:
+        CheckpointError: if the path exists and is not an empty folder, or cannot be written.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"{path} exists already: give the name of a new folder, or delete it first")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    with explained("written", path):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with open(file, "r+b") as opened:
+                        os.fsync(opened.fileno())
+            rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _built(model: nn.Module, config: Any) -> dict[str, nn.Module]:
+    """Return the modules that transformers builds for a configuration, which are those that a reader of the file has.
+
+    They are on the meta device: nothing is allocated.
+    """
+    with torch.device("meta"):
+        return dict(type(model)(_plain(config)).named_modules())
+
+
+def _plain(config: Any) -> Any:
+    """Return a copy of a configuration that says nothing of a quantization."""
+    config = copy.deepcopy(config)
+    config.__dict__.pop("quantization_config", None)
+    return config
+
+
+def _tied(model: nn.Module, config: Any) -> list[str]:
+    """Return the name of the output layer if the configuration ties it to the embedding."""
+    if not getattr(config, "tie_word_embeddings", False):
+        return []
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return [name for name, module in model.named_modules() if module is head]
+
+
+def other_tensors(model: nn.Module, layers: Mapping[str, Quantized | Packed]) -> dict[str, Tensor]:
+    """Return what a model's state dict holds beside quantized weights; what several names share, under the first."""
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    prefixes = tuple(f"{name}." for name in layers)
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name.startswith(prefixes) and not (name.endswith(".bias") and name.removesuffix(".bias") in layers):
+            continue
+        if id(value) not in seen:
+            seen.add(id(value))
+            found[name] = value
+    return found
