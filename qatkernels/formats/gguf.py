@@ -337,8 +337,9 @@ def _add_tokenizer(writer: Any, tokenizer: Any) -> None:
         ValueError: if it is of another kind.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    described = json.loads(backend.to_str()) if backend is not None else {"model": {"type": type(tokenizer).__name__}}
-    model, kind = described["model"], described["model"]["type"]
+    described: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {}
+    model: dict[str, Any] = described.get("model", {"type": type(tokenizer).__name__})
+    kind = model["type"]
     if kind != "BPE":
         raise ValueError(
             f"the tokenizer is {kind}, export to GGUF writes BPE; give the path of a GGUF file with this vocabulary"
