@@ -212,10 +212,10 @@ def cases(session: Session) -> Iterator[Case]:
 def train(session: Session, config: TrainConfig, t: Training) -> Figures:
     """Run the phases that are not finished, and return the loss of the last one."""
     out = Path(config.out)
-    missing = [p for p in t.phases if not (out / p.name / "config.json").exists()]
+    missing = [p for p in t.phases if not (out / p.name / "phase.json").exists()]
     if missing:
         loop.run_phases(config, session.text(config.shape.context), missing, lambda line: None)
-    found = files.read_json(out / t.last.name / "config.json")["result"]
+    found = files.read_json(out / t.last.name / "phase.json")["result"]
     quantized = t.last.steps if t.last.bits else 0
     return {
         "params": quantized_parameters(config),

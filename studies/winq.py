@@ -213,7 +213,7 @@ def train(session: Session, seed: int, name: str, own: Mapping[str, Any]) -> Fig
     config = session.size.config.changed(seed=seed, out=str(session.work / f"seed{seed}"), data=session.data).resolved()
     phase, folder = phase_of(session.size, config, name, own), Path(config.out)
     loop.run_phases(config, session.text(config.shape.context), [phases(config)[0], phase], lambda line: None)
-    found = files.read_json(folder / name / "config.json")["result"]
+    found = files.read_json(folder / name / "phase.json")["result"]
     entries = [e for e in Log(folder / "log.jsonl").entries() if e["phase"] == name and "held_out" in e]
     return {
         "loss": round(found["bits_per_byte"], 6),

@@ -164,7 +164,7 @@ def train(session: Session, steps: int, t: Trial) -> Figures:
         name: [[e["step"], e[key]] for e in entries for key in e if key.rpartition("/")[2] == name]
         for name in ("held_out", "flips", "distance")
     }
-    loss = files.read_json(out / t.name / "config.json")["result"]["bits_per_byte"]
+    loss = files.read_json(out / t.name / "phase.json")["result"]["bits_per_byte"]
     return {"loss": loss, "crossings": crossings(config, phase, t, out / t.name), "curves": curves}
 
 

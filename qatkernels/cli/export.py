@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Export a model, and print how its layers are stored."""
     from ..files import CheckpointError
     from ..formats._export import takes, writer
+    from ..trainer.generate import open_model
 
     try:
         config = from_arguments(args, ExportConfig)
@@ -59,25 +60,11 @@ def run(args: argparse.Namespace) -> int:
         if wanted and (tokenizer := _tokenizer(source, config.tokenizer)) is not None:
             options["tokenizer"] = tokenizer
         write = writer(config.to, options)  # raises for a wrong option, before the model is loaded
-        report = write(_model(source), Path(config.out), **options)
+        report = write(open_model(source)[0].eval(), Path(config.out), **options)
     except (CheckpointError, ValueError, OSError) as error:
         return fail(error)
     print(report)
     return 0
-
-
-def _model(source: Path) -> Any:
-    """Return a model of transformers that was saved with its quantization, or one that `qatkernels train` wrote."""
-    from ..files import read_json
-    from ..trainer.models import load_trained
-
-    if "model_type" not in read_json(source / "config.json"):
-        return load_trained(source).model.eval()
-    from transformers import AutoModelForCausalLM
-
-    from ..integrations import quantizer as _registers  # noqa: F401
-
-    return AutoModelForCausalLM.from_pretrained(source).eval()
 
 
 def _tokenizer(source: Path, given: str | None) -> Any:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import os
 import sys
 import time
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-
-import torch
 
 from ..methods.values import check_seed
 from ..options import AT_LEAST_0, AT_LEAST_1, ConfigError, check, option
@@ -29,11 +26,14 @@ class GenerateConfig:
         MISSING, "file that `pack` wrote, or a folder such as runs/demo/w2", metavar="MODEL", positional=True
     )
     prompt: str = option("def ", "text to continue")
-    tokens: int = option(200, "tokens (bytes) to generate", AT_LEAST_1)
+    tokens: int = option(200, "tokens to generate; a token of the demo model is a byte", AT_LEAST_1)
     temperature: float = option(
-        0.0, "0 takes the most likely byte, 1 draws from the distribution of the model", AT_LEAST_0, metavar="T"
+        0.0, "0 takes the most likely token, 1 draws from the distribution of the model", AT_LEAST_0, metavar="T"
     )
     seed: int = option(0, "seed of the draws")
+    tokenizer: str | None = option(
+        None, "folder of the tokenizer of a model of transformers; MODEL's own if it has one", metavar="PATH"
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -57,19 +57,16 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         config = from_arguments(args, GenerateConfig)
-        model = job.load(Path(config.model))
+        model, tokenizer = job.load(Path(config.model), Path(config.tokenizer) if config.tokenizer else None)
     except (ConfigError, CheckpointError) as error:
         return fail(error)
-    # Neither the bytes on the command line nor those of the model need be valid UTF-8.
-    prompt, decoder = os.fsencode(config.prompt), codecs.getincrementaldecoder("utf-8")("replace")
-    _show(decoder.decode(prompt))
-    draws = torch.Generator().manual_seed(config.seed)
     began = time.perf_counter()
-    for token, _ in job.generate(model, prompt, config.tokens, temperature=config.temperature, generator=draws):
-        _show(decoder.decode(bytes([token])))
+    count = job.show_text(
+        model, tokenizer, os.fsencode(config.prompt), config.tokens, _show,
+        temperature=config.temperature, seed=config.seed,
+    )  # fmt: skip
     seconds = time.perf_counter() - began
-    _show(decoder.decode(b"", final=True) + "\n")
-    print(f"{config.tokens} tokens, {human(config.tokens / seconds)} tokens/s", file=sys.stderr)
+    print(f"{count} tokens, {human(count / seconds)} tokens/s", file=sys.stderr)
     return 0
 
 

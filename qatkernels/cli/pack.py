@@ -14,8 +14,10 @@ from .arguments import add_options, from_arguments
 from .common import fail
 
 LONG = """\
-Write a model of `qatkernels train` as one file: the codes of its quantized
-layers at their bit width, their scales, and all other tensors unchanged.
+Write a trained model with the codes of its quantized layers at their bit width,
+their scales, and all other tensors unchanged: as one file, or, if it is a model
+of transformers and OUT does not end in .safetensors, as a folder that
+transformers reads.
 """
 
 
@@ -24,9 +26,12 @@ class PackConfig:
     """The settings of `qatkernels pack`."""
 
     checkpoint: str = option(
-        MISSING, "folder of a low-bit model, such as runs/demo/w2", metavar="CKPT", positional=True
+        MISSING,
+        "folder of a low-bit model, such as runs/demo/w2, or one of save_pretrained",
+        metavar="CKPT",
+        positional=True,
     )
-    out: str = option(MISSING, "file to write", metavar="OUT", positional=True)
+    out: str = option(MISSING, "file or folder to write", metavar="OUT", positional=True)
     scale_dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "dtype of the stored scales: float32, which is exact, bfloat16 or float16", metavar="DTYPE"
     )

@@ -25,7 +25,8 @@ EPILOG = """\
 written to --out:
   report.json, curves.png      table, curves, and what they were measured on
   log.jsonl                    losses over the steps
-  fp/, w4/, w2/, w1.58/, w1/   model.safetensors and config.json of each model
+  fp/, w4/, w2/, w1.58/, w1/   model.safetensors and phase.json of each model;
+                               transformers reads the folders of its models
 
 examples:
   qatkernels train

@@ -1,8 +1,9 @@
-"""Generates text from a trained model, packed or not, and packs the models that `train` wrote."""
+"""Opens trained models, packed or not; packs them; generates text with them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import codecs
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from ..files import CheckpointError
 from ..formats import load_packed, save_packed
-from ..nn import model_bytes, pack_model
-from . import models
+from ..nn import model_bytes, pack_model, quantized_modules
+from . import hf_folder, models
 from .build import sizes
 from .demo_model import Cache, ModelConfig, Transformer
 
@@ -74,12 +75,14 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Return a packed or trained model, and the values that it was built from (:func:`models.describe`).
 
     Args:
-        path: a file with a packed model, or the folder of a finished phase.
+        path: a file with a packed model, the folder of a finished phase, or a folder of transformers.
 
     Raises:
         CheckpointError: if the model is missing or damaged, or the file is of another kind.
     """
     if path.is_dir():
+        if not (path / models.MARKER).exists() and hf_folder.is_one(path):
+            return hf_folder.load(path), models.describe(str(path), ModelConfig())
         trained = models.load_trained(path)
         return trained.model, trained.about["model"]
     described: dict[str, Any] = {}
@@ -95,24 +98,63 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return load_packed(path, build), described
 
 
-def load(path: Path) -> nn.Module:
-    """Return a demo model in eval mode: a packed one from a file, or a trained one from its folder.
+def load(path: Path, tokenizer: Path | None = None) -> tuple[nn.Module, Any]:
+    """Return a model to generate text with, in eval mode, and its tokenizer, which is None for demo models.
+
+    Args:
+        path: what :func:`open_model` opens.
+        tokenizer: folder of the tokenizer of a model of transformers; the model's own if None.
 
     Raises:
-        CheckpointError: if the model is missing or damaged, or is not a demo model.
+        CheckpointError: if the model cannot be read, or has no tokenizer and does not read bytes.
     """
     model, _ = open_model(path)
-    if not isinstance(model, Transformer):
-        raise CheckpointError(f"{path} holds a {type(model).__name__}, must be a model of --model demo")
-    return model.eval()
+    demo = isinstance(model, Transformer)
+    return model.eval(), None if demo else hf_folder.tokenizer(tokenizer or path, model)
+
+
+def show_text(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: bytes,
+    count: int,
+    show: Callable[[str], None],
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> int:
+    """Continue a text, and show it piece by piece, prompt included.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer; both as :func:`load` returns them.
+        prompt: the text to continue, at least one byte.
+        count: number of tokens; a model of transformers may end its text earlier.
+        show: is called with each piece.
+        temperature: as for :func:`generate`.
+        seed: seed of the draws.
+
+    Returns:
+        The number of new tokens.
+    """
+    if tokenizer is not None:
+        return hf_folder.show_text(model, tokenizer, prompt, count, show, temperature=temperature, seed=seed)
+    # Neither the prompt nor the bytes of the model need be valid UTF-8.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    show(decoder.decode(prompt))
+    draws = torch.Generator().manual_seed(seed)
+    for token, _ in generate(model, prompt, count, temperature=temperature, generator=draws):
+        show(decoder.decode(bytes([token])))
+    show(decoder.decode(b"", final=True) + "\n")
+    return count
 
 
 def pack(folder: Path, out: Path, scale_dtype: torch.dtype = torch.float32) -> dict[str, int]:
-    """Pack the model of a finished phase into a file.
+    """Pack a trained model into a file, or into a folder of transformers.
 
     Args:
-        folder: a folder that `qatkernels train` wrote, such as ``runs/demo/w2``.
-        out: the file.
+        folder: a folder that `qatkernels train` wrote, such as ``runs/demo/w2``, or that ``save_pretrained`` did.
+        out: the file. A model of transformers becomes a folder if ``out`` does not end in ``.safetensors``.
         scale_dtype: dtype to store scales in.
 
     Returns:
@@ -122,13 +164,19 @@ def pack(folder: Path, out: Path, scale_dtype: torch.dtype = torch.float32) -> d
         CheckpointError: if the model cannot be read or was trained in full precision, or ``out`` cannot be written or
             is one of the files of the model.
     """
-    for source in ("model.safetensors", "config.json"):
+    for source in ("model.safetensors", "config.json", models.MARKER):
         if out.exists() and (folder / source).exists() and out.samefile(folder / source):
             raise CheckpointError(f"{out} is a file of the model in {folder}, give another file to write to")
-    trained = models.load_trained(folder)
-    if trained.about["quantization"] is None:
-        raise CheckpointError(f"{folder} was trained in full precision, there is nothing to pack")
-    parameters = sizes(trained.model)["parameters"]
-    packed = pack_model(trained.model, scale_dtype=scale_dtype)
-    save_packed(packed, out, {name: trained.about[name] for name in ("phase", "model")})
-    return {"parameters": parameters, "disk": out.stat().st_size, "memory": model_bytes(packed)}
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file, give the folder of a trained model")
+    model, described = open_model(folder)
+    if not quantized_modules(model):
+        raise CheckpointError(f"{folder} holds no quantized layer, there is nothing to pack")
+    parameters = sizes(model)["parameters"]
+    packed = pack_model(model, scale_dtype=scale_dtype)
+    if "transformers" in described and out.suffix != ".safetensors":
+        disk = hf_folder.save(packed, out, described["transformers"], folder)
+    else:
+        save_packed(packed, out, {"model": described})
+        disk = out.stat().st_size
+    return {"parameters": parameters, "disk": disk, "memory": model_bytes(packed)}

@@ -7,7 +7,7 @@ with the same weights as one that was not: bit for bit on a CPU, on the same mac
     out/run.json          the configuration; a run with another configuration in this folder is an error
     out/log.jsonl         one line per logged step
     out/<phase>/          fp, then w4, w2, w1.58, w1 (phases.py). While the phase trains: its newest states
-                          (checkpoints.py). At its end: model.safetensors, and config.json, which is written last.
+                          (checkpoints.py). At its end: model.safetensors, and phase.json, which is written last.
                           With keep_every also step-<n>.safetensors, the model at every keep_every-th step
     out/report.json       table and curves of the run; curves.png plots them
 """

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from ..files import CheckpointError, DamagedError, header, load, open_tensors, read_json
 from ..nn import QuantConfig, quantize_model
+from ..nn.recipe import METHOD
 from .demo_model import ModelConfig, Transformer
 
 #: The value of ``--model`` that is not a path.
 DEMO = "demo"
+#: The file that marks a phase as finished: what the model is, and the result. It is written last.
+MARKER = "phase.json"
 #: Layers of the demo model that stay in full precision, as in the papers.
 EXCLUDED = ("lm_head",)
 _NOT_OURS = "not a model that `qatkernels train` wrote, or a model of another version"
@@ -46,7 +49,8 @@ def describe(model: str, shape: ModelConfig) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             content = header(path)
         else:
-            content = read_json(path / "config.json" if path.is_dir() else path)
+            marked = path.is_dir() and (path / MARKER).exists()
+            content = read_json(path / (MARKER if marked else "config.json") if path.is_dir() else path)
     except CheckpointError as error:
         raise ValueError(f"--model is {model}, must be {DEMO}, or hold a model: {error}") from error
     if "model_type" in content:
@@ -76,7 +80,8 @@ def build(described: dict[str, Any]) -> nn.Module:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise ValueError(f"a model of transformers needs `pip install qatkernels[hf]` ({error})") from error
-    settings = {key: value for key, value in described["transformers"].items() if key != "dtype"}
+    set_here = ("dtype", "quantization_config")
+    settings = {key: value for key, value in described["transformers"].items() if key not in set_here}
     config = AutoConfig.for_model(**settings)
     config.use_cache = False
     model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -116,7 +121,7 @@ def weight_files(model: str) -> list[Path]:
         return []
     if path.is_file():
         return [path]
-    if "phase" in read_json(path / "config.json"):
+    if (path / MARKER).exists():
         return [path / "model.safetensors"]
     files = sorted(path.glob("*.safetensors"))
     if not files and (pickled := sorted(path.glob("*.bin"))):
@@ -142,8 +147,24 @@ def initial_weights(model: str) -> dict[str, Tensor] | None:
     tensors: dict[str, Tensor] = {}
     for file in files:
         content, about = _read_tensors(file)
+        about = about or _saved_by_transformers(file.parent)
         tensors |= content if about is None else _master_weights(content, about, file)
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def _saved_by_transformers(folder: Path) -> dict[str, Any] | None:
+    """Return what the header of a trained model says, of a quantized model that ``save_pretrained`` wrote.
+
+    Raises:
+        CheckpointError: if the model is packed.
+    """
+    settings = read_json(folder / "config.json")
+    quantization = settings.get("quantization_config") or {}
+    if quantization.get("quant_method") != METHOD:
+        return None
+    if any(group.get("packed") for group in quantization.get("recipe", ())):
+        raise CheckpointError(f"{folder} holds a packed model, which has no weights to train; give the one it is of")
+    return {"model": {"transformers": settings}, "quantization": quantization}
 
 
 def _master_weights(tensors: dict[str, Tensor], about: dict[str, Any], file: Path) -> dict[str, Tensor]:
@@ -196,10 +217,10 @@ def load_trained(path: Path) -> Trained:
     """
     is_file = path.suffix == ".safetensors"
     file = path if is_file else path / "model.safetensors"
-    about = None if is_file else read_json(path / "config.json")  # written last, so it means a finished phase
+    about = None if is_file else read_json(path / MARKER)
     tensors, file_header = load(file)
     if about is not None and about != file_header:
-        raise DamagedError(path / "config.json", "it differs from the header of model.safetensors")
+        raise DamagedError(path / MARKER, "it differs from the header of model.safetensors")
     about = file_header
     try:
         check_plausible_size(about["model"], file.stat().st_size)

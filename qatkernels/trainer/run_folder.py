@@ -25,6 +25,7 @@ from ..files import (
     write,
     write_json,
 )
+from .hf_folder import COPIED
 
 try:
     import fcntl
@@ -79,7 +80,7 @@ _PHASE = re.compile(r"fp\d*|cooled\d+|w\d(\.\d+)?(a\d)?(-.*)?")
 
 def files_of_run(out: Path) -> list[Path]:
     """Return the files that the phases of a run wrote into its folder."""
-    names = ("config.json", "model.safetensors", "state*", "step-*.safetensors")
+    names = ("phase.json", "config.json", *COPIED, "model.safetensors", "state*", "step-*.safetensors")
     folders = [folder for folder in sorted(out.glob("*")) if _PHASE.fullmatch(folder.name)]
     return [path for folder in folders for name in names for path in folder.glob(name)]
 

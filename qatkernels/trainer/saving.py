@@ -14,7 +14,7 @@ from .. import files
 from ..dtensor import whole
 from ..files import CheckpointError, DamagedError
 from ..options import flag, settings_of
-from . import checkpoints, data, models, run_folder
+from . import checkpoints, data, hf_folder, models, run_folder
 from .build import model_header, sizes
 from .config import ConfigError, TrainConfig, read_run
 from .phases import Phase
@@ -113,7 +113,7 @@ def save(training: Training, progress: Progress, keep: int) -> None:
 def finished_result(run: Run, phase: Phase) -> dict[str, Any] | None:
     """Return the result of a phase that is finished; None if it is not, or if its files are damaged."""
     folder = run.folder(phase.name)
-    marker, trained = folder / "config.json", folder / "model.safetensors"
+    marker, trained = folder / models.MARKER, folder / "model.safetensors"
     if not marker.exists():
         return None
     try:
@@ -128,7 +128,8 @@ def finished_result(run: Run, phase: Phase) -> dict[str, Any] | None:
         what = error.what if isinstance(error, DamagedError) else f"{marker} has no result"
         run.display.say(f"{what}: training {phase.name} again")
         run.log.add(phase=phase.name, step=0, note=f"{what}: training {phase.name} again")
-        _delete(run, marker)  # only the marker: resume() deletes damaged states, and finish() replaces the model
+        # resume() deletes damaged states, and finish() replaces the model.
+        _delete(run, marker, folder / "config.json")
         return None
     if not phase.keeps_state:
         _delete(run, *states)  # left by a kill between writing the marker and deleting the states
@@ -137,7 +138,7 @@ def finished_result(run: Run, phase: Phase) -> dict[str, Any] | None:
 
 
 def finish(training: Training, progress: Progress) -> dict[str, Any]:
-    """Write the trained model, then config.json, which marks the phase as finished; return the result."""
+    """Write the trained model, then phase.json, which marks the phase as finished; return the result."""
     run, phase, model = training.run, training.phase, training.model
     folder, seconds = run.folder(phase.name), progress.seconds
     result = {
@@ -159,9 +160,10 @@ def finish(training: Training, progress: Progress) -> dict[str, Any]:
     if phase.keeps_state:
         save(training, progress, keep=1)
     if run.group.first:
-        if tokenizer := models.tokenizer(run.config.model):
-            files.write(folder / tokenizer.name, tokenizer.read_bytes())
-        files.write_json(folder / "config.json", about, sealed=True)
+        if (settings := run.config.described.get("transformers")) is not None:
+            hf_folder.copy_tokenizer(Path(run.config.model), folder)
+            hf_folder.write_config(folder, model, settings)
+        files.write_json(folder / models.MARKER, about, sealed=True)
     if not phase.keeps_state:
         _delete(run, *checkpoints.newest_first(folder))
     run.group.wait()

@@ -56,7 +56,7 @@ def trained(folder: Path) -> dict[str, Any]:
     out = folder / "run"
     left: dict[str, Any] = {}
     for phase in sorted(path for path in out.iterdir() if path.is_dir()):
-        if (names := sorted(p.name for p in phase.iterdir())) != ["config.json", "model.safetensors"]:
+        if (names := sorted(p.name for p in phase.iterdir())) != ["model.safetensors", "phase.json"]:
             raise Wrong(f"{phase.name} holds {names}")
         tensors, _ = files.load(phase / "model.safetensors")
         left[phase.name] = {name: files.digest({"": tensor}) for name, tensor in tensors.items()}

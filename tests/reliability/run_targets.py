@@ -72,7 +72,7 @@ class Packed(Run):
 
     def read(self, case: int) -> Any:
         """Return the model's tensors and its outputs."""
-        model = generate.load(self.file)
+        model, _ = generate.load(self.file)
         logits = model(torch.tensor([[1, 2, 3, 250]])[:, : model.config.context])  # a forged header may say 1
         return {**bits_of(model.state_dict()), "logits": bits_of({"": logits})[""]}
 
@@ -96,7 +96,7 @@ class State(Run):
     def make(self) -> None:
         """Train, then train again up to a state in the middle of the quantized phase."""
         super().make()
-        (self.out / "w2" / "config.json").unlink()
+        (self.out / "w2" / "phase.json").unlink()
         self.phase = phases(self.config)[1]
         run = self.open()
         training = loop.begin(run, self.phase)
@@ -230,14 +230,14 @@ class Sharded(Target):
 
 
 class Result(Run):
-    """The ``config.json`` of a finished phase, which `train` reads as a result and `pack` as a model."""
+    """The ``phase.json`` of a finished phase, which `train` reads as a result and `pack` as a model."""
 
     ways = (mutate.mutated_bytes, mutate.mutated_json)
 
     def make(self) -> None:
         """Train."""
         super().make()
-        self.file = self.out / "w2" / "config.json"
+        self.file = self.out / "w2" / "phase.json"
         self.run, self.phase = self.open(), phases(self.config)[1]
 
     def read(self, case: int) -> Any:

@@ -44,7 +44,7 @@ def outcome(out: str) -> dict[str, Any]:
 
     left: dict[str, Any] = {}
     for folder in sorted(p for p in Path(out).iterdir() if p.is_dir()):
-        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+        assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "phase.json"]
         tensors, _ = files.load(folder / "model.safetensors")
         left[folder.name] = {name: (t.dtype, t.shape, t.numpy().tobytes()) for name, t in tensors.items()}
     log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]

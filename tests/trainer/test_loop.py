@@ -71,7 +71,7 @@ def test_checkpoints_hold_what_was_evaluated(tiny: dict[str, Any]) -> None:
         config.evaluation.eval_windows, config.shape.context
     )
     folder = Path(tiny["out"]) / "w2"
-    described = files.read_json(folder / "config.json")
+    described = files.read_json(folder / "phase.json")
     model = Transformer(ModelConfig(**described["model"]))
     quantization = QuantConfig.from_dict(described["quantization"])
     model = quantize_model(model, quantization, exclude=described["exclude"])
@@ -182,7 +182,7 @@ def test_results_of_nobody_knows_what_are_refused(tiny: dict[str, Any]) -> None:
     path.unlink()
     before = outcome(tiny["out"])
     for settings, restart in (({}, False), ({"width": 16}, False), ({"seed": 5}, True)):
-        with pytest.raises(ConfigError, match=r"holds .*fp/config.json but no run.json"):
+        with pytest.raises(ConfigError, match=r"holds .*fp/phase.json but no run.json"):
             train(TrainConfig(**{**tiny, **settings}), restart=restart, say=lambda line: None)
     assert outcome(tiny["out"]) == before
 
@@ -208,7 +208,7 @@ def test_other_text_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
 
 def test_checkpoint_of_another_model(tiny: dict[str, Any]) -> None:
     run(tiny)
-    (Path(tiny["out"]) / "fp" / "config.json").unlink()
+    (Path(tiny["out"]) / "fp" / "phase.json").unlink()
     state = Path(tiny["out"]) / "fp" / "state.safetensors"
     files.save(state, {"model.weight": torch.zeros(2)}, {"step": 3})
     with pytest.raises(CheckpointError, match="does not fit this model"):

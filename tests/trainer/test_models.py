@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
+import qatkernels
 from qatkernels import cli, files, load_packed, quantized_modules
 from qatkernels.testing.compare import assert_same_bits
 from qatkernels.trainer import CheckpointError, ConfigError, TrainConfig, data, generate, loop, models, spectra, train
@@ -18,6 +20,8 @@ from tests.passes import MachineGone, gone_at
 from .conftest import options, outcome
 
 transformers = pytest.importorskip("transformers")
+
+import qatkernels.integrations.transformers  # noqa: E402  from_pretrained reads quantized models
 
 
 def run(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -61,8 +65,97 @@ def test_a_configuration_of_transformers(tiny_hf: dict[str, Any], llama: Path, t
     packed = load_packed(tmp_path / "packed.safetensors", lambda config: models.build(config["model"])).eval()
     tokens = torch.arange(20)[None]
     torch.testing.assert_close(packed(tokens).logits, model.eval()(tokens).logits, rtol=1e-4, atol=1e-5)
-    with pytest.raises(CheckpointError, match=r"holds a LlamaForCausalLM, must be a model of"):
-        generate.load(tmp_path / "packed.safetensors")
+
+
+def assert_same_model(model: Any, wanted: Any) -> None:
+    """The same tensors bit for bit; logits may differ by the order of sums: files are mapped at any address."""
+    found, expected = model.state_dict(), wanted.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert_same_bits(value, expected[name], name)
+    with torch.no_grad():
+        logits = [m.eval()(torch.arange(20)[None]).logits for m in (model, wanted)]
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
+def test_transformers_reads_what_train_and_pack_leave(
+    tiny_hf: dict[str, Any], llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the commands read what transformers leaves: the same logits, and the same text."""
+    run(tiny_hf, model=str(llama), steps=40, lr=1e-2)
+    out = Path(tiny_hf["out"])
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    for name in ("fp", "w2"):
+        assert_same_model(read(out / name), models.load_trained(out / name).model)
+    assert json.loads((out / "w2" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert read(out / "w2").config.use_cache
+
+    packed = {"folder": tmp_path / "packed", "file": tmp_path / "packed.safetensors"}
+    for path in packed.values():
+        assert cli.main(["pack", str(out / "w2"), str(path)]) == 0
+    assert "times smaller than in float32" in capsys.readouterr().out
+    assert_same_model(read(packed["folder"]), generate.load(packed["file"])[0])
+    assert read(packed["folder"]).config.use_cache
+    read(out / "w2").save_pretrained(tmp_path / "saved")
+    assert cli.main(["pack", str(tmp_path / "saved"), str(tmp_path / "again")]) == 0
+    assert_same_model(read(tmp_path / "again"), read(packed["folder"]))
+
+    texts = {}
+    for path in (out / "w2", tmp_path / "saved", *packed.values()):
+        capsys.readouterr()
+        assert cli.main(["generate", str(path), "--tokens", "20", "--prompt", "red is"]) == 0
+        texts[path] = capsys.readouterr()
+    assert len({text.out for text in texts.values()}) == 1
+    assert texts[out / "w2"].out.startswith("red is")
+    assert len(texts[out / "w2"].out) == len("red is") + 20 + 1
+    assert texts[out / "w2"].err.startswith("20 tokens, ")
+    drawn = []
+    for seed in ("0", "1", "0"):
+        assert cli.main(["generate", str(out / "w2"), "--temperature", "2", "--seed", seed]) == 0
+        drawn.append(capsys.readouterr().out)
+    assert drawn[0] == drawn[2] != drawn[1]
+
+    assert cli.main(["pack", str(out / "fp"), str(tmp_path / "x")]) == 2
+    assert "holds no quantized layer" in capsys.readouterr().err
+    assert cli.main(["pack", str(out / "w2"), str(packed["folder"])]) == 2
+    assert "exists already: give the name of a new folder" in capsys.readouterr().err
+    assert cli.main(["check", str(packed["folder"])]) == 0
+
+
+def test_training_continues_from_what_save_pretrained_wrote(
+    tiny_hf: dict[str, Any], llama: Path, tmp_path: Path
+) -> None:
+    """From the full-precision weights of a quantized model; a packed one has none."""
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(llama))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    qatkernels.quantize_model(model, qatkernels.QuantConfig(2), warn_below=0).save_pretrained(tmp_path / "quantized")
+    run(tiny_hf, model=str(tmp_path / "quantized"), steps=0)
+    after = trained(Path(tiny_hf["out"]) / "fp")
+    assert after.keys() == before.keys()
+    for name, value in after.items():
+        assert_same_bits(value, before[name], name)
+    qatkernels.pack_model(model).save_pretrained(tmp_path / "packed")
+    with pytest.raises(CheckpointError, match="holds a packed model, which has no weights to train"):
+        run(tiny_hf, model=str(tmp_path / "packed"), steps=0, out=str(tmp_path / "other"))
+
+
+def test_folders_that_cannot_be_read(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights that are missing or pickled are errors: neither random weights nor code from the file."""
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(llama))
+    model.save_pretrained(tmp_path / "m")
+    tensors = safetensors.torch.load_file(tmp_path / "m" / "model.safetensors")
+    dropped = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    safetensors.torch.save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    assert cli.main(["generate", str(tmp_path / "m")]) == 2
+    assert "model.layers.0.mlp.up_proj.weight is missing or has another shape" in capsys.readouterr().err
+    (tmp_path / "m" / "model.safetensors").unlink()
+    torch.save({**tensors, "model.layers.0.mlp.up_proj.weight": dropped}, tmp_path / "m" / "pytorch_model.bin")
+    assert cli.main(["generate", str(tmp_path / "m")]) == 2
+    assert "is not a model that transformers reads" in capsys.readouterr().err
+    model.resize_token_embeddings(300)
+    model.save_pretrained(tmp_path / "large")
+    assert cli.main(["generate", str(tmp_path / "large")]) == 2
+    assert "has no tokenizer for the 300 tokens of its model: give --tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["llama", "llama/config.json"])
@@ -95,13 +188,14 @@ def test_weights_of_transformers(tiny_hf: dict[str, Any], llama: Path, tied: boo
     assert torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight) is tied
 
 
-def test_a_tokenizer(tiny_hf: dict[str, Any], llama: Path) -> None:
+def test_a_tokenizer(tiny_hf: dict[str, Any], llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Losses are per byte all the same, and the text is known by its tokenizer too."""
-    from tokenizers import Tokenizer, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
 
     tokenizer = Tokenizer(BPE(unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["?"], show_progress=False)
     tokenizer.train_from_iterator(["red is number 11\ngreen is number 22\nblue is number 33\n" * 9], trainer)
     tokenizer.save(str(llama / "tokenizer.json"))
@@ -119,6 +213,20 @@ def test_a_tokenizer(tiny_hf: dict[str, Any], llama: Path) -> None:
     assert report["full_precision"]["full_precision"] == pytest.approx(wanted, rel=1e-5)
     assert corpus.sha256 != data.load(tiny_hf["data"], 32).sha256
     assert (Path(tiny_hf["out"]) / "w2" / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
+    capsys.readouterr()
+    few = ["--tokens", "4", "--prompt", "red is"]
+    assert cli.main(["generate", tiny_hf["out"] + "/w2", *few]) == 0
+    own = capsys.readouterr()
+    assert len(own.out) > len("red is") + 4 + 1, "a token is more than a byte"
+    assert own.out.startswith("red is")
+    assert own.err.startswith("4 tokens, ")
+    assert cli.main(["pack", tiny_hf["out"] + "/w2", tiny_hf["out"] + "/packed"]) == 0
+    assert cli.main(["pack", tiny_hf["out"] + "/w2", tiny_hf["out"] + "/packed.safetensors"]) == 0
+    capsys.readouterr()
+    assert cli.main(["generate", tiny_hf["out"] + "/packed", *few]) == 0
+    assert capsys.readouterr().out == own.out
+    assert cli.main(["generate", tiny_hf["out"] + "/packed.safetensors", *few, "--tokenizer", str(llama)]) == 0
+    assert capsys.readouterr().out == own.out
 
 
 @pytest.mark.parametrize("name", ["fp", "w2", "fp/model.safetensors", "fp/step-000012.safetensors"])
@@ -133,7 +241,7 @@ def test_a_model_of_an_earlier_run(tiny: dict[str, Any], tmp_path: Path, name: s
     after = trained(tmp_path / "later" / "fp")
     assert after.keys() == {key for key in before if not key.endswith((".scale", "._extra_state"))}
     assert all(torch.equal(after[key], before[key]) for key in after)
-    described = files.read_json(tmp_path / "later" / "w1" / "config.json")
+    described = files.read_json(tmp_path / "later" / "w1" / "phase.json")
     assert described["model"]["width"] == tiny["width"]
     assert described["model"]["context"] == 16
 

@@ -16,8 +16,9 @@ import torch
 from qatkernels import QuantLinear, cli, files, quantize
 from qatkernels.nn import model_bytes
 from qatkernels.trainer import TrainConfig, train
+from qatkernels.trainer import generate as job
 from qatkernels.trainer.demo_model import Cache, ModelConfig, Transformer
-from qatkernels.trainer.generate import generate, load
+from qatkernels.trainer.generate import generate
 
 from .conftest import TINY
 
@@ -55,10 +56,14 @@ def test_sizes_to_the_byte(run: Path, packed: dict[str, Path]) -> None:
             (header,) = struct.unpack("<Q", content.read(8))
         assert file.stat().st_size == 8 + header + expected
         assert header < 4000
-        report = files.read_json(run / name / "config.json")["result"]
+        report = files.read_json(run / name / "phase.json")["result"]
         assert report["model_bytes"] == expected
         assert expected <= previous
         previous = expected
+
+
+def load(path: Path) -> torch.nn.Module:
+    return job.load(path)[0]
 
 
 def test_the_command_says_the_sizes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,7 +217,7 @@ def test_a_model_is_not_packed_onto_itself(run: Path, tmp_path: Path, capsys: py
     shutil.copytree(run / "w2", folder)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     (tmp_path / "link").symlink_to(folder / "model.safetensors")
-    for out in (folder / "model.safetensors", folder / "config.json", folder / ".." / "w2" / "model.safetensors",
+    for out in (folder / "model.safetensors", folder / "phase.json", folder / ".." / "w2" / "model.safetensors",
                 tmp_path / "link"):  # fmt: skip
         assert cli.main(["pack", str(folder), str(out)]) == 2
         assert f"{out} is a file of the model in {folder}" in capsys.readouterr().err
@@ -276,13 +281,13 @@ def test_errors_are_one_line_and_exit_code_2(
     empty.mkdir()
     capsys.readouterr()
     for command, message in (
-        (["pack", str(run / "fp"), str(tmp_path / "x")], "was trained in full precision, there is nothing to pack"),
-        (["pack", str(empty), str(tmp_path / "x")], "config.json cannot be read"),
+        (["pack", str(run / "fp"), str(tmp_path / "x")], "holds no quantized layer, there is nothing to pack"),
+        (["pack", str(empty), str(tmp_path / "x")], "phase.json cannot be read"),
         (["pack", str(tmp_path / "none"), str(tmp_path / "x")], "cannot be read: No such file"),
         (["pack", str(run / "w2"), str(broken / "x")], "cannot be written"),
         (["pack", str(run / "w2"), str(empty)], "cannot be written"),
         (["generate", str(broken)], f"{broken} is damaged"),
-        (["generate", str(empty)], "config.json cannot be read"),
+        (["generate", str(empty)], "phase.json cannot be read"),
         (["generate", str(tmp_path / "none")], "cannot be read"),
         (["generate", str(run / "w2" / "model.safetensors")], "is not a packed model"),
         (["generate", str(run / "w2"), "--tokens", "0"], "--tokens is 0, must be at least 1"),
@@ -307,8 +312,8 @@ def test_a_folder_of_another_version(run: Path, tmp_path: Path, capsys: pytest.C
         ({"quantization": None}, "model.safetensors does not fit the model: it has a "),
     ):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        described = {**files.read_json(run / "w2" / "config.json"), **change}
-        files.write_json(folder / "config.json", described)
+        described = {**files.read_json(run / "w2" / "phase.json"), **change}
+        files.write_json(folder / "phase.json", described)
         files.save(folder / "model.safetensors", files.load(run / "w2" / "model.safetensors")[0], described)
         with pytest.raises(files.CheckpointError, match=message):
             load(folder)

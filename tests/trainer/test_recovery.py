@@ -85,7 +85,7 @@ def test_a_damaged_state_costs_steps_only(tiny: dict[str, Any], tmp_path: Path, 
     assert without_notes(outcome(tiny["out"])) == outcome(str(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("name", ["fp/model.safetensors", "fp/config.json", "w2/model.safetensors"])
+@pytest.mark.parametrize("name", ["fp/model.safetensors", "fp/phase.json", "w2/model.safetensors"])
 def test_a_damaged_result_is_made_again(tiny: dict[str, Any], name: str) -> None:
     run(tiny)
     before = outcome(tiny["out"])
@@ -106,7 +106,7 @@ def test_a_damaged_result_is_made_again(tiny: dict[str, Any], name: str) -> None
 def test_a_number_that_changed_in_a_result(tiny: dict[str, Any], sealed: bool) -> None:
     """It has a digest; a file of an earlier version, which has none, is held against the model's own header."""
     report = run(tiny)
-    path = Path(tiny["out"]) / "w2" / "config.json"
+    path = Path(tiny["out"]) / "w2" / "phase.json"
     stored = json.loads(path.read_text())
     stored["result"]["bits_per_byte"] += 1
     path.write_text(json.dumps(stored if sealed else {k: v for k, v in stored.items() if k != "digest"}))

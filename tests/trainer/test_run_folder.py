@@ -160,13 +160,13 @@ def test_what_is_of_a_run(tmp_path: Path) -> None:
     own = ("fp", "fp1200", "cooled900", "w2", "w1.58", "w1a8-1200-both-600-0.2")
     for name in (*own, "fp16-llama", "weights", "w", "fpx"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "phase.json").write_text("{}")
     assert {path.parent.name for path in run_folder.files_of_run(tmp_path)} == set(own)
 
 
 def test_remove_run_deletes_nothing_else(tmp_path: Path) -> None:
-    kept = [tmp_path / "notes.txt", tmp_path / "w2" / "mine.txt", tmp_path / "other" / "config.json"]
-    gone = [tmp_path / "fp" / "config.json", tmp_path / "w1.58" / "state.safetensors", tmp_path / "log.jsonl"]
+    kept = [tmp_path / "notes.txt", tmp_path / "w2" / "mine.txt", tmp_path / "other" / "phase.json"]
+    gone = [tmp_path / "fp" / "phase.json", tmp_path / "w1.58" / "state.safetensors", tmp_path / "log.jsonl"]
     gone.append(tmp_path / "w2" / "step-000050.safetensors")
     for path in kept + gone:
         path.parent.mkdir(exist_ok=True)
