@@ -8,13 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+NEEDS = {
+    "quantize_transformers": ("transformers",),
+    "trainer": ("transformers", "accelerate"),
+    "accelerate_loop": ("accelerate",),
+    "lightning_module": ("lightning",),
+}
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
 def test_runs(script, tmp_path):
-    if script.stem == "quantize_transformers":
-        pytest.importorskip("transformers")
+    for package in NEEDS.get(script.stem, ()):
+        pytest.importorskip(package)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:qatkernels", str(script)],

@@ -24,9 +24,11 @@ from ..extras import missing
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 except ImportError as error:
     raise missing("qatkernels.integrations.transformers", "hf", error) from error
 
+from ..methods.distillation import DistillationConfig, distillation_loss
 from ..methods.squat import SQuAT
 from ..methods.winq import WinQ
 from ..nn import param_groups, quantized_modules, scales_at_floor
@@ -113,12 +115,30 @@ class QATTrainer(Trainer):
         *args: arguments of Trainer.
         scale_lr: learning rate of scales and zero points; None as for :func:`qatkernels.param_groups`. The Trainer's
             schedule applies to it. An optimizer that is given to the Trainer is not changed.
+        teacher: a model that the training also learns from, such as ``copy.deepcopy(model)`` from before it was
+            quantized (:func:`qatkernels.methods.distillation_loss`). It takes the same inputs. It is put into eval
+            mode, frozen, and moved to the Trainer's device.
+        distill: weight of learning from the teacher, in [0, 1]; the labels have the rest.
+        temperature: divides both models' logits before the softmax.
         **kwargs: arguments of Trainer.
+
+    Raises:
+        ValueError: if ``distill`` or ``temperature`` is out of range.
     """
 
-    def __init__(self, *args: Any, scale_lr: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        scale_lr: float | None = None,
+        teacher: nn.Module | None = None,
+        distill: float = 0.5,
+        temperature: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.scale_lr = scale_lr
+        self.distillation = DistillationConfig(distill, temperature)
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
         self._warned_of_floor = False
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -148,6 +168,47 @@ class QATTrainer(Trainer):
         scales = set(map(id, scales_of(model)))
         scale_names = {name for name, p in model.named_parameters() if id(p) in scales}
         return [name for name in super().get_decay_parameter_names(model) if name not in scale_names]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the Trainer's loss; in training with a teacher, its mean with the divergence from the teacher.
+
+        Positions without a label (-100), such as padding, are left out of both.
+        """
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = dict(inputs)
+        labels = batch.pop("labels", None)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.no_grad():
+            target = self.teacher(**batch)
+        logits = [out["logits"] if isinstance(out, dict) else out[0] for out in (_without_loss(outputs), target)]
+        if labels is not None and labels.shape == logits[0].shape[:-1]:  # a label for each token
+            if self._predicts_next(model):
+                labels, logits = labels[:, 1:], [value[:, :-1] for value in logits]
+            logits = [value[labels != -100] for value in logits]
+        divergence = distillation_loss(logits[0], logits[1], self.distillation.temperature)
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            # The model divided the sum of its losses by the number of labels of all micro-batches and processes. The
+            # Trainer multiplies by the number of processes, because it averages their gradients.
+            divergence = divergence * (logits[0].shape[:-1].numel() / num_items_in_batch)
+            if self.args.average_tokens_across_devices:
+                divergence = divergence * self.accelerator.num_processes
+        share = self.distillation.distill
+        loss = (1 - share) * loss + share * divergence
+        return (loss, outputs) if return_outputs else loss
+
+    def _predicts_next(self, model: nn.Module) -> bool:
+        """Whether a model compares its output at each token with the next label, as causal language models do."""
+        plain: Any = self.accelerator.unwrap_model(model)
+        if hasattr(plain, "get_base_model"):  # of PEFT
+            plain = plain.get_base_model()
+        return type(plain).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss: the mean over WinQ's passes."""
@@ -191,6 +252,11 @@ class QATTrainer(Trainer):
 
     def _winq(self) -> list[WinQCallback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, WinQCallback)]
+
+
+def _without_loss(outputs: Any) -> Any:
+    """Return a model's outputs without the loss, which is the first of a tuple."""
+    return outputs if isinstance(outputs, dict) else outputs[1:]
 
 
 class _AfterStep(TrainerCallback):

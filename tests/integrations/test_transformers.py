@@ -1,5 +1,6 @@
 """Real Trainers on a tiny model."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("accelerate")
 
 from qatkernels import QuantConfig, param_groups, quantize_model, quantized_modules  # noqa: E402
 from qatkernels.integrations.transformers import QATTrainer, SQuATTrainer, WinQCallback  # noqa: E402
-from qatkernels.methods import SQuAT, WinQ, hadamard  # noqa: E402
+from qatkernels.methods import SQuAT, WinQ, distillation_loss, hadamard  # noqa: E402
 
 STEPS = 6
 
@@ -318,3 +319,84 @@ def test_an_unquantized_model_is_refused(tmp_path):
     callback = WinQCallback(reset_every=2, reset_weight=0.5, noise_std=1e-3)
     with pytest.raises(ValueError, match="no quantized layer"):
         train(transformers.Trainer, transformers.LlamaForCausalLM(make_model().config), tmp_path, [callback])
+
+
+def padded(size=8):
+    """Sequences of 3 to 12 tokens, padded on the right."""
+    rows = []
+    for i, row in enumerate(dataset(size)):
+        kept = torch.arange(12) < 3 + (5 * i) % 10
+        labels = torch.where(kept, row["labels"], -100)
+        rows.append({"input_ids": row["input_ids"], "attention_mask": kept.long(), "labels": labels})
+    return rows
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_distillation(tmp_path, share):
+    """A Trainer with a teacher takes the steps of a loop, whose loss leaves out padding."""
+    teacher = make_model(8)
+    train(QATTrainer, teacher, tmp_path / "teacher")
+    extra = {"teacher": teacher, "distill": share, "temperature": 2.0}
+    trainer = QATTrainer(model=make_model(), args=arguments(tmp_path), train_dataset=padded(), **extra)
+    trainer.train()
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+    def step(model, optimizer):
+        batch = {key: torch.stack([row[key] for row in padded()]) for key in padded()[0]}
+        labels = batch["labels"][:, 1:]
+
+        def run(_):
+            optimizer.zero_grad()
+            logits = model(**batch).logits[:, :-1][labels != -100]
+            target = teacher(**batch).logits[:, :-1][labels != -100]
+            entropy = torch.nn.functional.cross_entropy(logits, labels[labels != -100])
+            loss = (1 - share) * entropy + share * distillation_loss(logits, target, 2.0)
+            loss.backward()
+            optimizer.step()
+
+        return run
+
+    assert_close(trainer.model, own_loop(step))
+
+
+def test_distillation_in_micro_batches(tmp_path):
+    """Their lengths differ, and the sum of their gradients is that of the whole batch."""
+    models = []
+    for accumulate in (1, 4):
+        size = {"per_device_train_batch_size": 8 // accumulate, "gradient_accumulation_steps": accumulate}
+        extra = {"teacher": make_model(8), "distill": 0.7}
+        trainer = QATTrainer(model=make_model(), args=arguments(tmp_path, **size), train_dataset=padded(), **extra)
+        trainer.train()
+        models.append(trainer.model)
+    assert_close(*models)
+
+
+def test_distillation_of_a_classifier(tmp_path):
+    """Which has one label for a sequence, and is evaluated on the labels alone."""
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=3,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config)
+    rows = [{"input_ids": row["input_ids"], "labels": int(row["input_ids"][0]) % 3} for row in dataset()]
+    teacher = copy.deepcopy(model)
+    trainer = QATTrainer(
+        model=quantize_model(model, QuantConfig(2), warn_below=0), teacher=teacher, distill=1.0, train_dataset=rows,
+        eval_dataset=rows, args=arguments(tmp_path),
+    )  # fmt: skip
+    before = trainer.evaluate()["eval_loss"]
+    with torch.no_grad():
+        batch = {"input_ids": torch.stack([row["input_ids"] for row in rows])}
+        labels = torch.tensor([row["labels"] for row in rows])
+        assert before == pytest.approx(float(model.eval()(**batch, labels=labels).loss), rel=1e-4)
+        first = distillation_loss(model(**batch).logits, teacher(**batch).logits)
+    trainer.train()
+    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert history[0] == pytest.approx(float(first), rel=1e-3)
+    assert history[-1] < history[0]
+
+
+def test_a_share_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match=r"distill is 1\.5, must be"):
+        QATTrainer(model=make_model(), args=arguments(tmp_path), teacher=make_model(8), distill=1.5)
