@@ -1,7 +1,8 @@
-"""Files of quantized models: this library's own, and those of other runtimes."""
+"""Files of quantized models: this library's own, and those of others."""
 
 from ._export import ExportReport, ExportRow, export
 from .integers import UnfitError
 from .packed import load_packed, save_packed
+from .paretoq import load_paretoq
 
-__all__ = ["ExportReport", "ExportRow", "UnfitError", "export", "load_packed", "save_packed"]
+__all__ = ["ExportReport", "ExportRow", "UnfitError", "export", "load_packed", "load_paretoq", "save_packed"]
