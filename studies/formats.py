@@ -9,6 +9,7 @@ read such files with the runtimes themselves.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import tempfile
 from collections.abc import Iterator
@@ -87,8 +88,8 @@ def _model(settings: dict[str, Any], group: int | None) -> nn.Module:
     with torch.no_grad():
         for layer in quantized_modules(model).values():
             layer.scale.mul_(torch.empty_like(layer.scale).uniform_(0.8, 1.2))
-            if layer.zero_point is not None and "whole" in settings["quantizer"]:
-                layer.zero_point.round_()
+            if layer.zero_point is not None and "any" in settings["quantizer"]:
+                layer.zero_point.add_(0.25)  # they begin whole, and training moves them
     return model
 
 
@@ -127,26 +128,35 @@ def _group(group: int | None) -> str:
 def report(results: Results, out: Path) -> str:
     """Return the table, a line for each quantizer and all group sizes that fare alike, and the reasons below it."""
     reasons: list[str] = []
+    found: dict[tuple[str, float], dict[str, Figures]] = {}  # by quantizer and bits: the figures by dtype of scales
+    for row in results.rows:
+        settings = row["settings"]
+        found.setdefault((settings["quantizer"], settings["bits"]), {})[settings["scale_dtype"]] = row["figures"]
     formats = [to for to in FORMATS if any(to in cell for row in results.rows for cell in row["figures"].values())]
     lines = [
-        "| scheme | bits | scales | shared by | " + " | ".join(FORMATS[to] for to in formats) + " |",
-        "|---|---|---|---|" + "---|" * len(formats),
+        "| scheme | bits | scale for each | " + " | ".join(FORMATS[to] for to in formats) + " |",
+        "|---|---|---|" + "---|" * len(formats),
     ]
-    for row in results.rows:
+    for (quantizer, bits), by_dtype in found.items():
         alike: dict[tuple[str, ...], list[str]] = {}
-        for group, cells in row["figures"].items():
-            alike.setdefault(tuple(_text(cells[to], reasons) for to in formats), []).append(group)
-        settings = row["settings"]
-        for texts, groups in alike.items():
-            lines.append(
-                f"| {settings['quantizer']} | {settings['bits']:g} | {settings['scale_dtype']} | {', '.join(groups)} | "
-                + " | ".join(texts) + " |"
-            )  # fmt: skip
+        for group in next(iter(by_dtype.values())):
+            cells = {dtype: figures[group] for dtype, figures in by_dtype.items()}
+            texts = (_text({dtype: cell[to] for dtype, cell in cells.items()}, reasons) for to in formats)
+            alike.setdefault(tuple(texts), []).append(group)
+        for cell_texts, groups in alike.items():
+            lines.append(f"| {quantizer} | {bits:g} | {', '.join(groups)} | " + " | ".join(cell_texts) + " |")
     return "\n".join([*lines, "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))])
 
 
-def _text(cell: Figures, reasons: list[str]) -> str:
-    """Return a cell of the table; a reason is added to the list below it, once."""
+def _text(cells: dict[str, Figures], reasons: list[str]) -> str:
+    """Return a cell of the table: what float16 scales give, then float32 scales if that differs."""
+    first, *others = (_one(cell, reasons) for cell in cells.values())
+    kind = first.split(":")[-1].strip()
+    return "; ".join([first, *(f"float32 scales {o.replace(f': {kind}', '')}" for o in others if o != first)])
+
+
+def _one(cell: Figures, reasons: list[str]) -> str:
+    """Return a model's part of a cell; a reason is added to the list below the table, once."""
     if "reason" in cell:
         kind = re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "N", cell["reason"])
         for i, known in enumerate(reasons, 1):
@@ -155,9 +165,14 @@ def _text(cell: Figures, reasons: list[str]) -> str:
         reasons.append(cell["reason"])
         return f"no ({len(reasons)})"
     kind = re.sub(r" in (groups|blocks) of \d+|, (rows|groups of \d+)", "", cell["stored_as"])
-    how = "exact" if cell["error"] == 0 else f"off by {cell['error']:.0e}"
+    how = "exact" if cell["error"] == 0 else f"off by at most {_rounded_up(cell['error'])}"
     given = "".join(f", {name}={value}" for name, value in cell["options"].items())
     return f"{how}: {kind}{given}"
+
+
+def _rounded_up(error: float) -> str:
+    """Return an error as a power of two: the bound that it keeps, which does not depend on the drawn weights."""
+    return f"2^{math.ceil(math.log2(error))}"
 
 
 STUDY = Study("formats", SIZES, cases, report)

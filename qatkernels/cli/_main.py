@@ -1,12 +1,13 @@
 """The command line. Each subcommand is in the module of its name.
 
 Such a module has ``LONG``, a description; optionally ``USAGE`` and ``EPILOG``; ``add_arguments(parser)``; and
-``run(args)``, which returns the exit code.
+``run(args)``, which returns an Answer, or an exit code if there was an error. Every command has ``--json``.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from ..extras import MissingExtraError
 from ..version import __version__
 from .arguments import Parser
-from .common import fail
+from .common import Answer, fail
 
 #: Subcommands by name, with their line in `qatkernels --help`. The module of a command is imported when the command is
 #: called, because some commands need packages that others do not.
@@ -52,6 +53,9 @@ def parsers(argv: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
             commands[name].epilog = getattr(module, "EPILOG", None)
             commands[name].usage = getattr(module, "USAGE", None)
             module.add_arguments(commands[name])
+            commands[name].add_argument(
+                "--json", action="store_true", default=False, help="print the answer as one JSON object"
+            )
             commands[name].set_defaults(run=module.run)
     return parser, commands
 
@@ -68,7 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, rest = parser.parse_known_args(argv)
         if rest:
             commands[args.command].unknown(rest)
-        code: int = args.run(args)
+        answer: Answer | int = args.run(args)
+        if isinstance(answer, int):
+            return answer
+        if args.json:
+            print(json.dumps(answer.result, indent=2, allow_nan=False))
+        else:
+            answer.show()
+        return answer.code
     except MissingExtraError as error:
         return fail(error)
     except KeyboardInterrupt:
@@ -76,7 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader closed the pipe, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    return code
 
 
 def run() -> int:

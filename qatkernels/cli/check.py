@@ -10,7 +10,7 @@ import torch
 
 from ..options import AT_LEAST_1, check, option
 from .arguments import add_options, from_arguments
-from .common import BROKEN, fail
+from .common import BROKEN, Answer, fail
 
 LONG = f"""\
 Find problems in a model that would spoil training without an error. Runs a
@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, CheckConfig)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the table."""
+def run(args: argparse.Namespace) -> Answer | int:
+    """Return the table."""
     from .. import check as check_model
     from ..trainer import CheckpointError, generate, models
 
@@ -52,5 +52,4 @@ def run(args: argparse.Namespace) -> int:
         report = check_model(model, batch)
     except (CheckpointError, ValueError) as error:
         return fail(error)
-    print(report)
-    return 0 if report.ok else BROKEN
+    return Answer(report.to_dict(), lambda: print(report), 0 if report.ok else BROKEN)

@@ -1,11 +1,29 @@
-"""Exit codes of the commands, and the output for an error of the user."""
+"""What a command returns: an answer to print, or the exit code of an error."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 #: Exit codes: the command found a problem; the command line or an input cannot be used.
 BROKEN, BAD_USAGE = 1, 2
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer of a command.
+
+    Attributes:
+        result: what ``--json`` prints, as one JSON object.
+        show: prints the answer for a person.
+        code: the exit code.
+    """
+
+    result: Mapping[str, Any]
+    show: Callable[[], None]
+    code: int = 0
 
 
 def fail(message: object) -> int:

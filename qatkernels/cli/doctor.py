@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 
-from .common import BROKEN
+from .common import BROKEN, Answer
 
 LONG = f"""\
 Show which backend serves which op here, what is missing, and how to get it. The
@@ -14,14 +13,13 @@ exit code is {BROKEN} if something is broken.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    parser.add_argument("--json", action="store_true", default=False, help="print one JSON object")
+    """Add no option of its own."""
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the diagnosis."""
+def run(args: argparse.Namespace) -> Answer:
+    """Return the diagnosis."""
     from .. import doctor
 
     diagnosis = doctor.diagnosis()
-    print(json.dumps(diagnosis, indent=2) if args.json else doctor.prescription(diagnosis))
-    return BROKEN if diagnosis["broken"] else 0
+    code = BROKEN if diagnosis["broken"] else 0
+    return Answer(diagnosis, lambda: print(doctor.prescription(diagnosis)), code)

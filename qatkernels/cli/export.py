@@ -9,7 +9,7 @@ from typing import Any
 
 from ..options import check, option
 from .arguments import add_options, from_arguments
-from .common import fail
+from .common import Answer, fail
 
 LONG = """\
 Write a trained low-bit model for another runtime. Codes and scales are written
@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, ExportConfig)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Export a model, and print how its layers are stored."""
+def run(args: argparse.Namespace) -> Answer | int:
+    """Export a model, and return how its layers are stored."""
     from ..files import CheckpointError
     from ..formats._export import takes, writer
     from ..trainer.generate import open_model
@@ -60,11 +60,13 @@ def run(args: argparse.Namespace) -> int:
         if wanted and (tokenizer := _tokenizer(source, config.tokenizer)) is not None:
             options["tokenizer"] = tokenizer
         write = writer(config.to, options)  # raises for a wrong option, before the model is loaded
-        report = write(open_model(source)[0].eval(), Path(config.out), **options)
+        model, described = open_model(source)
+        if takes(config.to, "config"):
+            options["config"] = {"model": described}  # from which `generate` builds the model
+        report = write(model.eval(), Path(config.out), **options)
     except (CheckpointError, ValueError, OSError) as error:
         return fail(error)
-    print(report)
-    return 0
+    return Answer(report.to_dict(), lambda: print(report))
 
 
 def _tokenizer(source: Path, given: str | None) -> Any:

@@ -13,7 +13,7 @@ from ..methods.values import check_seed
 from ..options import AT_LEAST_0, AT_LEAST_1, ConfigError, check, option
 from ..units import human
 from .arguments import add_options, from_arguments
-from .common import fail
+from .common import Answer, fail
 
 LONG = "Generate text with a trained model, packed or not."
 
@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, GenerateConfig)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write text to the standard output, and the speed to the standard error."""
+def run(args: argparse.Namespace) -> Answer | int:
+    """Write text to the standard output while it is generated, and the speed to the standard error."""
     from ..trainer import CheckpointError
     from ..trainer import generate as job
 
@@ -60,14 +60,15 @@ def run(args: argparse.Namespace) -> int:
         model, tokenizer = job.load(Path(config.model), Path(config.tokenizer) if config.tokenizer else None)
     except (ConfigError, CheckpointError) as error:
         return fail(error)
+    pieces: list[str] = []
     began = time.perf_counter()
     count = job.show_text(
-        model, tokenizer, os.fsencode(config.prompt), config.tokens, _show,
+        model, tokenizer, os.fsencode(config.prompt), config.tokens, pieces.append if args.json else _show,
         temperature=config.temperature, seed=config.seed,
     )  # fmt: skip
     seconds = time.perf_counter() - began
-    print(f"{count} tokens, {human(count / seconds)} tokens/s", file=sys.stderr)
-    return 0
+    result = {"text": "".join(pieces).removesuffix("\n"), "tokens": count, "seconds": seconds}
+    return Answer(result, lambda: print(f"{count} tokens, {human(count / seconds)} tokens/s", file=sys.stderr))
 
 
 def _show(text: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from ..options import check, option
 from .arguments import add_options, from_arguments
-from .common import fail
+from .common import Answer, fail
 
 LONG = """\
 Write a trained model with the codes of its quantized layers at their bit width,
@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, PackConfig)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Pack a model, and print its size."""
+def run(args: argparse.Namespace) -> Answer | int:
+    """Pack a model, and return its size."""
     from ..trainer import CheckpointError, generate
 
     try:
@@ -54,8 +54,11 @@ def run(args: argparse.Namespace) -> int:
         size = generate.pack(Path(config.checkpoint), Path(config.out), getattr(torch, config.scale_dtype))
     except (CheckpointError, ValueError) as error:
         return fail(error)
-    for dtype, width in (("float32", 4), ("bfloat16", 2)):
-        full = width * size["parameters"]
-        ratio = full / size["disk"]
-        print(f"{config.out}: {size['disk']:,} bytes, {ratio:.1f} times smaller than in {dtype} ({full:,})")
-    return 0
+
+    def show() -> None:
+        for dtype, width in (("float32", 4), ("bfloat16", 2)):
+            full = width * size["parameters"]
+            ratio = full / size["disk"]
+            print(f"{config.out}: {size['disk']:,} bytes, {ratio:.1f} times smaller than in {dtype} ({full:,})")
+
+    return Answer({"path": config.out, **size}, show)

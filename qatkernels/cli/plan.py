@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from ..plan.fit import FitError, LossFit, fit_loss_law, read_runs, select
 from ..plan.formula import PlanError, optimal_qat_fraction, tokens_per_parameter_byte
 from ..plan.law import LossLaw
 from .arguments import add_options, from_arguments
-from .common import fail
+from .common import Answer, fail
 
 LONG = """\
 Compute how many tokens to train in full precision and how many quantized. The
@@ -64,7 +63,6 @@ class PlanConfig:
         AT_LEAST_1, parse=units.size, metavar="SIZE",
     )  # fmt: skip
     plot: str | None = option(None, "draw the law and the optimum", metavar="PNG")
-    json: bool = option(False, "print one JSON object")
 
     def __post_init__(self) -> None:
         check(self)
@@ -81,8 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, PlanConfig)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the plan to standard output, and warnings to standard error."""
+def run(args: argparse.Namespace) -> Answer | int:
+    """Return the plan, and print warnings to standard error."""
     try:
         config = from_arguments(args, PlanConfig)
         result, messages = answer(config)
@@ -90,8 +88,7 @@ def run(args: argparse.Namespace) -> int:
         return fail(error)
     for message in messages:
         print(f"qatkernels: warning: {message}", file=sys.stderr)
-    print(json.dumps(result, indent=2) if config.json else text(result))
-    return 0
+    return Answer(result, lambda: print(text(result)))
 
 
 def answer(config: PlanConfig) -> tuple[dict[str, Any], list[str]]:

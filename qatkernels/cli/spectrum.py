@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .arguments import add_options, from_arguments
-from .common import fail
+from .common import Answer, fail
 
 LONG = """\
 Estimate the spectrum of the Hessian of the training loss with respect to the
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, SpectrumConfig)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Compute the spectra, and print the table."""
+def run(args: argparse.Namespace) -> Answer | int:
+    """Compute the spectra."""
     from ..hessian import NotFiniteError
     from ..trainer import CheckpointError, ConfigError, DataError, spectra
 
@@ -41,5 +41,4 @@ def run(args: argparse.Namespace) -> int:
         report = spectra.run(config)
     except (ConfigError, DataError, CheckpointError, NotFiniteError) as error:
         return fail(error)
-    spectra.show(report, config.out)
-    return 0
+    return Answer(report, lambda: spectra.show(report, config.out))

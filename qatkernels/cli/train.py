@@ -8,7 +8,7 @@ import shlex
 import sys
 
 from .arguments import add_options, settings_in
-from .common import fail
+from .common import Answer, fail
 
 USAGE = "qatkernels train [--SETTING VALUE ...] [--config TOML] [--resume | --restart]"
 LONG = """\
@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train, and print the table."""
+def run(args: argparse.Namespace) -> Answer | int:
+    """Train, and return the report; only the first process has one to print."""
     from .. import trainer
     from ..trainer import toml
     from ..trainer.parallel import ParallelError
@@ -72,6 +72,6 @@ def run(args: argparse.Namespace) -> int:
         trainer.ConfigError, trainer.DataError, trainer.CheckpointError, trainer.DivergedError, ParallelError,
     ) as error:  # fmt: skip
         return fail(error)
-    if os.environ.get("RANK", "0") == "0":
-        trainer.show(report, config.out)
-    return 0
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    return Answer(report, lambda: trainer.show(report, config.out))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,13 @@ class ExportReport:
     def exact(self) -> bool:
         """Whether every quantized weight is stored bit for bit."""
         return all(row.error == 0 for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-able values."""
+        return {
+            "path": str(self.path), "bytes": self.nbytes, "exact": self.exact, "notes": self.notes,
+            "layers": [asdict(row) for row in self.rows],
+        }  # fmt: skip
 
     def __str__(self) -> str:
         """Return a few lines: a line for each way of storing, then the size and the notes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -73,6 +73,17 @@ class CheckReport:
     def ok(self) -> bool:
         """Whether no problem was found."""
         return not self.problems and not any(layer.problems for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-able values; a number that is not finite is None."""
+        layers = [
+            {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in asdict(layer).items()
+            }
+            for layer in self.layers
+        ]
+        return {"ok": self.ok, "layers": layers, "problems": self.problems, "notes": self.notes}
 
     def __str__(self) -> str:
         head = ("layer", "quantized to", "calls", "scale grad", "at floor", "not finite", "scale/fresh")

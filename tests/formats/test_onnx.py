@@ -72,6 +72,7 @@ def test_onnx_runtime_has_the_trained_values(bits, scheme, group_size, cols):
         # With float zero points ONNX Runtime computes q * scale - zero point * scale, which rounds thrice, as MLX does.
         units = 2 if made.stored.zeros == "float" else 0
         assert (np.abs(values - wanted) <= units * unit(weight)).all()
+        assert made.error == np.abs(values - wanted).max() / np.abs(wanted).max()
         x = np.random.RandomState(0).randn(5, cols).astype(np.float32)
         np.testing.assert_allclose(product(made, x), x @ wanted.T, rtol=0, atol=1e-5)
 
@@ -91,7 +92,7 @@ def test_whole_models(case, tmp_path):
     model = qk.pack_model(model) if packs else model.train()
     before = dict(model.named_modules())
     report = export(model, tmp_path / "model.onnx", to="onnx")
-    assert report.exact
+    assert report.exact == (config.grid.scheme != "seq")
     assert ("14 layers have float zero points" in str(report)) == (config.grid.scheme == "seq")
     assert report.nbytes == (tmp_path / "model.onnx").stat().st_size
     assert dict(model.named_modules()) == before  # the layers are back, and the mode

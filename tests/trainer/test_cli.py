@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -156,3 +157,39 @@ def test_help(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     wanted = {None: list(cli.COMMANDS), "train": ["--data", "--resume", "--qat-lr", "examples:"], "doctor": ["--json"]}
     assert all(word in text for word in wanted[command])
+
+
+def test_every_command_prints_json(tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One object, and nothing else, on the standard output."""
+    out, packed = tiny["out"], str(tmp_path / "packed.safetensors")
+    calls = {
+        "train": options(tiny),
+        "plan": ["--params", "1M", "--tokens", "50M", "--bits", "2"],
+        "spectrum": [
+            f"{out}/w2",
+            *["--probes", "1", "--steps", "3", "--windows", "2", "--out"],
+            str(tmp_path / "spectrum"),
+        ],
+        "pack": [f"{out}/w2", packed],
+        "export": [packed, str(tmp_path / "again.safetensors"), "--to", "safetensors"],
+        "generate": [str(tmp_path / "again.safetensors"), "--tokens", "5"],
+        "check": [f"{out}/w2"],
+        "doctor": [],
+    }
+    assert calls.keys() == cli.COMMANDS.keys()
+    found = {}
+    for command, arguments in calls.items():
+        assert cli.main([command, *arguments, "--json"]) == 0, command
+        found[command] = json.loads(capsys.readouterr().out)
+    assert found["train"] == json.loads((Path(out) / "report.json").read_text())
+    assert found["plan"]["plans"][0]["bits"] == 2
+    assert found["spectrum"]["checkpoints"][0]["spectrum"]["n"] > 0
+    size = Path(packed).stat().st_size
+    assert (found["pack"]["path"], found["pack"]["disk"]) == (packed, size)
+    assert found["export"]["exact"]
+    assert found["export"]["layers"][0]["stored_as"] == "seq, 2 bits"
+    assert found["generate"]["text"].startswith("def ")
+    assert found["generate"]["tokens"] == 5
+    assert found["check"]["ok"]
+    assert found["check"]["layers"][0]["calls"] > 0
+    assert not found["doctor"]["broken"]
