@@ -32,17 +32,38 @@ def follow(model: nn.Module, recipe: Recipe) -> nn.Module:
     modules = dict(model.named_modules())
     configs: dict[nn.Module, QuantConfig] = {}
     packed: dict[str, list[str]] = {}
-    for group in _checked(recipe):
-        for name in group["layers"]:
+    groups = list(_checked(recipe))
+    names = _names_here(model, [name for group in groups for name in group["layers"]])
+    for group in groups:
+        layers = [names[name] for name in group["layers"] if name in names]
+        for name in layers:
             if name not in modules:
                 raise ValueError(f"the model has no layer {name!r}, which the recipe says is quantized")
             configs[modules[name]] = QuantConfig.from_dict(group["config"])
         if group["packed"] is not None:
-            packed.setdefault(group["packed"], []).extend(group["layers"])
+            packed.setdefault(group["packed"], []).extend(layers)
     quantize_layers(model, configs)
     for scale_dtype, names in packed.items():
         pack_layers(model, [model.get_submodule(name) for name in names], getattr(torch, scale_dtype))
     return model
+
+
+def _names_here(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """Return the names of a recipe's layers in a model, by their names in the recipe.
+
+    In transformers ``model.layers.0`` of a LlamaForCausalLM is ``layers.0`` of its LlamaModel, and either class loads
+    what the other one saved. A recipe is of either one, too: of what ``quantize_model`` was given.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = {name for name, _ in model.named_modules()}
+    if len(prefix) == 1 or modules.issuperset(names):
+        return {name: name for name in names}
+    if modules.issuperset(prefix + name for name in names):
+        return {name: prefix + name for name in names}
+    inner = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    if inner and modules.issuperset(inner.values()):  # a head, which this model does not have, is left out
+        return inner
+    return {name: name for name in names}
 
 
 def _checked(recipe: Any) -> Iterable[Mapping[str, Any]]:

@@ -104,6 +104,27 @@ def test_saved_models_load_with_the_same_logits(plain, tmp_path, route, config, 
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["trained", "packed"])
+def test_with_and_without_a_head(plain, tmp_path, packed):
+    """A model and the one inside it load what the other saved; either may have been given to quantize_model."""
+    whole = load(plain)
+    qk.quantize_model(whole.model, qk.QuantConfig(2, group_size=16))
+    step(whole)
+    if packed:
+        qk.pack_model(whole.model)
+    whole.save_pretrained(tmp_path / "whole")
+    loaded = load(tmp_path / "whole")
+    assert_same_bits(logits(loaded), logits(whole))
+    loaded.save_pretrained(tmp_path / "again")
+    inner = transformers.AutoModel.from_pretrained(tmp_path / "again").eval()
+    with torch.no_grad():
+        wanted = whole.model(input_ids=IDS).last_hidden_state
+        assert_same_bits(inner(input_ids=IDS).last_hidden_state, wanted)
+        inner.save_pretrained(tmp_path / "inner")
+        back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "inner").eval()
+        assert_same_bits(back.model(input_ids=IDS).last_hidden_state, wanted)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["trained", "packed"])
 def test_gpt2(tmp_path, packed):
     """Whose weights are stored transposed."""
     save_plain(tmp_path / "plain", "gpt2")
