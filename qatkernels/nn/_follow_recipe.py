@@ -33,9 +33,9 @@ def follow(model: nn.Module, recipe: Recipe) -> nn.Module:
     configs: dict[nn.Module, QuantConfig] = {}
     packed: dict[str, list[str]] = {}
     groups = list(_checked(recipe))
-    names = _names_here(model, [name for group in groups for name in group["layers"]])
+    here = _names_here(model, [name for group in groups for name in group["layers"]])
     for group in groups:
-        layers = [names[name] for name in group["layers"] if name in names]
+        layers = [here[name] for name in group["layers"] if name in here]
         for name in layers:
             if name not in modules:
                 raise ValueError(f"the model has no layer {name!r}, which the recipe says is quantized")
