@@ -69,7 +69,7 @@ def _run(size: dict[str, Any], settings: dict[str, Any]) -> Figures:
 
 
 def _model(settings: dict[str, Any], group: int | None) -> nn.Module:
-    """Return a quantized model whose scales are not what they begin as."""
+    """Return a quantized model that uses every code, and whose scales are not what they begin as."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -87,6 +87,7 @@ def _model(settings: dict[str, Any], group: int | None) -> nn.Module:
     model = quantize_model(model, config, warn_below=0)
     with torch.no_grad():
         for layer in quantized_modules(model).values():
+            layer.weight.mul_(2.5)
             layer.scale.mul_(torch.empty_like(layer.scale).uniform_(0.8, 1.2))
             if layer.zero_point is not None and "any" in settings["quantizer"]:
                 layer.zero_point.add_(0.25)  # they begin whole, and training moves them
@@ -141,21 +142,21 @@ def report(results: Results, out: Path) -> str:
         alike: dict[tuple[str, ...], list[str]] = {}
         for group in next(iter(by_dtype.values())):
             cells = {dtype: figures[group] for dtype, figures in by_dtype.items()}
-            texts = (_text({dtype: cell[to] for dtype, cell in cells.items()}, reasons) for to in formats)
+            texts = (_text({dtype: cell[to] for dtype, cell in cells.items()}, to, reasons) for to in formats)
             alike.setdefault(tuple(texts), []).append(group)
         for cell_texts, groups in alike.items():
             lines.append(f"| {quantizer} | {bits:g} | {', '.join(groups)} | " + " | ".join(cell_texts) + " |")
     return "\n".join([*lines, "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))])
 
 
-def _text(cells: dict[str, Figures], reasons: list[str]) -> str:
+def _text(cells: dict[str, Figures], to: str, reasons: list[str]) -> str:
     """Return a cell of the table: what float16 scales give, then float32 scales if that differs."""
-    first, *others = (_one(cell, reasons) for cell in cells.values())
+    first, *others = (_one(cell, to, reasons) for cell in cells.values())
     kind = first.split(":")[-1].strip()
     return "; ".join([first, *(f"float32 scales {o.replace(f': {kind}', '')}" for o in others if o != first)])
 
 
-def _one(cell: Figures, reasons: list[str]) -> str:
+def _one(cell: Figures, to: str, reasons: list[str]) -> str:
     """Return a model's part of a cell; a reason is added to the list below the table, once."""
     if "reason" in cell:
         kind = re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "N", cell["reason"])
@@ -165,6 +166,8 @@ def _one(cell: Figures, reasons: list[str]) -> str:
         reasons.append(cell["reason"])
         return f"no ({len(reasons)})"
     kind = re.sub(r" in (groups|blocks) of \d+|, (rows|groups of \d+)", "", cell["stored_as"])
+    if to == "gguf":
+        kind = f"{kind} ({cell['bits']:.2f} bits a weight)"
     how = "exact" if cell["error"] == 0 else f"off by at most {_rounded_up(cell['error'])}"
     given = "".join(f", {name}={value}" for name, value in cell["options"].items())
     return f"{how}: {kind}{given}"

@@ -47,6 +47,7 @@ def export(
     dynamic_shapes: Any = None,
     bits: int | None = None,
     accuracy_level: int = 0,
+    qdq: bool = False,
 ) -> ExportReport:
     """Write a model as one ONNX file.
 
@@ -62,6 +63,9 @@ def export(
         bits: the width for all layers: 2, 4 or 8. For seq of 2 bits, 4 is larger and much faster on a CPU than 2, whose
             zero points are floats.
         accuracy_level: that of the operator: 4 lets ONNX Runtime round inputs to 8 bits, which is faster.
+        qdq: write standard ONNX (opset 21) instead of ONNX Runtime's operator: each weight as 8-bit integers and a
+            ``DequantizeLinear``, and inputs with a learned scale by ``QuantizeLinear`` and ``DequantizeLinear``. This
+            is the form that compilers for accelerators read. ``bits`` and ``accuracy_level`` do not apply.
 
     Returns:
         How each layer was stored.
@@ -88,7 +92,11 @@ def export(
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise ValueError(f"{name} is {parameter.dtype}, must be float32: export model.float()")
-    replacements = {name: _layer(name, layer, bits, accuracy_level) for name, layer in layers.items()}
+    if qdq and (bits is not None or accuracy_level):
+        raise ValueError("qdq=True goes with neither bits nor accuracy_level, which are ONNX Runtime's operator's")
+    replacements: dict[str, _NBits | _Qdq] = {}
+    for name, layer in layers.items():
+        replacements[name] = _qdq_layer(name, layer) if qdq else _layer(name, layer, bits, accuracy_level)
     program = _traced(model, replacements, inputs, dynamic_shapes)
     if (nbytes := sum(t.nbytes for t in program.exported_program.state_dict.values())) >= _LIMIT:
         raise ValueError(f"the weights take {nbytes:,} bytes, a file of ONNX ends at 2 GiB")
@@ -96,7 +104,7 @@ def export(
         program.save(temporary, external_data=False)
     rows = [ExportRow(name, str(new.stored), new.bits_per_weight, new.error) for name, new in replacements.items()]
     notes = []
-    if count := sum(new.stored.zeros == "float" for new in replacements.values()):
+    if count := sum(isinstance(new, _NBits) and new.stored.zeros == "float" for new in replacements.values()):
         notes.append(
             f"{count} layers have float zero points, with which ONNX Runtime rounds products and zero points apart: "
             "its values are off by up to 2 units in the last place, and slow on a CPU (bits=4 has none for 2 bits)"
@@ -105,10 +113,10 @@ def export(
 
 
 def _traced(
-    model: nn.Module, replacements: dict[str, _NBits], inputs: tuple[Any, ...] | None, dynamic_shapes: Any
+    model: nn.Module, replacements: dict[str, _NBits | _Qdq], inputs: tuple[Any, ...] | None, dynamic_shapes: Any
 ) -> Any:
     """Return the program that torch.onnx makes of a model with replaced layers."""
-    traced = replacements.get("", model)
+    traced: nn.Module = replacements.get("", model)
     names: dict[str, Any] = {}
     if inputs is None:
         if not hasattr(getattr(model, "config", None), "vocab_size"):
@@ -119,7 +127,7 @@ def _traced(
         names = {"input_names": ["input_ids"], "output_names": ["logits"]}
     with _replaced(model, replacements), _evaluating(model), torch.no_grad():
         return torch.onnx.export(
-            traced.eval(), inputs, dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False, **names
+            traced.eval(), inputs, dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False, opset_version=21, **names
         )
 
 
@@ -136,7 +144,7 @@ class _Logits(nn.Module):
 
 
 @contextlib.contextmanager
-def _replaced(model: nn.Module, replacements: dict[str, _NBits]) -> Iterator[None]:
+def _replaced(model: nn.Module, replacements: dict[str, _NBits | _Qdq]) -> Iterator[None]:
     """Replace layers of a model, under every name, within the context."""
     new = {model.get_submodule(name): replacement for name, replacement in replacements.items()}
     places = [
@@ -167,11 +175,22 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _layer(name: str, layer: Quantized | Packed, bits: int | None, accuracy_level: int) -> _NBits:
-    if layer.weight.ndim != 2 if isinstance(layer, Quantized) else len(layer.weight.shape) != 2:
-        raise UnfitError(f"{name} is a {type(layer).__name__}, a stack of experts, for which ONNX has no operator here")
+    _check_matrix(name, layer)
     with naming(name, layer):
         weight = IntegerWeight.of(layer)
         return _NBits(weight, Stored.of(weight, bits), layer, accuracy_level)
+
+
+def _qdq_layer(name: str, layer: Quantized | Packed) -> _Qdq:
+    _check_matrix(name, layer)
+    with naming(name, layer):
+        return _Qdq(IntegerWeight.of(layer), layer)
+
+
+def _check_matrix(name: str, layer: Quantized | Packed) -> None:
+    """Raise UnfitError for a stack of experts."""
+    if layer.weight.ndim != 2 if isinstance(layer, Quantized) else len(layer.weight.shape) != 2:
+        raise UnfitError(f"{name} is a {type(layer).__name__}, a stack of experts, for which ONNX has no operator here")
 
 
 @dataclass(frozen=True)
@@ -301,6 +320,95 @@ class _NBits(nn.Module):
         )
         bias: Any = self.bias
         return y if bias is None else y + bias
+
+
+class _Qdq(nn.Module):
+    """A linear layer that is traced as a ``DequantizeLinear`` of its weight and a product."""
+
+    q: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    error = 0.0  # (q - zero) * scale is one exact difference and one product, as here
+
+    def __init__(self, weight: IntegerWeight, layer: Quantized | Packed) -> None:
+        super().__init__()
+        low, high = int(weight.low.min()), int(weight.low.max()) + weight.spacing * (weight.levels - 1)
+        self.group = None if weight.steps.shape[-1] == 1 else weight.group_size
+        zeros: Tensor | None = None
+        if low >= -128 and high <= 127:
+            q = weight.integers.to(torch.int8)
+        elif weight.spacing == 1 and bool(((weight.low <= 0) & (weight.low > -256)).all()):
+            grouped = weight.integers.reshape(*weight.low.shape, -1) - weight.low[..., None]
+            q, zeros = grouped.reshape(weight.integers.shape).to(torch.uint8), (-weight.low).to(torch.uint8)
+        else:
+            raise UnfitError(f"its integers are {low} to {high}, DequantizeLinear takes -128 to 127, or 0 to 255")
+        flat = self.group is None
+        self.register_buffer("q", q.contiguous())
+        self.register_buffer("scales", weight.steps.reshape(-1) if flat else weight.steps.contiguous())
+        self.register_buffer("zeros", None if zeros is None else zeros.reshape(-1) if flat else zeros.contiguous())
+        self.bias = layer.bias
+        act: Any = layer.act
+        static = isinstance(act, LearnedActivation) and _is_whole(act)
+        self.act = _Static(act) if static else _activation(layer)
+
+    @property
+    def stored(self) -> str:
+        """How the layer is stored, in a few words."""
+        per = "rows" if self.group is None else f"groups of {self.group}"
+        return f"DequantizeLinear of {str(self.q.dtype).removeprefix('torch.')}, {per}"
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the file for each weight, scales and zero points included."""
+        return 8 * sum(t.nbytes for t in self.buffers(recurse=False)) / self.q.numel()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output ``[..., N]``."""
+        given = [self.q, self.scales] + ([] if self.zeros is None else [self.zeros])
+        where: dict[str, Any] = {"axis": 0} if self.group is None else {"axis": 1, "block_size": self.group}
+        w: Tensor = torch.onnx.ops.symbolic(
+            "DequantizeLinear", given, where, dtype=torch.float32, shape=tuple(self.q.shape), version=21
+        )
+        bias: Any = self.bias
+        return nn.functional.linear(self.act(x), w, bias)
+
+
+class _Static(nn.Module):
+    """A learned scale for a tensor of inputs, as ``QuantizeLinear`` and ``DequantizeLinear``."""
+
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, act: LearnedActivation) -> None:
+        super().__init__()
+        act.check_scale()
+        grid, scale = act.grid, act.scale.detach().reshape(()).clamp_min(MIN_SCALE)
+        zero = 0.0 if act.zero_point is None else float(act.zero_point.detach())
+        self.dtype = torch.int8 if grid.code_min < 0 else torch.uint8
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", torch.tensor(int(zero), dtype=self.dtype))
+        # Fewer than 8 bits end before the integers do.
+        ends = torch.iinfo(self.dtype)
+        self.limits = None
+        if (grid.code_min, grid.code_max) != (ends.min, ends.max):
+            self.limits = float((grid.code_min - zero) * scale), float((grid.code_max - zero) * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` fake-quantized."""
+        x = x if self.limits is None else x.clamp(*self.limits)
+        q = torch.onnx.ops.symbolic(
+            "QuantizeLinear", [x, self.scale, self.zero], {}, dtype=self.dtype, shape=x.shape, version=21
+        )
+        y: Tensor = torch.onnx.ops.symbolic(
+            "DequantizeLinear", [q, self.scale, self.zero], {}, dtype=torch.float32, shape=x.shape, version=21
+        )
+        return y
+
+
+def _is_whole(act: LearnedActivation) -> bool:
+    """Whether ``QuantizeLinear`` holds a quantizer of inputs: whole codes, and a whole zero point among them."""
+    grid, zero = act.grid, 0.0 if act.zero_point is None else float(act.zero_point.detach())
+    return grid.steps == 1 and grid.offset == 0 and zero.is_integer() and grid.code_min <= zero <= grid.code_max
 
 
 def _bytes(unsigned: Tensor, bits: int) -> Tensor:

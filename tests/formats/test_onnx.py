@@ -155,3 +155,58 @@ def test_refusals(tmp_path, monkeypatch):
     refused(ValueError, "embed_tokens.weight is torch.bfloat16, must be float32: export model.float", model)
     experts = torch.nn.Sequential(qk.GroupedQuantLinear(2, 32, 32, config=qk.QuantConfig(4)))
     refused(UnfitError, "0 is a GroupedQuantLinear, a stack of experts", experts)
+
+
+QDQ = {
+    "binary": qk.QuantConfig(1), "ternary": qk.QuantConfig(1.58), "seq 2": qk.QuantConfig(2), "lsq 8": qk.QuantConfig(8),
+    "lsq 4, groups": qk.QuantConfig(4, "lsq", 16), "affine 8, groups": qk.QuantConfig(8, "affine", 16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", QDQ.values(), ids=QDQ)
+def test_standard_operators(config, tmp_path):
+    """DequantizeLinear gives the trained values bit for bit."""
+    layer = quantized(config.bits, config.scheme, config.group_size, 80)
+    report = export(layer, tmp_path / "x.onnx", to="onnx", inputs=(torch.eye(80),), qdq=True)
+    assert report.exact
+    graph = onnx.load(tmp_path / "x.onnx").graph
+    assert "DequantizeLinear" in {node.op_type for node in graph.node}
+    assert not {node.domain for node in graph.node} - {""}
+    run = session(str(tmp_path / "x.onnx"))
+    found = torch.from_numpy(run.run(None, {run.get_inputs()[0].name: np.eye(80, dtype=np.float32)})[0]).T
+    bias = 0 if layer.bias is None else layer.bias.detach()[:, None]
+    assert torch.equal(found, layer.quantized_weight().detach() + bias)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("act_scheme", "signed"), [("dynamic", True), ("lsq", True), ("lsq", False), ("lsq+", True)],
+)  # fmt: skip
+def test_standard_operators_for_inputs(bits, act_scheme, signed, tmp_path):
+    torch.manual_seed(0)
+    config = qk.QuantConfig(4, act_bits=bits, act_scheme=act_scheme, act_signed=signed)
+    model = qk.quantize_model(torch.nn.Sequential(torch.nn.Linear(80, 24)), config)
+    x = torch.randn(64, 80) + 0.3
+    if act_scheme != "dynamic":
+        qk.nn.calibrate(model, x)
+        model[0].act.scale.data.mul_(0.5)  # so that values are beyond the ends
+        if model[0].act.zero_point is not None:
+            model[0].act.zero_point.data.round_()
+    wanted = model.eval()(x).detach().numpy()
+    export(model, tmp_path / "x.onnx", to="onnx", inputs=(x,), qdq=True)
+    run = session(str(tmp_path / "x.onnx"))
+    np.testing.assert_allclose(run.run(None, {run.get_inputs()[0].name: x.numpy()})[0], wanted, rtol=0, atol=3e-6)
+    types = [node.op_type for node in onnx.load(tmp_path / "x.onnx").graph.node]
+    assert ("QuantizeLinear" in types) == (act_scheme != "dynamic")
+
+
+def test_standard_operators_in_a_whole_model(tmp_path):
+    model = build("llama", qk.QuantConfig(2, group_size=32, act_bits=8))
+    wanted = logits(model)
+    export(model, tmp_path / "model.onnx", to="onnx", qdq=True)
+    found = torch.from_numpy(session(str(tmp_path / "model.onnx")).run(None, {"input_ids": IDS.numpy()})[0])
+    assert (found - wanted).abs().max() < 1e-2 * wanted.abs().max()  # an input near a tie may get another code
+    with pytest.raises(ValueError, match="qdq=True goes with neither bits nor accuracy_level"):
+        export(model, tmp_path / "x.onnx", to="onnx", qdq=True, bits=4)
+    with pytest.raises(UnfitError, match="its integers are -255 to 255, DequantizeLinear takes"):
+        export(quantized(8, "seq", None), tmp_path / "x.onnx", to="onnx", inputs=(torch.eye(384),), qdq=True)

@@ -17,7 +17,7 @@ from studies.runner import Session, Study, parser_of, studies
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "docs" / "results").glob("*/*.jsonl"))
 #: Which page has the tables of a study's report as they are.
-PAGES = {"winq": "reproduction.md", "squat": "reproduction.md", "plan": "planner.md"}
+PAGES = {"formats": "formats.md", "winq": "reproduction.md", "squat": "reproduction.md", "plan": "planner.md"}
 
 
 TEXTS = {path.name: path.read_text() for path in (ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -45,7 +45,7 @@ def study_of(path: Path) -> Study:
 
 
 def test_there_are_results() -> None:
-    names = {"hessian_peers", "plan", "plan_recovery", "spectra", "squat", "winq", "winq_why"}
+    names = {"formats", "hessian_peers", "plan", "plan_recovery", "spectra", "squat", "winq", "winq_why"}
     assert {path.stem for path in FILES} == names
 
 
@@ -68,13 +68,30 @@ def tables(text: str) -> list[str]:
     return re.findall(r"^\|[^-].*\|$", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["winq", "squat"])
+@pytest.mark.parametrize("name", ["formats", "winq", "squat"])
 def test_documents_have_the_tables_of_the_report(name: str, tmp_path: Path) -> None:
     path = next(path for path in FILES if path.stem == name)
     lines = tables(study_of(path).report(Results(path), tmp_path))
     page = (ROOT / "docs" / PAGES[name]).read_text().splitlines()
     assert lines
     assert [line for line in lines if line not in page] == []
+
+
+@pytest.mark.parametrize("name", ["lsq-2-float16", "seq-4-float32"])
+def test_exports_are_what_the_table_says(name: str, tmp_path: Path) -> None:
+    """Two of the cases run again, without ONNX, which takes longest."""
+    path = next(path for path in FILES if path.stem == "formats")
+    committed = Results(path).figures(name, 0)
+    study = study_of(path)
+    size = {**study.sizes["full"], "formats": ("gguf", "compressed-tensors", "mlx")}
+    session = Session(size, Results(tmp_path / "new.jsonl"), tmp_path)
+    found = next(case for case in study.cases(session) if case.name == name).run()
+    assert found.keys() == committed.keys()
+    for group, cells in found.items():
+        for to, cell in cells.items():
+            wanted = {**committed[group][to]}
+            assert cell.pop("error", 0) == pytest.approx(wanted.pop("error", 0), rel=1e-3), (group, to)
+            assert cell == wanted, (group, to)
 
 
 def test_the_planners_table(tmp_path: Path) -> None:
