@@ -158,7 +158,8 @@ def test_refusals(tmp_path, monkeypatch):
 
 
 QDQ = {
-    "binary": qk.QuantConfig(1), "ternary": qk.QuantConfig(1.58), "seq 2": qk.QuantConfig(2), "lsq 8": qk.QuantConfig(8),
+    "binary": qk.QuantConfig(1), "ternary": qk.QuantConfig(1.58), "seq 2": qk.QuantConfig(2),
+    "lsq 8": qk.QuantConfig(8),
     "lsq 4, groups": qk.QuantConfig(4, "lsq", 16), "affine 8, groups": qk.QuantConfig(8, "affine", 16),
 }  # fmt: skip
 
