@@ -1,12 +1,12 @@
-// Packing, and products with packed weights.
+// Products with packed weights.
 #include "../cpu/lowbit.h"
 
 #include <ATen/ops/mm.h>
 
 #include <vector>
 
-#include "../common/packing.h"
 #include "../cpu/packing.h"
+#include "dynamic.h"
 #include "gpu.h"
 #include "registry.h"
 #include "tensors.h"
@@ -17,20 +17,6 @@
 
 namespace qk {
 namespace {
-
-void pack(const Tensor& codes, int64_t code_min, int64_t bits, const Tensor& out) {
-  const int64_t cols = codes.size(-1), rows = cols ? codes.numel() / cols : 0;
-  const PackCall call{codes.const_data_ptr(),         out.mutable_data_ptr<uint8_t>(), rows, cols,
-                      static_cast<int32_t>(code_min), static_cast<int32_t>(bits)};
-  at::parallel_for(0, rows, grain_of_rows(cols), [&](int64_t begin, int64_t end) { cpu::pack(call, begin, end); });
-}
-
-void unpack(const Tensor& packed, int64_t code_min, int64_t bits, int64_t cols, const Tensor& out) {
-  const int64_t rows = cols ? out.numel() / cols : 0;
-  const UnpackCall call{packed.const_data_ptr<uint8_t>(), out.mutable_data_ptr(),    rows, cols,
-                        static_cast<int32_t>(code_min),   static_cast<int32_t>(bits)};
-  at::parallel_for(0, rows, grain_of_rows(cols), [&](int64_t begin, int64_t end) { cpu::unpack(call, begin, end); });
-}
 
 // A packed weight in the fields of a call that describe it, and the experts that have tokens.
 struct Weight {
@@ -183,8 +169,6 @@ void lowbit_linear_transposed(const Tensor& g, const Tensor& packed, const Tenso
   multiply_dequantized(w, from, to, false, Tensor());
 }
 
-QK_CPU_KERNEL(pack);
-QK_CPU_KERNEL(unpack);
 QK_CPU_KERNEL(lowbit_linear);
 QK_CPU_KERNEL(lowbit_linear_transposed);
 #if defined(QK_WITH_CUDA)

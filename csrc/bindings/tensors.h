@@ -1,4 +1,4 @@
-// What the bindings of every family of ops share: dtypes, allocation, and loops over torch's threads.
+// What all bindings share: dtypes, allocation, and loops over torch's threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -32,9 +32,6 @@ std::vector<Expert> experts_of(const Tensor& offsets, int64_t rows, const char* 
 
 // The constants of qatkernels.Grid.
 Grid<double> grid_of(Constants c);
-
-// A kernel that products with packed weights call too.
-void fake_quantize_dynamic(const Tensor& x, int64_t bits, const Tensor& out);
 
 // f(begin, end) over [0, units) on torch's threads, for units that take unequal time: whoever is done with a few takes
 // the next few.

@@ -15,6 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from .._torch_compat import is_fake
 from ..dtensor import is_dtensor, local_part
+from ..dtypes import dtype_name
 from ..float32_scales import Float32Scales, layout_in
 from ..grids import Grid
 from .activation import DynamicActivation, LearnedActivation
@@ -260,7 +261,7 @@ class Quantized(Float32Scales):
             text = f"{text}, group_size={self.group_size}"
         if self.config.scale_dtype == torch.float32:
             return text
-        return f"{text}, scale_dtype={str(self.config.scale_dtype).removeprefix('torch.')}"
+        return f"{text}, scale_dtype={dtype_name(self.config.scale_dtype)}"
 
 
 def _activation(config: QuantConfig) -> tuple[object, ...]:

@@ -5,6 +5,7 @@ import torch
 
 import qatkernels as qk
 from qatkernels.backends import CONDITIONS, IMPLS, MISSING, Stage
+from qatkernels.dtypes import dtype_name
 from qatkernels.ops._op import OPS
 from qatkernels.ops.contract import FLOATS
 from qatkernels.testing import decode
@@ -82,7 +83,7 @@ def test_triton_in_float64():
 
 
 @pytest.mark.skipif("cuda" not in IMPLS["lowbit_linear"] or "cuda" not in GPU_BACKENDS, reason="no CUDA kernel here")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
 @pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
 def test_cuda_on_few_tokens(grid, dtype):
     """Every size and granularity that it serves; its bound is that of sums of digits."""

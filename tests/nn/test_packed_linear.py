@@ -11,6 +11,7 @@ from torch import nn
 
 import qatkernels as qk
 from qatkernels import grids
+from qatkernels.dtypes import dtype_name
 from qatkernels.nn import LearnedActivation, QuantConfig, QuantLinear, calibrate
 from qatkernels.ops.packing import SCALES
 from qatkernels.testing.compare import assert_same_bits, assert_within
@@ -56,7 +57,7 @@ def check_pair(layer, packed, x, dtype):
 
 
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_outputs_are_the_quantized_layers(config, act, dtype):
     config = QuantConfig(**{**config.to_dict(), **ACTS[act]})
     for bias in (True, False):
@@ -77,7 +78,7 @@ def test_autocast(config, act):
         check_pair(layer, qk.PackedLinear.from_quantized(layer), x, torch.bfloat16)
 
 
-@pytest.mark.parametrize("scale_dtype", SCALES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("scale_dtype", SCALES, ids=dtype_name)
 def test_scale_dtypes(config, scale_dtype):
     layer = QuantLinear(16, 12, config=config)
     packed = qk.PackedLinear.from_quantized(layer, scale_dtype=scale_dtype)
@@ -340,7 +341,7 @@ def experts(count, rows, cols, grid, *, bias, group_size=None, act=None):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("group_size", [None, 8])
 @pytest.mark.parametrize("grid", [grids.seq(2), grids.affine(4)], ids=lambda g: g.scheme)
 def test_grouped(grid, group_size, dtype, bias):

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import qatkernels as qk
+from qatkernels.dtypes import dtype_name
 from qatkernels.grids import MIN_SCALE, code_dtype
 from qatkernels.ops._op import OPS
 from qatkernels.ops.contract import FLOATS, row_bytes
@@ -149,7 +150,7 @@ def test_bad_codes_and_bytes():
             torch.ops.qatkernels.pack(codes, code_min, bits)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
 @pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
 def test_dequantize_is_fake_quantize(grid, dtype):
     """Bit for bit, offsets of a half and zero points that are no integers included."""
@@ -175,7 +176,7 @@ def test_dequantize_is_fake_quantize(grid, dtype):
                     assert packed.bits == grid.storage_bits
 
 
-@pytest.mark.parametrize("dtype", SCALES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", SCALES, ids=dtype_name)
 @pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
 def test_scale_dtypes(grid, dtype):
     """The codes are those of the scale as given; values are those of the scale as stored."""
@@ -241,7 +242,7 @@ def test_arguments_of_another_kind():
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
-@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
 def test_what_has_no_code_is_an_error(grid, dtype):
     """NaN would become code 0, whatever that stands for. Infinite weights saturate, as in fake_quantize."""
     w, scale = torch.randn(4, 16).to(dtype), torch.ones(4)

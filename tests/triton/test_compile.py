@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import qatkernels as qk
+from qatkernels.dtypes import dtype_name
 from qatkernels.testing.products import Case, activations, scaled_weight
 from qatkernels.testing.samples import make
 
@@ -258,7 +259,7 @@ EXPERTS = {
     "outer": (grouped("grouped_outer", 1024), WIDE_MMA),
     "outer-fp16": (grouped("grouped_outer", 64, torch.float16), WIDE_MMA),
 } | {
-    f"{op}-{str(dtype)[6:]}": (grouped(op, 1024, dtype), instruction)
+    f"{op}-{dtype_name(dtype)}": (grouped(op, 1024, dtype), instruction)
     for op in ("grouped_linear", "grouped_linear_transposed", "grouped_outer")
     for dtype, instruction in ((torch.float32, None), (torch.float64, DOUBLE_MMA))
 }
