@@ -1,4 +1,4 @@
-"""Packing whole models, and their file: what it holds, and what it says when it does not."""
+"""Packing whole models, their file, and the errors for files that cannot be loaded."""
 
 import copy
 import json
@@ -209,7 +209,7 @@ def test_what_cannot_be_saved(tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A file, its content, and what the model that it holds answers."""
+    """A file, its content, and the outputs of the model in it."""
     torch.manual_seed(0)
     packed = qk.pack_model(quantized(QuantConfig(2, act_bits=8, act_scheme="lsq")))
     path = tmp_path_factory.mktemp("packed") / "model.safetensors"
@@ -230,7 +230,7 @@ def load_or_error(path, content):
 
 
 def test_any_flipped_byte_is_noticed_or_harmless(saved, tmp_path):
-    """A changed space in the header's padding is all that may pass unnoticed."""
+    """Only a change in the padding of the header may go unnoticed."""
     _, content, wanted = saved
     seed = random.randrange(2**32)
     draw = random.Random(seed)
@@ -446,7 +446,7 @@ def test_another_model_and_a_header_that_is_no_object(saved, tmp_path):
 
 
 def test_an_error_of_the_callers_function_is_the_callers(saved):
-    """The file is not to blame, and a debugger should stop where the mistake is."""
+    """The error is raised unchanged, so that a debugger stops at the mistake; the file is not blamed."""
     for build, error in (
         (lambda config: config.nothing, AttributeError),
         (lambda config: config["nothing"], KeyError),

@@ -1,4 +1,4 @@
-"""Packed layers: the outputs of the quantized ones within the bound of docs/packing.md, and good manners as modules."""
+"""Packed layers: outputs within the bound of docs/packing.md, and what torch users expect of a module."""
 
 import copy
 import pickle
@@ -46,7 +46,7 @@ def bounds(x, packed, dtype, offsets=None):
 
 
 def check_pair(layer, packed, x, dtype):
-    """Hold both layers against float64, and so against each other."""
+    """Compare both layers with float64, and so with each other."""
     wanted, mine = layer(x), packed(x)
     assert mine.dtype == wanted.dtype == dtype
     values = x if packed.act is None else packed.act(x)
@@ -99,7 +99,7 @@ def test_gradients_are_the_quantized_layers(config):
 
 
 def test_adapter_over_a_packed_base():
-    """What fine-tuning needs: gradients pass through, nothing of the base moves."""
+    """Fine-tuning: gradients pass through, and the base does not change."""
     base = qk.PackedLinear.from_quantized(QuantLinear(16, 16, bias=False, config=QuantConfig(2)))
     before = copy.deepcopy(base.state_dict())
     down, up = nn.Linear(16, 4), nn.Linear(4, 16)
@@ -275,7 +275,7 @@ def test_a_wrong_weight_is_named():
 
 
 def test_one_weight_serves_layers_and_functions():
-    """Nothing copies it or takes it apart: what a layer holds is what the op takes."""
+    """The layer passes its weight to the op as it is, without a copy."""
     weight = layer_of(grids.lsq(4)).weight
     first, second = qk.PackedLinear(weight), qk.PackedLinear(weight, torch.ones(8))
     assert first.weight is second.weight is weight

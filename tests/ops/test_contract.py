@@ -123,7 +123,7 @@ def test_outputs_that_do_not_fit_are_refused_with_the_same_words(op):
             assert found == said, f"{op}, output {i}: {value.dtype} {tuple(value.shape)}"
 
 
-# The language by itself: an op of the extension that only checks its contract.
+# The language alone: an op of the extension that only checks its contract.
 PARAMETERS = {
     "x": "Tensor", "y": "Tensor?", "a": "int", "b": "int?", "r": "float", "flag": "bool", "numbers": "float[]",
 }  # fmt: skip
@@ -198,7 +198,7 @@ def test_random_expressions_have_one_value(seed):
 
 @pytest.mark.skipif(extension() is None, reason="the extension is not built")
 def test_sizes_that_overflow_are_refused():
-    """A product of sizes beyond 64 bits is no size, and does not wrap around to one."""
+    """A product of sizes that does not fit 64 bits does not wrap around to a valid size."""
     x = torch.zeros(2)
     for size in ("a * a", "a ** 2", "a * a + 5", "row_bytes(a, a)", "min(a * a, a) * a"):
         said, found = both(f"x: float [*T, K]\ny: like(x) [{size}]", (x, torch.zeros(0), 2**40, None, 0.0, True, []))

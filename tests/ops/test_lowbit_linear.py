@@ -180,7 +180,7 @@ def test_an_outlier_on_a_small_weight(dtype, outlier):
         (qk.grids.binary(), 32),
     ):
         weight = scaled_weight(grid, (9, 64), group)
-        if group is None:  # nothing at all meets the outlier
+        if group is None:  # all weights of the outlier's column are zero
             codes = weight.codes().clone()
             codes[:, 0] = 0
             weight = replaced(weight, packed=qk.pack(codes, grid))
@@ -305,7 +305,7 @@ def isa_calls():
 
 
 def test_every_isa_is_within_the_bound(isa, isa_calls):
-    """Orders of additions differ between ISAs, so bits may; each is held against float64."""
+    """The order of additions, and so the bits, may differ between ISAs. Each is compared with float64."""
     for op, name, args, expected, bound in isa_calls:
         (actual,) = run_out(op, IMPLS[f"{op}_out"]["cpp"], args)
         assert_within(actual, expected, bound, f"{isa} {op} {name}")

@@ -42,7 +42,10 @@ def test_every_angle(radius):
 
 
 def test_rounding_twice_is_rounding_once():
-    """Going by way of float64 is a fused multiply-add, for all words: radius and angle meet in no sum."""
+    """Computing in float64 equals a fused multiply-add.
+
+    It is tested for all radii and all angles separately, as no sum has both.
+    """
     sums = []
 
     def checked(a, b, c):

@@ -45,7 +45,7 @@ def every(op):
 
 
 def check_packing(codes, grid, packed):
-    """Hold every implementation against packed codes: there, and back from bytes with a stride."""
+    """Check every implementation of pack, and of unpack from bytes with a stride."""
     layout = (grid.code_min, grid.storage_bits)
     for backend, impl, device in every("pack"):
         assert_same_bits(run_out("pack", impl, (codes.to(device), *layout))[0].cpu(), packed, backend)
@@ -244,7 +244,7 @@ def test_arguments_of_another_kind():
 @pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
 def test_what_has_no_code_is_an_error(grid, dtype):
-    """NaN would become code 0, whatever that stands for. Infinite weights saturate, as in fake_quantize."""
+    """NaN would become code 0, an ordinary level. Infinite weights saturate, as in fake_quantize."""
     w, scale = torch.randn(4, 16).to(dtype), torch.ones(4)
     bad = w.clone()
     bad[1, 3] = bad[2, 0] = torch.nan

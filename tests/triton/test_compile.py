@@ -199,7 +199,7 @@ PRODUCTS = {
 
 
 def check_instruction(ptx, instruction):
-    """Hold a kernel to one matrix instruction, or to none."""
+    """Check that a kernel uses exactly this matrix instruction, or none."""
     assert "tf32" not in ptx, "a product of rounded float32"
     for other in WIDE_MMA.values():
         assert (other in ptx) == (other == instruction), other

@@ -181,9 +181,10 @@ def test_a_scale_below_the_floor_acts_as_the_floor(grid):
 @pytest.mark.parametrize("grid", [qk.grids.lsq(8), qk.grids.affine(8), qk.grids.binary()], ids=lambda g: g.scheme)
 def test_extremes_of_integer_sums(grid):
     """Every product is the largest of its sign. With groups, as with rows that are too long, tiles are summed."""
-    for groups, value in ((None, grid.code_min), (2, grid.code_max)):
+    for group_size, value in ((None, grid.code_min), (500, grid.code_max)):
         w = (torch.full((3, 1000), float(value)) + grid.offset) / grid.steps
-        weight = qk.PackedWeight.from_float(w, torch.ones(3) if groups is None else torch.ones(3, groups), grid)
+        scale = torch.ones(3) if group_size is None else torch.ones(3, 2)
+        weight = qk.PackedWeight.from_float(w, scale, grid, group_size)
         check(Case(f"{value}", weight, torch.full((2, 1000), -1.0), act_bits=8), OPERATIONS[:1])
 
 
