@@ -110,8 +110,8 @@ def packed_modules(model: nn.Module) -> dict[str, Packed]:
 def model_bytes(model: nn.Module) -> int:
     """Return the bytes of parameters and persistent buffers, counting shared ones once."""
     state = model.state_dict(keep_vars=True)
-    held = {id(t): t for name, t in state.items() if not name.endswith("_extra_state")}
-    return sum(tensor.nbytes for tensor in held.values())
+    tensors = {id(t): t for name, t in state.items() if not name.endswith("_extra_state")}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _packer(module: nn.Module) -> Callable[..., nn.Module] | None:

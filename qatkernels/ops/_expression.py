@@ -10,8 +10,9 @@ import ast
 import math
 import re
 from collections.abc import Collection
+from functools import cache
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def row_bytes(cols: int, bits: int) -> int:
@@ -45,27 +46,50 @@ def compiled(text: str, names: Collection[str], reals: Collection[str] = ()) -> 
     Raises:
         ValueError: if it is not an expression of the language.
     """
+    read = _read(text.strip())
+    for name in read.names:
+        if name not in names:
+            raise ValueError(
+                f"the contract's {text!r} has the name {name}, must be an argument or a size from an earlier statement"
+            )
+    for name in read.in_arithmetic:
+        if name in reals or name == "inf":
+            raise ValueError(f"the contract's {text!r} has arithmetic with {name}, must be of integers")
+    return read.code
+
+
+class _Read(NamedTuple):
+    code: CodeType
+    names: frozenset[str]
+    in_arithmetic: frozenset[str]
+
+
+@cache  # contracts repeat each other's expressions, and compiling takes a good part of the import
+def _read(text: str) -> _Read:
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        tree = ast.parse(text, mode="eval")
     except SyntaxError:
         raise ValueError(f"the contract's {text!r} is not an expression") from None
+    names, in_arithmetic = set(), set()
     for node in ast.walk(tree):
-        if (wrong := _wrong(node, names, reals)) is not None:
+        if (wrong := _wrong(node)) is not None:
             raise ValueError(f"the contract's {text!r} has {wrong}")
+        if isinstance(node, ast.Name) and node.id not in FUNCTIONS:
+            names.add(node.id)
+        if isinstance(node, ast.BinOp):
+            in_arithmetic |= {side.id for side in (node.left, node.right) if isinstance(side, ast.Name)}
     for number in re.findall(r"(?<![\w.])\d[\w.]*", text):
         if re.fullmatch(r"\d+(\.\d+)?", number) is None:
             raise ValueError(f"the contract's {text!r} has the number {number}, must be digits, or digits.digits")
-    return compile(tree, "<contract>", "eval")
+    return _Read(compile(tree, "<contract>", "eval"), frozenset(names), frozenset(in_arithmetic))
 
 
-def _wrong(node: ast.AST, names: Collection[str], reals: Collection[str]) -> str | None:
+def _wrong(node: ast.AST) -> str | None:
     """Return what is wrong with a node by itself, or None."""
     if not isinstance(node, _NODES):
         return f"{type(node).__name__}, which the language does not have"
     if isinstance(node, ast.Constant) and (isinstance(node.value, bool) or not _is_number_or_none(node.value)):
         return f"the constant {node.value!r}, must be a number or None"
-    if isinstance(node, ast.Name) and node.id not in names and node.id not in FUNCTIONS:
-        return f"the name {node.id}, must be an argument or a size from an earlier statement"
     if isinstance(node, ast.Call):
         name = node.func.id if isinstance(node.func, ast.Name) else None
         if name not in _ARITY or node.keywords or len(node.args) != _ARITY[name]:
@@ -78,8 +102,6 @@ def _wrong(node: ast.AST, names: Collection[str], reals: Collection[str]) -> str
         for side in (node.left, node.right):
             if isinstance(side, ast.Constant) and not isinstance(side.value, int):
                 return f"arithmetic with {side.value!r}, must be of integers"
-            if isinstance(side, ast.Name) and (side.id in reals or side.id == "inf"):
-                return f"arithmetic with {side.id}, must be of integers"
     return None
 
 

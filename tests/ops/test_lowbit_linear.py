@@ -180,7 +180,7 @@ def test_an_outlier_on_a_small_weight(dtype, outlier):
         (qk.grids.binary(), 32),
     ):
         weight = scaled_weight(grid, (9, 64), group)
-        if group is None:  # all weights of the outlier's column are zero
+        if group is None:  # the code of every weight in the column of the outlier is 0
             codes = weight.codes().clone()
             codes[:, 0] = 0
             weight = replaced(weight, packed=qk.pack(codes, grid))
