@@ -22,11 +22,10 @@ from ..autocast import autocast_dtype
 from ..dtypes import dtype_name
 from ..float32_scales import Float32Scales
 from ..grids import Grid, check_grid
-from ._expression import row_bytes
 from ._fake_quantize import check_layout
 from ._lowbit_linear import FORWARD
 from ._quantize import dequantize, quantize
-from .packing import SCALES, pack, readable, store_scale, unpack
+from .packing import SCALES, pack, readable, row_bytes, store_scale, unpack
 
 
 class PackedWeight(Float32Scales):

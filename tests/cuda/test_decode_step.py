@@ -9,7 +9,7 @@ from torch import nn
 
 import qatkernels as qk
 from qatkernels.nn.packed_linear import PackedLinear
-from qatkernels.ops.contract import row_bytes
+from qatkernels.ops.packing import row_bytes
 from tests.implementations import GPU
 
 

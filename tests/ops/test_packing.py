@@ -14,8 +14,8 @@ import qatkernels as qk
 from qatkernels.dtypes import dtype_name
 from qatkernels.grids import MIN_SCALE, code_dtype
 from qatkernels.ops._op import OPS
-from qatkernels.ops.contract import FLOATS, row_bytes
-from qatkernels.ops.packing import SCALES, store_scale
+from qatkernels.ops.contract import FLOATS
+from qatkernels.ops.packing import SCALES, row_bytes, store_scale
 from qatkernels.testing.compare import assert_same_bits, run_out
 from qatkernels.testing.products import GRID_IDS, GRIDS, scaled_weight
 from tests.implementations import implementations
