@@ -8,7 +8,6 @@ import os
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import qatkernels as qk
 from qatkernels.backends import IMPLS
@@ -220,31 +219,6 @@ def test_parts_of_sums_repeat_their_bits(op, shape):
     args = case.call(op)[0]
     assert_same_bits(run(op, args), run(op, args))
     check(case, [op])
-
-
-class ShapesOfZeros(TorchDispatchMode):
-    """Records the shapes of the tensors of zeros that are made."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.zeros.default:
-            self.shapes.append(tuple(args[0]))
-        return func(*args, **(kwargs or {}))
-
-
-def test_warm_up_launches_every_configuration_once():
-    """It launches with tokens that are zeros: of 256 features forward, of 64 features transposed."""
-    with ShapesOfZeros() as made:
-        lowbit_linear.warm_up(scaled_weight(qk.grids.lsq(4), (64, 256), 32), act_bits=8)
-    assert len(made.shapes) == len(set(made.shapes))
-    assert {(tokens, 256) for tokens in (1, 17, 65)} < set(made.shapes)
-    assert {(tokens, 64) for tokens in (1, 17)} < set(made.shapes)
-    with ShapesOfZeros() as made:
-        lowbit_linear.warm_up(scaled_weight(qk.grids.lsq(4), (2, 64, 256), 32))
-    assert {(tokens, 256) for tokens in (1, 33, 129)} < set(made.shapes)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
