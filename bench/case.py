@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from qatkernels.dtypes import dtype_name
+
 #: Expected outputs in float64; None for an output that is not compared.
 Expected = tuple[Tensor | None, ...]
 
@@ -113,7 +115,7 @@ class Case:
     def title(self) -> str:
         """One line that identifies the case."""
         shape = "x".join(map(str, self.shape))
-        parts = (self.op, self.grid, shape, str(self.dtype)[6:], self.granularity, self.variant)
+        parts = (self.op, self.grid, shape, dtype_name(self.dtype), self.granularity, self.variant)
         return " ".join(part for part in parts if part)
 
 

@@ -1,4 +1,4 @@
-"""Timing. The calls of a case take turns, so that noise from other processes affects all of them alike."""
+"""Timing. The calls of a case are timed in rotation, so that noise from other processes affects all of them alike."""
 
 from __future__ import annotations
 

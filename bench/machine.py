@@ -17,6 +17,7 @@ from torch import Tensor
 
 import qatkernels
 from qatkernels import backends
+from qatkernels.dtypes import dtype_name
 
 from .case import Settings
 from .clock import Clock, Events, race, wall
@@ -62,7 +63,7 @@ class Machine:
 
     def products(self, dtype: torch.dtype) -> float:
         """Floating point operations per second of a large square matrix product in a dtype."""
-        key = str(dtype)[6:]
+        key = dtype_name(dtype)
         if key not in self._products:
             n = 64 if self.quick else 8192 if self.cuda else 2048
             a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))

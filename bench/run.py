@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from qatkernels.dtypes import dtype_name
+
 from .case import Call, Case, Missing, reason
 from .clock import Clock, Run, captured, race
 from .exact import errors
@@ -70,7 +72,7 @@ def _judged(suite: str, case: Case, call: Call | Missing) -> Row:
         "case": case.title,
         "op": case.op,
         "shape": list(case.shape),
-        "dtype": str(case.dtype)[6:],
+        "dtype": dtype_name(case.dtype),
         "grid": case.grid,
         "granularity": case.granularity,
         "variant": case.variant,

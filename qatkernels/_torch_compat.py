@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = [
-    "TorchDispatchMode", "any_autocast", "assume_constant_result", "below_autograd", "in_forward_mode", "in_transform",
-    "innermost_transform_is_jvp", "is_fake", "is_view", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten",
-    "without_autocast", "without_transforms",
+    "TorchDispatchMode", "any_autocast", "assume_constant_result", "below_autograd", "in_forward_mode",
+    "in_transform", "innermost_transform_is_jvp", "is_fake", "is_view", "preserve_version_counter", "tree_flatten",
+    "tree_leaves", "tree_map", "tree_unflatten", "without_autocast", "without_transforms",
 ]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,6 +28,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 # Whether autocast is on for any device. Ten times faster than torch.is_autocast_enabled(device).
 any_autocast: Any = torch._C._is_any_autocast_enabled
+# A context in which in-place changes of tensors do not count as new versions, so that autograd accepts saved ones.
+preserve_version_counter: Any = torch.autograd._unsafe_preserve_version_counter
 # A context in which autocast casts nothing, on any device.
 without_autocast: Any = torch._C._DisableAutocast
 

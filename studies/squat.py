@@ -9,9 +9,9 @@ on the other seeds. Model and sentences are downloaded once: ``python -m studies
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -246,7 +246,7 @@ def settings(session: Session) -> dict[str, Any]:
 def cases(session: Session) -> Iterator[Case]:
     """Yield the fine-tunings, what chooses learning rate and rho on seed 0, and what is reported."""
     p: Size = session.size
-    data = read(folder_of(session), p.longest)
+    data = cache(partial(read, folder_of(session), p.longest))  # read by the first case that trains
 
     def case(t: Training) -> Case:
         own = {"bits": t.bits, "epochs": t.epochs, "lr": t.lr, "rho": t.rho}
@@ -280,27 +280,27 @@ def best(session: Session, tried: Sequence[Training]) -> Training:
     return max(tried, key=lambda t: merit(session.results.figures(t.name, t.seed)))
 
 
-def train(session: Session, t: Training, data: Split) -> Figures:
+def train(session: Session, t: Training, data: Callable[[], Split]) -> Figures:
     """Train, and return losses, accuracies and, of what is reported, how flat the minimum is."""
     p: Size = session.size
     start = session.work / f"seed{t.seed}" / "fp.safetensors"
     if t.bits is not None and not start.exists():
         _tune_again(session, t.seed, data)
     model = build(folder_of(session), t.seed, t, start).train()
-    seconds, loss = fit(model, t, p, data.train)
+    seconds, loss = fit(model, t, p, data().train)
     model.eval()
     figures: Figures = {
-        "seconds": round(seconds, 1), "train_loss": loss, "validation": scored(model, data.validation),
-        "test": scored(model, data.test),
+        "seconds": round(seconds, 1), "train_loss": loss, "validation": scored(model, data().validation),
+        "test": scored(model, data().test),
     }  # fmt: skip
     if t.bits is None:
         files.save(start, model.state_dict(), {"seed": t.seed})
     elif t.seed:
-        figures |= flat(model, p, data.train)
+        figures |= flat(model, p, data().train)
     return figures
 
 
-def _tune_again(session: Session, seed: int, data: Split) -> None:
+def _tune_again(session: Session, seed: int, data: Callable[[], Split]) -> None:
     """Fine-tune a seed whose results were made elsewhere, so that its model is not here.
 
     Raises:

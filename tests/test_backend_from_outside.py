@@ -24,6 +24,37 @@ def load(registry: Registry) -> None:
 
 BACKENDS = (Backend("toy", devices=("CPU",), load=load, priority=30),)
 """
+#: With something to compile before products with packed weights, of which it takes none.
+_COMPILING = """
+from qatkernels.backends import Backend, Registry
+
+compiled = []
+
+def load(registry: Registry) -> None:
+    registry.enter_kernel("toy", "lowbit_linear", print, serves=lambda *args: False)
+
+def warm_up(weight, dtype, bias, act_bits):
+    compiled.append((tuple(weight.shape), dtype, bias, act_bits))
+
+BACKENDS = (Backend("toy", devices=("CPU",), load=load, priority=30, warm_up=warm_up),)
+"""
+_COMPILE = """
+import os
+import torch
+import qatkernels as qk
+import toy_backend
+
+model = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.ReLU(), torch.nn.Linear(8, 16, bias=False))
+model = qk.pack_model(qk.quantize_model(model, qk.QuantConfig(bits=4, act_bits=8)))
+if os.environ.get("QATKERNELS_BACKEND") == "reference":  # kernels that no call reaches are not compiled
+    assert (qk.compile_kernels(model), toy_backend.compiled) == (0, [])
+else:
+    assert qk.compile_kernels(model, torch.float16) == 2
+    (shape, dtype, bias, act_bits), second = toy_backend.compiled
+    assert bias is model[0].bias
+    assert (shape, dtype, act_bits) == ((8, 32), torch.float16, 8)
+    assert second == ((16, 8), torch.float16, None, 8)
+"""
 _USE = """
 import torch
 import qatkernels as qk
@@ -53,15 +84,26 @@ print(report()["fake_quantize_dynamic"]["CPU"])
 """
 
 
-def test_an_entry_point_is_all_that_it_takes(tmp_path):
-    (tmp_path / "toy_backend.py").write_text(_BACKEND)
-    about = tmp_path / "toy-1.0.dist-info"
+def installed(folder, backend):
+    """Install a distribution with a backend into a folder; return the environment variables that find it."""
+    (folder / "toy_backend.py").write_text(backend)
+    about = folder / "toy-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text("[qatkernels.backends]\ntoy = toy_backend:BACKENDS\n")
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
     environment.pop("QATKERNELS_BACKEND", None)
+    return environment
+
+
+def test_kernels_of_a_backend_are_compiled_ahead(tmp_path):
+    environment = installed(tmp_path, _COMPILING)
+    for forced in ({}, {"QATKERNELS_BACKEND": "reference"}):
+        subprocess.run([sys.executable, "-c", _COMPILE], env=environment | forced, check=True)
+
+
+def test_an_entry_point_is_all_that_it_takes(tmp_path):
+    environment = installed(tmp_path, _BACKEND)
     for forced, first in ((None, "toy (some calls)"), ("toy", "toy (some calls)")):
         run = subprocess.run(
             [sys.executable, "-c", _USE], env=environment | ({} if forced is None else {"QATKERNELS_BACKEND": forced}),

@@ -143,7 +143,7 @@ def test_a_code_that_is_off_by_one_is_seen():
             assert errors(y, wanted)[0] > TOLERANCE[dtype]
 
 
-def test_settled_weights_leave_no_tie():
+def test_no_weight_is_at_a_rounding_tie():
     from bench.exact import avoid_ties
     from qatkernels.testing.samples import GRIDS
 

@@ -1,5 +1,6 @@
 """What is used of torch's private functions does what this package takes it to do."""
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -91,6 +92,20 @@ def test_is_view():
     x = torch.ones(2)
     assert not compat.is_view(x)
     assert compat.is_view(x[:1])
+
+
+def test_preserve_version_counter():
+    w = torch.ones(2, requires_grad=True)
+    y = w.square().sum()  # saves w
+    with torch.no_grad():
+        w.mul_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    y = w.square().sum()
+    with torch.no_grad(), compat.preserve_version_counter((w,)):
+        w.mul_(1.0)
+    y.backward()
+    assert torch.equal(w.grad, torch.full((2,), 2.0))
 
 
 def test_dispatch_mode():

@@ -35,7 +35,7 @@ def site(root: Path, origin: object = None, wheel: str = PURE) -> Path:
 
 
 def programs(folder: Path, *names: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the search path hold these programs and no others."""
+    """Set the search path to a folder with exactly these programs."""
     folder.mkdir()
     for name in names:
         (folder / name).touch(mode=0o755)

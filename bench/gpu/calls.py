@@ -1,4 +1,4 @@
-"""The two calls: their steps, each with a time limit of its own."""
+"""The steps of the two calls, each with a time limit."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 
 import qatkernels as qk
 from qatkernels.grids import Grid
-from qatkernels.ops.contract import row_bytes
+from qatkernels.ops.packing import row_bytes
 
 #: An op, its arguments, and the start of the name of the kernel that is measured.
 Call = tuple[str, tuple[Any, ...], str]

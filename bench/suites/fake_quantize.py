@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qatkernels import backends
+from qatkernels.dtypes import dtype_name
 from qatkernels.grids import Grid, lsq, seq
 from qatkernels.ops._op import OPS, as_tuple
 from qatkernels.testing.samples import Sample, make
@@ -78,7 +79,7 @@ def build(problem: Problem, settings: Settings) -> Case:
     if settings.peers:
         calls += peers.of_op(p.op, sample, args)
     outputs = as_tuple(OPS[p.op].meta(*args))
-    variant = ("noise " if p.noise else "") + (f"to {str(p.out_dtype)[6:]}" if p.out_dtype else "")
+    variant = ("noise " if p.noise else "") + (f"to {dtype_name(p.out_dtype)}" if p.out_dtype else "")
     inputs = [a for a in args if isinstance(a, torch.Tensor)]
     return Case(
         p.op, p.shape, p.dtype, calls, partial(expected, p.op, sample, args),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qatkernels.dtypes import dtype_name
 from qatkernels.grids import Grid, paretoq
 from qatkernels.nn import GroupedQuantLinear, QuantConfig, QuantLinear
 from qatkernels.ops import PackedWeight, grouped_lowbit_linear, lowbit_linear
@@ -112,7 +113,7 @@ def packed(p: Problem) -> Case:
     linears: list[Callable[[Tensor], Tensor]] = [_linear(e) for e in plain]
     dense = one.dequantize()
     calls: list[Call | Missing] = [
-        Call(f"loop of nn.Linear {str(p.dtype)[6:]}", _looped(p, x, linears), "baseline", graph=False),
+        Call(f"loop of nn.Linear {dtype_name(p.dtype)}", _looped(p, x, linears), "baseline", graph=False),
         attempt("torch._grouped_mm", lambda: _grouped_mm(x, plain, offsets)),
         Call("packed, grouped", lambda: grouped_lowbit_linear(x, weight, offsets)),
         Call(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qatkernels.dtypes import dtype_name
 from qatkernels.grids import Grid, paretoq
 from qatkernels.nn import QuantConfig, QuantLinear
 from qatkernels.testing.samples import Sample, draw, weights
@@ -88,7 +89,7 @@ def build(p: Problem, settings: Settings) -> Case:
         (TOLERANCE[p.product_dtype],) * 4,
         bytes_of(x, g, w) + bytes_of(g, x, w), flops=6 * p.tokens * p.features**2, product_dtype=p.product_dtype,
         grid=f"{p.grid.scheme}{p.grid.bits}", granularity="per row",
-        variant=f"{p.tokens} tokens" + (f", autocast to {str(p.autocast)[6:]}" if p.autocast else ""),
+        variant=f"{p.tokens} tokens" + (f", autocast to {dtype_name(p.autocast)}" if p.autocast else ""),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qatkernels.dtypes import dtype_name
 from qatkernels.grids import Grid, paretoq
 from qatkernels.ops import PackedWeight, lowbit_linear
 from qatkernels.testing.samples import draw, weights
@@ -95,7 +96,7 @@ def build(p: Problem, settings: Settings) -> Case:
     x = draw((p.tokens, p.shape[1]), p.dtype, settings.device, seed=3)
     plain = draw(p.shape, p.dtype, settings.device, width=0.02)
     calls: list[Call | Missing] = [
-        Call(f"nn.Linear {str(p.dtype)[6:]}", lambda: F.linear(x, plain), "baseline", unchecked="another weight"),
+        Call(f"nn.Linear {dtype_name(p.dtype)}", lambda: F.linear(x, plain), "baseline", unchecked="another weight"),
         Call("packed", lambda: lowbit_linear(x, packed)),
         Call("packed, A8", lambda: lowbit_linear(x, packed, act_bits=8), unchecked="activations of 8 bits"),
     ]
@@ -131,7 +132,7 @@ def transposed(p: Problem, settings: Settings) -> Case:
     grid = (list(p.grid.constants), p.grid.code_min, packed.bits, p.shape[1])
     args = (g, packed.packed, packed.scale, packed.zero_point, None, *grid)
     calls: list[Call | Missing] = [
-        Call(f"matmul {str(p.dtype)[6:]}", lambda: g @ plain, "baseline", unchecked="another weight"),
+        Call(f"matmul {dtype_name(p.dtype)}", lambda: g @ plain, "baseline", unchecked="another weight"),
         *ours("lowbit_linear_transposed", args, settings.device),
     ]
     return Case(

@@ -31,8 +31,8 @@ struct Dtypes {
 
 struct Dimension {
   std::string text;
-  bool star = false;             // any number of dimensions, which the name stands for
-  std::optional<size_t> name{};  // its slot, unless it is an expression
+  bool star = false;             // the name is that of any number of dimensions
+  std::optional<size_t> name{};  // the slot of the name, unless this is an expression
   Expression expression{};
   std::optional<Expression> only_if{};
 };
@@ -50,7 +50,8 @@ struct Argument {
 
 struct Requirement {
   Expression condition;
-  std::vector<std::pair<std::string, std::optional<Expression>>> message;  // text and what follows it
+  std::vector<std::pair<std::string, std::optional<Expression>>>
+      message;  // pieces of text, each with the value after it
 };
 
 struct Let {
@@ -83,7 +84,7 @@ std::string stripped(const std::string& text) {
   return first == std::string::npos ? "" : text.substr(first, last - first + 1);
 }
 
-// At a separator outside parentheses.
+// Splits a text at the separators outside parentheses, and drops empty parts.
 std::vector<std::string> split(const std::string& text, char separator) {
   std::vector<std::string> parts{""};
   int depth = 0;
@@ -228,7 +229,7 @@ class Reader {
   ContractData& data_;
 };
 
-// A call while it is checked.
+// The check of one call: the statements of the contract are applied to its arguments in order.
 class Check {
  public:
   Check(const ContractData& contract, at::ArrayRef<c10::IValue> arguments)
@@ -236,14 +237,14 @@ class Check {
     for (size_t i = 0; i < arguments.size(); ++i) {
       const c10::IValue& given = arguments[i];
       if (given.isTensor()) {
-        values_[i] = Value::of(int64_t{1});
+        values_[i] = Value::of(true);
         if (!first_) first_ = i;
       } else if (given.isDouble()) {
         values_[i] = Value::of(given.toDouble());
       } else if (given.isInt()) {
         values_[i] = Value::of(given.toInt());
       } else if (given.isBool()) {
-        values_[i] = Value::of(static_cast<int64_t>(given.toBool()));
+        values_[i] = Value::of(given.toBool());
       } else if (given.isNone()) {
         values_[i] = Value::make(Value::none, 0);
       } else {
@@ -333,9 +334,9 @@ class Check {
     }
     return found;
   }
-  // Whether allowed() has a dtype.
+  // Whether allowed() contains a dtype.
   bool allows(const Dtypes& dtypes, ScalarType type) const {
-    if (dtypes.parts.size() == 1) {  // most often
+    if (dtypes.parts.size() == 1) {  // the common cases, without building a list
       const Dtypes::Part& part = dtypes.parts.front();
       if (part.kind == Dtypes::fixed) return type == part.type;
       if (part.kind == Dtypes::like) return type == *dtype(part.argument);
@@ -353,7 +354,7 @@ class Check {
     return !dimension.only_if || dimension.only_if->evaluate(values_).is_true();
   }
 
-  // Whether sizes are those of a shape. New names take the sizes that they stand for; `bound` are their slots.
+  // Whether `sizes` match a shape. A name without a value takes its size from here; its slot is added to `bound`.
   bool fits(at::IntArrayRef sizes, const Shape& shape, c10::SmallVectorImpl<size_t>& bound) {
     size_t count = 0;
     for (const Dimension& dimension : shape.dimensions) count += here(dimension) && !dimension.star;
@@ -398,7 +399,7 @@ class Check {
     TORCH_CHECK(false, name, " has shape ", shape_string(given), ", must be ", text(shape));
   }
 
-  // The shape as a message has it, names that are not known as they are.
+  // The shape for a message. A name without a value is printed as the name.
   std::string text(const Shape& shape) const {
     std::vector<std::string> parts;
     for (const Dimension& dimension : shape.dimensions) {
@@ -430,7 +431,7 @@ class Check {
   const ContractData& contract_;
   const at::ArrayRef<c10::IValue> arguments_;
   Values values_;
-  std::optional<size_t> first_;  // argument that is a tensor
+  std::optional<size_t> first_;  // index of the first argument that is a tensor
 };
 
 }  // namespace
@@ -472,6 +473,7 @@ void Contract::check_output(size_t index, const Tensor& given, const Output& wan
 
 size_t Contract::arguments() const { return data_->names.size(); }
 size_t Contract::outputs() const { return data_->outputs.size(); }
+const std::string& Contract::output_name(size_t index) const { return data_->outputs[index].name; }
 bool Contract::strided(size_t argument) const { return data_->strided[argument]; }
 
 }  // namespace qk

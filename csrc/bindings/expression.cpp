@@ -1,12 +1,11 @@
 #include "expression.h"
 
-#include <c10/util/accumulate.h>
-
 #include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <stdexcept>
 
 #include "text.h"
@@ -15,6 +14,8 @@ namespace qk {
 
 std::string to_string(const Value& value) {
   switch (value.kind) {
+    case Value::truth:
+      return value.i ? "True" : "False";
     case Value::none:
       return "None";
     case Value::shape:
@@ -201,21 +202,28 @@ Expression Expression::parse(const std::string& text, const SlotOf& slot_of) { r
 
 namespace {
 
-// A result that does not fit is the largest number, which no size is.
+// A result that overflows becomes the largest integer, which no dimension has.
 template <class F>
 int64_t saturated(int64_t a, int64_t b, F overflows) {
   int64_t result;
   return overflows(a, b, &result) ? std::numeric_limits<int64_t>::max() : result;
 }
+int64_t sum(int64_t a, int64_t b) {
+  return saturated(a, b, [](auto... n) { return __builtin_add_overflow(n...); });
+}
 int64_t product(int64_t a, int64_t b) {
   return saturated(a, b, [](auto... n) { return __builtin_mul_overflow(n...); });
+}
+
+bool equal(const Value& a, const Value& b) {
+  if (a.kind == Value::none || b.kind == Value::none) return a.kind == b.kind;
+  return a.kind == Value::real || b.kind == Value::real ? a.number() == b.number() : a.i == b.i;
 }
 
 }  // namespace
 
 Value Expression::evaluate(const Values& values) const {
   const auto operand = [&](size_t index) { return operands_[index].evaluate(values); };
-  const auto truth = [](bool value) { return Value::of(static_cast<int64_t>(value)); };
   switch (op_) {
     case Op::constant:
       return value_;
@@ -238,37 +246,37 @@ Value Expression::evaluate(const Values& values) const {
   const bool real = a.kind == Value::real || b.kind == Value::real;
   switch (op_) {
     case Op::negation:
-      return truth(!a.is_true());
+      return Value::of(!a.is_true());
     case Op::negative:
       return real ? Value::of(-a.d) : Value::of(-a.i);
     case Op::is:
-      return truth((a.kind == Value::none) == (b.kind == Value::none));
+      return Value::of((a.kind == Value::none) == (b.kind == Value::none));
     case Op::is_not:
-      return truth((a.kind == Value::none) != (b.kind == Value::none));
+      return Value::of((a.kind == Value::none) != (b.kind == Value::none));
     case Op::numel:
-      return Value::of(c10::multiply_integers(a.sizes()));
+      return Value::of(std::accumulate(a.sizes().begin(), a.sizes().end(), int64_t{1}, product));
     case Op::len:
       return Value::of(a.i);
-    case Op::row_bytes:  // (cols * bits + 7) / 8, which does not overflow in parts
-      return Value::of(a.i / 8 * b.i + (a.i % 8 * b.i + 7) / 8);
+    case Op::row_bytes:  // (cols * bits + 7) / 8, in parts that overflow only if the result does
+      return Value::of(sum(product(a.i / 8, b.i), product(a.i % 8, b.i) / 8 + (a.i % 8 * (b.i % 8) % 8 != 0)));
     case Op::less:
-      return truth(real ? a.number() < b.number() : a.i < b.i);
+      return Value::of(real ? a.number() < b.number() : a.i < b.i);
     case Op::less_equal:
-      return truth(real ? a.number() <= b.number() : a.i <= b.i);
+      return Value::of(real ? a.number() <= b.number() : a.i <= b.i);
     case Op::equal:
-      return truth(real ? a.number() == b.number() : a.i == b.i);
+      return Value::of(equal(a, b));
     case Op::not_equal:
-      return truth(real ? a.number() != b.number() : a.i != b.i);
+      return Value::of(!equal(a, b));
     case Op::min:
       return (real ? a.number() <= b.number() : a.i <= b.i) ? a : b;
     case Op::add:
-      return Value::of(saturated(a.i, b.i, [](auto... n) { return __builtin_add_overflow(n...); }));
+      return Value::of(sum(a.i, b.i));
     case Op::subtract:
       return Value::of(saturated(a.i, b.i, [](auto... n) { return __builtin_sub_overflow(n...); }));
     case Op::multiply:
       return Value::of(product(a.i, b.i));
     case Op::modulo:
-      return Value::of(b.i ? a.i % b.i : 0);
+      return Value::of(b.i ? (a.i % b.i + b.i) % b.i : 0);  // as Python's: of the sign of b
     case Op::power: {
       int64_t power = 1;
       for (int64_t n = 0; n < std::min<int64_t>(b.i, 64); ++n) power = product(power, a.i);

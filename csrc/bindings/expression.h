@@ -1,5 +1,6 @@
-// The expressions of contracts: a small part of Python's, of integers, floating point numbers, None and shapes.
-// Arithmetic is that of integers.
+// The expressions of contracts: a small part of Python's, of truth values, integers, floating point numbers, None and
+// shapes. qatkernels/ops/_expression.py says what the part is and refuses everything else when a contract is declared;
+// here it is only evaluated. Arithmetic is that of integers.
 #pragma once
 
 #include <ATen/core/ivalue.h>
@@ -12,18 +13,19 @@
 
 namespace qk {
 
-// What a name stands for. A tensor is the whole number 1, a list only its length.
+// The value of a name. A tensor is the truth value true; of a list there is only the length.
 struct Value {
-  enum Kind { unknown, none, integer, real, shape, list };
+  enum Kind { unknown, none, truth, integer, real, shape, list };
 
   Kind kind = unknown;
   union {
-    int64_t i = 0;  // integer; of a list, and of a shape, how many there are
+    int64_t i = 0;  // truth, integer; the length of a shape and of a list
     double d;       // real
   };
   const int64_t* first = nullptr;  // shape
 
   static Value of(int64_t i) { return make(integer, i); }
+  static Value of(bool b) { return make(truth, b); }
   static Value of(double d) {
     Value value = make(real, 0);
     value.d = d;
@@ -59,7 +61,7 @@ class Expression {
   // Throws std::invalid_argument if the text is no expression.
   static Expression parse(const std::string& text, const SlotOf& slot_of);
 
-  // Unknown if it is about a name that stands for nothing yet.
+  // Unknown if it depends on a name that has no value yet.
   Value evaluate(const Values& values) const;
 
  private:

@@ -1,4 +1,4 @@
-// Calls on a GPU. For builds with CUDA; includes nothing otherwise.
+// How bindings run a call on a GPU. QK_RUN_ON_GPU is for every build; the rest is there in builds with CUDA only.
 #pragma once
 
 #if defined(QK_WITH_CUDA)
@@ -23,4 +23,11 @@ inline at::Tensor workspace(size_t bytes, at::Device device) {
 }
 
 }  // namespace qk
+
+// Runs a call by a launcher if `device` is a GPU; its value is whether it did. A build without CUDA has no launchers,
+// so there it is false and does not look at the launcher's name.
+#define QK_RUN_ON_GPU(call, device, launcher) \
+  ((device).is_cuda() && (::qk::launch_on(device, [&](cudaStream_t stream) { return launcher(call, stream); }), true))
+#else
+#define QK_RUN_ON_GPU(call, device, launcher) false
 #endif

@@ -1,12 +1,12 @@
-// Packing, and products with packed weights.
+// Products with packed weights.
 #include "../cpu/lowbit.h"
 
 #include <ATen/ops/mm.h>
 
 #include <vector>
 
-#include "../common/packing.h"
 #include "../cpu/packing.h"
+#include "dynamic.h"
 #include "gpu.h"
 #include "registry.h"
 #include "tensors.h"
@@ -18,27 +18,13 @@
 namespace qk {
 namespace {
 
-void pack(const Tensor& codes, int64_t code_min, int64_t bits, const Tensor& out) {
-  const int64_t cols = codes.size(-1), rows = cols ? codes.numel() / cols : 0;
-  const PackCall call{codes.const_data_ptr(),         out.mutable_data_ptr<uint8_t>(), rows, cols,
-                      static_cast<int32_t>(code_min), static_cast<int32_t>(bits)};
-  at::parallel_for(0, rows, grain_of_rows(cols), [&](int64_t begin, int64_t end) { cpu::pack(call, begin, end); });
-}
-
-void unpack(const Tensor& packed, int64_t code_min, int64_t bits, int64_t cols, const Tensor& out) {
-  const int64_t rows = cols ? out.numel() / cols : 0;
-  const UnpackCall call{packed.const_data_ptr<uint8_t>(), out.mutable_data_ptr(),    rows, cols,
-                        static_cast<int32_t>(code_min),   static_cast<int32_t>(bits)};
-  at::parallel_for(0, rows, grain_of_rows(cols), [&](int64_t begin, int64_t end) { cpu::unpack(call, begin, end); });
-}
-
-// A packed weight in the fields of a call that describe it, and the experts that have tokens.
+// The fields of a call that describe the packed weight, and the experts that have tokens.
 struct Weight {
   LowbitLinearCall call{};
   Tensor packed, scale;
   std::vector<Expert> experts;
 
-  // `name` is that of x, for messages.
+  // `name` is the name of x in messages.
   Weight(const char* name, const Tensor& x, const Tensor& packed_, const Tensor& scale_,
          const OptionalTensor& zero_point, const OptionalTensor& offsets, Constants grid, int64_t code_min,
          int64_t bits, int64_t cols)
@@ -59,11 +45,11 @@ struct Weight {
     call.bits = static_cast<int32_t>(bits);
     call.tokens = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
     if (!offsets && call.tokens) experts.push_back({0, 0, call.tokens});
-    // On a GPU looking at the offsets would wait for it.
+    // Reading offsets on a GPU would synchronize with it.
     if (offsets && x.is_cpu()) experts = experts_of(*offsets, call.tokens, name);
   }
 
-  // Rows of a result that no expert writes.
+  // Sets the rows that belong to no expert to zero.
   void clear_rest(const Tensor& y) const {
     const int64_t written = experts.empty() ? 0 : experts.back().last;
     if (written < call.tokens) y.narrow(0, written, call.tokens - written).zero_();
@@ -84,8 +70,8 @@ struct Weight {
   }
 };
 
-// y = x W^T + bias or x W by the library's product, from unpacked weights: float32 also where x has 16 bits, or their
-// numbers would be rounded. The library adds in an order that may depend on the number of threads.
+// y = x W^T + bias or x W: dequantizes the weight and calls at::mm. For 16-bit x it computes in float32, because 16
+// bits would round the weight. The order of at::mm's sums may depend on the number of threads.
 void multiply_dequantized(const Weight& w, const Tensor& x, const Tensor& y, bool transposed, const Tensor& bias) {
   const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   for (const Expert& e : w.experts) {
@@ -98,7 +84,8 @@ void multiply_dequantized(const Weight& w, const Tensor& x, const Tensor& y, boo
   }
 }
 
-// Fills in what a product has beside the weight; returns the bias that the call points into.
+// Fills in the fields of x, the bias and act_bits. Returns the bias, which the caller must keep alive: call.bias points
+// into it.
 Tensor add_operands(LowbitLinearCall& call, const Tensor& x, const OptionalTensor& bias_,
                     std::optional<int64_t> act_bits) {
   call.act_bits = static_cast<int32_t>(act_bits.value_or(0));
@@ -113,7 +100,7 @@ Tensor add_operands(LowbitLinearCall& call, const Tensor& x, const OptionalTenso
 }
 
 #if defined(QK_WITH_CUDA)
-// Whether the CUDA kernel takes a call of lowbit_linear; what it does not take is another implementation's.
+// Whether the CUDA kernel takes a call of lowbit_linear. Other calls go to the next backend.
 bool lowbit_linear_serves(const Tensor& x, const Tensor& packed, const Tensor& scale, const OptionalTensor& zero_point,
                           const OptionalTensor& bias_, const OptionalTensor& offsets, Constants grid, int64_t code_min,
                           int64_t bits, std::optional<int64_t> act_bits) {
@@ -183,8 +170,6 @@ void lowbit_linear_transposed(const Tensor& g, const Tensor& packed, const Tenso
   multiply_dequantized(w, from, to, false, Tensor());
 }
 
-QK_CPU_KERNEL(pack);
-QK_CPU_KERNEL(unpack);
 QK_CPU_KERNEL(lowbit_linear);
 QK_CPU_KERNEL(lowbit_linear_transposed);
 #if defined(QK_WITH_CUDA)

@@ -1,4 +1,4 @@
-// The extension: ops declared from schemas that Python gives, so that there is one of each.
+// The Python module of the extension. Python passes the schemas and contracts of the ops, so they are stated once.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,8 +16,8 @@
 namespace qk {
 namespace {
 
-// A way to serve calls of an op: another op with its arguments, an op that says of a call whether that one takes it,
-// and how many rows the first argument may have. A call must meet what is there of both.
+// One candidate for the calls of an op: the op that would serve them; an op that says whether it takes a call (absent:
+// it takes all); and the most rows that the first argument may have (absent: any number).
 struct Stage {
   c10::OperatorHandle op;
   std::optional<c10::OperatorHandle> serves;
@@ -25,8 +25,8 @@ struct Stage {
 };
 using StageNames = std::tuple<std::string, std::optional<std::string>, std::optional<int64_t>>;
 
-// Passes each call to the first stage that takes it, on a stack of arguments, so that it is one for every op and nobody
-// enters Python to choose. Stages run below autograd, as the choice does.
+// Passes each call to the first stage that takes it. It works on a stack of arguments, so one class serves every op,
+// and choosing does not enter Python. Stages run below autograd, as the choice does.
 class Choice final : public c10::OperatorKernel {
  public:
   Choice(std::vector<Stage> stages, c10::DispatchKey key) : stages_(std::move(stages)), key_(key) {}
@@ -45,7 +45,7 @@ class Choice final : public c10::OperatorKernel {
       if (t.dim() > 0 && c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)) > *stage.rows) return false;
     }
     if (!stage.serves) return true;
-    // Outputs are the last arguments; they are not looked at.
+    // The outputs, which are the last arguments, are not passed.
     const auto inputs = arguments.slice(0, stage.serves->schema().arguments().size());
     torch::jit::Stack asked(inputs.begin(), inputs.end());
     stage.serves->redispatchBoxed(key_, &asked);
@@ -86,6 +86,8 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.def("state", &qk::state, "State the contract of an op: its name, its schema without outputs, and the text.");
   m.def("declare", &qk::declare, "Declare an op by its schema in a namespace of the extension, implemented.");
+  m.def("declare_check", &qk::declare_check,
+        "For tests: declare an op that only checks its arguments by the contract that was stated for its name.");
   m.def(
       "implement",
       [](const std::string& ns, const std::string& op, const std::string& device) {

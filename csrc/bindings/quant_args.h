@@ -1,4 +1,4 @@
-// QuantArgs and calls of the fake-quantize family, filled in from tensors.
+// What the bindings of ops on a weight share: QuantArgs filled in from tensors, and the loop over units.
 #pragma once
 
 #include "../common/quant_args.h"
@@ -26,6 +26,12 @@ inline QuantArgs quant_args(const Tensor& w, const Tensor& scale, const Optional
   args.scale_noise_std = scale_noise_std;
   args.grad_scale = grad_scale;
   return args;
+}
+
+// Calls f(begin, end) for the units of a weight, on torch's threads.
+template <class F>
+void for_units(const QuantArgs& args, F f) {
+  at::parallel_for(0, Units(args.rows, args.cols).count(), 1, f);
 }
 
 }  // namespace qk

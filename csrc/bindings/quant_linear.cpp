@@ -13,10 +13,11 @@
 namespace qk {
 namespace {
 
-// Of quantized weight and tangent. Smaller ones gain nothing: products of few columns, and more often all threads wait.
+// Bytes of a block: of the quantized weight and its tangent. Smaller blocks are not faster: their products have few
+// columns, and all threads wait for each other more often.
 constexpr int64_t kBlockBytes = 32 << 20;
 
-// Rows of the weight [rows, cols] that begin and end with units of the kernel and are about as many as a block holds.
+// How many rows of the weight [rows, cols] a block has: about kBlockBytes of them, and whole units of the kernel.
 int64_t rows_of_block(const QuantArgs& args, int64_t rows, int64_t cols, int64_t element_bytes) {
   const Units units(args.rows, args.cols);
   const bool cut = units.pieces_per_row > 1;
@@ -41,16 +42,17 @@ void quant_linear_dual(const Tensor& x, const OptionalTensor& tangent_x, const O
   const bool moves = tangent_w || tangent_scale || tangent_zero_point;
   const int64_t rows = w.size(0), cols = w.size(1), element = c10::elementSize(x.scalar_type());
   const Units units(args.rows, args.cols);
-  // The blocks' parts of a transposed product would have to be added, in 16 bits rounded each time.
+  // A transposed product is a single block: otherwise the products of its blocks would be added up, and each sum
+  // rounded to 16 bits.
   const int64_t block = transposed || w.numel() == 0 ? rows : rows_of_block(args, rows, cols, element);
   const Tensor value = allocate({block, cols}, x.scalar_type(), w.device()), slope = moves ? like(value) : Tensor();
   for (int64_t first = 0; first < rows; first += block) {
     const int64_t count = std::min(block, rows - first);
-    // Units are of one size up to the last, unless all rows are one block.
+    // All units but the last have one size, unless all rows are one block.
     const int64_t unit = units.pieces_per_row > 1 ? kUnitElements : units.rows_per_unit * units.cols;
     const int64_t begin = unit ? first * cols / unit : 0;
     const int64_t end = first + count == rows ? units.count() : (first + count) * cols / unit;
-    // The kernels count elements from the weight's first.
+    // The kernels index elements from the first of the whole weight, so the pointers are shifted back.
     const auto origin = [&](const Tensor& t) {
       return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) - first * cols * element);
     };

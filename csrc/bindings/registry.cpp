@@ -6,6 +6,7 @@
 
 #include "contract.h"
 #include "tensors.h"
+#include "text.h"
 
 namespace qk {
 namespace {
@@ -21,7 +22,8 @@ std::map<std::string, std::shared_ptr<const Contract>>& contracts() {
   return table;
 }
 
-// How a name of torch.ops calls a kernel.
+// What an op does with a kernel, which the end of its name says: allocate the outputs and return them, write into
+// outputs that are given, or ask whether the kernel takes the call.
 enum class Form { allocating, writing, asking };
 
 struct Named {
@@ -39,7 +41,8 @@ Named named(const std::string& name) {
   return {name, name, Form::allocating};
 }
 
-// Runs a kernel behind the contract of its op, on a stack of arguments, so that it is one for every op.
+// Checks a call by the contract of its op, then runs the kernel. It works on a stack of arguments, so one class serves
+// every op.
 class Contracted final : public c10::OperatorKernel {
  public:
   Contracted(std::shared_ptr<const Contract> contract, c10::KernelFunction kernel, Form form)
@@ -66,7 +69,7 @@ class Contracted final : public c10::OperatorKernel {
       made.emplace_back(allocate(output.sizes, output.type, device));
       stack->push_back(made.back());
     }
-    kernel_.callBoxed(op, keys, stack);  // takes all of them from the stack
+    kernel_.callBoxed(op, keys, stack);  // pops the arguments and the outputs
     for (c10::IValue& output : made) stack->push_back(std::move(output));
   }
 
@@ -81,6 +84,36 @@ class Contracted final : public c10::OperatorKernel {
   c10::KernelFunction kernel_;
   Form form_;
 };
+
+// Checks a call by a contract and describes the outputs. For tests.
+class ContractOnly final : public c10::OperatorKernel {
+ public:
+  explicit ContractOnly(std::shared_ptr<const Contract> contract) : contract_(std::move(contract)) {}
+
+  void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, Stack* stack) const {
+    std::string text;
+    size_t index = 0;
+    for (const Contract::Output& output : contract_->check(torch::jit::last(*stack, contract_->arguments())))
+      text += contract_->output_name(index++) + ": " + name_of(output.type) + " " + shape_string(output.sizes) + "\n";
+    torch::jit::drop(*stack, contract_->arguments());
+    stack->emplace_back(std::move(text));
+  }
+
+ private:
+  std::shared_ptr<const Contract> contract_;
+};
+
+std::shared_ptr<const Contract> contract_of(const std::string& op) {
+  const auto found = contracts().find(op);
+  TORCH_CHECK(found != contracts().end(), "the contract of ", op, " was not stated");
+  return found->second;
+}
+
+template <class Kernel>
+void register_boxed(const std::string& ns, const std::string& name, c10::DispatchKey key, std::unique_ptr<Kernel> k) {
+  library(torch::Library::IMPL, ns, key)
+      .impl(name.c_str(), torch::CppFunction::makeFromBoxedKernel(c10::BoxedKernel::makeFromFunctor(std::move(k))));
+}
 
 }  // namespace
 
@@ -103,18 +136,19 @@ void state(const std::string& op, const std::string& schema, const std::string& 
 void implement(const std::string& ns, const std::string& name, c10::DispatchKey key) {
   TORCH_CHECK(serves(name, key), "this build has no kernel for ", name, " on ", key);
   const Named found = named(name);
-  const auto contract = contracts().find(found.op);
-  TORCH_CHECK(contract != contracts().end(), "the contract of ", found.op, " was not stated");
-  auto functor = std::make_unique<Contracted>(contract->second, table().at({found.kernel, key}), found.form);
-  library(torch::Library::IMPL, ns, key)
-      .impl(name.c_str(),
-            torch::CppFunction::makeFromBoxedKernel(c10::BoxedKernel::makeFromFunctor(std::move(functor))));
+  register_boxed(ns, name, key,
+                 std::make_unique<Contracted>(contract_of(found.op), table().at({found.kernel, key}), found.form));
 }
 
 void declare(const std::string& ns, const std::string& name, const std::string& schema) {
   library(torch::Library::FRAGMENT, ns, std::nullopt).def(torch::schema(schema.c_str()));
   for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA})
     if (serves(name, key)) implement(ns, name, key);
+}
+
+void declare_check(const std::string& ns, const std::string& name, const std::string& schema) {
+  library(torch::Library::FRAGMENT, ns, std::nullopt).def(torch::schema(schema.c_str()));
+  register_boxed(ns, name, c10::DispatchKey::CPU, std::make_unique<ContractOnly>(contract_of(name)));
 }
 
 }  // namespace qk

@@ -1,8 +1,8 @@
-// Kernels register themselves here, and here they become implementations of ops.
+// The table of kernels. Kernels register themselves in it, and from it become implementations of ops.
 //
-// A kernel is a function of the arguments of an op, then of its outputs, which it writes. It is called with arguments
-// that fit the op's contract and are contiguous (but for those that the contract calls strided), and with outputs that
-// fit. So it checks nothing of that again.
+// A kernel is a function of the arguments of an op, then of its outputs, which it writes. Before it is called,
+// arguments and outputs are checked by the op's contract, and arguments are made contiguous (except those that the
+// contract calls strided). So a kernel does not check them again.
 #pragma once
 
 #include <torch/library.h>
@@ -31,15 +31,18 @@ struct KernelEntry {
 #define QK_KERNEL(op) QK_CPU_KERNEL(op)
 #endif
 
-// The table, by names of ops in torch.ops: `<op>`, `<op>_out` with the outputs at the end of the arguments, and
-// `<op>_serves`, which says of a call whether a kernel takes it that takes only some.
+// Whether the table has a kernel for an op of torch.ops: `<op>`; `<op>_out`, which has the outputs at the end of its
+// arguments; or `<op>_serves`, which says whether a kernel that takes only some calls takes this one.
 bool serves(const std::string& name, c10::DispatchKey key);
 // States the contract of an op, before it is declared or implemented.
 void state(const std::string& op, const std::string& schema, const std::string& contract);
-// Implements an op of a namespace on a device by the kernel.
+// Implements an op of a namespace on a device by its kernel.
 void implement(const std::string& ns, const std::string& name, c10::DispatchKey key);
 // Declares an op in a namespace of the extension's own and implements it on every device that has the kernel.
 void declare(const std::string& ns, const std::string& name, const std::string& schema);
+// For tests: declares an op that only checks its arguments, on a CPU, by the contract that was stated for its name. Its
+// schema ends in "-> str": it returns a line for each output, "name: dtype shape".
+void declare_check(const std::string& ns, const std::string& name, const std::string& schema);
 
 // Registrations live as long as the process, as those of TORCH_LIBRARY do.
 torch::Library& library(torch::Library::Kind kind, const std::string& ns, std::optional<c10::DispatchKey> key);

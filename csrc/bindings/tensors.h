@@ -1,4 +1,4 @@
-// What the bindings of every family of ops share: dtypes, allocation, and loops over torch's threads.
+// What all bindings share: dtypes, allocation, and loops over torch's threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -33,11 +33,8 @@ std::vector<Expert> experts_of(const Tensor& offsets, int64_t rows, const char* 
 // The constants of qatkernels.Grid.
 Grid<double> grid_of(Constants c);
 
-// A kernel that products with packed weights call too.
-void fake_quantize_dynamic(const Tensor& x, int64_t bits, const Tensor& out);
-
-// f(begin, end) over [0, units) on torch's threads, for units that take unequal time: whoever is done with a few takes
-// the next few.
+// Calls f(begin, end) over [0, units) on torch's threads, with dynamic scheduling: a thread that has finished a few
+// units takes the next few. For units that take unequal time.
 template <class F>
 void parallel_dynamic(int64_t units, F f) {
   const int64_t threads = std::min<int64_t>(units, at::get_num_threads());

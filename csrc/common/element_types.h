@@ -5,7 +5,7 @@ namespace qk {
 
 template <class Compute, class Weight, class Output>
 struct ElementTypes {
-  using T = Compute;  // what is computed in: float, or double for float64 weights
+  using T = Compute;  // the type of computations: float, or double for float64 weights
   using W = Weight;   // of the weight
   using Y = Output;   // of the result, or of the gradient that comes in
 };

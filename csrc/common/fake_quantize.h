@@ -15,7 +15,7 @@ struct FakeQuantizeBackwardCall {
   QuantArgs args;
   const void* g;
   DType g_type;
-  void *dw, *ds, *dz;  // of w's type and of scale's type; dz is null without a zero point
+  void *dw, *ds, *dz;  // dtypes of w and of scale; dz is null without a zero point
 };
 
 struct FakeQuantizeJvpCall {

@@ -8,10 +8,11 @@
 #include <cstdint>
 #include <cstring>
 
+// A function that kernels of both devices inline.
 #if defined(__CUDACC__)
-#define QK_HD __host__ __device__ __forceinline__
+#define QK_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define QK_HD inline __attribute__((always_inline))
+#define QK_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace qk {
@@ -32,12 +33,12 @@ struct Grid {
 
 // Whether a normal number is a power of two. If so, dividing by it and multiplying by its reciprocal give the same
 // bits.
-QK_HD bool is_power_of_two(float x) {
+QK_HOST_DEVICE bool is_power_of_two(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return (bits & 0x007FFFFFu) == 0;
 }
-QK_HD bool is_power_of_two(double x) {
+QK_HOST_DEVICE bool is_power_of_two(double x) {
   uint64_t bits;
   memcpy(&bits, &x, sizeof bits);
   return (bits & 0x000FFFFFFFFFFFFFu) == 0;
@@ -50,7 +51,7 @@ struct RowGrid {
   T scale, step, inverse_steps;
   bool inverse_is_exact;
 
-  QK_HD RowGrid(const Grid<T>& g, T s, T zero) : grid(g) {
+  QK_HOST_DEVICE RowGrid(const Grid<T>& g, T s, T zero) : grid(g) {
     scale = s < T(kMinScale) ? T(kMinScale) : s;  // NaN stays
     step = scale / g.steps;
     inverse_steps = T(1) / g.steps;
@@ -67,48 +68,48 @@ struct RowGrid {
 
 #if defined(__CUDACC__) || defined(QK_HOST_CUDA)
 template <class T>
-QK_HD T select(bool mask, T a, T b) {
+QK_HOST_DEVICE T select(bool mask, T a, T b) {
   return mask ? a : b;
 }
 // Both return b where either is NaN.
 template <class T>
-QK_HD T min_of(T a, T b) {
+QK_HOST_DEVICE T min_of(T a, T b) {
   return a < b ? a : b;
 }
 template <class T>
-QK_HD T max_of(T a, T b) {
+QK_HOST_DEVICE T max_of(T a, T b) {
   return a > b ? a : b;
 }
 #if __CUDA_ARCH__ >= 800
 // One instruction instead of a comparison and a selection. Returns NaN if either operand is NaN.
-QK_HD float min_of(float a, float b) {
+QK_HOST_DEVICE float min_of(float a, float b) {
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
   return a;
 }
-QK_HD float max_of(float a, float b) {
+QK_HOST_DEVICE float max_of(float a, float b) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
   return a;
 }
 #endif
-QK_HD float round_half_even(float x) { return rintf(x); }
-QK_HD double round_half_even(double x) { return rint(x); }
+QK_HOST_DEVICE float round_half_even(float x) { return rintf(x); }
+QK_HOST_DEVICE double round_half_even(double x) { return rint(x); }
 #endif
 
 // The code of w, as a floating point number; r = w / scale.
 template <class V, class T>
-QK_HD V code_of(V w, V r, const RowGrid<T>& row) {
+QK_HOST_DEVICE V code_of(V w, V r, const RowGrid<T>& row) {
   if (row.grid.by_sign) return select(w != w, w, select(w < V(T(0)), V(T(-1)), V(T(0))));
   const V clamped = min_of(V(row.grid.high), max_of(V(row.grid.low), r));
   return round_half_even(clamped * V(row.grid.steps) - V(row.grid.offset));
 }
 
 template <class V, class T>
-QK_HD V value_of(V code, const RowGrid<T>& row) {
+QK_HOST_DEVICE V value_of(V code, const RowGrid<T>& row) {
   return (code + V(row.grid.offset)) * V(row.step);
 }
 
 template <class V, class T>
-QK_HD V fake_quantized(V w, const RowGrid<T>& row) {
+QK_HOST_DEVICE V fake_quantized(V w, const RowGrid<T>& row) {
   return value_of(code_of(w, w / V(row.scale), row), row);
 }
 
@@ -119,9 +120,9 @@ struct Slopes {
   decltype(V() < V()) below, above;
   V scale, zero_point;
 
-  QK_HD Slopes(V w, const RowGrid<T>& row) : Slopes(w, w / V(row.scale), row) {}
+  QK_HOST_DEVICE Slopes(V w, const RowGrid<T>& row) : Slopes(w, w / V(row.scale), row) {}
   // r = w / scale.
-  QK_HD Slopes(V w, V r, const RowGrid<T>& row) {
+  QK_HOST_DEVICE Slopes(V w, V r, const RowGrid<T>& row) {
     below = r < V(row.grid.pass_low);
     above = r > V(row.grid.pass_high);
     const V level = code_of(w, r, row) + V(row.grid.offset);
@@ -133,8 +134,8 @@ struct Slopes {
   }
 
   // Returns `beyond` outside the pass-through range and x inside. NaN weights count as inside, as in the released code.
-  QK_HD V masked(V beyond, V x) const { return select(below, beyond, select(above, beyond, x)); }
-  QK_HD V masked(V x) const { return masked(V(T(0)), x); }
+  QK_HOST_DEVICE V masked(V beyond, V x) const { return select(below, beyond, select(above, beyond, x)); }
+  QK_HOST_DEVICE V masked(V x) const { return masked(V(T(0)), x); }
 };
 
 }  // namespace qk

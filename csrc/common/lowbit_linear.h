@@ -17,7 +17,7 @@ struct LowbitLinearCall {
   int64_t tokens, rows, cols, groups, experts;
   DType x_type, scale_type, bias_type;
   double steps, offset;              // value = (code + offset - zero) * (scale / steps)
-  int32_t code_min, bits, act_bits;  // act_bits 0: x as it is
+  int32_t code_min, bits, act_bits;  // act_bits is 0 if x is not quantized
 };
 
 }  // namespace qk

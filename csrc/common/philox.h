@@ -19,20 +19,20 @@ constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kIncrement0 = 0x9E3779B9u, kIncrement1 = 0xBB67AE85u;
 
 #if defined(__CUDACC__) || defined(QK_HOST_CUDA)
-QK_HD void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+QK_HOST_DEVICE void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
   const uint64_t product = static_cast<uint64_t>(a) * b;
   high = static_cast<uint32_t>(product >> 32);
   low = static_cast<uint32_t>(product);
 }
-QK_HD float to_float(uint32_t x) { return static_cast<float>(x); }
-QK_HD float square_root(float x) { return sqrtf(x); }
-QK_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
-QK_HD uint32_t as_uint(float x) {
+QK_HOST_DEVICE float to_float(uint32_t x) { return static_cast<float>(x); }
+QK_HOST_DEVICE float square_root(float x) { return sqrtf(x); }
+QK_HOST_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+QK_HOST_DEVICE uint32_t as_uint(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return bits;
 }
-QK_HD float as_float(uint32_t bits) {
+QK_HOST_DEVICE float as_float(uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof x);
   return x;
@@ -42,7 +42,7 @@ struct Words {
   uint32_t x0, x1, x2, x3;
 };
 
-QK_HD Words philox(uint64_t seed, uint32_t counter_low, uint32_t counter_high, uint32_t stream) {
+QK_HOST_DEVICE Words philox(uint64_t seed, uint32_t counter_low, uint32_t counter_high, uint32_t stream) {
   Words x{counter_low, counter_high, stream, 0u};
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kRounds; ++round) {
@@ -62,7 +62,7 @@ QK_HD Words philox(uint64_t seed, uint32_t counter_low, uint32_t counter_high, u
 // divided by 2^23, are 127 + log2 v with log2 interpolated linearly between powers of two; a polynomial in h corrects
 // the interpolation. All of this is scaled by 2^23.
 template <class F, class U>
-QK_HD void box_muller(U word, F& normal0, F& normal1) {
+QK_HOST_DEVICE void box_muller(U word, F& normal0, F& normal1) {
   const U bits = as_uint(to_float((word & U(0x7FFFF800u)) | U(0x400u)));
   const F h = as_float((bits & U(0x007FFFFFu)) | U(0x3F800000u)) - F(1.5f);
   F y = F(216773.6875f);

@@ -107,7 +107,7 @@ void cross_entropy(const CrossEntropyCall& call, int64_t begin, int64_t end) {
 
 namespace {
 
-// Whether to write an output past the caches: it is too large for them. An output in place is there already.
+// Whether to use streaming stores for an output: it does not fit the caches. An output in place is in them already.
 bool passes_caches(const CrossEntropyCall& call, const void* out, int64_t element_bytes) {
   return out != call.logits && out != call.tangent && call.rows * call.cols * element_bytes >= kTooLarge;
 }
@@ -183,7 +183,7 @@ void cross_entropy_hvp(const CrossEntropyCall& call, int64_t begin, int64_t end)
       });
       const T nan = std::numeric_limits<T>::quiet_NaN();
       const int64_t at = target == Target::valid ? call.targets[row] : 0;
-      // Read now: an output may lie where the tangent does.
+      // Read before anything is written: an output may be the memory of the tangent.
       const Vec<T> v_at = get(v + at, 1);
       T lanes[kLanes];
       store(lanes, v_at);

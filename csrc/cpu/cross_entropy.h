@@ -6,8 +6,8 @@
 
 namespace qk {
 
-// Softmax cross-entropy of logits [rows, cols]. What has one value per row is float64 for float64 logits, else float32.
-// Outputs may be null, and may be the logits or the tangent.
+// Softmax cross-entropy of logits [rows, cols]. Tensors of one value per row are float64 for float64 logits, else
+// float32. Outputs may be null, and may be the logits or the tangent.
 struct CrossEntropyCall {
   const void *logits, *tangent;
   const int64_t* targets;

@@ -26,7 +26,8 @@ const struct {
 #undef QK_ISA_ROW
 };
 
-// torch's own limit. It has no name for an ISA above the AVX-512 of Skylake, so avx512 excludes the wider ones.
+// The limit that the user set for torch. It has no name for an ISA above the AVX-512 of Skylake, so avx512 excludes the
+// wider ones.
 bool allowed(const char* isa) {
   const char* const capability = std::getenv("ATEN_CPU_CAPABILITY");
   if (!capability || !std::strcmp(isa, "baseline")) return true;
@@ -42,7 +43,7 @@ std::string present_isas() {
   return names + ", which this machine has of those compiled (" + compiled_isas() + ")";
 }
 
-// The widest that may be used.
+// The widest ISA that the machine and the limit allow.
 Isa best_isa() {
   const char* const named = std::getenv("QATKERNELS_ISA");
   for (int isa = kIsas; isa-- > 0;)
@@ -51,7 +52,7 @@ Isa best_isa() {
   throw std::runtime_error(std::string("QATKERNELS_ISA is '") + named + "', must be one of " + present_isas());
 }
 
-// The ISA of a name that this machine has, or kIsas.
+// The ISA of this name, or kIsas if this machine or this build does not have it.
 int find_isa(const std::string& name) {
   int isa = 0;
   while (isa < kIsas && !(isas[isa].present && name == isas[isa].name)) ++isa;
@@ -63,7 +64,7 @@ int find_isa(const std::string& name) {
 Isa choose_isa() {
   int known = -1;
   const Isa best = best_isa();
-  // Another thread may have been first, with the same choice or a test's.
+  // Another thread may have stored its choice first: the same one, or that of a test.
   return chosen_isa.compare_exchange_strong(known, best) ? best : static_cast<Isa>(known);
 }
 

@@ -19,8 +19,8 @@ QK_INLINE void store(T* p, const Vec<T>& x) {
   for (int i = 0; i < Vec<T>::kCount; ++i) std::memcpy(p + i * Vec<T>::kWidth, &x.part[i], kRegisterBytes);
 }
 
-// Sixteen-bit elements to the lanes of one register, and the high halves of lanes to such elements. With intrinsics,
-// because the code that compilers find for it is slow.
+// Widens sixteen-bit elements to the lanes of one register, and narrows the high halves of lanes back. With intrinsics,
+// because compilers generate slow code for it.
 using Half = Register<uint16_t, kRegisterBytes / 2>;
 
 QK_INLINE U32::Reg widen(Half h) {

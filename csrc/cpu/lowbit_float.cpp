@@ -5,8 +5,8 @@
 // transposed, so that a register holds one column: its lanes are rows of the weight, and sums need no addition across
 // lanes.
 //
-// A sum adds the products of kColumns columns in a register, column after column, and then adds that to what it had.
-// The order depends on the number of columns alone, not on threads or on the number of tokens, and so do the bits.
+// The products of kColumns columns are summed in a register, column after column, and this sum is added to the total.
+// The order depends on the number of columns alone, so the bits do not depend on threads or on the number of tokens.
 #include "lowbit_kernels.h"
 #include "packed_codes.h"
 
@@ -50,7 +50,7 @@ QK_INLINE void transpose(Bytes (&rows)[16]) {
   }
 }
 
-// What turns the codes of sixteen rows in one group into values: (code + offset) * scale.
+// Converts the codes of sixteen rows in one group into values: (code + offset) * scale.
 struct GroupFactors {
   F32 offset, scale;
 

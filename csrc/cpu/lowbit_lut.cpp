@@ -149,14 +149,15 @@ void prepare(const LowbitPlan& plan, const LowbitActivations& to, int64_t token,
 
 // ---- Lookup ----
 
-// In assembly: with many sums compilers copy them about around the intrinsic.
+// In assembly, because around the intrinsic compilers add register copies when there are many sums.
 QK_INLINE void add_bytes(__m512i& acc, __m512i ones, __m512i bytes) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(ones), "v"(bytes));
 }
 
-// sums += scale * unit * what `count` words look up, for `Vectors` times sixteen rows; sums of a panel are panel_stride
-// floats after those of the one before. Meanwhile the packed bytes of the rows to come, from `next` on, are prefetched
-// evenly and in memory order: the hardware does not predict what comes after so many rows at once.
+// sums += scale * unit * (sum of the looked-up entries of `count` words), for `Vectors` times sixteen rows; sums of a
+// panel are panel_stride floats after those of the one before. Meanwhile the packed bytes of the rows to come, from
+// `next` on, are prefetched evenly and in memory order: the hardware does not predict what comes after so many rows at
+// once.
 template <int Vectors>
 __attribute__((noinline)) void look_up(const __m512i* words, int64_t count, const char* tables, const float* scale,
                                        int64_t groups, float unit, float* sums, int64_t panel_stride,

@@ -165,7 +165,7 @@ void multiply_few(const LowbitBlock& b, float* sums, float* scratch) {
 
 // ---- Many activation rows ----
 
-// Decoded columns of a panel, the groups that they are of, and the packed bytes that come next.
+// Decoded columns of a panel, their groups, and the packed bytes to prefetch for the next step.
 struct DecodedColumns {
   const __m512i* operands;        // [count, 2 halves of the panel]
   int64_t count;                  // operands of a row
@@ -175,7 +175,8 @@ struct DecodedColumns {
   const uint8_t* next;            // [kPanel, next_bytes], rows next_stride apart
   int64_t next_stride, next_bytes;
 
-  // Prefetches rows [row, until) of what comes next. All rows at once would be more than the cache can wait for.
+  // Prefetches rows [row, until) of the next packed bytes. All rows at once would exceed the outstanding loads of a
+  // core.
   void prefetch(int64_t row, int64_t until) const {
     for (; row < until; ++row)
       for (int64_t i = 0; i < next_bytes; i += 64)
@@ -320,7 +321,7 @@ void multiply(const LowbitBlock& b, float* sums, void* scratch_) {
   });
 }
 
-// What both kernels ask for; plan.limbs and plan.has_sums are set.
+// The fields of the plan that both kernels set; plan.limbs and plan.has_sums must be set before.
 template <class Mac>
 void plan_operands(LowbitPlan& plan) {
   const LowbitLinearCall& call = plan.call;
@@ -346,7 +347,7 @@ void sum_groups(const LowbitLinearCall& call, const float* x, float* sums) {
   }
 }
 
-// Takes the lowest limb off each integer.
+// Removes the lowest limb from each integer.
 void take_limb(float* x, float* limb, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const auto v = static_cast<int32_t>(x[i]);

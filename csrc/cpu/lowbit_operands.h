@@ -60,19 +60,19 @@ void write_operands(const float* x, const LowbitPlan& plan, char* to) {
             [&](auto bits) { OperandWriter<T>::template write<bits>(x, plan, reinterpret_cast<int32_t*>(to)); });
 }
 
-// How operands are multiplied and added up, and how a word of codes becomes operands.
+// Multiplication and accumulation of operands, and the conversion of a word of codes into operands.
 #if defined(__AVX512BF16__)
 struct Bf16Pairs {
   using Element = uint16_t;
   using Sum = __m512;
   static QK_INLINE Sum zero() { return _mm512_setzero_ps(); }
   static QK_INLINE Sum dot(Sum acc, __m512i w, __m512i x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
-  // In assembly: with many sums compilers copy them about around the intrinsic.
+  // In assembly, because around the intrinsic compilers add register copies when there are many sums.
   static QK_INLINE void dot_in_place(Sum& acc, __m512i w, __m512i x) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
   }
   static QK_INLINE __m512 to_float(Sum acc) { return acc; }
-  // What operands lack of the values that they stand for, apart from the zero point.
+  // The difference between the value of a code (without zero point) and its operand, a constant.
   static float code_shift(const LowbitLinearCall&) { return 0.0f; }
 
   template <int Bits>

@@ -87,7 +87,7 @@ QK_INLINE void load_words(const uint8_t* rows, int64_t stride, int64_t count, in
   transpose(t);
 }
 
-// Up to sixteen scales from element `at` on, those that `valid` says, divided by the steps.
+// Sixteen scales from element `at` on, divided by the steps; lanes that are not in the mask `valid` are zero.
 QK_INLINE __m512 load_scales(const LowbitLinearCall& call, int64_t at, __mmask16 valid) {
   __m512 v;
   switch (call.scale_type) {

@@ -87,7 +87,8 @@ void pool_give(const MemoryBlock& block, int64_t bytes) noexcept {
   p.used -= bytes;
   p.cached += block.bytes;
   p.free_blocks.push_back(block);
-  while (!p.free_blocks.empty() && p.total > p.peak) p.drop(0);  // they may: blocks can be larger than their tensors
+  while (!p.free_blocks.empty() && p.total > p.peak)
+    p.drop(0);  // the sum of block sizes may exceed it, because blocks can be larger than their tensors
 }
 
 int64_t pool_cached_bytes() {

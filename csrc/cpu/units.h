@@ -21,7 +21,7 @@ struct Units {
   int64_t count() const { return cols > 0 ? (rows + rows_per_unit - 1) / rows_per_unit * pieces_per_row : 0; }
 };
 
-// How many rows of this length a thread takes at least, where a row is a unit.
+// The grain size of at::parallel_for where a row is a unit: the fewest rows of this length for one thread.
 inline int64_t grain_of_rows(int64_t cols) {
   const int64_t rows = kUnitElements / (cols > 0 ? cols : 1);
   return rows > 0 ? rows : 1;

@@ -15,7 +15,7 @@ constexpr int kTileRows = 16, kSlots = 4;
 constexpr int kMaxTokens = 8;
 
 // Tiles of eight activation rows whose sums fit into registers.
-QK_HD constexpr int max_act_tiles(int bits) { return bits >= 5 && bits <= 7 ? 2 : 3; }
+QK_HOST_DEVICE constexpr int max_act_tiles(int bits) { return bits >= 5 && bits <= 7 ? 2 : 3; }
 
 struct LowbitGemv {
   const uint8_t* packed;
@@ -85,7 +85,7 @@ struct LowbitGemv {
 struct SharedPlan {
   int slot, sums, zeros, x;
 
-  QK_HD constexpr SharedPlan(const LowbitLayout& layout, int act_tiles)
+  QK_HOST_DEVICE constexpr SharedPlan(const LowbitLayout& layout, int act_tiles)
       : slot(kTileRows * layout.pitch),
         sums(kGemvWarps * kSlots * slot),
         zeros(sums + kGemvWarps * kTileRows * 8 * act_tiles * 4),

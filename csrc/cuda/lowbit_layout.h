@@ -29,7 +29,7 @@ struct LowbitLayout {
   bool whole;  // no code crosses a byte
   int stage_chunks, stage_bytes, stage_cols, products, granule_cols, granules, lane_cols, granule_words, pitch;
 
-  QK_HD constexpr explicit LowbitLayout(int b)
+  QK_HOST_DEVICE constexpr explicit LowbitLayout(int b)
       : bits(b),
         whole(8 % b == 0),
         stage_chunks(whole ? 4 : b),  // of 16 bytes
@@ -48,11 +48,11 @@ struct LowbitLayout {
         pitch(stage_bytes + (whole ? 16 : 0)) {}
 
   // The index, within a row's stage, of the i-th word of a lane.
-  QK_HD constexpr int word(int granule, int lane, int i) const {
+  QK_HOST_DEVICE constexpr int word(int granule, int lane, int i) const {
     return whole ? 4 * (granule * granule_words + i) + lane : lane * bits + i;
   }
   // The column, within a granule, of byte j of register r of a lane.
-  QK_HD constexpr int col(int lane, int r, int j) const {
+  QK_HOST_DEVICE constexpr int col(int lane, int r, int j) const {
     if (bits == 8) return 16 * r + 4 * lane + j;
     return whole ? lane * lane_cols + 8 * j / bits + r : lane * lane_cols + 8 * j + r;
   }

@@ -19,7 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..ops._op import OPS, Kernel, Op
+from ..ops.packed_weight import PackedWeight
 
 #: Devices, as torch's dispatcher names them.
 DEVICES = ("CPU", "CUDA")
@@ -38,6 +42,9 @@ class Backend:
         wrap: takes an op and its implementation, and returns the implementation to use.
         unreachable: returns why no call can reach its kernels in this process, None if one can. Such a backend is
             loaded only on demand (:meth:`Registry.load_backend`), because loading takes time.
+        warm_up: compiles what it will launch for products with a packed weight, so that no call waits for a compiler.
+            It takes the weight, the dtype of activations, the bias or None, and act_bits or None. None if there is
+            nothing to compile.
     """
 
     name: str
@@ -47,6 +54,7 @@ class Backend:
     compiled: bool = False
     wrap: Callable[[Op, Callable[..., Any]], Callable[..., Any]] = lambda op, run: run
     unreachable: Callable[[], str | None] = lambda: None
+    warm_up: Callable[[PackedWeight, torch.dtype, Tensor | None, int | None], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import dtype_name
 from ._export import ExportReport, ExportRow
 from ._folder import Source, naming
 from .integers import IntegerWeight, UnfitError, words
@@ -101,7 +102,7 @@ def _notes(source: Source, groups: dict[Stored, list[str]], uncast: list[str]) -
             "this one are not, so it cannot load the folder"
         )
     if uncast:
-        dtype = str(source.config.dtype).removeprefix("torch.")
+        dtype = dtype_name(source.config.dtype)
         notes.append(
             f"{len(uncast)} layers have scales that are no {dtype} numbers; the model is {dtype}, in which readers "
             f"hold them too, rounded: train with QuantConfig(scale_dtype=torch.{dtype})"

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import dtype_name
 from ._export import ExportReport, ExportRow
 from ._folder import Source, naming
 from .integers import IntegerWeight, UnfitError, words
@@ -136,7 +137,7 @@ class Stored:
         if dtype != torch.float32 and not convert:
             lost = (scales.double() != exact[0]) | (biases.double() != exact[1])
             if lost.any():
-                name = str(dtype).removeprefix("torch.")
+                name = dtype_name(dtype)
                 raise UnfitError(
                     f"{int(lost.sum())} of {lost.numel()} groups have a scale or smallest value that is no {name} "
                     f"number, and the model is {name}: train with QuantConfig(scale_dtype=torch.{name}), export the "

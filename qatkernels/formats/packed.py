@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import files
+from ..dtypes import dtype_name
 from ..files import CheckpointError
 from ..float32_scales import Float32Scales
 from ..grids import make_grid
@@ -103,7 +104,7 @@ def _layer_entry(module: Packed, prefix: str) -> dict[str, Any]:
         present["bias"] = "trains" if module.bias.requires_grad else "frozen"
     if module.weight.zero_point is not None:
         present["zero_point"] = True
-    present["dtype"] = str(module.weight.dtype).removeprefix("torch.")
+    present["dtype"] = dtype_name(module.weight.dtype)
     return {
         "kind": module.kind,
         "scheme": grid.scheme,
@@ -129,7 +130,7 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
 
 
-_DTYPES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
+_DTYPES = [dtype_name(dtype) for dtype in FLOATS]
 _Fields = dict[str, tuple[Callable[[Any], bool], str]]
 #: For each field of a header: a test of its value, and a phrase for the error message. The fields in `_OPTIONAL` may be
 #: absent from the entry of a layer.

@@ -27,6 +27,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._torch_compat import preserve_version_counter
 from ..dtensor import is_dtensor
 from ..nn.replay import RandomState, untouched
 
@@ -221,7 +222,7 @@ def _forward_product(
     loss_fn: LossFn, params: Sequence[Tensor], v: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     with twice_differentiable(), forward_ad.dual_level():
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(params)):
+        with torch.no_grad(), preserve_version_counter(tuple(params)):
             for p, t in zip(params, v, strict=True):
                 # Subtract, not add: -0.0 - 0.0 is -0.0 and keeps the value, -0.0 + 0.0 is 0.0.
                 p.sub_(forward_ad.make_dual(torch.zeros_like(p), -t))

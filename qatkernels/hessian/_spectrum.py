@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import dtype_name
 from .lanczos import Basis, Tridiagonal, basis_bytes, lanczos
 from .operator import SymmetricMap
 
@@ -273,7 +274,7 @@ def spectrum(
         weights.append(vectors[0].square())
         residuals.append(matrix.residual * vectors[-1].abs())
     settings = {
-        "probes": probes, "steps": steps, "seed": seed, "block": block, "dtype": str(op.dtype)[6:],
-        "basis_dtype": str(basis_dtype or op.dtype)[6:], "basis_bytes": size,
+        "probes": probes, "steps": steps, "seed": seed, "block": block, "dtype": dtype_name(op.dtype),
+        "basis_dtype": dtype_name(basis_dtype or op.dtype), "basis_bytes": size,
     }  # fmt: skip
     return Spectrum(op.n, ritz, weights, residuals, near_zero, settings)

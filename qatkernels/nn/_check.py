@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from .._torch_compat import tree_leaves
 from ..dtensor import local_part
 from ..grids import MIN_SCALE
 from ._pack_model import packed_modules
@@ -220,12 +220,12 @@ def _fingerprint(layer: Quantized) -> Tensor:
 def _kept(layers: dict[str, Quantized]) -> Iterator[None]:
     """Restore activation scales, which a first batch may initialize."""
     acts = [layer.act for layer in layers.values() if isinstance(layer.act, LearnedActivation)]
-    held = [(p, p.detach().clone()) for act in acts for p in act.parameters()]
+    values_before = [(p, p.detach().clone()) for act in acts for p in act.parameters()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for parameter, value in held:
+            for parameter, value in values_before:
                 parameter.copy_(value)
         for act in acts:
             act._forget()  # the values of a first batch are gone

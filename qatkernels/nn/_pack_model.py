@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..backends import order
+from ..backends import DEVICES, REGISTRY, order
 from ..dtensor import is_dtensor
 from ..ops import PackedWeight
 from .grouped_quant_linear import GroupedQuantLinear
@@ -110,8 +110,8 @@ def packed_modules(model: nn.Module) -> dict[str, Packed]:
 def model_bytes(model: nn.Module) -> int:
     """Return the bytes of parameters and persistent buffers, counting shared ones once."""
     state = model.state_dict(keep_vars=True)
-    held = {id(t): t for name, t in state.items() if not name.endswith("_extra_state")}
-    return sum(tensor.nbytes for tensor in held.values())
+    tensors = {id(t): t for name, t in state.items() if not name.endswith("_extra_state")}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _packer(module: nn.Module) -> Callable[..., nn.Module] | None:
@@ -119,18 +119,18 @@ def _packer(module: nn.Module) -> Callable[..., nn.Module] | None:
 
 
 def compile_kernels(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Compile the kernels that a packed model will launch on its GPU, so that no request waits for a compiler.
+    """Compile the kernels that a packed model will launch, so that no request waits for a compiler.
 
-    Every configuration that a layer can use, whatever the number of tokens, is launched once. Layers of equal shape
-    share the compilation. Nothing is tuned, and layers on the CPU have nothing to compile.
+    Of the backends here, Triton compiles kernels when they are first launched. Every configuration that a layer can
+    use, whatever the number of tokens, is launched once. Layers of equal shape share the compilation. Nothing is tuned.
 
     Args:
         model: a packed model, on the device that it will run on.
-        dtype: dtype of the activations that layers will meet.
+        dtype: dtype of the activations.
 
     Returns:
-        How many layers kernels were compiled for: those on a GPU. Without Triton, or where QATKERNELS_BACKEND keeps it
-        from serving them, it is 0; such layers have nothing to compile.
+        How many layers kernels were compiled for. It is 0 on a CPU, without Triton, and if QATKERNELS_BACKEND names
+        another backend: then there is nothing to compile.
 
     Raises:
         ValueError: if the model has no packed layer.
@@ -138,12 +138,13 @@ def compile_kernels(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> in
     layers = packed_modules(model)
     if not layers:
         raise ValueError("the model has no packed layer, pack_model makes them")
-    if "triton" not in {stage.backend for stage in order("lowbit_linear", "CUDA")}:
-        return 0
-    from ..backends.triton.lowbit_linear import warm_up
-
-    on_gpu = [layer for layer in layers.values() if layer.weight.packed.is_cuda]
-    for layer in on_gpu:
+    count = 0
+    for layer in layers.values():
+        device = layer.weight.device.type.upper()
+        names = {stage.backend for stage in order("lowbit_linear", device)} if device in DEVICES else set()
+        compilers = [b.warm_up for b in REGISTRY.backends.values() if b.name in names and b.warm_up is not None]
         bias = layer.bias if isinstance(layer, PackedLinear) else None
-        warm_up(layer.weight, dtype, bias=bias, act_bits=layer.act_bits)
-    return len(on_gpu)
+        for warm_up in compilers:
+            warm_up(layer.weight, dtype, bias, layer.act_bits)
+        count += bool(compilers)
+    return count

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..arguments import is_integer, is_real
+from ..dtypes import dtype_name
 from ..grids import Grid, affine, lsq, make_grid
 
 ACT_SCHEMES = ("dynamic", "lsq", "lsq+")
@@ -66,7 +67,7 @@ class QuantConfig:
             raise ValueError(f"scale_init is {self.scale_init!r}, must be None or one of {SCALE_INITS}")
         if self.scale_init == "range" and not grid.has_zero_point:
             raise ValueError(f"scale_init is 'range' with scheme {grid.scheme!r}, it is for scheme 'affine'")
-        dtype = next((d for d in SCALE_DTYPES if self.scale_dtype in (d, _name(d))), None)
+        dtype = next((d for d in SCALE_DTYPES if self.scale_dtype in (d, dtype_name(d))), None)
         if dtype is None:
             raise ValueError(f"scale_dtype is {self.scale_dtype!r}, must be one of {SCALE_DTYPES}")
         object.__setattr__(self, "scale_dtype", dtype)
@@ -92,7 +93,7 @@ class QuantConfig:
         if self.scale_init is not None:
             parts.append(f"scales by {self.scale_init}")
         if self.scale_dtype != torch.float32:
-            parts.append(f"{_name(self.scale_dtype)} scales")
+            parts.append(f"{dtype_name(self.scale_dtype)} scales")
         if self.act_bits is not None:
             parts.append(
                 f"{'' if self.act_signed else 'unsigned '}activations of {self.act_bits} bits ({self.act_scheme})"
@@ -113,7 +114,7 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary that JSON can hold."""
-        return asdict(self) | {"scale_dtype": _name(self.scale_dtype)}
+        return asdict(self) | {"scale_dtype": dtype_name(self.scale_dtype)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
@@ -127,7 +128,3 @@ class QuantConfig:
         if unknown:
             raise ValueError(f"unknown fields {unknown}, must be among {known}")
         return cls(**values)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

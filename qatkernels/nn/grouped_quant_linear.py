@@ -98,10 +98,10 @@ class GroupedQuantLinear(Quantized):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         for name, t in (("weight", weight), ("bias", bias)):
-            held = (
+            parameter = (
                 t if t is None or isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=t.is_floating_point())
             )
-            layer.register_parameter(name, held)
+            layer.register_parameter(name, parameter)
         layer._finish(config)
         return layer
 

@@ -126,10 +126,12 @@ class QuantLinear(Quantized, nn.Linear):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(dtype)
         x2, along_x = forward_ad.unpack_dual(x.reshape(-1, self.in_features))
-        held = (self.weight, self.scale, self.zero_point)
-        weight, tangents = zip(*((None, None) if t is None else forward_ad.unpack_dual(t) for t in held), strict=True)
+        tensors = (self.weight, self.scale, self.zero_point)
+        weight, tangents = zip(
+            *((None, None) if t is None else forward_ad.unpack_dual(t) for t in tensors), strict=True
+        )
         if all(t is None for t in (along_x, *tangents)):
-            y = F.linear(x2, quantizer.plain(*held, dtype, noise))
+            y = F.linear(x2, quantizer.plain(*tensors, dtype, noise))
         else:
             (w, scale, zero_point), (along_w, along_scale, along_zero_point) = weight, tangents
             dual = quant_linear_dual(

@@ -15,6 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from .._torch_compat import is_fake
 from ..dtensor import is_dtensor, local_part
+from ..dtypes import dtype_name
 from ..float32_scales import Float32Scales, layout_in
 from ..grids import Grid
 from .activation import DynamicActivation, LearnedActivation
@@ -169,13 +170,13 @@ class Quantized(Float32Scales):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         parts = (self._parameters.get("weight"), self.scale, self.zero_point)
-        held, *scales = [None if t is None else t.detach() for t in parts]  # a cast replaces the data in place
+        before, *scales = [None if t is None else t.detach() for t in parts]  # a cast replaces the data in place
         super()._apply(fn, recurse)
         now = self._parameters.get("weight")
-        if held is not None and now is not None and now.dtype != held.dtype and now.dtype in _16_BIT:
-            simple = not (held.is_meta or now.is_meta or is_dtensor(held) or is_fake(held))
+        if before is not None and now is not None and now.dtype != before.dtype and now.dtype in _16_BIT:
+            simple = not (before.is_meta or now.is_meta or is_dtensor(before) or is_fake(before))
             if simple and (_warned_of is None or _warned_of() is not fn):
-                self._warn_of_cast(fn, now.dtype, held, *scales)
+                self._warn_of_cast(fn, now.dtype, before, *scales)
         return self
 
     @torch.no_grad()
@@ -260,7 +261,7 @@ class Quantized(Float32Scales):
             text = f"{text}, group_size={self.group_size}"
         if self.config.scale_dtype == torch.float32:
             return text
-        return f"{text}, scale_dtype={str(self.config.scale_dtype).removeprefix('torch.')}"
+        return f"{text}, scale_dtype={dtype_name(self.config.scale_dtype)}"
 
 
 def _activation(config: QuantConfig) -> tuple[object, ...]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..dtypes import dtype_name
 from .activation import LearnedActivation
 from .config import QuantConfig
 from .packed_linear import PackedLinear
@@ -40,7 +41,7 @@ def recipe_of(model: nn.Module) -> Recipe:
         if isinstance(module, QuantLinear):
             groups.setdefault((module.config, None), []).append(name)
         elif isinstance(module, PackedLinear):
-            scale_dtype = str(module.weight.scale.dtype).removeprefix("torch.")
+            scale_dtype = dtype_name(module.weight.scale.dtype)
             groups.setdefault((_config_of(module), scale_dtype), []).append(name)
     return [
         {"config": config.to_dict(), "packed": packed, "layers": names} for (config, packed), names in groups.items()

@@ -66,7 +66,7 @@ def untouched(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     training = [module.training for module in modules]
     parameters = list(model.parameters())
     asked = [parameter.requires_grad for parameter in parameters]
-    held = [parameter.grad for parameter in parameters] if gradients else []
+    grads = [parameter.grad for parameter in parameters] if gradients else []
     # By module and not by name: a shared buffer has one name in named_buffers().
     buffers = [(m, dict(m._buffers)) for m in modules if m._buffers and not isinstance(m, PackedWeight)]
     copies = {id(b): _copy(b) for _, own in buffers for b in own.values() if b is not None}
@@ -87,7 +87,7 @@ def untouched(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
         for parameter, before in zip(parameters, asked, strict=True):
             if parameter.requires_grad != before:
                 parameter.requires_grad_(before)
-        for parameter, grad in zip(parameters, held, strict=False):
+        for parameter, grad in zip(parameters, grads, strict=False):
             parameter.grad = grad
         torch.clear_autocast_cache()
 

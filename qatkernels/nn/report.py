@@ -146,14 +146,14 @@ def survey(
             if parameter is not None and not (isinstance(module, Float32Scales) and name in module.uncast):
                 holders.setdefault(id(parameter), []).append((module, name, parameter))
     asked, loud = set(), set()
-    for held in holders.values():
-        row, left = _row(names, held, chosen, never)
+    for uses in holders.values():
+        row, left = _row(names, uses, chosen, never)
         rows.append(row)
         if left is None or rules is None:
             continue
-        every = [n for module, name, _ in held for n in (*names[module], *(_join(m, name) for m in names[module]))]
+        every = [n for module, name, _ in uses for n in (*names[module], *(_join(m, name) for m in names[module]))]
         found = rules.wanted(every)
-        if left.loud and any(chosen.get(module) is left for module, *_ in held):  # decided of a layer that matched
+        if left.loud and any(chosen.get(module) is left for module, *_ in uses):  # decided of a layer that matched
             loud.add(row.name)
         elif isinstance(found, Left) and found.asked:
             asked.add(row.name)
@@ -167,18 +167,18 @@ def survey(
 
 
 def _row(
-    names: Mapping[nn.Module, list[str]], held: list[tuple[nn.Module, str, Tensor]],
+    names: Mapping[nn.Module, list[str]], uses: list[tuple[nn.Module, str, Tensor]],
     chosen: Mapping[nn.Module, QuantConfig | Left], never: Mapping[nn.Module, str],
 ) -> tuple[ReportRow, Left | None]:  # fmt: skip
     """Return the row of a parameter that one module holds, or several that share it."""
-    module, name, parameter = held[0]
+    module, name, parameter = uses[0]
     full_name = _join(names[module][0], name)
     numel = 0 if is_lazy(parameter) else parameter.numel()
-    for layer, its_name, _ in held:
+    for layer, its_name, _ in uses:
         if isinstance(layer, Quantized) and its_name == "weight":
             row = ReportRow(full_name, numel, "quantized", config=layer.config, how=str(layer.config))
             return row, None
-    left = next((found for m, n, p in held if (found := _left(m, n, p, chosen, never)) is not None), None)
+    left = next((found for m, n, p in uses if (found := _left(m, n, p, chosen, never)) is not None), None)
     left = left or Left("parameter of a module that uses it in a forward of its own: not supported")
     return ReportRow(full_name, numel, "full precision", left.reason), left
 

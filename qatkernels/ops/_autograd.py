@@ -1,9 +1,10 @@
-"""Ops as autograd Functions, with arguments that have names, and derivatives that are given by name.
+"""Derivatives of ops, stated once and used in eager mode and under torch.compile.
 
-A subclass of :class:`OpFunction` says what the gradients of its op are (:meth:`OpFunction.gradients`) and, for forward
-mode, its tangent (:meth:`OpFunction.tangent`). Both get what was kept of the call as an object with the names of the
-schema. The rules serve eager calls, as an autograd Function, and compiled ones, where torch.compile traces the op: it
-takes no Function that has a rule for forward mode.
+A subclass of :class:`OpFunction` states the gradients of its op (:meth:`OpFunction.gradients`) and, for forward mode,
+the tangents of its outputs (:meth:`OpFunction.tangent`). Everything has the names that the op's schema gives it.
+
+Eager calls use the class as an autograd Function. torch.compile does not support Functions with a ``jvp``, so compiled
+calls use the op directly, and the same rules are registered on it with ``torch.library``.
 """
 
 from __future__ import annotations
@@ -21,22 +22,23 @@ from ._op import Op, differentiable
 
 
 def _with_zeros(t: Tensor, dim: int) -> Tensor:
-    """Return an empty batch with one element of zeros."""
+    """Append one element of zeros along a dimension."""
     return torch.cat([t, t.new_zeros([1 if i == dim % t.ndim else n for i, n in enumerate(t.shape)])], dim)
 
 
 class OpFunction(torch.autograd.Function):
-    """An op with derivatives; its vmap rule is a loop, so that a vmapped call equals calls one by one, noise included.
+    """The autograd Function of an op.
 
-    A subclass sets ``op``.
+    Under vmap the op is called once for each element of the batch, so results equal those of separate calls, noise
+    included. A subclass sets ``op``.
     """
 
     #: The op.
     op: ClassVar[Op]
-    #: Tensors that derivatives need, inputs or outputs by name; all inputs if None.
+    #: Names of the inputs and outputs to save for derivatives; None saves all tensor inputs.
     saves: ClassVar[tuple[str, ...] | None] = None
-    #: Whether gradients and tangents that are not there arrive as zeros, and not as None.
-    materializes: ClassVar[bool] = False
+    #: Whether absent gradients and tangents are passed as zeros (True) or as None.
+    zeros_for_none: ClassVar[bool] = False
 
     _names: ClassVar[tuple[str, ...]]
     _tensors: ClassVar[tuple[int, ...]]
@@ -44,7 +46,7 @@ class OpFunction(torch.autograd.Function):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "op" not in vars(cls):
-            return  # a base of others
+            return  # a base class
         op = cls.op
         object.__setattr__(op, "function", cls)  # a plain attribute of a frozen dataclass, as `define` sets others
         cls._names = tuple(op.parameters)
@@ -55,43 +57,49 @@ class OpFunction(torch.autograd.Function):
         def forward(*args: Any) -> Any:
             return cls.run(*args)
 
-        # apply() asks for the signature at every call; a stored one makes that free.
+        # apply() computes the signature at every call; a stored one costs nothing.
         forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
         cls.forward = staticmethod(forward)  # type: ignore[method-assign]
         torch.library.register_autograd(f"qatkernels::{op.name}", cls.backward, setup_context=cls.setup_context)
 
-    # What a subclass says.
+    # Stated by subclasses.
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """Return gradients of the inputs by name, of those that have one, from gradients of the outputs."""
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """Return the gradients of the differentiable inputs by name.
+
+        Args:
+            ctx: the context of the Function.
+            saved: saved tensors and the other arguments, as attributes with the names of the schema.
+            gs: gradients of the outputs.
+        """
         raise NotImplementedError
 
     @classmethod
-    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
-        """Return the tangents of the outputs from those of the inputs, an object with their names."""
+    def tangent(cls, ctx: Any, saved: Any, tangents: Any) -> Any:
+        """Return the tangents of the outputs. ``tangents`` has those of the inputs, as attributes."""
         raise NotImplementedError(f"{cls.op.name} has no derivative in forward mode")
 
     @classmethod
-    def keep(cls, ctx: Any, call: Any, output: Any) -> None:
-        """Note what derivatives need beside ``saves`` and the arguments that are no tensors."""
+    def save_more(cls, ctx: Any, call: Any, output: Any) -> None:
+        """Save on ``ctx`` what derivatives need beyond ``saves`` and the arguments that are not tensors."""
 
-    # How it is called.
+    # Called by rules of derivatives.
 
     @classmethod
     def call(cls, *args: Any) -> Any:
-        """Call the op, differentiable where somebody can ask for it. Public functions call :meth:`Op.call`."""
+        """Call the op, through autograd only if derivatives may be needed. Public functions use :meth:`Op.call`."""
         return cls.apply(*args) if differentiable(args) else cls.run(*args)
 
     @classmethod
-    def of(cls, kept: Any, **changes: Any) -> Any:
-        """Call the op with arguments of another call that have the same names, some of them replaced."""
-        values = {**vars(kept), **changes}
+    def of(cls, saved: Any, **changes: Any) -> Any:
+        """Call the op with the arguments that another call saved under the same names, after ``changes``."""
+        values = {**vars(saved), **changes}
         return cls.call(*map(values.__getitem__, cls._names))
 
     @classmethod
     def run(cls, *args: Any) -> Any:
-        """Call the op where autograd has nothing to do, or a Function does it."""
+        """Call the op without autograd."""
         with below_autograd():
             return cls.op.overload(*args)
 
@@ -100,14 +108,14 @@ class OpFunction(torch.autograd.Function):
         """Whether the gradient of one of these inputs is needed."""
         return any(ctx.needs_input_grad[cls._names.index(name)] for name in names)
 
-    # What torch calls.
+    # Called by torch.
 
     @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep what derivatives need."""
+        """Save what derivatives need."""
         call = SimpleNamespace(**dict(zip(cls._names, inputs, strict=True)))
-        ctx.set_materialize_grads(cls.materializes)
-        cls.keep(ctx, call, output)
+        ctx.set_materialize_grads(cls.zeros_for_none)
+        cls.save_more(ctx, call, output)
         made = dict(zip(cls.op.outputs, (output,) if isinstance(output, Tensor) else output, strict=False))
         assert cls.saves is not None
         saved = [getattr(call, name) if hasattr(call, name) else made[name] for name in cls.saves]
@@ -116,7 +124,7 @@ class OpFunction(torch.autograd.Function):
         ctx.values = [None if i in cls._tensors else value for i, value in enumerate(inputs)]
 
     @classmethod
-    def _kept(cls, ctx: Any) -> SimpleNamespace:
+    def _saved(cls, ctx: Any) -> SimpleNamespace:
         assert cls.saves is not None
         values = dict(zip(cls._names, ctx.values, strict=True))
         values.update(zip(cls.saves, ctx.saved_tensors, strict=True))
@@ -124,13 +132,13 @@ class OpFunction(torch.autograd.Function):
 
     @classmethod
     def backward(cls, ctx: Any, *gs: Any) -> Any:
-        """Return the gradients of all inputs, None for those that have none."""
+        """Return the gradient of each input, None if it has none or it is not needed."""
         for g in gs:
             if g is not None:
                 break
         else:
             return (None,) * len(cls._names)
-        found = cls.gradients(ctx, cls._kept(ctx), *gs)
+        found = cls.gradients(ctx, cls._saved(ctx), *gs)
         for name, needs in zip(cls._names, ctx.needs_input_grad, strict=True):
             if not needs:
                 found.pop(name, None)
@@ -139,13 +147,13 @@ class OpFunction(torch.autograd.Function):
     @classmethod
     def jvp(cls, ctx: Any, *tangents: Any) -> Any:
         """Return the tangents of the outputs."""
-        return cls.tangent(ctx, cls._kept(ctx), SimpleNamespace(**dict(zip(cls._names, tangents, strict=True))))
+        return cls.tangent(ctx, cls._saved(ctx), SimpleNamespace(**dict(zip(cls._names, tangents, strict=True))))
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        """Apply to each element of the batch and stack."""
+        """Call the op for each element of the batch and stack the results."""
         size = info.batch_size
-        if size == 0:  # an element of zeros says what an element's results look like; none of it is returned
+        if size == 0:  # call it for one element of zeros, to learn the shapes of the results; return none of it
             args = tuple(_with_zeros(a, d) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))
         results = [
             cls.apply(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)))
@@ -157,37 +165,38 @@ class OpFunction(torch.autograd.Function):
 
 
 class Composite(OpFunction):
-    """An op whose own derivatives are those of a formula in plain PyTorch, logits and all."""
+    """An op whose derivatives are computed by torch.func from a formula in plain PyTorch."""
 
-    materializes = True
-    #: Inputs with derivatives, and the formula, which takes the arguments of the op.
+    zeros_for_none = True
+    #: Names of the inputs with derivatives.
     differentiable: ClassVar[tuple[str, ...]]
+    #: A function of the op's arguments that computes the same.
     formula: ClassVar[Callable[..., Any]]
 
     @classmethod
-    def _function(cls, kept: Any) -> tuple[Callable[..., Any], list[str]]:
-        """Return the formula as a function of the differentiable inputs that are there, and their names."""
-        present = [name for name in cls.differentiable if getattr(kept, name) is not None]
+    def _function(cls, saved: Any) -> tuple[Callable[..., Any], list[str]]:
+        """Return the formula as a function of the differentiable inputs that are not None, and their names."""
+        present = [name for name in cls.differentiable if getattr(saved, name) is not None]
 
         def call(*primals: Tensor) -> Any:
-            values = {**vars(kept), **dict(zip(present, primals, strict=True))}
+            values = {**vars(saved), **dict(zip(present, primals, strict=True))}
             return cls.formula(*(values[name] for name in cls._names))
 
         return call, present
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
-        """Pull gradients back through the formula."""
-        call, present = cls._function(kept)
-        pull = torch.func.vjp(call, *(getattr(kept, name) for name in present))[1]
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
+        """Return the vector-Jacobian product of the formula."""
+        call, present = cls._function(saved)
+        pull = torch.func.vjp(call, *(getattr(saved, name) for name in present))[1]
         return dict(zip(present, pull(gs if len(gs) > 1 else gs[0]), strict=True))
 
     @classmethod
-    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
-        """Push tangents through the formula."""
-        call, present = cls._function(kept)
-        # Contiguous, because forward mode takes no expanded tensors.
-        primals = tuple(getattr(kept, name).contiguous() for name in present)
+    def tangent(cls, ctx: Any, saved: Any, tangents: Any) -> Any:
+        """Return the Jacobian-vector product of the formula."""
+        call, present = cls._function(saved)
+        # contiguous, because forward mode does not accept expanded tensors
+        primals = tuple(getattr(saved, name).contiguous() for name in present)
         along = [getattr(tangents, name) for name in present]
         filled = tuple(
             torch.zeros_like(p) if t is None else t.contiguous() for t, p in zip(along, primals, strict=True)

@@ -9,7 +9,7 @@ Per row, with p = softmax(z), e the one-hot target and lse = log(sum(exp(z))),
 
 The hvp is symmetric in dz, so it is also the backward of the backward; there `p . dz - dz[target]` is the gradient of
 g. `dual` computes b and db in one pass, and may write them over the logits and the tangent. The fused linear layer in
-`_linear_cross_entropy.py` needs both. Beside the inputs only lse is kept for the backward. Third derivatives are those
+`_linear_cross_entropy.py` needs both. Beside the inputs only lse is saved for the backward. Third derivatives are those
 of a formula in plain PyTorch.
 
 Arithmetic is in float32 (float64 for float64 logits); losses, lse and g have that dtype. A row whose target is
@@ -181,21 +181,21 @@ class CrossEntropy(OpFunction):
     saves = ("logits", "lse", "targets")
 
     @classmethod
-    def keep(cls, ctx: Any, call: Any, output: tuple[Tensor, Tensor]) -> None:
+    def save_more(cls, ctx: Any, call: Any, output: tuple[Tensor, Tensor]) -> None:
         """Mark lse as not differentiable."""
         ctx.mark_non_differentiable(output[1])
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
         """Return the backward."""
-        return {} if gs[0] is None else {"logits": CrossEntropyBackward.of(kept, g=gs[0])}
+        return {} if gs[0] is None else {"logits": CrossEntropyBackward.of(saved, g=gs[0])}
 
     @classmethod
-    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+    def tangent(cls, ctx: Any, saved: Any, tangents: Any) -> Any:
         """Return the jvp."""
         if tangents.logits is None:
             return None, None
-        return CrossEntropyJvp.of(kept, tangent=tangents.logits), None
+        return CrossEntropyJvp.of(saved, tangent=tangents.logits), None
 
 
 class CrossEntropyBackward(OpFunction):
@@ -204,17 +204,17 @@ class CrossEntropyBackward(OpFunction):
     op = BACKWARD
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
         """Return the hvp along the cotangent: the Hessian is symmetric."""
-        along_logits, along_g = CrossEntropyHvp.of(kept, tangent=gs[0], tangent_g=None)
+        along_logits, along_g = CrossEntropyHvp.of(saved, tangent=gs[0], tangent_g=None)
         return {"g": along_g, "logits": along_logits}
 
     @classmethod
-    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+    def tangent(cls, ctx: Any, saved: Any, tangents: Any) -> Any:
         """Return the hvp; if logits have no tangent, the backward of the tangent of g."""
         if tangents.logits is None:
-            return None if tangents.g is None else CrossEntropyBackward.of(kept, g=tangents.g)
-        return CrossEntropyHvp.of(kept, tangent=tangents.logits, tangent_g=tangents.g)[0]
+            return None if tangents.g is None else CrossEntropyBackward.of(saved, g=tangents.g)
+        return CrossEntropyHvp.of(saved, tangent=tangents.logits, tangent_g=tangents.g)[0]
 
 
 class CrossEntropyJvp(OpFunction):
@@ -223,25 +223,25 @@ class CrossEntropyJvp(OpFunction):
     op = JVP
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
         """Return the backward for the tangent, and the hvp for logits."""
         g, grads = gs[0], {}
         if cls.needs(ctx, "tangent"):
-            grads["tangent"] = CrossEntropyBackward.of(kept, g=g)
+            grads["tangent"] = CrossEntropyBackward.of(saved, g=g)
         if cls.needs(ctx, "logits"):
-            grads["logits"] = CrossEntropyHvp.of(kept, tangent_g=None, g=g)[0]
+            grads["logits"] = CrossEntropyHvp.of(saved, tangent_g=None, g=g)[0]
         return grads
 
     @classmethod
-    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+    def tangent(cls, ctx: Any, saved: Any, tangents: Any) -> Any:
         """Return the jvp of the tangent's tangent, plus the curvature between both directions."""
         total = None
         if tangents.tangent is not None:
-            total = CrossEntropyJvp.of(kept, tangent=tangents.tangent)
+            total = CrossEntropyJvp.of(saved, tangent=tangents.tangent)
         if tangents.logits is not None:
             # The curvature between two directions: (p * (dz - p . dz)) . dz'.
-            ones = torch.ones_like(kept.lse)
-            product, _ = CrossEntropyHvp.of(kept, tangent_g=None, g=ones)
+            ones = torch.ones_like(saved.lse)
+            product, _ = CrossEntropyHvp.of(saved, tangent_g=None, g=ones)
             curvature = (product.to(ones.dtype) * tangents.logits.to(ones.dtype)).sum(1)
             total = curvature if total is None else total + curvature
         return total

@@ -223,20 +223,20 @@ _PRIMALS = ("w", "scale", "zero_point")
 _TANGENT_NAMES = tuple(f"tangent_{name}" for name in _PRIMALS)
 
 
-def _gradients_from(kept: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients_from(saved: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of w, scale and zero point from the gradient of y."""
-    dw, ds, *dz = FakeQuantizeBackward.of(kept, g=g)
-    return dw, ds, None if kept.zero_point is None else dz[0]
+    dw, ds, *dz = FakeQuantizeBackward.of(saved, g=g)
+    return dw, ds, None if saved.zero_point is None else dz[0]
 
 
-def _tangent_from(kept: Any, dtype: torch.dtype, *tangents: Tensor | None) -> Tensor:
+def _tangent_from(saved: Any, dtype: torch.dtype, *tangents: Tensor | None) -> Tensor:
     """Return the tangent of y from those of w, scale and zero point.
 
     Without tangents it is zeros, not None, because forward mode inside forward mode does not accept None.
     """
     if all(t is None for t in tangents):
-        return torch.zeros_like(kept.w, dtype=dtype)
-    tangent: Tensor = FakeQuantizeJvp.of(kept, **dict(zip(_TANGENT_NAMES, tangents, strict=True)), dtype=dtype)
+        return torch.zeros_like(saved.w, dtype=dtype)
+    tangent: Tensor = FakeQuantizeJvp.of(saved, **dict(zip(_TANGENT_NAMES, tangents, strict=True)), dtype=dtype)
     return tangent
 
 
@@ -246,19 +246,19 @@ class FakeQuantize(OpFunction):
     op = FORWARD
 
     @classmethod
-    def keep(cls, ctx: Any, call: Any, output: Tensor) -> None:
+    def save_more(cls, ctx: Any, call: Any, output: Tensor) -> None:
         """Keep the dtype of y."""
         ctx.dtype = output.dtype
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
         """Return the backward."""
-        return dict(zip(_PRIMALS, _gradients_from(kept, gs[0]), strict=True))
+        return dict(zip(_PRIMALS, _gradients_from(saved, gs[0]), strict=True))
 
     @classmethod
-    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Tensor:
+    def tangent(cls, ctx: Any, saved: Any, tangents: Any) -> Tensor:
         """Return the jvp."""
-        return _tangent_from(kept, ctx.dtype, tangents.w, tangents.scale, tangents.zero_point)
+        return _tangent_from(saved, ctx.dtype, tangents.w, tangents.scale, tangents.zero_point)
 
 
 class FakeQuantizeBackward(OpFunction):
@@ -274,24 +274,24 @@ class FakeQuantizeBackward(OpFunction):
         return outputs if args[cls._names.index("zero_point")] is not None else outputs[:2]
 
     @classmethod
-    def keep(cls, ctx: Any, call: Any, output: Any) -> None:
+    def save_more(cls, ctx: Any, call: Any, output: Any) -> None:
         """Keep the dtype of g."""
         ctx.dtype = call.g.dtype
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
         """Return the jvp: the transpose of this op."""
         tw, ts, *tz = gs
-        tangents = (tw, ts, None if kept.zero_point is None else tz[0])
-        return {} if all(t is None for t in tangents) else {"g": _tangent_from(kept, ctx.dtype, *tangents)}
+        tangents = (tw, ts, None if saved.zero_point is None else tz[0])
+        return {} if all(t is None for t in tangents) else {"g": _tangent_from(saved, ctx.dtype, *tangents)}
 
     @classmethod
-    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+    def tangent(cls, ctx: Any, saved: Any, tangents: Any) -> Any:
         """Return the backward of the tangent of g."""
         if tangents.g is None:
-            primals = (kept.w, kept.scale, kept.zero_point)
+            primals = (saved.w, saved.scale, saved.zero_point)
             return tuple(torch.zeros_like(t) for t in primals if t is not None)
-        return FakeQuantizeBackward.of(kept, g=tangents.g)
+        return FakeQuantizeBackward.of(saved, g=tangents.g)
 
 
 class FakeQuantizeJvp(OpFunction):
@@ -301,19 +301,19 @@ class FakeQuantizeJvp(OpFunction):
     saves = (*_PRIMALS, "seed")
 
     @classmethod
-    def keep(cls, ctx: Any, call: Any, output: Tensor) -> None:
+    def save_more(cls, ctx: Any, call: Any, output: Tensor) -> None:
         """Keep the dtype of dy."""
         ctx.dtype = output.dtype
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
         """Return the backward: the transpose of this op."""
-        return dict(zip(_TANGENT_NAMES, _gradients_from(kept, gs[0]), strict=True))
+        return dict(zip(_TANGENT_NAMES, _gradients_from(saved, gs[0]), strict=True))
 
     @classmethod
-    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Tensor:
+    def tangent(cls, ctx: Any, saved: Any, tangents: Any) -> Tensor:
         """Return the jvp of the tangents of dw, ds and dz."""
-        return _tangent_from(kept, ctx.dtype, *(getattr(tangents, name) for name in _TANGENT_NAMES))
+        return _tangent_from(saved, ctx.dtype, *(getattr(tangents, name) for name in _TANGENT_NAMES))
 
 
 class FakeQuantizeDual(OpFunction):
@@ -323,24 +323,24 @@ class FakeQuantizeDual(OpFunction):
     saves = (*_PRIMALS, "seed")
 
     @classmethod
-    def keep(cls, ctx: Any, call: Any, output: tuple[Tensor, Tensor]) -> None:
+    def save_more(cls, ctx: Any, call: Any, output: tuple[Tensor, Tensor]) -> None:
         """Keep the dtype of y."""
         ctx.dtype = output[0].dtype
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
         """Return the backward of each output."""
         grads: dict[str, Tensor | None] = {}
         for names, g in zip((_PRIMALS, _TANGENT_NAMES), gs, strict=True):
             if g is not None and cls.needs(ctx, *names):
-                grads.update(zip(names, _gradients_from(kept, g), strict=True))
+                grads.update(zip(names, _gradients_from(saved, g), strict=True))
         return grads
 
     @classmethod
-    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> tuple[Tensor, Tensor]:
+    def tangent(cls, ctx: Any, saved: Any, tangents: Any) -> tuple[Tensor, Tensor]:
         """Return the jvp of each output."""
         of_primals, of_tangents = ([getattr(tangents, name) for name in names] for names in (_PRIMALS, _TANGENT_NAMES))
-        return _tangent_from(kept, ctx.dtype, *of_primals), _tangent_from(kept, ctx.dtype, *of_tangents)
+        return _tangent_from(saved, ctx.dtype, *of_primals), _tangent_from(saved, ctx.dtype, *of_tangents)
 
 
 def fake_quantize(

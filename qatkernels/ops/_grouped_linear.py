@@ -90,10 +90,10 @@ class _Bilinear(OpFunction):
     """An op that is linear in each of its first two arguments."""
 
     @classmethod
-    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+    def tangent(cls, ctx: Any, saved: Any, tangents: Any) -> Any:
         """Return the sum of the product rule."""
         along = {name: getattr(tangents, name) for name in cls._names[:2]}
-        terms = [cls.of(kept, **{name: t}) for name, t in along.items() if t is not None]
+        terms = [cls.of(saved, **{name: t}) for name, t in along.items() if t is not None]
         return sum(terms[1:], terms[0]) if terms else None
 
 
@@ -103,11 +103,11 @@ class GroupedLinear(_Bilinear):
     op = FORWARD
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
         """Return dx = g W and dW = g^T x."""
         return {
-            "x": GroupedLinearTransposed.of(kept, g=gs[0]) if cls.needs(ctx, "x") else None,
-            "w": GroupedOuter.of(kept, g=gs[0]) if cls.needs(ctx, "w") else None,
+            "x": GroupedLinearTransposed.of(saved, g=gs[0]) if cls.needs(ctx, "x") else None,
+            "w": GroupedOuter.of(saved, g=gs[0]) if cls.needs(ctx, "w") else None,
         }
 
 
@@ -117,11 +117,11 @@ class GroupedLinearTransposed(_Bilinear):
     op = TRANSPOSED
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
         """Return dg = u W^T and dW = g^T u, where u is the gradient of the result."""
         return {
-            "g": GroupedLinear.of(kept, x=gs[0]) if cls.needs(ctx, "g") else None,
-            "w": GroupedOuter.of(kept, x=gs[0]) if cls.needs(ctx, "w") else None,
+            "g": GroupedLinear.of(saved, x=gs[0]) if cls.needs(ctx, "g") else None,
+            "w": GroupedOuter.of(saved, x=gs[0]) if cls.needs(ctx, "w") else None,
         }
 
 
@@ -131,11 +131,11 @@ class GroupedOuter(_Bilinear):
     op = OUTER
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
         """Return dg = x U^T and dx = g U, where U is the gradient of the result."""
         return {
-            "g": GroupedLinear.of(kept, w=gs[0]) if cls.needs(ctx, "g") else None,
-            "x": GroupedLinearTransposed.of(kept, w=gs[0]) if cls.needs(ctx, "x") else None,
+            "g": GroupedLinear.of(saved, w=gs[0]) if cls.needs(ctx, "g") else None,
+            "x": GroupedLinearTransposed.of(saved, w=gs[0]) if cls.needs(ctx, "x") else None,
         }
 
 

@@ -51,7 +51,7 @@ class _Chunks:
 
 
 class _Sum:
-    """A sum of products a^T b over chunks. For 16-bit operands it is kept in float32."""
+    """A sum of products a^T b over chunks. For 16-bit operands it is summed in float32."""
 
     def __init__(self, like: Tensor) -> None:
         self.dtype = like.dtype
@@ -255,25 +255,25 @@ class LinearCrossEntropy(OpFunction):
     saves = ("hidden", "weight", "lse", "targets")
 
     @classmethod
-    def keep(cls, ctx: Any, call: Any, output: tuple[Tensor, Tensor]) -> None:
+    def save_more(cls, ctx: Any, call: Any, output: tuple[Tensor, Tensor]) -> None:
         """Mark lse as not differentiable."""
         ctx.mark_non_differentiable(output[1])
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
         """Return the backward."""
         want = {f"want_{name}": cls.needs(ctx, name) for name in ("hidden", "weight")}
         if gs[0] is None or not any(want.values()):
             return {}
-        return _by_name(LinearCrossEntropyBackward.of(kept, g=gs[0], **want), **want)
+        return _by_name(LinearCrossEntropyBackward.of(saved, g=gs[0], **want), **want)
 
     @classmethod
-    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+    def tangent(cls, ctx: Any, saved: Any, tangents: Any) -> Any:
         """Return the jvp."""
         if tangents.hidden is None and tangents.weight is None:
             return None, None
         along = {"tangent_hidden": tangents.hidden, "tangent_weight": tangents.weight}
-        return LinearCrossEntropyJvp.of(kept, **along), None
+        return LinearCrossEntropyJvp.of(saved, **along), None
 
 
 class LinearCrossEntropyBackward(OpFunction):
@@ -282,23 +282,23 @@ class LinearCrossEntropyBackward(OpFunction):
     op = BACKWARD
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
         """Return the hvp along the cotangents of the gradients that were computed."""
-        along = _by_name(gs, kept.want_hidden, kept.want_weight)
+        along = _by_name(gs, saved.want_hidden, saved.want_weight)
         if all(v is None for v in along.values()):
             return {}
         want = {f"want_{name}": cls.needs(ctx, name) for name in ("hidden", "weight")}
         tangents = {f"tangent_{name}": v for name, v in along.items()}
-        *grads, along_g = LinearCrossEntropyHvp.of(kept, **tangents, tangent_g=None, **want)
+        *grads, along_g = LinearCrossEntropyHvp.of(saved, **tangents, tangent_g=None, **want)
         return {"g": along_g, **_by_name(grads, **want)}
 
     @classmethod
-    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+    def tangent(cls, ctx: Any, saved: Any, tangents: Any) -> Any:
         """Return the hvp; if hidden and weight have no tangent, the backward of the tangent of g."""
         if tangents.hidden is None and tangents.weight is None:
-            return (None, None) if tangents.g is None else LinearCrossEntropyBackward.of(kept, g=tangents.g)
+            return (None, None) if tangents.g is None else LinearCrossEntropyBackward.of(saved, g=tangents.g)
         along = {"tangent_hidden": tangents.hidden, "tangent_weight": tangents.weight, "tangent_g": tangents.g}
-        return LinearCrossEntropyHvp.of(kept, **along)[:2]
+        return LinearCrossEntropyHvp.of(saved, **along)[:2]
 
 
 def _by_name(pair: Any, want_hidden: bool, want_weight: bool) -> dict[str, Tensor | None]:

@@ -146,29 +146,29 @@ class LowbitLinear(OpFunction):
     saves = ("packed", "scale", "zero_point", "offsets")
 
     @classmethod
-    def keep(cls, ctx: Any, call: Any, output: Tensor) -> None:
+    def save_more(cls, ctx: Any, call: Any, output: Tensor) -> None:
         """Keep shapes and dtypes of x and bias; their values are not needed."""
         ctx.cols, ctx.shape, ctx.dtype = call.x.shape[-1], output.shape, output.dtype
         ctx.bias_dtype = None if call.bias is None else call.bias.dtype
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
         """Return the transposed product for x, and the sum over tokens for the bias."""
         g, grads = gs[0], {}
         if cls.needs(ctx, "x"):
-            grads["x"] = LowbitLinearTransposed.of(kept, g=g, cols=ctx.cols)
+            grads["x"] = LowbitLinearTransposed.of(saved, g=g, cols=ctx.cols)
         if cls.needs(ctx, "bias"):
             leading = tuple(range(g.ndim - 1))  # an empty tuple would make sum() reduce all dimensions
             grads["bias"] = g.sum(leading, dtype=ctx.bias_dtype) if leading else g.to(ctx.bias_dtype)
         return grads
 
     @classmethod
-    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+    def tangent(cls, ctx: Any, saved: Any, tangents: Any) -> Any:
         """Return the product of the tangent, without quantized activations."""
         bias = None if tangents.bias is None else tangents.bias.to(ctx.dtype)
         if tangents.x is None:
             return None if bias is None else bias.expand(ctx.shape)
-        y = LowbitLinear.of(kept, x=tangents.x, bias=None, act_bits=None)
+        y = LowbitLinear.of(saved, x=tangents.x, bias=None, act_bits=None)
         return y if bias is None else y + bias
 
 
@@ -179,11 +179,11 @@ class LowbitLinearTransposed(OpFunction):
     saves = ("packed", "scale", "zero_point", "offsets")
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
         """Return the product of the transposed op."""
-        return {"g": LowbitLinear.of(kept, x=gs[0], bias=None, act_bits=None)}
+        return {"g": LowbitLinear.of(saved, x=gs[0], bias=None, act_bits=None)}
 
     @classmethod
-    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+    def tangent(cls, ctx: Any, saved: Any, tangents: Any) -> Any:
         """Return the product of the tangent of g."""
-        return None if tangents.g is None else LowbitLinearTransposed.of(kept, g=tangents.g)
+        return None if tangents.g is None else LowbitLinearTransposed.of(saved, g=tangents.g)

@@ -65,17 +65,17 @@ class Dequantize(OpFunction):
     op = DEQUANTIZE
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
         """Return the gradients of scale and zero point: sums over the elements that share a scale."""
-        scale, constants = kept.scale, GridConstants(*kept.grid)
-        shape = (scale.numel(), kept.codes.numel() // max(scale.numel(), 1))
-        rows = (kept.codes.reshape(shape).to(scale.dtype) + constants.offset) / constants.steps
+        scale, constants = saved.scale, GridConstants(*saved.grid)
+        shape = (scale.numel(), saved.codes.numel() // max(scale.numel(), 1))
+        rows = (saved.codes.reshape(shape).to(scale.dtype) + constants.offset) / constants.steps
         g = gs[0].reshape(shape).to(scale.dtype)
         ds = (g * rows).sum(-1).view(scale.shape)
-        if kept.zero_point is None:
+        if saved.zero_point is None:
             return {"scale": ds}
         total = g.sum(-1).view(scale.shape) / constants.steps
-        return {"scale": ds - total * kept.zero_point, "zero_point": -total * scale.clamp_min(MIN_SCALE)}
+        return {"scale": ds - total * saved.zero_point, "zero_point": -total * scale.clamp_min(MIN_SCALE)}
 
 
 def quantize(

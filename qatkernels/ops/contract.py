@@ -2,7 +2,8 @@
 
 A contract is a text. Python reads it here, for the meta rule (fake and compiled calls), the reference and Triton; the
 extension reads the same text (csrc/bindings/contract.cpp), for calls that never enter Python. Both check in the same
-order and say the same. One statement a line, in the order in which they are checked::
+order with the same messages: tests/ops/test_contract.py compares them for all ops, and for random expressions. A text
+that the extension cannot read is refused here. One statement a line, in the order in which they are checked::
 
     x: float [*T, K]                                  a tensor: allowed dtypes, shape
     packed: uint8 [E if offsets, N, row_bytes(K, bits)]   optional dimensions, expressions
@@ -19,11 +20,12 @@ dtype a, or that of b where a is None; and ``code(n)``, uint8 if n exceeds 127, 
 
 *Shapes*: a new name takes the size of its dimension, a known one must equal it; ``*T`` stands for any number of
 dimensions at the front; ``one`` in place of a shape is a tensor with one element. An output may have two shapes,
-``[*S] if zero_point else [0]``.
+``[*S] if zero_point else [0]``. The expressions of optional dimensions and of two shapes have no ``if`` of their own:
+give them a name with ``let`` before.
 
-*Expressions* are Python's: comparisons and ``and``, ``or``, ``not``, ``if`` of integers, floats, ``inf`` and None, and
-``+ - * % **`` of integers that are not negative; of names of arguments (a tensor counts as True) and of sizes, and
-``numel(S)``, ``len(S)``, ``min(a, b)``, ``row_bytes(cols, bits)``.
+*Expressions* are Python's (`_expression.py`): comparisons and ``and``, ``or``, ``not``, ``if`` of integers, floats,
+``inf`` and None, and ``+ - * % **`` of integers that are not negative. They may use arguments (a tensor counts as
+True), sizes that earlier statements named, ``numel(S)``, ``len(S)``, ``min(a, b)`` and ``row_bytes(cols, bits)``.
 
 All tensors must be on the device of the first one. A tensor that is changed in place must be contiguous. Other inputs
 are made contiguous before a kernel sees them, unless their line ends in ``strided``.
@@ -31,7 +33,6 @@ are made contiguous before a kernel sees them, unless their line ends in ``strid
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,20 +42,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..dtypes import dtype_name
 from ..grids import code_dtype
+from ._expression import FUNCTIONS, compiled
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NARROW = (torch.bfloat16, torch.float16)
 
 
-def row_bytes(cols: int, bits: int) -> int:
-    """Return how many bytes a row of codes takes."""
-    return (cols * bits + 7) // 8
-
-
-_FUNCTIONS: dict[str, Any] = {
-    "numel": math.prod, "len": len, "min": min, "row_bytes": row_bytes, "inf": math.inf, "__builtins__": {},
-}  # fmt: skip
+#: Dtypes that a contract may name.
+_FIXED = {dtype_name(dtype): dtype for dtype in (*FLOATS, torch.int8, torch.uint8, torch.int32, torch.int64)}
+#: Dtypes that depend on arguments, and of how many.
+_DEPENDENT = {"like": 1, "narrow": 1, "wide": 1, "scale": 1, "default": 2}
 
 
 class Output(NamedTuple):
@@ -67,7 +66,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class _Dim:
-    """A dimension: a name to bind or to meet, or an expression; ``star`` for any number of dimensions."""
+    """A dimension: a name or an expression; ``star`` if the name is that of any number of dimensions."""
 
     text: str
     star: bool = False
@@ -75,21 +74,36 @@ class _Dim:
     condition: CodeType | None = None
 
     @classmethod
-    def parse(cls, text: str) -> _Dim:
+    def parse(cls, text: str, scope: _Scope) -> _Dim:
         if text.startswith("*"):
-            return cls(text[1:], star=True)
+            return cls(scope.define(text[1:]), star=True)
         optional = re.fullmatch(r"(.*) if ((?:(?! else ).)*)", text)
-        if optional:
-            return cls(optional[1], code=_name_or_code(optional[1]), condition=_compiled(optional[2]))
-        return cls(text, code=_name_or_code(text))
+        if optional and " else " in optional[1]:
+            raise ValueError(f"the contract's dimension {text!r} has an if of its own, must be named by a let before")
+        condition = scope.compiled(optional[2]) if optional else None
+        text = optional[1] if optional else text
+        if re.fullmatch(r"[A-Z]\w*", text):
+            return cls(scope.define(text), condition=condition)
+        return cls(text, code=scope.compiled(text), condition=condition)
 
 
-def _compiled(text: str) -> CodeType:
-    return compile(text, "<contract>", "eval")
+class _Scope:
+    """The names that an expression may use: arguments, and what the statements before it define.
 
+    Args:
+        parameters: names of the op's arguments and their types.
+    """
 
-def _name_or_code(text: str) -> CodeType | None:
-    return None if re.fullmatch(r"[A-Z]\w*", text) else _compiled(text)
+    def __init__(self, parameters: dict[str, str]) -> None:
+        self.names = set(parameters)
+        self.reals = {name for name, kind in parameters.items() if kind.removesuffix("?") == "float"}
+
+    def define(self, name: str) -> str:
+        self.names.add(name)
+        return name
+
+    def compiled(self, text: str) -> CodeType:
+        return compiled(text, self.names, self.reals)
 
 
 class _Shape(NamedTuple):
@@ -97,16 +111,19 @@ class _Shape(NamedTuple):
     one: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> _Shape | None:
+    def parse(cls, text: str, scope: _Scope) -> _Shape | None:
         if text == "one":
             return cls((), one=True)
         if not text:
             return None
-        return cls(tuple(_Dim.parse(part) for part in _split(text.removeprefix("[").removesuffix("]"))))
+        dims = tuple(_Dim.parse(part, scope) for part in _split(text.removeprefix("[").removesuffix("]")))
+        if any(dim.star for dim in dims[1:]):
+            raise ValueError(f"the contract's {text} has a * that is not in front")
+        return cls(dims)
 
     def here(self, names: dict[str, Any]) -> list[_Dim]:
         """The dimensions that this call has."""
-        return [dim for dim in self.dims if dim.condition is None or eval(dim.condition, _FUNCTIONS, names)]
+        return [dim for dim in self.dims if dim.condition is None or eval(dim.condition, FUNCTIONS, names)]
 
     def size(self, names: dict[str, Any]) -> tuple[int, ...]:
         """The shape, all of whose names are known."""
@@ -115,7 +132,7 @@ class _Shape(NamedTuple):
             if dim.star:
                 sizes += names[dim.text]
             else:
-                sizes.append(names[dim.text] if dim.code is None else eval(dim.code, _FUNCTIONS, names))
+                sizes.append(names[dim.text] if dim.code is None else eval(dim.code, FUNCTIONS, names))
         return tuple(sizes)
 
     def show(self, names: dict[str, Any]) -> str:
@@ -128,30 +145,45 @@ class _Shape(NamedTuple):
                 parts.append(str(names.get(dim.text, dim.text)))
             else:
                 try:
-                    parts.append(str(eval(dim.code, _FUNCTIONS, names)))
+                    parts.append(str(eval(dim.code, FUNCTIONS, names)))
                 except NameError:  # of sizes that are not known yet
                     parts.append(dim.text)
         return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
 
 def _split(text: str) -> list[str]:
-    """Split at commas outside parentheses."""
-    return [part.strip() for part in re.split(r",(?![^(]*\))", text) if part.strip()]
+    """Split at commas outside parentheses; leave out empty parts."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
 
 
 @dataclass(frozen=True)
 class _Dtypes:
-    """Allowed dtypes: fixed ones, and those that depend on arguments."""
+    """Allowed dtypes: fixed ones, and those that depend on arguments. ``number`` is the expression of ``code``."""
 
     parts: tuple[tuple[str, tuple[str, ...]], ...]
+    number: CodeType | None = None
 
     @classmethod
-    def parse(cls, text: str) -> _Dtypes:
-        found = []
+    def parse(cls, text: str, scope: _Scope) -> _Dtypes:
+        found, number = [], None
         for part in text.split("|"):
-            kind, _, arguments = part.strip().partition("(")
-            found.append((kind, tuple(_split(arguments.removesuffix(")")))))
-        return cls(tuple(found))
+            kind, _, rest = part.strip().partition("(")
+            arguments = tuple(_split(rest.removesuffix(")")))
+            if kind == "code":
+                number = scope.compiled(arguments[0])
+            elif len(arguments) != _DEPENDENT.get(kind, 0) or not set(arguments) <= scope.names:
+                raise ValueError(f"the contract's dtype {part.strip()} must be of {_DEPENDENT.get(kind, 0)} arguments")
+            elif not arguments and kind not in ("float", *_FIXED):
+                raise ValueError(f"the contract has no dtype {kind}, must be float or one of {', '.join(_FIXED)}")
+            found.append((kind, arguments))
+        return cls(tuple(found), number)
 
     def allowed(self, dtypes: dict[str, torch.dtype | None], names: dict[str, Any]) -> tuple[torch.dtype, ...]:
         """The dtypes, for outputs one."""
@@ -171,9 +203,10 @@ class _Dtypes:
             elif kind == "default":
                 found += [dtype for dtype in (of, dtypes[arguments[1]]) if dtype is not None][:1]
             elif kind == "code":
-                found.append(code_dtype(eval(arguments[0], _FUNCTIONS, names)))
+                assert self.number is not None
+                found.append(code_dtype(eval(self.number, FUNCTIONS, names)))
             else:
-                found.append(getattr(torch, kind))
+                found.append(_FIXED[kind])
         return tuple(found)
 
 
@@ -196,13 +229,14 @@ class _Requirement:
     message: tuple[tuple[str, CodeType | None], ...]
 
     @classmethod
-    def parse(cls, text: str) -> _Requirement:
+    def parse(cls, text: str, scope: _Scope) -> _Requirement:
         condition, message = text.split("; ", 1)
         parts = re.split(r"\{(.*?)\}", message)
-        return cls(_compiled(condition), tuple((p, _compiled(p) if i % 2 else None) for i, p in enumerate(parts)))
+        shown = tuple((part, scope.compiled(part) if i % 2 else None) for i, part in enumerate(parts))
+        return cls(scope.compiled(condition), shown)
 
     def show(self, names: dict[str, Any]) -> str:
-        return "".join(text if code is None else str(eval(code, _FUNCTIONS, names)) for text, code in self.message)
+        return "".join(text if code is None else str(eval(code, FUNCTIONS, names)) for text, code in self.message)
 
 
 class _Let(NamedTuple):
@@ -219,14 +253,15 @@ class _Output:
     otherwise: _Shape | None
 
     @classmethod
-    def parse(cls, text: str) -> _Output:
+    def parse(cls, text: str, scope: _Scope) -> _Output:
         name, rest = text.split(": ", 1)
         dtypes, _, shape = rest.partition(" [")
         first, _, second = f"[{shape}".partition("] if ")
         condition, _, otherwise = second.partition(" else ")
-        main, other = _Shape.parse(first), _Shape.parse(otherwise)
+        main, other = _Shape.parse(first, scope), _Shape.parse(otherwise, scope)
         assert main is not None
-        return cls(name, _Dtypes.parse(dtypes), main, _compiled(condition) if condition else None, other)
+        code = scope.compiled(condition) if condition else None
+        return cls(name, _Dtypes.parse(dtypes, scope), main, code, other)
 
 
 class Contract:
@@ -247,16 +282,18 @@ class Contract:
         self.parameters = parameters
         self._statements: list[_Argument | _Requirement | _Let] = []
         self._outputs: list[_Output] = []
+        scope = _Scope(parameters)
         for line in self.text.splitlines():
             if line.startswith("require "):
-                self._statements.append(_Requirement.parse(line.removeprefix("require ")))
+                self._statements.append(_Requirement.parse(line.removeprefix("require "), scope))
             elif line.startswith("let "):
                 name, expression = line.removeprefix("let ").split(" = ")
-                self._statements.append(_Let(name, _compiled(expression)))
+                self._statements.append(_Let(name, scope.compiled(expression)))
+                scope.define(name)
             elif line.startswith("-> "):
-                self._outputs.append(_Output.parse(line.removeprefix("-> ")))
+                self._outputs.append(_Output.parse(line.removeprefix("-> "), scope))
             else:
-                self._statements.append(self._argument(line))
+                self._statements.append(self._argument(line, scope))
         stated = {statement.name for statement in self._statements if isinstance(statement, _Argument)}
         silent = [name for name, kind in parameters.items() if kind.startswith("Tensor") and name not in stated]
         if silent:
@@ -264,11 +301,12 @@ class Contract:
         self.outputs = tuple(output.name for output in self._outputs)
         self.strided = frozenset(s.name for s in self._statements if isinstance(s, _Argument) and s.strided)
 
-    def _argument(self, line: str) -> _Argument:
+    def _argument(self, line: str, scope: _Scope) -> _Argument:
         found = re.fullmatch(r"(\w+): ([^\[]*?)(?: (\[.*\]|one))?( strided)?", line)
         if found is None or found[1] not in self.parameters:
             raise ValueError(f"the contract's line {line!r} is of no argument of {list(self.parameters)}")
-        return _Argument(found[1], _Dtypes.parse(found[2]), _Shape.parse(found[3] or ""), bool(found[4]))
+        shape = _Shape.parse(found[3] or "", scope)
+        return _Argument(found[1], _Dtypes.parse(found[2], scope), shape, bool(found[4]))
 
     def check(self, args: Sequence[Any]) -> dict[str, Any]:
         """Raise RuntimeError unless the arguments fit, naming the one that does not; return what names stand for."""
@@ -278,9 +316,9 @@ class Contract:
         first = next(name for name, value in given.items() if isinstance(value, Tensor))
         for statement in self._statements:
             if isinstance(statement, _Requirement):
-                torch._check(eval(statement.condition, _FUNCTIONS, names), lambda s=statement: s.show(names))
+                torch._check(eval(statement.condition, FUNCTIONS, names), lambda s=statement: s.show(names))
             elif isinstance(statement, _Let):
-                names[statement.name] = eval(statement.expression, _FUNCTIONS, names)
+                names[statement.name] = eval(statement.expression, FUNCTIONS, names)
             elif given[statement.name] is not None:
                 self._check_argument(statement, given[statement.name], dtypes, names, (first, given[first].device))
         for name, kind in self.parameters.items():
@@ -311,7 +349,7 @@ class Contract:
         found = []
         for output in self._outputs:
             shape = output.shape
-            if output.condition is not None and not eval(output.condition, _FUNCTIONS, names):
+            if output.condition is not None and not eval(output.condition, FUNCTIONS, names):
                 assert output.otherwise is not None
                 shape = output.otherwise
             found.append(Output(output.name, shape.size(names), output.dtypes.allowed(dtypes, names)[0]))
@@ -351,7 +389,7 @@ def _match(name: str, value: Tensor, shape: _Shape, names: dict[str, Any]) -> No
         dims = dims[1:]
     torch._check(len(sizes) == len(dims), message)
     for dim, size in zip(dims, sizes, strict=True):
-        wanted_size = names.setdefault(dim.text, size) if dim.code is None else eval(dim.code, _FUNCTIONS, names)
+        wanted_size = names.setdefault(dim.text, size) if dim.code is None else eval(dim.code, FUNCTIONS, names)
         torch._check(size == wanted_size, message)
 
 

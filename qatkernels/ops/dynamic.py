@@ -47,12 +47,12 @@ class FakeQuantizeDynamic(OpFunction):
     saves = ()
 
     @classmethod
-    def gradients(cls, ctx: Any, kept: Any, *gs: Any) -> dict[str, Tensor | None]:
+    def gradients(cls, ctx: Any, saved: Any, *gs: Any) -> dict[str, Tensor | None]:
         """Return the gradient of y."""
         return {"x": gs[0]}
 
     @classmethod
-    def tangent(cls, ctx: Any, kept: Any, tangents: Any) -> Any:
+    def tangent(cls, ctx: Any, saved: Any, tangents: Any) -> Any:
         """Return a copy of the tangent of x, which has its own memory, as y has."""
         return tangents.x.clone()
 

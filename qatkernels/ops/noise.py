@@ -14,6 +14,8 @@ the right weight to 5%.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -75,28 +77,28 @@ def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return (a.double() * b.double() + c.double()).float()
 
 
-def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+def _horner(x: Tensor, coefficients: tuple[float, ...], fma: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
     result = torch.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
-        result = fused(result, x, torch.full_like(x, coefficient))
+        result = fma(result, x, torch.full_like(x, coefficient))
     return result
 
 
-def box_muller(word: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two independent float32 standard normals from a 32-bit word."""
+def box_muller(word: Tensor, fma: Callable[[Tensor, Tensor, Tensor], Tensor] = fused) -> tuple[Tensor, Tensor]:
+    """Return two independent float32 standard normals from a 32-bit word. ``fma`` is the fused multiply-add to use."""
     # 2**31 * u is an odd multiple of 2**10. The bits of a float32, divided by 2**23, are 127 + its base-2 logarithm,
     # where the logarithm is interpolated linearly between powers of two. The polynomial corrects the interpolation.
     # All values are scaled by 2**23.
     bits = ((word & 0x7FFFF800) | 0x400).float().view(torch.int32)
     h = ((bits & 0x007FFFFF) | 0x3F800000).view(torch.float32) - 1.5
-    q = fused(h, h, torch.full_like(h, -0.25))
-    minus_log2 = fused(q, _horner(h, LOG_POLY), (0x4F000000 - bits).float())
+    q = fma(h, h, torch.full_like(h, -0.25))
+    minus_log2 = fma(q, _horner(h, LOG_POLY, fma), (0x4F000000 - bits).float())
     # In float64, because torch's float32 square root (from MKL) is not correctly rounded.
     radius = torch.sqrt(minus_log2.double()).float()
     x = (word & 0x3FF).float() * 2.0**-9 + (2.0**-10 - 1.0)
     square = x * x
-    even, odd = _horner(square, COS_POLY), _horner(square, SIN_POLY)
-    cosine, sine = radius * fused(odd, -x, even), radius * fused(odd, x, even)
+    even, odd = _horner(square, COS_POLY, fma), _horner(square, SIN_POLY, fma)
+    cosine, sine = radius * fma(odd, -x, even), radius * fma(odd, x, even)
     return torch.where((word & 0x80000000) != 0, -cosine, cosine), torch.where((word & 0x400) != 0, -sine, sine)
 
 

@@ -19,13 +19,13 @@ from ..arguments import (
     wrong_type,
 )
 from ..autocast import autocast_dtype
+from ..dtypes import dtype_name
 from ..float32_scales import Float32Scales
 from ..grids import Grid, check_grid
 from ._fake_quantize import check_layout
 from ._lowbit_linear import FORWARD
 from ._quantize import dequantize, quantize
-from .contract import row_bytes
-from .packing import SCALES, pack, readable, store_scale, unpack
+from .packing import SCALES, pack, readable, row_bytes, store_scale, unpack
 
 
 class PackedWeight(Float32Scales):
@@ -210,7 +210,7 @@ class PackedWeight(Float32Scales):
     def extra_repr(self) -> str:
         """Describe the weight."""
         per = "row" if self.scale.shape[-1] == 1 else f"{self.group_size}"
-        scales = f"{str(self.scale.dtype).removeprefix('torch.')} scale per {per}"
+        scales = f"{dtype_name(self.scale.dtype)} scale per {per}"
         grid = f"bits={self.grid.bits}, scheme={self.grid.scheme}"
         return f"{'x'.join(map(str, self.shape))}, {grid}, {scales}, {self.nbytes} bytes"
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from .._torch_compat import is_fake
 from ..arguments import check_integers, check_tensors
 from ..grids import MIN_SCALE, Grid, check_grid, code_dtype
+from ._expression import row_bytes
 from ._op import define
-from .contract import row_bytes
 
 BITS = range(1, 9)
 #: Dtypes that scales may be stored in.

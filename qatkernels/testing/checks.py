@@ -12,6 +12,7 @@ from functools import cache, partial
 import torch
 
 from .. import grids
+from ..dtypes import dtype_name
 from ..grids import Grid
 from . import compare, decode
 from . import products as packed
@@ -85,7 +86,7 @@ def every_check(device: torch.device) -> Iterator[Check]:
     """
     for dtype in DTYPES:
         for form, shape in SHAPES.items():
-            name = f"{str(dtype)[6:]} {form}"
+            name = f"{dtype_name(dtype)} {form}"
             for part in (family, of_rows, in_place, products, experts):
                 yield from part(device, dtype, shape, name)
     for form, shape in SHAPES.items():

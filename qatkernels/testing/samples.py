@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import dtype_name
 from ..grids import Grid, affine, binary, lsq, seq, ternary
 from ..ops.noise import make_seed
 
@@ -121,8 +122,8 @@ def make(
     # Half of the initial scale, so that some weights saturate.
     scale = grid.init_scale(w, group_size, per_tensor=granularity == "tensor") * 0.5
     zero_point = grid.init_zero_point(w, scale, group_size) if grid.has_zero_point else None
-    name = f"{grid.scheme}{grid.bits}-{'x'.join(map(str, shape))}-{str(dtype)[6:]}-{granularity}"
-    name += ("-noise" if noise else "") + (f"-to-{str(out_dtype)[6:]}" if out_dtype else "")
+    name = f"{grid.scheme}{grid.bits}-{'x'.join(map(str, shape))}-{dtype_name(dtype)}-{granularity}"
+    name += ("-noise" if noise else "") + (f"-to-{dtype_name(out_dtype)}" if out_dtype else "")
     std, seed = (0.002, make_seed(1234, w.device)) if noise else (0.0, None)
     return Sample(name, grid, w, scale, zero_point, seed, group_size, std, std, out_dtype)
 
@@ -190,7 +191,7 @@ def logits_calls(dtype: torch.dtype, device: torch.device | str = "cpu") -> Iter
         g, tangent_g = (torch.randn(tokens, generator=generator).to(device, number) for _ in range(2))
         lse = torch.logsumexp(logits.to(number), 1)
         point = (logits, lse, targets.to(device), -100)
-        name = f"{tokens}x{vocabulary}-{str(dtype)[6:]}"
+        name = f"{tokens}x{vocabulary}-{dtype_name(dtype)}"
         yield name, "cross_entropy", (logits, *point[2:])
         yield name, "cross_entropy_jvp", (tangent, *point)
         yield name, "cross_entropy_backward", (g, *point)
@@ -210,7 +211,7 @@ def basis_calls(device: torch.device | str = "cpu") -> Iterator[Call]:
             basis = torch.randn(rows, cols, generator=generator).to(device, basis_dtype)
             w = torch.randn(cols, generator=generator).to(device, dtype)
             h = torch.randn(rows, generator=generator, dtype=torch.float64).to(device)
-            name = f"{rows}x{cols}-{str(basis_dtype)[6:]}-{str(dtype)[6:]}"
+            name = f"{rows}x{cols}-{dtype_name(basis_dtype)}-{dtype_name(dtype)}"
             for update in (None, h):
                 yield name + ("" if update is None else "-update"), "gram_schmidt", (basis, w, update)
 

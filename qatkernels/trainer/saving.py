@@ -1,7 +1,7 @@
 """Saves and resumes a run: its configuration, the states of its phases, and their models.
 
 The docstring of loop.py lists the files. Each file is written completely or not at all (:mod:`qatkernels.files`). Its
-digest is checked when it is read. What a damaged file held is computed again.
+digest is checked when it is read. The contents of a damaged file are computed again.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from torch import nn
 
 import qatkernels as qk
 from qatkernels.nn.packed_linear import PackedLinear
-from qatkernels.ops.contract import row_bytes
+from qatkernels.ops.packing import row_bytes
 from tests.implementations import GPU
 
 
@@ -36,7 +36,7 @@ ONE_B = Size(layers=16, hidden=2048, mlp=8192, heads=32, kv_heads=8, vocabulary=
 
 
 def packed_linear(grid, rows, cols, group_size, device, generator):
-    """Return a layer of random codes; every byte is one, as every code of these grids is in use."""
+    """Return a layer of random codes. Any byte is valid, because these grids use every code."""
     packed = torch.randint(
         0, 256, (rows, row_bytes(cols, grid.storage_bits)), dtype=torch.uint8, device=device, generator=generator
     )
@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A model and the state of its decoding: cache, position and the tokens that it meets next."""
+    """A model with its decoding state: cache, position and next tokens."""
 
     def __init__(self, size, sequences, grid, group_size, dtype, device):
         super().__init__()
@@ -95,13 +95,13 @@ class Decoder(nn.Module):
         self.register_buffer("places", torch.arange(size.length, device=device))
 
     def restart(self):
-        """Forget everything, and begin with another token in each sequence."""
+        """Clear the cache, and start each sequence with another token."""
         self.cache.zero_()
         self.position.zero_()
         self.tokens.copy_(torch.arange(len(self.tokens)) + 1)
 
     def forward(self):
-        """Meet a token in each sequence, go on to the likeliest next one, and return the logits."""
+        """Process one token of each sequence, choose the most likely next token, and return the logits."""
         x, seen = F.embedding(self.tokens, self.embedding), (self.places <= self.position)[None]
         for block, cache in zip(self.blocks, self.cache, strict=True):
             x = block(x, cache, self.position, seen)
@@ -123,7 +123,7 @@ def decoded(model, steps, step):
 
 
 class Numbers(nn.Module):
-    """A layer with a weight in full."""
+    """A layer with an unquantized weight."""
 
     def __init__(self, layer):
         super().__init__()
@@ -138,7 +138,7 @@ class Numbers(nn.Module):
 )
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_steps_of_a_small_model(grid, group_size, sequences):
-    """The step that a GPU captures below, with the weights packed and in full."""
+    """The step that a GPU captures below, with packed and with unquantized weights."""
     model = Decoder(TINY, sequences, grid, group_size, torch.float32, torch.device("cpu"))
     packed = decoded(model, TINY.length, model)
     for block in model.blocks:
@@ -156,7 +156,7 @@ def test_steps_of_a_small_model(grid, group_size, sequences):
 )
 @pytest.mark.parametrize("sequences", [1, 8])
 def test_a_step_of_a_1b_model_in_a_graph(grid, group_size, sequences):
-    """Replays are the eager steps; nothing in a step waits for the device, or it could not be captured."""
+    """A replay gives the results of eager steps. A step that synchronizes with the device could not be captured."""
     model = Decoder(ONE_B, sequences, grid, group_size, torch.bfloat16, GPU)
     eager = decoded(model, 8, model)
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""What only a GPU can show: real sizes, streams, graphs, compiled steps. Every backend that is there, by itself."""
+"""Tests that need a GPU: real sizes, streams, graphs, compiled steps. Each available backend is tested on its own."""
 
 import os
 
@@ -36,7 +36,7 @@ def test_real_sizes(op, backend, dtype, granularity):
 
 
 def test_backends_agree_with_the_reference_on_the_cpu(backend):
-    """Noise and codes are the same bits on either side of the bus."""
+    """Noise and codes have the same bits on the CPU and on the GPU."""
     for grid in (qk.grids.binary(), qk.grids.seq(2), qk.grids.lsq(4)):
         there = make(grid, (256, 513), torch.float32, "row", GPU, noise=True)
         here = tuple(a.cpu() if isinstance(a, torch.Tensor) else a for a in there.args("fake_quantize"))

@@ -5,6 +5,7 @@ import torch
 
 import qatkernels as qk
 from qatkernels.backends import CONDITIONS, IMPLS, MISSING, Stage
+from qatkernels.dtypes import dtype_name
 from qatkernels.ops._op import OPS
 from qatkernels.ops.contract import FLOATS
 from qatkernels.testing import decode
@@ -73,7 +74,7 @@ def test_triton_by_expert(grid):
 
 
 def test_triton_in_float64():
-    """There are no such tiles: dequantized, and multiplied by the library, or by the kernel of experts."""
+    """No kernel has float64 tiles: the weight is dequantized and multiplied by torch, or by the kernel for experts."""
     for case in (
         *cases(qk.grids.affine(4), torch.float64, SIZES[:1]),
         *list(grouped_cases(qk.grids.lsq(3), torch.float64))[:2],
@@ -82,10 +83,10 @@ def test_triton_in_float64():
 
 
 @pytest.mark.skipif("cuda" not in IMPLS["lowbit_linear"] or "cuda" not in GPU_BACKENDS, reason="no CUDA kernel here")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
 @pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
 def test_cuda_on_few_tokens(grid, dtype):
-    """Every size and granularity that it serves; its bound is that of sums of digits."""
+    """Every size and granularity that it serves, within the bound for sums of limbs."""
     for case in (*cases(grid, dtype), *floored_cases(grid, dtype)):
         if case.x.shape[0] <= DECODED:
             args = moved(case.call("lowbit_linear")[0], GPU)
@@ -126,7 +127,7 @@ def test_decoding(grid, act_bits, linear):
 
 
 def test_decoding_what_has_just_been_written(linear):
-    """Calls behind one another: each sees the weights and tokens written right before it, and waits for nothing."""
+    """Each of several calls in a row sees the weights and tokens written right before it, without a synchronization."""
     args = decode.make(qk.grids.lsq(4), 1, 2048, 4096, 128, torch.bfloat16, GPU)
     x, packed = args[0], args[1]
     sources = [(torch.roll(x, i, -1), torch.roll(packed, i, 0)) for i in range(8)]
@@ -181,7 +182,7 @@ def test_a_kernel_that_takes_few_tokens_passes_the_others_on(tokens, dtype):
 @pytest.mark.skipif("cuda" not in IMPLS["lowbit_linear"] or "triton" not in IMPLS["lowbit_linear"], reason="needs both")
 @pytest.mark.parametrize("tokens", [1, DECODED, DECODED + 1, 64])
 def test_few_tokens_go_to_the_decode_kernel(tokens):
-    """The op's bits are those of one of the two, which do not round alike."""
+    """The two kernels round differently, so the bits tell which one ran."""
     args = decode.make(qk.grids.lsq(4), tokens, 512, 2048, 128, torch.float32, GPU)
     first, other = ("cuda", "triton") if tokens <= DECODED else ("triton", "cuda")
     y = torch.ops.qatkernels.lowbit_linear(*args)
@@ -194,7 +195,10 @@ def test_few_tokens_go_to_the_decode_kernel(tokens):
 @pytest.mark.parametrize("tokens", [1, 40, 300])
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_replayed_calls(tokens, act_bits):
-    """From the third call on a plan launches: other numbers at other places, the same results as without one."""
+    """From the third call on a plan is replayed, with other values at other addresses.
+
+    Results equal those without a plan.
+    """
     planned = IMPLS["lowbit_linear"]["triton"]
     made = decode.make(
         qk.grids.lsq(3), tokens, 96, 1024, 128, torch.bfloat16, GPU, bias=torch.bfloat16, act_bits=act_bits

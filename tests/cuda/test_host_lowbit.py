@@ -71,7 +71,7 @@ def test_columns(grid, cols):
 @pytest.mark.parametrize("group_size", [1, 8, 10, 16, 24, 32, 40, 48, 64, 96, 192, 256, 320, 480, 960])
 @pytest.mark.parametrize("grid", [*SOME, qk.grids.seq(2), qk.grids.lsq(6)], ids=name)
 def test_group_sizes(grid, group_size):
-    """Every divisor: what granules fit, what lanes of a granule fit, and what nothing does."""
+    """Every divisor: groups of whole granules, groups of whole lanes of a granule, and all others."""
     cols = 1920 if 1920 % (2 * group_size) == 0 else 2 * group_size
     act_bits = 8 if group_size % 3 else None
     check(make(grid, 1, 5, cols, group_size, dtype=torch.float32, act_bits=act_bits))
@@ -80,7 +80,7 @@ def test_group_sizes(grid, group_size):
 @pytest.mark.parametrize("tokens", range(1, 9))
 @pytest.mark.parametrize("act_bits", [None, 4])
 def test_tokens(tokens, act_bits):
-    """Up to three tiles of lines in a pass, and several passes."""
+    """Up to three tiles of activation rows in a pass, and several passes."""
     for grid, group_size in (
         (qk.grids.lsq(4), None),
         (qk.grids.binary(), 32),
@@ -110,7 +110,10 @@ def test_long_rows(grid):
 @pytest.mark.parametrize("grid", SOME, ids=name)
 @pytest.mark.parametrize(("multiprocessors", "shared"), [(1, 99), (7, 99), (5, 128)])
 def test_little_shared_memory(grid, multiprocessors, shared):
-    """K is cut into chunks, which another kernel adds; the least that a device has allows one tile of lines."""
+    """K is cut into chunks, which another kernel adds.
+
+    The smallest shared memory of a device holds one tile of activation rows.
+    """
     on_host.set_device(multiprocessors, shared)
     for tokens, group_size in ((1, None), (2, 128), (1, 32), (8, None)):
         check(make(grid, tokens, 37, 4096, group_size, dtype=torch.float16, bias=torch.float16))
@@ -203,7 +206,7 @@ def test_a_scale_below_the_floor_acts_as_the_floor(grid):
 
 
 def at_the_end_of_memory(t):
-    """Return a copy that ends where memory does: reading on ends the process."""
+    """Return a copy that ends at the end of a mapping, so that reading beyond it crashes."""
     size = (t.nbytes + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
     memory = mmap.mmap(-1, size + mmap.PAGESIZE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -1,4 +1,6 @@
-"""The mirrors of the calls in csrc/common that tests call CUDA kernels with agree with it, or do not compile."""
+"""The ctypes structures of on_host.py agree with those of csrc/common; where they differ, the harness does not
+compile.
+"""
 
 import shutil
 import subprocess

@@ -139,7 +139,7 @@ def test_scales_keep_their_dtype(dtype, tmp_path):
 
 
 def test_a_model_in_bfloat16(tmp_path):
-    """Readers hold scales in the model's dtype, so they have to be numbers of it; a note says where they are not."""
+    """Readers store scales in the model's dtype. A note is given where that dtype cannot represent them."""
     model = qk.pack_model(build("llama", qk.QuantConfig(3, scale_dtype=torch.bfloat16))).bfloat16()
     assert not export(model, tmp_path / "out", to="compressed-tensors").notes
     loaded = load(tmp_path / "out")
@@ -173,7 +173,7 @@ def test_packed_models_give_the_same_files(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_quantized_head(tied, tmp_path):
-    """A head that is tied to the embedding is stored apart from it, because only one of them is quantized."""
+    """A head that is tied to the embedding is stored separately, because only one of them is quantized."""
     model = build("llama", qk.QuantConfig(4), tie_word_embeddings=tied)
     qk.quantize_model(model, qk.QuantConfig(8), include="lm_head", exclude=())
     report = export(model, tmp_path / "out", to="compressed-tensors")

@@ -6,7 +6,6 @@ import torch
 
 import qatkernels as qk
 from qatkernels.formats import UnfitError, export
-from qatkernels.formats import onnx as module
 from qatkernels.formats.integers import IntegerWeight
 from qatkernels.formats.onnx import Stored, _NBits
 from tests.formats.test_mlx import SCHEMES, quantized, unit
@@ -134,7 +133,19 @@ def test_a_model_that_is_one_layer(tmp_path):
     assert {a.name: a.i for a in node.attribute}["accuracy_level"] == 4
 
 
-def test_refusals(tmp_path, monkeypatch):
+class WithTable(torch.nn.Module):
+    """A quantized layer beside a parameter that has 2 GiB for torch, and takes four bytes of memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = quantized(4, "lsq", None)
+        self.table = torch.nn.Parameter(torch.zeros(1).expand(2**29))
+
+    def forward(self, x):
+        return self.layer(x) + self.table[0]
+
+
+def test_refusals(tmp_path):
     def refused(error, match, model, **options):
         before = dict(model.named_modules())
         with pytest.raises(error, match=match):
@@ -147,8 +158,8 @@ def test_refusals(tmp_path, monkeypatch):
     refused(ValueError, "no quantized layer", build())
     model = torch.nn.Sequential(quantized(4, "lsq", None))
     refused(ValueError, "inputs is None and the model is Sequential, give a tuple of example inputs", model)
-    monkeypatch.setattr(module, "_LIMIT", 1000)
-    refused(ValueError, "the weights take .* bytes, a file of ONNX ends at 2 GiB", model, inputs=(torch.randn(3, 384),))
+    inputs = (torch.randn(3, 384),)
+    refused(ValueError, "the weights take .* bytes, a file of ONNX ends at 2 GiB", WithTable(), inputs=inputs)
     model = torch.nn.Sequential(quantized(4, "lsq", 24))
     refused(UnfitError, r"0 \(24 x 384\): groups of 24 are not whole blocks of 16, 32", model, inputs=())
     model = qk.pack_model(build("llama", qk.QuantConfig(4))).bfloat16()

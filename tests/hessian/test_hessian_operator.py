@@ -136,7 +136,7 @@ def test_checkpointing_changes_nothing(which):
 
 
 def test_checkpointing_keeps_less():
-    """Bytes that a kept gradient graph holds on to."""
+    """Counts the bytes that a retained gradient graph keeps alive."""
     model, tokens, loss = transformer()
 
     held = {}
@@ -234,7 +234,10 @@ def test_spectrum_eigenpairs_and_trace_of_a_model(options):
 
 @pytest.mark.parametrize("engine", ["reverse", "forward"])
 def test_losses_that_change_warn(engine):
-    """Randomness that is not torch's, or state that is no buffer; dropout and noise are held fixed."""
+    """Random numbers from outside torch, and state that is not in a buffer, warn.
+
+    Dropout and noise are replayed, so they do not.
+    """
     model, data = make(dropout=0.5)
     for layer in (model[0], model[3]):
         layer.quantizer.noise_std = 0.01

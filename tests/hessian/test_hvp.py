@@ -171,7 +171,7 @@ def test_linear_and_symmetric(seed, a, b, config, engine):
 
 
 def test_forward_engine_leaves_no_trace():
-    """Values, versions and signs of zero stay; a kept graph of the same parameters stays usable."""
+    """Values, versions and signs of zero are unchanged, and a retained graph of the same parameters stays usable."""
     model, x, y = small(CONFIGS["lsq4-tensor"])
     params = quantized_weights(model)
     with torch.no_grad():
@@ -236,7 +236,7 @@ def test_no_grad_around_it_does_not_matter():
 
 
 def test_the_choice_of_attention_is_said_once():
-    """In the life of a process, so that it needs one of its own."""
+    """The message appears once per process, so this runs in a new process."""
     program = """
 import logging, torch
 from qatkernels.hessian import hvp

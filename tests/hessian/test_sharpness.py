@@ -1,4 +1,4 @@
-"""Sharpness against formulas; the weights come back."""
+"""Sharpness against formulas. Afterwards the weights are restored."""
 
 import copy
 import math
@@ -111,7 +111,7 @@ def test_shared_weights_are_perturbed_once():
 
 @pytest.mark.parametrize("norm", ["l2", "asam"])
 def test_experts_are_perturbed_after_rounding(norm):
-    """A stack of experts has the sharpness of the same layers apart, each with its tokens."""
+    """A stack of experts has the same sharpness as separate layers, each with its expert's tokens."""
     apart = quantize_model(nn.ModuleList(nn.Linear(6, 3, bias=False) for _ in range(2)).double(), QuantConfig(2))
     stack = GroupedQuantLinear.from_stacked(torch.stack([m.weight.detach() for m in apart]), config=QuantConfig(2))
     x, y, offsets = torch.randn(9, 6).double(), torch.randint(3, (9,)), torch.tensor([4, 9], dtype=torch.int32)

@@ -97,7 +97,7 @@ def test_masses_and_error_bars():
 
 @pytest.mark.parametrize("edges", [(-1e-3, 1e-3), (-math.inf, -0.05), (0.4, 1.7), (-3.0, 7.0), (5.0, math.inf)])
 def test_bounds_hold_what_is_there(values, edges):
-    """Every probe's measure lies between the bounds, which close in on it."""
+    """The measure of every probe lies between the bounds, and more steps make the bounds tighter."""
     op = matrix(values)
     exact, vectors = torch.linalg.eigh(op.matrix)
     v = probe(op, 0, 0)
@@ -198,7 +198,7 @@ def test_a_smaller_basis(options):
 
 @pytest.mark.parametrize("basis_dtype", [None, torch.bfloat16])
 def test_nothing_else_grows_with_parameters_times_steps(basis_dtype):
-    """What lives during the last step: the basis, and a few vectors whatever the number of steps."""
+    """Memory during the last step: the basis, and a few vectors that do not depend on the number of steps."""
     n = 5003
 
     class Diagonal:
@@ -288,7 +288,7 @@ def test_trace_within_its_error_bars(values, method):
         found = trace(op, 90, method, seed=seed)
         inside += abs(found.value - values.sum().item()) <= 2 * found.error
         assert found.error >= 0
-    # Two standard errors hold 95%; 30 and 60 samples make them slightly less.
+    # Two standard errors cover 95%; with 30 and 60 samples slightly less.
     assert inside >= 8
 
 

@@ -1,4 +1,6 @@
-"""The tools change nothing of a model in training mode, and multiply by the Hessian of one function."""
+"""The tools leave a model in training mode unchanged, and all their products are with the Hessian of the same
+function.
+"""
 
 import copy
 
@@ -63,7 +65,7 @@ def loss_fn(model, batch):
 
 
 class Remembered:
-    """What a model and torch's generator are, to compare with later."""
+    """A snapshot of a model and of torch's generator, to compare with later."""
 
     def __init__(self, model):
         self.model, self.values = model, copy.deepcopy(model.state_dict())
@@ -203,7 +205,7 @@ def test_products_are_of_one_function_in_training_mode(options):
 
 
 def test_products_see_batch_statistics_dropout_and_noise():
-    """Each of them changes the Hessian, so the test above is of them."""
+    """Each of them changes the Hessian, so the test above covers them."""
     model, data = make()
     plain = by_hand(copy.deepcopy(model).eval(), data)
     trained = by_hand(model, data)
@@ -384,7 +386,7 @@ def test_sharded_weights_are_refused(pair):
 
 @pytest.mark.parametrize("how", [parametrizations.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)])
 def test_weights_that_are_computed(how):
-    """They have no Hessian, what they are computed from has."""
+    """Computed weights have no Hessian; the parameters that they are computed from do."""
     torch.manual_seed(0)
     model = quantize_model(nn.Sequential(nn.Linear(6, 4)).double(), QuantConfig(4))
     how(model[0])

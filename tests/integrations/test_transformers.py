@@ -175,7 +175,7 @@ def test_sharpness_does_not_depend_on_accumulation(tmp_path):
 
 
 class Reporter(transformers.TrainerCallback):
-    """What an integration such as TensorBoard's is to a Trainer: a callback that comes before others."""
+    """A callback that is called before the others, as integrations such as TensorBoard's are."""
 
     def __init__(self):
         self.seen = []
@@ -211,7 +211,7 @@ def test_an_error_turns_the_noise_off(tmp_path):
 
 
 def test_last_reset_and_rotation(tmp_path):
-    """No reset after the last one, also in a run that is taken up again; the rotation is WinQ's."""
+    """There is no reset after the last one, also in a resumed run. The rotation is WinQ's."""
     settings = {"reset_every": 2, "reset_weight": 0.5, "noise_std": 0.0, "last_reset": 2}
     callback = WinQCallback(**settings, rotation=hadamard)
     train(QATTrainer, make_model(), tmp_path, [callback], save_strategy="steps", save_steps=4)

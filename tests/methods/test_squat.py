@@ -1,4 +1,4 @@
-"""SQuAT in a loop of one's own, against its formulas written out."""
+"""SQuAT in a plain training loop, compared with its formulas."""
 
 import copy
 
@@ -386,9 +386,9 @@ class TestLoops:
 
     @pytest.mark.parametrize("room", [0, 100])
     def test_gradients_in_shared_memory(self, room):
-        """A gradient that is a view, as in a bucket of DDP's, is not kept as one: the second pass writes over it.
+        """The second pass overwrites a gradient that is a view, as in a bucket of DDP, so a copy is kept.
 
-        Also if it is alone in its bucket.
+        Also if the bucket has one gradient.
         """
         model, x = make_model(), torch.randn(8, 16)
         bucket, small = torch.zeros(model[0].weight.numel() + room), torch.zeros(24 + room)

@@ -1,4 +1,4 @@
-"""What SQuAT leaves alone in a model, and what of a model or an optimizer it refuses."""
+"""What SQuAT does not change in a model, and which models and optimizers it refuses."""
 
 import copy
 import warnings
@@ -42,7 +42,7 @@ class TestBuffers:
         """As in plain training of the same batches, at the weights that are evaluated."""
         model, plain = with_buffers(), with_buffers()
         plain.load_state_dict(model.state_dict())
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # weights stand still
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # weights do not change
         squat = SQuAT(model, optimizer, rho=2.0, **settings)
         for _ in range(100):
             x = torch.randn(8, 16)
@@ -90,7 +90,7 @@ class TestBuffers:
         assert model[1].act.initialized
 
     def test_compiled(self):
-        """Copies of buffers do not compile anew, and move no statistics."""
+        """Copies of buffers cause no recompilation, and do not update running statistics."""
         model, x = with_buffers()[:3], torch.randn(8, 16)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         squat = SQuAT(model, rho=0.3)
@@ -115,7 +115,10 @@ class TestBuffers:
 
 
 class TestOptimizers:
-    """The optimizer steps what SQuAT leaves gradients in; what it lacks is said."""
+    """The optimizer updates the parameters that have gradients after SQuAT.
+
+    Parameters that it does not have are reported.
+    """
 
     def test_of_other_parameters(self):
         model, x = make_model(), torch.randn(8, 16)

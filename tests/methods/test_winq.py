@@ -1,4 +1,4 @@
-"""WinQ in a loop of one's own."""
+"""WinQ in a plain training loop."""
 
 import copy
 import warnings
@@ -260,9 +260,9 @@ class TestGradient:
 
     @pytest.mark.parametrize("room", [0, 100])
     def test_gradients_in_shared_memory(self, room):
-        """A gradient that is a view, as in a bucket of DDP's, is not kept as one: the next pass writes over it.
+        """The next pass overwrites a gradient that is a view, as in a bucket of DDP, so a copy is kept.
 
-        Also if it is alone in its bucket.
+        Also if the bucket has one gradient.
         """
         model, bucket, values = make_model(), torch.zeros(384 + room), iter((1.0, 3.0, 5.0))
         model[0].weight.grad = bucket[:384].view(24, 16).fill_(7.0)

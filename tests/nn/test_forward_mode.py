@@ -1,4 +1,4 @@
-"""Forward mode through QuantLinear: value and tangent from one call, where nothing waits for a backward."""
+"""Forward mode through QuantLinear: value and tangent come from one call if no backward follows."""
 
 import copy
 
@@ -26,7 +26,7 @@ CONFIGS = {
 
 
 def unfused(layer):
-    """The layer by its parts."""
+    """The layer, computed from separate ops."""
 
     class Plain(QuantLinear):
         def forward(self, x):
@@ -109,7 +109,7 @@ def test_a_layer_without_tangents_is_a_layer():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_derivatives_around_and_inside(name):
-    """Under grad, in grad, in a second jvp and in vmap: what other levels ask for is unharmed."""
+    """Under grad, in grad, in a second jvp and in vmap: the results of the other levels are right."""
     layer = make_layer(name)
     x = torch.randn(3, 16, dtype=torch.float64)
     w = layer.weight.detach()

@@ -1,4 +1,4 @@
-"""torch.inference_mode: what is made or set there is as good as what is made outside."""
+"""Layers that are made or changed under torch.inference_mode work like those made outside."""
 
 import copy
 

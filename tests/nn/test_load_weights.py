@@ -1,4 +1,4 @@
-"""What a state dict of a quantized model says of itself, and how weights get into one that is quantized otherwise."""
+"""State dicts of quantized models: their layout, and loading weights into a model with another quantization."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""Models whose tensors accelerate keeps elsewhere, or that have no data yet."""
+"""Models whose tensors accelerate offloads, and models on the meta device."""
 
 import copy
 

@@ -1,12 +1,10 @@
-"""Packing whole models, and their file: what it holds, and what it says when it does not."""
+"""Packing whole models, their file, and the errors for files that cannot be loaded."""
 
 import copy
 import json
 import pickle
 import random
 import struct
-import sys
-import types
 
 import pytest
 import torch
@@ -14,8 +12,9 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 import qatkernels as qk
-from qatkernels import CheckpointError, backends, files
-from qatkernels.nn import PACKERS, QuantConfig, QuantLinear, _pack_model, calibrate, model_bytes, packed_modules
+from qatkernels import CheckpointError, files
+from qatkernels.dtypes import dtype_name
+from qatkernels.nn import PACKERS, QuantConfig, QuantLinear, calibrate, model_bytes, packed_modules
 from qatkernels.testing.compare import assert_same_bits
 
 
@@ -155,7 +154,7 @@ ACTS = ({}, {"act_bits": 8}, {"act_bits": 4, "act_scheme": "lsq+"}, {"act_bits":
 
 
 @pytest.mark.parametrize("act", ACTS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 def test_file_round_trip(config, act, dtype, tmp_path):
     model = quantized(QuantConfig(**{**config.to_dict(), **act}), dtype)
     packed = qk.pack_model(model, scale_dtype=torch.float16)
@@ -210,7 +209,7 @@ def test_what_cannot_be_saved(tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A file, its content, and what the model that it holds answers."""
+    """A file, its content, and the outputs of the model in it."""
     torch.manual_seed(0)
     packed = qk.pack_model(quantized(QuantConfig(2, act_bits=8, act_scheme="lsq")))
     path = tmp_path_factory.mktemp("packed") / "model.safetensors"
@@ -231,7 +230,7 @@ def load_or_error(path, content):
 
 
 def test_any_flipped_byte_is_noticed_or_harmless(saved, tmp_path):
-    """A changed space in the header's padding is all that may pass unnoticed."""
+    """Only a change in the padding of the header may go unnoticed."""
     _, content, wanted = saved
     seed = random.randrange(2**32)
     draw = random.Random(seed)
@@ -447,7 +446,7 @@ def test_another_model_and_a_header_that_is_no_object(saved, tmp_path):
 
 
 def test_an_error_of_the_callers_function_is_the_callers(saved):
-    """The file is not to blame, and a debugger should stop where the mistake is."""
+    """The error is raised unchanged, so that a debugger stops at the mistake; the file is not blamed."""
     for build, error in (
         (lambda config: config.nothing, AttributeError),
         (lambda config: config["nothing"], KeyError),
@@ -478,21 +477,9 @@ def test_a_failed_write_leaves_the_old_file(saved, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "model"]
 
 
-def test_compile_kernels_compiles_what_is_on_a_gpu(monkeypatch):
+def test_compile_kernels_has_nothing_to_do_on_a_cpu():
+    """tests/test_backend_from_outside.py has a backend with something to compile."""
     model = qk.pack_model(qk.quantize_model(Model(), QuantConfig(bits=4), exclude=["lm_head"]))
     assert qk.compile_kernels(model) == 0, "nothing to compile on a CPU"
     with pytest.raises(ValueError, match="no packed layer, pack_model makes them"):
         qk.compile_kernels(nn.Linear(2, 2))
-    calls = []
-    kernels = types.SimpleNamespace(warm_up=lambda *args, **kwargs: calls.append((*args, kwargs)))
-    monkeypatch.setitem(sys.modules, "qatkernels.backends.triton.lowbit_linear", kernels)
-    monkeypatch.setitem(backends.IMPLS["lowbit_linear"], "triton", None)
-    monkeypatch.delitem(backends.MISSING, "triton", raising=False)
-    monkeypatch.delenv("QATKERNELS_BACKEND", raising=False)
-    weight = types.SimpleNamespace(packed=types.SimpleNamespace(is_cuda=True))
-    layer = types.SimpleNamespace(weight=weight, bias="b", act_bits=8)
-    monkeypatch.setattr(_pack_model, "packed_modules", lambda _: {"a": layer})
-    assert qk.compile_kernels(model, torch.float16) == 1
-    assert calls == [(weight, torch.float16, {"bias": None, "act_bits": 8})]
-    monkeypatch.setenv("QATKERNELS_BACKEND", "reference")
-    assert qk.compile_kernels(model, torch.float16) == 0, "kernels were compiled that no call reaches"

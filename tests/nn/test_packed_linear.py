@@ -1,4 +1,4 @@
-"""Packed layers: the outputs of the quantized ones within the bound of docs/packing.md, and good manners as modules."""
+"""Packed layers: outputs within the bound of docs/packing.md, and what torch users expect of a module."""
 
 import copy
 import pickle
@@ -11,6 +11,7 @@ from torch import nn
 
 import qatkernels as qk
 from qatkernels import grids
+from qatkernels.dtypes import dtype_name
 from qatkernels.nn import LearnedActivation, QuantConfig, QuantLinear, calibrate
 from qatkernels.ops.packing import SCALES
 from qatkernels.testing.compare import assert_same_bits, assert_within
@@ -45,7 +46,7 @@ def bounds(x, packed, dtype, offsets=None):
 
 
 def check_pair(layer, packed, x, dtype):
-    """Hold both layers against float64, and so against each other."""
+    """Compare both layers with float64, and so with each other."""
     wanted, mine = layer(x), packed(x)
     assert mine.dtype == wanted.dtype == dtype
     values = x if packed.act is None else packed.act(x)
@@ -56,7 +57,7 @@ def check_pair(layer, packed, x, dtype):
 
 
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_outputs_are_the_quantized_layers(config, act, dtype):
     config = QuantConfig(**{**config.to_dict(), **ACTS[act]})
     for bias in (True, False):
@@ -77,7 +78,7 @@ def test_autocast(config, act):
         check_pair(layer, qk.PackedLinear.from_quantized(layer), x, torch.bfloat16)
 
 
-@pytest.mark.parametrize("scale_dtype", SCALES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("scale_dtype", SCALES, ids=dtype_name)
 def test_scale_dtypes(config, scale_dtype):
     layer = QuantLinear(16, 12, config=config)
     packed = qk.PackedLinear.from_quantized(layer, scale_dtype=scale_dtype)
@@ -98,7 +99,7 @@ def test_gradients_are_the_quantized_layers(config):
 
 
 def test_adapter_over_a_packed_base():
-    """What fine-tuning needs: gradients pass through, nothing of the base moves."""
+    """Fine-tuning: gradients pass through, and the base does not change."""
     base = qk.PackedLinear.from_quantized(QuantLinear(16, 16, bias=False, config=QuantConfig(2)))
     before = copy.deepcopy(base.state_dict())
     down, up = nn.Linear(16, 4), nn.Linear(4, 16)
@@ -274,7 +275,7 @@ def test_a_wrong_weight_is_named():
 
 
 def test_one_weight_serves_layers_and_functions():
-    """Nothing copies it or takes it apart: what a layer holds is what the op takes."""
+    """The layer passes its weight to the op as it is, without a copy."""
     weight = layer_of(grids.lsq(4)).weight
     first, second = qk.PackedLinear(weight), qk.PackedLinear(weight, torch.ones(8))
     assert first.weight is second.weight is weight
@@ -340,7 +341,7 @@ def experts(count, rows, cols, grid, *, bias, group_size=None, act=None):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("group_size", [None, 8])
 @pytest.mark.parametrize("grid", [grids.seq(2), grids.affine(4)], ids=lambda g: g.scheme)
 def test_grouped(grid, group_size, dtype, bias):

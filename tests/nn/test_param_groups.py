@@ -1,6 +1,8 @@
 import copy
 import math
-import warnings
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 import qatkernels as qk
 from qatkernels import QuantConfig, check, param_groups, quantize_model, quantized_modules, scales_at_floor
 from qatkernels.methods.stats import GridStats
-from qatkernels.nn import calibrate, quantized
+from qatkernels.nn import calibrate
 
 
 class Net(nn.Module):
@@ -154,25 +156,55 @@ def test_scales_at_the_floor_are_counted():
     assert scales_at_floor(model) == {"0": 2}
 
 
-def test_a_loop_of_ones_own_is_warned_once(monkeypatch):
-    monkeypatch.setattr(quantized, "_warned_of_floor", False)
-    model = quantize_model(nn.Sequential(nn.Linear(32, 8)), QuantConfig(bits=8))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # as one that knows nothing of scales
-    for _ in range(5):
-        optimizer.zero_grad()
-        model(torch.randn(4, 32)).square().mean().backward()
-        optimizer.step()
-    with pytest.warns(UserWarning, match="of 8 scales have fallen to the smallest value.*take qatkernels.param_groups"):
-        model.eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.train().eval()
+# A process warns of scales at the floor once, so each of these programs is a process.
+_OWN_LOOP = """
+import warnings
+import torch
+from qatkernels import QuantConfig, quantize_model
+
+warnings.simplefilter("always")
+model = quantize_model(torch.nn.Sequential(torch.nn.Linear(32, 8)), QuantConfig(bits=8))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # the same rate for scales
+for _ in range(5):
+    optimizer.zero_grad()
+    model(torch.randn(4, 32)).square().mean().backward()
+    optimizer.step()
+for _ in range(2):
+    model.eval()
+    model.train()
+"""
+_LEARNED_INPUTS = """
+import sys
+import torch
+from qatkernels import QuantConfig, quantize_model
+from qatkernels.nn import calibrate
+
+config = QuantConfig(bits=4, act_bits=8, act_scheme=sys.argv[1])
+model = quantize_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config)
+calibrate(model, torch.randn(3, 8))
+with torch.no_grad():
+    model[0].act.scale.fill_(-1.0)
+model.eval()
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        (_OWN_LOOP, (), "of 8 scales have fallen to the smallest value.*take qatkernels.param_groups"),
+        (_LEARNED_INPUTS, ("lsq",), "1 of 5 scales have fallen to the smallest value"),
+        (_LEARNED_INPUTS, ("lsq+",), "1 of 5 scales have fallen to the smallest value"),
+    ],
+    ids=["own loop", "lsq", "lsq+"],
+)
+def test_scales_at_the_floor_are_warned_of_once(program, arguments, message):
+    run = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert len(re.findall(message, run.stderr)) == 1, run.stderr
 
 
 @pytest.mark.parametrize("scheme", ["lsq", "lsq+"])
-def test_learned_scales_of_inputs_at_the_floor_are_counted(scheme, monkeypatch):
+def test_learned_scales_of_inputs_at_the_floor_are_counted(scheme):
     """An input that its scale reduces to nothing leaves the bias of the layer, and no error."""
-    monkeypatch.setattr(quantized, "_warned_of_floor", False)
     config = QuantConfig(bits=4, act_bits=8, act_scheme=scheme)
     model = quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), config)
     model(torch.zeros(3, 8))
@@ -183,8 +215,6 @@ def test_learned_scales_of_inputs_at_the_floor_are_counted(scheme, monkeypatch):
     with torch.no_grad():
         model[1].act.scale.fill_(-1.0)
     assert (scales_at_floor(model), stats.at_floor()) == ({"1.act": 1}, 1)
-    with pytest.warns(UserWarning, match="1 of 5 scales have fallen to the smallest value"):
-        model.eval()
     assert "1 has the scale of its input at the floor" in str(check(model, torch.randn(3, 8)))
     with torch.no_grad():
         model[1].act.scale.fill_(torch.nan)

@@ -457,7 +457,7 @@ def test_what_belongs_to_the_quantizer_cannot_be_assigned_to_the_layer(name):
 
 
 class TestAssigned:
-    """What somebody assigns to a layer is checked in the forward: the op alone would compute something else."""
+    """Values assigned to a layer are checked in the forward. The op alone would compute something else with them."""
 
     def test_scales_of_another_granularity(self):
         layer = QuantLinear(16, 12, config=QuantConfig(4, group_size=8))

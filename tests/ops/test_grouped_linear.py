@@ -9,6 +9,7 @@ from torch.func import jvp, vmap
 from torch.library import opcheck
 
 from qatkernels.backends import IMPLS
+from qatkernels.dtypes import dtype_name
 from qatkernels.ops._grouped_linear import GroupedLinear, GroupedLinearTransposed, GroupedOuter, grouped_linear
 from qatkernels.ops.contract import FLOATS
 from qatkernels.testing.compare import assert_same_bits, check_grouped, run_out
@@ -46,7 +47,7 @@ def every(op):
 
 @pytest.mark.backends
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
 def test_every_division_of_tokens(op, dtype):
     for ends in ENDS:
         for backend, impl, device in every(op):

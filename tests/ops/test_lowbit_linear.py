@@ -8,6 +8,7 @@ from torch.func import jvp
 
 import qatkernels as qk
 from qatkernels.backends import IMPLS
+from qatkernels.dtypes import dtype_name
 from qatkernels.ops._op import OPS
 from qatkernels.ops.contract import FLOATS
 from qatkernels.testing.compare import assert_same_bits, assert_within, run_out
@@ -60,21 +61,21 @@ def check(case):
             assert_within(actual.cpu(), expected, bound, f"{backend} {op} {case.name}")
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
 @pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
 def test_every_size_and_granularity(grid, dtype):
     for case in cases(grid, dtype):
         check(case)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("grid", WIDTHS, ids=lambda g: f"{g.scheme}{g.bits}")
 def test_beyond_a_tile(grid, dtype):
     for case in cases(grid, dtype, LARGE):
         check(case)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
 @pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
 def test_grouped(grid, dtype):
     for case in grouped_cases(grid, dtype):
@@ -168,7 +169,7 @@ def test_a_scale_that_is_not_finite_stays_in_its_row(grid, act_bits):
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
 @pytest.mark.parametrize("outlier", [1e2, 1e4])
 def test_an_outlier_on_a_small_weight(dtype, outlier):
     """Kernels that sum integers keep activations to 24 bits below the largest, whatever its weight is."""
@@ -179,7 +180,7 @@ def test_an_outlier_on_a_small_weight(dtype, outlier):
         (qk.grids.binary(), 32),
     ):
         weight = scaled_weight(grid, (9, 64), group)
-        if group is None:  # nothing at all meets the outlier
+        if group is None:  # the code of every weight in the column of the outlier is 0
             codes = weight.codes().clone()
             codes[:, 0] = 0
             weight = replaced(weight, packed=qk.pack(codes, grid))
@@ -199,7 +200,7 @@ def test_an_outlier_on_a_small_weight(dtype, outlier):
                 assert_within(y.cpu(), expected, allowed, f"{backend} {grid.scheme} {tokens}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("grid", WIDTHS, ids=lambda g: f"{g.scheme}{g.bits}")
 def test_a_scale_below_the_floor_acts_as_the_floor(grid, dtype):
     for case in floored_cases(grid, dtype):
@@ -304,7 +305,7 @@ def isa_calls():
 
 
 def test_every_isa_is_within_the_bound(isa, isa_calls):
-    """Orders of additions differ between ISAs, so bits may; each is held against float64."""
+    """The order of additions, and so the bits, may differ between ISAs. Each is compared with float64."""
     for op, name, args, expected, bound in isa_calls:
         (actual,) = run_out(op, IMPLS[f"{op}_out"]["cpp"], args)
         assert_within(actual, expected, bound, f"{isa} {op} {name}")

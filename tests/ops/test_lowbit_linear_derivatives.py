@@ -7,6 +7,7 @@ from torch.func import jvp, vjp, vmap
 from torch.library import opcheck
 
 import qatkernels as qk
+from qatkernels.dtypes import dtype_name
 from qatkernels.ops._lowbit_linear import LowbitLinear
 from qatkernels.ops._op import OPS
 from qatkernels.ops.contract import FLOATS
@@ -57,7 +58,7 @@ def test_gradcheck_grouped():
     assert dx[:5].abs().sum(-1).all()
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_backward_and_forward_mode_in_every_dtype(dtype, act_bits):
     """With act_bits the derivative is that of the product without: the straight-through rule."""

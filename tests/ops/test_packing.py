@@ -11,10 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import qatkernels as qk
+from qatkernels.dtypes import dtype_name
 from qatkernels.grids import MIN_SCALE, code_dtype
 from qatkernels.ops._op import OPS
-from qatkernels.ops.contract import FLOATS, row_bytes
-from qatkernels.ops.packing import SCALES, store_scale
+from qatkernels.ops.contract import FLOATS
+from qatkernels.ops.packing import SCALES, row_bytes, store_scale
 from qatkernels.testing.compare import assert_same_bits, run_out
 from qatkernels.testing.products import GRID_IDS, GRIDS, scaled_weight
 from tests.implementations import implementations
@@ -44,7 +45,7 @@ def every(op):
 
 
 def check_packing(codes, grid, packed):
-    """Hold every implementation against packed codes: there, and back from bytes with a stride."""
+    """Check every implementation of pack, and of unpack from bytes with a stride."""
     layout = (grid.code_min, grid.storage_bits)
     for backend, impl, device in every("pack"):
         assert_same_bits(run_out("pack", impl, (codes.to(device), *layout))[0].cpu(), packed, backend)
@@ -149,7 +150,7 @@ def test_bad_codes_and_bytes():
             torch.ops.qatkernels.pack(codes, code_min, bits)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
 @pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
 def test_dequantize_is_fake_quantize(grid, dtype):
     """Bit for bit, offsets of a half and zero points that are no integers included."""
@@ -175,7 +176,7 @@ def test_dequantize_is_fake_quantize(grid, dtype):
                     assert packed.bits == grid.storage_bits
 
 
-@pytest.mark.parametrize("dtype", SCALES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", SCALES, ids=dtype_name)
 @pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
 def test_scale_dtypes(grid, dtype):
     """The codes are those of the scale as given; values are those of the scale as stored."""
@@ -241,9 +242,9 @@ def test_arguments_of_another_kind():
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
-@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
 def test_what_has_no_code_is_an_error(grid, dtype):
-    """NaN would become code 0, whatever that stands for. Infinite weights saturate, as in fake_quantize."""
+    """NaN would become code 0, an ordinary level. Infinite weights saturate, as in fake_quantize."""
     w, scale = torch.randn(4, 16).to(dtype), torch.ones(4)
     bad = w.clone()
     bad[1, 3] = bad[2, 0] = torch.nan

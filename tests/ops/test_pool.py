@@ -57,7 +57,7 @@ def test_what_autograd_keeps_is_not_reused():
     assert torch.equal(torch.autograd.grad(first.sum(), x)[0], expected)
 
 
-def test_a_training_loop_settles():
+def test_a_training_loop_reuses_its_blocks():
     layer = qk.QuantLinear(1024, 1024, config=qk.QuantConfig(bits=2))
     optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
     x, seen = torch.randn(8, 1024), []
@@ -71,7 +71,9 @@ def test_a_training_loop_settles():
 
 @pytest.mark.parametrize(("rows", "kept"), [(512, 4 * MIB), (511, 511 * 4096)])
 def test_a_block_of_up_to_twice_the_size_is_used_before_it_is_dropped(rows, kept):
-    """Under autocast a bfloat16 weight and its float32 gradient would else drive each other out in every step."""
+    """Under autocast a bfloat16 weight and its float32 gradient would otherwise evict each other from the pool in
+    every step.
+    """
     large = quantized(torch.randn(1024, 1024))
     del large
     small = quantized(torch.randn(rows, 1024))

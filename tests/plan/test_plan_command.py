@@ -1,4 +1,4 @@
-"""`qatkernels plan` as a user meets it."""
+"""The command `qatkernels plan`."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_plot_without_a_law(tmp_path: Path) -> None:
 
 
 def test_a_bug_is_no_bad_usage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It comes out as it is, with its traceback: an error of one line would blame the user."""
+    """A bug is raised with its traceback. An error of one line would blame the user."""
 
     def wrong(*arguments: object) -> None:
         raise ValueError("operands could not be broadcast together")

@@ -1,4 +1,4 @@
-"""The commands of docs/planner.md parse, and its numbers are those that come out."""
+"""The commands of docs/planner.md parse, and print the numbers of the page."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_bad_options(option: dict[str, Any]) -> None:
 
 
 def test_undetermined_coefficients_are_named() -> None:
-    """Runs with one fraction cannot tell the phases apart, and terms that are not there end at a limit."""
+    """Runs with a single fraction cannot separate the phases, and coefficients of absent terms end at a limit."""
     runs = table("small", 0.0, 0)
     quiet = {**runs, "loss": PLANTED(runs["params"], 0.0, runs["tokens_qat"] + runs["tokens_fp"], 1)}
     fit = fit_loss_law(quiet, resamples=0, starts=2)

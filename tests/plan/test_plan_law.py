@@ -157,7 +157,7 @@ def test_parity() -> None:
 
 
 def test_parity_that_ends() -> None:
-    """Where full precision goes on improving and the loss of rounding stays, the range has an end."""
+    """If full precision keeps improving while the loss from rounding stays, the range has an end."""
     law = replace(LAW, alpha=1e-3, zeta=1e-3, theta=0.02, kappa=0.01, beta=50, gamma=0.2, phi=1e-6, lambda_=1e-6)
     low, high = full_precision_parity(law, 1e9, 4, tolerance=0.05)
     assert low < high < 1e18

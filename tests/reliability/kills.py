@@ -29,7 +29,7 @@ CASES = 100
 #: A command counts as hung if it takes longer than this many times its undisturbed time plus a minute.
 PATIENCE = 20
 _CALLS = ("fsync", "replace", "unlink", "open", "mkdir")
-#: Ways to kill a command. They take turns, so that a few cases include each way.
+#: Ways to kill a command, used in rotation, so that a few cases include each way.
 _WAYS = ("call", "moment", "file", "moment")
 
 

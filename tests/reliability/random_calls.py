@@ -20,6 +20,7 @@ from torch import Tensor
 import qatkernels as qk
 from qatkernels import grids
 from qatkernels.backends import IMPLS, extension
+from qatkernels.dtypes import dtype_name
 from qatkernels.grids import Grid
 from qatkernels.ops import noise
 from qatkernels.ops._op import OPS, as_tuple
@@ -131,7 +132,7 @@ class Drawn:
         std = draw.choice((0.0, 0.0, magnitude * 0.1))
         seed = noise.make_seed(draw.getrandbits(60), torch.device("cpu")) if std else None
         to = draw.choice((torch.bfloat16, torch.float16, None)) if dtype == torch.float32 else None
-        name = f"{grid.scheme}{grid.bits:g} {list(w.shape)} {str(dtype)[6:]} group {group} tensor {tensor} to {to}"
+        name = f"{grid.scheme}{grid.bits:g} {list(w.shape)} {dtype_name(dtype)} group {group} tensor {tensor} to {to}"
         return Sample(name, grid, w, scale, zero_point, seed, group, std, draw.choice((std, 0.0)) if std else 0.0, to)
 
     def weight(self, grid: Grid, *shape: int) -> qk.PackedWeight:

@@ -130,7 +130,10 @@ def test_files_are_joined_by_cat(toy: Toy, tmp_path: Path) -> None:
 
 
 def test_other_settings_are_refused(toy: Toy, tmp_path: Path, capsys: Any) -> None:
-    """What all runs share, the size, and what makes a case; a setting that only one version knows is no difference."""
+    """Shared settings, the size and the settings of a case must match.
+
+    A setting that only one version has is not a difference.
+    """
     assert command(toy.study(), ["--out", str(tmp_path)]) == 0
     assert command(toy.study(), ["--out", str(tmp_path), "--smoke"]) == 2
     assert "with size = cpu, this run has smoke; give another --out" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command line as a user meets it, in processes of their own where they are killed."""
+"""The command line. Commands that are killed run in separate processes."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_restart(tiny: dict[str, Any]) -> None:
 
 
 def test_results_of_nobody_knows_what_are_refused(tiny: dict[str, Any]) -> None:
-    """Without run.json what is there might be of any model and settings; --restart deletes nothing then."""
+    """Without run.json the results could come from any model and settings. --restart deletes nothing then."""
     run(tiny)
     path = Path(tiny["out"]) / "run.json"
     path.write_text("{")

@@ -231,7 +231,10 @@ def test_a_tokenizer(tiny_hf: dict[str, Any], llama: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize("name", ["fp", "w2", "fp/model.safetensors", "fp/step-000012.safetensors"])
 def test_a_model_of_an_earlier_run(tiny: dict[str, Any], tmp_path: Path, name: str) -> None:
-    """Training goes on from its weights, of a quantized model the full-precision ones; its shape needs no options."""
+    """Training continues from its weights (of a quantized model, the full-precision ones).
+
+    Its shape needs no options.
+    """
     run(tiny, keep_every=12)
     path = Path(tiny["out"]) / name
     later = {k: v for k, v in tiny.items() if k not in ("width", "depth", "heads")}
@@ -269,7 +272,7 @@ def scaled(llama: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_parameters_called_scale_are_the_models_own(tiny_hf: dict[str, Any], scaled: Path, tmp_path: Path) -> None:
-    """They train, are taken up by a later run, are packed, and count as parameters, unlike ours."""
+    """They train, are loaded by a later run, are packed, and count as parameters, unlike those of quantized layers."""
     torch.manual_seed(5)
     Scaled(transformers.AutoConfig.from_pretrained(scaled)).save_pretrained(scaled)
     report = run(tiny_hf, model=str(scaled), qat_lr=1e-2)

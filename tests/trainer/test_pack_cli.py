@@ -188,7 +188,7 @@ def test_bytes_that_are_no_text(run: Path, capsys: pytest.CaptureFixture[str]) -
 def test_any_prompt_on_any_terminal(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], prompt: bytes, encoding: str
 ) -> None:
-    """A prompt is bytes, as the shell gives them; the text goes on from them, and shows what the terminal can."""
+    """A prompt is any bytes. The text continues them, and is printed with the characters that the terminal has."""
     given = os.fsdecode(prompt)
     shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     with monkeypatch.context() as patch:
@@ -255,7 +255,7 @@ def test_generation_with_and_without_a_cache() -> None:
         assert [t for t, _ in cached] == [t for t, _ in plain]
         for (_, a), (_, b) in zip(cached, plain, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
-    # What a window does not hold has no influence.
+    # Text outside the window has no influence.
     long = next(generate(model, b"x" * 10 + b"y" * 24, 1))[1]
     torch.testing.assert_close(long, next(generate(model, b"y" * 24, 1))[1])
 
@@ -334,7 +334,7 @@ def test_a_folder_of_another_version(run: Path, tmp_path: Path, capsys: pytest.C
 def test_a_model_that_no_file_can_hold(
     packed: dict[str, Path], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    """What a header says is checked before it is built: a stranger may have written it."""
+    """A header is checked before the model is built, because the file may come from an untrusted source."""
     tensors, header = files.load(packed["w2"])
     header["config"]["model"] |= change
     files.save(tmp_path / "x.safetensors", tensors, header)

@@ -1,4 +1,4 @@
-"""What a run survives: damaged files, a full disk, kills at any moment, a loss that is no number."""
+"""Fault tolerance of a run: damaged files, a full disk, kills at any moment, a non-finite loss."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_damaged_result_is_made_again(tiny: dict[str, Any], name: str) -> None
 
 @pytest.mark.parametrize("sealed", [True, False])
 def test_a_number_that_changed_in_a_result(tiny: dict[str, Any], sealed: bool) -> None:
-    """It has a digest; a file of an earlier version, which has none, is held against the model's own header."""
+    """It has a digest. A file of an earlier version has none and is compared with the header of the model."""
     report = run(tiny)
     path = Path(tiny["out"]) / "w2" / "phase.json"
     stored = json.loads(path.read_text())

@@ -9,8 +9,10 @@ import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qatkernels as qk
+from qatkernels.dtypes import dtype_name
 from qatkernels.testing.products import Case, activations, scaled_weight
 from qatkernels.testing.samples import make
 
@@ -198,7 +200,7 @@ PRODUCTS = {
 
 
 def check_instruction(ptx, instruction):
-    """Hold a kernel to one matrix instruction, or to none."""
+    """Check that a kernel uses exactly this matrix instruction, or none."""
     assert "tf32" not in ptx, "a product of rounded float32"
     for other in WIDE_MMA.values():
         assert (other in ptx) == (other == instruction), other
@@ -221,6 +223,33 @@ def test_products(case, architecture, monkeypatch):
         assert (stack, local) == (0, 0), f"{name} spills registers"
         if name.startswith("lowbit"):
             check_instruction(kernel.asm["ptx"], (instruction or {}).get(architecture))
+
+
+class ShapesOfZeros(TorchDispatchMode):
+    """Records the shapes of the tensors of zeros that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.zeros.default:
+            self.shapes.append(tuple(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_warm_up_launches_every_configuration_once():
+    """It launches with tokens that are zeros: of 256 features forward, of 64 features transposed."""
+    from qatkernels.backends.triton.lowbit_linear import warm_up
+
+    with ShapesOfZeros() as made:
+        recorded(lambda: warm_up(scaled_weight(qk.grids.lsq(4), (64, 256), 32), act_bits=8))
+    assert len(made.shapes) == len(set(made.shapes))
+    assert {(tokens, 256) for tokens in (1, 17, 65)} < set(made.shapes)
+    assert {(tokens, 64) for tokens in (1, 17)} < set(made.shapes)
+    with ShapesOfZeros() as made:
+        recorded(lambda: warm_up(scaled_weight(qk.grids.lsq(4), (2, 64, 256), 32)))
+    assert {(tokens, 256) for tokens in (1, 33, 129)} < set(made.shapes)
 
 
 @pytest.mark.parametrize("act_bits", [None, 8])
@@ -258,7 +287,7 @@ EXPERTS = {
     "outer": (grouped("grouped_outer", 1024), WIDE_MMA),
     "outer-fp16": (grouped("grouped_outer", 64, torch.float16), WIDE_MMA),
 } | {
-    f"{op}-{str(dtype)[6:]}": (grouped(op, 1024, dtype), instruction)
+    f"{op}-{dtype_name(dtype)}": (grouped(op, 1024, dtype), instruction)
     for op in ("grouped_linear", "grouped_linear_transposed", "grouped_outer")
     for dtype, instruction in ((torch.float32, None), (torch.float64, DOUBLE_MMA))
 }

@@ -181,16 +181,17 @@ def test_gram_schmidt(call):
     check_gram_schmidt(triton_out(op), args, name)
 
 
-def test_gram_schmidt_of_more_columns_than_programs_have_tiles(monkeypatch):
-    import qatkernels.backends.triton.krylov as krylov
+def test_gram_schmidt_of_more_tiles_than_programs():
+    """The last programs have a tile less."""
+    from qatkernels.backends.triton.krylov import LEAST_COLUMNS, MOST_PROGRAMS
 
-    monkeypatch.setattr(krylov, "MOST_PROGRAMS", 3)
-    basis, w = torch.randn(60, 1000), torch.randn(1000)
-    check_gram_schmidt(triton_out("gram_schmidt"), (basis, w, torch.randn(60).double()))
+    rows, cols = 128, (MOST_PROGRAMS + 5) * LEAST_COLUMNS + 3
+    basis, w = torch.randn(rows, cols), torch.randn(cols)
+    check_gram_schmidt(triton_out("gram_schmidt"), (basis, w, torch.randn(rows).double()))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("most_tokens", [64, 128], ids=["parts", "fused"])
+@pytest.mark.parametrize("tokens", [70, 50], ids=["parts", "fused"])
 @pytest.mark.parametrize(
     "sample",
     [
@@ -202,10 +203,9 @@ def test_gram_schmidt_of_more_columns_than_programs_have_tiles(monkeypatch):
     ],
     ids=lambda s: s.name,
 )
-def test_quant_linear_dual(sample, most_tokens, transposed, monkeypatch):
-    """More tokens than a tile has, by the kernel and by its parts."""
-    monkeypatch.setattr("qatkernels.backends.triton.quant_linear.MOST_TOKENS", most_tokens)
-    check_linear_dual(triton_out("quant_linear_dual"), sample, 70, transposed)
+def test_quant_linear_dual(sample, tokens, transposed):
+    """More tokens than the fused kernel takes, and fewer: one tile of 16-bit tokens, two tiles of float32 tokens."""
+    check_linear_dual(triton_out("quant_linear_dual"), sample, tokens, transposed)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")

@@ -1,7 +1,7 @@
 """The Triton kernels of packed weights, run by Triton's interpreter on CPU tensors.
 
-``TRITON_INTERPRET=1 pytest tests/triton/test_interpreter_lowbit.py``, a process of its own. The interpreter is slow:
-grids, sizes, granularities and dtypes take turns, so that each meets each somewhere.
+``TRITON_INTERPRET=1 pytest tests/triton/test_interpreter_lowbit.py``, a process of its own. The interpreter is slow, so
+not every combination of grid, size, granularity and dtype is run, but every pair of them occurs.
 """
 
 import os
@@ -30,9 +30,17 @@ from qatkernels.testing.products import (
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 pytest.importorskip("triton")
 
-from qatkernels.backends.triton import _products, lowbit_linear  # noqa: E402
-from qatkernels.backends.triton._products import CONFIGS, choose, common_block, distinct, fitted  # noqa: E402
-from qatkernels.backends.triton.lowbit_linear import whole_codes  # noqa: E402
+from qatkernels.backends.triton import lowbit_linear  # noqa: E402
+from qatkernels.backends.triton._products import (  # noqa: E402
+    CONFIGS,
+    MAX_INTEGERS,
+    MIN_BLOCK,
+    choose,
+    common_block,
+    distinct,
+    fitted,
+)
+from qatkernels.backends.triton.lowbit_linear import BY_ROW, BY_TILE, whole_codes  # noqa: E402
 
 OPERATIONS = ("lowbit_linear", "lowbit_linear_transposed")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -142,10 +150,11 @@ def test_float64_and_empty_stacks_do_not_look_at_offsets(monkeypatch):
         assert_within(run(op, args), expected, bound, f"{case.name} {op}")
 
 
-def test_more_tiles_than_programs(monkeypatch):
-    monkeypatch.setattr(lowbit_linear, "processors", lambda device: 2)
-    weight, ends = scaled_weight(qk.grids.lsq(4), (3, 40, 32)), torch.tensor([17, 17, 40], dtype=torch.int32)
-    check(Case("two programs", weight, activations((45, 32), torch.float32), None, ends))
+def test_more_tiles_than_programs():
+    weight, ends = scaled_weight(qk.grids.lsq(4), (3, 300, 200)), torch.tensor([17, 17, 40], dtype=torch.int32)
+    x = activations((45, 200), torch.float32)
+    assert lowbit_linear.processors(x.device) < 3 * 300 // 64, "one program for each tile"
+    check(Case("", weight, x, None, ends))
 
 
 @pytest.mark.parametrize("act_bits", [None, 8])
@@ -169,13 +178,21 @@ def test_a_scale_below_the_floor_acts_as_the_floor(grid):
 
 
 @pytest.mark.parametrize("grid", [qk.grids.lsq(8), qk.grids.affine(8), qk.grids.binary()], ids=lambda g: g.scheme)
-def test_extremes_of_integer_sums(grid, monkeypatch):
-    """Every product is the largest of its sign; above the limit, tiles are summed in float32."""
-    for limit, value in ((_products.MAX_INTEGERS, grid.code_min), (500, grid.code_max)):
-        monkeypatch.setattr(lowbit_linear, "MAX_INTEGERS", limit)
+def test_extremes_of_integer_sums(grid):
+    """Every product is the largest of its sign. With groups, as with rows that are too long, tiles are summed."""
+    for group_size, value in ((None, grid.code_min), (500, grid.code_max)):
         w = (torch.full((3, 1000), float(value)) + grid.offset) / grid.steps
-        weight = qk.PackedWeight.from_float(w, torch.ones(3), grid)
+        scale = torch.ones(3) if group_size is None else torch.ones(3, 2)
+        weight = qk.PackedWeight.from_float(w, scale, grid, group_size)
         check(Case(f"{value}", weight, torch.full((2, 1000), -1.0), act_bits=8), OPERATIONS[:1])
+
+
+def test_integer_sums_that_would_overflow_are_summed_by_tile():
+    x = torch.zeros(2, 1)
+    for cols, scales in ((MAX_INTEGERS, BY_ROW), (MAX_INTEGERS + 1, BY_TILE)):
+        weight = scaled_weight(qk.grids.lsq(8), (1, cols))
+        args = (weight.packed, weight.scale, None, None, weight.constants, weight.grid.code_min, 8, cols)
+        assert lowbit_linear._plan(x.device, torch.int8, lowbit_linear._Weight(*args), 2)[1] == scales
 
 
 def test_views_leading_dimensions_and_nothing():
@@ -194,27 +211,14 @@ def test_views_leading_dimensions_and_nothing():
 
 
 @pytest.mark.parametrize(("op", "shape"), [("lowbit_linear", (9, 1000)), ("lowbit_linear_transposed", (600, 24))])
-def test_parts_of_sums_repeat_their_bits(op, shape, monkeypatch):
-    splits, with_parts = [], lowbit_linear._with_parts
-    monkeypatch.setattr(lowbit_linear, "_with_parts", lambda *args: (splits.append(args[1]), with_parts(*args)))
+def test_parts_of_sums_repeat_their_bits(op, shape):
+    outputs, terms = min(shape), max(shape)
+    config = choose(CONFIGS[-1].capability, "parts", 3)
+    assert fitted(config, 3, outputs, terms, MIN_BLOCK[False]).split > 1, "the sum is not split"
     case = Case("", scaled_weight(qk.grids.lsq(4), shape), activations((3, shape[1]), torch.float32))
     args = case.call(op)[0]
     assert_same_bits(run(op, args), run(op, args))
-    assert splits[0] > 1
     check(case, [op])
-
-
-def test_warm_up_launches_every_configuration_once(monkeypatch):
-    launched = []
-    for name in OPERATIONS:
-        monkeypatch.setattr(lowbit_linear, f"{name}_out", lambda x, *args, name=name: launched.append((name, len(x))))
-    lowbit_linear.warm_up(scaled_weight(qk.grids.lsq(4), (64, 256), 32), act_bits=8)
-    assert len(launched) == len(set(launched))
-    assert {("lowbit_linear", tokens) for tokens in (1, 17, 65)} < set(launched)
-    assert {("lowbit_linear_transposed", tokens) for tokens in (1, 17)} < set(launched)
-    launched.clear()
-    lowbit_linear.warm_up(scaled_weight(qk.grids.lsq(4), (2, 64, 256), 32))
-    assert {("lowbit_linear", tokens) for tokens in (1, 33, 129)} < set(launched)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])

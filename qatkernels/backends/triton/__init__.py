@@ -9,8 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...ops._op import Op
+from ...ops.packed_weight import PackedWeight
 from ..registry import Backend, Registry
 
 
@@ -37,4 +39,11 @@ def _planned(op: Op, implementation: Callable[..., Any]) -> Callable[..., Any]:
     return importlib.import_module(f"{__name__}._plans").planned(op, implementation)
 
 
-BACKENDS = (Backend("triton", ("CUDA",), _load, priority=20, wrap=_planned, unreachable=_unreachable),)
+def _warm_up(weight: PackedWeight, dtype: torch.dtype, bias: Tensor | None, act_bits: int | None) -> None:
+    """Compile the kernels of products with a weight."""
+    importlib.import_module(f"{__name__}.lowbit_linear").warm_up(weight, dtype, bias=bias, act_bits=act_bits)
+
+
+BACKENDS = (
+    Backend("triton", ("CUDA",), _load, priority=20, wrap=_planned, unreachable=_unreachable, warm_up=_warm_up),
+)

@@ -40,8 +40,8 @@ from torch import Tensor
 
 from ...ops._lowbit_linear import FORWARD, TRANSPOSED, unpacked
 from ...ops._op import as_tuple
-from ...ops.contract import row_bytes
 from ...ops.packed_weight import PackedWeight
+from ...ops.packing import row_bytes
 from ._codes import by_words, group_of, load_operands
 from ._element import (
     INTERPRETED,

@@ -1,4 +1,4 @@
-// Products of tokens with the weights of their experts: the library's, for one expert after another.
+// Products of tokens with the weights of their experts, one at::mm for each expert.
 #include <ATen/ops/mm.h>
 
 #include "registry.h"
@@ -7,7 +7,7 @@
 namespace qk {
 namespace {
 
-// The rows of each expert times its matrix of [E, K, N].
+// Multiplies the rows of x that belong to each expert with its matrix of [E, K, N].
 void multiply_rows(const char* name, const Tensor& x, const Tensor& w, const Tensor& offsets, const Tensor& y) {
   int64_t written = 0;
   for (const Expert& e : experts_of(offsets, x.size(0), name)) {

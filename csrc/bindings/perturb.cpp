@@ -1,8 +1,8 @@
-// What training does to weights in place: WinQ's reset, the perturbation of sharpness-aware minimization.
+// The perturbation of sharpness-aware minimization, which changes weights in place, and the norms that it is scaled by.
+#include "../cpu/perturb.h"
+
 #include <vector>
 
-#include "../cpu/perturb.h"
-#include "../cpu/reset.h"
 #include "quant_args.h"
 #include "registry.h"
 #include "tensors.h"
@@ -10,17 +10,10 @@
 namespace qk {
 namespace {
 
+// How many pieces of kUnitElements elements, which kernels count.
 int64_t units_of(int64_t numel) { return (numel + kUnitElements - 1) / kUnitElements; }
 
-void reset_(const Tensor& w, const Tensor& scale, const OptionalTensor& zero_point, Constants grid,
-            double quantized_weight) {
-  if (w.numel() == 0) return;
-  const ResetCall call{quant_args(w, scale, zero_point, std::nullopt, grid), w.mutable_data_ptr(), quantized_weight};
-  at::parallel_for(0, Units(call.args.rows, call.args.cols).count(), 1,
-                   [&](int64_t begin, int64_t end) { cpu::reset(call, begin, end); });
-}
-
-// `g` is written if swapped.
+// With `swap` the gradient receives the old weight, so `g` is written too.
 void perturb(const Tensor& w, void* g, DType g_type, const Tensor& factor, std::optional<double> eta, bool swap) {
   const PerturbCall call{
       w.mutable_data_ptr(), g,   factor.const_data_ptr<float>(), w.numel(), dtype_of(w), g_type, eta.value_or(0),
@@ -50,7 +43,6 @@ void perturbation_norms(const Tensor& g, const OptionalTensor& w, double eta, co
   out.mutable_data_ptr<double>()[1] = twice;
 }
 
-QK_CPU_KERNEL(reset_);
 QK_CPU_KERNEL(perturb_);
 QK_CPU_KERNEL(perturb_swap_);
 QK_CPU_KERNEL(perturbation_norms);
