@@ -12,6 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: What to do about torch.fx, which calls a model with placeholders for tensors.
+TRACED = (
+    "torch.fx.symbolic_trace goes into layers of qatkernels: use torch.export.export, or a torch.fx.Tracer whose "
+    "is_leaf_module is True for them"
+)
+
 
 def wrong_type(name: str, value: object, allowed: str) -> TypeError:
     """Return the error for an argument of a type that is not allowed."""
@@ -19,7 +25,8 @@ def wrong_type(name: str, value: object, allowed: str) -> TypeError:
         shown = f"a tensor, {value.dtype} of shape {tuple(value.shape)}"
     else:
         shown = " ".join(repr(value).split())[:80]  # the repr of a module has many lines
-    return TypeError(f"{name} is {shown}, must be {allowed}")
+    hint = f". {TRACED}" if isinstance(value, torch.fx.Proxy) else ""
+    return TypeError(f"{name} is {shown}, must be {allowed}{hint}")
 
 
 def check_tensors(**values: Any) -> None:

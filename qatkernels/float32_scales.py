@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .arguments import TRACED
+
 
 class Float32Scales(nn.Module):
     """A module whose ``scale`` and ``zero_point`` keep their dtype and bits when the model is cast.
@@ -36,8 +38,10 @@ class Float32Scales(nn.Module):
         raise NotImplementedError
 
     def check_scale(self) -> None:
-        """Raise RuntimeError if a wrapper has cast the scale, which no cast of the module does."""
+        """Raise RuntimeError if a wrapper has cast the scale, or TypeError if torch.fx has replaced it."""
         if self.scale.dtype is not torch.float32:
+            if isinstance(self.scale, torch.fx.Proxy):
+                raise TypeError(f"scale is a placeholder. {TRACED}")
             raise RuntimeError(
                 f"scale is {self.scale.dtype}, must be torch.float32: no cast changes it. FSDP2's MixedPrecisionPolicy "
                 "casts it with the weights: leave its param_dtype out, and run the model under torch.autocast"

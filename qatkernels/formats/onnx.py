@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import dtype_name
 from ..extras import missing
 from ..files import replacing
 from ..grids import MIN_SCALE
@@ -355,7 +356,7 @@ class _Qdq(nn.Module):
     def stored(self) -> str:
         """How the layer is stored, in a few words."""
         per = "rows" if self.group is None else f"groups of {self.group}"
-        return f"DequantizeLinear of {str(self.q.dtype).removeprefix('torch.')}, {per}"
+        return f"DequantizeLinear of {dtype_name(self.q.dtype)}, {per}"
 
     @property
     def bits_per_weight(self) -> float:

@@ -75,7 +75,7 @@ class Op:
 
     def call(self, *args: Any) -> Any:
         """Call the op from a public function, through its autograd Function only if derivatives may be needed."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.overload(*args)  # the derivatives are registered with torch.library
         if differentiable(args[: self.tensors_end]):
             return self.function.apply(*args)

@@ -1,4 +1,4 @@
-"""torch.export and AOTInductor: programs that run without the modules of this library."""
+"""torch.export, AOTInductor, torch.jit.trace and torch.fx."""
 
 import pytest
 import torch
@@ -53,3 +53,36 @@ def test_aot_inductor(packed, tmp_path):
         x = torch.randn(tokens, 64)
         with torch.no_grad():
             torch.testing.assert_close(run(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("packed", [False, True], ids=["trained", "packed"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_jit_trace(config, packed, tmp_path):
+    """A trace computes the same for any number of tokens, also from a file."""
+    model = make(config, packed)
+    traced = torch.jit.trace(model, torch.randn(4, 64))
+    traced.save(tmp_path / "model.pt")
+    loaded = torch.jit.load(tmp_path / "model.pt")
+    for tokens in (4, 1, 33):
+        x = torch.randn(tokens, 64)
+        with torch.no_grad():
+            assert_same_bits(traced(x), model(x))
+            assert_same_bits(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["trained", "packed"])
+def test_fx_says_what_to_use(packed):
+    """Symbolic tracing goes into the layers, unless they are leaves."""
+    model = make(CONFIGS["2"], packed)
+    with pytest.raises(TypeError, match=r"use torch\.export\.export, or a torch\.fx\.Tracer whose is_leaf_module"):
+        torch.fx.symbolic_trace(model)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m, name):
+            return type(m).__module__.startswith("qatkernels.") or super().is_leaf_module(m, name)
+
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        assert_same_bits(traced(x), model(x))
