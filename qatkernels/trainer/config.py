@@ -159,6 +159,11 @@ class TrainConfig(Settings):
     group_size: int | None = option(
         None, "input features that share a scale; one scale for each output feature if not given", AT_LEAST_1
     )
+    scale_init: str | None = option(
+        None,
+        "how scales begin: max, mean, lsq, range, mse (a search for the smallest error of the weights) or activation "
+        "(of the layers' outputs on training text); what suits the scheme if not given",
+    )
     scale_dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "dtype that scales will be stored in; float16 for files of llama.cpp, so that they lose nothing"
     )
@@ -212,6 +217,7 @@ class TrainConfig(Settings):
             bits,
             self.scheme,
             group_size=self.group_size,
+            scale_init=self.scale_init,
             scale_dtype=getattr(torch, self.scale_dtype),
             act_bits=self.act_bits,
         )
