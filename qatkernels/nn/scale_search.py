@@ -10,11 +10,11 @@ All scales are searched at once, a call of :func:`qatkernels.ops.quantization_er
 many local minima, so candidates first cover the whole range in which the best scale can be, evenly in the logarithm;
 then they close in on the best one. What `Grid.init_scale` proposes is among the candidates: no result is worse.
 
-The range follows from what holds at a minimum. With codes held, the best scale is a weighted mean of ``|w| / |v|``, with
-``v`` the level of a weight over the scale, and weights ``m * v**2``. Larger weights have larger levels. So this mean is
-at least the mean of ``|w|``, with weights ``m``, over the largest level. And a scale so large that all weights use levels
-below half of the outermost one is no better than its half, which has these levels too. (Of grids without zero, a third
-has them.) So twice the largest weight over the outermost level is enough, or three times that weight.
+The range follows from what holds at a minimum. With codes held, the best scale is a weighted mean of ``|w| / |v|``,
+with ``v`` the level of a weight over the scale, and weights ``m * v**2``. Larger weights have larger levels. So this
+mean is at least the mean of ``|w|``, with weights ``m``, over the largest level. And a scale so large that all weights
+use levels below half of the outermost one is no better than its half, which has these levels too. (Of grids without
+zero, a third has them.) So twice the largest weight over the outermost level is enough, or three times that weight.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from ..methods.schedules import DECAYS
 from ..methods.squat import SQuATConfig
 from ..methods.winq import WinQConfig
 from ..nn import QuantConfig
-from ..options import AT_LEAST_0, AT_LEAST_1, POSITIVE, SHARE, ConfigError, Range, Settings, check, option, table
+from ..options import AT_LEAST_0, AT_LEAST_1, POSITIVE, SHARE, ConfigError, Range, Settings, check, flag, option, table
 from ..units import count
 from . import models
 from .demo_model import ModelConfig
@@ -197,7 +197,8 @@ class TrainConfig(Settings):
             for bits in self.bits:
                 self.quantization(bits)
         except ValueError as error:
-            raise ConfigError(f"--{error}") from error  # the message starts with "bits", which makes it "--bits"
+            name, _, rest = str(error).partition(" ")  # the message starts with the name of a setting
+            raise ConfigError(f"{flag(name)} {rest}") from error
         for name, allowed in (("method", METHODS), ("parallel", MODES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"--{name} is {getattr(self, name)!r}, must be one of {', '.join(allowed)}")
