@@ -59,8 +59,9 @@ def calibrate(
     together. A layer or an expert that no token reached keeps the scales that it has from ``"mse"``; the report names
     it.
 
-    Calibrate before training: weight scales that were loaded from a state dict, or set by an earlier call, stay as they
-    are, but scales that training has changed are not told from new ones.
+    Calibrate before training, and before FSDP or DDP wraps the model, with the same batches in each process. Weight
+    scales that were loaded from a state dict, or set by an earlier call, stay as they are. But scales that training
+    has changed are not told from new ones.
 
     Args:
         model: a quantized model, in training or eval mode.
