@@ -143,7 +143,7 @@ class _Moments:
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add the inputs of a call; a forward pre-hook."""
         given = dict(zip(("x", "offsets"), args, strict=False)) | kwargs
-        x: Tensor = given["x"].detach().flatten(0, -2)
+        x: Tensor = given["x"].detach().reshape(-1, self.squares.shape[-1])
         squares = (x if x.dtype == torch.float64 else x.float()).square()
         if isinstance(layer, GroupedQuantLinear):
             expert = expert_of_tokens(given["offsets"], len(x))

@@ -54,11 +54,11 @@ class WeightQuantizer:
     constants: list[float]
     group_size: int | None
     grad_scale: float
+    bypassed: bool = False
 
     def __init__(self) -> None:
         self.noise_std = self.scale_noise_std = 0.0
         self.added: Perturbation | None = None
-        self.bypassed = False
 
     def configure(self, config: QuantConfig, numel: int) -> None:
         """Set what to quantize to; noise and what is added stay.

@@ -84,6 +84,14 @@ def test_one_batch_with_keywords():
         assert torch.equal(model.layer.scale, models[0].layer.scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_token_without_a_batch_in_any_dtype(dtype):
+    layer, x = qk.quantize_model(nn.Linear(16, 8, dtype=dtype), CONFIG), uneven(16).to(dtype)
+    assert calibrate(layer, x).tokens == {"the model": 1}
+    wide = x if dtype == torch.float64 else x.float()
+    assert torch.equal(layer.scale, search_scale(layer.weight, layer.grid, 8, moments=wide.square().double())[0])
+
+
 def test_a_second_call_changes_nothing():
     model = two_layers()
     calibrate(model, uneven(9, 16))
