@@ -124,6 +124,9 @@ class QatQuantizer(HfQuantizer):
                 layer.reset_scale()
                 if isinstance(layer.act, LearnedActivation):
                     layer.act.reset_parameters()
+        else:  # the scales are those of the files
+            for layer in quantized_modules(model).values():
+                layer.awaits_inputs = False
         describe(model)
         return model
 

@@ -6,16 +6,19 @@ from ._load_weights import load_weights
 from ._pack_model import PACKERS, compile_kernels, model_bytes, pack_model, packed_modules
 from ._param_groups import param_groups, param_groups_from_rates, scales_at_floor
 from ._quantize_model import quantize_model, quantized_modules, quantized_weights
-from .activation import DynamicActivation, LearnedActivation, calibrate
+from .activation import DynamicActivation, LearnedActivation
+from .calibration import CalibrationReport, calibrate
 from .config import QuantConfig
 from .grouped_quant_linear import GroupedQuantLinear
 from .packed_linear import GroupedPackedLinear, PackedLinear
 from .quant_conv1d import QuantConv1D
 from .quant_linear import QuantLinear
 from .report import QuantizationReport, ReportRow, quantization_report
+from .scale_search import search_scale
 
 __all__ = [
     "PACKERS",
+    "CalibrationReport",
     "CheckReport",
     "DynamicActivation",
     "GroupedPackedLinear",
@@ -42,6 +45,7 @@ __all__ = [
     "quantized_modules",
     "quantized_weights",
     "scales_at_floor",
+    "search_scale",
 ]
 
 __getattr__ = moved(

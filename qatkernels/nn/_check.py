@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .._torch_compat import tree_leaves
-from ..dtensor import local_part
+from ..dtensor import is_dtensor, local_part
 from ..grids import MIN_SCALE
 from ._pack_model import packed_modules
 from ._quantize_model import quantized_modules
 from .activation import LearnedActivation
+from .config import SEARCHES
 from .floor import count_act_at_floor, count_at_floor
 from .packed_linear import Packed
 from .quantized import OFFLOADED, Quantized, is_offloaded, reparametrization
@@ -268,6 +269,11 @@ def _loss(output: Any, loss_fn: Callable[[Any], Tensor] | None) -> Tensor:
 @torch.no_grad()
 def _look_at_scales(row: LayerCheck, layer: Quantized) -> None:
     """Count scales that are at the floor or not finite, and compare scales with those of a fresh layer."""
+    if layer.awaits_inputs:
+        row.notes.append(
+            "has scales by 'mse', as its scale_init is 'activation' and no inputs were seen: call calibrate(model, "
+            "batch) before training"
+        )
     weight, scale = local_part(layer.weight.detach()), local_part(layer.scale.detach())
     points = [scale] if layer.zero_point is None else [scale, local_part(layer.zero_point.detach())]
     row.not_finite = sum(int((~t.isfinite()).sum()) for t in points)
@@ -283,6 +289,8 @@ def _look_at_scales(row: LayerCheck, layer: Quantized) -> None:
         _look_at_activation(row, layer.act)
     if not weight.isfinite().all():
         row.problems.append("has weights that are not finite")
+        return
+    if is_dtensor(layer.weight) and layer.config.scale_init in SEARCHES:  # which needs the whole weight
         return
     fresh = initial_scale(layer.weight, layer.config)[0]
     alive = (fresh > MIN_SCALE) & scale.isfinite()

@@ -64,8 +64,8 @@ class LearnedActivation(Float32Scales):
     ``load_state_dict`` make an initialized layer uninitialized. A compiled graph reads the buffer when it is compiled,
     and is recompiled once after the first batch.
 
-    Several processes would each initialize from their own batch, and their scales would differ: call :func:`calibrate`
-    first.
+    Several processes would each initialize from their own batch, and their scales would differ: call
+    :func:`qatkernels.nn.calibrate` first.
 
     Args:
         features: size of the last dimension of the input; the gradient scale is ``1 / sqrt(features * qmax)``.
@@ -216,27 +216,3 @@ class LearnedActivation(Float32Scales):
     def extra_repr(self) -> str:
         """Describe the quantizer."""
         return self.layout
-
-
-@torch.no_grad()
-def calibrate(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Run ``model(*args, **kwargs)`` once, initializing the activation scales that are not initialized yet.
-
-    Args:
-        model: a quantized model, in training or eval mode.
-        *args: passed to the model.
-        **kwargs: passed to the model.
-
-    Raises:
-        RuntimeError: if the batch did not reach all of them.
-    """
-    waiting = [m for m in model.modules() if isinstance(m, LearnedActivation) and not m.ready]
-    for module in waiting:
-        module.calibrating = True
-    try:
-        model(*args, **kwargs)
-    finally:
-        for module in waiting:
-            module.calibrating = False
-    if missed := sum(not module.ready for module in waiting):
-        raise RuntimeError(f"the batch did not reach {missed} of {len(waiting)} activation quantizers")

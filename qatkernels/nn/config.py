@@ -11,9 +11,12 @@ import torch
 from ..arguments import is_integer, is_real
 from ..dtypes import dtype_name
 from ..grids import Grid, affine, lsq, make_grid
+from ..options import nearest
 
 ACT_SCHEMES = ("dynamic", "lsq", "lsq+")
-SCALE_INITS = ("max", "mean", "lsq", "range")
+#: Initial scales that are searched (:mod:`qatkernels.nn.scale_search`).
+SEARCHES = ("mse", "activation")
+SCALE_INITS = ("max", "mean", "lsq", "range", *SEARCHES)
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,7 +29,11 @@ class QuantConfig:
         scheme: ``"paretoq"`` (binary, ternary, seq or lsq by bit width; Liu et al., 2025) or a key of ``grid.SCHEMES``.
         group_size: input features that share a scale; one scale per output feature if None.
         per_tensor: one scale for the whole weight.
-        scale_init: method of :meth:`Grid.init_scale`, the scheme's own if None. ``"range"`` is for affine.
+        scale_init: how scales begin: a method of :meth:`Grid.init_scale` (``"max"``, ``"mean"``, ``"lsq"`` or
+            ``"range"``, which is for affine); the scheme's own if None; ``"mse"``, a search for the smallest error of
+            the weights; or ``"activation"``, a search for the smallest error of the layer's output, which needs
+            :func:`calibrate` after quantizing (until then scales are those of ``"mse"``). docs/algorithms.md has the
+            formulas.
         scale_dtype: what scales will be stored in, for exports that lose nothing. A forward then rounds the spacing of
             the codes (``scale / grid.steps``) to this dtype. The parameter stays float32, and gradients pass straight
             through. GGUF and most runtimes store float16. A name such as ``"float16"`` is taken too.
@@ -64,7 +71,8 @@ class QuantConfig:
             if self.per_tensor:
                 raise ValueError(f"group_size is {self.group_size} with per_tensor=True, give one of them")
         if self.scale_init is not None and self.scale_init not in SCALE_INITS:
-            raise ValueError(f"scale_init is {self.scale_init!r}, must be None or one of {SCALE_INITS}")
+            hint = nearest(self.scale_init, SCALE_INITS) if isinstance(self.scale_init, str) else ""
+            raise ValueError(f"scale_init is {self.scale_init!r}, must be None or one of {SCALE_INITS}{hint}")
         if self.scale_init == "range" and not grid.has_zero_point:
             raise ValueError(f"scale_init is 'range' with scheme {grid.scheme!r}, it is for scheme 'affine'")
         dtype = next((d for d in SCALE_DTYPES if self.scale_dtype in (d, dtype_name(d))), None)

@@ -175,5 +175,9 @@ def _stacked(parameters: Sequence[Tensor], name: str) -> nn.Parameter:
 
 def bias_of_tokens(bias: Tensor, offsets: Tensor, tokens: int) -> Tensor:
     """Return the bias ``[tokens, N]`` of each token's expert, without a device sync; 0 past the last offset."""
-    expert = torch.searchsorted(offsets, torch.arange(tokens, device=bias.device, dtype=offsets.dtype), right=True)
-    return F.pad(bias, (0, 0, 0, 1))[expert]  # the row of zeros is for unassigned tokens
+    return F.pad(bias, (0, 0, 0, 1))[expert_of_tokens(offsets, tokens)]  # the row of zeros is for unassigned tokens
+
+
+def expert_of_tokens(offsets: Tensor, tokens: int) -> Tensor:
+    """Return each token's expert ``[tokens]`` without a device sync; the number of experts past the last offset."""
+    return torch.searchsorted(offsets, torch.arange(tokens, device=offsets.device, dtype=offsets.dtype), right=True)

@@ -58,6 +58,8 @@ class Quantized(Float32Scales):
     quantizer: WeightQuantizer
     in_features: int
     out_features: int
+    #: Whether :func:`calibrate` sets the scales: ``scale_init`` is ``"activation"``, and nothing has set them since.
+    awaits_inputs: bool = False
 
     @property
     def grid(self) -> Grid:
@@ -129,6 +131,7 @@ class Quantized(Float32Scales):
             self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=trains))
         if self.act is None or _activation(config) != _activation(self.config):
             self.act = self._activation_quantizer(config)
+        self.awaits_inputs = config.scale_init == "activation"
         self.quantizer.configure(config, self.weight.shape[-2:].numel())
 
     def _activation_quantizer(self, config: QuantConfig) -> DynamicActivation | LearnedActivation | None:
@@ -142,11 +145,16 @@ class Quantized(Float32Scales):
         """Set scales and zero points to those of a new layer with the present weight.
 
         Raises:
-            ValueError: if the weight is offloaded.
+            ValueError: if the weight is offloaded, or sharded where scales are searched.
         """
         if is_offloaded(self):
             raise ValueError(f"scales cannot be set anew: {OFFLOADED.format('reset scales')}")
-        scale, zero_point = initial_scale(self.weight, self.config)
+        self.set_scale(*initial_scale(self.weight, self.config))
+        self.awaits_inputs = self.config.scale_init == "activation"
+
+    @torch.no_grad()
+    def set_scale(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Write scales, and zero points if the layer has them, into its parameters."""
         self.scale.copy_(scale)
         if self.zero_point is not None and zero_point is not None:
             self.zero_point.copy_(zero_point)
@@ -231,6 +239,8 @@ class Quantized(Float32Scales):
         super()._load_from_state_dict(state_dict, prefix, *args)
         _, _, missing_keys, *_ = args
         scale = f"{prefix}scale"
+        if scale in state_dict:
+            self.awaits_inputs = False
         if scale in missing_keys and f"{prefix}weight" in state_dict:
             warnings.warn(
                 "the state dict has weights of quantized layers without their scales, so the scales are not those of "

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..dtensor import is_dtensor
 from ..grids import Grid
 from ..ops import perturb_, quantize
 from ..ops._fake_quantize import FORWARD, check_fit, check_noise
 from ..ops.noise import make_seed
-from .config import QuantConfig
+from .config import SEARCHES, QuantConfig
+from .scale_search import search_scale
 
 if TYPE_CHECKING:
     from .quantized import Quantized
@@ -42,6 +44,7 @@ class WeightQuantizer:
             noise of the same seed.
         scale_noise_std: the same for the scales.
         added: what every forward adds to the quantized weight; None for nothing.
+        bypassed: whether forwards use the master weight as it is; :func:`qatkernels.nn.calibrate` sets it for its run.
 
     Noise and what is added are not saved. Change the noise by :meth:`set_noise`, and what is added by :meth:`modified`.
     """
@@ -51,6 +54,7 @@ class WeightQuantizer:
     constants: list[float]
     group_size: int | None
     grad_scale: float
+    bypassed: bool = False
 
     def __init__(self) -> None:
         self.noise_std = self.scale_noise_std = 0.0
@@ -92,15 +96,7 @@ class WeightQuantizer:
 
         The rounding is straight-through: derivatives are those of the scale itself.
         """
-        dtype, steps = self.config.scale_dtype, self.grid.steps
-        if dtype == torch.float32:
-            return scale
-        with torch.no_grad():
-            most = torch.finfo(dtype).max
-            spacing = (scale.detach() / steps).clamp(-most, most).to(dtype).to(scale.dtype)
-            change = spacing * steps - scale.detach()
-        # Both terms are within a factor of two of each other, so that the sum is the rounded scale exactly.
-        return scale + change
+        return stored_scale(scale, self.config)
 
     def plain(
         self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype | None = None,
@@ -130,6 +126,8 @@ class WeightQuantizer:
         self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype | None, training: bool
     ) -> Tensor:
         """Return the weight that a forward multiplies with; arguments as for :meth:`plain`."""
+        if self.bypassed:
+            return weight if dtype is None else weight.to(dtype)
         quantized = self.plain(weight, scale, zero_point, dtype, self.noise(training))
         if self.added is None:
             return quantized
@@ -144,14 +142,44 @@ class WeightQuantizer:
         return quantize(weight, self.stored(scale), self.grid, group_size=self.group_size, zero_point=zero_point)
 
 
-def initial_scale(weight: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor | None]:
+def stored_scale(scale: Tensor, config: QuantConfig) -> Tensor:
+    """Return scales such that ``config.scale_dtype`` holds ``scale / grid.steps``; the rounding is straight-through."""
+    dtype, steps = config.scale_dtype, config.grid.steps
+    if dtype == torch.float32:
+        return scale
+    with torch.no_grad():
+        most = torch.finfo(dtype).max
+        spacing = (scale.detach() / steps).clamp(-most, most).to(dtype).to(scale.dtype)
+        change = spacing * steps - scale.detach()
+    # Both terms are within a factor of two of each other, so that the sum is the rounded scale exactly.
+    return scale + change
+
+
+def initial_scale(
+    weight: Tensor, config: QuantConfig, moments: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return scales that fit a weight, and zero points if the grid has them.
 
     Args:
         weight: ``[N, K]``, or ``[E, N, K]``.
         config: what to quantize to.
+        moments: sums or means of the squares of the layer's inputs, ``[K]`` or ``[E, K]``, for ``"activation"``, which
+            is ``"mse"`` without them.
+
+    Raises:
+        ValueError: if scales would be searched for a weight that is sharded.
     """
     grid, w = config.grid, weight
+    if config.scale_init in SEARCHES:
+        if is_dtensor(weight):
+            raise ValueError(
+                f"the weight is sharded, so scale_init {config.scale_init!r} cannot search its scales: set them before "
+                "fully_shard"
+            )
+        return search_scale(
+            weight, grid, config.group_size, per_tensor=config.per_tensor, moments=moments,
+            stored=lambda scale: stored_scale(scale, config),
+        )  # fmt: skip
     if config.per_tensor and w.ndim > 2:  # per tensor means per expert
         w = w.flatten(1)
     per_tensor = config.per_tensor and w is weight

@@ -12,6 +12,7 @@ from .packed_weight import PackedWeight, grouped_lowbit_linear, lowbit_linear
 from .packing import pack, unpack
 from .perturb import perturb_, perturb_swap_, perturbation_norms
 from .quant_linear import quant_linear_dual
+from .quantization_error import quantization_error
 from .reset import reset_
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "perturb_swap_",
     "perturbation_norms",
     "quant_linear_dual",
+    "quantization_error",
     "quantize",
     "reset_",
     "unpack",

@@ -112,6 +112,12 @@ def family(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], nam
             sample = partial(make, grid, shape, dtype, device=device, noise=noise)
             yield Check(op, f"{name} {grid.scheme}{grid.bits}", partial(_quantizes, op, sample))
 
+    for grid in (grids.affine(4), grids.seq(2)):
+        for weighted in (False, True):
+            kind = f"{name} {grid.scheme}{grid.bits}{' moments' if weighted else ''}"
+            sample = partial(make, grid, shape, dtype, device=device)
+            yield Check("quantization_error", kind, partial(_sums_errors, sample, weighted))
+
     def dequantize(impl: Implementation) -> None:
         sample = make(grids.affine(4), shape, dtype)
         (codes,) = compare.meaning("quantize", *sample.args("quantize"))
@@ -199,6 +205,11 @@ def moved(args: Arguments, device: torch.device | str) -> Arguments:
 
 def _quantizes(op: str, sample: Callable[[], Sample], impl: Implementation) -> None:
     compare.check_sample(op, impl, sample())
+
+
+def _sums_errors(sample: Callable[[], Sample], weighted: bool, impl: Implementation) -> None:
+    *tensors, moments, constants = sample().args("quantization_error")
+    compare.check_error(impl, (*tensors, moments if weighted else None, constants))
 
 
 def _perturbs(

@@ -91,6 +91,17 @@ def check_in_place(op: str, impl: Implementation, args: Arguments, what: str = "
         assert_same_bits(actual.cpu(), expected, f"{op} {what}")
 
 
+def check_error(impl_out: Implementation, args: Arguments, what: str = "") -> None:
+    """Compare an implementation of quantization_error with the reference. Only the order of float64 sums is free."""
+    (actual,) = run_out("quantization_error", impl_out, args)
+    (expected,) = meaning("quantization_error", *_on_cpu(args))
+    terms = args[0].numel() // max(expected.numel(), 1) + 2
+    kept = expected.isfinite()
+    assert_same_bits(actual.cpu()[~kept], expected[~kept], f"quantization_error {what}")
+    bound = terms * torch.finfo(torch.float64).eps * expected
+    assert_within(actual.cpu()[kept], expected[kept], bound[kept], f"quantization_error {what}")
+
+
 def check_norms(impl_out: Implementation, g: Tensor, w: Tensor | None, eta: float) -> None:
     """Compare sums of squares with the reference. The bound allows for the rounding of additions and squares."""
     (actual,) = run_out("perturbation_norms", impl_out, (g, w, eta))

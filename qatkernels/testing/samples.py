@@ -55,6 +55,11 @@ class Sample:
             for seed, t in enumerate((self.w, self.scale, self.zero_point), 8)
         )  # type: ignore[return-value]
 
+    def moments(self) -> Tensor:
+        """Return what the errors of each input feature are multiplied by; of a stack, for each expert."""
+        shape = (*self.w.shape[:-2], self.w.shape[-1])
+        return draw(shape, torch.float64, self.w.device, seed=11).square()
+
     def args(self, op: str) -> tuple[Any, ...]:
         """Return the arguments of an op of the family."""
         if op == "fake_quantize":
@@ -66,6 +71,9 @@ class Sample:
         if op == "quantize":
             w, scale, zero_point, _, constants = self.point[:5]
             return w, scale, zero_point, constants, self.grid.code_min, self.grid.code_max
+        if op == "quantization_error":
+            w, scale, zero_point, _, constants = self.point[:5]
+            return w, scale, zero_point, self.moments(), constants
         if op == "reset_":
             w, scale, zero_point, _, constants = self.point[:5]
             return w, scale, zero_point, constants, 0.4
@@ -297,7 +305,15 @@ def _perturbation_calls(op: str) -> Iterator[tuple[Any, ...]]:
 #: Calls of every op in which each tensor argument is not None at least once. A new op needs an entry.
 COMPLETE_CALLS: dict[str, Callable[[str], Iterator[tuple[Any, ...]]]] = {
     **dict.fromkeys(
-        ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp", "fake_quantize_dual", "quantize", "reset_"),
+        (
+            "fake_quantize",
+            "fake_quantize_backward",
+            "fake_quantize_jvp",
+            "fake_quantize_dual",
+            "quantize",
+            "quantization_error",
+            "reset_",
+        ),
         _family_calls,
     ),
     "dequantize": _dequantize_calls,

@@ -16,7 +16,7 @@ from ..methods.schedules import DECAYS
 from ..methods.squat import SQuATConfig
 from ..methods.winq import WinQConfig
 from ..nn import QuantConfig
-from ..options import AT_LEAST_0, AT_LEAST_1, POSITIVE, SHARE, ConfigError, Range, Settings, check, option, table
+from ..options import AT_LEAST_0, AT_LEAST_1, POSITIVE, SHARE, ConfigError, Range, Settings, check, flag, option, table
 from ..units import count
 from . import models
 from .demo_model import ModelConfig
@@ -159,6 +159,11 @@ class TrainConfig(Settings):
     group_size: int | None = option(
         None, "input features that share a scale; one scale for each output feature if not given", AT_LEAST_1
     )
+    scale_init: str | None = option(
+        None,
+        "how scales begin: max, mean, lsq, range, mse (a search for the smallest error of the weights) or activation "
+        "(of the layers' outputs on training text); what suits the scheme if not given",
+    )
     scale_dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "dtype that scales will be stored in; float16 for files of llama.cpp, so that they lose nothing"
     )
@@ -192,7 +197,8 @@ class TrainConfig(Settings):
             for bits in self.bits:
                 self.quantization(bits)
         except ValueError as error:
-            raise ConfigError(f"--{error}") from error  # the message starts with "bits", which makes it "--bits"
+            name, _, rest = str(error).partition(" ")  # the message starts with the name of a setting
+            raise ConfigError(f"{flag(name)} {rest}") from error
         for name, allowed in (("method", METHODS), ("parallel", MODES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"--{name} is {getattr(self, name)!r}, must be one of {', '.join(allowed)}")
@@ -212,6 +218,7 @@ class TrainConfig(Settings):
             bits,
             self.scheme,
             group_size=self.group_size,
+            scale_init=self.scale_init,
             scale_dtype=getattr(torch, self.scale_dtype),
             act_bits=self.act_bits,
         )

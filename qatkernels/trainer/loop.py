@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..dtensor import local_part, whole
 from ..methods.distillation import distillation_loss
+from ..nn import CalibrationReport, calibrate
 from ..nn.activation import scales_of
 from ..nn.floor import floor_message
 from . import checkpoints, data, models, report, run_folder, saving
@@ -42,6 +43,8 @@ from .signals import Stop
 from .state import Run, Training
 
 _ONE_PROCESS = Processes()
+#: Windows of training text from which scales are set (``scale_init="activation"``).
+CALIBRATION_WINDOWS = 32
 
 
 def train(config: TrainConfig, *, restart: bool = False, say: Callable[[str], None] | None = None) -> dict[str, Any]:
@@ -129,11 +132,28 @@ def _ignore(line: str) -> None:
 def begin(run: Run, phase: Phase) -> Training:
     """Build the model, optimizer and method of a phase, before its first step."""
     model = build_model(run.config, phase, _seed(run.config.seed, "weights", 0))
+    if phase.quantization is not None and phase.quantization.scale_init == "activation":
+        torch.manual_seed(_seed(run.config.seed, "calibration", 0))  # the same text in every process
+        windows = run.corpus.batch(CALIBRATION_WINDOWS, run.config.shape.context)
+        calibrate_on(model.eval(), windows, run.config)
     wrapped = run.group.wrap(model)  # FSDP2 replaces the parameters, so the optimizer must be built after this
     optimizer = build_optimizer(model, run.config, phase)
     method = phase.method.start(model, optimizer, phase.steps) if phase.bits is not None else QAT(model, False)
     teacher = build_teacher(run.config, phase)
     return Training(run, phase, model.train(), wrapped, optimizer, method, Guard(optimizer, run.config.device), teacher)
+
+
+def calibrate_on(model: nn.Module, windows: Tensor, config: TrainConfig) -> CalibrationReport:
+    """Set the scales of a quantized model that need inputs (``scale_init="activation"``), and say what it took.
+
+    Args:
+        model: the model, on the device of the configuration.
+        windows: int64 ``[count, context + 1]``; a batch is as large as a micro-batch of a step.
+        config: the resolved configuration.
+    """
+    size = max(1, config.training.batch // config.training.accumulate)
+    with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        return calibrate(model, batches=(part[:, :-1].to(config.device) for part in windows.split(size)))
 
 
 def run_phase(run: Run, phase: Phase) -> dict[str, Any]:

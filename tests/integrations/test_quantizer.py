@@ -79,6 +79,25 @@ def test_settings_in_place_of_a_config(plain):
         QatConfig(bit=2)
 
 
+def test_searched_scales(plain, tmp_path):
+    """Set from the weights that were loaded, then from a batch; a saved model has its own and waits for nothing."""
+    config = qk.QuantConfig(2, group_size=16, scale_init="activation")
+    model = load(plain, quantization_config=QatConfig(bits=2, group_size=16, scale_init="activation"))
+    wanted = qk.quantize_model(load(plain), config)
+    assert_same_bits(logits(model), logits(wanted))
+    rounded = logits(model)
+    for each in (model, wanted):
+        report = qk.nn.calibrate(each, input_ids=IDS)
+        assert len(report.layers) == len(qk.quantized_modules(each))
+    assert_same_bits(logits(model), logits(wanted))
+    assert not torch.equal(logits(model), rounded)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    assert_same_bits(logits(loaded), logits(model))
+    assert not any(layer.awaits_inputs for layer in qk.quantized_modules(loaded).values())
+    assert {layer.config for layer in qk.quantized_modules(loaded).values()} == {config}
+
+
 ROUTES = ["from_pretrained", "quantize_model"]
 
 

@@ -6,7 +6,7 @@ import torch
 
 from qatkernels.grids import affine, lsq, seq
 from qatkernels.nn import QuantConfig
-from qatkernels.nn.config import SCALE_INITS
+from qatkernels.nn.config import SCALE_INITS, SEARCHES
 
 
 def test_grids():
@@ -25,9 +25,9 @@ def test_is_frozen_and_hashable():
         config.bits = 2
 
 
-def test_scale_inits_are_those_of_the_grid():
+def test_scale_inits_are_those_of_the_grid_and_the_searches():
     for method in SCALE_INITS:
-        assert affine(4).init_scale(torch.randn(2, 4), method=method).shape == (2,)
+        assert method in SEARCHES or affine(4).init_scale(torch.randn(2, 4), method=method).shape == (2,)
         assert QuantConfig(4, "affine", scale_init=method).scale_init == method
 
 
@@ -60,7 +60,12 @@ def test_from_dict_takes_defaults_and_refuses_unknown_fields():
         ({"group_size": True}, "group_size is True, must be a positive integer or None"),
         ({"group_size": 64, "per_tensor": True}, "group_size is 64 with per_tensor=True, give one of them"),
         ({"per_tensor": 1}, "per_tensor is 1, must be True or False"),
-        ({"scale_init": "mse"}, "scale_init is 'mse', must be None or one of ('max', 'mean', 'lsq', 'range')"),
+        (
+            {"scale_init": "activatoin"},
+            "scale_init is 'activatoin', must be None or one of ('max', 'mean', 'lsq', 'range', 'mse', 'activation'); "
+            "did you mean 'activation'?",
+        ),
+        ({"scale_init": 3}, "scale_init is 3, must be None or one of"),
         ({"scale_init": "range"}, "scale_init is 'range' with scheme 'seq', it is for scheme 'affine'"),
         ({"act_bits": 1}, "act_bits is 1, must be None or an integer from 2 to 8"),
         ({"act_bits": 8.0}, "act_bits is 8.0, must be None or an integer from 2 to 8"),

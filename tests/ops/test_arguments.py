@@ -28,6 +28,7 @@ CALLS = {
     },
     "quantize": FAMILY,
     "dequantize": {**{k: v for k, v in FAMILY.items() if k != "w"}, "codes": CODES, "dtype": torch.float32},
+    "quantization_error": {**FAMILY, "moments": torch.ones(8, dtype=torch.float64)},
     "reset_": {**FAMILY, "w": W.clone(), "quantized_weight": 0.5},
     "fake_quantize_dynamic": {"x": W, "bits": 8},
     "quant_linear_dual": {

@@ -136,7 +136,7 @@ def calls_for_every_isa():
     calls += [("normal", (torch.tensor(3), numel, 0)) for numel in (1, 10001)]
     calls += [(op, args) for dtype in FLOATS for _, op, args in logits_calls(dtype)]
     calls += [(op, args) for _, op, args in basis_calls()]
-    calls += [("reset_", sample.args("reset_")) for sample in SAMPLES]
+    calls += [(op, sample.args(op)) for sample in SAMPLES for op in ("reset_", "quantization_error")]
     for op in ("perturb_", "perturb_swap_", "perturbation_norms"):
         calls += [(op, args) for args in perturbations(op)]
     return calls

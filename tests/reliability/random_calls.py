@@ -29,6 +29,7 @@ from qatkernels.ops.packing import SCALES
 from qatkernels.testing.compare import (  # fmt: skip
     assert_same_bits,
     assert_within,
+    check_error,
     check_gram_schmidt,
     check_in_place,
     check_linear_dual,
@@ -249,6 +250,15 @@ def _family(op: str, drawn: Drawn) -> Iterator[None]:
         else:
             check_sample(op, out_impl(op), sample)
         views(op, args, drawn)
+
+
+@checks("quantization_error")
+def _error(op: str, drawn: Drawn) -> Iterator[None]:
+    *tensors, moments, constants = drawn.sample(special=drawn.draw.random() < 0.3).args(op)
+    args = (*tensors, drawn.draw.choice((None, moments)), constants)
+    while True:
+        yield
+        check_error(out_impl(op), args)
 
 
 @checks("reset_")

@@ -36,7 +36,8 @@ def calls(seed: int) -> list[tuple[str, tuple[Any, ...]]]:
         make(qk.grids.seq(2), (33, 64), torch.bfloat16, 16),
     ):
         made += [(op, sample.args(op)) for op in ("fake_quantize", "fake_quantize_backward", "fake_quantize_jvp",
-                                                  "fake_quantize_dual", "quantize", "reset_")]  # fmt: skip
+                                                  "fake_quantize_dual", "quantize", "quantization_error",
+                                                  "reset_")]  # fmt: skip
         constants = list(sample.grid.constants)
         codes = OPS["quantize"].reference(*sample.args("quantize"))
         made.append(("dequantize", (codes, sample.scale, sample.zero_point, constants, torch.float32)))

@@ -17,7 +17,10 @@ from studies.runner import Session, Study, parser_of, studies
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "docs" / "results").glob("*/*.jsonl"))
 #: Which page has the tables of a study's report as they are.
-PAGES = {"formats": "formats.md", "winq": "reproduction.md", "squat": "reproduction.md", "plan": "planner.md"}
+PAGES = {
+    "formats": "formats.md", "initial_scales": "quantize-model.md", "plan": "planner.md", "squat": "reproduction.md",
+    "winq": "reproduction.md",
+}  # fmt: skip
 
 
 TEXTS = {path.name: path.read_text() for path in (ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -45,7 +48,9 @@ def study_of(path: Path) -> Study:
 
 
 def test_there_are_results() -> None:
-    names = {"formats", "hessian_peers", "plan", "plan_recovery", "spectra", "squat", "winq", "winq_why"}
+    names = {
+        "formats", "hessian_peers", "initial_scales", "plan", "plan_recovery", "spectra", "squat", "winq", "winq_why",
+    }  # fmt: skip
     assert {path.stem for path in FILES} == names
 
 
@@ -67,7 +72,7 @@ def tables(text: str) -> list[str]:
     return re.findall(r"^\|[^-].*\|$", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["formats", "winq", "squat"])
+@pytest.mark.parametrize("name", ["formats", "winq", "squat", "initial_scales"])
 def test_documents_have_the_tables_of_the_report(name: str, tmp_path: Path) -> None:
     path = next(path for path in FILES if path.stem == name)
     lines = tables(study_of(path).report(Results(path), tmp_path))

@@ -60,3 +60,28 @@ def test_groups_and_dtype_of_scales(text: Path, tmp_path: Path) -> None:
     assert {(layer.group_size, layer.config.scale_dtype) for layer in layers} == {(16, torch.float16)}
     with pytest.raises(ConfigError, match="--group-size is 0, must be at least 1"):
         settings(text, tmp_path / "run", group_size=0)
+
+
+def test_scale_init(text: Path, tmp_path: Path) -> None:
+    """The run searches; "activation" calibrates on training text, the same at every start, and packs and resumes."""
+    start = {}
+    for init in ("max", "mse", "activation"):
+        out = tmp_path / init
+        config = settings(text, out, group_size=16, scale_init=init, keep_every=10)
+        train(config, say=lambda line: None)
+        layers = quantized_modules(load_trained(out / "w2").model).values()
+        assert {layer.config.scale_init for layer in layers} == {init}
+        assert not any(layer.awaits_inputs for layer in layers)
+        start[init] = files.load(out / "w2" / "step-000000.safetensors")[0]
+    scales = [[value for name, value in state.items() if name.endswith(".scale")] for state in start.values()]
+    assert all(
+        not torch.equal(*pair)
+        for one, two in ((0, 1), (1, 2), (0, 2))
+        for pair in zip(scales[one], scales[two], strict=True)
+    )
+    again = settings(text, tmp_path / "again", group_size=16, scale_init="activation", keep_every=10)
+    train(again, say=lambda line: None)
+    state = files.load(tmp_path / "again" / "w2" / "step-000000.safetensors")[0]
+    assert all(torch.equal(state[name], value) for name, value in start["activation"].items())
+    with pytest.raises(ConfigError, match=r"--scale-init is 'mes'.*did you mean 'mse'"):
+        settings(text, tmp_path / "wrong", scale_init="mes")
