@@ -60,8 +60,7 @@ def calibrate(
     it.
 
     Calibrate before training, and before FSDP or DDP wraps the model, with the same batches in each process. Weight
-    scales that were loaded from a state dict, or set by an earlier call, stay as they are. But scales that training
-    has changed are not told from new ones.
+    scales that were loaded from a state dict, or set by an earlier call, stay as they are.
 
     Args:
         model: a quantized model, in training or eval mode.
@@ -76,7 +75,7 @@ def calibrate(
     Raises:
         RuntimeError: if the batches did not reach all activation quantizers.
         ValueError: if there is no batch, an input is not finite, no token reached any of the layers whose weight scales
-            need it, or the weight of such a layer is sharded or offloaded.
+            need it, the scales of such a layer were trained already, or its weight is sharded or offloaded.
 
     >>> import torch, qatkernels as qk
     >>> model = qk.quantize_model(torch.nn.Linear(8, 4), qk.QuantConfig(bits=2, scale_init="activation"))
@@ -177,6 +176,11 @@ def _check_settable(name: str, layer: Quantized) -> None:
         raise ValueError(
             f"{name or 'the model'} has a sharded weight, so its scales cannot be set from its inputs: calibrate "
             "before fully_shard, with the same batches in each process"
+        )
+    if layer.was_trained_awaiting:
+        raise ValueError(
+            f"the scales of {name or 'the model'} have changed since they were made, by training or by hand, and would "
+            "be overwritten: calibrate before training, or call layer.reset_scale() to begin with new scales"
         )
     if is_offloaded(layer):
         raise ValueError(f"{name or 'the model'} cannot be calibrated: {OFFLOADED.format('calibrate')}")

@@ -60,6 +60,7 @@ class Quantized(Float32Scales):
     out_features: int
     #: Whether :func:`calibrate` sets the scales: ``scale_init`` is ``"activation"``, and nothing has set them since.
     awaits_inputs: bool = False
+    _version_awaiting: int = 0
 
     @property
     def grid(self) -> Grid:
@@ -131,8 +132,8 @@ class Quantized(Float32Scales):
             self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=trains))
         if self.act is None or _activation(config) != _activation(self.config):
             self.act = self._activation_quantizer(config)
-        self.awaits_inputs = config.scale_init == "activation"
         self.quantizer.configure(config, self.weight.shape[-2:].numel())
+        self._await_inputs()
 
     def _activation_quantizer(self, config: QuantConfig) -> DynamicActivation | LearnedActivation | None:
         if (act_grid := config.act_grid) is not None:
@@ -150,7 +151,17 @@ class Quantized(Float32Scales):
         if is_offloaded(self):
             raise ValueError(f"scales cannot be set anew: {OFFLOADED.format('reset scales')}")
         self.set_scale(*initial_scale(self.weight, self.config))
+        self._await_inputs()
+
+    def _await_inputs(self) -> None:
+        """Note whether calibration is to set the scales, and the version of the scales, which training changes."""
         self.awaits_inputs = self.config.scale_init == "activation"
+        self._version_awaiting = 0 if self.scale.is_inference() else self.scale._version
+
+    @property
+    def was_trained_awaiting(self) -> bool:
+        """Whether the scales have changed in place since they began to await their inputs."""
+        return self.awaits_inputs and not self.scale.is_inference() and self.scale._version > self._version_awaiting
 
     @torch.no_grad()
     def set_scale(self, scale: Tensor, zero_point: Tensor | None = None) -> None:

@@ -104,6 +104,22 @@ def test_a_second_call_changes_nothing():
     assert torch.equal(model[0].scale, held)
 
 
+def test_trained_scales_are_not_overwritten():
+    model = two_layers()
+    optimizer = torch.optim.AdamW(qk.param_groups(model, lr=1e-3))
+    model(uneven(5, 16)).square().mean().backward()
+    optimizer.step()
+    before = model[0].scale.detach().clone()
+    with pytest.raises(
+        ValueError, match=r"the scales of 0 have changed .* calibrate before training, or call layer.res"
+    ):
+        calibrate(model, uneven(5, 16))
+    assert torch.equal(model[0].scale, before)
+    for layer in model[0], model[2]:
+        layer.reset_scale()
+    assert calibrate(model.double().float().to(torch.device("cpu")), uneven(5, 16)).layers == ["0", "2"]
+
+
 def test_together_with_scales_of_activations():
     config = QuantConfig(4, scale_init="activation", act_bits=8, act_scheme="lsq")
     model = two_layers(config)
