@@ -11,7 +11,9 @@ from torch import nn
 from ._pack_model import pack_layers
 from ._quantize_model import quantize_layers
 from .config import QuantConfig
+from .experts import find
 from .recipe import Recipe
+from .selection import Candidate
 
 
 def follow(model: nn.Module, recipe: Recipe) -> nn.Module:
@@ -29,14 +31,13 @@ def follow(model: nn.Module, recipe: Recipe) -> nn.Module:
     Raises:
         ValueError: if the recipe names a layer that the model does not have, or is no recipe.
     """
-    modules = dict(model.named_modules())
-    configs: dict[nn.Module, QuantConfig] = {}
+    configs: dict[Candidate, QuantConfig] = {}
     packed: dict[str, list[str]] = {}
     for group in _checked(recipe):
         for name in group["layers"]:
-            if name not in modules:
+            if (layer := find(model, name)) is None:
                 raise ValueError(f"the model has no layer {name!r}, which the recipe says is quantized")
-            configs[modules[name]] = QuantConfig.from_dict(group["config"])
+            configs[layer] = QuantConfig.from_dict(group["config"])
         if group["packed"] is not None:
             packed.setdefault(group["packed"], []).extend(group["layers"])
     quantize_layers(model, configs)

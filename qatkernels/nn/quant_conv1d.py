@@ -76,7 +76,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def transpose_(weight: Tensor) -> None:
-    """Transpose a matrix and its gradient; the Parameter stays the same object."""
+    """Transpose a matrix, or a stack of matrices, and its gradient; the Parameter stays the same object."""
     grad, weight.grad = weight.grad, None
-    weight.data = weight.data.t().contiguous()
-    weight.grad = None if grad is None else grad.t().contiguous()
+    weight.data = weight.data.mT.contiguous()
+    weight.grad = None if grad is None else grad.mT.contiguous()

@@ -306,19 +306,19 @@ class TestRefusals:
             def __init__(self):
                 super().__init__()
                 self.up = nn.Parameter(torch.zeros(4, 8, 8))
-                self.router = nn.Linear(8, 4)
+                self.proj = nn.Linear(8, 4)
 
         with pytest.warns(UserWarning, match=r"moe.up: has shape \(4, 8, 8\): stacked experts\?"):
             quantize_model(nn.ModuleDict({"moe": Experts()}), QuantConfig(2))
         model = nn.ModuleDict({"moe": Experts(), "head": nn.Linear(8, 8)})
         with pytest.warns(UserWarning, match=r"moe.up: has shape .* GroupedQuantLinear.from_stacked"):
             quantize_model(model, QuantConfig(2), include="moe*")
-        assert list(quantized_modules(model)) == ["moe.router"]
+        assert list(quantized_modules(model)) == ["moe.proj"]
         for pattern in ("moe", "*.up"):  # of which only the experts are one
             with pytest.raises(ValueError, match=r"no nn.Linear matches .*; moe.up has shape \(4, 8, 8\)"):
                 quantize_model(model, QuantConfig(2), include=["head", pattern])
         alone = Experts()
-        del alone.router
+        del alone.proj
         with pytest.raises(ValueError, match=r"the model has no nn.Linear .*; up has shape"):
             quantize_model(alone, QuantConfig(2))
 
