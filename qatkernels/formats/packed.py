@@ -300,7 +300,10 @@ def _layer(
     if (act_entry := entry["act"]) is not None:
         grid = make_grid(act_entry["scheme"], act_entry["bits"])
         act = LearnedActivation(weight.cols, grid, offset=act_entry["offset"])
-    return kind(weight, bias, act=act, act_bits=entry["act_bits"])
+    layer = kind(weight, bias, act=act, act_bits=entry["act_bits"])
+    if isinstance(old, nn.Module) and is_conv1d(old):
+        vars(layer)["of_conv1d"] = True
+    return layer
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor]) -> None:

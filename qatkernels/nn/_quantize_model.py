@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ def quantize_model(
     *,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = EXCLUDE,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
     requantize: bool = False,
     warn_below: float = 0.5,
 ) -> nn.Module:
@@ -65,6 +66,9 @@ def quantize_model(
             no match at all leave a layer in full precision.
         include: patterns of the layers to quantize, all if None.
         exclude: patterns of layers to leave in full precision; wins over ``include`` and ``config``.
+        filter_fn: a function of a module and its full name, as torchao's ``quantize_`` takes it, which says whether to
+            quantize the layer. It is asked about the layers that the patterns select. Of a stack of experts it gets the
+            module that holds the stack, and the name of the stack. None for no such function.
         requantize: whether a layer that is quantized already, to another configuration, gets the new one
             (:meth:`Quantized.requantize`); an error if False. One that has the configuration already stays as it is.
         warn_below: share of the parameters below which a warning says what is left; 0 for no such warning.
@@ -82,7 +86,7 @@ def quantize_model(
     if not isinstance(warn_below, int | float) or not 0 <= warn_below <= 1:
         raise ValueError(f"warn_below is {warn_below!r}, must be a share from 0 to 1")
     check_unwrapped(model)
-    rules = Rules(config, include, exclude)
+    rules = Rules(config, include, exclude, filter_fn)
     chosen = choose(model, rules, requantize)
     wanted = {layer: found for layer, found in chosen.items() if isinstance(found, QuantConfig)}
     _check_found(model, rules, chosen, bool(wanted))
@@ -94,7 +98,10 @@ def quantize_model(
 
 
 def quantize_layers(model: nn.Module, wanted: Mapping[Candidate, QuantConfig]) -> nn.Module:
-    """Replace or requantize layers and stacks of a model, in place; return the model, or the new layer if it is the model itself.
+    """Replace or requantize layers and stacks of a model, in place.
+
+    Returns:
+        The model, or the new layer if the model itself is a layer.
 
     Raises:
         ValueError: if one of them cannot be quantized. The model is then unchanged.

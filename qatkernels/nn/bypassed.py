@@ -1,4 +1,4 @@
-"""Linear layers of transformers that their model does not call, or changes while it runs, so that they stay as they are.
+"""Linear layers of transformers that their model does not call, or changes while it runs: they are not quantized.
 
 A quantized layer takes effect when it is called. Where a module multiplies by ``self.dt_proj.weight`` itself, the layer
 would count as quantized and compute in full precision, and a packed one would fail. :func:`qatkernels.check` finds such
@@ -55,12 +55,18 @@ def bypassed(model: nn.Module) -> dict[nn.Module, str]:
             if (child := module._modules.get(layer)) is not None:
                 found[child] = f"is not called: {type(module).__name__} multiplies by its weight itself"
         if name == _RWKV:
-            found |= dict.fromkeys(_rescaled(module), "is divided in place between training and eval (rescale_every)")
+            found |= dict.fromkeys(
+                _rescaled(module), "is divided in place in eval mode: give the model rescale_every=0"
+            )
     return found
 
 
 def _rescaled(model: nn.Module) -> list[nn.Module]:
-    """Return the layers whose weights RWKV divides in eval mode and multiplies in training mode."""
-    every: int = model.config.rescale_every  # type: ignore[union-attr,assignment]
-    blocks = list(model.get_submodule("blocks").children())[every:] if every > 0 else []
+    """Return the layers whose weights RWKV divides in eval mode and multiplies in training mode.
+
+    It does so in every block, if only by 1 in the first ones, unless the configuration has ``rescale_every=0``.
+    """
+    if not model.config.rescale_every:  # type: ignore[union-attr]
+        return []
+    blocks = model.get_submodule("blocks").children()
     return [block.get_submodule(name) for block in blocks for name in ("attention.output", "feed_forward.value")]

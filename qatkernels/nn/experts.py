@@ -100,6 +100,8 @@ class Stack:
         for name in (self.name, f"{self.name}_bias"):
             self.module._parameters.pop(name, None)
         self.module.add_module(self.name, layer)
+        # from_pretrained draws what no file has; its code for these modules would draw the Parameters.
+        vars(self.module)["_is_hf_initialized"] = True
         if not calls_layers(self.module):
             self.module.config = _ConfigOfExperts(self.module.config)  # type: ignore[assignment]
 
@@ -126,6 +128,20 @@ def placed_in(model: nn.Module) -> dict[str, nn.Module]:
         for name, layer in module.named_children()
         if name in _PROJECTIONS
     }
+
+
+def take_out(model: nn.Module, name: str, weight: nn.Parameter, bias: Any) -> None:
+    """Put Parameters ``[E, N, K]`` and ``[E, N]`` back in the place of a layer that took the place of a stack."""
+    prefix, _, name = name.rpartition(".")
+    module: Any = model.get_submodule(prefix)
+    del module._modules[name]
+    module.register_parameter(name, weight)
+    if module.is_transposed:
+        transpose_(weight)
+    if bias is not None:
+        module.register_parameter(f"{name}_bias", bias)
+    if not any(isinstance(getattr(module, n, None), nn.Module) for n in _PROJECTIONS):
+        module.config = module.config.whole
 
 
 def as_layers(model: nn.Module, state: dict[str, Any]) -> None:
@@ -178,19 +194,22 @@ class _ConfigOfExperts:
 
     A model's modules share one configuration, where another name would concern experts that are not quantized too, and
     ``generate`` may change the name for a while.
+
+    Attributes:
+        whole: that configuration.
     """
 
     _experts_implementation = _NAME
 
     def __init__(self, config: Any) -> None:
-        self._config = config
+        self.whole = config
         sys.modules[_REGISTRY].ALL_EXPERTS_FUNCTIONS.register(_NAME, experts_forward)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._config, name)
+        return getattr(self.whole, name)
 
     def __reduce__(self) -> Any:  # so that a copy in another process enters the forward there
-        return type(self), (self._config,)
+        return type(self), (self.whole,)
 
 
 def experts_forward(

@@ -31,6 +31,8 @@ class QuantConv1D(QuantLinear):
     Attributes and arguments are those of :class:`QuantLinear`.
     """
 
+    of_conv1d = True
+
     @classmethod
     def from_conv1d(cls, layer: nn.Module, config: QuantConfig) -> QuantConv1D:
         """Return the quantized form of a Conv1D, which cannot be used any more: its Parameter is now ``[N, K]``.

@@ -13,15 +13,15 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ..float32_scales import Float32Scales
 from .config import QuantConfig
-from .experts import Stack, stacks_of
+from .experts import stacks_of
 from .packed_linear import Packed
 from .quant_linear import qualified_name
 from .quantized import Quantized
 from .replaced import replaced_layers
 from .selection import ATTENTION, EXCLUDE, Candidate, Left, Rules, adapters, choose, is_candidate, names_of
 
-#: How stacked experts are kept that `quantize_model` does not take (see experts.py for those that it does), by qualified
-#: name of their class: True for ``[E, K, N]``, False for ``[E, N, K]``.
+#: How stacked experts are kept that `quantize_model` does not take, by qualified name of their class: True for
+#: ``[E, K, N]``, False for ``[E, N, K]``. Those that it takes are in experts.py.
 STACKS: dict[str, bool] = {
     "transformers.models.llama4.modeling_llama4.Llama4TextExperts": True,
     "transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts": False,
@@ -154,9 +154,10 @@ def survey(
             continue
         every = [n for module, name, _ in held for n in (*names[module], *(_join(m, name) for m in names[module]))]
         found = rules.wanted(every)
-        if left.loud and any(chosen.get(_candidate(module, name)) is left for module, name, _ in held):  # decided of a layer that matched
+        decided = [chosen.get(_candidate(module, name)) for module, name, _ in held]
+        if left.loud and any(decision is left for decision in decided):  # decided of a layer that matched
             loud.add(row.name)
-        elif isinstance(found, Left) and found.asked:
+        elif any(isinstance(reason, Left) and reason.asked for reason in (found, *decided)):
             asked.add(row.name)
         elif left.loud:
             loud.add(row.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -77,7 +77,13 @@ class Rules:
         ValueError: if an argument is not what :func:`qatkernels.quantize_model` takes.
     """
 
-    def __init__(self, config: object, include: str | Iterable[str] | None, exclude: str | Iterable[str]) -> None:
+    def __init__(
+        self, config: object, include: str | Iterable[str] | None, exclude: str | Iterable[str],
+        filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    ) -> None:  # fmt: skip
+        if filter_fn is not None and not callable(filter_fn):
+            raise ValueError(f"filter_fn is {filter_fn!r}, must be a function of a module and its name, or None")
+        self.filter_fn = filter_fn
         self.configs = _configs(config)
         self.include = None if include is None else _patterns("include", include)
         self.exclude, self.default = _patterns("exclude", exclude), exclude is EXCLUDE
@@ -173,7 +179,10 @@ def choose(model: nn.Module, rules: Rules, requantize: bool = False) -> dict[Can
     for layer in names:
         found = rules.wanted(names[layer])
         if isinstance(found, QuantConfig):
-            if isinstance(layer, Stack):
+            owner = layer.module if isinstance(layer, Stack) else layer
+            if rules.filter_fn is not None and not rules.filter_fn(owner, names[layer][0]):
+                found = Left("is left out by filter_fn", asked=True)
+            elif isinstance(layer, Stack):
                 found = found if (reason := layer.why_not()) is None else Left(reason, loud=True)
             elif layer in never:
                 found = Left(never[layer])

@@ -1,16 +1,19 @@
-"""Families of transformers: how much is quantized, training, packing, generation, and what frameworks do with a model."""
+"""Families of transformers: how much is quantized, training, packing, generation, compiling, saving."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import qatkernels as qk
+from qatkernels.nn import packed_modules
 from qatkernels.testing.compare import assert_same_bits
 
 transformers = pytest.importorskip("transformers")
 
-import qatkernels.integrations.transformers  # noqa: E402, F401  (from_pretrained knows saved models)
+from qatkernels.integrations.transformers import QatConfig  # noqa: E402
 
 from .families import EXPERTS, FAMILIES  # noqa: E402
 
@@ -61,7 +64,7 @@ def test_trains_packs_and_generates(name):
     losses = train(model, name, 20)
     assert losses[-1] < 0.7 * losses[0]
     packed = qk.pack_model(copy.deepcopy(model))
-    assert len(qk.packed_modules(packed)) == len(qk.quantized_modules(model))
+    assert len(packed_modules(packed)) == len(qk.quantized_modules(model))
     assert not qk.quantized_modules(packed)
     expected = logits(model, name)
     torch.testing.assert_close(logits(packed, name), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
@@ -134,6 +137,114 @@ def test_saved_models_load_with_the_same_logits(name, tmp_path):
         assert [type(m) for m in loaded.modules()] == [type(m) for m in model.modules()]
 
 
+def fake_quantized_copy(model, plain):
+    """Return the plain model with the values of the quantized one."""
+    with torch.no_grad():
+        for name, layer in qk.quantized_modules(model).items():
+            owner, _, last = name.rpartition(".")
+            value, owner = layer.quantized_weight(), plain.get_submodule(owner)
+            held = getattr(owner, last)
+            if isinstance(held, torch.nn.Module):
+                held.weight.copy_(value)
+            else:
+                held.copy_(value.mT if owner.is_transposed else value)
+    return plain
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("config", [CONFIG, qk.QuantConfig(2), qk.QuantConfig(1.58, per_tensor=True)])
+def test_experts_compute_what_the_plain_model_does_of_their_values(name, config):
+    """transformers' own loop over experts, with the fake-quantized stacks in place of the Parameters."""
+    plain = FAMILIES[name].build()
+    for p in plain.parameters():  # routers begin as zeros in some families, and biases in all
+        torch.nn.init.normal_(p, std=0.2)
+    model = qk.quantize_model(copy.deepcopy(plain), config, warn_below=0)
+    plain = fake_quantized_copy(model, plain)
+    plain.set_experts_implementation("eager")
+    tolerances = {"rtol": 1e-4, "atol": 1e-4}
+    for one in (plain, model):
+        one.train()(**FAMILIES[name].inputs()).loss.backward()
+    torch.testing.assert_close(logits(model.eval(), name), logits(plain.eval(), name), **tolerances)
+    wanted = dict(plain.named_parameters())
+    for key, parameter in model.named_parameters():
+        if key in wanted and key.rpartition(".")[0] not in qk.quantized_modules(model):  # what straight-through leaves
+            torch.testing.assert_close(parameter.grad, wanted[key].grad, **tolerances, msg=key)
+    torch.testing.assert_close(logits(qk.pack_model(model), name), logits(plain, name), **tolerances)
+
+
+@pytest.mark.parametrize("pattern", ["*.down_proj", "*.gate_up_proj", "*.q_proj"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_experts_that_are_quantized_in_part(name, pattern):
+    plain = FAMILIES[name].build()
+    model = qk.quantize_model(copy.deepcopy(plain), CONFIG, include=pattern)
+    assert all(n.endswith(pattern[2:]) for n in qk.quantized_modules(model))
+    wanted = logits(fake_quantized_copy(model, plain).eval(), name)
+    torch.testing.assert_close(logits(model.eval(), name), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_other_experts_keep_their_implementation():
+    model = FAMILIES["mixtral"].build()
+    model.set_experts_implementation("grouped_mm")
+    qk.quantize_model(model, CONFIG, exclude="*.layers.1.*", warn_below=0)
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    assert (first.config._experts_implementation, second.config._experts_implementation) == ("qatkernels", "grouped_mm")
+    model.set_experts_implementation("eager")  # of a quantized stack there is one implementation
+    assert first.config._experts_implementation == "qatkernels"
+    assert isinstance(second.gate_up_proj, torch.nn.Parameter)
+
+
+def test_a_group_size_that_does_not_fit_changes_nothing():
+    model = FAMILIES["gpt-oss"].build()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"experts.* cannot be quantized: group_size is 24"):
+        qk.quantize_model(
+            model, {"*.q_proj": CONFIG, "*.gate_up_proj": CONFIG, "*.down_proj": qk.QuantConfig(4, group_size=24)}
+        )
+    assert before.keys() == dict(model.named_parameters()).keys()
+    for name, p in model.named_parameters():
+        assert_same_bits(p, before[name], name)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_stacks_from_a_plain_folder(name, tmp_path):
+    """Which has them expert by expert in most families, and transposed in gpt-oss."""
+    plain = FAMILIES[name].build()
+    for p in plain.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    plain.save_pretrained(tmp_path)
+    settings = QatConfig(CONFIG)
+    loaded, info = type(plain).from_pretrained(tmp_path, quantization_config=settings, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    model = qk.quantize_model(copy.deepcopy(plain), CONFIG, warn_below=0)
+    assert qk.quantized_modules(loaded).keys() == qk.quantized_modules(model).keys()
+    assert_same_bits(logits(loaded.eval(), name), logits(model.eval(), name))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    qk.load_weights(model, plain.state_dict())
+    assert_same_bits(logits(loaded, name), logits(model, name))
+
+
+def test_packed_experts_in_one_file(tmp_path):
+    model = qk.pack_model(quantized("gpt-oss").eval())
+    qk.save_packed(model, tmp_path / "model.safetensors")
+    loaded = qk.load_packed(tmp_path / "model.safetensors", lambda config: FAMILIES["gpt-oss"].build())
+    assert_same_bits(logits(loaded, "gpt-oss"), logits(model, "gpt-oss"))
+
+
+def test_pickled_experts_run_in_another_process(tmp_path):
+    model = quantized("mixtral").eval()
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(logits(model, "mixtral"), tmp_path / "logits.pt")
+    code = (
+        "import sys, torch\n"
+        "model, wanted = (torch.load(f'{sys.argv[1]}/{n}.pt', weights_only=False) for n in ('model', 'logits'))\n"
+        "with torch.no_grad():\n"
+        "    assert torch.equal(model(input_ids=torch.arange(3, 27).view(2, 12)).logits, wanted)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+
+
 def test_what_is_left_of_mamba_is_named():
     reasons = {row.name: row.reason for row in qk.quantization_report(quantized("mamba")).rows}
     mixer = "backbone.layers.0.mixer"
@@ -145,7 +256,30 @@ def test_what_is_left_of_mamba_is_named():
 
 
 def test_what_rwkv_changes_in_place_is_left():
-    model = quantized("rwkv", num_hidden_layers=3, rescale_every=2)
-    left = {row.name for row in qk.quantization_report(model).rows if "divided in place" in row.reason}
-    assert left == {"rwkv.blocks.2.attention.output.weight", "rwkv.blocks.2.feed_forward.value.weight"}
-    assert qk.check(model, **FAMILIES["rwkv"].inputs()).ok
+    for every, count in ((6, 4), (0, 0)):
+        model = quantized("rwkv", rescale_every=every)
+        left = [row for row in qk.quantization_report(model).rows if "divided in place" in row.reason]
+        assert len(left) == count
+        assert qk.check(model, **FAMILIES["rwkv"].inputs()).ok
+
+
+@every
+@pytest.mark.parametrize("packed", [False, True], ids=["trained", "packed"])
+def test_to_plain(name, packed, tmp_path):
+    """The result is a model of transformers alone, in memory and in a folder."""
+    plain = FAMILIES[name].build()
+    model = qk.quantize_model(copy.deepcopy(plain), CONFIG, warn_below=0)
+    train(model, name, 1)
+    wanted = logits(model, name)
+    if packed:
+        qk.pack_model(model)
+    assert qk.to_plain(model) is model
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
+    tolerances = {"rtol": 1e-4, "atol": 1e-4 * wanted.abs().max().item()}
+    torch.testing.assert_close(logits(model, name), wanted, **tolerances)
+    model.save_pretrained(tmp_path)
+    assert "qatkernels" not in (tmp_path / "config.json").read_text()
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    torch.testing.assert_close(logits(loaded.eval(), name), wanted, **tolerances)

@@ -298,3 +298,89 @@ class TestStacks:
         x, offsets = torch.randn(8, 64), torch.tensor([2, 4, 6, 8], dtype=torch.int32)
         expected = torch.cat([x[2 * i : 2 * i + 2] @ experts.down_proj[i] for i in range(4)])
         torch.testing.assert_close(layer(x, offsets), expected, rtol=0.05, atol=0.5)
+
+
+class TestReport:
+    def test_a_convolutional_network(self):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 10))
+        with pytest.warns(
+            UserWarning, match=r"quantized 80 of 330 parameters \(24.2%\); left in full precision:"
+        ) as said:
+            quantize_model(model, QuantConfig(2))
+        assert len(said) == 1
+        lines = str(said[0].message).splitlines()
+        assert re.fullmatch(" +67.9% +224  0, 0.bias: convolution: not supported", lines[1])
+        assert "warn_below=0" in lines[-1]
+        report = quantization_report(model)
+        assert (report.total, report.quantized) == (330, 80)
+        assert [(r.name, r.numel) for r in report.rows if r.status == "quantized"] == [("4.weight", 80)]
+        assert report.rows[-2].config == QuantConfig(2)
+        assert "24.2%             80  4: quantized: 2 bits, paretoq" in str(report)
+
+    def test_recurrent_layers_and_embeddings(self):
+        model = nn.ModuleDict({"e": nn.Embedding(500, 16), "r": nn.LSTM(16, 16), "h": nn.Linear(16, 10)})
+        with pytest.warns(UserWarning, match=r"quantized 160 of .*1\.\d%\)") as said:
+            quantize_model(model, QuantConfig(2))
+        for line in ("  e: embedding: not supported", "r.weight_ih_l0, .*: recurrent layer: not supported"):
+            assert re.search(line, str(said[0].message))
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"include": "4"},
+            {"exclude": ("0", "1")},
+            {"warn_below": 0},
+            {"warn_below": 0.2},
+        ],
+        ids=str,
+    )
+    def test_what_the_caller_left_is_not_warned_of(self, options):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 10))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            quantize_model(model, QuantConfig(2), **options)
+
+    def test_more_than_half_is_not_warned_of(self, recwarn):
+        quantize_model(nn.Sequential(nn.Embedding(15, 16), nn.Linear(16, 16)), QuantConfig(2))
+        assert not recwarn.list
+
+    @pytest.mark.parametrize("share", [-1, 2, "half"])
+    def test_warn_below_is_a_share(self, share):
+        with pytest.raises(ValueError, match=f"warn_below is {share!r}, must be a share from 0 to 1"):
+            quantize_model(nn.Linear(4, 4), QuantConfig(2), warn_below=share)
+
+    def test_nothing_to_quantize_says_what_there_is(self):
+        with pytest.raises(
+            ValueError, match=r"the model has no nn.Linear or Conv1D.*\n +100.0% +224  0, 0.bias: convol"
+        ):
+            quantize_model(nn.Sequential(nn.Conv2d(3, 8, 3)), QuantConfig(2))
+
+    def test_counts_each_parameter_once_and_no_scale(self):
+        model = TestHeads.Tied()
+        total = sum(p.numel() for p in model.parameters())
+        quantize_model(model, QuantConfig(4, "affine", act_bits=8, act_scheme="lsq"), warn_below=0)
+        report = quantization_report(model)
+        assert report.total == total == sum(row.numel for row in report.rows)
+        assert [row.name for row in report.rows] == ["tokens.weight", "body.weight", "body.bias"]
+
+    def test_a_packed_model(self):
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        model[1].weight = model[0].weight
+        before = quantization_report(quantize_model(model, QuantConfig(4)))
+        report = quantization_report(pack_model(model))
+        assert (report.total, report.quantized) == (before.total, before.quantized) == (288, 256)
+        assert report.rows[-1].status == "packed"
+
+    def test_a_model_in_full_precision(self):
+        report = quantization_report(nn.ModuleDict({"up": nn.Linear(4, 4), "lm_head": nn.Linear(4, 4)}))
+        assert report.share == 0
+        assert "up: not quantized, or left out" in str(report)
+        assert "lm_head: matches 'lm_head' of the default exclude" in str(report)
+
+    def test_lazy_and_meta(self):
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(4, 4))
+        model.append(nn.LazyLinear(4))
+        assert quantization_report(model).total == 20
+        with pytest.warns(UserWarning, match="1.*: not initialized yet"):
+            quantize_model(model, QuantConfig(4))
