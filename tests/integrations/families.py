@@ -118,6 +118,9 @@ FAMILIES = {
     "mamba": Family(_of("MambaConfig", **_MAMBA, time_step_rank=4), 0.76),
     "mamba2": Family(_of("Mamba2Config", **_MAMBA, num_heads=8, head_dim=8, n_groups=1), 0.72),
     "jamba": Family(_lm("jamba", num_experts=4, attn_layer_period=2, attn_layer_offset=1), 0.87, experts=True),
-    "rwkv": Family(_of("RwkvConfig", **{**_MAMBA, "state_size": None}, context_length=32, rescale_every=0), 0.84, checkpointing=False),
+    "rwkv": Family(
+        _of("RwkvConfig", **{**_MAMBA, "state_size": None}, context_length=32, rescale_every=0), 0.84,
+        checkpointing=False,
+    ),
 }  # fmt: skip
 EXPERTS = [name for name, family in FAMILIES.items() if family.experts]

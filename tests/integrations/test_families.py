@@ -14,8 +14,7 @@ from qatkernels.testing.compare import assert_same_bits
 transformers = pytest.importorskip("transformers")
 
 from qatkernels.integrations.transformers import QatConfig  # noqa: E402
-
-from .families import EXPERTS, FAMILIES  # noqa: E402
+from tests.integrations.families import EXPERTS, FAMILIES  # noqa: E402
 
 CONFIG = qk.QuantConfig(4, group_size=16)
 every = pytest.mark.parametrize("name", FAMILIES)
@@ -121,6 +120,14 @@ def test_compiled(name):
         torch._dynamo.reset()
         compiled = torch.compile(one, backend="aot_eager")
         torch.testing.assert_close(logits(compiled, name), logits(one, name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-oss"])
+def test_compiled_by_inductor(name):
+    """One graph, without a fall back to Python between layers and experts."""
+    model = quantized(name).eval()
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(logits(compiled, name), logits(model, name), rtol=1e-4, atol=1e-5)
 
 
 @every
