@@ -237,7 +237,7 @@ def _with_packed_layers(model: nn.Module, layers: list[dict[str, Any]], state: d
         layer = None
         for name in entry["names"]:
             if (old := find(model, name)) is None:
-                raise AttributeError(f"the model has no layer {name}")
+                old = model.get_submodule(name)  # whose error says what is missing
             layer = layer or _layer(entry, weights[prefix], old, state, biases)
             if not name:
                 return layer
