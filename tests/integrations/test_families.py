@@ -105,11 +105,13 @@ def test_autocast(name):
         loss = model(**FAMILIES[name].inputs()).loss
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    expected = logits(model.eval(), name).float()
-    packed = qk.pack_model(copy.deepcopy(model))
+    model.eval()
+    packed, plain = qk.pack_model(copy.deepcopy(model)), qk.to_plain(copy.deepcopy(model))
     with torch.autocast("cpu", torch.bfloat16):
+        expected = logits(plain, name).float()  # not those of float32, in which routers may choose other experts
         for one in (model, packed):
             difference = (logits(one, name).float() - expected).abs().max()
+            # The plain model itself is up to 0.027 away from float32 (ViT, whose logits are small differences).
             assert difference <= 0.05 * expected.abs().max()
 
 
