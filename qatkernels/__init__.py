@@ -22,6 +22,7 @@ from .nn import (
     quantized_modules,
     quantized_weights,
     scales_at_floor,
+    to_plain,
 )
 from .ops import (
     PackedWeight,
@@ -67,6 +68,7 @@ __all__ = [
     "quantized_weights",
     "save_packed",
     "scales_at_floor",
+    "to_plain",
     "unpack",
 ]
 

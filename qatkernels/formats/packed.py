@@ -20,6 +20,7 @@ from ..files import CheckpointError
 from ..float32_scales import Float32Scales
 from ..grids import make_grid
 from ..nn import LearnedActivation, packed_modules
+from ..nn.experts import Stack, find
 from ..nn.packed_linear import KINDS, Packed
 from ..nn.quant_conv1d import is_conv1d
 from ..ops.contract import FLOATS
@@ -236,10 +237,14 @@ def _with_packed_layers(model: nn.Module, layers: list[dict[str, Any]], state: d
             weights[prefix].layer = entry["names"][0]
         layer = None
         for name in entry["names"]:
-            old = model.get_submodule(name)
+            if (old := find(model, name)) is None:
+                old = model.get_submodule(name)  # whose error says what is missing
             layer = layer or _layer(entry, weights[prefix], old, state, biases)
             if not name:
                 return layer
+            if isinstance(old, Stack):
+                old.put(layer)
+                continue
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
     return model
@@ -266,7 +271,7 @@ def _packed_weight(entry: dict[str, Any], prefix: str, state: dict[str, Tensor])
 
 
 def _layer(
-    entry: dict[str, Any], weight: PackedWeight, old: nn.Module, state: dict[str, Tensor],
+    entry: dict[str, Any], weight: PackedWeight, old: nn.Module | Stack, state: dict[str, Tensor],
     biases: dict[int, nn.Parameter],
 ) -> Packed:  # fmt: skip
     """Return the packed layer for an entry of the header.
@@ -274,14 +279,14 @@ def _layer(
     Args:
         entry: the entry.
         weight: its packed weight.
-        old: the module that it replaces. If this has a weight, shape and bias must fit.
+        old: the module, or stack of experts, that it replaces. If this has a weight, shape and bias must fit.
         state: tensors of the file by name.
         biases: parameters made so far by id of the stored tensor, so that layers share a bias if the file does.
     """
     name, kind = entry["names"][0], KINDS[entry["kind"]]
     built = getattr(old, "weight", None)
     if isinstance(built, Tensor):
-        shape = built.t().shape if is_conv1d(old) else built.shape
+        shape = old.shape if isinstance(old, Stack) else built.t().shape if is_conv1d(old) else built.shape
         if shape != weight.shape:
             raise ValueError(f"{name} has shape {tuple(weight.shape)} in the file and {tuple(shape)} in the model")
     bias, stored = None, _optional_tensor(state, f"{name}.bias".lstrip("."), "bias" in entry)
@@ -296,7 +301,10 @@ def _layer(
     if (act_entry := entry["act"]) is not None:
         grid = make_grid(act_entry["scheme"], act_entry["bits"])
         act = LearnedActivation(weight.cols, grid, offset=act_entry["offset"])
-    return kind(weight, bias, act=act, act_bits=entry["act_bits"])
+    layer = kind(weight, bias, act=act, act_bits=entry["act_bits"])
+    if isinstance(old, nn.Module) and is_conv1d(old):
+        vars(layer)["of_conv1d"] = True
+    return layer
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 from ..extras import missing
 
 try:
-    from transformers.core_model_loading import Transpose, WeightConverter
+    from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming
     from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error:
@@ -30,6 +30,7 @@ except ImportError as error:
 
 from ..nn import LearnedActivation, QuantConfig, QuantConv1D, quantize_model, quantized_modules
 from ..nn._follow_recipe import follow
+from ..nn.experts import makes, placed_in
 from ..nn.recipe import METHOD, Recipe, describe
 from ..nn.selection import EXCLUDE
 
@@ -91,7 +92,7 @@ class QatQuantizer(HfQuantizer):
     requires_calibration = False
 
     quantization_config: QatConfig
-    _transposed: Sequence[Any] = ()
+    _added: Sequence[Any] = ()
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
@@ -108,17 +109,32 @@ class QatQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """Add what transposes the weights of quantized Conv1Ds: files have ``[K, N]``, the layers ``[N, K]``."""
-        names = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, QuantConv1D)]
-        self._transposed = [WeightConverter([name], [name], [Transpose()]) for name in names]
+        """Add what makes the weights of layers out of files in which they are stored in another way.
+
+        Conv1Ds are stored as ``[K, N]``. Stacks of experts are stored in the order of their model, most of them expert
+        by expert. Folders that a quantized model was saved to have stacks as they are in memory.
+        """
         updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
-        return updated + self._transposed
+        names, base = placed_in(model), str(model.base_model_prefix)
+        added: list[Any] = [
+            WeightConverter([_anywhere(f"{name}.weight", base)], [_below(f"{name}.weight", base)], [Transpose()])
+            for name, m in model.named_modules()
+            if isinstance(m, QuantConv1D)
+        ]
+        if self.quantization_config.recipe is None:
+            for name in names:
+                transposed = bool(model.get_submodule(name.rpartition(".")[0]).is_transposed)
+                added += _into_layer(name, transposed, updated, base)
+        else:
+            updated = [c for c in updated if not any(makes(c, name) for name in names)]
+        self._added = added
+        return added + updated
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         # Saving would apply the conversions in reverse, but a QuantConv1D's state dict has [K, N] already.
         loaded_by = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [c for c in loaded_by if c not in self._transposed]
+        model._weight_conversions = [c for c in loaded_by if c not in self._added]
         if self.quantization_config.recipe is None:  # the weights are there, scales of theirs are not
             for layer in quantized_modules(model).values():
                 layer.reset_scale()
@@ -149,3 +165,37 @@ class QatQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """True: ``generate`` may compile the forward."""
         return True
+
+
+def _into_layer(name: str, transposed: bool, conversions: list[Any], base: str) -> list[Any]:
+    """Return conversions that make the weight and the bias of a layer out of what files have in place of a stack.
+
+    Args:
+        name: name of the layer, which is the stack's.
+        transposed: whether the model keeps the stack as ``[E, K, N]``.
+        conversions: those of the model, some of which may make the stack out of single experts.
+        base: the prefix that names in a file may lack.
+    """
+    turn: list[Any] = [Transpose(1, 2)] if transposed else []
+    weight = _below(f"{name}.weight", base)
+    added: list[Any] = []
+    for conversion in conversions:
+        if not makes(conversion, name) or len(conversion.target_patterns) != 1:
+            continue
+        prefix = name.removesuffix(conversion.target_patterns[0])
+        sources = [_anywhere(prefix, base) + source for source in conversion._original_source_patterns]
+        added.append(conversion.copy(sources, [weight], operations=[*conversion.operations, *turn]))
+    stored = f"{_anywhere(name, base)}$"
+    added.append(WeightConverter([stored], [weight], turn) if turn else WeightRenaming([stored], [weight]))
+    added.append(WeightRenaming([f"{_anywhere(f'{name}_bias', base)}$"], [_below(f"{name}.bias", base)]))
+    return added
+
+
+def _below(name: str, base: str) -> str:
+    """Return a name without the prefix of the base model, which transformers adds where the model has it."""
+    return name.removeprefix(f"{base}.")
+
+
+def _anywhere(name: str, base: str) -> str:
+    """Return a pattern of a name that begins with the prefix of the base model or lacks it."""
+    return rf"^(?:{re.escape(base)}\.)?{re.escape(_below(name, base))}"

@@ -6,6 +6,7 @@ from ._load_weights import load_weights
 from ._pack_model import PACKERS, compile_kernels, model_bytes, pack_model, packed_modules
 from ._param_groups import param_groups, param_groups_from_rates, scales_at_floor
 from ._quantize_model import quantize_model, quantized_modules, quantized_weights
+from ._to_plain import to_plain
 from .activation import DynamicActivation, LearnedActivation
 from .calibration import CalibrationReport, calibrate
 from .config import QuantConfig
@@ -46,6 +47,7 @@ __all__ = [
     "quantized_weights",
     "scales_at_floor",
     "search_scale",
+    "to_plain",
 ]
 
 __getattr__ = moved(

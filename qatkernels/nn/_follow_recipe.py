@@ -11,7 +11,9 @@ from torch import nn
 from ._pack_model import pack_layers
 from ._quantize_model import quantize_layers
 from .config import QuantConfig
+from .experts import find
 from .recipe import Recipe
+from .selection import Candidate
 
 
 def follow(model: nn.Module, recipe: Recipe) -> nn.Module:
@@ -29,17 +31,16 @@ def follow(model: nn.Module, recipe: Recipe) -> nn.Module:
     Raises:
         ValueError: if the recipe names a layer that the model does not have, or is no recipe.
     """
-    modules = dict(model.named_modules())
-    configs: dict[nn.Module, QuantConfig] = {}
+    configs: dict[Candidate, QuantConfig] = {}
     packed: dict[str, list[str]] = {}
     groups = list(_checked(recipe))
     here = _names_here(model, [name for group in groups for name in group["layers"]])
     for group in groups:
         layers = [here[name] for name in group["layers"] if name in here]
         for name in layers:
-            if name not in modules:
+            if (layer := find(model, name)) is None:
                 raise ValueError(f"the model has no layer {name!r}, which the recipe says is quantized")
-            configs[modules[name]] = QuantConfig.from_dict(group["config"])
+            configs[layer] = QuantConfig.from_dict(group["config"])
         if group["packed"] is not None:
             packed.setdefault(group["packed"], []).extend(layers)
     quantize_layers(model, configs)
@@ -55,13 +56,16 @@ def _names_here(model: nn.Module, names: list[str]) -> dict[str, str]:
     what the other one saved. A recipe is of either one, too: of what ``quantize_model`` was given.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    modules = {name for name, _ in model.named_modules()}
-    if len(prefix) == 1 or modules.issuperset(names):
+
+    def has(wanted: Iterable[str]) -> bool:
+        return all(find(model, name) is not None for name in wanted)
+
+    if len(prefix) == 1 or has(names):
         return {name: name for name in names}
-    if modules.issuperset(prefix + name for name in names):
+    if has(prefix + name for name in names):
         return {name: prefix + name for name in names}
     inner = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-    if inner and modules.issuperset(inner.values()):  # a head, which this model does not have, is left out
+    if inner and has(inner.values()):  # a head, which this model does not have, is left out
         return inner
     return {name: name for name in names}
 

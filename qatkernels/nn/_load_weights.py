@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..dtensor import is_dtensor
 from ..float32_scales import layout_in
 from .activation import LearnedActivation
+from .experts import as_layers
 from .quantized import OFFLOADED, Quantized, is_offloaded
 
 
@@ -49,6 +50,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, Any], *, strict: bool =
     if offloaded := [name for name, m in modules.items() if isinstance(m, Quantized) and is_offloaded(m)]:
         raise ValueError(f"weights of {offloaded[0] or 'the model'} cannot be loaded: {OFFLOADED.format('load')}")
     own, state = model.state_dict(), copy.copy(state_dict)  # with the metadata of torch, if it has some
+    as_layers(model, state)
     forgotten: list[LearnedActivation] = []
     for name, module in modules.items():
         prefix = f"{name}.".lstrip(".")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
 from .config import QuantConfig
+from .experts import Stack
+from .grouped_quant_linear import GroupedQuantLinear
 from .quant_conv1d import QuantConv1D, is_conv1d, transpose_
 from .quant_linear import QuantLinear
 from .quantized import Quantized
 from .recipe import describe
 from .replaced import remember
 from .report import Survey, listed, survey
-from .selection import EXCLUDE, Left, Rules, check_uncompiled, choose, names_of
+from .selection import EXCLUDE, Candidate, Left, Rules, candidates, check_uncompiled, choose
 from .wrapped import check_unwrapped
 
 logger = logging.getLogger("qatkernels.nn.quantize_model")  # what docs/quantize-model.md names
@@ -27,15 +29,18 @@ def quantize_model(
     *,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = EXCLUDE,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
     requantize: bool = False,
     warn_below: float = 0.5,
 ) -> nn.Module:
     """Replace the linear layers of a model, in place, by quantized ones with the same parameters.
 
-    Quantized are ``nn.Linear``, classes that compute exactly the same (`LINEAR_CLASSES`), and transformers' ``Conv1D``
-    (:class:`QuantConv1D`). Everything else stays in full precision: convolutions, recurrent layers, embeddings, other
-    subclasses of ``nn.Linear``, ``nn.MultiheadAttention`` (which never calls its projections), and parameters that a
-    module multiplies by itself, stacked experts among them (:class:`GroupedQuantLinear` takes those).
+    Quantized are ``nn.Linear``, classes that compute exactly the same (`LINEAR_CLASSES`), transformers' ``Conv1D``
+    (:class:`QuantConv1D`), and the stacked experts of transformers' mixtures (:class:`GroupedQuantLinear`, which takes
+    the place of the Parameter ``experts.gate_up_proj``, say, under the same name). Everything else stays in full
+    precision: convolutions, recurrent layers, embeddings, the routers of mixtures, other subclasses of ``nn.Linear``,
+    ``nn.MultiheadAttention`` (which never calls its projections), layers whose weight the model reads itself (Mamba's
+    ``dt_proj``), and parameters that a module multiplies by itself, such as the experts of other models.
 
     The logger ``qatkernels.nn.quantize_model`` lists at level INFO each layer that is quantized, and then what is left
     in full precision, why, and the shares. :func:`quantization_report` gives the same table at any time. A warning
@@ -61,6 +66,9 @@ def quantize_model(
             no match at all leave a layer in full precision.
         include: patterns of the layers to quantize, all if None.
         exclude: patterns of layers to leave in full precision; wins over ``include`` and ``config``.
+        filter_fn: a function of a module and its full name, as torchao's ``quantize_`` takes it, which says whether to
+            quantize the layer. It is asked about the layers that the patterns select. Of a stack of experts it gets the
+            module that holds the stack, and the name of the stack. None for no such function.
         requantize: whether a layer that is quantized already, to another configuration, gets the new one
             (:meth:`Quantized.requantize`); an error if False. One that has the configuration already stays as it is.
         warn_below: share of the parameters below which a warning says what is left; 0 for no such warning.
@@ -78,7 +86,7 @@ def quantize_model(
     if not isinstance(warn_below, int | float) or not 0 <= warn_below <= 1:
         raise ValueError(f"warn_below is {warn_below!r}, must be a share from 0 to 1")
     check_unwrapped(model)
-    rules = Rules(config, include, exclude)
+    rules = Rules(config, include, exclude, filter_fn)
     chosen = choose(model, rules, requantize)
     wanted = {layer: found for layer, found in chosen.items() if isinstance(found, QuantConfig)}
     _check_found(model, rules, chosen, bool(wanted))
@@ -89,13 +97,16 @@ def quantize_model(
     return model
 
 
-def quantize_layers(model: nn.Module, wanted: Mapping[nn.Module, QuantConfig]) -> nn.Module:
-    """Replace or requantize layers of a model, in place; return the model, or the new layer if it is the model itself.
+def quantize_layers(model: nn.Module, wanted: Mapping[Candidate, QuantConfig]) -> nn.Module:
+    """Replace or requantize layers and stacks of a model, in place.
+
+    Returns:
+        The model, or the new layer if the model itself is a layer.
 
     Raises:
         ValueError: if one of them cannot be quantized. The model is then unchanged.
     """
-    names = {layer: every[0] or "the model" for layer, every in names_of(model).items()}
+    names = {layer: every[0] or "the model" for layer, every in candidates(model).items()}
     replacements = _replacements(names, {m: c for m, c in wanted.items() if not isinstance(m, Quantized)})
     changed = [m for m, c in wanted.items() if isinstance(m, Quantized) and m.config != c]
     for old in changed:
@@ -123,10 +134,10 @@ def quantized_weights(model: nn.Module) -> list[Tensor]:
 
 
 def _check_found(
-    model: nn.Module, rules: Rules, chosen: Mapping[nn.Module, QuantConfig | Left], found: bool
+    model: nn.Module, rules: Rules, chosen: Mapping[Candidate, QuantConfig | Left], found: bool
 ) -> None:  # fmt: skip
     """Raise ValueError if nothing is to be quantized, or a pattern that asks for layers matches none."""
-    names = names_of(model)
+    names = candidates(model)
     every = [name for layer in chosen for name in names[layer]]
     idle = rules.idle(every) if every else []
     if found and not idle:
@@ -154,15 +165,17 @@ def _is_layer(parameter: str, layers: list[str]) -> bool:
 
 
 def _replacements(
-    names: Mapping[nn.Module, str], wanted: Mapping[nn.Module, QuantConfig]
-) -> dict[nn.Module, QuantLinear]:
+    names: Mapping[Candidate, str], wanted: Mapping[Candidate, QuantConfig]
+) -> dict[Candidate, QuantLinear | GroupedQuantLinear]:
     """Return the quantized form of each layer. On an error the layers are left unchanged."""
-    replacements: dict[nn.Module, QuantLinear] = {}
+    replacements: dict[Candidate, QuantLinear | GroupedQuantLinear] = {}
     transposed: dict[int, Tensor] = {}
     try:
         for layer, config in wanted.items():
             try:
-                if not is_conv1d(layer):
+                if isinstance(layer, Stack):
+                    replacements[layer] = layer.quantized(config)
+                elif not is_conv1d(layer):
                     replacements[layer] = QuantLinear.from_linear(layer, config)  # type: ignore[arg-type]
                 elif (weight := layer._parameters.get("weight")) is not None and id(weight) in transposed:
                     replacements[layer] = QuantConv1D._adopt(layer, config)  # its weight is another layer's, too
@@ -174,6 +187,9 @@ def _replacements(
     except BaseException:
         for parameter in transposed.values():
             transpose_(parameter)
+        for layer in replacements:
+            if isinstance(layer, Stack):
+                layer.restore()
         raise
     return replacements
 
@@ -188,12 +204,15 @@ def _share_scales(model: nn.Module, new: set[nn.Module]) -> None:
             module.scale, module.zero_point = twin.scale, twin.zero_point
 
 
-def _swap(model: nn.Module, replacements: Mapping[nn.Module, QuantLinear]) -> None:
+def _swap(model: nn.Module, replacements: Mapping[Candidate, nn.Module]) -> None:
+    for layer, new in replacements.items():
+        if isinstance(layer, Stack):
+            layer.put(new)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child is None or (new := replacements.get(child)) is None:
+            if child is None or child not in replacements:
                 continue
-            parent._modules[name] = new
+            parent._modules[name] = new = replacements[child]
             # PEFT's flag for a base weight stored as [K, N]. Left True, merging would transpose the adapter's update.
             if isinstance(new, QuantConv1D) and parent.__dict__.get("fan_in_fan_out") is True:
                 parent.__dict__["fan_in_fan_out"] = False

@@ -107,6 +107,8 @@ class Packed(nn.Module):
         if weight is None:
             weight = packed_weight(layer, scale_dtype)
         new = cls(weight, layer.bias, act=None if act_bits else act, act_bits=act_bits).train(layer.training)
+        if getattr(layer, "of_conv1d", False):
+            vars(new)["of_conv1d"] = True
         vars(new).update({name: value for name, value in vars(layer).items() if name in _HOOKS})
         return new
 
@@ -133,6 +135,8 @@ class PackedLinear(Packed, nn.Linear):
 
     kind = "linear"
     dims = 2
+    #: Whether the layer was a transformers ``Conv1D`` before it was quantized.
+    of_conv1d: bool = False
 
     weight: PackedWeight  # type: ignore[assignment]
     bias: Tensor | None  # type: ignore[assignment]

@@ -31,6 +31,8 @@ class QuantConv1D(QuantLinear):
     Attributes and arguments are those of :class:`QuantLinear`.
     """
 
+    of_conv1d = True
+
     @classmethod
     def from_conv1d(cls, layer: nn.Module, config: QuantConfig) -> QuantConv1D:
         """Return the quantized form of a Conv1D, which cannot be used any more: its Parameter is now ``[N, K]``.
@@ -76,7 +78,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def transpose_(weight: Tensor) -> None:
-    """Transpose a matrix and its gradient; the Parameter stays the same object."""
+    """Transpose a matrix, or a stack of matrices, and its gradient; the Parameter stays the same object."""
     grad, weight.grad = weight.grad, None
-    weight.data = weight.data.t().contiguous()
-    weight.grad = None if grad is None else grad.t().contiguous()
+    weight.data = weight.data.mT.contiguous()
+    weight.grad = None if grad is None else grad.mT.contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 import weakref
@@ -60,7 +61,7 @@ class Quantized(Float32Scales):
     out_features: int
     #: Whether :func:`calibrate` sets the scales: ``scale_init`` is ``"activation"``, and nothing has set them since.
     awaits_inputs: bool = False
-    _version_awaiting: int = 0
+    _sum_awaiting: float | None = None
 
     @property
     def grid(self) -> Grid:
@@ -154,14 +155,19 @@ class Quantized(Float32Scales):
         self._await_inputs()
 
     def _await_inputs(self) -> None:
-        """Note whether calibration is to set the scales, and the version of the scales, which training changes."""
+        """Note whether calibration is to set the scales, and their sum, by which it sees whether they were trained."""
         self.awaits_inputs = self.config.scale_init == "activation"
-        self._version_awaiting = 0 if self.scale.is_inference() else self.scale._version
+        self._sum_awaiting = self._sum_of_scales() if self.awaits_inputs else None
+
+    def _sum_of_scales(self) -> float | None:
+        return None if self.scale.is_meta or is_dtensor(self.scale) else float(self.scale.detach().double().sum())
 
     @property
     def was_trained_awaiting(self) -> bool:
-        """Whether the scales have changed in place since they began to await their inputs."""
-        return self.awaits_inputs and not self.scale.is_inference() and self.scale._version > self._version_awaiting
+        """Whether the scales have changed since they began to await their inputs."""
+        if not self.awaits_inputs or self._sum_awaiting is None or (now := self._sum_of_scales()) is None:
+            return False
+        return not math.isclose(now, self._sum_awaiting, rel_tol=1e-9)  # another device adds in another order
 
     @torch.no_grad()
     def set_scale(self, scale: Tensor, zero_point: Tensor | None = None) -> None:

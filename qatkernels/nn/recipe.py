@@ -9,8 +9,10 @@ from torch import nn
 from ..dtypes import dtype_name
 from .activation import LearnedActivation
 from .config import QuantConfig
-from .packed_linear import PackedLinear
+from .experts import placed_in, save_as_layers
+from .packed_linear import Packed, PackedLinear
 from .quant_linear import QuantLinear
+from .quantized import Quantized
 
 #: Groups of layers: ``{"config": QuantConfig.to_dict(), "packed": dtype of scales or None, "layers": names}``.
 Recipe = list[dict[str, Any]]
@@ -32,15 +34,16 @@ class SavedQuantization(dict[str, Any]):
 
 
 def recipe_of(model: nn.Module) -> Recipe:
-    """Return how the linear layers of a model are quantized or packed; layers of one kind are one group.
+    """Return how the layers of a model are quantized or packed; layers of one kind are one group.
 
-    Stacks of experts are not in it, because their model's own code makes them.
+    Stacks of experts that the model's own code makes are not in it.
     """
     groups: dict[tuple[QuantConfig, str | None], list[str]] = {}
+    experts = set(placed_in(model).values())
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantLinear) or (isinstance(module, Quantized) and module in experts):
             groups.setdefault((module.config, None), []).append(name)
-        elif isinstance(module, PackedLinear):
+        elif isinstance(module, PackedLinear) or (isinstance(module, Packed) and module in experts):
             scale_dtype = dtype_name(module.weight.scale.dtype)
             groups.setdefault((_config_of(module), scale_dtype), []).append(name)
     return [
@@ -56,10 +59,11 @@ def describe(model: nn.Module) -> None:
     """
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_diff_dict") and hasattr(model, "save_pretrained"):
+        save_as_layers(model)
         config.quantization_config = SavedQuantization(quant_method=METHOD, recipe=recipe_of(model))
 
 
-def _config_of(layer: PackedLinear) -> QuantConfig:
+def _config_of(layer: Packed) -> QuantConfig:
     """Return a configuration of which a packed layer can be made."""
     weight, act = layer.weight, layer.act
     group_size = None if weight.scale.shape[-1] == 1 else weight.group_size

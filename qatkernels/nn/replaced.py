@@ -21,6 +21,12 @@ def remember(model: nn.Module) -> None:
     model.__dict__[_NAMES] = model.__dict__.get(_NAMES, frozenset()) | names
 
 
+def forget(model: nn.Module) -> None:
+    """Forget which layers were quantized, as those of a model that is made plain on purpose."""
+    for module in model.modules():
+        module.__dict__.pop(_NAMES, None)
+
+
 def replaced_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers that replaced a quantized one and are not quantized, by name.
 

@@ -13,14 +13,15 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ..float32_scales import Float32Scales
 from .config import QuantConfig
+from .experts import stacks_of
 from .packed_linear import Packed
 from .quant_linear import qualified_name
 from .quantized import Quantized
 from .replaced import replaced_layers
-from .selection import ATTENTION, EXCLUDE, Left, Rules, adapters, choose, is_candidate, names_of
+from .selection import ATTENTION, EXCLUDE, Candidate, Left, Rules, adapters, choose, is_candidate, names_of
 
-#: How stacked experts are kept, by qualified name of their class: True for ``[E, K, N]``, False for ``[E, N, K]``.
-#: Classes that transformers decorates have the attribute `is_transposed` instead.
+#: How stacked experts are kept that `quantize_model` does not take, by qualified name of their class: True for
+#: ``[E, K, N]``, False for ``[E, N, K]``. Those that it takes are in experts.py.
 STACKS: dict[str, bool] = {
     "transformers.models.llama4.modeling_llama4.Llama4TextExperts": True,
     "transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts": False,
@@ -125,7 +126,7 @@ class Survey(NamedTuple):
 
 
 def survey(
-    model: nn.Module, rules: Rules | None = None, chosen: Mapping[nn.Module, QuantConfig | Left] | None = None
+    model: nn.Module, rules: Rules | None = None, chosen: Mapping[Candidate, QuantConfig | Left] | None = None
 ) -> Survey:
     """Describe every parameter of a model.
 
@@ -153,9 +154,10 @@ def survey(
             continue
         every = [n for module, name, _ in uses for n in (*names[module], *(_join(m, name) for m in names[module]))]
         found = rules.wanted(every)
-        if left.loud and any(chosen.get(module) is left for module, *_ in uses):  # decided of a layer that matched
+        decided = [chosen.get(_candidate(module, name)) for module, name, _ in uses]
+        if left.loud and any(decision is left for decision in decided):  # decided of a layer that matched
             loud.add(row.name)
-        elif isinstance(found, Left) and found.asked:
+        elif any(isinstance(reason, Left) and reason.asked for reason in (found, *decided)):
             asked.add(row.name)
         elif left.loud:
             loud.add(row.name)
@@ -168,7 +170,7 @@ def survey(
 
 def _row(
     names: Mapping[nn.Module, list[str]], uses: list[tuple[nn.Module, str, Tensor]],
-    chosen: Mapping[nn.Module, QuantConfig | Left], never: Mapping[nn.Module, str],
+    chosen: Mapping[Candidate, QuantConfig | Left], never: Mapping[nn.Module, str],
 ) -> tuple[ReportRow, Left | None]:  # fmt: skip
     """Return the row of a parameter that one module holds, or several that share it."""
     module, name, parameter = uses[0]
@@ -184,7 +186,7 @@ def _row(
 
 
 def _left(
-    module: nn.Module, name: str, parameter: Tensor, chosen: Mapping[nn.Module, QuantConfig | Left],
+    module: nn.Module, name: str, parameter: Tensor, chosen: Mapping[Candidate, QuantConfig | Left],
     never: Mapping[nn.Module, str],
 ) -> Left | None:  # fmt: skip
     """Return why a parameter is in full precision, None if nothing about it is known."""
@@ -195,16 +197,23 @@ def _left(
     for kinds, reason in _UNSUPPORTED:
         if isinstance(module, kinds):
             return Left(reason, loud=reason == ATTENTION)
-    if parameter.ndim < 2:
+    if parameter.ndim < 2 or (name == "bias" and isinstance(module, Quantized)):  # that of a stack has two
         return Left("vectors (biases, norms): not quantized")
-    if is_candidate(module):
-        found = chosen.get(module)
+    if type(module).__name__.endswith("Router"):
+        return Left("router of experts: not quantized")
+    if is_candidate(layer := _candidate(module, name)):
+        found = chosen.get(layer)
         return (
             found if isinstance(found, Left) else Left("not quantized, or left out in the call that quantized others")
         )
     if parameter.ndim == 3 and parameter.shape[0] > 1 and not type(module).__module__.startswith("torch.nn."):
         return Left(_stack(module, parameter), loud=True)
     return None
+
+
+def _candidate(module: nn.Module, name: str) -> Candidate:
+    """Return what could be quantized that has this parameter: a stack of experts, otherwise the module."""
+    return next((stack for stack in stacks_of(module) if stack.name == name), module)
 
 
 def _stack(module: nn.Module, parameter: Tensor) -> str:

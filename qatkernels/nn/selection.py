@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -11,14 +11,17 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from .bypassed import bypassed
 from .config import QuantConfig
+from .experts import Stack, stacks_of
 from .packed_linear import Packed
 from .quant_conv1d import is_conv1d
 from .quant_linear import why_not
 from .quantized import OFFLOADED, Quantized, is_offloaded
 
-#: Patterns of layers that stay in full precision by default: output layers and task heads, as in the papers, and
-#: adapters. Output layers that :func:`heads` recognizes, and PEFT's adapters (:func:`adapters`), need no pattern.
+#: Patterns of layers that stay in full precision by default: output layers and task heads, as in the papers, adapters,
+#: and the routers of experts. Output layers that :func:`heads` recognizes, and PEFT's adapters (:func:`adapters`), need
+#: no pattern.
 EXCLUDE = (
     "*embed*",
     "lm_head",
@@ -39,10 +42,15 @@ EXCLUDE = (
     "pooler",
     "pooler.dense",
     "*lora_*",
+    "router",
+    "router.*",
+    "shared_expert_gate",
 )
 ATTENTION = "belongs to nn.MultiheadAttention, which calls no layer (its in_proj_weight is not quantized either)"
 #: Parts of a name that wrappers add: those of PEFT and of torch.compile.
 _WRAPPED = {"base_layer", "original_module", "_orig_mod"}
+#: What could be quantized: a layer, or the stacked weights of experts.
+Candidate = nn.Module | Stack
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,13 @@ class Rules:
         ValueError: if an argument is not what :func:`qatkernels.quantize_model` takes.
     """
 
-    def __init__(self, config: object, include: str | Iterable[str] | None, exclude: str | Iterable[str]) -> None:
+    def __init__(
+        self, config: object, include: str | Iterable[str] | None, exclude: str | Iterable[str],
+        filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    ) -> None:  # fmt: skip
+        if filter_fn is not None and not callable(filter_fn):
+            raise ValueError(f"filter_fn is {filter_fn!r}, must be a function of a module and its name, or None")
+        self.filter_fn = filter_fn
         self.configs = _configs(config)
         self.include = None if include is None else _patterns("include", include)
         self.exclude, self.default = _patterns("exclude", exclude), exclude is EXCLUDE
@@ -135,33 +149,53 @@ def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
-def is_candidate(module: nn.Module) -> bool:
-    """Whether a module is a layer that could be quantized, or is quantized already."""
+def is_candidate(module: Candidate) -> bool:
+    """Whether something is a layer, or a stack of experts, that could be quantized or is quantized already."""
+    if isinstance(module, Stack):
+        return True
     return (isinstance(module, nn.Linear | Quantized) and not isinstance(module, Packed)) or is_conv1d(module)
 
 
-def choose(model: nn.Module, rules: Rules, requantize: bool = False) -> dict[nn.Module, QuantConfig | Left]:
+def candidates(model: nn.Module) -> dict[Candidate, list[str]]:
+    """Return every name of each layer and each stack that could be quantized, or is quantized already."""
+    found: dict[Candidate, list[str]] = {}
+    for module, names in names_of(model).items():
+        if is_candidate(module):
+            found[module] = names
+        for stack in stacks_of(module):
+            found[stack] = [f"{name}.{stack.name}".lstrip(".") for name in names]
+    return found
+
+
+def choose(model: nn.Module, rules: Rules, requantize: bool = False) -> dict[Candidate, QuantConfig | Left]:
     """Decide about every candidate of a model.
 
     Raises:
         ValueError: if a layer has another configuration already and ``requantize`` is False.
     """
-    names, kept = names_of(model), {**heads(model)}
+    names, kept, read = candidates(model), heads(model), bypassed(model)
     never = adapters(model)
-    chosen: dict[nn.Module, QuantConfig | Left] = {}
-    for layer in filter(is_candidate, names):
+    chosen: dict[Candidate, QuantConfig | Left] = {}
+    for layer in names:
         found = rules.wanted(names[layer])
         if isinstance(found, QuantConfig):
-            if layer in never:
+            owner = layer.module if isinstance(layer, Stack) else layer
+            if rules.filter_fn is not None and not rules.filter_fn(owner, names[layer][0]):
+                found = Left("is left out by filter_fn", asked=True)
+            elif isinstance(layer, Stack):
+                found = found if (reason := layer.why_not()) is None else Left(reason, loud=True)
+            elif layer in never:
                 found = Left(never[layer])
             elif layer in kept and not rules.insists(names[layer]):
                 found = Left(f"{kept[layer]}: name it in include, or give exclude=(), to quantize it all the same")
+            elif layer in read:
+                found = Left(read[layer])
             elif isinstance(layer, Quantized):
                 _check_again(names[layer][0], layer, found, requantize)
             elif reason := _unable(layer):
                 found = Left(reason, loud=True)
         chosen[layer] = found
-    _keep_shared(model, names, chosen)
+    _keep_shared(model, names_of(model), chosen)
     return chosen
 
 
@@ -194,17 +228,22 @@ def _unable(layer: nn.Module) -> str | None:
 
 
 def _keep_shared(
-    model: nn.Module, names: Mapping[nn.Module, list[str]], chosen: dict[nn.Module, QuantConfig | Left]
+    model: nn.Module, names: Mapping[nn.Module, list[str]], chosen: dict[Candidate, QuantConfig | Left]
 ) -> None:
-    """Skip a Conv1D whose weight another module uses, because transposing it would change the other's output."""
+    """Skip a Conv1D or a stack whose weight another module uses: transposing it would change the other's output."""
     holders: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), []).append(module)
-    for layer in [m for m, found in chosen.items() if is_conv1d(m) and isinstance(found, QuantConfig)]:
-        weight = layer._parameters.get("weight")
-        for other in () if weight is None else holders[id(weight)]:
-            if not (is_conv1d(other) and isinstance(chosen[other], QuantConfig)):
+    for layer in [layer for layer, found in chosen.items() if isinstance(found, QuantConfig)]:
+        if isinstance(layer, Stack):
+            others = [m for m in holders[id(layer.weight)] if m is not layer.module]
+        elif is_conv1d(layer) and (weight := layer._parameters.get("weight")) is not None:
+            others = holders[id(weight)]
+        else:
+            continue
+        for other in others:
+            if isinstance(layer, Stack) or not (is_conv1d(other) and isinstance(chosen[other], QuantConfig)):
                 chosen[layer] = Left(f"shares its weight with {names[other][0]}, which stays as it is", loud=True)
 
 
@@ -252,7 +291,7 @@ def adapters(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
-def check_uncompiled(model: nn.Module, chosen: Mapping[nn.Module, QuantConfig | Left]) -> None:
+def check_uncompiled(model: nn.Module, chosen: Mapping[Candidate, QuantConfig | Left]) -> None:
     """Refuse single layers wrapped by `torch.compile`, because the wrapper keeps calling the old layer.
 
     A compiled model looks up its layers at every call, and is recompiled.
@@ -265,8 +304,9 @@ def check_uncompiled(model: nn.Module, chosen: Mapping[nn.Module, QuantConfig | 
         return
     for name, module in model.named_modules():
         if isinstance(module, frame.OptimizedModule):
-            found = chosen.get(module._orig_mod)
-            if isinstance(found, QuantConfig) and not isinstance(module._orig_mod, Quantized):
+            inside: list[Candidate] = [module._orig_mod, *stacks_of(module._orig_mod)]
+            wanted = any(isinstance(chosen.get(layer), QuantConfig) for layer in inside)
+            if wanted and not isinstance(module._orig_mod, Quantized):
                 raise ValueError(
                     f"{name or 'the model'} cannot be quantized: it has been compiled (torch.compile), which would "
                     "bypass quantization: quantize before compiling"

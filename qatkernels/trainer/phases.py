@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from ..methods.schedules import classic, cosine, fused, split, wsd
 from ..nn import QuantConfig
@@ -103,8 +104,8 @@ def quantized_parameters(config: TrainConfig) -> int:
     with torch.device("meta"):
         model = models.build(config.described)
     chosen = choose(model, Rules(QuantConfig(), None, models.excluded(model)))
-    weights = {layer._parameters["weight"] for layer, choice in chosen.items() if isinstance(choice, QuantConfig)}
-    return sum(weight.numel() for weight in weights if weight is not None)
+    weights = {layer.weight for layer, choice in chosen.items() if isinstance(choice, QuantConfig)}
+    return sum(weight.numel() for weight in weights if isinstance(weight, Tensor))
 
 
 def own_decay(config: TrainConfig, steps: int) -> Callable[[int], float]:

@@ -155,6 +155,15 @@ def test_gpt2(tmp_path, packed):
     assert_same_bits(logits(load(tmp_path / "saved")), logits(model))
 
 
+def test_gpt2_from_files_of_its_base_model(tmp_path):
+    """As on the hub: names have no prefix, h.0.attn.c_attn, and weights are transposed all the same."""
+    save_plain(tmp_path / "plain", "gpt2")
+    plain = load(tmp_path / "plain")
+    plain.transformer.save_pretrained(tmp_path / "base")
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base", quantization_config=QatConfig(bits=4))
+    assert_same_bits(logits(model.eval()), logits(qk.quantize_model(plain, qk.QuantConfig(4))))
+
+
 def test_generate(plain, tmp_path):
     model = qk.pack_model(step(load(plain, quantization_config=QatConfig(bits=2))))
     model.save_pretrained(tmp_path / "saved")

@@ -243,6 +243,35 @@ REFUSED = {
 }
 
 
+class TestFilter:
+    """A function of the module and its name, as torchao has it."""
+
+    def test_decides_among_what_the_patterns_select(self):
+        model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 4), "lm_head": nn.Linear(8, 8)})
+        asked = []
+
+        def wide(module, name):
+            asked.append((module, name))
+            return module.out_features == 8
+
+        linears = dict(model)
+        quantize_model(model, QuantConfig(4), filter_fn=wide)
+        assert list(quantized_modules(model)) == ["a"]
+        assert asked == [(linears["a"], "a"), (linears["b"], "b")]
+
+    def test_what_it_leaves_is_not_warned_of(self, recwarn):
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(8, 8))
+        quantize_model(model, QuantConfig(4), filter_fn=lambda module, name: name == "1")
+        assert not recwarn.list
+
+    def test_is_a_function_that_selects_something(self):
+        model = nn.Sequential(nn.Linear(8, 8))
+        with pytest.raises(ValueError, match="nothing can be quantized: 0 is left out by filter_fn"):
+            quantize_model(model, QuantConfig(4), filter_fn=lambda module, name: False)
+        with pytest.raises(ValueError, match="filter_fn is 'a', must be a function of a module and its name"):
+            quantize_model(model, QuantConfig(4), filter_fn="a")
+
+
 class TestRefusals:
     @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
     @pytest.mark.parametrize("name", REFUSED)
@@ -306,19 +335,19 @@ class TestRefusals:
             def __init__(self):
                 super().__init__()
                 self.up = nn.Parameter(torch.zeros(4, 8, 8))
-                self.router = nn.Linear(8, 4)
+                self.proj = nn.Linear(8, 4)
 
         with pytest.warns(UserWarning, match=r"moe.up: has shape \(4, 8, 8\): stacked experts\?"):
             quantize_model(nn.ModuleDict({"moe": Experts()}), QuantConfig(2))
         model = nn.ModuleDict({"moe": Experts(), "head": nn.Linear(8, 8)})
         with pytest.warns(UserWarning, match=r"moe.up: has shape .* GroupedQuantLinear.from_stacked"):
             quantize_model(model, QuantConfig(2), include="moe*")
-        assert list(quantized_modules(model)) == ["moe.router"]
+        assert list(quantized_modules(model)) == ["moe.proj"]
         for pattern in ("moe", "*.up"):  # of which only the experts are one
             with pytest.raises(ValueError, match=r"no nn.Linear matches .*; moe.up has shape \(4, 8, 8\)"):
                 quantize_model(model, QuantConfig(2), include=["head", pattern])
         alone = Experts()
-        del alone.router
+        del alone.proj
         with pytest.raises(ValueError, match=r"the model has no nn.Linear .*; up has shape"):
             quantize_model(alone, QuantConfig(2))
 

@@ -282,30 +282,22 @@ class TestStacks:
         with pytest.raises(ValueError, match=r"bias has shape \(2, 12\), must be \(2, 16\)"):
             GroupedQuantLinear.from_stacked(weight, bias, config=QuantConfig(8))
 
-    def test_gpt_oss(self):
+    def test_llama4(self):
+        """Whose experts transformers does not look up in its registry."""
         transformers = pytest.importorskip("transformers")
-        config = transformers.GptOssConfig(
-            vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+        config = transformers.Llama4TextConfig(
+            vocab_size=96, hidden_size=64, intermediate_size=64, intermediate_size_mlp=64, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=4, pad_token_id=0,
         )  # fmt: skip
-        model = transformers.GptOssForCausalLM(config)
+        model = transformers.Llama4ForCausalLM(config)
         with pytest.warns(UserWarning, match=r"experts.down_proj: .* kept as \[E, K, N\].*transposed=True"):
             quantize_model(model, QuantConfig(4))
-        experts = model.model.layers[0].mlp.experts
+        experts = model.model.layers[0].feed_forward.experts
         nn.init.normal_(experts.down_proj)
         layer = GroupedQuantLinear.from_stacked(experts.down_proj, config=QuantConfig(8), transposed=True)
         x, offsets = torch.randn(8, 64), torch.tensor([2, 4, 6, 8], dtype=torch.int32)
         expected = torch.cat([x[2 * i : 2 * i + 2] @ experts.down_proj[i] for i in range(4)])
         torch.testing.assert_close(layer(x, offsets), expected, rtol=0.05, atol=0.5)
-
-    def test_mixtral(self):
-        transformers = pytest.importorskip("transformers")
-        config = transformers.MixtralConfig(
-            vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-            num_key_value_heads=2, num_local_experts=4,
-        )  # fmt: skip
-        with pytest.warns(UserWarning, match=r"experts.down_proj: .* kept as \[E, N, K\].*transposed=False"):
-            quantize_model(transformers.MixtralForCausalLM(config), QuantConfig(4))
 
 
 class TestReport:
