@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,13 @@ class Source:
     untied: list[str]
 
     @classmethod
-    def of(cls, model: nn.Module, what: str) -> Source:
+    def of(cls, model: nn.Module, what: str, takes_input: Callable[[object], bool] = lambda act: False) -> Source:
         """Take a model apart.
 
         Args:
             model: a quantized or packed model.
             what: the format, for messages.
+            takes_input: whether the format holds a quantizer of a layer's input.
 
         Raises:
             ValueError: if the model is not of transformers, or has no quantized layer.
@@ -76,7 +77,8 @@ class Source:
                     f"{name} is a {type(layer).__name__}, and transformers builds {found} of that name: {what} "
                     "quantizes nn.Linear only. Exclude it from quantize_model"
                 )
-            if layer.act is not None or getattr(layer, "act_bits", None) is not None:
+            quantizes = layer.act is not None or getattr(layer, "act_bits", None) is not None
+            if quantizes and not takes_input(layer.act):
                 raise UnfitError(f"{name} quantizes its input: {_ACTIVATIONS[what]}")
         linears = [name for name, m in built.items() if isinstance(m, nn.Linear) and name not in layers]
         untied = [name for name in _tied(model, config) if name in layers]
@@ -140,6 +142,9 @@ _ACTIVATIONS = {
         "scale), so that the results would differ. Train without act_bits, or export to another format"
     ),
     "MLX": "MLX has no field for that. Train without act_bits",
+    "gemma": (
+        'the format holds one scale of int8 inputs: QuantConfig(act_bits=8, act_scheme="lsq"). Or train without act_bits'
+    ),
 }
 
 
