@@ -143,7 +143,7 @@ _ACTIVATIONS = {
     ),
     "MLX": "MLX has no field for that. Train without act_bits",
     "gemma": (
-        'the format holds one scale of int8 inputs: QuantConfig(act_bits=8, act_scheme="lsq"). Or train without act_bits'
+        'the format holds one scale of int8 inputs, QuantConfig(act_bits=8, act_scheme="lsq"); or train without act_bits'
     ),
 }
 
