@@ -30,7 +30,7 @@ class ExportConfig:
     out: str = option(MISSING, "file or folder to write", metavar="OUT", positional=True)
     to: str = option(
         "gguf",
-        "gguf (for llama.cpp), compressed-tensors (for vLLM and transformers), mlx, onnx or gemma",
+        "gguf (for llama.cpp), compressed-tensors (for vLLM and transformers), mlx, onnx, gemma or torchao",
         metavar="FORMAT",
     )
     tokenizer: str | None = option(

@@ -104,8 +104,9 @@ class Source:
         ]
 
     def write(
-        self, path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], kind: str, tokenizer: Any
-    ) -> int:
+        self, path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], kind: str, tokenizer: Any,
+        metadata: Mapping[str, str] | None = None,
+    ) -> int:  # fmt: skip
         """Write a folder.
 
         Args:
@@ -114,6 +115,7 @@ class Source:
             settings: fields to add to ``config.json``.
             kind: ``"pt"`` or ``"mlx"``, the framework that a file of safetensors names.
             tokenizer: a tokenizer of transformers, or None.
+            metadata: more of it for the file of safetensors.
 
         Returns:
             Bytes written.
@@ -125,7 +127,7 @@ class Source:
 
         every = {name: t.detach().cpu().contiguous() for name, t in {**self.others, **tensors}.items()}
         with new_folder(path) as folder:
-            save_file(every, folder / "model.safetensors", {"format": kind})
+            save_file(every, folder / "model.safetensors", {"format": kind, **(metadata or {})})
             config = json.loads(self.config.to_json_string(use_diff=True)) | dict(settings)
             (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             if (generation := getattr(self.model, "generation_config", None)) is not None:
@@ -142,8 +144,10 @@ _ACTIVATIONS = {
         "scale), so that the results would differ. Train without act_bits, or export to another format"
     ),
     "MLX": "MLX has no field for that. Train without act_bits",
+    "torchao": "export to torchao takes weights alone. Train without act_bits",
     "gemma": (
-        'the format holds one scale of int8 inputs, QuantConfig(act_bits=8, act_scheme="lsq"); or train without act_bits'
+        "the format holds one learned scale of int8 inputs, QuantConfig(act_bits=8, act_scheme='lsq'); or train "
+        "without act_bits"
     ),
 }
 
