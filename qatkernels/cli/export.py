@@ -52,11 +52,13 @@ def run(args: argparse.Namespace) -> Answer | int:
     """Export a model, and return how its layers are stored."""
     from ..files import CheckpointError
     from ..formats._export import takes, writer
-    from ..trainer.generate import open_model
+    from ..trainer.generate import check_not_a_source, open_model
 
     try:
         config = from_arguments(args, ExportConfig)
-        source = Path(config.model)
+        source, out = Path(config.model), Path(config.out)
+        for read in (source, *([Path(config.tokenizer)] if config.tokenizer else ())):
+            check_not_a_source(read, out)
         options: dict[str, Any] = {"convert": True} if config.convert else {}
         wanted = config.tokenizer is not None or takes(config.to, "tokenizer")
         if wanted and (tokenizer := _tokenizer(source, config.tokenizer)) is not None:
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> Answer | int:
         model, described = open_model(source)
         if takes(config.to, "config"):
             options["config"] = {"model": described}  # from which `generate` builds the model
-        report = write(model.eval(), Path(config.out), **options)
+        report = write(model.eval(), out, **options)
     except (CheckpointError, ValueError, OSError) as error:
         return fail(error)
     return Answer(report.to_dict(), lambda: print(report))

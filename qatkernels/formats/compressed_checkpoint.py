@@ -61,6 +61,8 @@ def load_compressed_tensors(folder: str | Path) -> nn.Module:
         raise CheckpointError(
             f"{folder} has the quantization {settings.get('quant_method')!r}, must be 'compressed-tensors'"
         )
+    if (settings.get("transform_config") or {}).get("config_groups"):
+        raise UnfitError(f"{folder} has a transform_config (rotations of weights and activations), which is not read")
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with open_tensors(file) as content:
@@ -77,13 +79,18 @@ def load_compressed_tensors(folder: str | Path) -> nn.Module:
     config.__dict__.pop("quantization_config", None)
     config.dtype = torch.float32
     model: Any = getattr(transformers, architecture)(config).eval()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if shared := [name for name in names if f"{name}.weight" in tied]:
+        raise CheckpointError(
+            f"{folder} quantizes {shared[0]}, which its config.json ties to the embedding: set tie_word_embeddings "
+            "to false there if the layer has weights of its own"
+        )
     layers = {name: _Layer.of(name, tensors, model, settings) for name in names}
     follow(model, [{"config": layer.config.to_dict(), "packed": None, "layers": [n]} for n, layer in layers.items()])
     state = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     for name, layer in layers.items():
         layer.move(state, name, quantized_modules(model)[name])
     absent, left_over = model.load_state_dict(state, strict=False)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     if absent := sorted(name for name in absent if name not in tied and not name.endswith("._extra_state")):
         raise CheckpointError(f"{folder} has no {absent[0]} ({len(absent)} tensors are missing)")
     if left_over:
@@ -143,9 +150,12 @@ class _Layer:
         config = QuantConfig(bits, scheme, group, per_tensor=scale.numel() == 1)
         codes = _unpacked(packed, cols, bits) - (1 << bits - 1 if symmetric else 0)
         scale = scale.float().reshape(1, 1) if scale.numel() == 1 else scale.float().reshape(rows, -1)
-        zero_point = None
+        zero_point, stored = None, tensors.get(f"{name}.{ZERO}")
+        if symmetric and stored is not None and bool(stored.any()):
+            raise CheckpointError(f"{name} has {ZERO}, and its group of config_groups says that it is symmetric")
         if not symmetric:
-            stored = tensors[f"{name}.{ZERO}"]
+            if stored is None:
+                raise CheckpointError(f"{name} has no {ZERO}, and its group of config_groups is not symmetric")
             zero_point = _unpacked(stored.T.contiguous(), rows, bits).T.float().reshape(scale.shape)
         layer = cls(config, codes, scale, zero_point)
         too_small = (scale < MIN_SCALE).reshape(-1)
@@ -172,7 +182,10 @@ def _unpacked(words: Tensor, cols: int, bits: int) -> Tensor:
 
 
 def _arguments(name: str, model: nn.Module, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what the configuration says of the weights of a layer, by the first group that names it.
+    """Return what the configuration says of the weights of a layer.
+
+    Of several groups with a target that fits, compressed-tensors takes the one that says the name, then one with a
+    pattern of it, then one with its class.
 
     Raises:
         UnfitError: if no group names it, or the group quantizes activations.
@@ -182,16 +195,23 @@ def _arguments(name: str, model: nn.Module, settings: Mapping[str, Any]) -> Mapp
         found = type(modules[name]).__name__ if name in modules else "nothing"
         raise UnfitError(f"{name} is quantized, and the model has {found} of that name, must be nn.Linear")
     classes = {cls.__name__ for cls in type(modules[name]).__mro__}
+    fitting: list[tuple[int, Mapping[str, Any]]] = []
     for group in settings.get("config_groups", {}).values():
         for target in group.get("targets", ()):
-            pattern = target.removeprefix("re:") if target.startswith("re:") else None
-            if target == name or target in classes or (pattern is not None and re.match(pattern, name)):
-                if group.get("input_activations"):
-                    raise UnfitError(
-                        f"{name} quantizes its input ({group['input_activations'].get('num_bits')} bits) as "
-                        "compressed-tensors does, which divides by 127.5 where this library divides by 127: load a "
-                        "checkpoint with weights alone (W4A16)"
-                    )
-                weights: Mapping[str, Any] = group.get("weights") or {}
-                return weights
-    raise UnfitError(f"{name} is quantized, and no group of config_groups names it")
+            if target == name:
+                fitting.append((0, group))
+            elif target.startswith("re:") and re.match(target.removeprefix("re:"), name):
+                fitting.append((1, group))
+            elif target in classes:
+                fitting.append((2, group))
+    if not fitting:
+        raise UnfitError(f"{name} is quantized, and no group of config_groups names it")
+    group = min(fitting, key=lambda found: found[0])[1]
+    if group.get("input_activations"):
+        raise UnfitError(
+            f"{name} quantizes its input ({group['input_activations'].get('num_bits')} bits) as compressed-tensors "
+            "does, which divides by 127.5 where this library divides by 127: load a checkpoint with weights alone "
+            "(W4A16)"
+        )
+    weights: Mapping[str, Any] = group.get("weights") or {}
+    return weights

@@ -185,8 +185,13 @@ class QATTrainer(Trainer):
         batch = dict(inputs)
         labels = batch.pop("labels", None)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        config = getattr(self.teacher, "config", None)
         with torch.no_grad():
-            target = self.teacher(**batch)
+            if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in batch:
+                # Encoder-decoder models make the inputs of their decoder from the labels.
+                target = _without_loss(self.teacher(**batch, labels=labels))
+            else:
+                target = self.teacher(**batch)
         logits = [out["logits"] if isinstance(out, dict) else out[0] for out in (_without_loss(outputs), target)]
         if labels is not None and labels.shape == logits[0].shape[:-1]:  # a label for each token
             if self._predicts_next(model):

@@ -43,7 +43,7 @@ def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float = 1.0)
         temperature: T.
 
     Returns:
-        A float32 scalar, differentiable in ``logits``.
+        A float32 scalar, differentiable in ``logits``; 0 if there are no predictions.
 
     Raises:
         ValueError: if the shapes differ, or the temperature is not positive.
@@ -56,4 +56,4 @@ def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float = 1.0)
     ours = F.log_softmax(logits.float().reshape(-1, classes) / temperature, -1)
     with torch.no_grad():
         theirs = F.log_softmax(teacher.float().reshape(-1, classes) / temperature, -1)
-    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
+    return F.kl_div(ours, theirs, reduction="sum", log_target=True) / max(len(ours), 1) * temperature**2

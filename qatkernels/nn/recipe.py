@@ -60,6 +60,8 @@ def describe(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_diff_dict") and hasattr(model, "save_pretrained"):
         save_as_layers(model)
+        if isinstance(model.get_output_embeddings(), Packed):  # type: ignore[operator]
+            config.tie_word_embeddings = False  # packed codes are the head's own
         config.quantization_config = SavedQuantization(quant_method=METHOD, recipe=recipe_of(model))
 
 

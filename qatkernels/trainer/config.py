@@ -238,9 +238,10 @@ class TrainConfig(Settings):
         try:
             vocab, longest = models.limits(self.described)
             random_weights = not models.weight_files(self.model)
+            tokenizer = models.tokenizer(self.model)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        if vocab < 256 and models.tokenizer(self.model) is None:
+        if vocab < 256 and tokenizer is None:
             raise ConfigError(
                 f"--model is {self.model}, whose vocabulary of {vocab} tokens is too small to read bytes: give it a "
                 "tokenizer.json"

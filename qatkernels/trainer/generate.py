@@ -149,6 +149,21 @@ def show_text(
     return count
 
 
+def check_not_a_source(path: Path, out: Path) -> None:
+    """Raise CheckpointError if writing a file would replace a file of the model that it is made of.
+
+    Args:
+        path: the model, a file or a folder.
+        out: the file to write.
+    """
+    if not out.exists():
+        return
+    names = ("config.json", models.MARKER, *hf_folder.COPIED)
+    sources = [path, *(path / name for name in names), *path.glob("model*.safetensors*")]
+    if any(source.is_file() and out.samefile(source) for source in sources):
+        raise CheckpointError(f"{out} is a file of the model in {path}, give another file to write to")
+
+
 def pack(folder: Path, out: Path, scale_dtype: torch.dtype = torch.float32) -> dict[str, int]:
     """Pack a trained model into a file, or into a folder of transformers.
 
@@ -164,9 +179,7 @@ def pack(folder: Path, out: Path, scale_dtype: torch.dtype = torch.float32) -> d
         CheckpointError: if the model cannot be read or was trained in full precision, or ``out`` cannot be written or
             is one of the files of the model.
     """
-    for source in ("model.safetensors", "config.json", models.MARKER):
-        if out.exists() and (folder / source).exists() and out.samefile(folder / source):
-            raise CheckpointError(f"{out} is a file of the model in {folder}, give another file to write to")
+    check_not_a_source(folder, out)
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file, give the folder of a trained model")
     model, described = open_model(folder)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..files import CheckpointError, DamagedError, header, load, open_tensors, read_json
 from ..nn import QuantConfig, quantize_model
+from ..nn.experts import Stack, stacks_of
+from ..nn.quant_conv1d import is_conv1d
 from ..nn.recipe import METHOD
 from .demo_model import ModelConfig, Transformer
 
@@ -168,7 +170,7 @@ def _saved_by_transformers(folder: Path) -> dict[str, Any] | None:
 
 
 def _master_weights(tensors: dict[str, Tensor], about: dict[str, Any], file: Path) -> dict[str, Tensor]:
-    """Return the tensors without those that quantization added to linear layers.
+    """Return the tensors without those that quantization added to layers; stacks of experts are no layers any more.
 
     A tensor was added if the full-precision model does not have it. Names alone do not tell, because a model may have
     parameters of its own that are called ``scale``.
@@ -181,8 +183,24 @@ def _master_weights(tensors: dict[str, Tensor], about: dict[str, Any], file: Pat
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} is {_NOT_OURS} ({error})") from error
     full_precision, exclude = model.state_dict().keys(), set(about.get("exclude", ()))
-    layers = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in exclude}
+    layers = {
+        name for name, m in model.named_modules()
+        if (isinstance(m, nn.Linear) or is_conv1d(m)) and name not in exclude
+    }  # fmt: skip
+    stacks = {f"{prefix}.{stack.name}": stack for prefix, m in model.named_modules() for stack in stacks_of(m)}
+    tensors, layers = _as_stacks(tensors, stacks), layers | stacks.keys()
     return {name: t for name, t in tensors.items() if name in full_precision or not _is_inside(name, layers)}
+
+
+def _as_stacks(tensors: dict[str, Tensor], stacks: dict[str, Stack]) -> dict[str, Tensor]:
+    """Return tensors with the weights and biases of layers that took the place of stacks as those of the stacks."""
+    tensors = dict(tensors)
+    for name, stack in stacks.items():
+        if (weight := tensors.pop(f"{name}.weight", None)) is not None:
+            tensors[name] = weight.mT.contiguous() if stack.transposed else weight
+        if (bias := tensors.pop(f"{name}.bias", None)) is not None:
+            tensors[f"{name}_bias"] = bias
+    return tensors
 
 
 def _is_inside(name: str, modules: set[str]) -> bool:
@@ -276,9 +294,20 @@ def limits(described: dict[str, Any]) -> tuple[int, int | None]:
 
 
 def tokenizer(model: str) -> Path | None:
-    """Return the ``tokenizer.json`` in the folder of a model of transformers, or None: tokens are then bytes."""
-    file = Path(model) / "tokenizer.json"
-    return file if model != DEMO and file.is_file() else None
+    """Return the ``tokenizer.json`` in the folder of a model of transformers, or None: tokens are then bytes.
+
+    Raises:
+        ValueError: if the folder has a tokenizer in other files alone.
+    """
+    folder = Path(model)
+    if model == DEMO or (folder / "tokenizer.json").is_file():
+        return None if model == DEMO else folder / "tokenizer.json"
+    if other := [name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()]:
+        raise ValueError(
+            f"--model is {model}, whose tokenizer is in {other[0]}, must be in tokenizer.json: write it with "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    return None
 
 
 def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -97,6 +97,34 @@ def test_groups_by_pattern_and_class(tmp_path):
         assert_same_bits(logits(load_compressed_tensors(tmp_path / "out")), logits(model))
 
 
+def test_the_most_specific_group_counts(tmp_path):
+    """By name, then by pattern, then by class, as compressed-tensors chooses, and not the first one."""
+    model = build("llama", {"*q_proj": qk.QuantConfig(8, "lsq", 32), "*": qk.QuantConfig(4, "lsq", 32)})
+    export(model, tmp_path / "out", to="compressed-tensors")
+    groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
+    four, eight = sorted(groups.values(), key=lambda group: group["weights"]["num_bits"])
+    names = eight["targets"]
+    for specific, general in ((names, r"re:.*"), (names, "Linear"), ([r"re:.*q_proj"], "Linear")):
+        found = {"first": four | {"targets": [general]}, "second": eight | {"targets": specific}}
+        edit(tmp_path / "out", lambda q, found=found: q.update(config_groups=found))
+        assert_same_bits(logits(load_compressed_tensors(tmp_path / "out")), logits(model))
+
+
+def test_a_quantized_head_that_the_file_ties(tmp_path):
+    """Tying would put the embedding in its place."""
+    export(build("llama", qk.QuantConfig(4, "lsq", 32)), tmp_path / "out", to="compressed-tensors")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    assert "lm_head.weight" in tensors
+    for part in ("weight_packed", "weight_scale", "weight_shape"):
+        tensors[f"lm_head.{part}"] = tensors[f"{Q}.{part}"].clone()
+    save_file(tensors, file, {"format": "pt"})
+    described = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(described | {"tie_word_embeddings": True}))
+    with pytest.raises(CheckpointError, match=r"quantizes lm_head, which its config\.json ties to the embedding"):
+        load_compressed_tensors(tmp_path / "out")
+
+
 Q = "model.layers.0.self_attn.q_proj"
 REFUSED = {
     "activations": (
@@ -118,6 +146,18 @@ REFUSED = {
     "a norm missing": (None, lambda t: t.pop("model.norm.weight"), CheckpointError, "has no model.norm.weight"),
     "too much": (None, lambda t: t.update(more=torch.ones(1)), CheckpointError, "has more, which LlamaForCausalLM"),
     "tiny scales": (None, lambda t: t[f"{Q}.weight_scale"].mul_(1e-9), UnfitError, "scales below 1e-05"),
+    "no zero points": (
+        lambda q: q["config_groups"]["group_0"]["weights"].update(symmetric=False), None, CheckpointError,
+        "has no weight_zero_point",
+    ),
+    "zero points": (
+        None, lambda t: t.update({f"{Q}.weight_zero_point": torch.ones(8, 2, dtype=torch.int32)}), CheckpointError,
+        "has weight_zero_point, and its group of config_groups says that it is symmetric",
+    ),
+    "rotations": (
+        lambda q: q.update(transform_config={"config_groups": {"R1": {"type": "hadamard"}}}), None, UnfitError,
+        "has a transform_config",
+    ),
     "another method": (lambda q: q.update(quant_method="gptq"), None, CheckpointError, "has the quantization 'gptq'"),
 }  # fmt: skip
 

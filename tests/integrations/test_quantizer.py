@@ -230,3 +230,20 @@ def test_without_the_import_transformers_warns_by_name(plain, tmp_path):
     done = subprocess.run([sys.executable, "-c", fixed, tmp_path / "saved"], capture_output=True, text=True, check=True)
     assert "Unknown quantization" not in done.stderr
     assert "MISSING" not in done.stderr
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["trained", "packed"])
+def test_a_quantized_head_that_is_tied(tmp_path, packed):
+    """Packed codes are the head's own; the folder says that the model ties nothing."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = qk.quantize_model(transformers.LlamaForCausalLM(config).eval(), qk.QuantConfig(4), exclude=())
+    if packed:
+        qk.pack_model(model)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    assert_same_bits(logits(loaded), logits(model))
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is not packed

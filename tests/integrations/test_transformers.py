@@ -400,3 +400,34 @@ def test_distillation_of_a_classifier(tmp_path):
 def test_a_share_that_is_none(tmp_path):
     with pytest.raises(ValueError, match=r"distill is 1\.5, must be"):
         QATTrainer(model=make_model(), args=arguments(tmp_path), teacher=make_model(8), distill=1.5)
+
+
+def test_micro_batches_without_labels(tmp_path):
+    """Such as prompts that were cut off: they add nothing to the loss."""
+    rows = [
+        {**row, "labels": torch.full_like(row["labels"], -100)} if i % 2 else row for i, row in enumerate(dataset())
+    ]
+    losses = []
+    for size in (8, 1):
+        extra = {"teacher": make_model(8), "distill": 0.5}
+        split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "max_steps": 1}
+        trainer = QATTrainer(model=make_model(), args=arguments(tmp_path, **split), train_dataset=rows, **extra)
+        losses.append(trainer.train().training_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_distillation_of_an_encoder_and_a_decoder(tmp_path):
+    """The model and the teacher make the inputs of their decoders from the labels."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0, dropout_rate=0
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    teacher = copy.deepcopy(model)
+    quantize_model(model, QuantConfig(2), warn_below=0)
+    batch = {key: torch.stack([row[key] for row in dataset()]) for key in ("input_ids", "labels")}
+    with torch.no_grad():
+        wanted = distillation_loss(model(**batch).logits, teacher(**batch).logits)
+    extra = {"teacher": teacher, "distill": 1.0, "train_dataset": dataset()}
+    trainer = QATTrainer(model=model, args=arguments(tmp_path, max_steps=1), **extra)
+    assert trainer.train().training_loss == pytest.approx(float(wanted), rel=1e-4)

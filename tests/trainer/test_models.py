@@ -139,6 +139,39 @@ def test_training_continues_from_what_save_pretrained_wrote(
         run(tiny_hf, model=str(tmp_path / "packed"), steps=0, out=str(tmp_path / "other"))
 
 
+SMALL = {"vocab_size": 256, "num_attention_heads": 2}
+OTHERS = {
+    "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32},
+    "gpt_oss": {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "num_key_value_heads": 2, "head_dim": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_master_weights_of_layers_that_are_not_linear(tmp_path: Path, family: str) -> None:
+    """GPT-2's Conv1D and stacks of experts lose what quantization added to them, and keep their weights."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **SMALL | OTHERS[family])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    qatkernels.quantize_model(model, qatkernels.QuantConfig(4), warn_below=0).save_pretrained(tmp_path)
+    tensors = models.initial_weights(str(tmp_path))
+    assert tensors is not None
+    assert before.keys() - tensors.keys() <= {"lm_head.weight"}, "a tied head"
+    for name, value in tensors.items():
+        assert_same_bits(value, before[name], name)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json"])
+def test_a_tokenizer_in_another_file(tiny_hf: dict[str, Any], llama: Path, name: str) -> None:
+    """A model must not be trained on bytes because its tokenizer is not read."""
+    (llama / name).write_text("{}")
+    with pytest.raises(ConfigError, match=rf"whose tokenizer is in {name}, must be in tokenizer.json"):
+        run(tiny_hf, model=str(llama))
+
+
 def test_folders_that_cannot_be_read(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights that are missing or pickled are errors: neither random weights nor code from the file."""
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(llama))

@@ -219,8 +219,9 @@ def test_a_model_is_not_packed_onto_itself(run: Path, tmp_path: Path, capsys: py
     (tmp_path / "link").symlink_to(folder / "model.safetensors")
     for out in (folder / "model.safetensors", folder / "phase.json", folder / ".." / "w2" / "model.safetensors",
                 tmp_path / "link"):  # fmt: skip
-        assert cli.main(["pack", str(folder), str(out)]) == 2
-        assert f"{out} is a file of the model in {folder}" in capsys.readouterr().err
+        for command in (["pack"], ["export", "--to", "onnx"]):
+            assert cli.main([*command, str(folder), str(out)]) == 2
+            assert f"{out} is a file of the model in {folder}" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert cli.main(["pack", str(folder), str(folder / "packed.safetensors")]) == 0
 
