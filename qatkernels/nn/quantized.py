@@ -7,7 +7,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from .config import QuantConfig
 from .floor import count_act_at_floor, count_at_floor, floor_message
 from .quantizer import WeightQuantizer, initial_scale
 from .wrapped import check_unwrapped
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _16_BIT = (torch.bfloat16, torch.float16)
 
@@ -89,6 +92,17 @@ class Quantized(Float32Scales):
             "config cannot be assigned, its scales would be those of the old one: call layer.requantize(config), or "
             "quantize_model(model, config, requantize=True) for a whole model"
         )
+
+    @classmethod
+    def _adopt(cls, layer: nn.Module, config: QuantConfig) -> Self:
+        """Return a quantized layer with parameters (``weight`` is ``[N, K]``), hooks and attributes of ``layer``."""
+        module = cls.__new__(cls)
+        module.__dict__.update(layer.__dict__)
+        for registry in ("_parameters", "_buffers", "_modules"):
+            module.__dict__[registry] = dict(layer.__dict__[registry])
+        module.out_features, module.in_features = module.weight.shape
+        module._quantize(config)
+        return module
 
     def _quantize(self, config: QuantConfig) -> None:
         self.act = None

@@ -10,7 +10,8 @@ from ..dtypes import dtype_name
 from .activation import LearnedActivation
 from .config import QuantConfig
 from .experts import placed_in, save_as_layers
-from .packed_linear import Packed, PackedLinear
+from .packed_linear import Packed, PackedEmbedding, PackedLinear
+from .quant_embedding import QuantEmbedding
 from .quant_linear import QuantLinear
 from .quantized import Quantized
 
@@ -41,9 +42,9 @@ def recipe_of(model: nn.Module) -> Recipe:
     groups: dict[tuple[QuantConfig, str | None], list[str]] = {}
     experts = set(placed_in(model).values())
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear) or (isinstance(module, Quantized) and module in experts):
+        if isinstance(module, QuantLinear | QuantEmbedding) or (isinstance(module, Quantized) and module in experts):
             groups.setdefault((module.config, None), []).append(name)
-        elif isinstance(module, PackedLinear) or (isinstance(module, Packed) and module in experts):
+        elif isinstance(module, PackedLinear | PackedEmbedding) or (isinstance(module, Packed) and module in experts):
             scale_dtype = dtype_name(module.weight.scale.dtype)
             groups.setdefault((_config_of(module), scale_dtype), []).append(name)
     return [
