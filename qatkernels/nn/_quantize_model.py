@@ -118,7 +118,7 @@ def quantize_layers(model: nn.Module, wanted: Mapping[Candidate, QuantConfig]) -
     """
     names = {layer: every[0] or "the model" for layer, every in candidates(model).items()}
     replacements = _replacements(names, {m: c for m, c in wanted.items() if not isinstance(m, Quantized)})
-    changed = [m for m, c in wanted.items() if isinstance(m, Quantized) and m.config != c]
+    changed = [m for m, c in wanted.items() if isinstance(m, Quantized) and (m.config != c or m.misfit())]
     for old in changed:
         old._requantize(wanted[old])
     _swap(model, replacements)

@@ -14,6 +14,7 @@ from .quant_embedding import QuantEmbedding
 from .quant_linear import QuantLinear
 from .quantized import OFFLOADED, Quantized, is_offloaded
 from .replaced import forget
+from .ties import forget_ties
 
 
 @torch.no_grad()
@@ -136,5 +137,6 @@ def _forget_quantization(model: nn.Module, untied: bool) -> None:
             (module, "quantization_method"), (module, "is_quantized"), (module, "_weight_conversions"),
         ):  # fmt: skip
             vars(holder).pop(name, None)
+        forget_ties(module)
         if untied:
             config.tie_word_embeddings = False

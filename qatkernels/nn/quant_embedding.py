@@ -98,6 +98,8 @@ class QuantEmbedding(Quantized, nn.Embedding):
         if quantizer.bypassed or quantizer.added is not None or any(quantizer.noise(self.training)):
             return self._rows(input, self._forward_weight(None))
         self.check_scale()
+        if len(self.scale) not in (1, self.num_embeddings):
+            raise RuntimeError(f"the embedding cannot look up rows: {self.misfit()}")
         scale, zero_point = (
             # One number for each row, also where the tensor has a single one: the row of padding_idx adds no gradient.
             None if t is None else self._rows(input, t.view(len(t), -1).expand(self.num_embeddings, -1))

@@ -145,6 +145,7 @@ class Quantized(Float32Scales):
         initial = initial_scale(self.weight, config)
         for name, value in zip(("scale", "zero_point"), initial, strict=True):
             self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=trains))
+        self.out_features, self.in_features = self.weight.shape[-2:]
         if self.act is None or _activation(config) != _activation(self.config):
             self.act = self._activation_quantizer(config)
         self.quantizer.configure(config, self.weight.shape[-2:].numel())
@@ -189,6 +190,18 @@ class Quantized(Float32Scales):
         self.scale.copy_(scale)
         if self.zero_point is not None and zero_point is not None:
             self.zero_point.copy_(zero_point)
+
+    def misfit(self) -> str | None:
+        """Return that there are scales for another number of rows than the weight has, or None.
+
+        transformers' ``resize_token_embeddings`` puts more rows into the same Parameter.
+        """
+        if self.config.per_tensor or self.scale.numel() * (self.group_size or self.in_features) == self.weight.numel():
+            return None
+        return (
+            f"its weight has {len(self.weight)} rows and its scales are for {len(self.scale)} (something resized the "
+            "weight): quantize_model(model, config, embeddings=True) sets scales anew, and so does layer.requantize"
+        )
 
     def _forward_weight(self, dtype: torch.dtype | None) -> Tensor:
         """Return the weight that this forward multiplies with."""

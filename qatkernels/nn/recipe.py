@@ -14,6 +14,7 @@ from .packed_linear import Packed, PackedEmbedding, PackedLinear
 from .quant_embedding import QuantEmbedding
 from .quant_linear import QuantLinear
 from .quantized import Quantized
+from .ties import declare_ties
 
 #: Groups of layers: ``{"config": QuantConfig.to_dict(), "packed": dtype of scales or None, "layers": names}``.
 Recipe = list[dict[str, Any]]
@@ -61,6 +62,7 @@ def describe(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_diff_dict") and hasattr(model, "save_pretrained"):
         save_as_layers(model)
+        declare_ties(model)
         config.quantization_config = SavedQuantization(quant_method=METHOD, recipe=recipe_of(model))
 
 
