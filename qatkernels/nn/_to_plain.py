@@ -137,6 +137,6 @@ def _forget_quantization(model: nn.Module, untied: bool) -> None:
             (module, "quantization_method"), (module, "is_quantized"), (module, "_weight_conversions"),
         ):  # fmt: skip
             vars(holder).pop(name, None)
-        forget_ties(module)
         if untied:
             config.tie_word_embeddings = False
+        forget_ties(module)

@@ -280,11 +280,9 @@ def _tables(
     for layer, every in names.items():
         if not isinstance(layer, nn.Embedding):
             continue
-        config = rules.wanted_embedding(every, layer in of_tokens)
-        wanted = isinstance(config, QuantConfig)
-        if wanted and rules.filter_fn is not None and not rules.filter_fn(layer, every[0]):
-            config = Left("is left out by filter_fn", asked=True)
-        found[layer] = config
+        found[layer] = config = rules.wanted_embedding(every, layer in of_tokens)
+        if isinstance(config, QuantConfig) and rules.filter_fn is not None and not rules.filter_fn(layer, every[0]):
+            found[layer] = config = Left("is left out by filter_fn", asked=True)
         if isinstance(config, QuantConfig) and (isinstance(layer, Quantized) or unlike_embedding(layer) is None):
             shared.setdefault(id(layer._parameters.get("weight")), (every[0], config))
         elif isinstance(layer, Quantized):

@@ -81,7 +81,7 @@ def tie_parameters(model: Any) -> None:
     """
     for target, source in model.all_tied_weights_keys.items():
         owner, _, name = target.rpartition(".")
-        setattr(model.get_submodule(owner), name, model.get_parameter(source))
+        setattr(model.get_submodule(owner), name, model.get_parameter_or_buffer(source))
 
 
 def groups_that_share(model: nn.Module) -> list[list[Any]]:
@@ -101,9 +101,9 @@ def part(group: list[Any]) -> None:
 
 
 def join(group: list[Any]) -> None:
-    """Let the layers of a group share what the first one has."""
+    """Let the layers of a group share what the first one has; one whose weight files have apart keeps its scales."""
     for layer in group[1:]:
         if isinstance(layer, Packed):
             layer._modules["weight"] = group[0].weight
-        else:
+        elif layer.weight is group[0].weight:
             layer.scale, layer.zero_point = group[0].scale, group[0].zero_point

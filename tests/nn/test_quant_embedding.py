@@ -63,6 +63,17 @@ class TestLayer:
         if padding_idx is not None and not config.per_tensor:
             assert not any(g[5].abs().sum() for g in got)
 
+    def test_second_derivatives(self, config):
+        layer = embedding(config, dtype=torch.float64)
+        parameters, along = list(layer.parameters()), torch.randn(12, 16, dtype=torch.float64)
+
+        def product(rows):
+            gradient = torch.autograd.grad((rows**4).sum(), parameters, create_graph=True)
+            return torch.autograd.grad((gradient[0] * along).sum() + gradient[1].square().sum(), parameters)
+
+        ours, theirs = product(layer(IDS)), product(F.embedding(IDS, layer.quantized_weight()))
+        torch.testing.assert_close(ours, theirs)
+
     def test_a_frozen_weight_has_frozen_scales(self):
         plain = nn.Embedding(12, 16).requires_grad_(False)
         layer = QuantEmbedding.from_embedding(plain, QuantConfig(4))
