@@ -27,7 +27,14 @@ from .results import Case, Figures, Results
 from .runner import Session, Study
 
 #: Formats in the order of the columns, with their names.
-FORMATS = {"gguf": "GGUF", "compressed-tensors": "compressed-tensors", "mlx": "MLX", "onnx": "ONNX"}
+FORMATS = {
+    "gguf": "GGUF",
+    "compressed-tensors": "compressed-tensors",
+    "mlx": "MLX",
+    "onnx": "ONNX",
+    "gemma": "gemma",
+    "torchao": "torchao",
+}
 QUANTIZERS = {
     "binary": ((1,), ("binary",)),
     "ternary": ((1.58,), ("ternary",)),

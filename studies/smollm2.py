@@ -56,7 +56,8 @@ class Size:
 
 _COMMON = {
     "steps": 0, "batch": 2, "context": 256, "eval_windows": 16, "eval_every": 20, "save_every": 20, "log_every": 5,
-    "group_size": 32, "scale_dtype": "float16", "warmup": 0.1, "beta2": 0.99, "noise_std": 1e-4,
+    "group_size": 32, "scale_dtype": "float16", "scale_init": "activation", "warmup": 0.1, "beta2": 0.99,
+    "noise_std": 1e-4,
 }  # fmt: skip
 _FOUR, _TWO = {"qat_lr": 5e-5, "scale_lr": 5e-6}, {"qat_lr": 2e-4, "scale_lr": 2e-5}
 SIZES = {

@@ -29,7 +29,9 @@ class ExportConfig:
     )  # fmt: skip
     out: str = option(MISSING, "file or folder to write", metavar="OUT", positional=True)
     to: str = option(
-        "gguf", "gguf (for llama.cpp), compressed-tensors (for vLLM and transformers), mlx or onnx", metavar="FORMAT"
+        "gguf",
+        "gguf (for llama.cpp), compressed-tensors (for vLLM and transformers), mlx, onnx, gemma or torchao",
+        metavar="FORMAT",
     )
     tokenizer: str | None = option(
         None, "folder of a tokenizer, or a GGUF file whose vocabulary is copied; MODEL's own if it has one",

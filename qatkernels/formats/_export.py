@@ -18,6 +18,8 @@ _FORMATS = {
     "compressed-tensors": ".compressed_tensors",
     "mlx": ".mlx",
     "onnx": ".onnx",
+    "gemma": ".gemma",
+    "torchao": ".torchao",
 }
 
 
@@ -118,7 +120,8 @@ def export(model: nn.Module, path: str | Path, to: str, **options: Any) -> Expor
         model: a model from :func:`qatkernels.quantize_model`, or from :func:`qatkernels.pack_model`.
         path: the file or folder to write; a file is replaced only when the new one is complete.
         to: the format: ``"gguf"`` (llama.cpp), ``"compressed-tensors"`` (vLLM, transformers), ``"mlx"`` (mlx-lm),
-            ``"onnx"`` (ONNX Runtime), or ``"safetensors"`` (this library's own, packed models only).
+            ``"onnx"`` (ONNX Runtime), ``"gemma"`` (transformers' own, which runs in PyTorch alone), ``"torchao"``, or
+            ``"safetensors"`` (this library's own, packed models only).
         **options: of the format; see its ``export``, such as :func:`qatkernels.formats.gguf.export`.
 
     Returns:

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,13 @@ class Source:
     tables: list[str]
 
     @classmethod
-    def of(cls, model: nn.Module, what: str) -> Source:
+    def of(cls, model: nn.Module, what: str, takes_input: Callable[[object], bool] = lambda act: False) -> Source:
         """Take a model apart.
 
         Args:
             model: a quantized or packed model.
             what: the format, for messages.
+            takes_input: whether the format holds a quantizer of a layer's input.
 
         Raises:
             ValueError: if the model is not of transformers, or has no quantized layer.
@@ -80,7 +81,8 @@ class Source:
                     f"{name} is a {type(layer).__name__}, and transformers builds {found} of that name: {what} "
                     "quantizes nn.Linear only. Exclude it from quantize_model"
                 )
-            if layer.act is not None or getattr(layer, "act_bits", None) is not None:
+            quantizes = layer.act is not None or getattr(layer, "act_bits", None) is not None
+            if quantizes and not takes_input(layer.act):
                 raise UnfitError(f"{name} quantizes its input: {_ACTIVATIONS[what]}")
         linears = [name for name, m in built.items() if isinstance(m, nn.Linear) and name not in layers]
         tables = {name: values_of(layer) for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
@@ -111,8 +113,9 @@ class Source:
         ] + [as_floats(name) for name in self.tables]
 
     def write(
-        self, path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], kind: str, tokenizer: Any
-    ) -> int:
+        self, path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], kind: str, tokenizer: Any,
+        metadata: Mapping[str, str] | None = None,
+    ) -> int:  # fmt: skip
         """Write a folder.
 
         Args:
@@ -121,6 +124,7 @@ class Source:
             settings: fields to add to ``config.json``.
             kind: ``"pt"`` or ``"mlx"``, the framework that a file of safetensors names.
             tokenizer: a tokenizer of transformers, or None.
+            metadata: more of it for the file of safetensors.
 
         Returns:
             Bytes written.
@@ -132,7 +136,7 @@ class Source:
 
         every = {name: t.detach().cpu().contiguous() for name, t in {**self.others, **tensors}.items()}
         with new_folder(path) as folder:
-            save_file(every, folder / "model.safetensors", {"format": kind})
+            save_file(every, folder / "model.safetensors", {"format": kind, **(metadata or {})})
             config = json.loads(self.config.to_json_string(use_diff=True)) | dict(settings)
             (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             if (generation := getattr(self.model, "generation_config", None)) is not None:
@@ -149,6 +153,11 @@ _ACTIVATIONS = {
         "scale), so that the results would differ. Train without act_bits, or export to another format"
     ),
     "MLX": "MLX has no field for that. Train without act_bits",
+    "torchao": "export to torchao takes weights alone. Train without act_bits",
+    "gemma": (
+        "the format holds one learned scale of int8 inputs, QuantConfig(act_bits=8, act_scheme='lsq'); or train "
+        "without act_bits"
+    ),
 }
 
 

@@ -71,7 +71,11 @@ class WeightQuantizer:
         self.constants, self.grad_scale = list(self.grid.constants), self.grid.grad_scale(numel)
 
     def set_noise(self, noise_std: float, scale_noise_std: float) -> None:
-        """Set the noise of training forwards. WinQ sets it in its constructor and clears it when it is removed."""
+        """Set the noise of training forwards, until it is set again.
+
+        WinQ sets it in its constructor and clears it when it is removed. This is no context manager like
+        :meth:`modified`: one would bring back the noise of an earlier WinQ that a user has forgotten.
+        """
         self.noise_std, self.scale_noise_std = noise_std, scale_noise_std
 
     @contextmanager

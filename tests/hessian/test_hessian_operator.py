@@ -240,7 +240,7 @@ def test_losses_that_change_warn(engine):
     """
     model, data = make(dropout=0.5)
     for layer in (model[0], model[3]):
-        layer.quantizer.noise_std = 0.01
+        layer.quantizer.set_noise(0.01, 0.0)
     v = torch.ones(80, dtype=torch.float64)
     random = np.random.default_rng(0)
     with pytest.warns(UserWarning, match="the loss changes from call to call.*although buffers"):

@@ -51,7 +51,7 @@ def make(dropout=0.4, noise=0.01):
     ).double()  # fmt: skip
     model = quantize_model(model, QuantConfig(2), exclude="4")
     for layer in quantized_modules(model).values():
-        layer.quantizer.noise_std = layer.quantizer.scale_noise_std = noise
+        layer.quantizer.set_noise(noise, noise)
     data = [(torch.randn(5 + i, 6).double(), torch.randint(4, (5 + i,))) for i in range(2)]
     for p in model.parameters():
         p.grad = torch.full_like(p, 7.0)
@@ -227,7 +227,7 @@ def test_a_kept_graph_sees_the_mode_and_the_noise():
     model.train()
     model[2].eval()
     torch.testing.assert_close(op.matvec(v), trained, rtol=1e-9, atol=1e-12)
-    model[0].quantizer.noise_std = 0.0
+    model[0].quantizer.set_noise(0.0, model[0].quantizer.scale_noise_std)
     assert not torch.allclose(op.matvec(v), trained)
 
 

@@ -218,7 +218,7 @@ class TestGradient:
             for sign in (1, -1):
                 torch.set_rng_state(state)
                 for m in quantized_modules(model).values():
-                    m.quantizer.noise_std = m.quantizer.scale_noise_std = sign * 0.01
+                    m.quantizer.set_noise(sign * 0.01, sign * 0.01)
                 model.zero_grad()
                 losses.append(closure_of(model, x)().item())
                 for e, p in zip(expected, model.parameters(), strict=True):

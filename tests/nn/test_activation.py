@@ -370,7 +370,7 @@ def test_offset_needs_an_affine_grid():
 @pytest.mark.parametrize("scheme", ["dynamic", "lsq", "lsq+"])
 def test_never_waits_for_the_device(scheme):
     layer = QuantLinear(64, 32, config=QuantConfig(4, act_bits=4, act_scheme=scheme), device="cuda")
-    layer.quantizer.noise_std = 0.001
+    layer.quantizer.set_noise(0.001, 0.0)
     x = torch.randn(8, 64, device="cuda")
     layer(x)
     torch.cuda.set_sync_debug_mode("error")

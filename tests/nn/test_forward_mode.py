@@ -74,7 +74,7 @@ class Fused(TorchDispatchMode):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_the_parts(name, noise, which):
     layer = make_layer(name)
-    layer.quantizer.noise_std = layer.quantizer.scale_noise_std = noise
+    layer.quantizer.set_noise(noise, noise)
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     with Fused() as fused:
         found = push(layer, x, which)

@@ -168,7 +168,7 @@ def test_activations(act):
 def test_noise_is_for_training_only():
     grouped, _ = pair(QuantConfig(bits=2))
     clean = grouped.eval()(tokens(), OFFSETS)
-    grouped.quantizer.noise_std = 0.5
+    grouped.quantizer.set_noise(0.5, 0.0)
     assert_same_bits(grouped(tokens(), OFFSETS), clean)
     assert not torch.equal(grouped.train()(tokens(), OFFSETS), clean)
 

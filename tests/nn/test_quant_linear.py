@@ -213,7 +213,7 @@ class TestAutocast:
 class TestNoise:
     def test_is_what_was_asked_for_and_only_in_training(self):
         layer = QuantLinear(16, 12, bias=False, config=QuantConfig(2))
-        layer.quantizer.noise_std, layer.quantizer.scale_noise_std = 0.3, 0.05
+        layer.quantizer.set_noise(0.3, 0.05)
         eye = torch.eye(16)
         torch.manual_seed(5)
         noisy = layer(eye).T
@@ -229,7 +229,7 @@ class TestNoise:
     def test_is_drawn_again_by_checkpointing(self, mlp, reentrant):
         model = nn.Sequential(*(QuantLinear.from_linear(m, QuantConfig(2)) for m in (mlp[0], mlp[2])))
         for module in model:
-            module.quantizer.noise_std = module.quantizer.scale_noise_std = 0.1
+            module.quantizer.set_noise(0.1, 0.1)
         x = torch.randn(5, 16, requires_grad=True)
         y = backward(model, x)
         expected = [x.grad, *grads(model).values()]
@@ -369,7 +369,7 @@ class TestSaving:
 class TestCompile:
     @pytest.mark.parametrize("noise", [0.0, 0.1])
     def test_without_graph_breaks_equals_eager(self, layer, noise):
-        layer.quantizer.noise_std = noise
+        layer.quantizer.set_noise(noise, 0.0)
         self.compare(layer, torch.randn(5, 16))
 
     @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""The quantization that transformers calls ``gemma``: 2, 4 or 8 bits a weight, a scale for each row, static inputs.
+
+Any model of transformers runs in it, in plain PyTorch, with its weights packed in memory. A layer has:
+
+    weight                     uint8 [N, ceil(K / 4)] or [N, ceil(K / 2)], or int8 [N, K]
+    weight_scale               float32 [N, 1]                value = integer * scale
+    input_activation_scale     float32 []                    of int8 inputs; 0 for inputs in full precision
+    output_activation_scale    float32 []                    the same for outputs, which are not quantized here
+
+Packed integers have 2 or 8 added, low bits first: the string of bits of docs/packing.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..grids import MIN_SCALE
+from ..nn import LearnedActivation
+from ._export import ExportReport, ExportRow
+from ._folder import Source, naming
+from .integers import IntegerWeight, UnfitError, words
+
+BITS = (2, 4, 8)
+
+
+def export(model: nn.Module, path: Path, *, tokenizer: Any = None) -> ExportReport:
+    """Write a causal language model of transformers as a folder in its format ``gemma``.
+
+    Each layer takes the smallest of 2, 4 and 8 bits that holds it. Inputs that are quantized with one learned scale
+    (``QuantConfig(act_bits=8, act_scheme="lsq")``) are quantized there too.
+
+    Args:
+        model: a quantized or packed model, with a scale for each row (or for the whole weight).
+        path: the folder, which must not exist yet or be empty.
+        tokenizer: a tokenizer of transformers, which is saved along; or None.
+
+    Returns:
+        How each layer was stored.
+
+    Raises:
+        ValueError: if the model is not of transformers, or has no quantized layer.
+        UnfitError: if the format does not hold a layer exactly.
+        MissingExtraError: if transformers is not installed.
+        CheckpointError: if the folder holds something, or cannot be written.
+    """
+    source = Source.of(model, "gemma", takes_input=_is_static)
+    tensors: dict[str, Tensor] = {}
+    rows: list[ExportRow] = []
+    widths: dict[str, int] = {}
+    for name, layer in source.layers.items():
+        weight = source.integers(name)
+        with naming(name, layer):
+            widths[name] = bits = _bits(weight)
+        unsigned = weight.integers + (1 << bits - 1)
+        packed = words(unsigned, bits).view(torch.uint8)[:, : -(-unsigned.shape[-1] * bits // 8)].contiguous()
+        act: Any = layer.act
+        tensors |= {
+            f"{name}.weight": packed if bits < 8 else weight.integers.to(torch.int8),
+            f"{name}.weight_scale": weight.steps.clone(),
+            f"{name}.input_activation_scale": torch.zeros(()) if act is None else _scale(act),
+            f"{name}.output_activation_scale": torch.zeros(()),
+        }
+        nbytes = tensors[f"{name}.weight"].nbytes + weight.steps.nbytes
+        stored_as = f"int{bits}, rows" + ("" if act is None else ", int8 inputs")
+        rows.append(ExportRow(name, stored_as, 8 * nbytes / max(weight.integers.numel(), 1)))
+    usual = Counter(widths.values()).most_common(1)[0][0]
+    others = {name: bits for name, bits in widths.items() if bits != usual}
+    settings = {
+        "quant_method": "gemma",
+        "num_bits": usual,
+        "quantize_embeddings": False,
+        "module_quant_configs": {f"^{re.escape(name)}$": {"num_bits": bits} for name, bits in others.items()},
+        "modules_to_not_convert": [f"{re.escape(name)}$" for name in source.linears],
+    }
+    nbytes = source.write(path, tensors, {"quantization_config": settings}, "pt", tokenizer)
+    return ExportReport(path, rows, nbytes, source.notes)
+
+
+def _bits(weight: IntegerWeight) -> int:
+    """Return the smallest width that holds a weight.
+
+    Raises:
+        UnfitError: if there is none, or groups share scales.
+    """
+    if weight.steps.shape[-1] != 1:
+        raise UnfitError(f"{weight.group_size} inputs share a scale, the format has one scale for each row")
+    low, high = int(weight.low.min()), int(weight.low.max()) + weight.spacing * (weight.levels - 1)
+    bits = next((b for b in BITS if low >= -(1 << b - 1) and high < 1 << b - 1), None)
+    if bits is None:
+        raise UnfitError(f"its integers are {low} to {high}, at most 8 bits hold -128 to 127")
+    return bits
+
+
+def _is_static(act: object) -> bool:
+    """Whether the format holds a quantizer of inputs: int8, one scale, no zero point."""
+    return (
+        isinstance(act, LearnedActivation)
+        and act.zero_point is None
+        and (act.grid.code_min, act.grid.code_max, act.grid.steps) == (-128, 127, 1.0)
+    )
+
+
+def _scale(act: LearnedActivation) -> Tensor:
+    act.check_scale()
+    return act.scale.detach().reshape(()).float().clamp_min(MIN_SCALE)
