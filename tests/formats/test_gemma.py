@@ -72,7 +72,10 @@ REFUSED = {
     "groups": (qk.QuantConfig(4, group_size=32), "32 inputs share a scale, the format has one scale for each row"),
     "too many": (qk.QuantConfig(8, "seq"), "its integers are -255 to 255, at most 8 bits hold -128 to 127"),
     "dynamic inputs": (qk.QuantConfig(4, act_bits=8), "the format holds one learned scale of int8 inputs"),
-    "narrow inputs": (qk.QuantConfig(4, act_bits=4, act_scheme="lsq"), "the format holds one learned scale of int8 inputs"),
+    "narrow inputs": (
+        qk.QuantConfig(4, act_bits=4, act_scheme="lsq"),
+        "the format holds one learned scale of int8 inputs",
+    ),
 }
 
 

@@ -21,7 +21,7 @@ HALF = qk.QuantConfig(2, group_size=32, scale_dtype=torch.float16)
 KINDS = {
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
     "llama, untied": ("llama", {"tie_word_embeddings": False}),
-    "gpt2": ("gpt2", {}),
+    "gpt2": ("gpt2", {"n_positions": 32}),
     "t5": ("t5", {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "decoder_start_token_id": 0}),
 }
 
@@ -166,11 +166,15 @@ def test_gguf(tied, packed, tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["trained", "packed"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_compressed_tensors(tied, packed, tmp_path):
-    pytest.importorskip("compressed_tensors")
+@pytest.mark.parametrize(
+    ("to", "package"), [("compressed-tensors", "compressed_tensors"), ("gemma", "transformers"), ("torchao", "torchao")]
+)
+def test_folders(to, package, tied, packed, tmp_path):
+    """The head is stored as codes, and the embedding in full precision."""
+    pytest.importorskip(package)
     model = qk.quantize_model(plain("llama", tie_word_embeddings=tied), qk.QuantConfig(4), embeddings=True)
     model = qk.pack_model(model) if packed else model
-    report = export(model, tmp_path / "out", to="compressed-tensors")
+    report = export(model, tmp_path / "out", to=to)
     assert "model.embed_tokens is stored in full precision, with exactly its quantized values" in str(report)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(loaded.eval()), logits(model))
