@@ -34,7 +34,8 @@ class Source:
         layers: quantized and packed layers by name.
         linears: names of the linear layers that stay in full precision.
         others: every tensor that is not part of a quantized weight, under the name that a file gives it.
-        untied: names of quantized layers that shared their weight with an embedding, which a file cannot say.
+        untied: names of output layers that shared their weight with an embedding, which a file cannot say.
+        tables: names of quantized embeddings, whose values are among ``others``.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class Source:
     linears: list[str]
     others: dict[str, Tensor]
     untied: list[str]
+    tables: list[str]
 
     @classmethod
     def of(cls, model: nn.Module, what: str, takes_input: Callable[[object], bool] = lambda act: False) -> Source:
@@ -71,6 +73,8 @@ class Source:
             raise ValueError("the model has no quantized layer, quantize_model makes them")
         built = _built(model, config)
         for name, layer in layers.items():
+            if isinstance(layer, nn.Embedding):
+                continue
             if not isinstance(built.get(name), nn.Linear):
                 found = type(built[name]).__name__ if name in built else "nothing"
                 raise UnfitError(
@@ -81,14 +85,19 @@ class Source:
             if quantizes and not takes_input(layer.act):
                 raise UnfitError(f"{name} quantizes its input: {_ACTIVATIONS[what]}")
         linears = [name for name, m in built.items() if isinstance(m, nn.Linear) and name not in layers]
-        untied = [name for name in _tied(model, config) if name in layers]
+        tables = {name: values_of(layer) for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
+        untied = [name for name in _tied(model, config) if name in layers or tables]
         config = _plain(config)
         config.dtype = model.dtype
         config.architectures = [type(model).__name__]
         if untied:
             config.tie_word_embeddings = False
-        others = revert_weight_conversion(model, other_tensors(model, layers))
-        return cls(model, config, layers, linears, others, untied)
+        plain = other_tensors(model, layers) | {f"{name}.weight": value for name, value in tables.items()}
+        others = revert_weight_conversion(model, plain)
+        layers = {name: layer for name, layer in layers.items() if name not in tables}
+        if not layers:
+            raise ValueError(f"only embeddings of the model are quantized, and {what} has codes of linear layers only")
+        return cls(model, config, layers, linears, others, untied, list(tables))
 
     def integers(self, name: str) -> IntegerWeight:
         """Return the weight of a quantized layer; its errors name the layer."""
@@ -101,7 +110,7 @@ class Source:
         return [
             f"{name} and the embedding, which the model ties, are stored apart: one is quantized, the other is not"
             for name in self.untied
-        ]
+        ] + [as_floats(name) for name in self.tables]
 
     def write(
         self, path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], kind: str, tokenizer: Any,
@@ -207,6 +216,18 @@ def _tied(model: nn.Module, config: Any) -> list[str]:
         return []
     head = model.get_output_embeddings()  # type: ignore[operator]
     return [name for name, module in model.named_modules() if module is head]
+
+
+def values_of(layer: Quantized | Packed) -> Tensor:
+    """Return the weight that a layer computes with, in the dtype of its weight."""
+    if isinstance(layer, Packed):
+        return layer.weight.dequantize(layer.weight.dtype)
+    return layer.quantized_weight().detach()
+
+
+def as_floats(name: str) -> str:
+    """Return a note that an embedding is stored with its quantized values, as full precision."""
+    return f"{name} is stored in full precision, with exactly its quantized values: only linear layers have codes here"
 
 
 def other_tensors(model: nn.Module, layers: Mapping[str, Quantized | Packed]) -> dict[str, Tensor]:

@@ -78,7 +78,9 @@ def export(
 ) -> ExportReport:
     """Write a causal language model of transformers as one GGUF file.
 
-    Each quantized layer takes the smallest type of blocks that holds it bit for bit. Norms and biases are float32.
+    Each quantized layer takes the smallest type of blocks that holds it bit for bit, embeddings too. An output layer
+    that is tied to a quantized embedding is not stored again: llama.cpp takes the embedding. Norms and biases are
+    float32.
 
     Args:
         model: a quantized or packed model: Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2 or 3.
@@ -86,8 +88,8 @@ def export(
         tokenizer: a fast tokenizer of transformers; or the path of a GGUF file whose vocabulary is copied; or None,
             which leaves the vocabulary out: such a file computes logits of token numbers, and no text.
         types: the type for all quantized layers, such as ``"Q4_0"``, instead of the smallest for each.
-        embeddings: ``"exact"`` keeps embeddings and heads in full precision, in the smallest float type that holds
-            them; ``"Q8_0"`` rounds these two to 8 bits, as llama.cpp's own files do.
+        embeddings: for those that are not quantized: ``"exact"`` keeps embeddings and heads in full precision, in the
+            smallest float type that holds them; ``"Q8_0"`` rounds these two to 8 bits, as llama.cpp's own files do.
         convert: round scales that float16 does not hold, instead of refusing the layer; the report says how far off
             values are.
 
@@ -116,7 +118,8 @@ def export(
             _add_settings(writer, config)
             _add_vocabulary(writer, tokenizer, gguf)
             tensors = _Tensors(writer, _names(gguf, architecture, config), architecture, config)
-            rows = [tensors.add_quantized(name, layer, types, convert) for name, layer in layers.items()]
+            stored = _once(layers)
+            rows = [tensors.add_quantized(name, layer, types, convert) for name, layer in stored.items()]
             tensors.add_others(model, layers, embeddings)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -125,6 +128,16 @@ def export(
             writer.close()
     notes = ["without a vocabulary: give tokenizer= for a file that reads text"] if tokenizer is None else []
     return ExportReport(path, rows, path.stat().st_size, notes)
+
+
+def _once(layers: dict[str, Quantized | Packed]) -> dict[str, Quantized | Packed]:
+    """Return layers without an output layer that is tied to a quantized embedding, whose codes llama.cpp takes."""
+    tables = {_identity(layer) for layer in layers.values() if isinstance(layer, nn.Embedding)}
+    return {n: m for n, m in layers.items() if isinstance(m, nn.Embedding) or _identity(m) not in tables}
+
+
+def _identity(layer: Quantized | Packed) -> tuple[int, ...]:
+    return (id(layer.weight), 0) if isinstance(layer, Packed) else (id(layer.weight), id(layer.scale))
 
 
 def _config(model: nn.Module) -> Any:

@@ -13,7 +13,7 @@ Grids without a zero (binary, seq) have a zero point such as 1.5, as a float, or
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ..nn.activation import DynamicActivation
 from ..nn.packed_linear import Packed
 from ..nn.quantized import Quantized
 from ._export import ExportReport, ExportRow
-from ._folder import naming
+from ._folder import as_floats, naming, values_of
 from .integers import IntegerWeight, UnfitError, words
 
 BITS = (2, 4, 8)
@@ -96,15 +96,19 @@ def export(
     if qdq and (bits is not None or accuracy_level):
         raise ValueError("qdq=True goes with neither bits nor accuracy_level, which are ONNX Runtime's operator's")
     replacements: dict[str, _NBits | _Qdq] = {}
+    tables = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
     for name, layer in layers.items():
+        if name in tables:
+            continue
         replacements[name] = _qdq_layer(name, layer) if qdq else _layer(name, layer, bits, accuracy_level)
-    program = _traced(model, replacements, inputs, dynamic_shapes)
+    plain = {name: nn.Embedding.from_pretrained(values_of(layer)) for name, layer in tables.items()}
+    program = _traced(model, {**replacements, **plain}, inputs, dynamic_shapes)
     if (nbytes := sum(t.nbytes for t in program.exported_program.state_dict.values())) >= _LIMIT:
         raise ValueError(f"the weights take {nbytes:,} bytes, a file of ONNX ends at 2 GiB")
     with replacing(path) as temporary:
         program.save(temporary, external_data=False)
     rows = [ExportRow(name, str(new.stored), new.bits_per_weight, new.error) for name, new in replacements.items()]
-    notes = []
+    notes = [as_floats(name) for name in tables]
     if count := sum(isinstance(new, _NBits) and new.stored.zeros == "float" for new in replacements.values()):
         notes.append(
             f"{count} layers have float zero points, with which ONNX Runtime rounds products and zero points apart: "
@@ -114,7 +118,7 @@ def export(
 
 
 def _traced(
-    model: nn.Module, replacements: dict[str, _NBits | _Qdq], inputs: tuple[Any, ...] | None, dynamic_shapes: Any
+    model: nn.Module, replacements: Mapping[str, nn.Module], inputs: tuple[Any, ...] | None, dynamic_shapes: Any
 ) -> Any:
     """Return the program that torch.onnx makes of a model with replaced layers."""
     traced: nn.Module = replacements.get("", model)
@@ -145,7 +149,7 @@ class _Logits(nn.Module):
 
 
 @contextlib.contextmanager
-def _replaced(model: nn.Module, replacements: dict[str, _NBits | _Qdq]) -> Iterator[None]:
+def _replaced(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
     """Replace layers of a model, under every name, within the context."""
     new = {model.get_submodule(name): replacement for name, replacement in replacements.items()}
     places = [

@@ -21,7 +21,7 @@ from ..float32_scales import Float32Scales
 from ..grids import make_grid
 from ..nn import LearnedActivation, packed_modules
 from ..nn.experts import Stack, find
-from ..nn.packed_linear import KINDS, Packed
+from ..nn.packed_linear import KINDS, Packed, PackedEmbedding
 from ..nn.quant_conv1d import is_conv1d
 from ..ops.contract import FLOATS
 from ..ops.packed_weight import PackedWeight
@@ -302,6 +302,8 @@ def _layer(
         grid = make_grid(act_entry["scheme"], act_entry["bits"])
         act = LearnedActivation(weight.cols, grid, offset=act_entry["offset"])
     layer = kind(weight, bias, act=act, act_bits=entry["act_bits"])
+    if isinstance(layer, PackedEmbedding) and isinstance(old, nn.Embedding):
+        layer.padding_idx = old.padding_idx
     if isinstance(old, nn.Module) and is_conv1d(old):
         vars(layer)["of_conv1d"] = True
     return layer

@@ -33,6 +33,7 @@ from ..nn._follow_recipe import follow
 from ..nn.experts import makes, placed_in
 from ..nn.recipe import METHOD, Recipe, describe
 from ..nn.selection import EXCLUDE
+from ..nn.ties import groups_that_share, join, part, tie_parameters
 
 
 @register_quantization_config(METHOD)
@@ -44,6 +45,7 @@ class QatConfig(QuantizationConfigMixin):
             :func:`qatkernels.quantize_model` takes; None if ``settings`` say it.
         include: patterns of the layers to quantize; all if None.
         exclude: patterns of layers to leave in full precision.
+        embeddings: whether, and to what, embeddings and the heads that are tied to them are quantized.
         recipe: which layers of a saved model are quantized, and how. Only saved configurations have one; it replaces
             everything above.
         **settings: the fields of a QuantConfig, in place of ``config``: ``QatConfig(bits=2, group_size=64)``.
@@ -58,6 +60,7 @@ class QatConfig(QuantizationConfigMixin):
         *,
         include: str | list[str] | None = None,
         exclude: str | list[str] | tuple[str, ...] = EXCLUDE,
+        embeddings: bool | QuantConfig = False,
         recipe: Recipe | None = None,
         quant_method: str = METHOD,
         **settings: Any,
@@ -67,6 +70,7 @@ class QatConfig(QuantizationConfigMixin):
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers lists its own there
         self.config = QuantConfig.from_dict(settings) if config is None else config
         self.include, self.exclude, self.recipe = include, exclude, recipe
+        self.embeddings = embeddings
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``config.json`` holds: the layers of a model that exists, otherwise the request."""
@@ -78,7 +82,11 @@ class QatConfig(QuantizationConfigMixin):
             if isinstance(config, QuantConfig)
             else {pattern: found and found.to_dict() for pattern, found in config.items()}
         )
-        return {"quant_method": self.quant_method, "config": patterns, "include": self.include, "exclude": self.exclude}
+        tables = self.embeddings.to_dict() if isinstance(self.embeddings, QuantConfig) else self.embeddings
+        return {
+            "quant_method": self.quant_method, "config": patterns, "include": self.include, "exclude": self.exclude,
+            "embeddings": tables,
+        }  # fmt: skip
 
     def __repr__(self) -> str:
         """Return the class and what it holds."""
@@ -93,20 +101,39 @@ class QatQuantizer(HfQuantizer):
 
     quantization_config: QatConfig
     _added: Sequence[Any] = ()
+    _shared: Sequence[list[Any]] = ()
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
+        tie_parameters(model)
         if config.recipe is not None:
-            return follow(model, config.recipe).eval()
+            follow(model, config.recipe).eval()
+            self._part(model)
+            return model
         before = model.state_dict().keys()
-        quantize_model(model, config.config, include=config.include, exclude=config.exclude)
+        quantize_model(
+            model, config.config, include=config.include, exclude=config.exclude, embeddings=config.embeddings
+        )
         # from_pretrained does this after loading, when scales that no file has are still undefined; a layer that leaves
         # training mode then would warn of scales that are too small.
         model.eval()
         # What quantization adds is set after loading; transformers need not report it as missing from the files.
         added = [f"^{re.escape(name)}$" for name in model.state_dict().keys() - before]
         model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *added}
+        self._shared = groups_that_share(model)
         return model
+
+    def _part(self, model: Any) -> None:
+        """Part what layers share until their tensors are set: files have these once, and loading draws the others."""
+        self._shared = groups_that_share(model)
+        names = {module: name for name, module in model.named_modules()}
+        ignored = set()
+        for group in self._shared:
+            part(group)
+            for layer in group[1:]:
+                vars(layer)["_is_hf_initialized"] = True  # so that nothing is drawn
+                ignored.add(rf"^{re.escape(names[layer])}\.(?:weight|scale|zero_point)")
+        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *ignored}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """Add what makes the weights of layers out of files in which they are stored in another way.
@@ -135,6 +162,8 @@ class QatQuantizer(HfQuantizer):
         # Saving would apply the conversions in reverse, but a QuantConv1D's state dict has [K, N] already.
         loaded_by = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in loaded_by if c not in self._added]
+        for group in self._shared:
+            join(group)
         if self.quantization_config.recipe is None:  # the weights are there, scales of theirs are not
             for layer in quantized_modules(model).values():
                 layer.reset_scale()

@@ -11,8 +11,9 @@ from .activation import DynamicActivation, LearnedActivation
 from .calibration import CalibrationReport, calibrate
 from .config import QuantConfig
 from .grouped_quant_linear import GroupedQuantLinear
-from .packed_linear import GroupedPackedLinear, PackedLinear
+from .packed_linear import GroupedPackedLinear, PackedEmbedding, PackedLinear
 from .quant_conv1d import QuantConv1D
+from .quant_embedding import QuantEmbedding
 from .quant_linear import QuantLinear
 from .report import QuantizationReport, ReportRow, quantization_report
 from .scale_search import search_scale
@@ -26,9 +27,11 @@ __all__ = [
     "GroupedQuantLinear",
     "LayerCheck",
     "LearnedActivation",
+    "PackedEmbedding",
     "PackedLinear",
     "QuantConfig",
     "QuantConv1D",
+    "QuantEmbedding",
     "QuantLinear",
     "QuantizationReport",
     "ReportRow",

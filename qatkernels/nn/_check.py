@@ -150,6 +150,8 @@ def check(model: nn.Module, *inputs: Any, loss_fn: Callable[[Any], Tensor] | Non
     for name, layer in quantized.items():
         if is_offloaded(layer):
             raise ValueError(f"{name or 'the model'} cannot be checked: {OFFLOADED.format('check')}")
+        if problem := layer.misfit():
+            raise ValueError(f"{name or 'the model'} cannot be checked: {problem}")
         _look_at_scales(rows[name], layer)
         _look_on_top(rows[name], layer)
     for module in model.modules():

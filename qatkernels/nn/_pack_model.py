@@ -13,7 +13,8 @@ from ..backends import DEVICES, REGISTRY, order
 from ..dtensor import is_dtensor
 from ..ops import PackedWeight
 from .grouped_quant_linear import GroupedQuantLinear
-from .packed_linear import GroupedPackedLinear, Packed, PackedLinear, packed_weight
+from .packed_linear import GroupedPackedLinear, Packed, PackedEmbedding, PackedLinear, packed_weight
+from .quant_embedding import QuantEmbedding
 from .quant_linear import QuantLinear
 from .quantized import OFFLOADED, is_offloaded, reparametrization
 from .recipe import describe
@@ -24,6 +25,7 @@ from .replaced import message, replaced_layers
 PACKERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     QuantLinear: PackedLinear.from_quantized,
     GroupedQuantLinear: GroupedPackedLinear.from_quantized,
+    QuantEmbedding: PackedEmbedding.from_quantized,
 }
 
 
@@ -140,6 +142,8 @@ def compile_kernels(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> in
         raise ValueError("the model has no packed layer, pack_model makes them")
     count = 0
     for layer in layers.values():
+        if isinstance(layer, PackedEmbedding):  # which multiplies nothing
+            continue
         device = layer.weight.device.type.upper()
         names = {stage.backend for stage in order("lowbit_linear", device)} if device in DEVICES else set()
         compilers = [b.warm_up for b in REGISTRY.backends.values() if b.name in names and b.warm_up is not None]

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from .config import QuantConfig
 from .experts import Stack
-from .grouped_quant_linear import GroupedQuantLinear
 from .quant_conv1d import QuantConv1D, is_conv1d, transpose_
+from .quant_embedding import QuantEmbedding
 from .quant_linear import QuantLinear
 from .quantized import Quantized
 from .recipe import describe
 from .replaced import remember
 from .report import Survey, listed, survey
-from .selection import EXCLUDE, Candidate, Left, Rules, candidates, check_uncompiled, choose
+from .selection import EXCLUDE, NOT_ASKED, Candidate, Left, Rules, candidates, check_uncompiled, choose, matches
 from .wrapped import check_unwrapped
 
 logger = logging.getLogger("qatkernels.nn.quantize_model")  # what docs/quantize-model.md names
@@ -30,6 +30,7 @@ def quantize_model(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = EXCLUDE,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    embeddings: bool | QuantConfig = False,
     requantize: bool = False,
     warn_below: float = 0.5,
 ) -> nn.Module:
@@ -37,8 +38,9 @@ def quantize_model(
 
     Quantized are ``nn.Linear``, classes that compute exactly the same (`LINEAR_CLASSES`), transformers' ``Conv1D``
     (:class:`QuantConv1D`), and the stacked experts of transformers' mixtures (:class:`GroupedQuantLinear`, which takes
-    the place of the Parameter ``experts.gate_up_proj``, say, under the same name). Everything else stays in full
-    precision: convolutions, recurrent layers, embeddings, the routers of mixtures, other subclasses of ``nn.Linear``,
+    the place of the Parameter ``experts.gate_up_proj``, say, under the same name). Embeddings are quantized only where
+    the call asks for it (``embeddings``). Everything else stays in full precision: convolutions, recurrent layers, the
+    routers of mixtures, other subclasses of ``nn.Linear`` and ``nn.Embedding``,
     ``nn.MultiheadAttention`` (which never calls its projections), layers whose weight the model reads itself (Mamba's
     ``dt_proj``), and parameters that a module multiplies by itself, such as the experts of other models.
 
@@ -53,7 +55,8 @@ def quantize_model(
     an adapter (``"q_proj.base_layer"``) is also matched by its former name (``"q_proj"``).
 
     Output layers stay in full precision whatever their name: those tied to an embedding, and those that the model
-    names (transformers' ``get_output_embeddings``). To quantize one, match it by a pattern of ``include`` or ``config``
+    names (transformers' ``get_output_embeddings``), except where the embedding is quantized that one is tied to. To
+    quantize another one, match it by a pattern of ``include`` or ``config``
     without a wildcard, or give ``exclude=()``. Adapters of PEFT are never quantized; the layers under them are.
 
     Layers that are the same object stay one object, and are excluded if any of their names is. Layers that share a
@@ -69,6 +72,13 @@ def quantize_model(
         filter_fn: a function of a module and its full name, as torchao's ``quantize_`` takes it, which says whether to
             quantize the layer. It is asked about the layers that the patterns select. Of a stack of experts it gets the
             module that holds the stack, and the name of the stack. None for no such function.
+        embeddings: True quantizes embeddings of tokens (:class:`QuantEmbedding`), to what ``config`` says of their
+            names, but at least 4 bits, and without ``act_bits``; a QuantConfig quantizes them to that. Either way an
+            output layer that is tied to one is quantized with it, to the same configuration, and shares its scales.
+            Meant are the embeddings that the model names (transformers' ``get_input_embeddings``), or all of a model
+            that names none. A pattern of ``config`` without a wildcard that matches an embedding quantizes it too, at
+            any bits. An ``exclude`` of your own and ``filter_fn`` apply to them; ``include`` and the default
+            ``exclude`` do not.
         requantize: whether a layer that is quantized already, to another configuration, gets the new one
             (:meth:`Quantized.requantize`); an error if False. One that has the configuration already stays as it is.
         warn_below: share of the parameters below which a warning says what is left; 0 for no such warning.
@@ -86,7 +96,7 @@ def quantize_model(
     if not isinstance(warn_below, int | float) or not 0 <= warn_below <= 1:
         raise ValueError(f"warn_below is {warn_below!r}, must be a share from 0 to 1")
     check_unwrapped(model)
-    rules = Rules(config, include, exclude, filter_fn)
+    rules = Rules(config, include, exclude, filter_fn, embeddings)
     chosen = choose(model, rules, requantize)
     wanted = {layer: found for layer, found in chosen.items() if isinstance(found, QuantConfig)}
     _check_found(model, rules, chosen, bool(wanted))
@@ -108,7 +118,7 @@ def quantize_layers(model: nn.Module, wanted: Mapping[Candidate, QuantConfig]) -
     """
     names = {layer: every[0] or "the model" for layer, every in candidates(model).items()}
     replacements = _replacements(names, {m: c for m, c in wanted.items() if not isinstance(m, Quantized)})
-    changed = [m for m, c in wanted.items() if isinstance(m, Quantized) and m.config != c]
+    changed = [m for m, c in wanted.items() if isinstance(m, Quantized) and (m.config != c or m.misfit())]
     for old in changed:
         old._requantize(wanted[old])
     _swap(model, replacements)
@@ -138,7 +148,8 @@ def _check_found(
 ) -> None:  # fmt: skip
     """Raise ValueError if nothing is to be quantized, or a pattern that asks for layers matches none."""
     names = candidates(model)
-    every = [name for layer in chosen for name in names[layer]]
+    unasked = [layer for layer, left in chosen.items() if isinstance(left, Left) and left.reason == NOT_ASKED]
+    every = [name for layer in chosen if layer not in unasked for name in names[layer]]
     idle = rules.idle(every) if every else []
     if found and not idle:
         return
@@ -149,10 +160,12 @@ def _check_found(
         rows = described.report.lines((r for r in described.report.rows if r not in stacks), limit=4)
         raise ValueError("\n".join((f"the model has no nn.Linear or Conv1D that could be quantized{also}", *rows)))
     if idle:
+        if tables := [names[layer][0] for layer in unasked if matches(names[layer], idle)]:
+            also += f" ({listed(tables, 3)}: give embeddings=True to quantize embeddings)"
         raise ValueError(f"no nn.Linear matches {idle}; the model has {listed(list(dict.fromkeys(every)), 20)}{also}")
     reasons: dict[str, list[str]] = {}
     for layer, left in chosen.items():
-        if isinstance(left, Left):
+        if isinstance(left, Left) and layer not in unasked:
             reasons.setdefault(left.reason, []).append(names[layer][0] or "the model")
     told = "; ".join(f"{listed(layers, 5)} {reason}" for reason, layers in reasons.items())
     if any(isinstance(left, Left) and left.default for left in chosen.values()):
@@ -166,15 +179,17 @@ def _is_layer(parameter: str, layers: list[str]) -> bool:
 
 def _replacements(
     names: Mapping[Candidate, str], wanted: Mapping[Candidate, QuantConfig]
-) -> dict[Candidate, QuantLinear | GroupedQuantLinear]:
+) -> dict[Candidate, Quantized]:
     """Return the quantized form of each layer. On an error the layers are left unchanged."""
-    replacements: dict[Candidate, QuantLinear | GroupedQuantLinear] = {}
+    replacements: dict[Candidate, Quantized] = {}
     transposed: dict[int, Tensor] = {}
     try:
         for layer, config in wanted.items():
             try:
                 if isinstance(layer, Stack):
                     replacements[layer] = layer.quantized(config)
+                elif isinstance(layer, nn.Embedding):
+                    replacements[layer] = QuantEmbedding.from_embedding(layer, config)
                 elif not is_conv1d(layer):
                     replacements[layer] = QuantLinear.from_linear(layer, config)  # type: ignore[arg-type]
                 elif (weight := layer._parameters.get("weight")) is not None and id(weight) in transposed:
@@ -196,8 +211,8 @@ def _replacements(
 
 def _share_scales(model: nn.Module, new: set[nn.Module]) -> None:
     """Give layers that share a weight and a configuration the same scales, as they have one quantized weight."""
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    first: dict[tuple[int, QuantConfig], QuantLinear] = {}
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear | QuantEmbedding)]
+    first: dict[tuple[int, QuantConfig], Quantized] = {}
     for module in sorted(layers, key=lambda module: module in new):
         twin = first.setdefault((id(module.weight), module.config), module)
         if module in new:

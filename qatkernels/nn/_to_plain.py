@@ -9,20 +9,22 @@ import torch
 from torch import nn
 
 from .experts import placed_in, take_out
-from .packed_linear import Packed, PackedLinear
+from .packed_linear import Packed, PackedEmbedding, PackedLinear
+from .quant_embedding import QuantEmbedding
 from .quant_linear import QuantLinear
 from .quantized import OFFLOADED, Quantized, is_offloaded
 from .replaced import forget
+from .ties import forget_ties
 
 
 @torch.no_grad()
 def to_plain(model: nn.Module) -> nn.Module:
     """Replace every quantized or packed layer of a model, in place, by a plain one of the values that it multiplies by.
 
-    The result needs nothing of this library: ``nn.Linear``, transformers' ``Conv1D``, and Parameters with the stacked
-    experts of transformers' mixtures. A transformers model forgets that it was quantized, so ``save_pretrained`` writes
-    what any other program reads. Values keep the dtype of the weights. A forward gives the logits of the quantized
-    model in eval mode up to the order of sums (docs/packing.md).
+    The result needs nothing of this library: ``nn.Linear``, ``nn.Embedding``, transformers' ``Conv1D``, and Parameters
+    with the stacked experts of transformers' mixtures. A transformers model forgets that it was quantized, so
+    ``save_pretrained`` writes what any other program reads. Values keep the dtype of the weights. A forward gives the
+    logits of the quantized model in eval mode up to the order of sums (docs/packing.md).
 
     Layers that shared their weight and scales share the plain weight, and layers that were one object stay one. A layer
     that shared its weight with something in full precision, such as a quantized head tied to an embedding, gets a
@@ -93,14 +95,20 @@ def _problem(layer: Any, is_expert: bool) -> str | None:
         return "it quantizes its input, which no plain layer does"
     if isinstance(layer, Quantized) and is_offloaded(layer):
         return OFFLOADED.format("make it plain")
-    if not is_expert and not isinstance(layer, QuantLinear | PackedLinear):
+    if not is_expert and not isinstance(layer, QuantLinear | PackedLinear | QuantEmbedding | PackedEmbedding):
         return f"it is a {type(layer).__name__} that the model's own code calls with offsets, as no plain layer is"
     return None
 
 
 def _plain(layer: Any, values: _Values) -> nn.Module:
     """Return a plain layer with the values and the bias of a quantized or packed one."""
-    weight, new = values.of(layer), nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    weight = values.of(layer)
+    if isinstance(layer, nn.Embedding):
+        rows, length = weight.shape
+        table = nn.Embedding(rows, length, layer.padding_idx, device="meta")
+        table.weight = weight
+        return table.train(layer.training)
+    new = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     if getattr(layer, "of_conv1d", False):
         conv1d = importlib.import_module("transformers.pytorch_utils").Conv1D
         with torch.device("meta"):
@@ -131,3 +139,4 @@ def _forget_quantization(model: nn.Module, untied: bool) -> None:
             vars(holder).pop(name, None)
         if untied:
             config.tie_word_embeddings = False
+        forget_ties(module)

@@ -106,7 +106,9 @@ class Packed(nn.Module):
         act_bits = act.bits if isinstance(act, DynamicActivation) else None
         if weight is None:
             weight = packed_weight(layer, scale_dtype)
-        new = cls(weight, layer.bias, act=None if act_bits else act, act_bits=act_bits).train(layer.training)
+        new = cls(weight, getattr(layer, "bias", None), act=None if act_bits else act, act_bits=act_bits).train(
+            layer.training
+        )
         if getattr(layer, "of_conv1d", False):
             vars(new)["of_conv1d"] = True
         vars(new).update({name: value for name, value in vars(layer).items() if name in _HOOKS})
@@ -175,5 +177,68 @@ class GroupedPackedLinear(Packed):
         return y + bias_of_tokens(self.bias, offsets, len(x)).to(y.dtype)
 
 
+class PackedEmbedding(Packed, nn.Embedding):
+    """``y[t] = weight[input[t]]`` from packed codes: a forward unpacks the rows of its tokens, and no others.
+
+    Its output equals that of the :class:`QuantEmbedding` it was made of, bit for bit if scales are stored as float32.
+    An output layer that was tied to the embedding shares the packed weight. Nothing here trains.
+
+    Args:
+        weight: packed weight ``[N, K]``.
+        bias: None; here as the other packed layers have it.
+        act: None, likewise.
+        act_bits: None, likewise.
+
+    Attributes:
+        weight: the packed weight.
+        num_embeddings: N.
+        embedding_dim: K.
+        padding_idx: that of the embedding, for libraries that look it up.
+
+    Raises:
+        TypeError: if ``weight`` is not a packed weight.
+        ValueError: if its shape does not fit, or one of the other arguments is not None.
+    """
+
+    kind = "embedding"
+    dims = 2
+    padding_idx: int | None = None
+    max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False
+
+    weight: PackedWeight  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        bias: Tensor | None = None,
+        *,
+        act: nn.Module | None = None,
+        act_bits: int | None = None,
+    ) -> None:
+        for name, given in (("bias", bias), ("act", act), ("act_bits", act_bits)):
+            if given is not None:
+                raise ValueError(f"{name} is given, must be None for an embedding")
+        super().__init__(weight)
+        self.num_embeddings, self.embedding_dim = self.out_features, self.in_features
+
+    @classmethod
+    def from_quantized(
+        cls, layer: Any, *, scale_dtype: torch.dtype = torch.float32, weight: PackedWeight | None = None
+    ) -> Any:
+        """Return the packed form of a :class:`QuantEmbedding`; see :meth:`Packed.from_quantized`."""
+        new = super().from_quantized(layer, scale_dtype=scale_dtype, weight=weight)
+        new.padding_idx = layer.padding_idx
+        return new
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return rows ``[..., K]`` for row numbers ``[...]``, int32 or int64, in the weight's dtype."""
+        rows: Tensor = self.weight(input, lookup=True)
+        return rows
+
+    def extra_repr(self) -> str:
+        """Describe the layer."""
+        return nn.Embedding.extra_repr(self)
+
+
 #: What a file may hold, by `Packed.kind`.
-KINDS: dict[str, type[Packed]] = {cls.kind: cls for cls in (PackedLinear, GroupedPackedLinear)}
+KINDS: dict[str, type[Packed]] = {cls.kind: cls for cls in (PackedLinear, GroupedPackedLinear, PackedEmbedding)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -18,10 +18,6 @@ from ..ops.contract import FLOATS
 from ..ops.quant_linear import forward_mode_alone
 from .config import QuantConfig
 from .quantized import Quantized, reparametrization
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 #: Subclasses of ``nn.Linear`` that compute what ``nn.Linear`` computes, by qualified name: :class:`QuantLinear` takes
 #: their place. Add the name of your own class if its forward is ``x @ weight.T + bias`` and nothing else.
@@ -92,17 +88,6 @@ class QuantLinear(Quantized, nn.Linear):
         if problem := why_not(linear):
             raise ValueError(f"linear {problem}")
         return cls._adopt(linear, config)
-
-    @classmethod
-    def _adopt(cls, layer: nn.Module, config: QuantConfig) -> Self:
-        """Return a quantized layer with parameters (``weight`` is ``[N, K]``), hooks and attributes of ``layer``."""
-        module = cls.__new__(cls)
-        module.__dict__.update(layer.__dict__)
-        for registry in ("_parameters", "_buffers", "_modules"):
-            module.__dict__[registry] = dict(layer.__dict__[registry])
-        module.out_features, module.in_features = module.weight.shape
-        module._quantize(config)
-        return module
 
     def reset_parameters(self) -> None:
         """Draw a new weight and bias as nn.Linear does, and set the scales from them."""

@@ -7,7 +7,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from .config import QuantConfig
 from .floor import count_act_at_floor, count_at_floor, floor_message
 from .quantizer import WeightQuantizer, initial_scale
 from .wrapped import check_unwrapped
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _16_BIT = (torch.bfloat16, torch.float16)
 
@@ -90,6 +93,17 @@ class Quantized(Float32Scales):
             "quantize_model(model, config, requantize=True) for a whole model"
         )
 
+    @classmethod
+    def _adopt(cls, layer: nn.Module, config: QuantConfig) -> Self:
+        """Return a quantized layer with parameters (``weight`` is ``[N, K]``), hooks and attributes of ``layer``."""
+        module = cls.__new__(cls)
+        module.__dict__.update(layer.__dict__)
+        for registry in ("_parameters", "_buffers", "_modules"):
+            module.__dict__[registry] = dict(layer.__dict__[registry])
+        module.out_features, module.in_features = module.weight.shape
+        module._quantize(config)
+        return module
+
     def _quantize(self, config: QuantConfig) -> None:
         self.act = None
         self.quantizer = WeightQuantizer()
@@ -131,6 +145,7 @@ class Quantized(Float32Scales):
         initial = initial_scale(self.weight, config)
         for name, value in zip(("scale", "zero_point"), initial, strict=True):
             self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=trains))
+        self.out_features, self.in_features = self.weight.shape[-2:]
         if self.act is None or _activation(config) != _activation(self.config):
             self.act = self._activation_quantizer(config)
         self.quantizer.configure(config, self.weight.shape[-2:].numel())
@@ -175,6 +190,18 @@ class Quantized(Float32Scales):
         self.scale.copy_(scale)
         if self.zero_point is not None and zero_point is not None:
             self.zero_point.copy_(zero_point)
+
+    def misfit(self) -> str | None:
+        """Return that there are scales for another number of rows than the weight has, or None.
+
+        transformers' ``resize_token_embeddings`` puts more rows into the same Parameter.
+        """
+        if self.config.per_tensor or self.scale.numel() * (self.group_size or self.in_features) == self.weight.numel():
+            return None
+        return (
+            f"its weight has {len(self.weight)} rows and its scales are for {len(self.scale)} (something resized the "
+            "weight): quantize_model(model, config, embeddings=True) sets scales anew, and so does layer.requantize"
+        )
 
     def _forward_weight(self, dtype: torch.dtype | None) -> Tensor:
         """Return the weight that this forward multiplies with."""

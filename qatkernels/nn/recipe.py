@@ -10,9 +10,11 @@ from ..dtypes import dtype_name
 from .activation import LearnedActivation
 from .config import QuantConfig
 from .experts import placed_in, save_as_layers
-from .packed_linear import Packed, PackedLinear
+from .packed_linear import Packed, PackedEmbedding, PackedLinear
+from .quant_embedding import QuantEmbedding
 from .quant_linear import QuantLinear
 from .quantized import Quantized
+from .ties import declare_ties
 
 #: Groups of layers: ``{"config": QuantConfig.to_dict(), "packed": dtype of scales or None, "layers": names}``.
 Recipe = list[dict[str, Any]]
@@ -41,9 +43,9 @@ def recipe_of(model: nn.Module) -> Recipe:
     groups: dict[tuple[QuantConfig, str | None], list[str]] = {}
     experts = set(placed_in(model).values())
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear) or (isinstance(module, Quantized) and module in experts):
+        if isinstance(module, QuantLinear | QuantEmbedding) or (isinstance(module, Quantized) and module in experts):
             groups.setdefault((module.config, None), []).append(name)
-        elif isinstance(module, PackedLinear) or (isinstance(module, Packed) and module in experts):
+        elif isinstance(module, PackedLinear | PackedEmbedding) or (isinstance(module, Packed) and module in experts):
             scale_dtype = dtype_name(module.weight.scale.dtype)
             groups.setdefault((_config_of(module), scale_dtype), []).append(name)
     return [
@@ -60,8 +62,7 @@ def describe(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_diff_dict") and hasattr(model, "save_pretrained"):
         save_as_layers(model)
-        if isinstance(model.get_output_embeddings(), Packed):  # type: ignore[operator]
-            config.tie_word_embeddings = False  # packed codes are the head's own
+        declare_ties(model)
         config.quantization_config = SavedQuantization(quant_method=METHOD, recipe=recipe_of(model))
 
 

@@ -46,8 +46,9 @@ def replaced_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def message(name: str, layer: nn.Module) -> str:
     """Return a message that a layer was replaced, and what to do about it."""
+    how = "embeddings=True" if isinstance(layer, nn.Embedding) else f"include={name!r}, exclude=()"
     return (
         f"{name} was quantized, and something replaced it by a {type(layer).__name__} in full precision "
         f"(resize_token_embeddings does). To quantize it again: "
-        f"quantize_model(model, config, include={name!r}, exclude=())"
+        f"quantize_model(model, config, {how})"
     )

@@ -30,7 +30,7 @@ STACKS: dict[str, bool] = {
     "transformers.models.inkling.modeling_inkling.InklingSharedExperts": False,
 }
 _UNSUPPORTED: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-    ((nn.Embedding, nn.EmbeddingBag), "embedding: not supported"),
+    ((nn.EmbeddingBag,), "embedding bag: not supported"),
     ((_ConvNd,), "convolution: not supported"),
     ((nn.RNNBase, nn.RNNCellBase), "recurrent layer: not supported"),
     ((ParametrizationList,), "parametrized: not supported, remove the parametrization first"),

@@ -16,6 +16,7 @@ from .config import QuantConfig
 from .experts import Stack, stacks_of
 from .packed_linear import Packed
 from .quant_conv1d import is_conv1d
+from .quant_embedding import check_config, for_embeddings, unlike_embedding
 from .quant_linear import why_not
 from .quantized import OFFLOADED, Quantized, is_offloaded
 
@@ -47,6 +48,8 @@ EXCLUDE = (
     "shared_expert_gate",
 )
 ATTENTION = "belongs to nn.MultiheadAttention, which calls no layer (its in_proj_weight is not quantized either)"
+#: Why an embedding is left where nothing asks for it.
+NOT_ASKED = "embedding: in full precision unless asked for (embeddings=True)"
 #: Parts of a name that wrappers add: those of PEFT and of torch.compile.
 _WRAPPED = {"base_layer", "original_module", "_orig_mod"}
 #: What could be quantized: a layer, or the stacked weights of experts.
@@ -79,11 +82,15 @@ class Rules:
 
     def __init__(
         self, config: object, include: str | Iterable[str] | None, exclude: str | Iterable[str],
-        filter_fn: Callable[[nn.Module, str], bool] | None = None,
+        filter_fn: Callable[[nn.Module, str], bool] | None = None, embeddings: bool | QuantConfig = False,
     ) -> None:  # fmt: skip
         if filter_fn is not None and not callable(filter_fn):
             raise ValueError(f"filter_fn is {filter_fn!r}, must be a function of a module and its name, or None")
-        self.filter_fn = filter_fn
+        if not isinstance(embeddings, bool | QuantConfig):
+            raise ValueError(f"embeddings is {embeddings!r}, must be True, False or a QuantConfig")
+        if isinstance(embeddings, QuantConfig):
+            check_config(embeddings)
+        self.filter_fn, self.embeddings = filter_fn, embeddings
         self.configs = _configs(config)
         self.include = None if include is None else _patterns("include", include)
         self.exclude, self.default = _patterns("exclude", exclude), exclude is EXCLUDE
@@ -102,6 +109,65 @@ class Rules:
                 what = "the default exclude" if self.default else "exclude"
                 return Left(f"matches {pattern!r} of {what}", asked=not self.default, default=self.default)
         return config
+
+    def wanted_embedding(self, names: list[str], of_tokens: bool) -> QuantConfig | Left:
+        """Return the configuration for an embedding of these names, or why there is none.
+
+        Args:
+            names: its names.
+            of_tokens: whether it is one that ``embeddings`` means.
+        """
+        exact = self._exact(names)
+        if (exact is None or isinstance(exact, Left)) and self.embeddings is False:
+            return Left(NOT_ASKED)
+        if (left := self._own_exclude(names)) is not None:
+            return left
+        if exact is not None:
+            return exact
+        if not of_tokens:
+            return Left("embedding, but not of tokens: name it in config to quantize it")
+        if isinstance(self.embeddings, QuantConfig):
+            return self.embeddings
+        config = next((c for p, c in self.configs.items() if matches(names, (p,))), None)
+        if config is None:
+            return Left(
+                "matches no configuration of config, from which embeddings=True would take its bits", asked=True
+            )
+        return for_embeddings(config)
+
+    def wanted_twin(self, names: list[str], embedding: str, config: QuantConfig) -> QuantConfig | Left:
+        """Return the configuration of a layer of these names that shares its weight with an embedding.
+
+        Args:
+            names: its names.
+            embedding: the embedding's name.
+            config: what the embedding is quantized to.
+
+        Raises:
+            ValueError: if the call names another configuration for the layer.
+        """
+        exact = self._exact(names)
+        left = self._own_exclude(names) or (exact if isinstance(exact, Left) else None)
+        if left is not None:
+            return left
+        if exact not in (None, config):
+            raise ValueError(
+                f"{names[0]} is to be quantized to {exact}, but shares its weight with {embedding}, which is to be "
+                f"quantized to {config}: give both the same configuration, or exclude one of them"
+            )
+        return config
+
+    def _exact(self, names: list[str]) -> QuantConfig | Left | None:
+        """Return what the first pattern of config without a wildcard that matches says; None if there is none."""
+        pattern = next((p for p in self.configs if not set(p) & set("*?[") and matches(names, (p,))), None)
+        if pattern is None:
+            return None
+        return self.configs[pattern] or Left(f"has None as its configuration (of {pattern!r})", asked=True)
+
+    def _own_exclude(self, names: list[str]) -> Left | None:
+        """Return that the caller's own exclude matches; the default one does not concern what embeddings asks for."""
+        pattern = None if self.default else next((p for p in self.exclude if matches(names, (p,))), None)
+        return None if pattern is None else Left(f"matches {pattern!r} of exclude", asked=True)
 
     def insists(self, names: list[str]) -> bool:
         """Whether the call explicitly asks to quantize a layer of these names although it is an output layer."""
@@ -153,7 +219,9 @@ def is_candidate(module: Candidate) -> bool:
     """Whether something is a layer, or a stack of experts, that could be quantized or is quantized already."""
     if isinstance(module, Stack):
         return True
-    return (isinstance(module, nn.Linear | Quantized) and not isinstance(module, Packed)) or is_conv1d(module)
+    return (isinstance(module, nn.Linear | nn.Embedding | Quantized) and not isinstance(module, Packed)) or is_conv1d(
+        module
+    )
 
 
 def candidates(model: nn.Module) -> dict[Candidate, list[str]]:
@@ -174,10 +242,10 @@ def choose(model: nn.Module, rules: Rules, requantize: bool = False) -> dict[Can
         ValueError: if a layer has another configuration already and ``requantize`` is False.
     """
     names, kept, read = candidates(model), heads(model), bypassed(model)
-    never = adapters(model)
+    never, tables = adapters(model), _tables(model, names, rules)
     chosen: dict[Candidate, QuantConfig | Left] = {}
     for layer in names:
-        found = rules.wanted(names[layer])
+        found = tables[layer] if layer in tables else rules.wanted(names[layer])
         if isinstance(found, QuantConfig):
             owner = layer.module if isinstance(layer, Stack) else layer
             if rules.filter_fn is not None and not rules.filter_fn(owner, names[layer][0]):
@@ -186,7 +254,7 @@ def choose(model: nn.Module, rules: Rules, requantize: bool = False) -> dict[Can
                 found = found if (reason := layer.why_not()) is None else Left(reason, loud=True)
             elif layer in never:
                 found = Left(never[layer])
-            elif layer in kept and not rules.insists(names[layer]):
+            elif layer in kept and layer not in tables and not rules.insists(names[layer]):
                 found = Left(f"{kept[layer]}: name it in include, or give exclude=(), to quantize it all the same")
             elif layer in read:
                 found = Left(read[layer])
@@ -197,6 +265,56 @@ def choose(model: nn.Module, rules: Rules, requantize: bool = False) -> dict[Can
         chosen[layer] = found
     _keep_shared(model, names_of(model), chosen)
     return chosen
+
+
+def _tables(
+    model: nn.Module, names: Mapping[Candidate, list[str]], rules: Rules
+) -> dict[Candidate, QuantConfig | Left]:  # fmt: skip
+    """Decide about every embedding, and about the layers that share the weight of one that is, or will be, quantized.
+
+    Both quantize to the same configuration, so that they also share scales.
+    """
+    found: dict[Candidate, QuantConfig | Left] = {}
+    of_tokens = token_embeddings(model)
+    shared: dict[int, tuple[str, QuantConfig | None]] = {}
+    for layer, every in names.items():
+        if not isinstance(layer, nn.Embedding):
+            continue
+        found[layer] = config = rules.wanted_embedding(every, layer in of_tokens)
+        if isinstance(config, QuantConfig) and rules.filter_fn is not None and not rules.filter_fn(layer, every[0]):
+            found[layer] = config = Left("is left out by filter_fn", asked=True)
+        if isinstance(config, QuantConfig) and (isinstance(layer, Quantized) or unlike_embedding(layer) is None):
+            shared.setdefault(id(layer._parameters.get("weight")), (every[0], config))
+        elif isinstance(layer, Quantized):
+            shared.setdefault(id(layer._parameters.get("weight")), (every[0], None))
+    shared.pop(id(None), None)
+    for layer, every in names.items():
+        twin = None if isinstance(layer, Stack) else shared.get(id(layer._parameters.get("weight")))
+        if twin is not None and twin[0] not in every:
+            embedding, asked = twin
+            found[layer] = (
+                Left(f"shares its weight with the quantized embedding {embedding}: give embeddings to change both")
+                if asked is None
+                else rules.wanted_twin(every, embedding, asked)
+            )
+    return found
+
+
+def token_embeddings(model: nn.Module) -> set[nn.Module]:
+    """Return the embeddings that ``embeddings=True`` means.
+
+    They are those that a module of the model names as its input embeddings (transformers' ``get_input_embeddings``),
+    and every ``nn.Embedding`` if no module of the model has that method. So tables of positions stay as they are in
+    transformers' models.
+    """
+    naming = [m for m in model.modules() if callable(getattr(type(m), "get_input_embeddings", None))]
+    held: list[nn.Module] = [] if naming else [model]
+    for module in naming:
+        try:
+            held.append(module.get_input_embeddings())  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            continue
+    return {m for owner in held if owner is not None for m in owner.modules() if isinstance(m, nn.Embedding)}
 
 
 def _check_again(name: str, layer: Quantized, config: QuantConfig, requantize: bool) -> None:
@@ -219,6 +337,8 @@ def _check_again(name: str, layer: Quantized, config: QuantConfig, requantize: b
 
 def _unable(layer: nn.Module) -> str | None:
     """Return why a layer that matched is skipped, or None. Faults of a layer of the right class raise later."""
+    if isinstance(layer, nn.Embedding):
+        return unlike_embedding(layer)
     if type(layer) is NonDynamicallyQuantizableLinear:
         return ATTENTION
     if is_conv1d(layer) or parametrize.is_parametrized(layer):
@@ -260,7 +380,8 @@ def heads(model: nn.Module) -> dict[nn.Module, str]:
             embeddings[id(module._parameters.get("weight"))] = name
     embeddings.pop(id(None), None)
     for module in model.modules():
-        if is_candidate(module) and (tied := embeddings.get(id(module._parameters.get("weight")))) is not None:
+        tied = embeddings.get(id(module._parameters.get("weight")))
+        if tied is not None and is_candidate(module) and not isinstance(module, nn.Embedding):
             found[module] = f"is tied to the embedding {tied}"
         if callable(getattr(type(module), "get_output_embeddings", None)):
             try:

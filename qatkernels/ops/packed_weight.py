@@ -192,14 +192,40 @@ class PackedWeight(Float32Scales):
         warnings.warn("layer.weight.value is now layer.weight", DeprecationWarning, stacklevel=2)
         return self
 
+    def rows(self, index: Tensor) -> Tensor:
+        """Return rows ``[..., K]`` of a weight ``[N, K]``, unpacking only these, in :attr:`dtype`.
+
+        They equal the same rows of ``dequantize(self.dtype)`` bit for bit.
+
+        Args:
+            index: numbers of rows, int32 or int64 ``[...]``.
+
+        Raises:
+            IndexError: if a row does not exist.
+        """
+        check_tensors(index=index)
+        packed, scale, zero_point = (
+            None if t is None else torch.nn.functional.embedding(index, t)
+            for t in (self.packed, self.scale, self.zero_point)
+        )
+        assert packed is not None
+        assert scale is not None
+        return dequantize(
+            unpack(packed, self.grid, self.cols), scale.float(), self.grid,
+            group_size=self.group_size if self.cols else None, zero_point=zero_point, dtype=self.dtype,
+        )  # fmt: skip
+
     def forward(
-        self, x: Tensor, bias: Tensor | None = None, offsets: Tensor | None = None, act_bits: int | None = None
-    ) -> Tensor:
+        self, x: Tensor, bias: Tensor | None = None, offsets: Tensor | None = None, act_bits: int | None = None,
+        *, lookup: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Return :func:`lowbit_linear` of ``x``; under autocast in its dtype, as for a linear layer.
 
-        Layers call this method and not the function, because libraries for offloading load the tensors of a module
-        before its forward.
+        With ``lookup``, return the :meth:`rows` whose numbers ``x`` holds. Layers call this method and not the others,
+        because libraries for offloading load the tensors of a module before its forward.
         """
+        if lookup:
+            return self.rows(x)
         dtype = autocast_dtype(x)
         if dtype is None:
             return lowbit_linear(x, self, bias, offsets=offsets, act_bits=act_bits)
