@@ -375,7 +375,9 @@ class _Qdq(nn.Module):
             "DequantizeLinear", given, where, dtype=torch.float32, shape=tuple(self.q.shape), version=21
         )
         bias: Any = self.bias
-        return nn.functional.linear(self.act(x), w, bias)
+        # A product and a sum: ONNX Runtime would round the bias of one operator to multiples of both scales.
+        y = nn.functional.linear(self.act(x), w)
+        return y if bias is None else y + bias
 
 
 class _Static(nn.Module):

@@ -84,6 +84,12 @@ def load(folder: Path) -> nn.Module:
         model, info = read(folder, use_safetensors=True, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{folder} is not a model that transformers reads ({error})") from error
+    quantized = [name for name in info["unexpected_keys"] if name.endswith(("._extra_state", ".weight.packed"))]
+    if quantized:
+        raise CheckpointError(
+            f"{folder} holds quantized layers ({min(quantized)}), and its config.json does not say so: restore its "
+            "quantization_config"
+        )
     if info["missing_keys"] or info["mismatched_keys"]:
         first = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))[0]
         raise CheckpointError(f"{folder} does not hold a whole model: {first} is missing or has another shape")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -185,6 +186,14 @@ def test_folders_that_cannot_be_read(llama: Path, tmp_path: Path, capsys: pytest
     torch.save({**tensors, "model.layers.0.mlp.up_proj.weight": dropped}, tmp_path / "m" / "pytorch_model.bin")
     assert cli.main(["generate", str(tmp_path / "m")]) == 2
     assert "is not a model that transformers reads" in capsys.readouterr().err
+    quantized = qatkernels.quantize_model(copy.deepcopy(model), qatkernels.QuantConfig(2), warn_below=0)
+    for name, saved in (("trained", quantized), ("packed", qatkernels.pack_model(copy.deepcopy(quantized)))):
+        saved.save_pretrained(tmp_path / name)
+        settings = json.loads((tmp_path / name / "config.json").read_text())
+        settings.pop("quantization_config")
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+        assert cli.main(["generate", str(tmp_path / name)]) == 2
+        assert "holds quantized layers" in capsys.readouterr().err
     model.resize_token_embeddings(300)
     model.save_pretrained(tmp_path / "large")
     assert cli.main(["generate", str(tmp_path / "large")]) == 2
