@@ -216,7 +216,6 @@ class TestSelection:
             ({"filter_fn": lambda module, name: name != "embed"}, ["body"]),
             ({"filter_fn": lambda module, name: name != "head"}, ["embed", "body"]),
         ],
-        ids=str,
     )
     def test_patterns(self, settings, wanted):
         assert list(self.configs(Tied(), embeddings=True, **settings)) == wanted
