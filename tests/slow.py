@@ -16,7 +16,7 @@ from pathlib import Path
 
 LIST = Path(__file__).with_suffix(".txt")
 #: A test function is slow if its cases together take this many seconds, in a run of two processes on two cores.
-SLOW = 3.0
+SLOW = 2.0
 
 
 #: Fixtures that take long, with the path of the tests that use them. All these tests are slow: only the first one waits

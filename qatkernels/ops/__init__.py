@@ -4,6 +4,7 @@ from ._cross_entropy import cross_entropy
 from ._fake_quantize import fake_quantize
 from ._grouped_linear import grouped_linear
 from ._linear_cross_entropy import linear_cross_entropy
+from ._quantization_error import quantization_error
 from ._quantize import dequantize, quantize
 from .dynamic import fake_quantize_dynamic
 from .krylov import gram_schmidt
@@ -12,7 +13,6 @@ from .packed_weight import PackedWeight, grouped_lowbit_linear, lowbit_linear
 from .packing import pack, unpack
 from .perturb import perturb_, perturb_swap_, perturbation_norms
 from .quant_linear import quant_linear_dual
-from .quantization_error import quantization_error
 from .reset import reset_
 
 __all__ = [
