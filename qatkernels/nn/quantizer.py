@@ -100,7 +100,7 @@ class WeightQuantizer:
 
         The rounding is straight-through: derivatives are those of the scale itself.
         """
-        return stored_scale(scale, self.config)
+        return stored_scale(scale, self.config.scale_dtype, self.grid.steps)
 
     def plain(
         self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype | None = None,
@@ -146,9 +146,8 @@ class WeightQuantizer:
         return quantize(weight, self.stored(scale), self.grid, group_size=self.group_size, zero_point=zero_point)
 
 
-def stored_scale(scale: Tensor, config: QuantConfig) -> Tensor:
-    """Return scales such that ``config.scale_dtype`` holds ``scale / grid.steps``; the rounding is straight-through."""
-    dtype, steps = config.scale_dtype, config.grid.steps
+def stored_scale(scale: Tensor, dtype: torch.dtype, steps: float) -> Tensor:
+    """Return scales such that ``dtype`` holds ``scale / steps``; the rounding is straight-through."""
     if dtype == torch.float32:
         return scale
     with torch.no_grad():
@@ -182,7 +181,7 @@ def initial_scale(
             )
         return search_scale(
             weight, grid, config.group_size, per_tensor=config.per_tensor, moments=moments,
-            stored=lambda scale: stored_scale(scale, config),
+            stored=lambda scale: stored_scale(scale, config.scale_dtype, grid.steps),
         )  # fmt: skip
     if config.per_tensor and w.ndim > 2:  # per tensor means per expert
         w = w.flatten(1)
