@@ -137,9 +137,9 @@ class Stored:
             UnfitError: if there is none.
         """
         group_size = None if weight.steps.shape[-1] == 1 else weight.group_size
-        low, high = _ends(weight)
+        low, high = weight.ends
         choices = [bits] if bits is not None else list(BITS)
-        plain = next((b for b in choices if -(1 << b - 1) <= low and high < 1 << b - 1), None)
+        plain = weight.signed_bits(choices)
         apart = next((b for b in choices if weight.levels <= 1 << b and _zeros_fit(weight, b)), None)
         if plain is not None and (symmetric or apart is None or plain <= apart):
             return cls(plain, group_size, True)
@@ -147,7 +147,7 @@ class Stored:
             return cls(apart, group_size, False)
         what = f"{bits} bits hold" if bits is not None else "at most 8 bits hold"
         span = 1 << ((bits or BITS[-1]) - 1)
-        fits = next((b for b in BITS if -(1 << b - 1) <= low and high < 1 << b - 1), None)
+        fits = weight.signed_bits(BITS)
         hint = "use a grid with fewer levels, or lsq" if fits is None else f"give bits={fits}"
         raise UnfitError(f"its integers are {low} to {high}, {what} {-span} to {span - 1}; {hint}")
 
@@ -180,13 +180,6 @@ class Stored:
             "weight_packed": words(grouped.reshape(weight.integers.shape), self.bits),
             "weight_zero_point": zeros,
         }
-
-
-def _ends(weight: IntegerWeight) -> tuple[int, int]:
-    """Return the smallest and the largest integer that the codes of a weight can stand for."""
-    if not weight.low.numel():
-        return 0, 0
-    return int(weight.low.min()), int(weight.low.max()) + weight.spacing * (weight.levels - 1)
 
 
 def _zeros_fit(weight: IntegerWeight, bits: int) -> bool:

@@ -90,10 +90,8 @@ def _bits(weight: IntegerWeight) -> int:
     """
     if weight.steps.shape[-1] != 1:
         raise UnfitError(f"{weight.group_size} inputs share a scale, the format has one scale for each row")
-    low, high = int(weight.low.min()), int(weight.low.max()) + weight.spacing * (weight.levels - 1)
-    bits = next((b for b in BITS if low >= -(1 << b - 1) and high < 1 << b - 1), None)
-    if bits is None:
-        raise UnfitError(f"its integers are {low} to {high}, at most 8 bits hold -128 to 127")
+    if (bits := weight.signed_bits(BITS)) is None:
+        raise UnfitError("its integers are {} to {}, at most 8 bits hold -128 to 127".format(*weight.ends))
     return bits
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,6 +101,18 @@ class IntegerWeight:
         integers = (spacing * grouped + shift[..., None]).reshape(codes.shape)
         low = spacing * grid.code_min + shift
         return cls(integers, steps, low, spacing, grid.code_max - grid.code_min + 1)
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The smallest and the largest integer that the codes can stand for."""
+        if not self.low.numel():
+            return 0, 0
+        return int(self.low.min()), int(self.low.max()) + self.spacing * (self.levels - 1)
+
+    def signed_bits(self, widths: Iterable[int]) -> int | None:
+        """Return the first of some widths whose signed integers hold all of the weight's; None if there is none."""
+        low, high = self.ends
+        return next((bits for bits in widths if low >= -(1 << bits - 1) and high < 1 << bits - 1), None)
 
     @property
     def group_size(self) -> int:

@@ -222,7 +222,7 @@ class Stored:
         for width in (bits,) if bits is not None else BITS:
             if (zeros := _zeros(weight, width)) is not None:
                 return cls(width, _block(weight, width), zeros)
-        low, high = int(weight.low.min()), int(weight.low.max()) + weight.spacing * (weight.levels - 1)
+        low, high = weight.ends
         raise UnfitError(
             f"its integers are {low} to {high}, {weight.levels} levels with a spacing of {weight.spacing}, which the "
             f"operator does not hold at {bits if bits is not None else '2, 4 or 8'} bits"
@@ -337,7 +337,7 @@ class _Qdq(nn.Module):
 
     def __init__(self, weight: IntegerWeight, layer: Quantized | Packed) -> None:
         super().__init__()
-        low, high = int(weight.low.min()), int(weight.low.max()) + weight.spacing * (weight.levels - 1)
+        low, high = weight.ends
         self.group = None if weight.steps.shape[-1] == 1 else weight.group_size
         zeros: Tensor | None = None
         if low >= -128 and high <= 127:

@@ -89,8 +89,6 @@ def _bits(weight: IntegerWeight) -> int:
     Raises:
         UnfitError: if there is none.
     """
-    low, high = int(weight.low.min()), int(weight.low.max()) + weight.spacing * (weight.levels - 1)
-    for bits in BITS:
-        if low >= -(1 << bits - 1) and high < 1 << bits - 1:
-            return bits
-    raise UnfitError(f"its integers are {low} to {high}, at most 8 bits hold -128 to 127")
+    if (bits := weight.signed_bits(BITS)) is None:
+        raise UnfitError("its integers are {} to {}, at most 8 bits hold -128 to 127".format(*weight.ends))
+    return bits
