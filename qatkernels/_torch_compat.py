@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 __all__ = [
     "TorchDispatchMode", "any_autocast", "assume_constant_result", "below_autograd", "in_forward_mode",
-    "in_transform", "innermost_transform_is_jvp", "is_fake", "is_view", "preserve_version_counter", "tree_flatten",
+    "in_transform", "innermost_transform_is_jvp", "integer_product", "is_fake", "is_view", "preserve_version_counter", "tree_flatten",
     "tree_leaves", "tree_map", "tree_unflatten", "without_autocast", "without_transforms",
 ]  # fmt: skip
 
@@ -30,6 +30,8 @@ below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 any_autocast: Any = torch._C._is_any_autocast_enabled
 # A context in which in-place changes of tensors do not count as new versions, so that autograd accepts saved ones.
 preserve_version_counter: Any = torch.autograd._unsafe_preserve_version_counter
+# The product of int8 matrices with an int32 result.
+integer_product: Any = torch._int_mm
 # A context in which autocast casts nothing, on any device.
 without_autocast: Any = torch._C._DisableAutocast
 

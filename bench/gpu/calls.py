@@ -44,7 +44,9 @@ def first(call: Call) -> None:
         call.run_together([Step(f"warm {i}", (*share, f"{i}/12"), 60) for i in range(12)])
     few = ("--every", "5") if call.dry else ()
     call.persist(Step("smoke", (*_GPU, "smoke", *_shared(call), *few), 60))
-    _rows(call, 0.02 if call.dry else 0.2, reserve=0 if call.dry else 100)
+    _rows(call, 0.02 if call.dry else 0.15, reserve=0 if call.dry else 130)
+    if not call.dry:
+        call.persist(Step("tune", (*_GPU, "tune", *_shared(call), "--seconds", "45"), 50))
     _tests(call, DRY_TESTS if call.dry else GPU_TESTS, 100)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .target import FOLDER, LAST, MOST_BYTES, PACK, ROOT
+from .target import FOLDER, LAST, MOST_BYTES, PACK, PARTS, ROOT
 
 #: Seconds that each call may take, and how many more the machine allows before it kills the command.
 SECONDS = {"call1": 440.0, "call2": 300.0}
@@ -95,6 +95,12 @@ def _profile(options: argparse.Namespace) -> int:
     return profile.main(options.kernel, dry=options.dry)
 
 
+def _tune(options: argparse.Namespace) -> int:
+    from . import tune
+
+    return tune.main(options.journal, options.seconds)
+
+
 def _host(options: argparse.Namespace) -> int:
     from . import host
 
@@ -161,7 +167,7 @@ def _here(add: Any) -> None:
     pack = add("pack", f"Make what is taken along: the extension and Triton's cache, in {PACK.relative_to(ROOT)}.")
     pack.add_argument("--seconds", type=float, default=float("inf"), help="when to stop compiling a part's kernels")
     pack.add_argument("--jobs", type=int, default=1, help="processes that compile at once")
-    pack.add_argument("--parts", nargs="+", default=["smoke", "rows", "tests"], choices=("smoke", "rows", "tests"))
+    pack.add_argument("--parts", nargs="+", default=["smoke", "rows", "tests"], choices=PARTS)
     command = add("command", "Print the command line of a call, and what must be taken along.")
     command.add_argument("call", choices=SECONDS)
     command.add_argument("--out", default="out", help="folder that comes back, as the command line names it")
@@ -179,7 +185,7 @@ def _here(add: Any) -> None:
 def _parts(add: Any) -> None:
     """Add the commands that calls and packs start."""
     warm = add("warm", "Compile, or count, the Triton kernels that a part of the calls needs. No GPU is needed.")
-    warm.add_argument("part", choices=("smoke", "rows", "tests"))
+    warm.add_argument("part", choices=PARTS)
     warm.add_argument("--seconds", type=float, default=float("inf"), help="when to stop")
     warm.add_argument("--share", type=_share, default=(0, 1), help="I/N: every N-th call from the I-th on")
     warm.add_argument("--count", action="store_true", help="compile nothing")
@@ -193,6 +199,9 @@ def _parts(add: Any) -> None:
     profile = add("profile", "Run one kernel for a profiler.")
     profile.add_argument("kernel", choices=("gemv", "decode", "backward"))
     profile.add_argument("--dry", action="store_true", help="on the CPU")
+    tune = add("tune", "Time tile sizes of the Triton kernels.")
+    tune.add_argument("--journal", type=Path, required=True, help="gets a line for each candidate")
+    tune.add_argument("--seconds", type=float, default=float("inf"), help="when to stop")
     add("probe", "Say whether Triton finds in its cache what the pack brought.")
     add("host", "Time what calls cost on the host; without a GPU with a runtime that launches nothing.")
 

@@ -31,7 +31,7 @@ def make(seconds: float, jobs: int, parts: tuple[str, ...]) -> int:
     Args:
         seconds: when to stop compiling kernels of a part; what is missing is compiled on the GPU machine.
         jobs: processes that compile at once, for the extension and for the kernels.
-        parts: of :data:`bench.gpu.warm.PARTS`, those to compile for. What earlier packs compiled is kept.
+        parts: of :data:`bench.gpu.target.PARTS`, those to compile for. What earlier packs compiled is kept.
     """
     _check_versions()
     began = time.monotonic()

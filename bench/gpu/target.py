@@ -17,3 +17,5 @@ PACK, LAST = FOLDER / "pack.tar.xz", FOLDER / "last.jsonl"
 CACHE = Path("/tmp/qatkernels-triton-cache")
 #: Maximum bytes of the pack.
 MOST_BYTES = 64 * 2**20
+#: The parts of the calls whose kernels a pack may have.
+PARTS = ("smoke", "rows", "tune", "tests")

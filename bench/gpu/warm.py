@@ -21,14 +21,13 @@ from . import fake_driver
 from .target import CAPABILITY
 
 Job = tuple[str, Callable[[], Any]]
-PARTS = ("rows", "smoke", "tests")
 
 
 def main(part: str, seconds: float, share: tuple[int, int] = (0, 1), *, compiling: bool = True) -> int:
     """Compile the kernels of one part of the calls, or only count them.
 
     Args:
-        part: one of :data:`PARTS`.
+        part: one of :data:`bench.gpu.target.PARTS`.
         seconds: when to stop.
         share: this process's number and how many there are: each takes every n-th call.
         compiling: whether kernels are compiled.
@@ -41,7 +40,7 @@ def main(part: str, seconds: float, share: tuple[int, int] = (0, 1), *, compilin
     if part == "tests":
         _tests(end, share)
     else:
-        jobs = _rows() if part == "rows" else _smoke()
+        jobs = {"rows": _rows, "smoke": _smoke, "tune": _candidates}[part]()
         for name, job in itertools.islice(jobs, share[0], None, share[1]):
             _attempt(name, job)
             if os.environ.get("VERBOSE"):
@@ -70,8 +69,9 @@ def _smoke() -> Iterator[Job]:
     from qatkernels.testing.checks import every_check
 
     for check in every_check(torch.device("cpu")):
-        implementation = IMPLS[f"{check.op}_out" if OPS[check.op].outputs else check.op]["triton"]
-        yield f"{check.op} {check.name}", lambda run=check.run, impl=implementation: run(impl)  # type: ignore[misc]
+        implementation = IMPLS[f"{check.op}_out" if OPS[check.op].outputs else check.op].get("triton")
+        if implementation is not None:  # some ops have no Triton kernel
+            yield f"{check.op} {check.name}", lambda run=check.run, impl=implementation: run(impl)  # type: ignore[misc]
 
 
 def _rows() -> Iterator[Job]:
@@ -113,6 +113,23 @@ def _smaller(settings: Any) -> dict[str, list[Callable[[], Any]]]:
         "fake_quantize": [functools.partial(fake_quantize.build, p, settings) for p in families],
         "linear": [functools.partial(linear.build, p, settings) for p in steps],
     }
+
+
+def _candidates() -> Iterator[Job]:
+    _draw_nothing()
+    from ..case import Settings
+    from . import tune
+
+    _smaller(Settings(torch.device("cpu"), gpu_shapes=True))
+
+    for c in tune.candidates():
+
+        def run(c: tune.Candidate = c) -> None:
+            call = c.problem.call(torch.device("cpu"))
+            with c.using():
+                call()
+
+        yield f"{c.problem} {c.name}", run
 
 
 def _run_calls(build: Callable[[], Any]) -> None:

@@ -102,7 +102,9 @@ def build(p: Problem, settings: Settings) -> Case:
     ]
     if settings.for_gpu:
         calls += _backends(p, x, packed, settings.device)
-    if settings.peers and not settings.for_gpu:
+        if p.bits == 4 and p.group_size == 128 and settings.device.type == "cuda":  # a part of torch: always there
+            calls.append(attempt("int4pack", lambda: _int4pack(p, x, w)))
+    elif settings.peers:
         calls += _peers(p, x, w)
     moved = packed.nbytes + bytes_of(x) + p.tokens * p.shape[0] * x.element_size()
     return Case(
@@ -156,11 +158,16 @@ def _peers(p: Problem, x: Tensor, w: Tensor) -> Iterator[Call | Missing]:
 
 
 def _int4pack(p: Problem, x: Tensor, w: Tensor) -> Call:
-    rows, group = p.shape[0], min(128, p.shape[1])
-    codes = torch.randint(0, 16, p.shape, dtype=torch.int32)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    scales = torch.ones(p.shape[1] // group, rows, 2, dtype=torch.bfloat16)
-    product = torch.ops.aten._weight_int4pack_mm_for_cpu
+    rows, group, on_gpu = p.shape[0], min(128, p.shape[1]), w.device.type == "cuda"
+    if on_gpu:  # two codes of a byte, in tiles of 8 rows and 16 * 8 columns
+        codes = torch.randint(0, 256, (rows, p.shape[1] // 2), dtype=torch.uint8, device=w.device)
+        packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+        product = torch.ops.aten._weight_int4pack_mm
+    else:
+        codes = torch.randint(0, 16, p.shape, dtype=torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu
+    scales = torch.ones(p.shape[1] // group, rows, 2, dtype=torch.bfloat16, device=w.device)
     note = f"groups of {group}; codes of its own"
     return Call("int4pack", lambda: product(x, packed, group, scales), "peer", unchecked="codes of its own", note=note)
 
