@@ -13,6 +13,8 @@ namespace qk::cuda {
 constexpr int kGemvWarps = 16, kGemvThreads = kGemvWarps * kWarp;
 constexpr int kTileRows = 16, kSlots = 4;
 constexpr int kMaxTokens = 8;
+// Items of limbs (16 columns of a token) that a thread makes for its own block, at most.
+constexpr int kOwnItems = 8;
 
 // Tiles of eight activation rows whose sums fit into registers.
 QK_HOST_DEVICE constexpr int max_act_tiles(int bits) { return bits >= 5 && bits <= 7 ? 2 : 3; }
@@ -23,12 +25,13 @@ struct LowbitGemv {
   const float* zero_point;
   const void* bias;
   void* y;
-  const uint4* x;
-  const float* unit;
-  float* partial;  // [chunks][tokens][rows] where K is cut into chunks, else null
+  const uint4* x;        // limbs of the tokens, made by another kernel; null if each block makes them from the tokens
+  const float* unit;     // of the limbs, with them
+  const void* tokens_x;  // the tokens, in the dtype of x
+  float* partial;        // [chunks][tokens][rows] where K is cut into chunks, else null
   int64_t rows, cols, groups, row_bytes;
   int32_t rounds, stages, chunk_stages, chunks, row_blocks, warps_per_row;
-  int32_t tokens, limbs, act_rows;
+  int32_t tokens, limbs, act_rows, act_bits;
   // Granules of a group (lowbit_layout.h). 0 if groups are smaller: then each of the four lanes that share a weight row
   // has activation rows of its own, zero for the other lanes, and the columns of group_lanes lanes are a group.
   int32_t group_granules, group_lanes;
@@ -81,25 +84,28 @@ struct LowbitGemv {
 };
 
 // The layout of a block's shared memory, in bytes from its start: stages of weights, sums of warps, 16 bytes of zeros,
-// x.
+// units of tokens, x.
 struct SharedPlan {
-  int slot, sums, zeros, x;
+  int slot, sums, zeros, units, x;
 
   QK_HOST_DEVICE constexpr SharedPlan(const LowbitLayout& layout, int act_tiles)
       : slot(kTileRows * layout.pitch),
         sums(kGemvWarps * kSlots * slot),
         zeros(sums + kGemvWarps * kTileRows * 8 * act_tiles * 4),
-        x(zeros + 16) {}
+        units(zeros + 16),
+        x(units + kMaxTokens * 4) {}
 };
 
-// The device's properties that a plan depends on.
+// The device's properties that a plan depends on. `shared` is what a block may have besides its static arrays.
 struct DeviceLimits {
+  static constexpr int kStaticShared = 1024;
   int id = 0, multiprocessors = 0, shared = 0;
 
   cudaError_t query() {
     cudaError_t error = cudaGetDevice(&id);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, id);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+    shared -= kStaticShared;
     return error;
   }
 };
@@ -169,6 +175,7 @@ struct LowbitGemvPlan {
 
     p.limbs = limbs;
     p.act_rows = p.tokens * limbs;
+    p.act_bits = call.act_bits;
     p.stages = static_cast<int32_t>((p.cols + layout.stage_cols - 1) / layout.stage_cols);
     if (!split)
       p.group_granules = call.groups == 1 ? 1 << 30 : static_cast<int32_t>(group_cols / layout.granule_cols);
@@ -184,21 +191,47 @@ struct LowbitGemvPlan {
     p.chunks = (p.stages + p.chunk_stages - 1) / p.chunk_stages;
     p.chunk_stages = (p.stages + p.chunks - 1) / p.chunks;
     p.chunks = (p.stages + p.chunk_stages - 1) / p.chunk_stages;
-    // Warps share rows as long as each keeps at least two stages of them.
-    p.warps_per_row = 1;
-    while (p.warps_per_row < kGemvWarps && p.chunk_stages >= 4 * p.warps_per_row) p.warps_per_row *= 2;
+    // Few items take a block less time than another kernel takes to start, write them and have them read.
+    const int64_t items = int64_t{p.stages} * layout.products * 2 * p.tokens;
+    const bool own = p.chunks == 1 && act_tiles(p) == 1 && items <= kOwnItems * kGemvThreads;
+    p.tokens_x = own ? tokens_at(first) : nullptr;
+    p.warps_per_row = best_warps_per_row(p);
     const int round_rows = kTileRows * kGemvWarps / p.warps_per_row;
     p.rounds = static_cast<int32_t>((p.rows + round_rows - 1) / round_rows);
     p.row_blocks = std::min(p.rounds, std::max(1, device.multiprocessors / p.chunks));
     return p;
   }
-  int act_tiles(const LowbitGemv& p) const { return p.act_rows * (split ? 4 : 1) <= 8 ? 1 : max_act_tiles(call.bits); }
+  // How many warps share rows. More of them make the rounds of a block shorter, and their number less uneven, but after
+  // each round the warps wait for each other, which takes about as long as kRoundStages stages. The number of blocks
+  // is assumed, not the device's, so that sums have the same bits on every device.
+  int best_warps_per_row(const LowbitGemv& p) const {
+    constexpr int kBlocks = 132, kRoundStages = 2;
+    int best = 1;
+    int64_t least = INT64_MAX;
+    for (int warps = 1; warps <= kGemvWarps && warps <= p.chunk_stages; warps *= 2) {
+      const int64_t round_rows = kTileRows * kGemvWarps / warps, rounds = (p.rows + round_rows - 1) / round_rows;
+      const int64_t blocks = std::min<int64_t>(rounds, std::max(1, kBlocks / p.chunks));
+      const int64_t stages = (p.chunk_stages + warps - 1) / warps;
+      const int64_t cost = (rounds + blocks - 1) / blocks * (stages + kRoundStages);
+      if (cost < least) {
+        least = cost;
+        best = warps;
+      }
+    }
+    return best;
+  }
+  const void* tokens_at(int64_t first) const {
+    return static_cast<const char*>(call.x) + first * call.cols * (call.x_type == DType::f32 ? 4 : 2);
+  }
+  int act_tiles(const LowbitGemv& p) const { return (p.act_rows * (split ? 4 : 1) + 7) / 8; }
 
   // The workspace: units of tokens (kUnitBytes), x, partial sums of chunks.
   static constexpr size_t kUnitBytes = 64;
   size_t x_bytes(const LowbitGemv& p) const { return static_cast<size_t>(p.stages) * layout.stage_cols * p.act_rows; }
   size_t bytes(const LowbitGemv& p) const {
-    return kUnitBytes + x_bytes(p) + (p.chunks > 1 ? 4 * static_cast<size_t>(p.chunks * p.tokens * p.rows) : 0);
+    return p.tokens_x
+               ? 0
+               : kUnitBytes + x_bytes(p) + (p.chunks > 1 ? 4 * static_cast<size_t>(p.chunks * p.tokens * p.rows) : 0);
   }
 };
 
