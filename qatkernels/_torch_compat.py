@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 __all__ = [
     "TorchDispatchMode", "any_autocast", "assume_constant_result", "below_autograd", "in_forward_mode",
-    "in_transform", "innermost_transform_is_jvp", "integer_product", "is_fake", "is_view", "preserve_version_counter", "tree_flatten",
-    "tree_leaves", "tree_map", "tree_unflatten", "without_autocast", "without_transforms",
+    "in_transform", "innermost_transform_is_jvp", "integer_product", "is_fake", "is_view",
+    "preserve_version_counter", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten", "without_autocast",
+    "without_transforms",
 ]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -129,6 +129,11 @@ def test_trees():
     assert compat.tree_map(lambda leaf: leaf, tree) == tree
 
 
+def test_integer_product():
+    a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((32, 48), (48, 16)))
+    assert torch.equal(compat.integer_product(a, b), a.int() @ b.int())
+
+
 def test_assume_constant_result():
     def read():
         reads.append(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..codes import MISSED
@@ -50,6 +51,21 @@ def first(call: Call) -> None:
     _tests(call, DRY_TESTS if call.dry else GPU_TESTS, 100)
 
 
+def again(call: Call, after: Path, suites: Sequence[str]) -> None:
+    """Run after a change: all smoke checks, some suites as a whole, and the tests that failed in an earlier call.
+
+    Args:
+        call: the call.
+        after: journal of the earlier call.
+        suites: names of the suites.
+    """
+    call.note("pack", pack.unpack())
+    call.persist(Step("smoke", (*_GPU, "smoke", *_shared(call)), 60))
+    _rows(call, 0.12, reserve=60, suites={name: SUITE_SECONDS[name] for name in suites})
+    failed = tuple(dict.fromkeys(record["id"] for record in read(after, "test")))
+    _tests(call, failed or GPU_TESTS, 60)
+
+
 def second(call: Call, after: Path) -> None:
     """Run again what failed in the first call, then sanitizers, the profiler, and a study of a real model.
 
@@ -94,16 +110,18 @@ def second(call: Call, after: Path) -> None:
         call.skip("study", f"there is no study of a real model in this checkout ({STUDY.relative_to(ROOT)})")
 
 
-def _rows(call: Call, budget: float, reserve: float, again: tuple[str, ...] = ()) -> None:
-    """Run the suites, and leave ``reserve`` seconds for what comes after them."""
+def _rows(
+    call: Call, budget: float, reserve: float, again: tuple[str, ...] = (), suites: Mapping[str, float] = SUITE_SECONDS
+) -> None:
+    """Run suites, each for some seconds, and leave ``reserve`` seconds for what comes after them."""
     quick = (
         ("--quick", "--device", "cpu", "--threads", "1")
         if call.dry
         else ("--case-seconds", "25", "--dtype", "bf16", "fp32")
     )
-    seconds = min(call.left() - reserve, 30 if call.dry else sum(SUITE_SECONDS.values()))
-    suites = [f"{name}:{limit}" for name, limit in SUITE_SECONDS.items() if not (call.dry and name in SLOW)]
-    command = (sys.executable, "-m", "bench", *suites, "--journal", str(call.journal.path), *quick, *again)
+    seconds = min(call.left() - reserve, 30 if call.dry else sum(suites.values()))
+    named = [f"{name}:{limit}" for name, limit in suites.items() if not (call.dry and name in SLOW)]
+    command = (sys.executable, "-m", "bench", *named, "--journal", str(call.journal.path), *quick, *again)
     timing = ("--budget", str(budget), "--seconds", str(max(seconds, 1)))
     call.persist(Step("rows", (*command, *timing), seconds + 20), reserve)
 

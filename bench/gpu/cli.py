@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from .target import FOLDER, LAST, MOST_BYTES, PACK, PARTS, ROOT
 
 #: Seconds that each call may take, and how many more the machine allows before it kills the command.
-SECONDS = {"call1": 440.0, "call2": 300.0}
+SECONDS = {"call1": 440.0, "call2": 300.0, "again": 180.0}
 _MARGIN = 20
 _DRY_SECONDS = 1800.0
 #: Longest command line that a GPU machine may take.
@@ -41,7 +41,7 @@ def _command(options: argparse.Namespace) -> int:
     seconds = SECONDS[options.call] if options.seconds is None else options.seconds
     line = f"python3 -m bench.gpu {options.call} --out {options.out} --seconds {seconds:.0f}"
     assert len(line) <= _MOST_CHARACTERS
-    carried = [path for path in (PACK, LAST) if path.exists() and (path == PACK or options.call == "call2")]
+    carried = [path for path in (PACK, LAST) if path.exists() and (path == PACK or options.call != "call1")]
     print(f"command:   {line}")
     print(f"time:      {seconds + _MARGIN:.0f} s")
     for path in carried:
@@ -69,6 +69,8 @@ def _call(options: argparse.Namespace) -> int:
     try:
         if options.command == "call1":
             calls.first(call)
+        elif options.command == "again":
+            calls.again(call, options.after, options.suites)
         else:
             calls.second(call, options.after)
     finally:
@@ -79,7 +81,7 @@ def _call(options: argparse.Namespace) -> int:
     return 0
 
 
-_call1 = _call2 = _call
+_call1 = _call2 = _again = _call
 
 
 def _smoke(options: argparse.Namespace) -> int:
@@ -152,12 +154,14 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, text in (
         ("call1", "On the GPU machine: import, doctor, smoke, rows, tests."),
         ("call2", "On the GPU machine: what failed in call 1, sanitizers, profiler, a real model."),
+        ("again", "On the GPU machine, after a change: smoke, some suites, the tests that failed."),
     ):
         call = add(name, text)
         call.add_argument("--out", type=Path, required=True, help="folder for the journal, the logs and the summary")
         call.add_argument("--seconds", type=float, help=f"when to be done ({SECONDS[name]:.0f})")
         call.add_argument("--dry", action="store_true", help="on a CPU with tiny shapes, to see that everything runs")
-        call.add_argument("--after", type=Path, default=LAST, help="call2: journal of call1")
+        call.add_argument("--after", type=Path, default=LAST, help="call2, again: journal of an earlier call")
+        call.add_argument("--suites", nargs="+", default=["lowbit", "linear"], help="again: suites that run as a whole")
     _parts(add)
     return parser.parse_args(argv)
 

@@ -41,6 +41,7 @@ class Op:
         overload: the op as torch calls it; set when the op is declared.
         tensors_end: number of arguments up to and including the last tensor.
         function: the autograd Function of the op, None if the op has no derivatives; `OpFunction` sets it.
+        trained: the op with its gradients in C++, for calls that need nothing else; None if there is none.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Op:
     overload: Any = None
     tensors_end: int = 0
     function: Any = None
+    trained: Any = None
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -78,7 +80,9 @@ class Op:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.overload(*args)  # the derivatives are registered with torch.library
         if differentiable(args[: self.tensors_end]):
-            return self.function.apply(*args)
+            if self.trained is None or in_forward_mode() or in_transform():
+                return self.function.apply(*args)
+            return self.trained(*args)
         with below_autograd():
             return self.overload(*args)
 

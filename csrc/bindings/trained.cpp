@@ -1,0 +1,74 @@
+// fake_quantize with its gradients in C++. A training step calls it for every layer, and an autograd Function in Python
+// takes several times as long as the kernels of a small layer.
+//
+// Python has the rules for everything (qatkernels/ops/_autograd.py), and uses this op only where gradients are all that
+// may be needed: no forward mode, no transform of torch.func, no compilation. The gradients of gradients are Python's
+// too: fake_quantize_backward is called through autograd where a graph of the backward is asked for.
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "registry.h"
+
+namespace qk {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr const char* kNames[] = {"grid", "noise_std", "scale_noise_std", "grad_scale"};
+
+class Trained final : public torch::autograd::Function<Trained> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& w, const Tensor& scale, const OptionalTensor& zero_point,
+                        const OptionalTensor& seed, at::ArrayRef<double> grid, double noise_std, double scale_noise_std,
+                        double grad_scale, std::optional<at::ScalarType> dtype) {
+    using Signature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                             at::ArrayRef<double>, double, double, double, std::optional<at::ScalarType>);
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("qatkernels::fake_quantize", "").typed<Signature>();
+    const at::AutoDispatchBelowAutograd below;
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({w, scale, zero_point.value_or(Tensor()), seed.value_or(Tensor())});
+    ctx->saved_data[kNames[0]] = grid;
+    ctx->saved_data[kNames[1]] = noise_std;
+    ctx->saved_data[kNames[2]] = scale_noise_std;
+    ctx->saved_data[kNames[3]] = grad_scale;
+    return op.call(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, grad_scale, dtype);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list found(9);  // as many as forward has arguments
+    if (!grads[0].defined()) return found;
+    const variable_list saved = ctx->get_saved_variables();
+    const auto given = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+    const std::vector<double> grid = ctx->saved_data[kNames[0]].toDoubleVector();
+    const auto number = [&](int i) { return ctx->saved_data[kNames[i]].toDouble(); };
+    using Signature =
+        std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                           const OptionalTensor&, at::ArrayRef<double>, double, double, double);
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("qatkernels::fake_quantize_backward", "").typed<Signature>();
+    std::optional<at::AutoDispatchBelowAutograd> below;
+    if (!at::GradMode::is_enabled()) below.emplace();
+    std::tie(found[0], found[1], found[2]) =
+        op.call(grads[0], saved[0], saved[1], given(saved[2]), given(saved[3]), grid, number(1), number(2), number(3));
+    if (!saved[2].defined()) found[2] = Tensor();
+    return found;
+  }
+};
+
+Tensor fake_quantize_trained(const Tensor& w, const Tensor& scale, const OptionalTensor& zero_point,
+                             const OptionalTensor& seed, at::ArrayRef<double> grid, double noise_std,
+                             double scale_noise_std, double grad_scale, std::optional<at::ScalarType> dtype) {
+  return Trained::apply(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, grad_scale, dtype);
+}
+
+}  // namespace
+
+void declare_trained(const std::string& ns, const std::string& schema) {
+  library(torch::Library::FRAGMENT, ns, std::nullopt)
+      .def(torch::schema(schema.c_str()), torch::CppFunction::makeFromUnboxedFunction(TORCH_FN(fake_quantize_trained)));
+}
+
+}  // namespace qk

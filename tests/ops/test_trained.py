@@ -1,0 +1,94 @@
+"""fake_quantize with its gradients in C++: the same bits as its autograd Function, and the same behaviour."""
+
+import pytest
+import torch
+
+import qatkernels as qk
+from qatkernels.ops._op import OPS
+from qatkernels.testing.compare import assert_same_bits
+from qatkernels.testing.samples import make
+
+OP = OPS["fake_quantize"]
+pytestmark = pytest.mark.skipif(OP.trained is None, reason="needs the compiled extension")
+
+
+def inputs(scheme="affine", noise=True, dtype=torch.float32):
+    grid = {"affine": qk.grids.affine(4), "lsq": qk.grids.lsq(4), "binary": qk.grids.binary()}[scheme]
+    args = list(make(grid, (6, 48), dtype, 16, noise=noise).args("fake_quantize"))
+    for i in range(3):
+        if args[i] is not None:
+            args[i] = args[i].clone().requires_grad_()
+    return args
+
+
+def gradients(call, args, g, **options):
+    leaves = [t for t in args[:3] if t is not None]
+    return torch.autograd.grad(call(*args), leaves, g, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("scheme", ["affine", "lsq", "binary"])
+def test_the_same_bits_as_the_function(scheme, noise, dtype):
+    args = inputs(scheme, noise, dtype)
+    assert_same_bits(OP.trained(*args), OP.function.apply(*args))
+    g = torch.randn_like(args[0])
+    for mine, right in zip(gradients(OP.trained, args, g), gradients(OP.function.apply, args, g), strict=True):
+        assert_same_bits(mine, right)
+
+
+def test_second_derivatives():
+    args = inputs("affine", noise=False, dtype=torch.float64)
+    v = torch.randn_like(args[0])
+    found = []
+    for call in (OP.trained, OP.function.apply):
+        g = torch.ones_like(args[0]).requires_grad_()
+        dw, ds, dz = gradients(call, args, g, create_graph=True)
+        found.append(torch.autograd.grad((dw * v).sum() + (ds**2).sum() + (dz**2).sum(), [g])[0])
+    assert_same_bits(*found)
+    assert found[0].abs().sum() > 0
+
+
+def test_public_calls_use_it():
+    args = inputs("lsq", noise=False)
+    y = qk.fake_quantize(args[0], args[1].view(6, 3), qk.grids.lsq(4), group_size=16)
+    assert "Trained" in type(y.grad_fn).__name__ or "Trained" in y.grad_fn.name()
+    _, tangent = torch.func.jvp(lambda w: OP.call(w, *args[1:]), (args[0],), (torch.ones_like(args[0]),))
+    assert tangent.shape == args[0].shape  # forward mode is Python's
+
+
+def test_a_change_of_the_weight_before_the_backward_is_an_error():
+    args = inputs("lsq", noise=False)
+    y = OP.trained(*args)
+    with torch.no_grad():
+        args[0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_second_backward_is_an_error():
+    y = OP.trained(*inputs("lsq", noise=False)).sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward()
+
+
+def test_saved_tensors_can_be_packed():
+    """As checkpoints and offloading do."""
+    args, seen = inputs("affine", noise=True), []
+    g = torch.randn_like(args[0])
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t.clone(), lambda t: t):
+        y = OP.trained(*args)
+    found = torch.autograd.grad(y, args[:3], g)
+    for mine, right in zip(found, gradients(OP.function.apply, args, g), strict=True):
+        assert_same_bits(mine, right)
+    assert len(seen) == 4
+
+
+def test_only_what_requires_gradients_gets_them():
+    args = inputs("affine", noise=False)
+    args[0] = args[0].detach()
+    OP.trained(*args).sum().backward()
+    assert args[0].grad is None
+    assert args[1].grad is not None
+    assert args[2].grad is not None
