@@ -190,6 +190,14 @@ def test_gram_schmidt_of_more_tiles_than_programs():
     check_gram_schmidt(triton_out("gram_schmidt"), (basis, w, torch.randn(rows).double()))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gradients_of_scales_of_many_weights(dtype):
+    """Several programs add the terms of a scale, and a second kernel adds their sums."""
+    for shape, granularity in (((40, 1000), "tensor"), ((3, 40000), "row")):
+        sample = make(qk.grids.affine(4), shape, dtype, granularity)
+        check_sample("fake_quantize_backward", triton_out("fake_quantize_backward"), sample)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("tokens", [70, 50], ids=["parts", "fused"])
 @pytest.mark.parametrize(

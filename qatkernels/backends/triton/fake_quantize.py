@@ -78,6 +78,18 @@ def fake_quantize_bwd_kernel(
 
 
 @triton.jit
+def sum_parts_kernel(parts_ptr, sums_ptr, rows, parts, grad_scale, R: tl.constexpr, C: tl.constexpr):
+    """Sums of the rows of ``[rows, parts]`` times grad_scale, each in a fixed order."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
+    sums = tl.zeros((R, C), tl.float32)
+    for start in range(0, parts, C):
+        column = start + tl.arange(0, C)[None, :]
+        sums += tl.load(parts_ptr + row * parts + column, (row < rows) & (column < parts), other=0.0)
+    total = tl.sum(sums, 1)[:, None] * tl.full((), grad_scale, tl.float32)
+    tl.store(sums_ptr + row, total, row < rows)
+
+
+@triton.jit
 def fake_quantize_jvp_kernel(
     w_ptr, tangent_w_ptr, tangent_scale_ptr, tangent_zero_ptr, y_ptr, value_ptr, scale_ptr, zero_ptr, seed_ptr, rows,
     cols, noise_std, scale_noise_std, chunks,
@@ -144,9 +156,22 @@ def fake_quantize_backward_out(
         **constants, R=tiles.tile_rows, C=tiles.tile_cols, CHUNK=tiles.chunk,
     )  # fmt: skip
     if not direct:
-        ds.copy_((partial_s.sum(-1) * grad_scale).view(ds.shape))
+        _sum_parts(partial_s, grad_scale, ds)
         if zero_point is not None:
-            dz.copy_((partial_z.sum(-1) * grad_scale).view(dz.shape))
+            _sum_parts(partial_z, grad_scale, dz)
+
+
+def _sum_parts(parts: Tensor, grad_scale: float, out: Tensor) -> None:
+    """Write the sums of rows times grad_scale, which a kernel would take as float32, also for float64."""
+    if parts.dtype == torch.float64:
+        out.copy_((parts.sum(-1) * grad_scale).view(out.shape))
+        return
+    rows, columns = parts.shape
+    tile = min(1024, triton.next_power_of_2(columns))
+    tile_rows = max(1, 256 // tile)
+    sum_parts_kernel[(triton.cdiv(rows, tile_rows),)](
+        parts, out, rows, columns, grad_scale, R=tile_rows, C=tile, num_warps=4
+    )
 
 
 def _tangent_out(
