@@ -86,8 +86,9 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.def("state", &qk::state, "State the contract of an op: its name, its schema without outputs, and the text.");
   m.def("declare", &qk::declare, "Declare an op by its schema in a namespace of the extension, implemented.");
+  m.def("trained", &qk::trained, "The ops that have a form with gradients in C++.");
   m.def("declare_trained", &qk::declare_trained,
-        "Declare fake_quantize with its gradients in C++, by a schema with the arguments of fake_quantize.");
+        "Declare the form of an op with gradients in C++, by a schema with the arguments of the op.");
   m.def("declare_check", &qk::declare_check,
         "For tests: declare an op that only checks its arguments by the contract that was stated for its name.");
   m.def(

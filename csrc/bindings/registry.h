@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <string>
+#include <vector>
 
 namespace qk {
 
@@ -40,8 +41,10 @@ void state(const std::string& op, const std::string& schema, const std::string& 
 void implement(const std::string& ns, const std::string& name, c10::DispatchKey key);
 // Declares an op in a namespace of the extension's own and implements it on every device that has the kernel.
 void declare(const std::string& ns, const std::string& name, const std::string& schema);
-// Declares fake_quantize with its gradients in C++ (trained.cpp), by a schema with the arguments of fake_quantize.
-void declare_trained(const std::string& ns, const std::string& schema);
+// The ops that have a form with gradients in C++ (trained.cpp), and the declaration of such a form by a schema with the
+// arguments of the op.
+std::vector<std::string> trained();
+void declare_trained(const std::string& ns, const std::string& op, const std::string& schema);
 // For tests: declares an op that only checks its arguments, on a CPU, by the contract that was stated for its name. Its
 // schema ends in "-> str": it returns a line for each output, "name: dtype shape".
 void declare_check(const std::string& ns, const std::string& name, const std::string& schema);

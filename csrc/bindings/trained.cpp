@@ -1,9 +1,9 @@
-// fake_quantize with its gradients in C++. A training step calls it for every layer, and an autograd Function in Python
+// Two ops with their gradients in C++. A training step calls them for every layer, and an autograd Function in Python
 // takes several times as long as the kernels of a small layer.
 //
-// Python has the rules for everything (qatkernels/ops/_autograd.py), and uses this op only where gradients are all that
-// may be needed: no forward mode, no transform of torch.func, no compilation. The gradients of gradients are Python's
-// too: fake_quantize_backward is called through autograd where a graph of the backward is asked for.
+// Python has the rules for everything (qatkernels/ops/_autograd.py), and uses these forms only where gradients are all
+// that may be needed: no forward mode, no transform of torch.func, no compilation. The gradients of gradients are
+// Python's too: fake_quantize_backward is called through autograd where a graph of the backward is asked for.
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "registry.h"
@@ -18,7 +18,7 @@ using torch::autograd::variable_list;
 
 constexpr const char* kNames[] = {"grid", "noise_std", "scale_noise_std", "grad_scale"};
 
-class Trained final : public torch::autograd::Function<Trained> {
+class FakeQuantize final : public torch::autograd::Function<FakeQuantize> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& w, const Tensor& scale, const OptionalTensor& zero_point,
                         const OptionalTensor& seed, at::ArrayRef<double> grid, double noise_std, double scale_noise_std,
@@ -61,14 +61,35 @@ class Trained final : public torch::autograd::Function<Trained> {
 Tensor fake_quantize_trained(const Tensor& w, const Tensor& scale, const OptionalTensor& zero_point,
                              const OptionalTensor& seed, at::ArrayRef<double> grid, double noise_std,
                              double scale_noise_std, double grad_scale, std::optional<at::ScalarType> dtype) {
-  return Trained::apply(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, grad_scale, dtype);
+  return FakeQuantize::apply(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, grad_scale, dtype);
 }
+
+class FakeQuantizeDynamic final : public torch::autograd::Function<FakeQuantizeDynamic> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, int64_t bits) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("qatkernels::fake_quantize_dynamic", "")
+                               .typed<Tensor(const Tensor&, int64_t)>();
+    const at::AutoDispatchBelowAutograd below;
+    ctx->set_materialize_grads(false);
+    return op.call(x, bits);
+  }
+
+  static variable_list backward(AutogradContext*, variable_list grads) { return {grads[0], Tensor()}; }
+};
+
+Tensor fake_quantize_dynamic_trained(const Tensor& x, int64_t bits) { return FakeQuantizeDynamic::apply(x, bits); }
 
 }  // namespace
 
-void declare_trained(const std::string& ns, const std::string& schema) {
+std::vector<std::string> trained() { return {"fake_quantize", "fake_quantize_dynamic"}; }
+
+void declare_trained(const std::string& ns, const std::string& op, const std::string& schema) {
   library(torch::Library::FRAGMENT, ns, std::nullopt)
-      .def(torch::schema(schema.c_str()), torch::CppFunction::makeFromUnboxedFunction(TORCH_FN(fake_quantize_trained)));
+      .def(torch::schema(schema.c_str()),
+           op == "fake_quantize"
+               ? torch::CppFunction::makeFromUnboxedFunction(TORCH_FN(fake_quantize_trained))
+               : torch::CppFunction::makeFromUnboxedFunction(TORCH_FN(fake_quantize_dynamic_trained)));
 }
 
 }  // namespace qk

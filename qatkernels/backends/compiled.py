@@ -60,13 +60,14 @@ def _load_cpp(registry: Registry) -> None:
             if any(compiled.serves(name, device) for device in ("CPU", "CUDA")):
                 compiled.declare("qatkernels_cpp", name, schema)
         _enter(registry, compiled, op, "cpp", "CPU")
-    _declare_trained(registry.ops["fake_quantize"], compiled)
+    for name in compiled.trained():
+        _declare_trained(registry.ops[name], compiled)
 
 
 def _declare_trained(op: Op, compiled: ModuleType) -> None:
     """Give an op its form with gradients in C++, which Op.call prefers; the process has one."""
     if op.trained is None:
-        compiled.declare_trained("qatkernels_cpp", f"{op.name}_trained({op.arguments}) -> Tensor")
+        compiled.declare_trained("qatkernels_cpp", op.name, f"{op.name}_trained({op.arguments}) -> Tensor")
         object.__setattr__(op, "trained", getattr(torch.ops.qatkernels_cpp, f"{op.name}_trained").default)
 
 
