@@ -117,7 +117,9 @@ def _library(megabytes: int) -> Callable[[], contextlib.AbstractContextManager[A
     from qatkernels.backends.triton import _plans, lowbit_linear
 
     return lambda: _patched(
-        (_plans, "enabled", False), (lowbit_linear, "LIBRARY_TOKENS", 1), (lowbit_linear, "SLICE_BYTES", megabytes << 20)
+        (_plans, "enabled", False),
+        (lowbit_linear, "LIBRARY_TOKENS", 1),
+        (lowbit_linear, "SLICE_BYTES", megabytes << 20),
     )
 
 
@@ -181,7 +183,9 @@ def candidates() -> Iterator[Candidate]:
         yield from (Candidate(p, "x".join(map(str, size)), _tile(*size)) for size in
                     ((128, 128, 128, 8, 3, 1), (128, 256, 128, 8, 3, 1), (128, 128, 64, 4, 3, 1)))  # fmt: skip
     for bits in (3, 8):
-        yield from (Candidate(Product(WIDE, bits, None, 16), "x".join(map(str, size)), _tile(*size)) for size in _FEW[:6])
+        yield from (
+            Candidate(Product(WIDE, bits, None, 16), "x".join(map(str, size)), _tile(*size)) for size in _FEW[:6]
+        )
 
 
 def main(journal: Path, seconds: float) -> int:
@@ -228,4 +232,3 @@ def _microseconds(run: Run, clock: Events) -> float:
     replay = captured(run)
     replay()
     return round(1e3 * statistics.median(clock(replay, launch=False) for _ in range(_REPETITIONS)), 2)
-

@@ -196,6 +196,15 @@ PRODUCTS = {
     "odd-group": (product("lowbit_linear", qk.grids.lsq(5), 1001, 33, shape=(256, 1023)), None),
     "odd-bytes": (product("lowbit_linear", qk.grids.lsq(3), 1001, None, shape=(256, 1000)), WIDE_MMA),
     "one-transposed": (product("lowbit_linear_transposed", qk.grids.lsq(4), 1, None, shape=(1024, 1)), SMALL_MMA),
+    # Sums of few terms, with codes that are loaded as bytes.
+    "short": (product("lowbit_linear", qk.grids.lsq(4), 3, None, shape=(64, 9)), SMALL_MMA),
+    "short-fp32": (product("lowbit_linear", qk.grids.ternary(), 3, None, torch.float32, shape=(64, 9)), SMALL_MMA),
+    "short-group": (product("lowbit_linear", qk.grids.binary(), 3, 16, shape=(64, 64)), None),
+    "short-words": (product("lowbit_linear", qk.grids.seq(2), 3, 16, shape=(64, 64)), SMALL_MMA),
+    "short-transposed": (
+        product("lowbit_linear_transposed", qk.grids.affine(4), 11, None, shape=(3, 7, 33), offsets=[3, 4, 11]),
+        SMALL_MMA,
+    ),
 }
 
 
@@ -204,6 +213,17 @@ def check_instruction(ptx, instruction):
     assert "tf32" not in ptx, "a product of rounded float32"
     for other in WIDE_MMA.values():
         assert (other in ptx) == (other == instruction), other
+
+
+def check_terms(ttgir):
+    """Check that operands of ``mma.sync`` have as many terms as the threads hold that share a row: four hold all.
+
+    Triton 3.6 also accepts a layout with more. Its products are wrong, because threads then hold the same terms.
+    """
+    layouts = dict(re.findall(r"^(#mma\d*) = #ttg.nvidia_mma<{versionMajor = (\d)", ttgir, re.MULTILINE))
+    operands = r"tensor<\d+x(\d+)x\w+, #ttg.dot_op<{opIdx = 0, parent = (#mma\d*), kWidth = (\d+)}>>"
+    for terms, layout, width in re.findall(operands, ttgir):
+        assert layouts[layout] != "2" or 4 * int(width) <= int(terms), f"4 x {width} of {terms} terms"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -223,6 +243,7 @@ def test_products(case, architecture, monkeypatch):
         assert (stack, local) == (0, 0), f"{name} spills registers"
         if name.startswith("lowbit"):
             check_instruction(kernel.asm["ptx"], (instruction or {}).get(architecture))
+            check_terms(kernel.asm["ttgir"])
 
 
 class ShapesOfZeros(TorchDispatchMode):
