@@ -104,9 +104,8 @@ def quantized_activation(x: Tensor, bits: int | None) -> Tensor:
     if bits is None or x.numel() == 0:
         return x.double()
     values = x if x.dtype == torch.float64 else x.float()
-    scale = quotient(values.abs().amax(-1, keepdim=True), 2 ** (bits - 1) - 1).clamp_min(
-        torch.finfo(torch.float32).tiny
-    )
+    largest = values.abs().amax(-1, keepdim=True)
+    scale = quotient(largest, 2 ** (bits - 1) - 1).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.round(values / scale).double() * scale.double()
 
 
