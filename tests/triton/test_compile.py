@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qatkernels as qk
 from qatkernels.dtypes import dtype_name
+from qatkernels.ops._op import OPS
+from qatkernels.testing import checks
 from qatkernels.testing.products import Case, activations, scaled_weight
 from qatkernels.testing.samples import make
 
@@ -22,7 +24,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 pytest.importorskip("bench", reason="not in a checkout")
 
-from bench.kernels.ahead import compiled, recorded, recorded_launches, resources, specialized  # noqa: E402
+from bench.kernels.ahead import (  # noqa: E402
+    compiled,
+    intermediate,
+    recorded,
+    recorded_launches,
+    resources,
+    specialized,
+)  # fmt: skip
+from qatkernels.backends import IMPLS  # noqa: E402
 from qatkernels.backends.triton._rows import CHUNK_COLUMNS, TILE_ELEMENTS  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
@@ -147,6 +157,46 @@ def test_aot(case, architecture):
         for access, tensors in zip(("ld", "st"), WIDE[case], strict=True):
             found = re.findall(rf"{access}\.global[\w.:]*\.v4\.b32", ptx)
             assert len(found) == tensors * WIDE_ACCESSES[CASES[case][1][0].dtype] * ITERATIONS.get(case, 1)
+
+
+class Recorded(Exception):
+    """Ends a check once the launches are known: nothing was computed that it could compare."""
+
+
+def launches_of(check):
+    """Return the launches of a check's first call."""
+    found = []
+
+    def record(*args):
+        found.extend(recorded(lambda: IMPLS[f"{check.op}_out" if OPS[check.op].outputs else check.op]["triton"](*args)))
+        raise Recorded
+
+    with pytest.raises(Recorded):
+        check.run(record)
+    return found
+
+
+#: The checks of every op, in the dtypes that they leave out.
+CHECKS = [
+    check
+    for dtype in (torch.float64, torch.float16)
+    for part in (checks.family, checks.of_rows, checks.in_place, checks.products, checks.experts)
+    for check in part(torch.device("cpu"), dtype, (5, 1500), dtype_name(dtype))
+    if "triton" in IMPLS[check.op] and not (check.op == "gram_schmidt" and dtype == torch.float16)  # no such basis
+]
+
+
+@pytest.mark.parametrize("op", sorted({check.op for check in CHECKS}))
+def test_types(op):
+    """Every kernel that the checks launch in float64 and float16: Triton also compiles what follows a return."""
+    seen = set()
+    for launch in (launch for check in CHECKS if check.op == op for launch in launches_of(check)):
+        kernel, arguments, options = launch
+        key = (kernel.__name__, repr(specialized(kernel, arguments)), repr(sorted(options.items())))
+        if key not in seen:
+            seen.add(key)
+            intermediate(launch, 90)
+    assert seen
 
 
 def product(op, grid, tokens, group, dtype=torch.bfloat16, shape=(256, 1024), offsets=None, **kwargs):
