@@ -121,7 +121,8 @@ def _graphs(replays: list[tuple[Row, Call]], case: Case) -> list[tuple[Row, Call
 
 def _host_us(run: Run, milliseconds: float) -> float:
     """Return the microseconds that a call takes on the CPU. The GPU works on it for ``milliseconds``."""
-    calls = max(3, min(_HOST_CALLS, int(_HOST_MS / milliseconds)))
+    # A call that takes longer than this has launched thousands of kernels: one is enough.
+    calls = max(1 if milliseconds > 10 * _HOST_MS else 3, min(_HOST_CALLS, int(_HOST_MS / milliseconds)))
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(calls):

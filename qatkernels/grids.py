@@ -34,6 +34,7 @@ from .arguments import (
     is_real,
     wrong_type,
 )
+from .arithmetic import quotient
 
 #: Every kernel clamps scales to at least this. The gradient of the scale ignores that clamp (as ParetoQ's code does).
 MIN_SCALE = 1e-5
@@ -205,11 +206,11 @@ class Grid:
         blocks = _blocks(w, group_size, per_tensor)
         method = method or self.scale_init
         if method == "max":
-            scale = blocks.abs().amax(-1) / self.reach
+            scale = quotient(blocks.abs().amax(-1), self.reach)
         elif method == "mean":
             scale = blocks.abs().mean(-1)
         elif method == "lsq":
-            scale = 2 * blocks.abs().mean(-1) / math.sqrt(self.qmax)
+            scale = quotient(2 * blocks.abs().mean(-1), math.sqrt(self.qmax))
         elif method == "range":
             span = blocks.amax(-1).clamp_min(0) - blocks.amin(-1).clamp_max(0)
             scale = span * (self.steps / (self.levels - 1))

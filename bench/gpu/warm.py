@@ -87,6 +87,22 @@ def _rows() -> Iterator[Job]:
     for name in SUITE_SECONDS:
         for index, build in enumerate(smaller.get(name) or SUITES[name](settings)):
             yield f"{name} {index}", functools.partial(_run_calls, build)
+    yield from _bases()
+
+
+def _bases() -> Iterator[Job]:
+    """Gram-Schmidt with as many rows as Lanczos has them: one kernel for each power of two, with and without h."""
+    from qatkernels.backends import IMPLS
+
+    from ..suites import hessian
+
+    impl = IMPLS["gram_schmidt_out"]["triton"]
+    for dtype, wide in ((torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.float64,) * 2):
+        for rows in (1, *(2**k + 1 for k in range(hessian.STEPS.bit_length()) if 2**k < hessian.STEPS)):
+            basis, w = torch.zeros(rows, 1_327_104, dtype=dtype), torch.zeros(1_327_104, dtype=wide)
+            dots, sq = torch.empty(rows, dtype=torch.float64), torch.empty((), dtype=torch.float64)
+            for h in (None, dots):
+                yield f"gram_schmidt {rows} rows of {dtype}", functools.partial(impl, basis, w, h, w, dots, sq)
 
 
 def _smaller(settings: Any) -> dict[str, list[Callable[[], Any]]]:
@@ -104,7 +120,7 @@ def _smaller(settings: Any) -> dict[str, list[Callable[[], Any]]]:
 
     problem = hessian.tools.Problem
     hessian.tools.Problem = lambda config, windows, device: problem(config, 1, device=device, steps=1)  # type: ignore[assignment, misc]
-    hessian.STEPS = 17  # bases of one row, of sixteen, and of other numbers
+    hessian.GPU_STEPS = 2  # `_bases` has the kernels of longer bases
     second_order._tokens = lambda settings: (64, 50257, 64)
     lowbit._packed = packed
     families = {replace(p, shape=(256, p.shape[1])): None for p in fake_quantize.problems(settings)}

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..arithmetic import quotient
 from .integers import IntegerWeight, UnfitError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -263,7 +264,7 @@ def fitting(weight: IntegerWeight) -> tuple[dict[str, Array], dict[str, str]]:
 def as_steps(values: torch.Tensor, size: int = 32) -> IntegerWeight:
     """Return a weight in full precision, rounded to nearest as Q8_0 does: 127 steps to the largest of a block."""
     grouped = values.float().reshape(len(values), -1, size)
-    steps = (grouped.abs().amax(-1) / 127).to(torch.float16).float()
+    steps = quotient(grouped.abs().amax(-1), 127.0).to(torch.float16).float()
     integers = torch.where(steps[..., None] > 0, (grouped / steps[..., None]).round().clamp(-127, 127), 0.0)
     low = torch.full(steps.shape, -127, dtype=torch.int32)
     return IntegerWeight(integers.to(torch.int32).reshape(values.shape), steps, low, 1, 255)

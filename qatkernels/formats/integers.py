@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..arithmetic import quotient
 from ..grids import MIN_SCALE, Grid
 from ..nn.packed_linear import Packed
 from ..nn.quantized import Quantized
@@ -87,7 +88,7 @@ class IntegerWeight:
         spacing = 1 if float(grid.offset).is_integer() else 2
         if not (spacing * grid.offset).is_integer():
             raise UnfitError(f"the grid's offset is {grid.offset}, which is neither an integer nor half of one")
-        steps = scale.float().clamp_min(MIN_SCALE) / grid.steps / spacing
+        steps = quotient(scale.float().clamp_min(MIN_SCALE), grid.steps) / spacing
         shift = torch.full_like(steps, spacing * grid.offset)
         if zero_point is not None:
             if (odd := zero_point != zero_point.round()).any():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..arithmetic import quotient
 from ..dtensor import is_dtensor, local_part
 from ..grids import MIN_SCALE
 from ..nn import LearnedActivation, quantized_modules
@@ -91,7 +92,7 @@ class GridStats:
             w, group = self._rotated(part.weight), module.group_size
             wide = torch.promote_types(w.dtype, torch.float32)
             values = fake_quantize(w, part.scale, module.grid, group_size=group, zero_point=part.zero_point)
-            spacing = part.scale.clamp_min(MIN_SCALE).view(-1, 1) / module.grid.steps
+            spacing = quotient(part.scale.clamp_min(MIN_SCALE).view(-1, 1), module.grid.steps)
             rows = spacing.numel()
             distance = (w.to(wide) - values.to(wide)).view(rows, w.numel() // max(rows, 1)) / spacing
             squared = distance.square().sum().double()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..arithmetic import quotient
 from ..dtensor import is_dtensor
 from ..grids import Grid
 from ..ops import perturb_, quantize
@@ -152,7 +153,7 @@ def stored_scale(scale: Tensor, dtype: torch.dtype, steps: float) -> Tensor:
         return scale
     with torch.no_grad():
         most = torch.finfo(dtype).max
-        spacing = (scale.detach() / steps).clamp(-most, most).to(dtype).to(scale.dtype)
+        spacing = quotient(scale.detach(), steps).clamp(-most, most).to(dtype).to(scale.dtype)
         change = spacing * steps - scale.detach()
     # Both terms are within a factor of two of each other, so that the sum is the rounded scale exactly.
     return scale + change

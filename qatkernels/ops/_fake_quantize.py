@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_dtype, check_optional_reals, check_optional_tensors, check_reals, check_tensors
+from ..arithmetic import quotient
 from ..grids import MIN_SCALE, Grid, GridConstants, check_grid, check_group_size
 from . import noise
 from ._autograd import OpFunction
@@ -83,7 +84,7 @@ class Rows:
 
     def values(self) -> Tensor:
         """Return the dequantized weights."""
-        return (self.codes() + self.offset) * (self.scale / self.grid.steps)
+        return (self.codes() + self.offset) * quotient(self.scale, self.grid.steps)
 
     def masks(self) -> tuple[Tensor, Tensor]:
         """Return where r is below, and where it is above, the pass-through range."""
@@ -92,7 +93,7 @@ class Rows:
     def scale_derivative(self) -> Tensor:
         """Return D, the derivative with respect to the scale (see the docstring of this module)."""
         below, above = self.masks()
-        inside = (self.codes() + self.offset) / self.grid.steps - self.grid.residual * self.r
+        inside = quotient(self.codes() + self.offset, self.grid.steps) - self.grid.residual * self.r
         return torch.where(below, self.below, torch.where(above, self.above, inside))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_dtype, check_tensors
+from ..arithmetic import quotient
 from ..grids import MIN_SCALE, Grid, GridConstants, code_dtype
 from ._autograd import OpFunction
 from ._fake_quantize import SCALES, Rows, check_layout
@@ -31,7 +32,7 @@ def _dequantize(
     rows = codes.reshape(scale.numel(), codes.numel() // max(scale.numel(), 1)).to(wide)
     s = scale.reshape(-1, 1).to(wide).clamp_min(MIN_SCALE)
     offset = constants.offset if zero_point is None else constants.offset - zero_point.reshape(-1, 1).to(wide)
-    return ((rows + offset) * (s / constants.steps)).to(dtype).view(codes.shape)
+    return ((rows + offset) * quotient(s, constants.steps)).to(dtype).view(codes.shape)
 
 
 QUANTIZE = define(
@@ -69,12 +70,12 @@ class Dequantize(OpFunction):
         """Return the gradients of scale and zero point: sums over the elements that share a scale."""
         scale, constants = saved.scale, GridConstants(*saved.grid)
         shape = (scale.numel(), saved.codes.numel() // max(scale.numel(), 1))
-        rows = (saved.codes.reshape(shape).to(scale.dtype) + constants.offset) / constants.steps
+        rows = quotient(saved.codes.reshape(shape).to(scale.dtype) + constants.offset, constants.steps)
         g = gs[0].reshape(shape).to(scale.dtype)
         ds = (g * rows).sum(-1).view(scale.shape)
         if saved.zero_point is None:
             return {"scale": ds}
-        total = g.sum(-1).view(scale.shape) / constants.steps
+        total = quotient(g.sum(-1).view(scale.shape), constants.steps)
         return {"scale": ds - total * saved.zero_point, "zero_point": -total * scale.clamp_min(MIN_SCALE)}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_integers, check_tensors
+from ..arithmetic import quotient
 from ._autograd import OpFunction
 from ._op import define
 
@@ -24,7 +25,7 @@ def _reference(x: Tensor, bits: int) -> Tensor:
         return torch.empty_like(x)
     # The floor keeps a token of zeros at zero. It is the smallest normal number, because 1e-5, as for weights, would
     # round small activations to zero.
-    scale = (values.abs().amax(-1, keepdim=True) / qmax).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = quotient(values.abs().amax(-1, keepdim=True), qmax).clamp_min(torch.finfo(torch.float32).tiny)
     codes = torch.round((values / scale).clamp(-qmax, qmax))
     return ((codes + 0.0) * scale).to(x.dtype)
 

@@ -23,7 +23,7 @@ from ._op import define
 def _reference(w: Tensor, scale: Tensor, zero_point: Tensor | None, grid: list[float], quantized_weight: float) -> None:
     rows = Rows(w, scale, zero_point, None, tuple(grid))
     # Tensors in the computing dtype, as kernels use: with a Python float some backends would multiply in float64.
-    keep, move = (torch.tensor(x, dtype=rows.dtype, device=w.device) for x in (1 - quantized_weight, quantized_weight))
+    keep, move = (rows.w.new_full((), x) for x in (1 - quantized_weight, quantized_weight))
     moved = (rows.w * keep + rows.values() * move).to(w.dtype)
     same = Rows(moved.view(w.shape), scale, zero_point, None, tuple(grid)).codes() == rows.codes()
     w.copy_(torch.where(same, moved, rows.w.to(w.dtype)).view(w.shape))

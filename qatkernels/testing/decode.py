@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import grids
+from ..arithmetic import quotient
 from ..grids import MIN_SCALE, Grid
 from ..ops import PackedWeight
 from .compare import meaning
@@ -66,7 +67,7 @@ def reference(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     steps, offset = grid[1], grid[2]
     codes = meaning("unpack", packed, code_min, bits, cols)[0].double()
     group = cols // scale.shape[-1]
-    step = (scale.float().clamp_min(MIN_SCALE) / steps).double().repeat_interleave(group, -1)
+    step = quotient(scale.float().clamp_min(MIN_SCALE), steps).double().repeat_interleave(group, -1)
     shift = torch.full_like(step, offset)
     if zero is not None:
         shift = shift - zero.double().repeat_interleave(group, -1)

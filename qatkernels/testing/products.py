@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import grids
+from ..arithmetic import quotient
 from ..grids import MIN_SCALE, Grid
 from ..ops.contract import FLOATS
 from ..ops.packed_weight import PackedWeight
@@ -86,7 +87,7 @@ def activations(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 1) -> Te
 def wide_weight(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     """Return the weight in float64, and its magnitude if unsigned code and offset are multiplied separately."""
     grid, codes = weight.grid, weight.codes().double()
-    scale = weight.scale.float().clamp_min(MIN_SCALE).double() / grid.steps
+    scale = quotient(weight.scale.float().clamp_min(MIN_SCALE).double(), grid.steps)
     shift = grid.offset + grid.code_min + torch.zeros_like(scale)
     if weight.zero_point is not None:
         shift = shift - weight.zero_point.double()
@@ -103,7 +104,8 @@ def quantized_activation(x: Tensor, bits: int | None) -> Tensor:
     if bits is None or x.numel() == 0:
         return x.double()
     values = x if x.dtype == torch.float64 else x.float()
-    scale = (values.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp_min(torch.finfo(torch.float32).tiny)
+    largest = values.abs().amax(-1, keepdim=True)
+    scale = quotient(largest, 2 ** (bits - 1) - 1).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.round(values / scale).double() * scale.double()
 
 

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qatkernels as qk
 from qatkernels.dtypes import dtype_name
+from qatkernels.ops._op import OPS
+from qatkernels.testing import checks
 from qatkernels.testing.products import Case, activations, scaled_weight
 from qatkernels.testing.samples import make
 
@@ -22,7 +24,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 pytest.importorskip("bench", reason="not in a checkout")
 
-from bench.kernels.ahead import compiled, recorded, recorded_launches, resources, specialized  # noqa: E402
+from bench.kernels.ahead import (  # noqa: E402
+    compiled,
+    intermediate,
+    recorded,
+    recorded_launches,
+    resources,
+    specialized,
+)  # fmt: skip
+from qatkernels.backends import IMPLS  # noqa: E402
 from qatkernels.backends.triton._rows import CHUNK_COLUMNS, TILE_ELEMENTS  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
@@ -149,6 +159,46 @@ def test_aot(case, architecture):
             assert len(found) == tensors * WIDE_ACCESSES[CASES[case][1][0].dtype] * ITERATIONS.get(case, 1)
 
 
+class Recorded(Exception):
+    """Ends a check once the launches are known: nothing was computed that it could compare."""
+
+
+def launches_of(check):
+    """Return the launches of a check's first call."""
+    found = []
+
+    def record(*args):
+        found.extend(recorded(lambda: IMPLS[f"{check.op}_out" if OPS[check.op].outputs else check.op]["triton"](*args)))
+        raise Recorded
+
+    with pytest.raises(Recorded):
+        check.run(record)
+    return found
+
+
+#: The checks of every op, in the dtypes that they leave out.
+CHECKS = [
+    check
+    for dtype in (torch.float64, torch.float16)
+    for part in (checks.family, checks.of_rows, checks.in_place, checks.products, checks.experts)
+    for check in part(torch.device("cpu"), dtype, (5, 1500), dtype_name(dtype))
+    if "triton" in IMPLS[check.op] and not (check.op == "gram_schmidt" and dtype == torch.float16)  # no such basis
+]
+
+
+@pytest.mark.parametrize("op", sorted({check.op for check in CHECKS}))
+def test_types(op):
+    """Every kernel that the checks launch in float64 and float16: Triton also compiles what follows a return."""
+    seen = set()
+    for launch in (launch for check in CHECKS if check.op == op for launch in launches_of(check)):
+        kernel, arguments, options = launch
+        key = (kernel.__name__, repr(specialized(kernel, arguments)), repr(sorted(options.items())))
+        if key not in seen:
+            seen.add(key)
+            intermediate(launch, 90)
+    assert seen
+
+
 def product(op, grid, tokens, group, dtype=torch.bfloat16, shape=(256, 1024), offsets=None, **kwargs):
     zero = "any" if grid.has_zero_point else None
     weight = scaled_weight(grid, shape, group, torch.bfloat16, zero)
@@ -196,6 +246,15 @@ PRODUCTS = {
     "odd-group": (product("lowbit_linear", qk.grids.lsq(5), 1001, 33, shape=(256, 1023)), None),
     "odd-bytes": (product("lowbit_linear", qk.grids.lsq(3), 1001, None, shape=(256, 1000)), WIDE_MMA),
     "one-transposed": (product("lowbit_linear_transposed", qk.grids.lsq(4), 1, None, shape=(1024, 1)), SMALL_MMA),
+    # Sums of few terms, with codes that are loaded as bytes.
+    "short": (product("lowbit_linear", qk.grids.lsq(4), 3, None, shape=(64, 9)), SMALL_MMA),
+    "short-fp32": (product("lowbit_linear", qk.grids.ternary(), 3, None, torch.float32, shape=(64, 9)), SMALL_MMA),
+    "short-group": (product("lowbit_linear", qk.grids.binary(), 3, 16, shape=(64, 64)), None),
+    "short-words": (product("lowbit_linear", qk.grids.seq(2), 3, 16, shape=(64, 64)), SMALL_MMA),
+    "short-transposed": (
+        product("lowbit_linear_transposed", qk.grids.affine(4), 11, None, shape=(3, 7, 33), offsets=[3, 4, 11]),
+        SMALL_MMA,
+    ),
 }
 
 
@@ -204,6 +263,17 @@ def check_instruction(ptx, instruction):
     assert "tf32" not in ptx, "a product of rounded float32"
     for other in WIDE_MMA.values():
         assert (other in ptx) == (other == instruction), other
+
+
+def check_terms(ttgir):
+    """Check that operands of ``mma.sync`` have as many terms as the threads hold that share a row: four hold all.
+
+    Triton 3.6 also accepts a layout with more. Its products are wrong, because threads then hold the same terms.
+    """
+    layouts = dict(re.findall(r"^(#mma\d*) = #ttg.nvidia_mma<{versionMajor = (\d)", ttgir, re.MULTILINE))
+    operands = r"tensor<\d+x(\d+)x\w+, #ttg.dot_op<{opIdx = 0, parent = (#mma\d*), kWidth = (\d+)}>>"
+    for terms, layout, width in re.findall(operands, ttgir):
+        assert layouts[layout] != "2" or 4 * int(width) <= int(terms), f"4 x {width} of {terms} terms"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -223,6 +293,7 @@ def test_products(case, architecture, monkeypatch):
         assert (stack, local) == (0, 0), f"{name} spills registers"
         if name.startswith("lowbit"):
             check_instruction(kernel.asm["ptx"], (instruction or {}).get(architecture))
+            check_terms(kernel.asm["ttgir"])
 
 
 class ShapesOfZeros(TorchDispatchMode):

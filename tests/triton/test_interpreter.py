@@ -62,7 +62,7 @@ def test_float64(op, grid):
     check_sample(op, triton_out(op), make(grid, (3, 40), torch.float64, 8))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
 def test_special_values(grid, dtype):
     for op, args in special_calls(grid, dtype).items():

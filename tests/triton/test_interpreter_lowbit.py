@@ -34,7 +34,7 @@ from qatkernels.backends.triton import lowbit_linear  # noqa: E402
 from qatkernels.backends.triton._products import (  # noqa: E402
     CONFIGS,
     MAX_INTEGERS,
-    MIN_BLOCK,
+    MIN_TERMS,
     choose,
     common_block,
     distinct,
@@ -214,7 +214,7 @@ def test_views_leading_dimensions_and_nothing():
 def test_parts_of_sums_repeat_their_bits(op, shape):
     outputs, terms = min(shape), max(shape)
     config = choose(CONFIGS[-1].capability, "parts", 3)
-    assert fitted(config, 3, outputs, terms, MIN_BLOCK[False]).split > 1, "the sum is not split"
+    assert fitted(config, 3, outputs, terms, MIN_TERMS).split > 1, "the sum is not split"
     case = Case("", scaled_weight(qk.grids.lsq(4), shape), activations((3, shape[1]), torch.float32))
     args = case.call(op)[0]
     assert_same_bits(run(op, args), run(op, args))

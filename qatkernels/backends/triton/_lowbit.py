@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._element import MIN_SCALE, by_steps, from_element, to_element
+from ._element import MIN_SCALE, by_steps, constant, from_element, select_low, to_element
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def load_scales(scale_ptr, zero_ptr, index, mask, ZERO: tl.constexpr):
 def steps_of(scale, zero, STEPS: tl.constexpr, SHIFT: tl.constexpr, ZERO: tl.constexpr):
     """Return (step, shift): the value of a stored code is (code + shift) * step."""
     scale = from_element(scale, tl.float32)
-    scale = tl.where(scale < MIN_SCALE, tl.full(scale.shape, MIN_SCALE, tl.float32), scale)
+    scale = select_low(scale, constant(MIN_SCALE, scale))
     shift = tl.full(scale.shape, SHIFT, tl.float32)
     if ZERO:
         shift -= zero

@@ -14,7 +14,11 @@ from typing import Any
 import triton
 
 PROGRAMS = 264  # two for each multiprocessor of an H100; with fewer tiles the sum is split (split-K)
-MIN_BLOCK = {True: 32, False: 16}  # smallest block_k of integer products, and of others
+SMALLEST = 16  # of a tile, in each direction
+#: Smallest block_k of integer products, and where codes are halves of loaded bytes. There Triton 3.6 gives each of the
+#: four threads that share a row of an operand eight consecutive terms, whatever block_k is. Of a tile with 16 terms it
+#: would count half twice and omit the others.
+MIN_TERMS = 32
 NARROW = 32  # block_n of variants that need many registers: zero points or parts at each step, codes loaded by bytes
 MAX_INTEGERS = 65536  # so many products of -127 ... 127 and 0 ... 255 fit a 32-bit sum
 
@@ -95,6 +99,17 @@ def by_elements(config: Config) -> Config:
     if config.block_m * config.block_k <= 64 * 64:
         return config
     return replace(config, block_n=min(config.block_n, 64), block_k=min(config.block_k, 64), warps=8)
+
+
+def least_terms(bits: int, words: bool, integer: bool) -> int:
+    """Return the smallest ``block_k``.
+
+    Args:
+        bits: bits of a code.
+        words: whether codes are loaded as 32-bit words.
+        integer: whether operands are integers.
+    """
+    return MIN_TERMS if integer or (bits < 8 and 8 % bits == 0 and not words) else SMALLEST
 
 
 def common_block(block: int, size: int, least: int) -> int | None:

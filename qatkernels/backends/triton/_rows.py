@@ -9,7 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._element import MIN_SCALE, OPTIONS, SCALE_STREAM, from_element, normals_each, normals_of_tile
+from ._element import (
+    MIN_SCALE,
+    OPTIONS,
+    SCALE_STREAM,
+    constant,
+    from_element,
+    normals_each,
+    normals_of_tile,
+    select_low,
+)  # fmt: skip
 
 TILE_ELEMENTS = 4096  # four 16-byte accesses of float32 for each thread of eight warps
 CHUNK_COLUMNS = 16384  # columns that one program reduces
@@ -85,7 +94,7 @@ def load_scale(
     if SCALE_NOISE:
         drawn = normals_each(tl.load(seed_ptr), row, SCALE_STREAM)
         scale += (drawn * tl.full((), scale_noise_std, tl.float32)).to(COMPUTE)
-    scale = tl.where(scale < MIN_SCALE, tl.full(scale.shape, MIN_SCALE, COMPUTE), scale)
+    scale = select_low(scale, constant(MIN_SCALE, scale))
     zero = tl.zeros(scale.shape, COMPUTE)
     if ZERO:
         zero = tl.load(zero_ptr + row, exists, other=0.0).to(COMPUTE)

@@ -22,7 +22,8 @@ MOST_ROWS = 256  # of a tile
 MOST_PROGRAMS = 528  # whose partial sums are added afterwards: four for each multiprocessor of an H100
 
 
-@triton.jit
+# The number of rows is not specialized: Lanczos has another one at each step.
+@triton.jit(do_not_specialize=["rows"])
 def gram_schmidt_kernel(
     basis_ptr, w_ptr, h_ptr, w_new_ptr, partial_ptr, rows, cols, stride,
     UPDATE: tl.constexpr, DOT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,

@@ -59,14 +59,15 @@ from ._lowbit import load_scales, locate, multiply, scaled, segments, steps_of
 from ._products import (
     CONFIGS,
     MAX_INTEGERS,
-    MIN_BLOCK,
     NARROW,
+    SMALLEST,
     Config,
     by_elements,
     choose,
     common_block,
     distinct,
     fitted,
+    least_terms,
 )
 from ._rows import tiling
 from .dynamic import token_scale
@@ -415,7 +416,7 @@ _DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.
 def _plan(device: torch.device, dtype: torch.dtype, w: _Weight, tokens: int) -> tuple[Config, int, Any, int]:
     """Return the configuration of a product, where scales multiply, the dtype of operands, and the parts of x."""
     integer, each = dtype == torch.int8, triton.cdiv(tokens, w.experts)
-    least, parts = MIN_BLOCK[integer], 3 if dtype == torch.float32 else 1
+    least, parts = least_terms(w.bits, w.whole_words(SMALLEST), integer), 3 if dtype == torch.float32 else 1
     scales = BY_TILE if w.groups > 1 or (integer and w.cols > MAX_INTEGERS) else BY_ROW
     config = choose(capability(device), "parts" if parts > 1 else "rows" if scales == BY_ROW else "groups", each)
     if w.groups > 1:
@@ -437,7 +438,7 @@ def _plan_transposed(device: torch.device, dtype: torch.dtype, w: _Weight, token
     each, scales = triton.cdiv(tokens, w.experts), BY_TILE
     config, parts = choose(capability(device), "parts", each), 3
     if w.groups > 1:
-        block = common_block(config.block_n, w.group_size, MIN_BLOCK[False])
+        block = common_block(config.block_n, w.group_size, SMALLEST)
         if block is None:
             scales, parts, config = BY_ELEMENT, 1, choose(capability(device), "ieee", each)
         else:
@@ -446,7 +447,8 @@ def _plan_transposed(device: torch.device, dtype: torch.dtype, w: _Weight, token
         config = by_elements(config)
     if parts > 1 and dtype != torch.float32 and w.outputs >= ENOUGH_TERMS:
         parts = 2
-    return fitted(config, tokens, w.cols, w.outputs, MIN_BLOCK[False]), scales, _dot(dtype, scales, parts), parts
+    least = least_terms(w.bits, w.whole_words(SMALLEST), False)
+    return fitted(config, tokens, w.cols, w.outputs, least), scales, _dot(dtype, scales, parts), parts
 
 
 def _dot(dtype: torch.dtype, scales: int, parts: int) -> Any:

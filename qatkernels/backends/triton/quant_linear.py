@@ -25,9 +25,11 @@ from ._element import (
     SCALE_STREAM,
     WEIGHT_STREAM,
     code_of,
+    constant,
     divide,
     from_element,
     normals_each,
+    select_low,
     to_element,
     value_of,
 )
@@ -77,7 +79,7 @@ def quant_linear_dual_kernel(
         if SCALE_NOISE:
             drawn = normals_each(tl.load(seed_ptr), shared, SCALE_STREAM)
             scale += drawn * tl.full((), scale_noise_std, tl.float32)
-        scale = tl.where(scale < MIN_SCALE, tl.full(scale.shape, MIN_SCALE, tl.float32), scale)
+        scale = select_low(scale, constant(MIN_SCALE, scale))
         zero = tl.zeros(scale.shape, tl.float32)
         if ZERO:
             zero = tl.load(zero_ptr + shared, mask, other=0.0).to(tl.float32)
