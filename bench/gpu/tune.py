@@ -110,6 +110,7 @@ def _tile(*numbers: int) -> Callable[[], contextlib.AbstractContextManager[Any]]
     config = _products.Config((9, 0), "rows", float("inf"), *numbers)
     return lambda: _patched(
         (_plans, "enabled", False), (_products, "PROGRAMS", 1 << 20), (lowbit_linear, "NARROW", 1 << 20),
+        (lowbit_linear, "NARROW_FEW", 1 << 20),
         (lowbit_linear, "choose", lambda *args: config), (library, "CODES_TOKENS", 1 << 40),
         (library, "PARTS_TOKENS", 1 << 40),
     )  # fmt: skip

@@ -67,6 +67,42 @@ def test_triton_on_float32(grid):
         check_triton(case)
 
 
+@pytest.mark.parametrize("grid", **names(WIDTHS))
+def test_triton_on_many_tokens(grid, monkeypatch):
+    """The library multiplies: codes and parts of weights, with several slices of rows and of columns."""
+    monkeypatch.setattr("qatkernels.backends.triton._library.SLICE_BYTES", 1 << 20)
+    zero, bias = "any" if grid.has_zero_point else None, activations((1100,), torch.bfloat16, seed=3)
+    for group, act_bits in ((None, None), (128, None), (32, 8), (25, None), (None, 8)):
+        cols = 1100 if group in (None, 25) else 1152
+        for rows in (1100, 1096) if act_bits else (1100,):  # 8 divides only the second
+            weight = scaled_weight(grid, (rows, cols), group, torch.bfloat16, zero)
+            x = activations((1030, cols), torch.bfloat16)
+            check_triton(Case(f"{rows} group {group} A{act_bits}", weight, x, bias[:rows], None, act_bits))
+    weight = scaled_weight(grid, (1096, 1104), None, torch.float32, zero)
+    for dtype, act_bits in ((torch.float16, None), (torch.bfloat16, 8)):
+        check_triton(Case("aligned", weight, activations((1030, 1104), dtype), None, None, act_bits))
+
+
+@pytest.mark.skipif("triton" not in IMPLS["lowbit_linear"], reason="needs Triton")
+def test_many_tokens_in_a_graph_and_again():
+    """A call with products of the library is never replayed as a launch plan; it can be captured."""
+    weight = scaled_weight(qk.grids.lsq(4), (256, 1024), 128).to(GPU)
+    planned, out = IMPLS["lowbit_linear"]["triton"], []
+    xs = [weights((1030, 1024), torch.bfloat16, GPU, seed=seed) for seed in range(4)]
+    settings = (weight.packed, weight.scale, None, None, None, list(weight.grid.constants), -8, 4, None)
+    for x in xs:
+        out.append(planned(x, *settings))
+        assert_same_bits(out[-1], getattr(planned, "impl", planned)(x, *settings))
+    given = xs[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = planned(given, *settings)
+    for x, expected in zip(xs, out, strict=True):
+        given.copy_(x)
+        graph.replay()
+        assert_same_bits(y, expected)
+
+
 @pytest.mark.parametrize("grid", **names([qk.grids.ternary(), qk.grids.lsq(3), qk.grids.affine(4)]))
 def test_triton_by_expert(grid):
     for case in grouped_cases(grid, torch.bfloat16):

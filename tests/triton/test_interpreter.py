@@ -191,7 +191,7 @@ def test_gram_schmidt_of_more_tiles_than_programs():
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("tokens", [70, 50], ids=["parts", "fused"])
+@pytest.mark.parametrize("tokens", [70, 1])
 @pytest.mark.parametrize(
     "sample",
     [
@@ -204,7 +204,6 @@ def test_gram_schmidt_of_more_tiles_than_programs():
     ids=lambda s: s.name,
 )
 def test_quant_linear_dual(sample, tokens, transposed):
-    """More tokens than the fused kernel takes, and fewer: one tile of 16-bit tokens, two tiles of float32 tokens."""
     check_linear_dual(triton_out("quant_linear_dual"), sample, tokens, transposed)
 
 

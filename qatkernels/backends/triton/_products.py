@@ -16,6 +16,7 @@ import triton
 PROGRAMS = 264  # two for each multiprocessor of an H100; with fewer tiles the sum is split (split-K)
 MIN_BLOCK = {True: 32, False: 16}  # smallest block_k of integer products, and of others
 NARROW = 32  # block_n of variants that need many registers: zero points or parts at each step, codes loaded by bytes
+NARROW_FEW = 64  # block_n of few tokens, if codes have over 4 bits or rows zero points: 128 columns spill registers
 MAX_INTEGERS = 65536  # so many products of -127 ... 127 and 0 ... 255 fit a 32-bit sum
 
 

@@ -58,6 +58,7 @@ from ._products import (
     MAX_INTEGERS,
     MIN_BLOCK,
     NARROW,
+    NARROW_FEW,
     Config,
     by_elements,
     choose,
@@ -309,6 +310,8 @@ def _plan(device: torch.device, dtype: torch.dtype, w: Weight, tokens: int) -> C
     words = w.whole_words(config.block_k)
     if (scales == BY_TILE and (w.zero is not None or parts > 1)) or not words:
         config = replace(config, block_n=min(config.block_n, NARROW))
+    elif scales == BY_ROW and config.block_m < 64 and (w.bits > 4 or w.zero is not None):
+        config = replace(config, block_n=min(config.block_n, NARROW_FEW))
     if w.cols * dtype.itemsize % 16 or not words:
         config = by_elements(config)
     config = fitted(config, tokens, w.outputs, w.cols, least)
