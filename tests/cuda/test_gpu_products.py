@@ -89,7 +89,8 @@ def test_many_tokens_in_a_graph_and_again():
     weight = scaled_weight(qk.grids.lsq(4), (256, 1024), 128).to(GPU)
     planned, out = IMPLS["lowbit_linear"]["triton"], []
     xs = [weights((1030, 1024), torch.bfloat16, GPU, seed=seed) for seed in range(4)]
-    settings = (weight.packed, weight.scale, None, None, None, list(weight.grid.constants), -8, 4, None)
+    grid = (list(weight.grid.constants), weight.grid.code_min, weight.bits)
+    settings = (weight.packed, weight.scale, None, None, None, *grid, None)
     for x in xs:
         out.append(planned(x, *settings))
         assert_same_bits(out[-1], getattr(planned, "impl", planned)(x, *settings))

@@ -14,6 +14,8 @@ In the transposed product the scales vary along the sum, so they multiply g, in 
 scale, or an activation) is split into three bfloat16 numbers, each of which tensor cores multiply with the codes. Two
 are enough for long sums, whose own float32 error is much larger.
 
+With many tokens kernels write operands out, and the library multiplies (`_library.py`).
+
 Experts are found on the device: a program reads all offsets, counts tiles, and processes every n-th tile. Unassigned
 rows form the tiles of one additional expert. With few tokens several programs share a sum (split-K), and a second
 kernel adds their parts in a fixed order: there are no atomics, and results are the same in every run. In float64 the
@@ -22,8 +24,7 @@ also reads the offsets on the device.
 
 The floor of T tokens is the longer of two times: 2 T N K operations at the rate of the operands (8 or 16 bits on tensor
 cores; three times as many for float32 activations, two or three times for the transposed product), or the bytes of x,
-y, and the codes and scales of the experts that have tokens, over the bandwidth. The kernels are compiled ahead of time
-and tested in the interpreter. They were not run on a GPU.
+y, and the codes and scales of the experts that have tokens, over the bandwidth.
 """
 
 from __future__ import annotations
