@@ -72,12 +72,12 @@ def test_triton_on_many_tokens(grid, monkeypatch):
     """The library multiplies: codes and parts of weights, with several slices of rows and of columns."""
     monkeypatch.setattr("qatkernels.backends.triton._library.SLICE_BYTES", 1 << 20)
     zero, bias = "any" if grid.has_zero_point else None, activations((1100,), torch.bfloat16, seed=3)
-    for group, act_bits in ((None, None), (128, None), (32, 8), (25, None), (None, 8)):
-        cols = 1100 if group in (None, 25) else 1152
-        for rows in (1100, 1096) if act_bits else (1100,):  # 8 divides only the second
-            weight = scaled_weight(grid, (rows, cols), group, torch.bfloat16, zero)
-            x = activations((1030, cols), torch.bfloat16)
-            check_triton(Case(f"{rows} group {group} A{act_bits}", weight, x, bias[:rows], None, act_bits))
+    for tokens, cols, group, act_bits in (
+        (1030, 1100, None, None), (1030, 1100, None, 8), (260, 1152, 128, None), (260, 1100, 25, None), (260, 1152, 32, 8)
+    ):  # fmt: skip
+        weight = scaled_weight(grid, (1100, cols), group, torch.bfloat16, zero)
+        x = activations((tokens, cols), torch.bfloat16)
+        check_triton(Case(f"{tokens} tokens group {group} A{act_bits}", weight, x, bias, None, act_bits))
     weight = scaled_weight(grid, (1096, 1104), None, torch.float32, zero)
     for dtype, act_bits in ((torch.float16, None), (torch.bfloat16, 8)):
         check_triton(Case("aligned", weight, activations((1030, 1104), dtype), None, None, act_bits))

@@ -290,8 +290,8 @@ def test_the_number_of_tokens_is_not_compiled(experts, act_bits):
             for kernel, arguments, options in launches
         }
 
-    for rows, cols in ((1, 1024), (256, 1024), (1024, 1)):
-        weight = scaled_weight(qk.grids.lsq(4), (rows, cols) if experts is None else (experts, rows, cols))
+    for rows, cols, group in ((1, 1024, None), (256, 1024, None), (1024, 1, None), (256, 1024, 128)):
+        weight = scaled_weight(qk.grids.lsq(4), (rows, cols) if experts is None else (experts, rows, cols), group)
         warm = keys(recorded(lambda w=weight: warm_up(w, act_bits=act_bits)))
         for tokens in (1, 2, 15, 16, 17, 255, 256, 512, 1024, 1500):
             ends = None if experts is None else torch.full((experts,), tokens, dtype=torch.int32)
