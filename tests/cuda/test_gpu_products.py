@@ -73,7 +73,8 @@ def test_triton_on_many_tokens(grid, monkeypatch):
     monkeypatch.setattr("qatkernels.backends.triton._library.SLICE_BYTES", 1 << 20)
     zero, bias = "any" if grid.has_zero_point else None, activations((1100,), torch.bfloat16, seed=3)
     for tokens, cols, group, act_bits in (
-        (1030, 1100, None, None), (1030, 1100, None, 8), (260, 1152, 128, None), (260, 1100, 25, None), (260, 1152, 32, 8)
+        (1030, 1100, None, None), (1030, 1100, None, 8),
+        (260, 1152, 128, None), (260, 1100, 25, None), (260, 1152, 32, 8),
     ):  # fmt: skip
         weight = scaled_weight(grid, (1100, cols), group, torch.bfloat16, zero)
         x = activations((tokens, cols), torch.bfloat16)
