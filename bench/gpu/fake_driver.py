@@ -157,9 +157,9 @@ def serve_cpu_tensors() -> None:
 
         return outputs
 
-    products = importlib.import_module("qatkernels.backends.triton.lowbit_linear")
-    products.library_product = lambda x, w: torch.zeros(
-        len(x), len(w), dtype=torch.int32 if x.dtype == torch.int8 else torch.float32
+    library = importlib.import_module("qatkernels.backends.triton._library")
+    library.library_product = lambda x, w: torch.zeros(
+        len(x), w.shape[1], dtype=torch.int32 if x.dtype == torch.int8 else torch.float32
     )
     for op in OPS.values():
         op.contract.meta = zeroed(op.contract.meta)  # type: ignore[method-assign]

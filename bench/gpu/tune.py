@@ -104,23 +104,26 @@ def _patched(*changes: tuple[Any, str, Any]) -> Iterator[None]:
 
 def _tile(*numbers: int) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """Return the context in which every product has these blocks, warps, stages and split."""
+    from qatkernels.backends.triton import _library as library
     from qatkernels.backends.triton import _plans, _products, lowbit_linear
 
     config = _products.Config((9, 0), "rows", float("inf"), *numbers)
     return lambda: _patched(
         (_plans, "enabled", False), (_products, "PROGRAMS", 1 << 20), (lowbit_linear, "NARROW", 1 << 20),
-        (lowbit_linear, "choose", lambda *args: config), (lowbit_linear, "LIBRARY_TOKENS", 1 << 40),
+        (lowbit_linear, "NARROW_FEW", 1 << 20),
+        (lowbit_linear, "choose", lambda *args: config), (library, "CODES_TOKENS", 1 << 40),
+        (library, "PARTS_TOKENS", 1 << 40),
     )  # fmt: skip
 
 
 def _library(megabytes: int) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    from qatkernels.backends.triton import _plans, lowbit_linear
+    from qatkernels.backends.triton import _library as library
+    from qatkernels.backends.triton import _plans
 
     return lambda: _patched(
-        (_plans, "enabled", False),
-        (lowbit_linear, "LIBRARY_TOKENS", 1),
-        (lowbit_linear, "SLICE_BYTES", megabytes << 20),
-    )
+        (_plans, "enabled", False), (library, "CODES_TOKENS", 1), (library, "PARTS_TOKENS", 1),
+        (library, "SLICE_BYTES", megabytes << 20),
+    )  # fmt: skip
 
 
 def _elements(tile: int, warps: int) -> Callable[[], contextlib.AbstractContextManager[Any]]:
@@ -164,7 +167,7 @@ def candidates() -> Iterator[Candidate]:
         p = Product(WIDE, bits, None, tokens)
         yield from (Candidate(p, "x".join(map(str, size)), _tile(*size)) for size in sizes)
         if tokens >= 512:
-            yield from (Candidate(p, f"library, {mb} MiB", _library(mb)) for mb in (16, 32, 64, 1024))
+            yield from (Candidate(p, f"library, {mb} MiB", _library(mb)) for mb in (64, 128, 256, 1024))
     for tokens in (4096, 1024, 512):
         p = Product(SQUARE, 4, None, tokens)
         yield from (Candidate(p, f"library, {mb} MiB", _library(mb)) for mb in (8, 16, 32))
@@ -177,6 +180,9 @@ def candidates() -> Iterator[Candidate]:
     for tokens, sizes in _GROUPS.items():
         p = Product(WIDE, 4, 128, tokens)
         yield from (Candidate(p, "x".join(map(str, size)), _tile(*size)) for size in sizes)
+    for tokens in (128, 256, 512, 4096):
+        p = Product(WIDE, 4, 128, tokens)
+        yield from (Candidate(p, f"library, {mb} MiB", _library(mb)) for mb in (64, 256, 1024))
     for tokens in (512, 4096):
         p = Product(WIDE, 4, None, tokens, 8)
         yield from (Candidate(p, f"library, {mb} MiB", _library(mb)) for mb in (16, 64))

@@ -67,6 +67,44 @@ def test_triton_on_float32(grid):
         check_triton(case)
 
 
+@pytest.mark.parametrize("grid", **names(WIDTHS))
+def test_triton_on_many_tokens(grid, monkeypatch):
+    """The library multiplies: codes and parts of weights, with several slices of rows and of columns."""
+    monkeypatch.setattr("qatkernels.backends.triton._library.SLICE_BYTES", 1 << 20)
+    zero, bias = "any" if grid.has_zero_point else None, activations((1100,), torch.bfloat16, seed=3)
+    for tokens, cols, group, act_bits in (
+        (1030, 1100, None, None), (1030, 1100, None, 8),
+        (260, 1152, 128, None), (260, 1100, 25, None), (260, 1152, 32, 8),
+    ):  # fmt: skip
+        weight = scaled_weight(grid, (1100, cols), group, torch.bfloat16, zero)
+        x = activations((tokens, cols), torch.bfloat16)
+        check_triton(Case(f"{tokens} tokens group {group} A{act_bits}", weight, x, bias, None, act_bits))
+    weight = scaled_weight(grid, (1096, 1104), None, torch.float32, zero)
+    for dtype, act_bits in ((torch.float16, None), (torch.bfloat16, 8)):
+        check_triton(Case("aligned", weight, activations((1030, 1104), dtype), None, None, act_bits))
+
+
+@pytest.mark.skipif("triton" not in IMPLS["lowbit_linear"], reason="needs Triton")
+def test_many_tokens_in_a_graph_and_again():
+    """A call with products of the library is never replayed as a launch plan; it can be captured."""
+    weight = scaled_weight(qk.grids.lsq(4), (256, 1024), 128).to(GPU)
+    planned, out = IMPLS["lowbit_linear"]["triton"], []
+    xs = [weights((1030, 1024), torch.bfloat16, GPU, seed=seed) for seed in range(4)]
+    grid = (list(weight.grid.constants), weight.grid.code_min, weight.bits)
+    settings = (weight.packed, weight.scale, None, None, None, *grid, None)
+    for x in xs:
+        out.append(planned(x, *settings))
+        assert_same_bits(out[-1], getattr(planned, "impl", planned)(x, *settings))
+    given = xs[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = planned(given, *settings)
+    for x, expected in zip(xs, out, strict=True):
+        given.copy_(x)
+        graph.replay()
+        assert_same_bits(y, expected)
+
+
 @pytest.mark.parametrize("grid", **names([qk.grids.ternary(), qk.grids.lsq(3), qk.grids.affine(4)]))
 def test_triton_by_expert(grid):
     for case in grouped_cases(grid, torch.bfloat16):

@@ -43,12 +43,6 @@ def family(op, *args, **kwargs):
     return op, sample.args(op)
 
 
-def linear_dual(*args, tokens=64, transposed=False, **kwargs):
-    sample = make(*args, **kwargs)
-    x = torch.zeros(tokens, sample.w.shape[0 if transposed else 1], dtype=sample.dtype or sample.w.dtype)
-    return "quant_linear_dual", (x, x, sample.tangents()[0], None, None, *sample.point, transposed)
-
-
 def of_logits(op, dtype, *first):
     """Arguments of an op of cross_entropy.py at [64, 32000]; ``first`` says what comes before the logits."""
     logits, numbers = torch.zeros(64, 32000, dtype=dtype), torch.zeros(64)
@@ -93,11 +87,6 @@ CASES = {
     "norms-asam": ("perturbation_norms", (MATRIX, MATRIX, 0.01)),
     "dynamic-bf16": ("fake_quantize_dynamic", (torch.zeros(64, 4096, dtype=torch.bfloat16), 8)),
     "dual-bf16-row": family("fake_quantize_dual", qk.grids.lsq(4), (64, 4096), torch.bfloat16),
-    "linear-dual-bf16-row": linear_dual(qk.grids.lsq(4), (1024, 1024), torch.bfloat16),
-    "linear-dual-fp32-transposed": linear_dual(qk.grids.seq(2), (1024, 1024), transposed=True),
-    "linear-dual-fp32-to-bf16-group": linear_dual(
-        qk.grids.affine(4), (1024, 1024), granularity=128, out_dtype=torch.bfloat16
-    ),
     "cross-entropy-fp32": of_logits("cross_entropy", torch.float32),
     "cross-entropy-bf16": of_logits("cross_entropy", torch.bfloat16),
     "cross-entropy-backward-bf16": of_logits("cross_entropy_backward", torch.bfloat16, "number"),
@@ -116,8 +105,8 @@ CASES = {
     "pack": ("pack", (torch.zeros(64, 4096, dtype=torch.int8), -4, 3)),
     "unpack": ("unpack", (torch.zeros(64, 2048, dtype=torch.uint8), -8, 4, 4096)),
 }  # fmt: skip
-#: Exponentials, logarithms and products are held to a bound, not to bits.
-APPROXIMATE = {case for case in CASES if case.startswith(("cross-entropy", "linear-dual"))}
+#: Exponentials and logarithms are held to a bound, not to bits.
+APPROXIMATE = {case for case in CASES if case.startswith("cross-entropy")}
 #: Cases whose rows are aligned: how many weight-sized tensors they read and write, all of it 16 bytes at a time.
 WIDE = {
     "forward-fp32-row": (1, 1),
@@ -221,6 +210,9 @@ PRODUCTS = {
     ),
     "many-6-row": (product("lowbit_linear", qk.grids.lsq(6), 1001, None), WIDE_MMA),
     "some-group": (product("lowbit_linear", qk.grids.lsq(4), 64, 128), WIDE_MMA),
+    "few-8-row": (product("lowbit_linear", qk.grids.lsq(8), 1, None), SMALL_MMA),
+    "few-5-row": (product("lowbit_linear", qk.grids.lsq(5), 16, None), SMALL_MMA),
+    "few-zero-row": (product("lowbit_linear", qk.grids.affine(3), 16, None), SMALL_MMA),
     "some-8-row": (product("lowbit_linear", qk.grids.seq(8), 64, None), WIDE_MMA),
     "few-5-group": (product("lowbit_linear", qk.grids.lsq(5), 16, 32), SMALL_MMA),
     "many-fp32": (product("lowbit_linear", qk.grids.lsq(4), 1001, 128, torch.float32), WIDE_MMA),
@@ -280,6 +272,7 @@ def check_terms(ttgir):
 @pytest.mark.parametrize("case", PRODUCTS)
 def test_products(case, architecture, monkeypatch):
     monkeypatch.setattr("qatkernels.backends.triton.lowbit_linear.capability", lambda device: divmod(architecture, 10))
+    monkeypatch.setattr("qatkernels.backends.triton.lowbit_linear.library_serves", lambda *args, **kwargs: False)
     call, instruction = PRODUCTS[case]
     launches = recorded_launches(*call)
     assert len([kernel for kernel, *_ in launches if kernel.__name__.startswith("lowbit")]) == 1
@@ -294,6 +287,39 @@ def test_products(case, architecture, monkeypatch):
         if name.startswith("lowbit"):
             check_instruction(kernel.asm["ptx"], (instruction or {}).get(architecture))
             check_terms(kernel.asm["ttgir"])
+
+
+#: Products of many tokens, which the library multiplies: one slice, and rows whose length is a multiple of 16.
+LIBRARY = {
+    "codes": product("lowbit_linear", qk.grids.lsq(4), 1024, None),
+    "codes-3-zero": product("lowbit_linear", qk.grids.affine(3), 1024, None),
+    "integers": product("lowbit_linear", qk.grids.lsq(4), 1024, None, act_bits=8),
+    "parts": product("lowbit_linear", qk.grids.lsq(4), 256, 128),
+    "parts-zero": product("lowbit_linear", qk.grids.affine(4), 256, 32),
+    "parts-3": product("lowbit_linear", qk.grids.lsq(3), 256, 64),
+    "parts-element": product("lowbit_linear", qk.grids.lsq(5), 256, 8),
+    "parts-integers": product("lowbit_linear", qk.grids.lsq(8), 256, 128, act_bits=8),
+    "transposed": product("lowbit_linear_transposed", qk.grids.lsq(4), 256, None, shape=(1024, 512)),
+    "transposed-zero": product("lowbit_linear_transposed", qk.grids.affine(8), 256, 64, shape=(1024, 512)),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", LIBRARY)
+def test_products_of_the_library(case, architecture):
+    """The kernels before and after it access memory 16 bytes at a time, and spill nothing."""
+    launches = {launch[0].__name__: launch for launch in recorded_launches(*LIBRARY[case])}
+    assert {"operands_kernel", "finish_kernel"} <= set(launches)
+    assert not [name for name in launches if name.startswith("lowbit")]
+    for name in ("operands_kernel", "finish_kernel"):
+        kernel = compiled(launches[name], architecture)
+        registers, stack, local = resources(kernel.asm["cubin"])
+        print(
+            f"{case} {name} sm_{architecture}: {registers} registers, {stack} + {local} bytes of stack and local memory"
+        )
+        assert (stack, local) == (0, 0), f"{name} spills registers"
+        stores = set(re.findall(r"st\.global[\w.:]*", kernel.asm["ptx"]))
+        assert {store[-7:] for store in stores} == {".v4.b32"}
 
 
 class ShapesOfZeros(TorchDispatchMode):
@@ -335,10 +361,10 @@ def test_the_number_of_tokens_is_not_compiled(experts, act_bits):
             for kernel, arguments, options in launches
         }
 
-    for rows, cols in ((1, 1024), (256, 1024), (1024, 1)):
-        weight = scaled_weight(qk.grids.lsq(4), (rows, cols) if experts is None else (experts, rows, cols))
+    for rows, cols, group in ((1, 1024, None), (256, 1024, None), (1024, 1, None), (256, 1024, 128)):
+        weight = scaled_weight(qk.grids.lsq(4), (rows, cols) if experts is None else (experts, rows, cols), group)
         warm = keys(recorded(lambda w=weight: warm_up(w, act_bits=act_bits)))
-        for tokens in (1, 2, 15, 16, 17, 512):
+        for tokens in (1, 2, 15, 16, 17, 255, 256, 512, 1024, 1500):
             ends = None if experts is None else torch.full((experts,), tokens, dtype=torch.int32)
             x = torch.zeros(tokens, cols, dtype=torch.bfloat16)
             for op in ("lowbit_linear", "lowbit_linear_transposed"):

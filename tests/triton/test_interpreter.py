@@ -199,7 +199,7 @@ def test_gradients_of_scales_of_many_weights(dtype):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("tokens", [70, 50], ids=["parts", "fused"])
+@pytest.mark.parametrize("tokens", [70, 1])
 @pytest.mark.parametrize(
     "sample",
     [
@@ -212,7 +212,6 @@ def test_gradients_of_scales_of_many_weights(dtype):
     ids=lambda s: s.name,
 )
 def test_quant_linear_dual(sample, tokens, transposed):
-    """More tokens than the fused kernel takes, and fewer: one tile of 16-bit tokens, two tiles of float32 tokens."""
     check_linear_dual(triton_out("quant_linear_dual"), sample, tokens, transposed)
 
 

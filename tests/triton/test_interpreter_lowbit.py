@@ -30,7 +30,7 @@ from qatkernels.testing.products import (
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 pytest.importorskip("triton")
 
-from qatkernels.backends.triton import lowbit_linear  # noqa: E402
+from qatkernels.backends.triton import _library, _weight, lowbit_linear  # noqa: E402
 from qatkernels.backends.triton._products import (  # noqa: E402
     CONFIGS,
     MAX_INTEGERS,
@@ -40,7 +40,7 @@ from qatkernels.backends.triton._products import (  # noqa: E402
     distinct,
     fitted,
 )
-from qatkernels.backends.triton.lowbit_linear import BY_ROW, BY_TILE, whole_codes  # noqa: E402
+from qatkernels.backends.triton._weight import BY_ROW, BY_TILE, ENOUGH_TERMS, whole_codes  # noqa: E402
 
 OPERATIONS = ("lowbit_linear", "lowbit_linear_transposed")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -120,8 +120,100 @@ def test_beyond_a_tile():
 def test_gradients_of_many_outputs(grid, dtype):
     """Enough terms for two parts of a float32 number, where the gradient has 16 bits."""
     zero = "any" if grid.has_zero_point else None
-    weight = scaled_weight(grid, (lowbit_linear.ENOUGH_TERMS, 64), 32, torch.float32, zero)
+    weight = scaled_weight(grid, (ENOUGH_TERMS, 64), 32, torch.float32, zero)
     check(Case("many", weight, activations((3, 64), dtype)), OPERATIONS[1:])
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The shapes of the library's products, which now begin at two tokens and come in the smallest slices."""
+    monkeypatch.setattr(_library, "CODES_TOKENS", 2)
+    monkeypatch.setattr(_library, "PARTS_TOKENS", 2)
+    monkeypatch.setattr(_library, "SLICE_BYTES", 1)
+    multiply, found = _library.library_product, []
+
+    def recorded(x, w):
+        found.append((x.dtype, *x.shape, w.shape[1]))
+        return multiply(x, w)
+
+    monkeypatch.setattr(_library, "library_product", recorded)
+    return found
+
+
+def zero_of(grid):
+    return "any" if grid.has_zero_point else None
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
+def test_the_library_multiplies_codes(grid, products):
+    """One scale for each row: floats, and integers of tokens; whole slices and odd rests."""
+    dtype = DTYPES[GRIDS.index(grid) % 2 * 2]
+    for rows, cols, act_bits in ((300, 67, None), (264, 72, 8), (5, 64, None)):
+        products.clear()
+        weight = scaled_weight(grid, (rows, cols), None, torch.bfloat16, zero_of(grid))
+        bias = activations((rows,), torch.float32, seed=3) if cols % 2 else None
+        check(Case("codes", weight, activations((3, cols), dtype), bias, None, act_bits), OPERATIONS[:1])
+        of = torch.int8 if act_bits else dtype
+        rest = [(of, 3, cols, rows - 256)] if rows > 256 else []
+        assert products == [(of, 3, cols, min(rows, 256)), *rest]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
+def test_the_library_multiplies_parts(grid, products):
+    """Groups that tiles divide, and others."""
+    (rows, cols, group), *_ = turns(
+        [(9, 1056, 32), (7, 1035, 345), (6, 1030, 5), (5, 1040, 16), (260, 1024, 128), (9, 1024, 64)], grid, 1
+    )
+    weight = scaled_weight(grid, (rows, cols), group, torch.float16, zero_of(grid))
+    bias = activations((rows,), torch.bfloat16, seed=3)
+    check(Case("parts", weight, activations((3, cols), torch.bfloat16), bias), OPERATIONS[:1])
+    slices = [256, 4] if rows == 260 else [rows]
+    assert products == [(torch.bfloat16, 3, cols, length) for length in slices for _ in range(2)]
+    if rows < 256:  # integers of tokens, which are exact in bfloat16
+        dtype = (torch.float32, torch.float16)[GRIDS.index(grid) % 2]
+        check(Case("parts of A8", weight, activations((2, cols), dtype), bias, None, 8), OPERATIONS[:1])
+        assert products[2:] == [(torch.bfloat16, 2, cols, rows)] * 2
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
+def test_the_library_multiplies_transposed(grid, products):
+    """In parts, by slices of columns. The rest of the columns has operands of a smaller width."""
+    shapes = [(1024, 64, 32), (1027, 67, None), (1025, 60, 20), (1030, 260, None), (1024, 64, None), (1024, 288, 32)]
+    (rows, cols, group), *_ = turns(shapes, grid, 1)
+    weight = scaled_weight(grid, (rows, cols), group, torch.float32, zero_of(grid))
+    check(Case("transposed", weight, activations((3, cols), torch.bfloat16)), OPERATIONS[1:])
+    slices = [256, cols - 256] if cols > 256 else [cols]
+    assert products == [(torch.bfloat16, 3, rows, length) for length in slices for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "group", "act_bits"),
+    [
+        (torch.float32, (1024, 1024), 32, None), (torch.float16, (1024, 1024), 32, None),
+        (torch.bfloat16, (512, 512), 32, None), (torch.bfloat16, (2, 1024, 1024), 32, None),
+        (torch.bfloat16, (1024, 1020), None, 8), (torch.bfloat16, (1020, 1024), None, 8),
+    ],
+)  # fmt: skip
+def test_what_the_library_does_not_multiply(dtype, shape, group, act_bits):
+    """Float32 and float16 with parts, few terms, experts, and sizes that its product of integers does not take."""
+    weight = scaled_weight(qk.grids.lsq(4), shape, group)
+    offsets = torch.tensor([1, 2], dtype=torch.int32) if len(shape) == 3 else None
+    w = _weight.Weight(
+        weight.packed, weight.scale, None, offsets, weight.constants, weight.grid.code_min, 4, shape[-1]
+    )  # fmt: skip
+    assert lowbit_linear._plan(torch.device("cpu"), torch.int8 if act_bits else dtype, w, 4096).config is not None
+    if not act_bits:
+        assert lowbit_linear._plan_transposed(torch.device("cpu"), dtype, w, 4096).config is not None
+
+
+def test_slices_are_equal_and_within_memory():
+    for length, size in ((8192, 57344), (8192, 114688), (28672, 16384), (4096, 8192), (1000, 10**6), (100, 10**9)):
+        each = _library.slice_length(length, size)
+        count = -(-length // each)
+        assert each == length or each % _library.SLICE_UNIT == 0
+        assert each * size <= _library.SLICE_BYTES or each <= _library.SLICE_UNIT
+        assert count == 1 or (count - 1) * _library.SLICE_BYTES < length * size, "fewer slices are enough"
+        assert each - (length - (count - 1) * each) < _library.SLICE_UNIT * count, "the last one is as long"
 
 
 @pytest.mark.parametrize("grid", GRIDS[::2], ids=GRID_IDS[::2])
@@ -153,7 +245,7 @@ def test_float64_and_empty_stacks_do_not_look_at_offsets(monkeypatch):
 def test_more_tiles_than_programs():
     weight, ends = scaled_weight(qk.grids.lsq(4), (3, 300, 200)), torch.tensor([17, 17, 40], dtype=torch.int32)
     x = activations((45, 200), torch.float32)
-    assert lowbit_linear.processors(x.device) < 3 * 300 // 64, "one program for each tile"
+    assert _weight.processors(x.device) < 3 * 300 // 64, "one program for each tile"
     check(Case("", weight, x, None, ends))
 
 
@@ -192,7 +284,7 @@ def test_integer_sums_that_would_overflow_are_summed_by_tile():
     for cols, scales in ((MAX_INTEGERS, BY_ROW), (MAX_INTEGERS + 1, BY_TILE)):
         weight = scaled_weight(qk.grids.lsq(8), (1, cols))
         args = (weight.packed, weight.scale, None, None, weight.constants, weight.grid.code_min, 8, cols)
-        assert lowbit_linear._plan(x.device, torch.int8, lowbit_linear._Weight(*args), 2)[1] == scales
+        assert lowbit_linear._plan(x.device, torch.int8, _weight.Weight(*args), 2)[1] == scales
 
 
 def test_views_leading_dimensions_and_nothing():
@@ -235,7 +327,7 @@ def test_choice(capability, kind):
 
 
 def test_fitting():
-    config = choose((9, 0), "rows", 1)
+    config = choose((9, 0), "groups", 1)
     assert fitted(config, 1, 16384, 4096, 16).split == 1  # enough columns
     assert fitted(config, 1, 4096, 4096, 16).split == 2
     assert fitted(config, 1, 1024, 4096, 16).split == 8

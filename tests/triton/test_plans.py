@@ -15,7 +15,7 @@ from qatkernels.backends import IMPLS, load_backend
 load_backend("triton")
 ROOT = Path(__file__).parents[2]
 #: Ops whose launchers compute with torch too, for which there is no plan.
-COMPUTING = ("fake_quantize_dual", "fake_quantize_jvp", "gram_schmidt", "perturbation_norms")
+COMPUTING = ("fake_quantize_dual", "fake_quantize_jvp", "gram_schmidt", "perturbation_norms", "quant_linear_dual")
 
 BEGIN = """
 import collections, json, random, sys

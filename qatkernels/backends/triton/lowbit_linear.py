@@ -14,6 +14,8 @@ In the transposed product the scales vary along the sum, so they multiply g, in 
 scale, or an activation) is split into three bfloat16 numbers, each of which tensor cores multiply with the codes. Two
 are enough for long sums, whose own float32 error is much larger.
 
+With many tokens kernels write operands out, and the library multiplies (`_library.py`).
+
 Experts are found on the device: a program reads all offsets, counts tiles, and processes every n-th tile. Unassigned
 rows form the tiles of one additional expert. With few tokens several programs share a sum (split-K), and a second
 kernel adds their parts in a fixed order: there are no atomics, and results are the same in every run. In float64 the
@@ -22,30 +24,25 @@ also reads the offsets on the device.
 
 The floor of T tokens is the longer of two times: 2 T N K operations at the rate of the operands (8 or 16 bits on tensor
 cores; three times as many for float32 activations, two or three times for the transposed product), or the bytes of x,
-y, and the codes and scales of the experts that have tokens, over the bandwidth. The kernels are compiled ahead of time
-and tested in the interpreter. They were not run on a GPU.
+y, and the codes and scales of the experts that have tokens, over the bandwidth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._torch_compat import integer_product
 from ...ops._lowbit_linear import FORWARD, TRANSPOSED, unpacked
 from ...ops._op import as_tuple
 from ...ops.packed_weight import PackedWeight
-from ...ops.packing import row_bytes
-from ._codes import by_words, group_of, load_operands
+from ._codes import load_operands
 from ._element import (
-    INTERPRETED,
     OPTIONS,
     divide_rows,
     from_element,
@@ -55,11 +52,13 @@ from ._element import (
     to_element,
 )
 from ._launchers import launches
+from ._library import by_library, library_serves
 from ._lowbit import load_scales, locate, multiply, scaled, segments, steps_of
 from ._products import (
     CONFIGS,
     MAX_INTEGERS,
     NARROW,
+    NARROW_FEW,
     SMALLEST,
     Config,
     by_elements,
@@ -70,19 +69,12 @@ from ._products import (
     least_terms,
 )
 from ._rows import tiling
+from ._weight import BY_ELEMENT, BY_ROW, BY_TILE, ENOUGH_TERMS, Weight, operand_type, whole_codes
 from .dynamic import token_scale
 from .grouped_linear import grouped_linear_out, grouped_linear_transposed_out
 
-BY_ROW, BY_TILE, BY_ELEMENT = 0, 1, 2  # scales multiply whole sums, the sum of each tile, or each element
 _BY_ROW, _BY_TILE = tl.constexpr(BY_ROW), tl.constexpr(BY_TILE)
 REDUCE = 1024  # elements that a program of the second kernel adds
-#: From so many terms of a sum on two bfloat16 parts are enough: their error is a quarter of the float32 sum's.
-ENOUGH_TERMS = 1024
-#: From so many tokens on the library multiplies, where one scale belongs to a row of the weight.
-LIBRARY_TOKENS = 1024
-#: Bytes of the operands that are written out at a time, and the smallest number of rows. They stay in the L2 cache.
-SLICE_BYTES, MIN_SLICE = 32 * 2**20, 256
-OPERANDS = (16, 256)  # rows and columns of a tile of operands
 SWIZZLE = tl.constexpr(8)  # rows of tiles that programs process together, so that they share data in the L2 cache
 
 
@@ -252,132 +244,9 @@ def lowbit_linear_transposed_kernel(
         tl.store(x_ptr + place, to_element(acc, x_ptr.dtype.element_ty), exists[:, None] & (k < cols)[None, :])
 
 
-# With many tokens the library's product of 16-bit (8-bit) numbers is faster than ours. The codes are exact in these,
-# so they are written out, a few rows of the weight at a time, and scales multiply the library's float32 (int32) sums.
-
-
-@triton.jit(do_not_specialize=["rows"])
-def operands_kernel(
-    packed_ptr, operands_ptr, rows, cols, row_bytes, chunks,
-    BITS: tl.constexpr, WORDS: tl.constexpr, UNITS: tl.constexpr, DOT: tl.constexpr, FACTOR: tl.constexpr,
-    ADD: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Write operands ``FACTOR * code + ADD`` of packed rows."""
-    program = tl.program_id(0)
-    row = (program // chunks).to(tl.int64) * R + tl.arange(0, R)
-    chunk = program % chunks
-    k = chunk * C + tl.arange(0, C)
-    w = load_operands(
-        packed_ptr, row, row < rows, chunk * (C * BITS // 8), row_bytes, BITS, WORDS, UNITS, R, C, DOT, FACTOR, ADD
-    )
-    mask = (row < rows)[:, None] & (k < cols)[None, :]
-    w = to_element(w, tl.bfloat16) if operands_ptr.dtype.element_ty == tl.bfloat16 else w
-    tl.store(operands_ptr + row[:, None] * cols + k[None, :], tl.trans(w), mask)
-
-
-@triton.jit(do_not_specialize=["rows", "first"])
-def scale_sums_kernel(
-    sums_ptr, total_ptr, scale_ptr, zero_ptr, bias_ptr, token_scale_ptr, y_ptr, rows, cols, first, outputs, chunks,
-    STEPS: tl.constexpr, SHIFT: tl.constexpr, ZERO: tl.constexpr, ADD: tl.constexpr, SUMS: tl.constexpr,
-    BIAS: tl.constexpr, ACT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Write the columns ``first ... first + cols`` of y from sums over codes."""
-    program = tl.program_id(0)
-    row = (program // chunks).to(tl.int64) * R + tl.arange(0, R)
-    column = (program % chunks) * C + tl.arange(0, C)
-    exists, valid = row < rows, column < cols
-    mask = exists[:, None] & valid[None, :]
-    sums = tl.load(sums_ptr + row[:, None] * cols + column[None, :], mask, other=0)
-    total = tl.load(total_ptr + row, exists, other=0) if SUMS else row
-    n = first + column
-    scale, zero = load_scales(scale_ptr, zero_ptr, n, valid, ZERO)
-    step, shift = steps_of(scale, zero, STEPS, SHIFT, ZERO)
-    y = scaled(sums, total, step, shift, ADD, SUMS)
-    if ACT:
-        y *= tl.load(token_scale_ptr + row, exists, other=0.0)[:, None]
-    if BIAS:
-        y += from_element(tl.load(bias_ptr + n, valid, other=0.0), tl.float32)[None, :]
-    tl.store(y_ptr + row[:, None] * outputs + n[None, :], to_element(y, y_ptr.dtype.element_ty), mask)
-
-
 def capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability of a device, or the oldest one of the table for the CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else CONFIGS[-1].capability
-
-
-@lru_cache
-def processors(device: torch.device) -> int:
-    """Return how many programs process the tiles of experts."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
-def whole_codes(shift: float, bits: int, zero: bool, integer: bool) -> tuple[int, float, bool]:
-    """Return (factor, addend, sums): operands are ``factor * code + addend``; ``sums`` says if sums of x are needed.
-
-    Args:
-        shift: smallest code + offset of the grid.
-        bits: bits of a stored code.
-        zero: whether there is a zero point, which is not known at compile time.
-        integer: whether operands are int8. Floats hold multiples of 1/2 up to 128, and integers up to 256, exactly.
-    """
-    most = (1 << bits) - 1
-    if not integer:
-        exact = (2 * shift).is_integer() and ((shift >= -128 and most + shift <= 128) or shift == 0)
-        return (1, shift, False) if exact and not zero else (1, 0.0, True)
-    factor = 1 if float(shift).is_integer() else 2
-    if not zero and (factor * shift).is_integer() and factor * shift >= -128 and factor * (most + shift) <= 127:
-        return factor, int(factor * shift), False
-    return 1, (-128 if bits == 8 else 0), True
-
-
-class _Weight:
-    """A packed weight, with the arguments that the kernels take."""
-
-    def __init__(
-        self, packed: Tensor, scale: Tensor, zero_point: Tensor | None, offsets: Tensor | None, grid: list[float],
-        code_min: int, bits: int, cols: int,
-    ) -> None:  # fmt: skip
-        self.packed, self.scale, self.zero, self.offsets = packed, scale, zero_point, offsets
-        self.bits, self.cols, self.outputs, self.groups = bits, cols, packed.shape[-2], scale.shape[-1]
-        self.group_size = cols // self.groups
-        self.experts = 1 if offsets is None else packed.shape[0]
-        self.steps, self.shift = grid[1], code_min + grid[2]
-        self.row_bytes = row_bytes(cols, bits)
-
-    @property
-    def pointers(self) -> tuple[Tensor, ...]:
-        """Codes, scales and zero points. The scales replace absent zero points; flags prevent that they are read."""
-        return self.packed, self.scale, self.scale if self.zero is None else self.zero
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Run-time sizes."""
-        return self.outputs, self.cols, self.row_bytes, self.groups, self.experts
-
-    def whole_words(self, columns: int) -> bool:
-        """Whether tiles of so many columns are loaded as 32-bit words, not as bytes."""
-        return by_words(self.bits, self.row_bytes, self.packed.data_ptr(), columns)
-
-    def constants(self, columns: int) -> dict[str, Any]:
-        """Compile-time arguments that both kernels share; ``columns`` of the weight are in a tile."""
-        grouped = self.offsets is not None
-        words, units = group_of(self.bits)
-        words = words if self.whole_words(columns) else 0
-        # With a single group every tile is in group 0.
-        group = self.group_size if self.groups > 1 else 1 << 30
-        return {
-            "BITS": self.bits, "STEPS": self.steps, "SHIFT": self.shift, "ZERO": self.zero is not None,
-            "GROUP": group, "WORDS": words, "UNITS": units, "GROUPED": grouped,
-            "EXPERTS": triton.next_power_of_2(self.experts + 1) if grouped else 1,
-        }  # fmt: skip
-
-    def programs(self, config: Config, tokens: int, columns: int) -> int:
-        """Return the programs of a launch: one for each tile, or with experts as many as the GPU runs at once."""
-        tiles = triton.cdiv(tokens, config.block_m)
-        if self.offsets is None:
-            return tiles * triton.cdiv(columns, config.block_n) * config.split
-        bound = (tiles + self.experts + 1) * triton.cdiv(columns, config.block_n) * config.split
-        return min(bound, processors(self.packed.device))
 
 
 def _blocks(config: Config) -> dict[str, int]:
@@ -410,14 +279,29 @@ def _quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-_DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
+class Choice(NamedTuple):
+    """How a product is computed.
+
+    Attributes:
+        config: the configuration of our kernel, or None if the library multiplies.
+        scales: where scales multiply.
+        dot: dtype of our kernel's operands.
+        parts: bfloat16 numbers into which it splits an activation.
+    """
+
+    config: Config | None
+    scales: int
+    dot: Any = None
+    parts: int = 1
 
 
-def _plan(device: torch.device, dtype: torch.dtype, w: _Weight, tokens: int) -> tuple[Config, int, Any, int]:
-    """Return the configuration of a product, where scales multiply, the dtype of operands, and the parts of x."""
+def _plan(device: torch.device, dtype: torch.dtype, w: Weight, tokens: int) -> Choice:
+    """Choose how a product is computed."""
     integer, each = dtype == torch.int8, triton.cdiv(tokens, w.experts)
     least, parts = least_terms(w.bits, w.whole_words(SMALLEST), integer), 3 if dtype == torch.float32 else 1
     scales = BY_TILE if w.groups > 1 or (integer and w.cols > MAX_INTEGERS) else BY_ROW
+    if library_serves(dtype, w, tokens, w.cols, codes=scales == BY_ROW):
+        return Choice(None, scales)
     config = choose(capability(device), "parts" if parts > 1 else "rows" if scales == BY_ROW else "groups", each)
     if w.groups > 1:
         block = common_block(config.block_k, w.group_size, least)
@@ -428,14 +312,19 @@ def _plan(device: torch.device, dtype: torch.dtype, w: _Weight, tokens: int) -> 
     words = w.whole_words(config.block_k)
     if (scales == BY_TILE and (w.zero is not None or parts > 1)) or not words:
         config = replace(config, block_n=min(config.block_n, NARROW))
+    elif scales == BY_ROW and config.block_m < 64 and (w.bits > 4 or w.zero is not None):
+        config = replace(config, block_n=min(config.block_n, NARROW_FEW))
     if w.cols * dtype.itemsize % 16 or not words:
         config = by_elements(config)
-    return fitted(config, tokens, w.outputs, w.cols, least), scales, _dot(dtype, scales, parts), parts
+    config = fitted(config, tokens, w.outputs, w.cols, least)
+    return Choice(config, scales, operand_type(dtype, scales, parts), parts)
 
 
-def _plan_transposed(device: torch.device, dtype: torch.dtype, w: _Weight, tokens: int) -> tuple[Config, int, Any, int]:
-    """Return the same of a transposed product, with the parts of g."""
+def _plan_transposed(device: torch.device, dtype: torch.dtype, w: Weight, tokens: int) -> Choice:
+    """Choose how a transposed product is computed."""
     each, scales = triton.cdiv(tokens, w.experts), BY_TILE
+    if library_serves(dtype, w, tokens, w.outputs, codes=False):
+        return Choice(None, scales)
     config, parts = choose(capability(device), "parts", each), 3
     if w.groups > 1:
         block = common_block(config.block_n, w.group_size, SMALLEST)
@@ -448,50 +337,8 @@ def _plan_transposed(device: torch.device, dtype: torch.dtype, w: _Weight, token
     if parts > 1 and dtype != torch.float32 and w.outputs >= ENOUGH_TERMS:
         parts = 2
     least = least_terms(w.bits, w.whole_words(SMALLEST), False)
-    return fitted(config, tokens, w.cols, w.outputs, least), scales, _dot(dtype, scales, parts), parts
-
-
-def _dot(dtype: torch.dtype, scales: int, parts: int) -> Any:
-    """Return the dtype of operands. The interpreter would multiply bfloat16 as integers, so it uses float32."""
-    dot = tl.float32 if scales == BY_ELEMENT else tl.bfloat16 if parts > 1 else _DOTS[dtype]
-    return tl.float32 if INTERPRETED and dot == tl.bfloat16 else dot
-
-
-def library_product(x: Tensor, w: Tensor) -> Tensor:
-    """Return x Wᵀ in int32 or float32, by the library of the device."""
-    if x.dtype == torch.int8:
-        return integer_product(x, w.T)
-    if x.device.type == "cuda":
-        return torch.mm(x, w.T, out_dtype=torch.float32)
-    return x.float() @ w.float().T  # the interpreter: a CPU has no product of 16-bit numbers with a float32 result
-
-
-def _by_library(
-    x: Tensor, w: _Weight, bias: Tensor | None, token_scale: Tensor | None, whole: tuple[int, float, bool], y: Tensor
-) -> None:
-    """Write y with the library's products."""
-    (tokens, cols), (factor, add, sums) = x.shape, whole
-    slice_rows = max(MIN_SLICE, SLICE_BYTES // (cols * x.element_size()) // MIN_SLICE * MIN_SLICE)
-    operands = x.new_empty((min(slice_rows, w.outputs), cols))
-    total = x.sum(-1, dtype=torch.int32 if x.dtype == torch.int8 else torch.float32) if sums else w.scale
-    tile_rows, tile_cols = OPERANDS
-    words, units = group_of(w.bits)
-    words = words if w.whole_words(tile_cols) else 0
-    chunks = triton.cdiv(cols, tile_cols)
-    for first in range(0, w.outputs, slice_rows):
-        rows = min(slice_rows, w.outputs - first)
-        operands_kernel[(triton.cdiv(rows, tile_rows) * chunks,)](
-            w.packed[first:], operands, rows, cols, w.row_bytes, chunks, BITS=w.bits, WORDS=words, UNITS=units,
-            DOT=_dot(x.dtype, BY_ROW, 1), FACTOR=factor, ADD=add, R=tile_rows, C=tile_cols, num_warps=4,
-        )  # fmt: skip
-        found = library_product(x, operands[:rows])
-        tiles = tiling(tokens, rows, chunk_columns=1)
-        scale_sums_kernel[(tiles.programs,)](
-            found, total, *w.pointers[1:], w.scale if bias is None else bias,
-            w.scale if token_scale is None else token_scale, y, tokens, rows, first, w.outputs, tiles.chunks,
-            STEPS=w.steps * factor, SHIFT=w.shift, ZERO=w.zero is not None, ADD=add, SUMS=sums, BIAS=bias is not None,
-            ACT=token_scale is not None, R=tiles.tile_rows, C=tiles.tile_cols, num_warps=8,
-        )  # fmt: skip
+    config = fitted(config, tokens, w.cols, w.outputs, least)
+    return Choice(config, scales, operand_type(dtype, scales, parts), parts)
 
 
 @launches("lowbit_linear")
@@ -509,19 +356,21 @@ def lowbit_linear_out(
         args = (x, packed, scale, zero_point, bias, offsets, grid, code_min, bits, act_bits)
         out.copy_(as_tuple(FORWARD.reference(*args))[0])
         return
-    w = _Weight(packed, scale, zero_point, offsets, grid, code_min, bits, x.shape[-1])
+    w = Weight(packed, scale, zero_point, offsets, grid, code_min, bits, x.shape[-1])
     x, y = x.view(-1, w.cols), out.view(-1, w.outputs)
     tokens = x.shape[0]
     token_scale = w.scale
     if act_bits is not None:
         x, token_scale = _quantize_tokens(x, act_bits)
     config, scales, dot, parts = _plan(x.device, x.dtype, w, tokens)
+    if config is None:
+        by_library(
+            x, w, y, codes=scales == BY_ROW, bias=bias, token_scale=None if act_bits is None else token_scale
+        )  # fmt: skip
+        return
     factor, add, sums = (1, 0.0, False)
     if scales != BY_ELEMENT:
         factor, add, sums = whole_codes(w.shift, bits, zero_point is not None, x.dtype == torch.int8)
-    if scales == BY_ROW and parts == 1 and offsets is None and tokens >= LIBRARY_TOKENS:
-        _by_library(x, w, bias, None if act_bits is None else token_scale, (factor, add, sums), y)
-        return
     alone = bias is not None and config.split == 1
     constants = w.constants(config.block_k) | {"STEPS": w.steps * factor}
 
@@ -549,10 +398,13 @@ def lowbit_linear_transposed_out(
         args = (g, packed, scale, zero_point, offsets, grid, code_min, bits, cols)
         out.copy_(as_tuple(TRANSPOSED.reference(*args))[0])
         return
-    w = _Weight(packed, scale, zero_point, offsets, grid, code_min, bits, cols)
+    w = Weight(packed, scale, zero_point, offsets, grid, code_min, bits, cols)
     g, y = g.view(-1, w.outputs), out.view(-1, cols)
     tokens = g.shape[0]
     config, scales, dot, parts = _plan_transposed(g.device, g.dtype, w, tokens)
+    if config is None:
+        by_library(g, w, y, codes=False, transposed=True)
+        return
     add, sums = (0.0, False) if scales == BY_ELEMENT else whole_codes(w.shift, bits, zero_point is not None, False)[1:]
 
     def launch(target: Tensor) -> None:
@@ -586,7 +438,7 @@ def warm_up(
     parts, (rows, cols), offsets = (weight.packed, weight.scale, weight.zero_point), weight.shape[-2:], None
     if weight.packed.ndim == 3:
         offsets = torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device)
-    w = _Weight(*parts, offsets, *grid, cols)
+    w = Weight(*parts, offsets, *grid, cols)
     codes = torch.int8 if act_bits is not None else dtype
     for tokens in distinct(lambda t: _plan(weight.device, codes, w, t)):
         x = torch.zeros(tokens, cols, dtype=dtype, device=weight.device)
