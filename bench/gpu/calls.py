@@ -61,7 +61,8 @@ def again(call: Call, after: Path, suites: Sequence[str]) -> None:
     """
     call.note("pack", pack.unpack())
     call.persist(Step("smoke", (*_GPU, "smoke", *_shared(call)), 60))
-    _rows(call, 0.12, reserve=60, suites={name: SUITE_SECONDS[name] for name in suites})
+    _rows(call, 0.12, reserve=80, suites={name: SUITE_SECONDS[name] for name in suites})
+    call.persist(Step("tune", (*_GPU, "tune", *_shared(call), "--seconds", "25"), 30), reserve=50)
     failed = tuple(dict.fromkeys(record["id"] for record in read(after, "test")))
     _tests(call, failed or GPU_TESTS, 60)
 

@@ -162,12 +162,12 @@ _GROUPS = {
 
 def candidates() -> Iterator[Candidate]:
     """Yield what is tried, the most informative first."""
-    for bits, tokens, sizes in ((4, 4096, _MANY), (4, 512, _MANY), (4, 16, _FEW), (4, 64, _SOME), (1, 16, _FEW),
-                                (2, 16, _FEW), (1, 64, _SOME), (4, 128, (*_MANY[:4], *_SOME[:7]))):  # fmt: skip
-        p = Product(WIDE, bits, None, tokens)
+    for tokens, sizes in _GROUPS.items():
+        p = Product(WIDE, 4, 128, tokens)
         yield from (Candidate(p, "x".join(map(str, size)), _tile(*size)) for size in sizes)
-        if tokens >= 512:
-            yield from (Candidate(p, f"library, {mb} MiB", _library(mb)) for mb in (64, 128, 256, 1024))
+    for tokens in (128, 256, 512, 4096):
+        p = Product(WIDE, 4, 128, tokens)
+        yield from (Candidate(p, f"library, {mb} MiB", _library(mb)) for mb in (64, 256, 1024))
     for tokens in (4096, 1024, 512):
         p = Product(SQUARE, 4, None, tokens)
         yield from (Candidate(p, f"library, {mb} MiB", _library(mb)) for mb in (8, 16, 32))
@@ -177,12 +177,6 @@ def candidates() -> Iterator[Candidate]:
             for noise in (False, True):
                 for tile, warps in ((4096, 8), (4096, 4), (2048, 4), (2048, 8), (8192, 8), (1024, 4)):
                     yield Candidate(Elementwise(op, dtype, noise), f"{tile}, {warps} warps", _elements(tile, warps))
-    for tokens, sizes in _GROUPS.items():
-        p = Product(WIDE, 4, 128, tokens)
-        yield from (Candidate(p, "x".join(map(str, size)), _tile(*size)) for size in sizes)
-    for tokens in (128, 256, 512, 4096):
-        p = Product(WIDE, 4, 128, tokens)
-        yield from (Candidate(p, f"library, {mb} MiB", _library(mb)) for mb in (64, 256, 1024))
     for tokens in (512, 4096):
         p = Product(WIDE, 4, None, tokens, 8)
         yield from (Candidate(p, f"library, {mb} MiB", _library(mb)) for mb in (16, 64))
@@ -192,6 +186,12 @@ def candidates() -> Iterator[Candidate]:
         yield from (
             Candidate(Product(WIDE, bits, None, 16), "x".join(map(str, size)), _tile(*size)) for size in _FEW[:6]
         )
+    for bits, tokens, sizes in ((4, 4096, _MANY), (4, 512, _MANY), (4, 16, _FEW), (4, 64, _SOME), (1, 16, _FEW),
+                                (2, 16, _FEW), (1, 64, _SOME), (4, 128, (*_MANY[:4], *_SOME[:7]))):  # fmt: skip
+        p = Product(WIDE, bits, None, tokens)
+        yield from (Candidate(p, "x".join(map(str, size)), _tile(*size)) for size in sizes)
+        if tokens >= 512:
+            yield from (Candidate(p, f"library, {mb} MiB", _library(mb)) for mb in (64, 128, 256, 1024))
 
 
 def main(journal: Path, seconds: float) -> int:
