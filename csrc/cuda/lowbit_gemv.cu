@@ -9,9 +9,9 @@
 //   multiply sixteen rows by eight activation rows of int8 (lowbit_limbs.h) for the price of one activation row, so
 //   eight tokens cost what one does. A code costs half an instruction to decode (lowbit_layout.h), half of what 16-bit
 //   operands take.
-// - x. It is staged once by each block; blocks stay and walk over rows. For one or two tokens each block makes the
-// limbs
-//   itself: on an H100 a kernel of its own for them took 10 us with rows of 4096, 25 us with rows of 28672.
+// - x. A kernel of its own makes its limbs, and each block stages them once; blocks stay and walk over rows. (Limbs
+// that
+//   each block made for itself took 2 to 5 us longer for each token on an H100.)
 //
 // Sums are integers, multiplied with a scale for each group. Warps that share rows, then chunks of K, are added in a
 // fixed order. The result depends on the device only where x does not fit into its shared memory and K is cut.
@@ -154,8 +154,8 @@ __device__ __forceinline__ void multiply_granule(const LowbitGemv& p, const uint
 
 // Adds the sums of the warps that share rows, in a fixed order, and writes the outputs of a round of rows.
 template <int Tiles>
-__device__ __forceinline__ void write_round(const LowbitGemv& p, const Sums<Tiles>& sums, float* partial,
-                                            const float* units, int chunk, int round) {
+__device__ __forceinline__ void write_round(const LowbitGemv& p, const Sums<Tiles>& sums, float* partial, int chunk,
+                                            int round) {
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, g = thread % kWarp / 4, t = thread % 4;
   const int tiles = kGemvWarps / p.warps_per_row, copies = p.group_granules == 0 ? 4 : 1;
   // [warp][row][activation row]
@@ -180,7 +180,7 @@ __device__ __forceinline__ void write_round(const LowbitGemv& p, const Sums<Tile
     for (int offset = p.warps_per_row / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
     const int64_t r = (int64_t{round} * tiles + tile) * kTileRows + row;
     if (from_part != 0 || r >= p.rows) continue;
-    sum *= units[token];
+    sum *= p.unit[token];
     if (p.partial)
       p.partial[(int64_t{chunk} * p.tokens + token) * p.rows + r] = sum;
     else
@@ -240,44 +240,6 @@ struct GroupPosition {
     left = p.group_granules - share.first * granules % p.group_granules;
   }
 };
-
-// Makes the limbs of the tokens in shared memory, and their units.
-template <int Bits, class X>
-__device__ __forceinline__ void make_limbs(const LowbitGemv& p, const X* tokens, uint4* x, float* units) {
-  constexpr LowbitLayout kLayout(Bits);
-  constexpr int V = 16 / sizeof(X);
-  const bool vectors = p.cols % V == 0 && reinterpret_cast<uintptr_t>(tokens) % 16 == 0;
-  const int items = p.stages * kLayout.products * 2;
-  for (int token = 0; token < p.tokens; ++token) {
-    const X* const row = tokens + token * p.cols;
-    const int32_t bits = vectors ? largest<kGemvThreads, X, V>(row, p.cols) : largest<kGemvThreads, X, 1>(row, p.cols);
-    const LimbScale scale(bits, p.act_bits);
-    if (threadIdx.x == 0) units[token] = scale.unit;
-    for (int item = static_cast<int>(threadIdx.x); item < items; item += kGemvThreads)
-      write_limbs(kLayout, scale, row, p.cols, item, token, p.tokens, p.limbs, x);
-  }
-}
-
-// Fills the shared memory of x: with limbs that another kernel wrote, or (one tile only) that the block makes.
-template <int Bits, int Tiles>
-__device__ __forceinline__ void stage_x(const LowbitGemv& p, const WarpShare& share, uint4* x, float* units) {
-  constexpr LowbitLayout kLayout(Bits);
-  if (Tiles == 1 && p.tokens_x) {
-    if (p.x_type == DType::bf16)
-      make_limbs<Bits>(p, static_cast<const __nv_bfloat16*>(p.tokens_x), x, units);
-    else if (p.x_type == DType::f16)
-      make_limbs<Bits>(p, static_cast<const __half*>(p.tokens_x), x, units);
-    else
-      make_limbs<Bits>(p, static_cast<const float*>(p.tokens_x), x, units);
-    return;
-  }
-  const int stage_vectors = kLayout.products * 2 * p.act_rows, thread = static_cast<int>(threadIdx.x);
-  const uint4* const from = p.x + int64_t{share.chunk_first} * stage_vectors;
-  for (int i = thread; i < share.chunk_stages * stage_vectors; i += kGemvThreads) copy_16_async(x + i, from + i, 16);
-  if (thread < p.tokens) units[thread] = p.unit[thread];
-  copy_commit();
-  copy_wait<0>();
-}
 
 // Multiplies a stage, and adds groups that end in it to the total.
 template <int Bits, int Tiles>
@@ -339,9 +301,12 @@ __global__ void __launch_bounds__(kGemvThreads, 1) lowbit_gemv_kernel(const Lowb
   // Weights are on their way. The kernel that writes x may still be running.
   wait_for_earlier_kernel();
   uint4* const x = reinterpret_cast<uint4*>(shared + kShared.x);
+  const int stage_vectors = kLayout.products * 2 * p.act_rows;
+  const uint4* const from = p.x + int64_t{share.chunk_first} * stage_vectors;
+  for (int i = thread; i < share.chunk_stages * stage_vectors; i += kGemvThreads) copy_16_async(x + i, from + i, 16);
+  copy_commit();
+  copy_wait<0>();
   uint4* const zeros = reinterpret_cast<uint4*>(shared + kShared.zeros);
-  float* const units = reinterpret_cast<float*>(shared + kShared.units);
-  stage_x<Bits, Tiles>(p, share, x, units);
   if (thread == 0) zeros->x = zeros->y = zeros->z = zeros->w = 0;
   __syncthreads();
 
@@ -361,7 +326,7 @@ __global__ void __launch_bounds__(kGemvThreads, 1) lowbit_gemv_kernel(const Lowb
       slot = (slot + 1) % kSlots;
       multiply_stage<Bits, Tiles>(p, share, stage, words, operands, rows, t, position, sums);
     }
-    write_round(p, sums, reinterpret_cast<float*>(shared + kShared.sums), units, share.chunk, round);
+    write_round(p, sums, reinterpret_cast<float*>(shared + kShared.sums), share.chunk, round);
     __syncthreads();
   }
   copy_wait<0>();
@@ -430,10 +395,8 @@ cudaError_t start(const LowbitGemv& p, const LowbitLayout& layout, const DeviceL
   }
   const size_t shared =
       SharedPlan(layout, Tiles).x + static_cast<size_t>(p.chunk_stages) * layout.stage_cols * p.act_rows;
-  // Weights are fetched before the wait for the earlier kernel. That is the one for x, which is launched in the
-  // ordinary way after whatever wrote the weights; without it this launch has to be an ordinary one.
-  const bool may_depend = !p.tokens_x && device.id <= 63 && (dependent & bit);
-  return launch_as(may_depend, kernel, int64_t{p.chunks} * p.row_blocks, kGemvThreads, shared, stream, p);
+  return launch_as(device.id <= 63 && (dependent & bit), kernel, int64_t{p.chunks} * p.row_blocks, kGemvThreads, shared,
+                   stream, p);
 }
 
 template <class F, int... Bits>
@@ -469,21 +432,19 @@ cudaError_t lowbit_gemv(const LowbitLinearCall& call, void* workspace, cudaStrea
   const LowbitGemvPlan plan(call, device);
   for (int64_t first = 0; error == cudaSuccess && first < call.tokens; first += plan.pass_tokens) {
     LowbitGemv p = plan.pass(first);
-    const void* const tokens = plan.tokens_at(first);
-    if (!p.tokens_x) {
-      char* const memory = static_cast<char*>(workspace);
-      float* const unit = reinterpret_cast<float*>(memory);
-      uint4* const x = reinterpret_cast<uint4*>(memory + LowbitGemvPlan::kUnitBytes);
-      p.unit = unit;
-      p.x = x;
-      if (p.chunks > 1) p.partial = reinterpret_cast<float*>(memory + LowbitGemvPlan::kUnitBytes + plan.x_bytes(p));
-      const int64_t items = int64_t{p.stages} * plan.layout.products * 2;
-      const int pieces = static_cast<int>(std::clamp<int64_t>((items + kThreads - 1) / kThreads, 1, 16));
-      error =
-          lowbit_limbs({tokens, x, unit, call.cols, p.tokens, call.bits, call.act_bits, p.stages, pieces, plan.limbs},
-                       call.x_type, stream);
-      if (error != cudaSuccess) return error;
-    }
+    char* const memory = static_cast<char*>(workspace);
+    float* const unit = reinterpret_cast<float*>(memory);
+    uint4* const x = reinterpret_cast<uint4*>(memory + LowbitGemvPlan::kUnitBytes);
+    p.unit = unit;
+    p.x = x;
+    if (p.chunks > 1) p.partial = reinterpret_cast<float*>(memory + LowbitGemvPlan::kUnitBytes + plan.x_bytes(p));
+    const void* const tokens =
+        static_cast<const char*>(call.x) + first * call.cols * (call.x_type == DType::f32 ? 4 : 2);
+    const int64_t items = int64_t{p.stages} * plan.layout.products * 2;
+    const int pieces = static_cast<int>(std::clamp<int64_t>((items + kThreads - 1) / kThreads, 1, 16));
+    error = lowbit_limbs({tokens, x, unit, call.cols, p.tokens, call.bits, call.act_bits, p.stages, pieces, plan.limbs},
+                         call.x_type, stream);
+    if (error != cudaSuccess) return error;
 
     if (plan.any) {
       error = with_types(call.x_type, call.x_type, [&](auto types) {

@@ -13,8 +13,6 @@ namespace qk::cuda {
 constexpr int kGemvWarps = 16, kGemvThreads = kGemvWarps * kWarp;
 constexpr int kTileRows = 16, kSlots = 4;
 constexpr int kMaxTokens = 8;
-// Items of limbs (16 columns of a token) that a thread makes for its own block, at most.
-constexpr int kOwnItems = 8;
 
 // Tiles of eight activation rows whose sums fit into registers.
 QK_HOST_DEVICE constexpr int max_act_tiles(int bits) { return bits >= 5 && bits <= 7 ? 2 : 3; }
@@ -25,13 +23,12 @@ struct LowbitGemv {
   const float* zero_point;
   const void* bias;
   void* y;
-  const uint4* x;        // limbs of the tokens, made by another kernel; null if each block makes them from the tokens
-  const float* unit;     // of the limbs, with them
-  const void* tokens_x;  // the tokens, in the dtype of x
-  float* partial;        // [chunks][tokens][rows] where K is cut into chunks, else null
+  const uint4* x;
+  const float* unit;
+  float* partial;  // [chunks][tokens][rows] where K is cut into chunks, else null
   int64_t rows, cols, groups, row_bytes;
   int32_t rounds, stages, chunk_stages, chunks, row_blocks, warps_per_row;
-  int32_t tokens, limbs, act_rows, act_bits;
+  int32_t tokens, limbs, act_rows;
   // Granules of a group (lowbit_layout.h). 0 if groups are smaller: then each of the four lanes that share a weight row
   // has activation rows of its own, zero for the other lanes, and the columns of group_lanes lanes are a group.
   int32_t group_granules, group_lanes;
@@ -84,28 +81,25 @@ struct LowbitGemv {
 };
 
 // The layout of a block's shared memory, in bytes from its start: stages of weights, sums of warps, 16 bytes of zeros,
-// units of tokens, x.
+// x.
 struct SharedPlan {
-  int slot, sums, zeros, units, x;
+  int slot, sums, zeros, x;
 
   QK_HOST_DEVICE constexpr SharedPlan(const LowbitLayout& layout, int act_tiles)
       : slot(kTileRows * layout.pitch),
         sums(kGemvWarps * kSlots * slot),
         zeros(sums + kGemvWarps * kTileRows * 8 * act_tiles * 4),
-        units(zeros + 16),
-        x(units + kMaxTokens * 4) {}
+        x(zeros + 16) {}
 };
 
-// The device's properties that a plan depends on. `shared` is what a block may have besides its static arrays.
+// The device's properties that a plan depends on.
 struct DeviceLimits {
-  static constexpr int kStaticShared = 1024;
   int id = 0, multiprocessors = 0, shared = 0;
 
   cudaError_t query() {
     cudaError_t error = cudaGetDevice(&id);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, id);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
-    shared -= kStaticShared;
     return error;
   }
 };
@@ -175,7 +169,6 @@ struct LowbitGemvPlan {
 
     p.limbs = limbs;
     p.act_rows = p.tokens * limbs;
-    p.act_bits = call.act_bits;
     p.stages = static_cast<int32_t>((p.cols + layout.stage_cols - 1) / layout.stage_cols);
     if (!split)
       p.group_granules = call.groups == 1 ? 1 << 30 : static_cast<int32_t>(group_cols / layout.granule_cols);
@@ -191,10 +184,6 @@ struct LowbitGemvPlan {
     p.chunks = (p.stages + p.chunk_stages - 1) / p.chunk_stages;
     p.chunk_stages = (p.stages + p.chunks - 1) / p.chunks;
     p.chunks = (p.stages + p.chunk_stages - 1) / p.chunk_stages;
-    // Few items take a block less time than another kernel takes to start, write them and have them read.
-    const int64_t items = int64_t{p.stages} * layout.products * 2 * p.tokens;
-    const bool own = p.chunks == 1 && act_tiles(p) == 1 && items <= kOwnItems * kGemvThreads;
-    p.tokens_x = own ? tokens_at(first) : nullptr;
     p.warps_per_row = best_warps_per_row(p);
     const int round_rows = kTileRows * kGemvWarps / p.warps_per_row;
     p.rounds = static_cast<int32_t>((p.rows + round_rows - 1) / round_rows);
@@ -220,18 +209,13 @@ struct LowbitGemvPlan {
     }
     return best;
   }
-  const void* tokens_at(int64_t first) const {
-    return static_cast<const char*>(call.x) + first * call.cols * (call.x_type == DType::f32 ? 4 : 2);
-  }
   int act_tiles(const LowbitGemv& p) const { return (p.act_rows * (split ? 4 : 1) + 7) / 8; }
 
   // The workspace: units of tokens (kUnitBytes), x, partial sums of chunks.
   static constexpr size_t kUnitBytes = 64;
   size_t x_bytes(const LowbitGemv& p) const { return static_cast<size_t>(p.stages) * layout.stage_cols * p.act_rows; }
   size_t bytes(const LowbitGemv& p) const {
-    return p.tokens_x
-               ? 0
-               : kUnitBytes + x_bytes(p) + (p.chunks > 1 ? 4 * static_cast<size_t>(p.chunks * p.tokens * p.rows) : 0);
+    return kUnitBytes + x_bytes(p) + (p.chunks > 1 ? 4 * static_cast<size_t>(p.chunks * p.tokens * p.rows) : 0);
   }
 };
 

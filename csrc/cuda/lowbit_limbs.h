@@ -30,15 +30,15 @@ __device__ __forceinline__ int32_t magnitude_bits(float x) { return __float_as_i
 constexpr int32_t kInfinityBits = 0x7F800000;
 
 // The largest magnitude of a row, as the bits of a float: they compare as the magnitudes do, and NaN is the largest.
-template <int Threads, class X, int V>
+template <class X, int V>
 __device__ __forceinline__ int32_t largest(const X* row, int64_t cols) {
   constexpr int kUnroll = 4;
   int32_t largest_bits = 0;
-  for (int64_t first = int64_t{threadIdx.x} * V; first < cols; first += int64_t{Threads} * V * kUnroll) {
+  for (int64_t first = int64_t{threadIdx.x} * V; first < cols; first += int64_t{kThreads} * V * kUnroll) {
     Vector<X, V> in[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int64_t col = first + int64_t{u} * Threads * V;
+      const int64_t col = first + int64_t{u} * kThreads * V;
       if (col < cols) {
         in[u] = load<V>(row + col);
       } else {
@@ -51,7 +51,7 @@ __device__ __forceinline__ int32_t largest(const X* row, int64_t cols) {
 #pragma unroll
       for (int j = 0; j < V; ++j) largest_bits = max(largest_bits, magnitude_bits(widen(in[u].lane[j])));
   }
-  return over_lanes<Threads>(largest_bits, Threads, [](int32_t a, int32_t b) { return max(a, b); });
+  return over_lanes(largest_bits, kThreads, [](int32_t a, int32_t b) { return max(a, b); });
 }
 
 // The unit of a token, and how its values become integers.
@@ -91,56 +91,50 @@ struct LimbScale {
   }
 };
 
-// Writes the limbs of 16 columns of a token: item `item` of the token, for activation rows token * limbs ...
-template <class X>
-__device__ __forceinline__ void write_limbs(const LowbitLayout& layout, const LimbScale& scale, const X* row,
-                                            int64_t cols, int64_t item, int token, int tokens, int limbs, uint4* x) {
-  const int granule_products = layout.products / layout.granules;
-  const int lane = static_cast<int>(item % 4);
-  const int64_t pair = item / 4;
-  uint32_t out[3][4] = {};
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const int64_t product = 2 * pair + r / 2;
-    const int64_t first = product / granule_products * layout.granule_cols;
-    const int in_granule = static_cast<int>(product % granule_products) * 2 + r % 2;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int64_t col = first + layout.col(lane, in_granule, j);
-      int32_t value = col < cols ? scale.integer(widen(row[col])) : 0;
-#pragma unroll
-      for (int d = 0; d < 3; ++d) {
-        const int32_t limb = static_cast<int8_t>(value);
-        out[d][r] |= static_cast<uint32_t>(limb & 0xFF) << 8 * j;
-        value = (value - limb) >> 8;
-      }
-    }
-  }
-#pragma unroll
-  for (int d = 0; d < 3; ++d) {
-    if (d >= limbs) break;
-    uint4 operands;
-    operands.x = out[d][0];
-    operands.y = out[d][1];
-    operands.z = out[d][2];
-    operands.w = out[d][3];
-    x[(pair * tokens * limbs + token * limbs + d) * 4 + lane] = operands;
-  }
-}
-
 // A block for each piece of a token: a thread writes 16 columns of the token's activation rows at a time.
 template <class X, int V>
 __global__ void __launch_bounds__(kThreads) lowbit_limbs_kernel(LowbitLimbs p) {
   let_dependents_start();
   const int token = static_cast<int>(blockIdx.x) / p.pieces, piece = static_cast<int>(blockIdx.x) % p.pieces;
   const X* const row = static_cast<const X*>(p.x) + token * p.cols;
-  const LimbScale scale(largest<kThreads, X, V>(row, p.cols), p.act_bits);
+  const LimbScale scale(largest<X, V>(row, p.cols), p.act_bits);
   if (piece == 0 && threadIdx.x == 0) p.unit[token] = scale.unit;
 
   const LowbitLayout layout(p.bits);
+  const int granule_products = layout.products / layout.granules;
   const int64_t items = int64_t{p.stages} * layout.products * 2;
-  for (int64_t item = int64_t{piece} * kThreads + threadIdx.x; item < items; item += int64_t{p.pieces} * kThreads)
-    write_limbs(layout, scale, row, p.cols, item, token, p.tokens, p.limbs, p.out);
+  for (int64_t item = int64_t{piece} * kThreads + threadIdx.x; item < items; item += int64_t{p.pieces} * kThreads) {
+    const int lane = static_cast<int>(item % 4);
+    const int64_t pair = item / 4;
+    uint32_t out[3][4] = {};
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int64_t product = 2 * pair + r / 2;
+      const int64_t first = product / granule_products * layout.granule_cols;
+      const int in_granule = static_cast<int>(product % granule_products) * 2 + r % 2;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int64_t col = first + layout.col(lane, in_granule, j);
+        int32_t value = col < p.cols ? scale.integer(widen(row[col])) : 0;
+#pragma unroll
+        for (int d = 0; d < 3; ++d) {
+          const int32_t limb = static_cast<int8_t>(value);
+          out[d][r] |= static_cast<uint32_t>(limb & 0xFF) << 8 * j;
+          value = (value - limb) >> 8;
+        }
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < 3; ++d) {
+      if (d >= p.limbs) break;
+      uint4 operands;
+      operands.x = out[d][0];
+      operands.y = out[d][1];
+      operands.z = out[d][2];
+      operands.w = out[d][3];
+      p.out[(pair * p.tokens * p.limbs + token * p.limbs + d) * 4 + lane] = operands;
+    }
+  }
 }
 
 inline cudaError_t lowbit_limbs(const LowbitLimbs& p, DType type, cudaStream_t stream) {

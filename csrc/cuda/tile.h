@@ -104,18 +104,18 @@ struct Tile {
 };
 
 // Combines a value over the lanes that share a row, in a fixed order; every lane gets the same result. All threads of
-// the block, which has `Threads`, must call.
-template <int Threads = kThreads, class T, class F>
+// the block must call.
+template <class T, class F>
 __device__ __forceinline__ T over_lanes(T x, int lanes, F combine) {
   for (int offset = (lanes < kWarp ? lanes : kWarp) / 2; offset > 0; offset /= 2)
     x = combine(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
   if (lanes > kWarp) {
-    __shared__ T warps[Threads / kWarp];
+    __shared__ T warps[kThreads / kWarp];
     __syncthreads();  // the array may still be read from the previous call
     if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = x;
     __syncthreads();
     x = warps[0];
-    for (int i = 1; i < Threads / kWarp; ++i) x = combine(x, warps[i]);
+    for (int i = 1; i < kThreads / kWarp; ++i) x = combine(x, warps[i]);
   }
   return x;
 }
