@@ -107,7 +107,7 @@ bool lowbit_linear_serves(const Tensor& x, const Tensor& packed, const Tensor& s
                           int64_t bits, std::optional<int64_t> act_bits) {
   Weight w("x", x, packed, scale, zero_point, offsets, grid, code_min, bits, x.size(-1));
   const Tensor bias = add_operands(w.call, x, bias_, act_bits);
-  return (bits < 8 || act_bits) && cuda::lowbit_gemv_serves(w.call);
+  return bits < 8 && cuda::lowbit_gemv_serves(w.call);
 }
 
 void lowbit_linear_cuda(const Tensor& x, const Tensor& packed, const Tensor& scale, const OptionalTensor& zero_point,
