@@ -71,6 +71,7 @@ def test_triton_on_float32(grid):
 def test_triton_on_many_tokens(grid, monkeypatch):
     """The library multiplies: codes and parts of weights, with several slices of rows and of columns."""
     monkeypatch.setattr("qatkernels.backends.triton._library.SLICE_BYTES", 1 << 20)
+    monkeypatch.setattr("qatkernels.backends.triton._library.GROUPS_TOKENS", 256)
     zero, bias = "any" if grid.has_zero_point else None, activations((1100,), torch.bfloat16, seed=3)
     for tokens, cols, group, act_bits in (
         (1030, 1100, None, None), (1030, 1100, None, 8),
@@ -85,8 +86,9 @@ def test_triton_on_many_tokens(grid, monkeypatch):
 
 
 @pytest.mark.skipif("triton" not in IMPLS["lowbit_linear"], reason="needs Triton")
-def test_many_tokens_in_a_graph_and_again():
+def test_many_tokens_in_a_graph_and_again(monkeypatch):
     """A call with products of the library is never replayed as a launch plan; it can be captured."""
+    monkeypatch.setattr("qatkernels.backends.triton._library.GROUPS_TOKENS", 256)
     weight = scaled_weight(qk.grids.lsq(4), (256, 1024), 128).to(GPU)
     planned, out = IMPLS["lowbit_linear"]["triton"], []
     xs = [weights((1030, 1024), torch.bfloat16, GPU, seed=seed) for seed in range(4)]

@@ -35,6 +35,7 @@ from qatkernels.backends.triton._products import (  # noqa: E402
     CONFIGS,
     MAX_INTEGERS,
     MIN_TERMS,
+    Config,
     choose,
     common_block,
     distinct,
@@ -127,8 +128,9 @@ def test_gradients_of_many_outputs(grid, dtype):
 @pytest.fixture
 def products(monkeypatch):
     """The shapes of the library's products, which now begin at two tokens and come in the smallest slices."""
-    monkeypatch.setattr(_library, "CODES_TOKENS", 2)
+    monkeypatch.setattr(_library, "CODES_TOKENS", 1)
     monkeypatch.setattr(_library, "PARTS_TOKENS", 2)
+    monkeypatch.setattr(_library, "GROUPS_TOKENS", 2)
     monkeypatch.setattr(_library, "SLICE_BYTES", 1)
     multiply, found = _library.library_product, []
 
@@ -206,13 +208,15 @@ def test_what_the_library_does_not_multiply(dtype, shape, group, act_bits):
         assert lowbit_linear._plan_transposed(torch.device("cpu"), dtype, w, 4096).config is not None
 
 
-def test_slices_are_equal_and_within_memory():
+@pytest.mark.parametrize("tokens", [256, 2048, 65536])
+def test_slices_are_equal_and_within_memory(tokens):
     for length, size in ((8192, 57344), (8192, 114688), (28672, 16384), (4096, 8192), (1000, 10**6), (100, 10**9)):
-        each = _library.slice_length(length, size)
+        each = _library.slice_length(length, size, tokens)
         count = -(-length // each)
         assert each == length or each % _library.SLICE_UNIT == 0
         assert each * size <= _library.SLICE_BYTES or each <= _library.SLICE_UNIT
-        assert count == 1 or (count - 1) * _library.SLICE_BYTES < length * size, "fewer slices are enough"
+        most = 2 * each * size > _library.SLICE_BYTES or 2 * each * tokens >= _library.SLICE_RESULTS
+        assert count == 1 or most, "fewer slices are enough"
         assert each - (length - (count - 1) * each) < _library.SLICE_UNIT * count, "the last one is as long"
 
 
@@ -327,7 +331,7 @@ def test_choice(capability, kind):
 
 
 def test_fitting():
-    config = choose((9, 0), "groups", 1)
+    config = Config((9, 0), "groups", 16, 16, 32, 128, 4, 4, 16)
     assert fitted(config, 1, 16384, 4096, 16).split == 1  # enough columns
     assert fitted(config, 1, 4096, 4096, 16).split == 2
     assert fitted(config, 1, 1024, 4096, 16).split == 8

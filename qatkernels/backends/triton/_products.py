@@ -20,7 +20,10 @@ SMALLEST = 16  # of a tile, in each direction
 #: would count half twice and omit the others.
 MIN_TERMS = 32
 NARROW = 32  # block_n of variants that need many registers: zero points or parts at each step, codes loaded by bytes
-NARROW_FEW = 64  # block_n of few tokens, if codes have over 4 bits or rows zero points: 128 columns spill registers
+#: block_n of variants on Hopper whose registers would spill with 128 columns: few tokens with zero points or more than
+#: 4 bits, and any number of tokens with both.
+NARROW_HOPPER = 64
+HOPPER = (9, 0)
 MAX_INTEGERS = 65536  # so many products of -127 ... 127 and 0 ... 255 fit a 32-bit sum
 
 
@@ -63,17 +66,17 @@ CONFIGS = (
     Config((10, 0), "groups", ANY, 64, 32, 64, 4, 3, 4),
     Config((10, 0), "parts", 16, 16, 64, 32, 4, 3, 16),
     Config((10, 0), "parts", ANY, 64, 64, 32, 4, 3, 8),
-    # The first two rows were the fastest of about ten on an H100, for a weight of 8192 x 28672 and 1, 2 and 4 bits.
+    # "rows" up to 64 tokens and "groups" were the fastest of five to ten on an H100, for a weight of 8192 x 28672.
     # 4 warps and 128 columns: two blocks fit a multiprocessor, so one can multiply while the other decodes.
-    Config((9, 0), "rows", 16, 16, 128, 128, 4, 4, 16),
-    Config((9, 0), "rows", 64, 64, 128, 128, 4, 3, 8),
-    Config((9, 0), "rows", ANY, 128, 128, 64, 4, 3, 4),
-    Config((9, 0), "groups", 16, 16, 32, 128, 4, 4, 16),
-    Config((9, 0), "groups", 64, 64, 64, 128, 4, 3, 8),
-    Config((9, 0), "groups", ANY, 128, 64, 128, 8, 2, 4),
-    Config((9, 0), "parts", 16, 16, 128, 32, 4, 3, 16),
-    Config((9, 0), "parts", 64, 64, 64, 64, 4, 3, 8),
-    Config((9, 0), "parts", ANY, 128, 128, 64, 8, 3, 4),
+    Config(HOPPER, "rows", 16, 16, 128, 128, 4, 4, 16),
+    Config(HOPPER, "rows", 64, 64, 128, 128, 4, 3, 8),
+    Config(HOPPER, "rows", ANY, 128, 128, 64, 4, 3, 4),
+    Config(HOPPER, "groups", 16, 16, 128, 128, 4, 3, 16),
+    Config(HOPPER, "groups", 64, 64, 128, 64, 4, 3, 8),
+    Config(HOPPER, "groups", ANY, 64, 128, 128, 4, 3, 4),
+    Config(HOPPER, "parts", 16, 16, 128, 32, 4, 3, 16),
+    Config(HOPPER, "parts", 64, 64, 64, 64, 4, 3, 8),
+    Config(HOPPER, "parts", ANY, 128, 128, 64, 8, 3, 4),
     Config((8, 0), "rows", 16, 16, 32, 128, 4, 4, 16),
     Config((8, 0), "rows", 64, 64, 64, 64, 4, 3, 8),
     Config((8, 0), "rows", ANY, 128, 64, 64, 8, 3, 4),

@@ -34,10 +34,10 @@ class Tiling(NamedTuple):
     programs: int
 
 
-def tiling(rows: int, cols: int, chunk_columns: int = CHUNK_COLUMNS) -> Tiling:
-    """Return the tiling of a weight."""
-    tile_cols = min(triton.next_power_of_2(max(cols, 8)), TILE_ELEMENTS)
-    tile_rows = TILE_ELEMENTS // tile_cols
+def tiling(rows: int, cols: int, chunk_columns: int = CHUNK_COLUMNS, elements: int = TILE_ELEMENTS) -> Tiling:
+    """Return the tiling of a weight, with so many elements in a tile."""
+    tile_cols = min(triton.next_power_of_2(max(cols, 8)), elements)
+    tile_rows = elements // tile_cols
     chunk = max(tile_cols, min(chunk_columns, triton.cdiv(cols, tile_cols) * tile_cols))
     chunks = triton.cdiv(cols, chunk)
     return Tiling(tile_rows, tile_cols, chunk, chunks, triton.cdiv(rows, tile_rows) * chunks)

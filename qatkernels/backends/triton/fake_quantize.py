@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._element import by_steps, code_of, constant, divide_rows, from_element, to_element, value_of
 from ._launchers import launches
-from ._rows import load_scale, load_weight, point, rows_of_program, shape_of, tiling
+from ._rows import TILE_ELEMENTS, load_scale, load_weight, point, rows_of_program, shape_of, tiling
 
 
 @triton.jit
@@ -128,7 +128,9 @@ def fake_quantize_out(
     if w.numel() == 0:
         return
     args, constants = point(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, w.dtype)
-    tiles = tiling(*shape_of(w, scale), chunk_columns=1)
+    # On an H100 noise on 16-bit weights takes 15% less time with the larger tile. Other calls take the same.
+    elements = 2 * TILE_ELEMENTS if w.element_size() == 2 else TILE_ELEMENTS
+    tiles = tiling(*shape_of(w, scale), chunk_columns=1, elements=elements)
     fake_quantize_fwd_kernel[(tiles.programs,)](
         w, out, *args, tiles.chunks, **constants, R=tiles.tile_rows, C=tiles.tile_cols
     )
@@ -145,7 +147,9 @@ def fake_quantize_backward_out(
         dz.zero_()
         return
     args, constants = point(w, scale, zero_point, seed, grid, noise_std, scale_noise_std, w.dtype)
-    tiles = tiling(*shape_of(w, scale))
+    # On an H100 this takes up to 9% less time with the larger tile, except with noise on 16-bit weights: 30% more.
+    larger = w.element_size() == 4 or (w.element_size() == 2 and not constants["NOISE"])
+    tiles = tiling(*shape_of(w, scale), elements=2 * TILE_ELEMENTS if larger else TILE_ELEMENTS)
     wide = torch.float64 if w.dtype == torch.float64 else torch.float32
     direct = tiles.chunks == 1 and wide == torch.float32
     shape = (scale.numel(), tiles.chunks)

@@ -56,9 +56,10 @@ from ._library import by_library, library_serves
 from ._lowbit import load_scales, locate, multiply, scaled, segments, steps_of
 from ._products import (
     CONFIGS,
+    HOPPER,
     MAX_INTEGERS,
     NARROW,
-    NARROW_FEW,
+    NARROW_HOPPER,
     SMALLEST,
     Config,
     by_elements,
@@ -310,10 +311,11 @@ def _plan(device: torch.device, dtype: torch.dtype, w: Weight, tokens: int) -> C
         else:
             config = replace(config, block_k=block)
     words = w.whole_words(config.block_k)
-    if (scales == BY_TILE and (w.zero is not None or parts > 1)) or not words:
+    narrow = parts > 1 or (w.zero is not None and config.capability != HOPPER)
+    if (scales == BY_TILE and narrow) or not words:
         config = replace(config, block_n=min(config.block_n, NARROW))
-    elif scales == BY_ROW and config.block_m < 64 and (w.bits > 4 or w.zero is not None):
-        config = replace(config, block_n=min(config.block_n, NARROW_FEW))
+    elif (config.block_m < 64 and (w.bits > 4 or w.zero is not None)) or (w.bits > 4 and w.zero is not None):
+        config = replace(config, block_n=min(config.block_n, NARROW_HOPPER))
     if w.cols * dtype.itemsize % 16 or not words:
         config = by_elements(config)
     config = fitted(config, tokens, w.outputs, w.cols, least)
@@ -323,7 +325,7 @@ def _plan(device: torch.device, dtype: torch.dtype, w: Weight, tokens: int) -> C
 def _plan_transposed(device: torch.device, dtype: torch.dtype, w: Weight, tokens: int) -> Choice:
     """Choose how a transposed product is computed."""
     each, scales = triton.cdiv(tokens, w.experts), BY_TILE
-    if library_serves(dtype, w, tokens, w.outputs, codes=False):
+    if library_serves(dtype, w, tokens, w.outputs, codes=False, transposed=True):
         return Choice(None, scales)
     config, parts = choose(capability(device), "parts", each), 3
     if w.groups > 1:
