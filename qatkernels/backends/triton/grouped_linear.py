@@ -12,7 +12,7 @@ tile costs as much as a full one: with t tokens and tiles of R rows at best t / 
 For float32 it is the rate of ordinary multiply-adds, because tensor cores would round; float64 has tensor cores on
 Ampere and Hopper.
 
-The kernels are compiled ahead of time and tested in the interpreter. They, and the tilings, were not run on a GPU.
+The tilings were not tuned on a GPU. On an H100 the products reach half of the floor at best (docs/benchmarks.md).
 """
 
 from __future__ import annotations
