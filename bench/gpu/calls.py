@@ -24,6 +24,9 @@ DRY_TESTS = ("tests/cuda/test_gpu_products.py", "tests/ops/test_packing.py", "-k
 SLOW = ("hessian", "second_order", "grouped")
 #: Kernels that the profiler looks at, as `bench.gpu profile` knows them.
 PROFILED = ("gemv", "decode", "backward")
+SANITIZERS = ("memcheck", "racecheck")
+#: What :func:`again` can run besides.
+MORE = ("tests", "tune", *SANITIZERS, *PROFILED)
 #: Selects the hand-written CUDA kernels by a part of their names.
 CUDA_KERNELS = "kernel_substring=qk4cuda"
 #: The end-to-end study of a real model, where there is one.
@@ -51,20 +54,30 @@ def first(call: Call) -> None:
     _tests(call, DRY_TESTS if call.dry else GPU_TESTS, 100)
 
 
-def again(call: Call, after: Path, suites: Sequence[str]) -> None:
-    """Run after a change: all smoke checks, some suites as a whole, and the tests that failed in an earlier call.
+def again(call: Call, after: Path, suites: Sequence[str], then: Sequence[str]) -> None:
+    """Run after a change: all smoke checks, some suites as a whole, the tests that failed in an earlier call, and more.
 
     Args:
         call: the call.
         after: journal of the earlier call.
         suites: names of the suites.
+        then: what to run besides, of :data:`MORE`.
     """
     call.note("pack", pack.unpack())
     call.persist(Step("smoke", (*_GPU, "smoke", *_shared(call)), 60))
-    _rows(call, 0.12, reserve=80, suites={name: SUITE_SECONDS[name] for name in suites})
-    call.persist(Step("tune", (*_GPU, "tune", *_shared(call), "--seconds", "25"), 30), reserve=50)
+    _rows(call, 0.12, reserve=20 * len(then), suites={name: SUITE_SECONDS[name] for name in suites})
     failed = tuple(dict.fromkeys(record["id"] for record in read(after, "test")))
-    _tests(call, failed or GPU_TESTS, 60)
+    if failed:
+        _tests(call, failed, 60)
+    for name in then:
+        if name == "tune":
+            call.persist(Step("tune", (*_GPU, "tune", *_shared(call), "--seconds", "25"), 30))
+        elif name == "tests":
+            _tests(call, GPU_TESTS, 100)
+        elif name in PROFILED:
+            _profile(call, name)
+        else:
+            _sanitize(call, name, 45)
 
 
 def second(call: Call, after: Path) -> None:
@@ -85,30 +98,28 @@ def second(call: Call, after: Path) -> None:
             _tests(call, failed[:60], 40)
     else:
         call.skip("again", f"there is no journal of a first call at {after}")
-    for tool in ("memcheck", "racecheck"):
-        sanitizer = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "86", "--kernel-name", CUDA_KERNELS)
-        checks = (
-            *_GPU,
-            "smoke",
-            *_shared(call),
-            "--backend",
-            "cuda",
-            "--every",
-            "12" if call.dry else "3",
-            "--under",
-            tool,
-        )
-        # torch's caching allocator would hide an access beyond the end of a tensor.
-        call.run_under(Step(tool, checks, 90, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}), sanitizer)
+    for tool in SANITIZERS:
+        _sanitize(call, tool, 90)
     for kernel in PROFILED:
-        profiler = ("ncu", "--clock-control", "none", "--profile-from-start", "off", "--launch-count", "4", *_SECTIONS)
-        one = (*_GPU, "profile", kernel, *_dry(call))
-        call.run_under(Step(f"ncu {kernel}", one, 40, log="ncu.txt"), profiler)
+        _profile(call, kernel)
     if STUDY.exists():
         study = (sys.executable, "-m", "studies", STUDY.stem, "--out", str(call.folder / "study"), "--minutes", "1.5")
         call.run(Step("study", (*study, "--smoke") if call.dry else study, 120))
     else:
         call.skip("study", f"there is no study of a real model in this checkout ({STUDY.relative_to(ROOT)})")
+
+
+def _sanitize(call: Call, tool: str, limit: float) -> None:
+    sanitizer = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "86", "--kernel-name", CUDA_KERNELS)
+    every = "12" if call.dry else "3"
+    checks = (*_GPU, "smoke", *_shared(call), "--backend", "cuda", "--every", every, "--under", tool)
+    # torch's caching allocator would hide an access beyond the end of a tensor.
+    call.run_under(Step(tool, checks, limit, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}), sanitizer)
+
+
+def _profile(call: Call, kernel: str) -> None:
+    profiler = ("ncu", "--clock-control", "none", "--profile-from-start", "off", "--launch-count", "4", *_SECTIONS)
+    call.run_under(Step(f"ncu {kernel}", (*_GPU, "profile", kernel, *_dry(call)), 40, log="ncu.txt"), profiler)
 
 
 def _rows(

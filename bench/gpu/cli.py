@@ -70,7 +70,7 @@ def _call(options: argparse.Namespace) -> int:
         if options.command == "call1":
             calls.first(call)
         elif options.command == "again":
-            calls.again(call, options.after, options.suites)
+            calls.again(call, options.after, options.suites, options.then)
         else:
             calls.second(call, options.after)
     finally:
@@ -161,6 +161,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         call.add_argument("--seconds", type=float, help=f"when to be done ({SECONDS[name]:.0f})")
         call.add_argument("--dry", action="store_true", help="on a CPU with tiny shapes, to see that everything runs")
         call.add_argument("--after", type=Path, default=LAST, help="call2, again: journal of an earlier call")
+        call.add_argument("--then", nargs="+", default=[], help="again: what to run besides (bench/gpu/README.md)")
         call.add_argument("--suites", nargs="+", default=["lowbit", "linear"], help="again: suites that run as a whole")
     _parts(add)
     return parser.parse_args(argv)
