@@ -15,46 +15,13 @@
 //
 // Sums are integers, multiplied with a scale for each group. Warps that share rows, then chunks of K, are added in a
 // fixed order. The result depends on the device only where x does not fit into its shared memory and K is cut.
-#include <atomic>
-
 #include "lowbit_gemv.h"
 #include "lowbit_limbs.h"
 #include "lowbit_linear.h"
+#include "lowbit_stages.h"
 
 namespace qk::cuda {
 namespace {
-
-// Starts the copies of a stage of sixteen rows to shared memory. Nothing beyond the end of a row is read; it becomes 0.
-template <int Bits>
-__device__ __forceinline__ void fetch_stage(const LowbitGemv& p, int64_t first_row, int stage, uint8_t* slot) {
-  constexpr LowbitLayout kLayout(Bits);
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-#pragma unroll
-  for (int i = lane; i < kTileRows * kLayout.stage_chunks; i += kWarp) {
-    const int row = i / kLayout.stage_chunks, chunk = i % kLayout.stage_chunks;
-    const int64_t r = first_row + row < p.rows ? first_row + row : p.rows - 1;
-    const int64_t offset = int64_t{stage} * kLayout.stage_bytes + chunk * 16, left = p.row_bytes - offset;
-    const uint8_t* const from = p.packed + r * p.row_bytes + (left > 0 ? offset : 0);
-    uint8_t* const to = slot + row * kLayout.pitch + chunk * 16;
-    if (p.copy == 16) {
-      copy_16_async(to, from, left > 0 ? 16 : 0);
-      continue;
-    }
-    if (p.copy == 4) {
-#pragma unroll
-      for (int w = 0; w < 16; w += 4) copy_4_async(to + w, left > w ? from + w : from, left > w ? 4 : 0);
-      continue;
-    }
-#pragma unroll 1
-    for (int w = 0; w < 16; w += 4) {
-      uint32_t word = 0;
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (left > w + j) word |= static_cast<uint32_t>(__ldg(from + w + j)) << 8 * j;
-      *reinterpret_cast<uint32_t*>(to + w) = word;
-    }
-  }
-}
 
 // The sums of a warp for sixteen rows and `Tiles` times eight activation rows, spread over lanes as ptx.h says:
 // products with codes and sums of x, both of the current group, and the total over groups.
@@ -87,12 +54,6 @@ struct Sums {
     start_group();
   }
 };
-
-// Calls f(0), f(1), ... with compile-time constants.
-template <class F, int... I>
-__device__ __forceinline__ void each(F f, std::integer_sequence<int, I...>) {
-  (f(std::integral_constant<int, I>{}), ...);
-}
 
 // Where this lane finds its operands of x in shared memory: those of activation row n * 8 + g, or zeros.
 template <int Tiles>
@@ -151,95 +112,6 @@ __device__ __forceinline__ void multiply_granule(const LowbitGemv& p, const uint
       }
   }
 }
-
-// Adds the sums of the warps that share rows, in a fixed order, and writes the outputs of a round of rows.
-template <int Tiles>
-__device__ __forceinline__ void write_round(const LowbitGemv& p, const Sums<Tiles>& sums, float* partial, int chunk,
-                                            int round) {
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, g = thread % kWarp / 4, t = thread % 4;
-  const int tiles = kGemvWarps / p.warps_per_row, copies = p.group_granules == 0 ? 4 : 1;
-  // [warp][row][activation row]
-  float* const own = partial + warp * kTileRows * 8 * Tiles;
-#pragma unroll
-  for (int n = 0; n < Tiles; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) own[(g + i / 2 * 8) * 8 * Tiles + 8 * n + 2 * t + i % 2] = sums.total[n][i];
-  __syncthreads();
-  // Each output is added up by warps_per_row neighbouring threads of a warp.
-  for (int i = thread; i < tiles * kTileRows * p.tokens * p.warps_per_row; i += kGemvThreads) {
-    const int from_part = i % p.warps_per_row, output = i / p.warps_per_row;
-    const int row = output % kTileRows, token = output / kTileRows % p.tokens, tile = output / kTileRows / p.tokens;
-    const float* const act_rows =
-        partial + ((tile * p.warps_per_row + from_part) * kTileRows + row) * 8 * Tiles + token * p.limbs * copies;
-    float sum = 0;
-    for (int d = p.limbs - 1; d >= 0; --d) {
-      float limb = 0;
-      for (int k = 0; k < copies; ++k) limb += act_rows[d * copies + k];
-      sum = fmaf(sum, 256.0f, limb);
-    }
-    for (int offset = p.warps_per_row / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
-    const int64_t r = (int64_t{round} * tiles + tile) * kTileRows + row;
-    if (from_part != 0 || r >= p.rows) continue;
-    sum *= p.unit[token];
-    if (p.partial)
-      p.partial[(int64_t{chunk} * p.tokens + token) * p.rows + r] = sum;
-    else
-      p.write(token, r, sum);
-  }
-}
-
-// What a warp multiplies: stages [first, end) of the sixteen rows from first_row(round) on, in each of its rounds.
-struct WarpShare {
-  int chunk, block, chunk_first, chunk_stages, first, end, tiles, tile;
-
-  __device__ __forceinline__ WarpShare(const LowbitGemv& p, int warp) {
-    chunk = static_cast<int>(blockIdx.x) % p.chunks;
-    block = static_cast<int>(blockIdx.x) / p.chunks;
-    chunk_first = chunk * p.chunk_stages;
-    chunk_stages = min(p.chunk_stages, p.stages - chunk_first);
-    const int part = warp % p.warps_per_row;
-    tiles = kGemvWarps / p.warps_per_row;
-    tile = warp / p.warps_per_row;
-    first = chunk_first + chunk_stages * part / p.warps_per_row;
-    end = chunk_first + chunk_stages * (part + 1) / p.warps_per_row;
-  }
-  __device__ __forceinline__ int64_t first_row(int round) const { return (int64_t{round} * tiles + tile) * kTileRows; }
-};
-
-// The ring of kSlots stages that a warp has in shared memory, and the stage that is fetched next.
-template <int Bits>
-struct StageRing {
-  uint8_t* slots;
-  int next_round, next_stage, next_slot;
-
-  __device__ __forceinline__ StageRing(const LowbitGemv& p, const WarpShare& share, uint8_t* slots_)
-      : slots(slots_),
-        next_round(share.first < share.end ? share.block : p.rounds),
-        next_stage(share.first),
-        next_slot(0) {}
-  __device__ __forceinline__ void fetch(const LowbitGemv& p, const WarpShare& share, int slot_bytes) {
-    if (next_round < p.rounds) {
-      fetch_stage<Bits>(p, share.first_row(next_round), next_stage, slots + next_slot * slot_bytes);
-      next_slot = (next_slot + 1) % kSlots;
-      if (++next_stage == share.end) {
-        next_stage = share.first;
-        next_round += p.row_blocks;
-      }
-    }
-    copy_commit();
-  }
-};
-
-// The group that a stage begins in, and the granules to its end. Unused where groups are smaller than granules.
-struct GroupPosition {
-  int group = 0, left = 0;
-
-  __device__ __forceinline__ GroupPosition(const LowbitGemv& p, const WarpShare& share, int granules) {
-    if (p.group_granules == 0 || share.first >= share.end) return;
-    group = share.first * granules / p.group_granules;
-    left = p.group_granules - share.first * granules % p.group_granules;
-  }
-};
 
 // Multiplies a stage, and adds groups that end in it to the total.
 template <int Bits, int Tiles>
@@ -326,7 +198,7 @@ __global__ void __launch_bounds__(kGemvThreads, 1) lowbit_gemv_kernel(const Lowb
       slot = (slot + 1) % kSlots;
       multiply_stage<Bits, Tiles>(p, share, stage, words, operands, rows, t, position, sums);
     }
-    write_round(p, sums, reinterpret_cast<float*>(shared + kShared.sums), share.chunk, round);
+    write_round(p, sums.total, p.unit, reinterpret_cast<float*>(shared + kShared.sums), share.chunk, round);
     __syncthreads();
   }
   copy_wait<0>();
@@ -378,24 +250,13 @@ __global__ void __launch_bounds__(kThreads)
 namespace {
 
 template <int Bits, int Tiles>
-cudaError_t start(const LowbitGemv& p, const LowbitLayout& layout, const DeviceLimits& device, cudaStream_t stream) {
+cudaError_t start(const LowbitGemv& p, const LowbitGemvPlan& plan, cudaStream_t stream) {
   const auto kernel = lowbit_gemv_kernel<Bits, Tiles>;
-  // Once for each device: allow the shared memory, and find out whether a launch may be dependent there, which it may
-  // if the code was compiled with the instruction that waits.
-  static std::atomic<uint64_t> prepared{0}, dependent{0};
-  const uint64_t bit = uint64_t{1} << (device.id & 63);
-  if (device.id > 63 || !(prepared & bit)) {
-    cudaFuncAttributes attributes;
-    cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-    if (error == cudaSuccess)
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared);
-    if (error != cudaSuccess) return error;
-    if (attributes.ptxVersion >= 90) dependent |= bit;
-    prepared |= bit;
-  }
-  const size_t shared =
-      SharedPlan(layout, Tiles).x + static_cast<size_t>(p.chunk_stages) * layout.stage_cols * p.act_rows;
-  return launch_as(device.id <= 63 && (dependent & bit), kernel, int64_t{p.chunks} * p.row_blocks, kGemvThreads, shared,
+  static PreparedKernel prepared;
+  const cudaError_t error = prepared.prepare(kernel, plan.device);
+  if (error != cudaSuccess) return error;
+  const size_t shared = SharedPlan(plan.layout, Tiles).x + plan.shared_x(p);
+  return launch_as(prepared.dependent(plan.device), kernel, int64_t{p.chunks} * p.row_blocks, kGemvThreads, shared,
                    stream, p);
 }
 
@@ -404,6 +265,44 @@ cudaError_t with_bits(int bits, F f, std::integer_sequence<int, Bits...>) {
   cudaError_t error = cudaErrorInvalidValue;
   ((bits == Bits + 1 ? void(error = f(std::integral_constant<int, Bits + 1>{})) : void()), ...);
   return error;
+}
+
+// A pass of a call that is not direct: x becomes rows of int8 in the workspace, which another kernel multiplies.
+cudaError_t multiply_limbs(const LowbitGemvPlan& plan, LowbitGemv p, const void* tokens, char* workspace,
+                           cudaStream_t stream) {
+  const LowbitLinearCall& call = plan.call;
+  float* const unit = reinterpret_cast<float*>(workspace);
+  uint4* const x = reinterpret_cast<uint4*>(workspace + LowbitGemvPlan::kUnitBytes);
+  p.unit = unit;
+  p.x = x;
+  const int64_t items = int64_t{p.stages} * plan.layout.products * 2;
+  const int pieces = static_cast<int>(std::clamp<int64_t>((items + kThreads - 1) / kThreads, 1, 16));
+  const cudaError_t error =
+      lowbit_limbs({tokens, x, unit, call.cols, p.tokens, call.bits, call.act_bits, p.stages, pieces, plan.limbs},
+                   call.x_type, stream);
+  if (error != cudaSuccess) return error;
+  if (plan.any) {
+    return with_types(call.x_type, call.x_type, [&](auto types) {
+      // float64 is not served, but with_types instantiates it.
+      using X = std::conditional_t<sizeof(typename decltype(types)::W) == 8, float, typename decltype(types)::W>;
+      const float qmax = static_cast<float>(call.act_bits ? (1 << (call.act_bits - 1)) - 1 : 0);
+      return launch(lowbit_gemv_any_kernel<X>, (call.rows + 7) / 8, kThreads, 0, stream, p,
+                    static_cast<const X*>(tokens), call.bits, qmax);
+    });
+  }
+  return with_bits(
+      call.bits,
+      [&](auto bits) {
+        switch (plan.act_tiles(p)) {
+          case 1:
+            return start<bits, 1>(p, plan, stream);
+          case 2:
+            return start<bits, 2>(p, plan, stream);
+          default:
+            return start<bits, max_act_tiles(bits)>(p, plan, stream);
+        }
+      },
+      std::make_integer_sequence<int, 8>());
 }
 
 }  // namespace
@@ -433,42 +332,11 @@ cudaError_t lowbit_gemv(const LowbitLinearCall& call, void* workspace, cudaStrea
   for (int64_t first = 0; error == cudaSuccess && first < call.tokens; first += plan.pass_tokens) {
     LowbitGemv p = plan.pass(first);
     char* const memory = static_cast<char*>(workspace);
-    float* const unit = reinterpret_cast<float*>(memory);
-    uint4* const x = reinterpret_cast<uint4*>(memory + LowbitGemvPlan::kUnitBytes);
-    p.unit = unit;
-    p.x = x;
-    if (p.chunks > 1) p.partial = reinterpret_cast<float*>(memory + LowbitGemvPlan::kUnitBytes + plan.x_bytes(p));
+    if (p.chunks > 1) p.partial = reinterpret_cast<float*>(memory + plan.x_bytes(p));
     const void* const tokens =
         static_cast<const char*>(call.x) + first * call.cols * (call.x_type == DType::f32 ? 4 : 2);
-    const int64_t items = int64_t{p.stages} * plan.layout.products * 2;
-    const int pieces = static_cast<int>(std::clamp<int64_t>((items + kThreads - 1) / kThreads, 1, 16));
-    error = lowbit_limbs({tokens, x, unit, call.cols, p.tokens, call.bits, call.act_bits, p.stages, pieces, plan.limbs},
-                         call.x_type, stream);
-    if (error != cudaSuccess) return error;
-
-    if (plan.any) {
-      error = with_types(call.x_type, call.x_type, [&](auto types) {
-        // float64 is not served, but with_types instantiates it.
-        using X = std::conditional_t<sizeof(typename decltype(types)::W) == 8, float, typename decltype(types)::W>;
-        const float qmax = static_cast<float>(call.act_bits ? (1 << (call.act_bits - 1)) - 1 : 0);
-        return launch(lowbit_gemv_any_kernel<X>, (call.rows + 7) / 8, kThreads, 0, stream, p,
-                      static_cast<const X*>(tokens), call.bits, qmax);
-      });
-      continue;
-    }
-    error = with_bits(
-        call.bits,
-        [&](auto bits) {
-          switch (plan.act_tiles(p)) {
-            case 1:
-              return start<bits, 1>(p, plan.layout, device, stream);
-            case 2:
-              return start<bits, 2>(p, plan.layout, device, stream);
-            default:
-              return start<bits, max_act_tiles(bits)>(p, plan.layout, device, stream);
-          }
-        },
-        std::make_integer_sequence<int, 8>());
+    p.x_16 = tokens;
+    error = plan.direct ? lowbit_gemv16(p, plan, stream) : multiply_limbs(plan, p, tokens, memory, stream);
     if (error == cudaSuccess && p.chunks > 1)
       error = launch(lowbit_gemv_finish_kernel, (p.tokens * p.rows + kThreads - 1) / kThreads, kThreads, 0, stream, p);
   }

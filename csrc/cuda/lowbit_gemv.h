@@ -1,8 +1,9 @@
-// The parameters of the decode kernel, and the plan of a call: passes of some tokens each, and their division into
-// blocks and shared memory.
+// The parameters of the decode kernels, and the plan of a call: which kernel, passes of some tokens each, and their
+// division into blocks and shared memory.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "../common/lowbit_linear.h"
 #include "lowbit_layout.h"
@@ -23,7 +24,8 @@ struct LowbitGemv {
   const float* zero_point;
   const void* bias;
   void* y;
-  const uint4* x;
+  const uint4* x;    // as lowbit_limbs.h has written it
+  const void* x_16;  // the tokens themselves, for the kernel that multiplies them as they are
   const float* unit;
   float* partial;  // [chunks][tokens][rows] where K is cut into chunks, else null
   int64_t rows, cols, groups, row_bytes;
@@ -34,6 +36,7 @@ struct LowbitGemv {
   int32_t group_granules, group_lanes;
   int32_t copy;  // bytes that are copied at a time: 16, 4 or 1
   uint32_t flip;
+  float constant;             // operand = code + constant, where x is multiplied as it is
   bool sums;                  // whether sums of x are needed
   float factor, shift, zero;  // value = (byte + shift - zero_point * zero) * (scale * factor)
   DType x_type, scale_type, bias_type;
@@ -81,15 +84,16 @@ struct LowbitGemv {
 };
 
 // The layout of a block's shared memory, in bytes from its start: stages of weights, sums of warps, 16 bytes of zeros,
-// x.
+// units of tokens, x.
 struct SharedPlan {
-  int slot, sums, zeros, x;
+  int slot, sums, zeros, units, x;
 
   QK_HOST_DEVICE constexpr SharedPlan(const LowbitLayout& layout, int act_tiles)
       : slot(kTileRows * layout.pitch),
         sums(kGemvWarps * kSlots * slot),
         zeros(sums + kGemvWarps * kTileRows * 8 * act_tiles * 4),
-        x(zeros + 16) {}
+        units(zeros + 16),
+        x(units + 4 * kMaxTokens) {}
 };
 
 // The device's properties that a plan depends on.
@@ -109,22 +113,29 @@ struct DeviceLimits {
 //   by granule  groups are whole granules: each activation row is one row of the product
 //   split       groups are whole lanes' shares of a granule: four times the activation rows
 //   any         any other groups: a plain kernel without tensor cores
+//
+// `direct` calls are multiplied by lowbit_gemv16.cu: x of 16 bits as it is, codes of 1, 2 or 4 bits in groups of whole
+// granules. The other calls need x as rows of int8 (lowbit_limbs.h).
 struct LowbitGemvPlan {
   const LowbitLinearCall& call;
   const DeviceLimits& device;
   const LowbitLayout layout;
   int64_t group_cols;
-  bool any, split;
+  bool any, split, direct;
   int limbs, max_tiles, pass_tokens;
+  int value_bytes;  // of a number of x in shared memory
 
   LowbitGemvPlan(const LowbitLinearCall& c, const DeviceLimits& d)
       : call(c), device(d), layout(c.bits), group_cols(c.cols / c.groups) {
     const bool by_granule = call.groups == 1 || group_cols % layout.granule_cols == 0;
     split = !by_granule && call.bits != 8 && group_cols % layout.lane_cols == 0;
     any = !by_granule && !split;
-    limbs = call.act_bits ? 1 : 3;
+    direct = by_granule && call.act_bits == 0 && call.bits <= 4 && layout.whole &&
+             (call.x_type == DType::bf16 || call.x_type == DType::f16);
+    limbs = call.act_bits || direct ? 1 : 3;
+    value_bytes = direct ? 2 : 1;
     // Devices with 99 KiB of shared memory hold the sums of one tile only, beside at least a stage of x.
-    max_tiles = max_act_tiles(call.bits);
+    max_tiles = direct ? 1 : max_act_tiles(call.bits);
     if (SharedPlan(layout, max_tiles).x + 8 * max_tiles * layout.stage_cols > device.shared) max_tiles = 1;
     pass_tokens = std::min(kMaxTokens, 8 * max_tiles / (split ? 4 : 1) / limbs);
     any |= pass_tokens == 0;
@@ -156,17 +167,10 @@ struct LowbitGemvPlan {
       return p;
     }
 
-    // A decoded byte is unit * (code - half) plus the constant `low` below the code's bits. Where `low` can make that
-    // unit * (code + constant), the shift is 0 and no sums of x are needed.
-    const int unit = 1 << (8 - call.bits);
-    const double full_shift = unit * (constant + (1 << (call.bits - 1)));
-    const int low = !call.zero_point && full_shift > 0 && full_shift < unit ? static_cast<int>(full_shift) : 0;
-    p.flip = 0x01010101u * static_cast<uint32_t>(0x80 | low);
-    p.factor = static_cast<float>(1 / (call.steps * unit));
-    p.shift = static_cast<float>(full_shift - low);
-    p.zero = static_cast<float>(unit);
-    p.sums = call.zero_point || p.shift != 0;
-
+    if (direct)
+      set_operand_16(p, constant);
+    else
+      set_operand_8(p, constant);
     p.limbs = limbs;
     p.act_rows = p.tokens * limbs;
     p.stages = static_cast<int32_t>((p.cols + layout.stage_cols - 1) / layout.stage_cols);
@@ -180,7 +184,7 @@ struct LowbitGemvPlan {
     p.copy = aligned_to(16) ? 16 : aligned_to(4) ? 4 : 1;
 
     const int left = device.shared - SharedPlan(layout, act_tiles(p)).x;
-    p.chunk_stages = std::min(p.stages, std::max(1, left / (layout.stage_cols * p.act_rows)));
+    p.chunk_stages = std::min(p.stages, std::max(1, left / (layout.stage_cols * p.act_rows * value_bytes)));
     p.chunks = (p.stages + p.chunk_stages - 1) / p.chunk_stages;
     p.chunk_stages = (p.stages + p.chunks - 1) / p.chunks;
     p.chunks = (p.stages + p.chunk_stages - 1) / p.chunk_stages;
@@ -189,6 +193,29 @@ struct LowbitGemvPlan {
     p.rounds = static_cast<int32_t>((p.rows + round_rows - 1) / round_rows);
     p.row_blocks = std::min(p.rounds, std::max(1, device.multiprocessors / p.chunks));
     return p;
+  }
+  // A decoded byte is unit * (code - half) plus the constant `low` below the code's bits. Where `low` can make that
+  // unit * (code + constant), the shift is 0 and no sums of x are needed.
+  void set_operand_8(LowbitGemv& p, double constant) const {
+    const int unit = 1 << (8 - call.bits);
+    const double full_shift = unit * (constant + (1 << (call.bits - 1)));
+    const int low = !call.zero_point && full_shift > 0 && full_shift < unit ? static_cast<int>(full_shift) : 0;
+    p.flip = 0x01010101u * static_cast<uint32_t>(0x80 | low);
+    p.factor = static_cast<float>(1 / (call.steps * unit));
+    p.shift = static_cast<float>(full_shift - low);
+    p.zero = static_cast<float>(unit);
+    p.sums = call.zero_point || p.shift != 0;
+  }
+  // A decoded number is code + p.constant. If the grid's constant is a multiple of one half, that is the value itself,
+  // and no sums of x are needed. Else codes are centered.
+  void set_operand_16(LowbitGemv& p, double constant) const {
+    const int half = 1 << (call.bits - 1);
+    const bool exact = !call.zero_point && constant * 2 == std::rint(constant * 2) && std::abs(constant) <= 2 * half;
+    p.constant = static_cast<float>(exact ? constant : -half);
+    p.factor = static_cast<float>(1 / call.steps);
+    p.shift = static_cast<float>(constant - static_cast<double>(p.constant));
+    p.zero = 1;
+    p.sums = !exact;
   }
   // How many warps share rows. More of them make the rounds of a block shorter, and their number less uneven, but after
   // each round the warps wait for each other, which takes about as long as kRoundStages stages. The number of blocks
@@ -211,12 +238,22 @@ struct LowbitGemvPlan {
   }
   int act_tiles(const LowbitGemv& p) const { return (p.act_rows * (split ? 4 : 1) + 7) / 8; }
 
-  // The workspace: units of tokens (kUnitBytes), x, partial sums of chunks.
+  // Bytes of x in shared memory.
+  size_t shared_x(const LowbitGemv& p) const {
+    return static_cast<size_t>(p.chunk_stages) * layout.stage_cols * p.act_rows * value_bytes;
+  }
+
+  // The workspace: units of tokens (kUnitBytes) and x, unless the kernel makes them for itself; partial sums of chunks.
   static constexpr size_t kUnitBytes = 64;
-  size_t x_bytes(const LowbitGemv& p) const { return static_cast<size_t>(p.stages) * layout.stage_cols * p.act_rows; }
+  size_t x_bytes(const LowbitGemv& p) const {
+    return direct ? 0 : kUnitBytes + static_cast<size_t>(p.stages) * layout.stage_cols * p.act_rows;
+  }
   size_t bytes(const LowbitGemv& p) const {
-    return kUnitBytes + x_bytes(p) + (p.chunks > 1 ? 4 * static_cast<size_t>(p.chunks * p.tokens * p.rows) : 0);
+    return x_bytes(p) + (p.chunks > 1 ? 4 * static_cast<size_t>(p.chunks * p.tokens * p.rows) : 0);
   }
 };
+
+// The launch of a pass of a direct call (lowbit_gemv16.cu).
+cudaError_t lowbit_gemv16(const LowbitGemv& p, const LowbitGemvPlan& plan, cudaStream_t stream);
 
 }  // namespace qk::cuda

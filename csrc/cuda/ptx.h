@@ -5,9 +5,12 @@
 #include <ptx_on_host.h>
 #else
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace qk::cuda {
 
@@ -58,6 +61,45 @@ __device__ __forceinline__ void add_columns(int32_t (&d)[2], uint32_t b0, uint32
       "{%0, %1, %5, %5}; }"
       : "+r"(d[0]), "+r"(d[1])
       : "r"(b0), "r"(b1), "r"(0x01010101), "r"(0));
+}
+
+// d += A B with A [16, 16] and B [16, 8] of bfloat16 or float16 (X) and d float32 [16, 8]. As above, the lower half of
+// a register being the first column (A) or row (B), the upper half the second:
+//
+//     A        cols 2t, 2t + 1   2t + 8, 2t + 9   B                    col g     d         col 2t  2t + 1
+//     row g          a0               a2          rows 2t, 2t + 1        b0      row g      d[0]    d[1]
+//     row g + 8      a1               a3          2t + 8, 2t + 9         b1      row g + 8  d[2]    d[3]
+template <class X>
+__device__ __forceinline__ void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                             uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<X, __nv_bfloat16>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// (a & mask) | c in one instruction; the compiler makes two of it where mask and c are constants.
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t c) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(c));
+  return d;
+}
+
+// a * b + c for pairs of bfloat16 or float16 (X), rounded once; in its uses the result is exact.
+template <class X>
+__device__ __forceinline__ uint32_t exact_fma(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  if constexpr (std::is_same_v<X, __nv_bfloat16>)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  else
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
 }
 
 // The two sides of a dependent launch (launch.h): the earlier kernel lets the later one start, and the later one waits

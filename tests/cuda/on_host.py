@@ -268,15 +268,21 @@ def lowbit_serves(*args):
     return library().lowbit_gemv_serves(byref(lowbit_call(*args, None)))
 
 
+def lowbit_workspace(*args):
+    """Return the bytes of workspace that a call needs."""
+    size = c_size_t()
+    assert library().lowbit_gemv_workspace(byref(lowbit_call(*args, None)), byref(size)) == 0
+    return size.value
+
+
 def lowbit_linear(*args):
     *args, out = args
     y = Guarded(out)
-    call, size = lowbit_call(*args, y.pointer), c_size_t()
-    assert library().lowbit_gemv_workspace(byref(call), byref(size)) == 0
     # Exactly as large as needed, so that a kernel that needs more writes into the guard.
-    workspace = torch.full((size.value + GUARD,), 0xFF, dtype=torch.uint8)
-    run("lowbit_gemv", call, [y], c_void_p(workspace.data_ptr()))
-    assert bool((workspace[size.value :] == 0xFF).all()), "a kernel wrote outside its workspace"
+    size = lowbit_workspace(*args)
+    workspace = torch.full((size + GUARD,), 0xFF, dtype=torch.uint8)
+    run("lowbit_gemv", lowbit_call(*args, y.pointer), [y], c_void_p(workspace.data_ptr()))
+    assert bool((workspace[size:] == 0xFF).all()), "a kernel wrote outside its workspace"
 
 
 def set_device(multiprocessors, shared_kib):

@@ -21,6 +21,12 @@ from tests.cuda import on_host
 
 #: Codes that are whole in bytes, that are not, and both sizes of code.
 SOME = (qk.grids.binary(), qk.grids.ternary(), qk.grids.lsq(3), qk.grids.affine(4), qk.grids.lsq(8))
+#: Of the widths whose calls with 16-bit x have a kernel of their own (csrc/cuda/lowbit_gemv16.cu).
+DIRECT = (
+    qk.grids.binary(), qk.grids.ternary(), qk.grids.seq(2), qk.grids.lsq(2), qk.grids.affine(2),
+    qk.grids.seq(4), qk.grids.lsq(4), qk.grids.affine(4),
+)  # fmt: skip
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def name(grid):
@@ -205,6 +211,123 @@ def test_a_scale_below_the_floor_acts_as_the_floor(grid):
         check(replaced(args, scale=scale))
 
 
+def granule(grid):
+    """Return the smallest size of a group that the kernel for 16-bit x takes."""
+    return 128 // grid.storage_bits
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("grid", DIRECT, ids=name)
+def test_direct_grids(grid, dtype):
+    """Groups of one granule and of several, that end within a stage and beyond it; bias and scales of any dtype."""
+    cols = 24 * granule(grid)
+    check(make(grid, 1, 40, cols - 7, dtype=dtype))
+    for tokens, granules in ((1, 1), (2, 2), (3, 3), (5, 4), (8, 8), (4, 12)):
+        size = granules * granule(grid)
+        for scale_dtype, bias in ((torch.float32, None), (dtype, dtype), (torch.float16, torch.float32)):
+            args = make(grid, tokens, 21, cols, size, dtype, scale_dtype=scale_dtype, bias=bias)
+            assert on_host.lowbit_workspace(*args) == 0
+            check(args, f"groups of {size}, scales of {scale_dtype}, bias {bias}")
+    # Any other constant of the grid needs sums of x, as zero points do.
+    args = make(grid, 3, 21, cols, granule(grid), dtype)
+    check((*args[:6], [*args[6][:2], 0.3, *args[6][3:]], *args[7:]), "another offset")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tokens", range(1, 9))
+def test_direct_tokens(tokens, dtype):
+    for grid in (qk.grids.binary(), qk.grids.affine(2), qk.grids.lsq(4)):
+        check(make(grid, tokens, 35, 1337, dtype=dtype, bias=dtype), name(grid))
+        check(make(grid, tokens, 17, 1536, 256, dtype=dtype), f"{name(grid)} in groups")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("grid", DIRECT, ids=name)
+def test_direct_chunks(grid, dtype):
+    """K is cut, in groups and within groups, with several warps that share rows."""
+    for multiprocessors, shared, tokens, cols in ((1, 99, 8, 5000), (5, 99, 3, 12288), (7, 128, 8, 12288)):
+        on_host.set_device(multiprocessors, shared)
+        for group_size in (None, 768) if cols % 768 == 0 else (None,):
+            args = make(grid, tokens, 37, cols, group_size, dtype, bias=torch.float32)
+            assert on_host.lowbit_workspace(*args) % (4 * tokens * 37) == 0 < on_host.lowbit_workspace(*args)
+            check(args, f"{tokens} tokens, {shared} KiB, groups of {group_size}")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("cols", [512, 520, 544, 333])
+@pytest.mark.parametrize("grid", DIRECT[::2], ids=name)
+def test_direct_alignment_does_not_matter(grid, cols, dtype):
+    """Of x and of the weight. Neither does the order of threads, nor the number of multiprocessors."""
+    args = make(grid, 3, 35, cols, dtype=dtype)
+    expected = check(args)
+    x, packed = args[:2]
+    for offset in (1, 4, 8):
+        moved = torch.empty(packed.numel() + offset, dtype=torch.uint8)[offset:].view(packed.shape).copy_(packed)
+        assert_same_bits(run(replaced(args, packed=moved)), expected)
+        shifted = torch.empty(x.numel() + offset, dtype=dtype)[offset:].view(x.shape).copy_(x)
+        assert_same_bits(run(replaced(args, x=shifted)), expected)
+    on_host.set_reversed(True)
+    assert_same_bits(run(args), expected)
+    on_host.set_device(5, 227)
+    assert_same_bits(run(args), expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("grid", [g for g in DIRECT if g.scheme != "ternary"], ids=name)
+def test_direct_sums_of_integers_are_exact(grid, dtype):
+    x, packed, scale, zero, *rest = make(grid, 5, 40, 1500, dtype=dtype)
+    zero = None if zero is None else zero.round()
+    args = (x.round().clamp(-4, 4), packed, torch.ones_like(scale), zero, *rest)
+    y, _ = reference(args)
+    # Binary sums are halves, and 0 has no sign that is worth a bound.
+    assert_same_bits(run(args) + 0.0, y.float().to(dtype) + 0.0)
+
+
+@pytest.mark.parametrize("grid", DIRECT, ids=name)
+def test_direct_sums_of_one_sign(grid):
+    """Tensor cores round sums towards zero. Where all products have the same sign, these errors add up."""
+    for tokens, cols, group_size in ((1, 30000, None), (2, 16384, 512)):
+        args = make(grid, tokens, 17, cols, group_size, torch.float16)
+        top = torch.full_like(args[1], 0xFF if grid.scheme != "ternary" else 0b10101010)
+        check(replaced(args, x=args[0].abs() * 2**-8, packed=top))
+
+
+def test_direct_magnitudes():
+    """Tokens of subnormal numbers, of zeros, and of the largest numbers."""
+    for grid, dtype in ((g, d) for g in (qk.grids.lsq(4), qk.grids.affine(2)) for d in HALVES):
+        args, info = make(grid, 4, 18, 512, 64, dtype), torch.finfo(dtype)
+        x = torch.sign(args[0]) * info.tiny * torch.rand(args[0].shape)
+        x[1], x[2] = 0, torch.sign(args[0][2]) * info.max * 2.0**-20
+        x[3] = args[0][3]
+        changed = replaced(args, x=x.to(dtype))
+        expected, bound = reference(changed)
+        bound[0] = bound[0] + 2.0**-149 * 512
+        assert_within(run(changed), expected, bound, f"{name(grid)} {dtype}")
+
+
+@pytest.mark.parametrize("shared", [99, 227])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("grid", DIRECT, ids=name)
+def test_direct_nan_and_infinities(grid, dtype, shared):
+    """One infinity times what is not 0 has a sign, times 0 it is NaN: as the reference. Other tokens are unchanged."""
+    on_host.set_device(2, shared)
+    args = make(grid, 8, 35, 5000, dtype=dtype)
+    if args[3] is not None:
+        args = replaced(args, zero_point=args[3].round())  # some weights are 0
+    clean, x = run(args), args[0].clone()
+    x[0, 3], x[1, 9], x[2, 4999], x[4, 2600], x[4, 2], x[6, 31] = (
+        torch.nan, torch.inf, -torch.inf, torch.inf, torch.nan, -torch.inf,
+    )  # fmt: skip
+    y = run(replaced(args, x=x))
+    assert bool(y[[0, 4]].isnan().all())
+    for token in (3, 5, 7):
+        assert_same_bits(y[token], clean[token])
+    codes = torch.ops.qatkernels.unpack(args[1], args[7], args[8], 5000).double()
+    w = codes + args[6][2] - (0 if args[3] is None else args[3].double())
+    for token, column in ((1, 9), (2, 4999), (6, 31)):
+        assert_same_bits(y[token], (x[token, column].double() * w[:, column]).to(dtype))
+
+
 def at_the_end_of_memory(t):
     """Return a copy that ends at the end of a mapping, so that reading beyond it crashes."""
     size = (t.nbytes + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -221,6 +344,21 @@ def test_nothing_beyond_the_inputs_is_read(grid):
         args = make(grid, 3, 7, cols, group_size, bias=torch.float32)
         ended = tuple(at_the_end_of_memory(a) if isinstance(a, torch.Tensor) else a for a in args[:5])
         assert_same_bits(run((*ended, *args[5:])), run(args))
+
+
+def test_which_calls_multiply_x_as_it_is():
+    """Those of the kernel for 16-bit x need no workspace for integers."""
+
+    def needs(grid, group_size=None, **settings):
+        return on_host.lowbit_workspace(*make(grid, 1, 8, 256, group_size, **settings)) > 0
+
+    for grid in GRIDS:
+        assert needs(grid) == (grid.storage_bits not in (1, 2, 4))
+        assert needs(grid, act_bits=8)
+        assert needs(grid, dtype=torch.float32)
+    for grid in DIRECT:
+        assert not needs(grid, granule(grid), dtype=torch.float16)
+        assert needs(grid, granule(grid) // 2)
 
 
 def test_what_is_served():

@@ -90,6 +90,55 @@ inline void add_columns(int32_t (&d)[2], uint32_t b0, uint32_t b1) {
   d[1] = all[1];
 }
 
+inline double number_of(uint16_t bits, __nv_bfloat16) { return __bfloat162float({bits}); }
+inline double number_of(uint16_t bits, __half) { return __half2float({bits}); }
+
+// mma.m16n8k16 as the PTX ISA spreads its matrices over lanes. Rounding is not specified there; tensor cores are known
+// to round sums towards zero, which is what tests should allow for.
+template <class X>
+void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  using Registers = std::array<uint32_t, 6>;
+  const unsigned lane = threadIdx.x % 32;
+  on_host::Block::instance().gather(Registers{a0, a1, a2, a3, b0, b1}, [&](const auto& of) {
+    const auto half = [](uint32_t word, unsigned upper) {
+      return number_of(static_cast<uint16_t>(word >> 16 * upper), X());
+    };
+    const auto a = [&](unsigned row, unsigned col) {
+      const Registers registers = of(row % 8 * 4 + col % 8 / 2);
+      return half(registers[row / 8 + 2 * (col / 8)], col % 2);
+    };
+    const auto b = [&](unsigned row, unsigned col) {
+      const Registers registers = of(col * 4 + row % 8 / 2);
+      return half(registers[4 + row / 8], row % 2);
+    };
+    for (unsigned i = 0; i < 4; ++i) {
+      double sum = double{d[i]};
+      for (unsigned k = 0; k < 16; ++k) sum += a(lane / 4 + 8 * (i / 2), k) * b(k, lane % 4 * 2 + i % 2);
+      d[i] = static_cast<float>(sum);
+      if (std::isfinite(sum) && std::abs(double{d[i]}) > std::abs(sum)) d[i] = std::nextafter(d[i], 0.0f);
+    }
+  });
+}
+
+inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t c) { return (a & mask) | c; }
+
+template <class X>
+uint32_t exact_fma(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t out = 0;
+  for (unsigned shift = 0; shift < 32; shift += 16) {
+    const auto of = [&](uint32_t word) { return number_of(static_cast<uint16_t>(word >> shift), X()); };
+    const double exact = of(a) * of(b) + of(c);
+    uint16_t rounded;
+    if constexpr (std::is_same_v<X, __nv_bfloat16>)
+      rounded = __float2bfloat16_rn(static_cast<float>(exact)).x;
+    else
+      rounded = __float2half_rn(static_cast<float>(exact)).x;
+    if (number_of(rounded, X()) != exact) on_host::fail("an inexact fma");
+    out |= static_cast<uint32_t>(rounded) << shift;
+  }
+  return out;
+}
+
 inline void let_dependents_start() {}
 inline void wait_for_earlier_kernel() {}
 
