@@ -110,7 +110,7 @@ struct SharedTokens {
   // of infinity.
   template <bool XSums>
   __device__ __forceinline__ void load(const LowbitGemv& p, const WarpShare& share) const {
-    constexpr int kUnroll = 4, kItems = kRun / kItemCols;
+    constexpr int kUnroll = 8 / kLoads, kItems = kRun / kItemCols;
     const auto rows = static_cast<const uint16_t*>(p.x_16);
     const bool aligned = p.cols % 8 == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0;
     const int items = share.chunk_stages * (kLayout.stage_cols / kItemCols), all = items * p.tokens;

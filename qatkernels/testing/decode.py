@@ -56,7 +56,7 @@ def make(
 def reference(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """Return the exact result in float64, and a bound of the error of a kernel.
 
-    Without act_bits, kernels convert x to integers with an error of 2^-22.9 times the largest number of the token.
+    Without act_bits, kernels may convert x to integers with an error of 2^-22.9 times the largest number of the token.
     Integers, scales and their products are rounded to float32 a few times. Both errors are relative to the magnitude of
     the numbers that are added: a code centered in its range, plus the correction for the zero point. A warp adds the
     sums of its groups sequentially, and then warps are added. If groups are not multiples of 32, it may add element by

@@ -113,3 +113,26 @@ def test_the_decode_kernel_uses_what_it_is_built_on(arch):
         assert len(re.findall(r"\bIMMA\.16832\.S8\.S8\b", body)) == 2 * products * tiles, (bits, tiles)
         assert len(re.findall(r"\bLDS\.128\b", body)) >= products // 2 * tiles, (bits, tiles)
         assert not re.search(r"\b(LDL|STL)\b", body), (bits, tiles)
+
+
+@pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump")
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_the_decode_kernel_for_sixteen_bits_uses_what_it_is_built_on(arch):
+    """As above, and two instructions besides shifts make two codes an operand."""
+    bodies = disassemble(ROOT / "csrc/cuda/lowbit_gemv16.cu", arch)
+    found = {
+        (int(bits), "bfloat16" in x, sums == "1"): body
+        for name, body in bodies.items()
+        for bits, x, sums in re.findall(r"lowbit_gemv16_kernelILi(\d)E(\w+?)Lb(\d)E", name)
+    }
+    assert len(found) == 12
+    for (bits, brain, sums), body in found.items():
+        assert re.search(r"\bLDGSTS\.E\.BYPASS\.(LTC128B\.)?128\b", body), (bits, brain, sums)
+        products = 512 // bits // 16
+        kind = r"\bHMMA\.16816\.F32\.BF16\b" if brain else r"\bHMMA\.16816\.F32(?!\.BF16)"
+        assert len(re.findall(kind, body)) == (2 if sums else 1) * products, (bits, brain, sums)
+        assert len(re.findall(r"\bLDS\.128\b", body)) >= products // 2, (bits, brain, sums)
+        assert len(re.findall(r"\bHFMA2", body)) == 4 * products, (bits, brain, sums)
+        # (a & mask) | c is the table 0xea, or 0xf8 with other operands first.
+        assert len(re.findall(r"\bLOP3\.LUT\b.*0x4?\w*00\w00\w.*0xea", body)) >= 4 * products, (bits, brain, sums)
+        assert not re.search(r"\b(LDL|STL)\b", body), (bits, brain, sums)
