@@ -59,9 +59,9 @@ def bring_home(folders: Sequence[Path], results: Path, docs: Path, last: Path = 
     for suite, rows in by_suite.items():
         settings = {**machines[-1]["settings"], "suites": [suite]}
         written.append(save(document(rows, described, settings), results / f"{suite}-{device}.json"))
-    checks = {
-        kind: [_bare(r) for r in records if r["kind"] == kind] for kind in ("step", "test", "tests", "cut", "pack")
-    }
+    kinds = ("pack", "step", "tests", "test", "cut")
+    calls = [{kind: [_bare(r) for r in read(journal, kind)] for kind in kinds} for journal in journals]
+    checks: dict[str, Any] = {"calls": calls}
     checks["smoke"] = [_bare(r) for r in smoke.outcomes_of(records).values()]
     written.append(save({"schema": 1, **described, **checks}, results / f"gpu-checks-{device}.json"))
     tables.update(docs, results)

@@ -151,16 +151,17 @@ def library_product(x: Tensor, w: Tensor) -> Tensor:
     return x.float() @ w.float()  # the interpreter: a CPU has no product of 16-bit numbers with a float32 result
 
 
-def slice_length(length: int, size: int, tokens: int) -> int:
+def slice_length(length: int, size: int, tokens: int, *, integers: bool = False) -> int:
     """Return how much of a length is in a slice: as little as keeps the library busy, and equal slices.
 
     Args:
         length: rows or columns to divide.
         size: bytes of the operands of one row or column.
         tokens: number of tokens.
+        integers: whether operands are int8, whose products take half as long; then slices have twice the results.
     """
     most = max(SLICE_BYTES // size // SLICE_UNIT, 1) * SLICE_UNIT
-    wanted = max(triton.cdiv(SLICE_RESULTS, tokens), triton.cdiv(LEAST_SLICE_BYTES, size))
+    wanted = max(triton.cdiv(SLICE_RESULTS << integers, tokens), triton.cdiv(LEAST_SLICE_BYTES, size))
     most = min(most, triton.cdiv(wanted, SLICE_UNIT) * SLICE_UNIT)
     each = triton.cdiv(length, triton.cdiv(length, most))
     return min(length, triton.cdiv(each, SLICE_UNIT) * SLICE_UNIT)
@@ -188,7 +189,7 @@ def by_library(
         factor, add, sums = whole_codes(w.shift, w.bits, w.zero is not None, x.dtype == torch.int8)
     total = x.sum(-1, dtype=torch.int32 if x.dtype == torch.int8 else torch.float32) if sums else w.scale
     (tokens, terms), width, parts = x.shape, y.shape[1], 1 if codes else 2
-    each = slice_length(width, parts * terms * x.element_size(), tokens)
+    each = slice_length(width, parts * terms * x.element_size(), tokens, integers=x.dtype == torch.int8)
     operands = x.new_empty((parts, terms, each) if transposed else (parts, each, terms))
     for first in range(0, width, each):
         length = min(each, width - first)
