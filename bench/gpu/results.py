@@ -59,11 +59,14 @@ def bring_home(folders: Sequence[Path], results: Path, docs: Path, last: Path = 
     for suite, rows in by_suite.items():
         settings = {**machines[-1]["settings"], "suites": [suite]}
         written.append(save(document(rows, described, settings), results / f"{suite}-{device}.json"))
-    kinds = ("pack", "step", "tests", "test", "cut")
+    kinds = ("pack", "step", "tests", "test", "cut", "tune")
     calls = [{kind: [_bare(r) for r in read(journal, kind)] for kind in kinds} for journal in journals]
     checks: dict[str, Any] = {"calls": calls}
     checks["smoke"] = [_bare(r) for r in smoke.outcomes_of(records).values()]
     written.append(save({"schema": 1, **described, **checks}, results / f"gpu-checks-{device}.json"))
+    for folder in folders:
+        if (profile := folder / "ncu.txt").exists():
+            written.append(Path(shutil.copyfile(profile, results / f"ncu-{device}.txt")))
     tables.update(docs, results)
     last.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(journals[-1], last)
