@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def quotient(x: Tensor, by: float) -> Tensor:
-    """Return ``x / by``, correctly rounded.
+    """Return ``x / by``, correctly rounded if the dtype of ``x`` holds ``by``.
 
     On CUDA torch multiplies by the reciprocal if the divisor is a number, which rounds twice. It divides by a tensor on
     the same device. The reciprocal of a power of two is exact.

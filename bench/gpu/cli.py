@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .calls import MORE, SUITE_SECONDS
 from .target import FOLDER, LAST, MOST_BYTES, PACK, PARTS, ROOT
 
 #: Seconds that each call may take, and how many more the machine allows before it kills the command.
@@ -161,8 +162,14 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         call.add_argument("--seconds", type=float, help=f"when to be done ({SECONDS[name]:.0f})")
         call.add_argument("--dry", action="store_true", help="on a CPU with tiny shapes, to see that everything runs")
         call.add_argument("--after", type=Path, default=LAST, help="call2, again: journal of an earlier call")
-        call.add_argument("--then", nargs="+", default=[], help="again: what to run besides (bench/gpu/README.md)")
-        call.add_argument("--suites", nargs="+", default=["lowbit", "linear"], help="again: suites that run as a whole")
+        call.add_argument("--then", nargs="+", default=[], choices=MORE, help="again: what to run besides")
+        call.add_argument(
+            "--suites",
+            nargs="+",
+            default=["lowbit", "linear"],
+            choices=SUITE_SECONDS,
+            help="again: suites that run as a whole",
+        )
     _parts(add)
     return parser.parse_args(argv)
 

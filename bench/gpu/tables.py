@@ -45,7 +45,8 @@ def _device(name: str, documents: Sequence[dict[str, Any]]) -> str:
     first = documents[0]
     versions = first["versions"]
     rows = [row for document in documents for row in document["rows"]]
-    products = ", ".join(f"{v:.0f} TFLOP/s in {k}" for d in documents for k, v in d["products_tflop_s"].items())
+    rates = {name: rate for d in documents for name, rate in d["products_tflop_s"].items()}
+    products = ", ".join(f"{rate:.0f} TFLOP/s in {name}" for name, rate in rates.items())
     head = (
         f"### {name}\n\ntorch {versions['torch']}, Triton {versions['triton']}, {first['date'][:10]}, commit "
         f"{(first['git']['commit'] or 'unknown')[:12]}. Large copies move {first['bandwidth_gb_s']:.0f} GB/s"

@@ -110,9 +110,9 @@ def _tile(*numbers: int) -> Callable[[], contextlib.AbstractContextManager[Any]]
     config = _products.Config((9, 0), "rows", float("inf"), *numbers)
     return lambda: _patched(
         (_plans, "enabled", False), (_products, "PROGRAMS", 1 << 20), (lowbit_linear, "NARROW", 1 << 20),
-        (lowbit_linear, "NARROW_FEW", 1 << 20),
+        (lowbit_linear, "NARROW_HOPPER", 1 << 20),
         (lowbit_linear, "choose", lambda *args: config), (library, "CODES_TOKENS", 1 << 40),
-        (library, "PARTS_TOKENS", 1 << 40),
+        (library, "PARTS_TOKENS", 1 << 40), (library, "GROUPS_TOKENS", 1 << 40),
     )  # fmt: skip
 
 
@@ -122,6 +122,7 @@ def _library(megabytes: int) -> Callable[[], contextlib.AbstractContextManager[A
 
     return lambda: _patched(
         (_plans, "enabled", False), (library, "CODES_TOKENS", 1), (library, "PARTS_TOKENS", 1),
+        (library, "GROUPS_TOKENS", 1),
         (library, "SLICE_BYTES", megabytes << 20),
     )  # fmt: skip
 

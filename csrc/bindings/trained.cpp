@@ -2,9 +2,13 @@
 // takes several times as long as the kernels of a small layer.
 //
 // Python has the rules for everything (qatkernels/ops/_autograd.py), and uses these forms only where gradients are all
-// that may be needed: no forward mode, no transform of torch.func, no compilation. The gradients of gradients are
-// Python's too: fake_quantize_backward is called through autograd where a graph of the backward is asked for.
+// that is needed at the time of the call: no forward mode, no transform of torch.func, no compilation. If something of
+// that kind is active later, when the backward runs, or a graph of the backward is asked for, the backward is Python's:
+// the op fake_quantize_backward_differentiable. (torch.func.jvp of a backward whose forward ran outside of it is an
+// error: NotImplementedError.)
+#include <ATen/FuncTorchTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/forward_grad.h>
 
 #include "registry.h"
 
@@ -17,6 +21,18 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 constexpr const char* kNames[] = {"grid", "noise_std", "scale_noise_std", "grad_scale"};
+
+// Whether a transform of torch.func is active. Torch installs no header that counts them, only a check that throws.
+bool in_transform() {
+  const auto& state = at::functorch::functorchTLSAccessor();
+  if (!state) return false;
+  try {
+    state->checkSupportsCppAutogradFunction();
+  } catch (const c10::Error&) {
+    return true;
+  }
+  return false;
+}
 
 class FakeQuantize final : public torch::autograd::Function<FakeQuantize> {
  public:
@@ -47,10 +63,16 @@ class FakeQuantize final : public torch::autograd::Function<FakeQuantize> {
     using Signature =
         std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                            const OptionalTensor&, at::ArrayRef<double>, double, double, double);
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow("qatkernels::fake_quantize_backward", "").typed<Signature>();
+    const auto named = [](const char* name) {
+      return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+    };
+    static const auto plain = named("qatkernels::fake_quantize_backward");
+    static const auto differentiable = named("qatkernels::fake_quantize_backward_differentiable");
+    const bool more =
+        at::GradMode::is_enabled() || torch::autograd::ForwardADLevel::try_get_by_idx(0) || in_transform();
     std::optional<at::AutoDispatchBelowAutograd> below;
-    if (!at::GradMode::is_enabled()) below.emplace();
+    if (!more) below.emplace();
+    const auto& op = more ? differentiable : plain;
     std::tie(found[0], found[1], found[2]) =
         op.call(grads[0], saved[0], saved[1], given(saved[2]), given(saved[3]), grid, number(1), number(2), number(3));
     if (!saved[2].defined()) found[2] = Tensor();

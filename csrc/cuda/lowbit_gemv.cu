@@ -1,5 +1,5 @@
-// y = x W^T + bias for at most eight tokens and packed W. This is what decoding is made of, and its bound is reading W
-// once. Three things decide whether it gets there:
+// y = x W^T + bias for at most eight tokens and packed W, where lowbit_gemv16.cu does not serve. This is what decoding
+// is made of, and its bound is reading W once. Three things decide whether it gets there:
 //
 // - Bytes in flight. 3.35 TB/s over 132 multiprocessors at 0.8 us of loaded latency are 20 KiB each. Sixteen warps keep
 //   three stages of sixteen rows and 64 bytes on their way to shared memory: 48 KiB, which in registers would be 24 for
@@ -9,9 +9,8 @@
 //   multiply sixteen rows by eight activation rows of int8 (lowbit_limbs.h) for the price of one activation row, so
 //   eight tokens cost what one does. A code costs half an instruction to decode (lowbit_layout.h), half of what 16-bit
 //   operands take.
-// - x. A kernel of its own makes its limbs, and each block stages them once; blocks stay and walk over rows. (Limbs
-// that
-//   each block made for itself took 2 to 5 us longer for each token on an H100.)
+// - x. A kernel of its own makes its limbs, and each block stages them once; blocks stay and walk over rows.
+//   (Limbs that each block made for itself took 2 to 5 us longer for each token on an H100.)
 //
 // Sums are integers, multiplied with a scale for each group. Warps that share rows, then chunks of K, are added in a
 // fixed order. The result depends on the device only where x does not fit into its shared memory and K is cut.

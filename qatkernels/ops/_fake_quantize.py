@@ -32,7 +32,7 @@ from ..arithmetic import quotient
 from ..grids import MIN_SCALE, Grid, GridConstants, check_grid, check_group_size
 from . import noise
 from ._autograd import OpFunction
-from ._op import define
+from ._op import LIBRARY, define
 from .contract import check_out
 
 
@@ -293,6 +293,17 @@ class FakeQuantizeBackward(OpFunction):
             primals = (saved.w, saved.scale, saved.zero_point)
             return tuple(torch.zeros_like(t) for t in primals if t is not None)
         return FakeQuantizeBackward.of(saved, g=tangents.g)
+
+
+def _differentiable_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dw, ds and dz with derivatives of every kind."""
+    dw, ds, *dz = FakeQuantizeBackward.call(*args)
+    return dw, ds, dz[0] if dz else ds.new_empty(0)
+
+
+# For the backward in C++ (csrc/bindings/trained.cpp), which calls it where its own derivatives may be needed.
+LIBRARY.define(f"fake_quantize_backward_differentiable({BACKWARD.arguments}) -> (Tensor, Tensor, Tensor)")
+LIBRARY.impl("fake_quantize_backward_differentiable", _differentiable_backward, "CompositeImplicitAutograd")
 
 
 class FakeQuantizeJvp(OpFunction):

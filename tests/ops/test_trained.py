@@ -49,6 +49,33 @@ def test_second_derivatives():
     assert found[0].abs().sum() > 0
 
 
+def test_tangents_of_a_backward_that_was_recorded_before():
+    """Forward mode that begins after the forward: the tangent of the gradient is the gradient of the tangent."""
+    args = inputs("affine", noise=False, dtype=torch.float64)
+    g, t = torch.randn_like(args[0]), torch.randn_like(args[0])
+    y = OP.trained(*args)
+
+    def pull(g):
+        return torch.autograd.grad(y, args[:3], g, retain_graph=True)
+
+    with torch.autograd.forward_ad.dual_level():
+        duals = pull(torch.autograd.forward_ad.make_dual(g, t))
+        tangents = [torch.autograd.forward_ad.unpack_dual(dual).tangent for dual in duals]
+    for tangent, expected in zip(tangents, gradients(OP.function.apply, args, t), strict=True):
+        assert torch.equal(tangent, expected)
+    with pytest.raises(NotImplementedError):  # torch.func cannot enter here; it must not drop the tangent
+        torch.func.jvp(pull, (g,), (t,))
+
+
+def test_a_batch_of_gradients():
+    args = inputs("affine", noise=False, dtype=torch.float64)
+    gs = torch.randn(3, *args[0].shape, dtype=torch.float64)
+    batched = torch.autograd.grad(OP.trained(*args), args[:3], gs, is_grads_batched=True)
+    for i, g in enumerate(gs):
+        for together, alone in zip(batched, gradients(OP.function.apply, args, g), strict=True):
+            assert_same_bits(together[i], alone)
+
+
 def test_public_calls_use_it():
     args = inputs("lsq", noise=False)
     y = qk.fake_quantize(args[0], args[1].view(6, 3), qk.grids.lsq(4), group_size=16)

@@ -356,8 +356,9 @@ def test_warm_up_launches_every_configuration_once():
 
 @pytest.mark.parametrize("act_bits", [None, 8])
 @pytest.mark.parametrize("experts", [None, 1, 4])
-def test_the_number_of_tokens_is_not_compiled(experts, act_bits):
+def test_the_number_of_tokens_is_not_compiled(experts, act_bits, monkeypatch):
     """What `warm_up` compiles is all that any number of tokens needs."""
+    from qatkernels.backends.triton import _library
     from qatkernels.backends.triton.lowbit_linear import warm_up
 
     def keys(launches):
@@ -366,7 +367,11 @@ def test_the_number_of_tokens_is_not_compiled(experts, act_bits):
             for kernel, arguments, options in launches
         }
 
-    for rows, cols, group in ((1, 1024, None), (256, 1024, None), (1024, 1, None), (256, 1024, 128)):
+    # Slices of 512 at 500 tokens and of 256 at 1500: the last shape has one, then two of which the last is odd.
+    monkeypatch.setattr(_library, "SLICE_RESULTS", 256 * 1000)
+    monkeypatch.setattr(_library, "LEAST_SLICE_BYTES", 1)
+    shapes = ((1, 1024, None), (256, 1024, None), (1024, 1, None), (256, 1024, 128), (264, 1032, None))
+    for rows, cols, group in shapes if experts is None else shapes[:-1]:
         weight = scaled_weight(qk.grids.lsq(4), (rows, cols) if experts is None else (experts, rows, cols), group)
         warm = keys(recorded(lambda w=weight: warm_up(w, act_bits=act_bits)))
         for tokens in (1, 2, 15, 16, 17, 255, 256, 512, 1024, 1500):

@@ -27,7 +27,6 @@ from ._codes import group_of, load_operands
 from ._element import from_element, to_element
 from ._lowbit import load_scales, scaled, steps_of
 from ._products import MIN_TERMS, SMALLEST, common_block
-from ._rows import tiling
 from ._weight import BY_ELEMENT, BY_ROW, BY_TILE, ENOUGH_TERMS, Weight, operand_type, whole_codes
 
 #: From so many tokens on the library multiplies codes. On an H100 it is equally fast there for a weight of
@@ -91,7 +90,7 @@ def operands_kernel(
     tl.store(operands_ptr + place, w, mask)
 
 
-@triton.jit(do_not_specialize=["rows", "first"])
+@triton.jit(do_not_specialize=["rows", "first", "chunks"])
 def finish_kernel(
     sums_ptr, rest_ptr, total_ptr, scale_ptr, zero_ptr, bias_ptr, token_scale_ptr, y_ptr,
     rows, cols, first, outputs, chunks,
@@ -167,6 +166,11 @@ def slice_length(length: int, size: int, tokens: int, *, integers: bool = False)
     return min(length, triton.cdiv(each, SLICE_UNIT) * SLICE_UNIT)
 
 
+def several_variants(width: int, terms: int, size: int, tokens: int, *, integers: bool = False) -> bool:
+    """Return whether a product has slices of which Triton compiles kernels apart: the last one is no multiple of 16."""
+    return width % 16 != 0 and slice_length(width, terms * size, tokens, integers=integers) < width
+
+
 def by_library(
     x: Tensor, w: Weight, y: Tensor, *, codes: bool, transposed: bool = False, bias: Tensor | None = None,
     token_scale: Tensor | None = None,
@@ -196,13 +200,13 @@ def by_library(
         part = operands[:, :, :length] if transposed else operands[:, :length]
         _write(w, part, 0 if transposed else first, first if transposed else 0, codes, factor, add)
         found = [library_product(x, p if transposed else p.T) for p in part]
-        tiles = tiling(tokens, length, chunk_columns=1)
-        finish_kernel[(tiles.programs,)](
+        chunks = triton.cdiv(length, TILE_COLUMNS)
+        finish_kernel[(triton.cdiv(tokens, TILE // TILE_COLUMNS) * chunks,)](
             found[0], found[-1], total, *w.pointers[1:], w.scale if bias is None else bias,
             w.scale if token_scale is None else token_scale, y,
-            tokens, length, first // SLICE_UNIT, width, tiles.chunks,
+            tokens, length, first // SLICE_UNIT, width, chunks,
             STEPS=w.steps * factor, SHIFT=w.shift, ZERO=w.zero is not None, ADD=add, SUMS=sums, PARTS=parts,
-            BIAS=bias is not None, ACT=token_scale is not None, R=tiles.tile_rows, C=tiles.tile_cols, num_warps=8,
+            BIAS=bias is not None, ACT=token_scale is not None, R=TILE // TILE_COLUMNS, C=TILE_COLUMNS, num_warps=8,
         )  # fmt: skip
 
 

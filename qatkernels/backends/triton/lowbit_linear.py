@@ -52,7 +52,7 @@ from ._element import (
     to_element,
 )
 from ._launchers import launches
-from ._library import by_library, library_serves
+from ._library import by_library, library_serves, several_variants
 from ._lowbit import load_scales, locate, multiply, scaled, segments, steps_of
 from ._products import (
     CONFIGS,
@@ -288,12 +288,14 @@ class Choice(NamedTuple):
         scales: where scales multiply.
         dot: dtype of our kernel's operands.
         parts: bfloat16 numbers into which it splits an activation.
+        sliced: whether the library's product has more kernels, for slices of another kind.
     """
 
     config: Config | None
     scales: int
     dot: Any = None
     parts: int = 1
+    sliced: bool = False
 
 
 def _plan(device: torch.device, dtype: torch.dtype, w: Weight, tokens: int) -> Choice:
@@ -302,7 +304,9 @@ def _plan(device: torch.device, dtype: torch.dtype, w: Weight, tokens: int) -> C
     least, parts = least_terms(w.bits, w.whole_words(SMALLEST), integer), 3 if dtype == torch.float32 else 1
     scales = BY_TILE if w.groups > 1 or (integer and w.cols > MAX_INTEGERS) else BY_ROW
     if library_serves(dtype, w, tokens, w.cols, codes=scales == BY_ROW):
-        return Choice(None, scales)
+        size = dtype.itemsize if scales == BY_ROW else 4
+        sliced = several_variants(w.outputs, w.cols, size, tokens, integers=integer and scales == BY_ROW)
+        return Choice(None, scales, sliced=sliced)
     config = choose(capability(device), "parts" if parts > 1 else "rows" if scales == BY_ROW else "groups", each)
     if w.groups > 1:
         block = common_block(config.block_k, w.group_size, least)
@@ -326,7 +330,7 @@ def _plan_transposed(device: torch.device, dtype: torch.dtype, w: Weight, tokens
     """Choose how a transposed product is computed."""
     each, scales = triton.cdiv(tokens, w.experts), BY_TILE
     if library_serves(dtype, w, tokens, w.outputs, codes=False, transposed=True):
-        return Choice(None, scales)
+        return Choice(None, scales, sliced=several_variants(w.cols, w.outputs, 4, tokens))
     config, parts = choose(capability(device), "parts", each), 3
     if w.groups > 1:
         block = common_block(config.block_n, w.group_size, SMALLEST)
@@ -364,7 +368,7 @@ def lowbit_linear_out(
     token_scale = w.scale
     if act_bits is not None:
         x, token_scale = _quantize_tokens(x, act_bits)
-    config, scales, dot, parts = _plan(x.device, x.dtype, w, tokens)
+    config, scales, dot, parts, _ = _plan(x.device, x.dtype, w, tokens)
     if config is None:
         by_library(
             x, w, y, codes=scales == BY_ROW, bias=bias, token_scale=None if act_bits is None else token_scale
@@ -403,7 +407,7 @@ def lowbit_linear_transposed_out(
     w = Weight(packed, scale, zero_point, offsets, grid, code_min, bits, cols)
     g, y = g.view(-1, w.outputs), out.view(-1, cols)
     tokens = g.shape[0]
-    config, scales, dot, parts = _plan_transposed(g.device, g.dtype, w, tokens)
+    config, scales, dot, parts, _ = _plan_transposed(g.device, g.dtype, w, tokens)
     if config is None:
         by_library(g, w, y, codes=False, transposed=True)
         return

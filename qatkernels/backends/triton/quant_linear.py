@@ -1,7 +1,7 @@
 """A quantized linear layer and its tangent in Triton.
 
 One kernel writes the quantized weight and its tangent, and the library multiplies. A kernel that quantizes tiles of the
-weight and multiplies them at once would save the memory of two weights and moves fewer bytes. But it quantizes a tile
+weight and multiplies them at once would save the memory of two weights and move fewer bytes. But it quantizes a tile
 again for every tile of tokens, and such a kernel took three times as long on an H100, with 64 tokens and fewer.
 """
 
