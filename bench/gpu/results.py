@@ -47,9 +47,9 @@ def bring_home(folders: Sequence[Path], results: Path, docs: Path, last: Path = 
     described = {k: v for k, v in machines[-1].items() if k not in ("kind", "settings")}
     for machine in machines:
         described["products_tflop_s"] = machine["products_tflop_s"] | described["products_tflop_s"]
-    # The GPU machine may have no repository. The pack names the commit that it was made from.
+    # The GPU machine may have no repository, or one of another commit. The pack names the one that it was made from.
     packs = [r for r in records if r["kind"] == "pack" and r.get("git")]
-    if packs and described["git"]["commit"] is None:
+    if packs:
         described["git"] = packs[-1]["git"]
     device = slug(described["device"]["name"])
     by_suite: dict[str, list[Row]] = {}
