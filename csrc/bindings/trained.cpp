@@ -1,5 +1,5 @@
 // Two ops with their gradients in C++. A training step calls them for every layer, and an autograd Function in Python
-// takes several times as long as the kernels of a small layer.
+// would add its own time to each of these calls.
 //
 // Python has the rules for everything (qatkernels/ops/_autograd.py), and uses these forms only where gradients are all
 // that is needed at the time of the call: no forward mode, no transform of torch.func, no compilation. If something of

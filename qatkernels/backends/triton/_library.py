@@ -167,7 +167,11 @@ def slice_length(length: int, size: int, tokens: int, *, integers: bool = False)
 
 
 def several_variants(width: int, terms: int, size: int, tokens: int, *, integers: bool = False) -> bool:
-    """Return whether a product has slices of which Triton compiles kernels apart: the last one is no multiple of 16."""
+    """Return whether the last slice needs kernels of its own.
+
+    Triton compiles a kernel once for lengths that are multiples of 16, and once for others. All slices but the last
+    are such multiples.
+    """
     return width % 16 != 0 and slice_length(width, terms * size, tokens, integers=integers) < width
 
 

@@ -288,7 +288,7 @@ class Choice(NamedTuple):
         scales: where scales multiply.
         dot: dtype of our kernel's operands.
         parts: bfloat16 numbers into which it splits an activation.
-        sliced: whether the library's product has more kernels, for slices of another kind.
+        sliced: whether the last slice of the library's product needs kernels of its own.
     """
 
     config: Config | None
