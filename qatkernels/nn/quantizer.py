@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..arithmetic import quotient
 from ..dtensor import is_dtensor
-from ..grids import Grid
+from ..grids import MIN_SCALE, Grid
 from ..ops import perturb_, quantize
 from ..ops._fake_quantize import FORWARD, check_fit, check_noise
 from ..ops.noise import make_seed
@@ -148,15 +149,25 @@ class WeightQuantizer:
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype, steps: float) -> Tensor:
-    """Return scales such that ``dtype`` holds ``scale / steps``; the rounding is straight-through."""
+    """Return scales such that ``dtype`` holds ``scale / steps``; the rounding is straight-through.
+
+    They are at least ``MIN_SCALE``: kernels would raise a smaller one to it, which ``dtype`` does not hold.
+    """
     if dtype == torch.float32:
         return scale
     with torch.no_grad():
-        most = torch.finfo(dtype).max
-        spacing = quotient(scale.detach(), steps).clamp(-most, most).to(dtype).to(scale.dtype)
-        change = spacing * steps - scale.detach()
-    # Both terms are within a factor of two of each other, so that the sum is the rounded scale exactly.
-    return scale + change
+        most, least = torch.finfo(dtype).max, smallest_spacing(dtype, steps)
+        rounded = quotient(scale.detach(), steps).clamp(least, most).to(dtype).to(scale.dtype) * steps
+    # The difference is zero, so that the sum is the rounded scale exactly.
+    return (scale - scale.detach()) + rounded
+
+
+def smallest_spacing(dtype: torch.dtype, steps: float) -> float:
+    """Return the smallest number of a 16-bit dtype that is at least ``MIN_SCALE / steps``."""
+    info, wanted = torch.finfo(dtype), MIN_SCALE / steps
+    # Below the smallest normal number, numbers are as far apart as just above it.
+    apart = info.eps * 2.0 ** math.floor(math.log2(max(wanted, info.smallest_normal)))
+    return math.ceil(wanted / apart) * apart
 
 
 def initial_scale(
