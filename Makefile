@@ -1,4 +1,5 @@
-# make demo | demo-llm | test | fast | bench | lint: each sets up .venv first where needed. PYTHON chooses the interpreter.
+# make demo | demo-llm | test | fast | bench | lint: each sets up .venv first where needed. PYTHON chooses the interpreter,
+# TRAIN adds options to the demo's training.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ $(STAMP): $(SOURCES)
 	touch $@
 
 demo: setup
-	$(BIN)/qatkernels train --out runs/demo
+	$(BIN)/qatkernels train --out runs/demo $(TRAIN)
 	$(BIN)/qatkernels pack runs/demo/w2 runs/demo/w2.safetensors
 	$(BIN)/qatkernels generate runs/demo/w2.safetensors --tokens 120
 

@@ -81,7 +81,7 @@ def test_steps_end_at_their_limits_and_leave_nothing_behind(tmp_path):
     child = "import subprocess, sys; print('child', subprocess.Popen(['sleep', '60']).pid, flush=True); "
     assert call.run(Step("fine", python("print('seen')"), 30)) == 0
     assert call.run(Step("bad", python("print('why'); raise SystemExit(7)"), 30)) == 7
-    assert call.run(Step("long", python(child + "import time; time.sleep(60)"), 20)) is None
+    assert call.run(Step("long", python(child + "import time; time.sleep(60)"), 10)) is None
     assert statuses(call) == [("fine", "ok"), ("bad", "failed"), ("long", "ended at its limit")]
     assert read(call.journal.path, "step")[1]["note"] == "why"
     log = (tmp_path / "log.txt").read_text()
