@@ -60,8 +60,17 @@ _COMMON = {
     "noise_std": 1e-4,
 }  # fmt: skip
 _FOUR, _TWO = {"qat_lr": 5e-5, "scale_lr": 5e-6}, {"qat_lr": 2e-4, "scale_lr": 2e-5}
+#: Steps between evaluations, where none is wanted but at the start and at the end.
+_NEVER = 10**6
 SIZES = {
-    "demo": Size({4: {**_FOUR, "qat_steps": 15}, 2: {**_TWO, "qat_steps": 50}}, ("winq+distill",), _COMMON),
+    "demo": Size(
+        {4: {**_FOUR, "qat_steps": 15}, 2: {**_TWO, "qat_steps": 50}}, ("winq+distill",),
+        {**_COMMON, "eval_every": _NEVER},
+    ),
+    "longer": Size(
+        {4: {**_FOUR, "qat_steps": 60}, 2: {**_TWO, "qat_steps": 300}}, ("winq+distill",),
+        {**_COMMON, "eval_every": 50, "save_every": 10},
+    ),
     "full": Size({4: {**_FOUR, "qat_steps": 120}, 2: {**_TWO, "qat_steps": 480}}, tuple(VARIANTS), _COMMON),
     "smoke": Size(
         {4: {**_FOUR, "qat_steps": 3}, 2: {**_TWO, "qat_steps": 3}}, ("winq+distill",),
