@@ -20,8 +20,8 @@ os.environ.setdefault(
     f"{tempfile.gettempdir()}/inductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability().replace(' ', '-')}",
 )
 
-# `pytest -n` gives every core a process, where further threads would only wait for each other. Tests of threads ask for as
-# many as they need.
+# `pytest -n` gives every core a process, where further threads would only wait for each other. Tests of threads ask for
+# as many as they need.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
     torch.set_num_threads(1)
