@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from tests import slow
 from tests.implementations import HAS_GPU
-from tests.isas import ISAS, using
+from tests.isas import ISAS, TILED, using
 from tests.pair import Pair
 
 # torch.compile caches code for one instruction set. torch 2.13 reuses it under another ATEN_CPU_CAPABILITY, and then
@@ -46,9 +46,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=[*ISAS, *TILED])
 def isa(request):
-    """Run a test with the CPU kernels of each ISA that this machine has."""
+    """Run a test with the CPU kernels of each ISA that this machine has, and with tiles where an ISA has them."""
     with using(request.param):
         yield request.param
 

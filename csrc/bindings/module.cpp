@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../cpu/amx.h"
 #include "../cpu/isa.h"
 #include "../cpu/pool.h"
 #include "build_info.h"
@@ -77,6 +78,7 @@ pybind11::dict build_info() {
   info["cuda_archs"] = QK_CUDA_ARCHS;
   info["isas"] = cpu::compiled_isas();
   info["isa"] = cpu::name_of(cpu::isa());
+  info["tiles"] = cpu::name_of(cpu::tiles());
   return info;
 }
 
@@ -110,6 +112,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_isa", &qk::cpu::has_isa, "Whether this machine runs one of the compiled ISAs.");
   m.def("use_isa", &qk::cpu::use_isa, pybind11::arg("isa"),
         "For tests: use the kernels of a named ISA from now on, and return the name of the former one.");
+  m.def("use_tiles", &qk::cpu::use_tiles, pybind11::arg("tiles"),
+        "For tests: multiply packed weights by \"amx\" (if this machine has it), \"portable\" tiles or \"none\" from "
+        "now on, and return what was used.");
   m.def("build_info", &qk::build_info, "Compilers, ISAs, CUDA architectures and versions of this build.");
   m.def("empty_cache", &qk::cpu::pool_clear, "Return the memory kept for reuse to the system.");
   m.def("cached_bytes", &qk::cpu::pool_cached_bytes, "Bytes kept for reuse.");

@@ -10,7 +10,8 @@
 #define QK_NEEDS_avx2 (QK_HAS("avx2") && QK_HAS("fma") && QK_HAS("f16c"))
 #define QK_NEEDS_avx512 \
   (QK_NEEDS_avx2 && QK_HAS("avx512f") && QK_HAS("avx512bw") && QK_HAS("avx512dq") && QK_HAS("avx512vl"))
-#define QK_NEEDS_avx512_icelake (QK_NEEDS_avx512 && QK_HAS("avx512vnni") && QK_HAS("avx512vbmi"))
+#define QK_NEEDS_avx512_vnni (QK_NEEDS_avx512 && QK_HAS("avx512vnni"))
+#define QK_NEEDS_avx512_icelake (QK_NEEDS_avx512_vnni && QK_HAS("avx512vbmi"))
 #define QK_NEEDS_avx512_bf16 (QK_NEEDS_avx512_icelake && QK_HAS("avx512bf16"))
 
 namespace qk::cpu {

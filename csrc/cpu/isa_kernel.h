@@ -9,6 +9,9 @@
 // The versions of a kernel are a constant table, which the linker fills in. No code runs for it when the library is
 // loaded: it would be compiled for an ISA that the machine may not have.
 //
+// QK_PRODUCT_KERNEL states one that every ISA has of its own. Of other kernels, ISAs that add VNNI and VBMI to avx512
+// take those of avx512.
+//
 // Most kernels process the half-open range [begin, end) of a call's units; threads get ranges. How a call divides into
 // units depends on its shape alone, so results are the same bits for any number of threads.
 #pragma once
@@ -33,13 +36,16 @@ struct IsaKernel<Result(Arguments...)> {
 
 // States a kernel of a name and type in namespace qk: a function in the namespace of each ISA, and all of them as
 // qk::cpu::<name>.
-#define QK_ISA_KERNEL(name, ...)                                                         \
-  QK_FOR_EACH_ISA(QK_ISA_VERSION, name, __VA_ARGS__)                                     \
-  namespace cpu {                                                                        \
-  inline constexpr IsaKernel<__VA_ARGS__> name{{QK_FOR_EACH_ISA(QK_ISA_ADDRESS, name)}}; \
+#define QK_ISA_KERNEL(name, ...) QK_KERNEL_TABLE(QK_PLAIN_ADDRESS, name, __VA_ARGS__)
+#define QK_PRODUCT_KERNEL(name, ...) QK_KERNEL_TABLE(QK_ISA_ADDRESS, name, __VA_ARGS__)
+#define QK_KERNEL_TABLE(address, name, ...)                                       \
+  QK_FOR_EACH_ISA(QK_ISA_VERSION, name, __VA_ARGS__)                              \
+  namespace cpu {                                                                 \
+  inline constexpr IsaKernel<__VA_ARGS__> name{{QK_FOR_EACH_ISA(address, name)}}; \
   }
 #define QK_ISA_VERSION(isa, name, ...)    \
   namespace isa {                         \
   std::type_identity_t<__VA_ARGS__> name; \
   }
 #define QK_ISA_ADDRESS(isa, name) ::qk::isa::name,
+#define QK_PLAIN_ADDRESS(isa, name) ::qk::QK_PLAIN_##isa::name,

@@ -18,8 +18,10 @@ namespace {
 
 // The first that serves a call takes it.
 constexpr const LowbitKernel* kKernels[] = {
-#if defined(QK_LOWBIT_AVX512)
+#if defined(QK_LOWBIT_VNNI)
+#if defined(__AVX512VBMI__)
     &lut_kernel,
+#endif
 #if defined(__AVX512BF16__)
     &bf16_kernel,
 #endif

@@ -7,10 +7,10 @@
 
 namespace qk {
 
-QK_ISA_KERNEL(lowbit_plan, LowbitPlan(const LowbitLinearCall&));
+QK_PRODUCT_KERNEL(lowbit_plan, LowbitPlan(const LowbitLinearCall&));
 // begin and end count tokens.
-QK_ISA_KERNEL(lowbit_prepare, void(const LowbitPlan&, void* buffer, int64_t begin, int64_t end));
+QK_PRODUCT_KERNEL(lowbit_prepare, void(const LowbitPlan&, void* buffer, int64_t begin, int64_t end));
 // begin and end count panels of the weight, one expert after another.
-QK_ISA_KERNEL(lowbit_multiply, void(const LowbitPlan&, void* buffer, const Expert*, int64_t begin, int64_t end));
+QK_PRODUCT_KERNEL(lowbit_multiply, void(const LowbitPlan&, void* buffer, const Expert*, int64_t begin, int64_t end));
 
 }  // namespace qk

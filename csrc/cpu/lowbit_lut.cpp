@@ -18,7 +18,7 @@
 namespace qk {
 namespace QK_ISA {
 
-#if defined(QK_LOWBIT_AVX512)
+#if defined(QK_LOWBIT_VNNI) && defined(__AVX512VBMI__)
 namespace {
 
 constexpr int64_t kBlockActRows = 528;          // activation rows whose sums for a panel are buffered, at most

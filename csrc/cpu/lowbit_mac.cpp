@@ -7,15 +7,17 @@
 //
 // Few activation rows are multiplied weight row by weight row (multiply_few): nothing is transposed, and each packed
 // byte is read from memory once. For more, panels of weight rows are decoded once and all activation rows are
-// multiplied with them (multiply_many). The picture of the layouts is in lowbit_words.h.
+// multiplied with them (multiply_many), by AMX where there is. The picture of the layouts is in lowbit_words.h.
+#include <array>
 #include <utility>
 
 #include "lowbit_operands.h"
+#include "tiles.h"
 
 namespace qk {
 namespace QK_ISA {
 
-#if defined(QK_LOWBIT_AVX512)
+#if defined(QK_LOWBIT_VNNI)
 namespace {
 
 // With more activation rows transposing the codes once is faster than decoding them again for every four, at 4096 x
@@ -27,8 +29,10 @@ constexpr int64_t kFewAtOnce = 4;  // that share the decoded codes of a weight r
 constexpr int64_t kBlockActRows = 528;
 static_assert(kBlockActRows % kLimbs == 0);
 
-constexpr int64_t kDecodedCols = 512;  // columns of a panel that multiply_many decodes at once
-constexpr int kTileActRows = 12;       // activation rows whose sums for a panel stay in registers
+constexpr int64_t kDecodedCols = 512;        // columns of a panel that multiply_many decodes at once
+constexpr int64_t kDecodedBytes = 32 << 10;  // that it decodes at once for tiles, which finish sums more slowly
+constexpr int kTileActRows = 12;             // activation rows whose sums for a panel stay in registers
+constexpr int64_t kFewestForTiles = 8;       // activation rows that are multiplied by AMX
 
 // ---- Few activation rows ----
 
@@ -184,6 +188,24 @@ struct DecodedColumns {
   }
 };
 
+// What turns the sums of products of a group into values, for half a panel.
+struct GroupFactors {
+  __m512 scale, shift;
+  bool shifted;
+
+  GroupFactors(const DecodedColumns& w, int half, int64_t group, bool first_of_group)
+      : shifted(w.shift && first_of_group) {
+    const int64_t at = 16 * (w.groups * half + group);
+    scale = _mm512_load_ps(w.scale + at);
+    shift = shifted ? _mm512_load_ps(w.shift + at) : _mm512_setzero_ps();
+  }
+  // to += scale * (v + shift * x_sums[i]); without shift x_sums may be null.
+  QK_INLINE void add(__m512 v, const float* x_sums, int64_t i, float* to) const {
+    if (shifted) v = _mm512_fmadd_ps(shift, _mm512_set1_ps(x_sums[i]), v);
+    _mm512_store_ps(to, _mm512_fmadd_ps(scale, v, _mm512_load_ps(to)));
+  }
+};
+
 // sums[t] += scale * (operands . x[t] + shift * x_sums[t]), group by group, for `ActRows` activation rows t.
 template <class Mac, int ActRows>
 void multiply_tile(const DecodedColumns& w, const char* x, int64_t stride, const float* x_sums, float* sums) {
@@ -208,42 +230,73 @@ void multiply_tile(const DecodedColumns& w, const char* x, int64_t stride, const
         Mac::dot_in_place(acc[t][1], w1, v);
       }
     }
-    const bool shifted = w.shift && first == 0;  // once for each group
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
-      const int64_t at = 16 * (w.groups * h + group);
-      const __m512 scale = _mm512_load_ps(w.scale + at);
-      const __m512 shift = shifted ? _mm512_load_ps(w.shift + at) : _mm512_setzero_ps();
+      const GroupFactors factors(w, h, group, first == 0);
 #pragma GCC unroll 12
-      for (int t = 0; t < ActRows; ++t) {
-        float* const to = sums + t * kPanel + 16 * h;
-        __m512 v = Mac::to_float(acc[t][h]);
-        if (shifted) v = _mm512_fmadd_ps(shift, _mm512_set1_ps(x_sums[t * w.groups + group]), v);
-        _mm512_store_ps(to, _mm512_fmadd_ps(scale, v, _mm512_load_ps(to)));
-      }
+      for (int t = 0; t < ActRows; ++t)
+        factors.add(Mac::to_float(acc[t][h]), x_sums, t * w.groups + group, sums + t * kPanel + 16 * h);
     }
   }
 }
 
-// All activation rows, tile by tile. The last two tiles share their rows where the last would be small: its products
-// would wait for each other.
-template <class Mac, int... Less>
-void multiply_tiles(std::integer_sequence<int, Less...>, const DecodedColumns& w, int64_t act_rows, const char* x,
-                    int64_t stride, const float* x_sums, float* sums) {
-  constexpr decltype(&multiply_tile<Mac, 1>) of_size[] = {multiply_tile<Mac, Less + 1>...};
-  for (int64_t i = 0, n; i < act_rows; i += n) {
-    const int64_t left = act_rows - i;
-    n = left > kTileActRows && left < kTileActRows + kTileActRows / 2 ? (left + 1) / 2
-                                                                      : std::min<int64_t>(kTileActRows, left);
-    w.prefetch(kPanel * i / act_rows, kPanel * (i + n) / act_rows);
-    of_size[n - 1](w, x + i * stride, stride, x_sums ? x_sums + i * w.groups : nullptr, sums + i * kPanel);
+// The same by tiles, whose step is `step` operands, for up to twice kTileRows activation rows.
+template <class Mac, class Tiles>
+void multiply_by_tiles(Tiles& tiles, int64_t step, const DecodedColumns& w, int64_t act_rows, const char* x,
+                       int64_t stride, const float* x_sums, float* sums) {
+  TileSums found;
+  tiles.configure(act_rows, step);
+  int64_t group = w.group, first = w.first_in_group;
+  for (int64_t i = 0; i < w.count; ++group, first = 0) {
+    tiles.zero();
+    for (const int64_t end = std::min(w.count, i + w.group_length - first); i < end; i += step)
+      tiles.multiply(x + 4 * i, stride, w.operands + 2 * i);
+    tiles.store(found);
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      const GroupFactors factors(w, h, group, first == 0);
+      for (int64_t t = 0; t < act_rows; ++t)
+        factors.add(Mac::to_float(Mac::of_tile(found.of[t] + 16 * h)), x_sums, t * w.groups + group,
+                    sums + t * kPanel + 16 * h);
+    }
   }
 }
 
+// How decoded columns are multiplied with some activation rows at once: by sums in registers, or by tiles.
+template <class Mac>
+struct ByRegisters {
+  // The last two tiles share their rows where the last would be small: its products would wait for each other.
+  static int64_t rows_of(int64_t left) {
+    return left > kTileActRows && left < kTileActRows + kTileActRows / 2 ? (left + 1) / 2
+                                                                         : std::min<int64_t>(kTileActRows, left);
+  }
+  template <int... Less>
+  static constexpr auto sizes(std::integer_sequence<int, Less...>) {
+    return std::array{multiply_tile<Mac, Less + 1>...};
+  }
+  void operator()(const DecodedColumns& w, int64_t act_rows, const char* x, int64_t stride, const float* x_sums,
+                  float* sums) const {
+    static constexpr auto of_size = sizes(std::make_integer_sequence<int, kTileActRows>());
+    of_size[act_rows - 1](w, x, stride, x_sums, sums);
+  }
+};
+
+template <class Mac, class Tiles>
+struct ByTiles {
+  int64_t step;
+  Tiles tiles{};
+
+  static int64_t rows_of(int64_t left) { return std::min(2 * kTileRows, left); }
+  void operator()(const DecodedColumns& w, int64_t act_rows, const char* x, int64_t stride, const float* x_sums,
+                  float* sums) {
+    multiply_by_tiles<Mac>(tiles, step, w, act_rows, x, stride, x_sums, sums);
+  }
+};
+
 // Decodes chunks [first, last) of a panel.
 template <int Bits, class Mac>
-QK_INLINE void decode_chunks(const LowbitBlock& b, const typename Mac::template Decoder<Bits>& decoder, int64_t first,
-                             int64_t last, __m512i* out) {
+__attribute__((noinline)) void decode_chunks(const LowbitBlock& b, const typename Mac::template Decoder<Bits>& decoder,
+                                             int64_t first, int64_t last, __m512i* out) {
   constexpr int kOperands = Mac::template Decoder<Bits>::kOperands;
   const int64_t stride = row_bytes(b.plan.call.cols, Bits);
   const uint8_t* const rows = b.plan.call.packed + b.first_row * stride;
@@ -259,11 +312,11 @@ QK_INLINE void decode_chunks(const LowbitBlock& b, const typename Mac::template 
 }
 
 // A panel is decoded a few chunks at a time, which stay in the cache while all activation rows are multiplied.
-template <int Bits, class Mac>
-void multiply_many(const LowbitBlock& b, float* sums, float* scratch) {
+template <int Bits, class Mac, class Multiplier>
+void multiply_many(const LowbitBlock& b, int64_t cols_at_once, Multiplier multiplier, float* sums, float* scratch) {
   constexpr int64_t kOperands = Mac::template Decoder<Bits>::kOperands;
   constexpr int64_t bytes = chunk_codes(Bits) * Bits / 8;
-  constexpr int64_t step = std::max<int64_t>(1, kDecodedCols / chunk_codes(Bits));
+  const int64_t step = std::max<int64_t>(1, cols_at_once / chunk_codes(Bits));
   const LowbitLinearCall& call = b.plan.call;
   const typename Mac::template Decoder<Bits> decoder(call);
   const int64_t stride = row_bytes(call.cols, Bits), chunks = b.plan.padded_cols / chunk_codes(Bits);
@@ -296,8 +349,13 @@ void multiply_many(const LowbitBlock& b, float* sums, float* scratch) {
         .next_stride = stride,
         .next_bytes = step * bytes,
     };
-    multiply_tiles<Mac>(std::make_integer_sequence<int, kTileActRows>(), columns, b.act_rows,
-                        x + c * 16 * kOperands * 4, b.x.stride, x_sums, sums);
+    const char* const from = x + c * 16 * kOperands * 4;
+    for (int64_t i = 0, n; i < b.act_rows; i += n) {
+      n = Multiplier::rows_of(b.act_rows - i);
+      columns.prefetch(kPanel * i / b.act_rows, kPanel * (i + n) / b.act_rows);
+      multiplier(columns, n, from + i * b.x.stride, b.x.stride, x_sums ? x_sums + i * groups : nullptr,
+                 sums + i * kPanel);
+    }
   }
 }
 
@@ -307,7 +365,20 @@ template <class Mac>
 void multiply(const LowbitBlock& b, float* sums, void* scratch_) {
   float* const scratch = static_cast<float*>(scratch_);
   with_bits(b.plan.call.bits, [&](auto bits) {
-    if (!b.plan.chunk_major) return multiply_many<bits, Mac>(b, sums, scratch);
+    if (!b.plan.chunk_major) {
+      constexpr int64_t cols = kDecodedBytes / kPanel / static_cast<int64_t>(sizeof(typename Mac::Element));
+      const int64_t step = b.plan.tile_operands;
+      switch (b.plan.tiles) {
+#if defined(QK_WITH_AMX)
+        case cpu::Tiles::amx:
+          return multiply_many<bits, Mac>(b, cols, ByTiles<Mac, AmxTiles<Mac>>{step}, sums, scratch);
+#endif
+        case cpu::Tiles::portable:
+          return multiply_many<bits, Mac>(b, cols, ByTiles<Mac, PortableTiles<Mac>>{step}, sums, scratch);
+        default:
+          return multiply_many<bits, Mac>(b, kDecodedCols, ByRegisters<Mac>(), sums, scratch);
+      }
+    }
     // From the second four on the codes come from the cache.
     for (int64_t i = 0; i < b.act_rows; i += kFewAtOnce) {
       LowbitBlock few = b;
@@ -331,6 +402,11 @@ void plan_operands(LowbitPlan& plan) {
   // multiply_few wants groups that divide chunks or are whole chunks, and sums of int8 products below 2^31.
   plan.chunk_major = plan.act_rows() <= kFewActRows && group_cols > 0 && group_cols <= 32768 &&
                      (call.groups == 1 || group_cols % chunk == 0 || chunk % group_cols == 0);
+  // A step of tiles takes sixteen operands of a group, or eight.
+  const int64_t group_operands = call.groups == 1 ? 16 : group_cols / kOperandElements<typename Mac::Element>;
+  plan.tile_operands = group_operands % 16 == 0 ? 16 : 8;
+  const bool fits = group_operands > 0 && group_operands % plan.tile_operands == 0;
+  if (!plan.chunk_major && plan.act_rows() >= kFewestForTiles && fits) plan.tiles = cpu::tiles();
   plan.block_act_rows = std::min(kBlockActRows, plan.act_rows());
   // Decoded columns, scales and shifts of a panel.
   plan.scratch_bytes = 64 * kDecodedCols + 2 * kPanel * call.groups * static_cast<int64_t>(sizeof(float));
@@ -355,6 +431,17 @@ void take_limb(float* x, float* limb, int64_t n) {
     limb[i] = static_cast<float>(low);
     x[i] = static_cast<float>((v - low) >> 8);
   }
+}
+
+bool serves_int8(const LowbitLinearCall& call) {
+#if !defined(__AVX512VBMI__)
+  // Three limbs of many tokens, whose sums are scaled group by group, take longer than float32 products. Measured on a
+  // Cascade Lake, 4096 x 4096 at 4 bits, over the float32 kernel: groups of 32 0.91 at 32 tokens, 1.16 at 64; groups of
+  // 64 and 128 0.9 at 64 tokens, 1.2 at 256.
+  const int64_t most = call.groups > 1 && call.cols / call.groups < 64 ? 48 : 128;
+  if (!call.act_bits && call.groups > 1 && call.tokens > most) return false;
+#endif
+  return has_whole_words(call);
 }
 
 void plan_int8(LowbitPlan& plan) {
@@ -390,7 +477,7 @@ void prepare_bf16(const LowbitPlan& plan, const LowbitActivations& to, int64_t t
 
 }  // namespace
 
-const LowbitKernel int8_kernel{has_whole_words, plan_int8, prepare_int8, multiply<Int8Fours>};
+const LowbitKernel int8_kernel{serves_int8, plan_int8, prepare_int8, multiply<Int8Fours>};
 #if defined(__AVX512BF16__)
 const LowbitKernel bf16_kernel{serves_bf16, plan_bf16, prepare_bf16, multiply<Bf16Pairs>};
 #endif

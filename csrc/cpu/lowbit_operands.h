@@ -4,7 +4,7 @@
 
 #include "lowbit_words.h"
 
-#if defined(QK_LOWBIT_AVX512)
+#if defined(QK_LOWBIT_VNNI)
 namespace qk {
 namespace QK_ISA {
 
@@ -29,23 +29,64 @@ struct OperandWriter {
                                 _mm256_set_m128i(quarter(3), quarter(2)), 1);
     }
   }
-  static QK_INLINE __m512i permute(__m512i order, __m512i v) {
-    return kElements == 2 ? _mm512_permutexvar_epi16(order, v) : _mm512_permutexvar_epi8(order, v);
+  // Where element i comes from: element `operand + e * operands` of its word is element e of that operand.
+  template <int Bits>
+  static constexpr int64_t source(int64_t i) {
+    constexpr int64_t word = word_codes(Bits), operands = word / kElements;
+    return i / word * word + i % word / kElements + i % kElements * operands;
+  }
+#if !defined(__AVX512VBMI__)
+  // The same in two steps, for bytes: pairs within lanes of sixteen bytes, then pairs between lanes. Both bytes of a
+  // pair come from one lane.
+  template <int Bits>
+  static constexpr auto pairs_of_bytes() {
+    struct {
+      uint8_t within[64];
+      uint16_t between[32];
+    } t{};
+    int found[4] = {};
+    for (int i = 0; i < 32; ++i) {
+      const auto first = source<Bits>(2 * i), second = source<Bits>(2 * i + 1), lane = first / 16;
+      const auto pair = lane * 8 + found[lane]++;
+      t.within[2 * pair] = static_cast<uint8_t>(first % 16);
+      t.within[2 * pair + 1] = static_cast<uint8_t>(second % 16);
+      t.between[i] = static_cast<uint16_t>(pair);
+    }
+    return t;
+  }
+#endif
+
+  template <int Bits>
+  static QK_INLINE __m512i permute(__m512i v) {
+#if !defined(__AVX512VBMI__)
+    if constexpr (kElements == 4) {
+      alignas(64) static constexpr auto pairs = pairs_of_bytes<Bits>();
+      return _mm512_permutexvar_epi16(_mm512_load_si512(pairs.between),
+                                      _mm512_shuffle_epi8(v, _mm512_load_si512(pairs.within)));
+    }
+#endif
+    alignas(64) static constexpr auto order = [] {
+      struct {
+        T at[kStep];
+      } t{};
+      for (int64_t i = 0; i < kStep; ++i) t.at[i] = static_cast<T>(source<Bits>(i));
+      return t;
+    }();
+    const __m512i indices = _mm512_load_si512(order.at);
+#if defined(__AVX512VBMI__)
+    if constexpr (kElements == 4) return _mm512_permutexvar_epi8(indices, v);
+#endif
+    return _mm512_permutexvar_epi16(indices, v);
   }
 
   template <int Bits>
   static void write(const float* x, const LowbitPlan& plan, int32_t* to) {
-    constexpr int64_t word = word_codes(Bits), codes = chunk_codes(Bits), operands = word / kElements;
-    // Where element i comes from: element `operand + e * operands` of its word is element e of that operand.
-    alignas(64) T from[kStep];
-    for (int64_t i = 0; i < kStep; ++i)
-      from[i] = static_cast<T>(i / word * word + i % word / kElements + i % kElements * operands);
-    const __m512i order = _mm512_load_si512(from);
+    constexpr int64_t codes = chunk_codes(Bits), operands = word_codes(Bits) / kElements;
     alignas(64) int32_t words[16 * operands];
     for (int64_t c = 0; c < plan.padded_cols; c += codes, to += 16 * operands) {
       int32_t* const in_order = plan.chunk_major ? words : to;
       for (int64_t i = 0; i < codes; i += kStep)
-        _mm512_store_si512(in_order + i / kElements, permute(order, elements(x + c + i)));
+        _mm512_store_si512(in_order + i / kElements, permute<Bits>(elements(x + c + i)));
       if (plan.chunk_major)
         for (int64_t j = 0; j < operands; ++j)
 #pragma GCC unroll 16
@@ -72,6 +113,22 @@ struct Bf16Pairs {
     asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
   }
   static QK_INLINE __m512 to_float(Sum acc) { return acc; }
+  static QK_INLINE Sum of_tile(const int32_t* sums) { return _mm512_load_ps(sums); }
+  // What an instruction does in one lane: adds the products of an operand, to a sum that is kept as its bits.
+  static int32_t add_products(int32_t sum_bits, const char* x, const char* w) {
+    const auto element = [](const char* from, int i) {
+      float v;
+      uint16_t upper[2] = {0, 0};
+      std::memcpy(&upper[1], from + 2 * i, 2);
+      std::memcpy(&v, upper, 4);
+      return v;
+    };
+    float sum;
+    std::memcpy(&sum, &sum_bits, 4);
+    for (int i = 0; i < 2; ++i) sum += element(x, i) * element(w, i);
+    std::memcpy(&sum_bits, &sum, 4);
+    return sum_bits;
+  }
   // The difference between the value of a code (without zero point) and its operand, a constant.
   static float code_shift(const LowbitLinearCall&) { return 0.0f; }
 
@@ -124,6 +181,11 @@ struct Int8Fours {
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
   }
   static QK_INLINE __m512 to_float(Sum acc) { return _mm512_cvtepi32_ps(acc); }
+  static QK_INLINE Sum of_tile(const int32_t* sums) { return _mm512_load_si512(sums); }
+  static int32_t add_products(int32_t sum, const char* x, const char* w) {
+    for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(x[i]) * static_cast<uint8_t>(w[i]);
+    return sum;
+  }
   static float code_shift(const LowbitLinearCall& call) { return static_cast<float>(call.offset + call.code_min); }
 
   template <int Bits>

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "../common/lowbit_linear.h"
+#include "amx.h"
 
 namespace qk {
 
@@ -46,6 +47,8 @@ struct LowbitPlan {
   int64_t block_act_rows;  // activation rows whose sums are buffered at once, at most
   int64_t block_panels;    // panels that are multiplied at once, at most
   int64_t scratch_bytes;   // of a thread
+  cpu::Tiles tiles;        // that many activation rows are multiplied with
+  int64_t tile_operands;   // of a step of those tiles
 
   // The layout of the buffer: what LowbitActivations points to, in bytes from its start.
   int64_t sums_at, scales_at, units_at, buffer_bytes;

@@ -29,7 +29,7 @@
 #include "lowbit_kernels.h"
 #include "packed_codes.h"
 
-#if defined(QK_LOWBIT_AVX512)
+#if defined(QK_LOWBIT_VNNI)
 namespace qk {
 namespace QK_ISA {
 

@@ -34,11 +34,12 @@ inline void with_bits(int bits, F f) {
   }
 }
 
-#if defined(__AVX512VBMI__)
+#if defined(__AVX512BW__)
 // 64 packed codes, in the first 8 * Bits bytes of the register, to one code a byte.
 template <int Bits>
 QK_INLINE __m512i expand(__m512i bytes) {
   if constexpr (Bits == 8) return bytes;
+#if defined(__AVX512VBMI__)
   alignas(64) static constexpr auto source = [] {
     struct {
       uint8_t at[64];
@@ -55,6 +56,33 @@ QK_INLINE __m512i expand(__m512i bytes) {
   const __m512i lanes = _mm512_permutexvar_epi8(_mm512_load_si512(source.at), bytes);
   return _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_set1_epi64(static_cast<long long>(shifts)), lanes),
                           _mm512_set1_epi8((1 << Bits) - 1));
+#else
+  // First each sixteen-byte lane gets the bytes that hold its sixteen codes. Then each 16-bit element gets the two
+  // bytes that hold a code: those of even codes in one register, of odd codes in another.
+  alignas(64) static constexpr auto tables = [] {
+    struct {
+      uint16_t source[32];
+      uint8_t window[2][64];
+      uint16_t shift[2][32];
+    } t{};
+    for (int i = 0; i < 32; ++i) t.source[i] = static_cast<uint16_t>((i / 8 * Bits + i % 8) % 32);
+    for (int odd = 0; odd < 2; ++odd)
+      for (int i = 0; i < 32; ++i) {
+        const int bit = (i % 8 * 2 + odd) * Bits;
+        t.window[odd][2 * i] = static_cast<uint8_t>(bit / 8);
+        t.window[odd][2 * i + 1] = static_cast<uint8_t>(bit / 8 + 1);
+        t.shift[odd][i] = static_cast<uint16_t>(bit % 8);
+      }
+    return t;
+  }();
+  const __m512i lanes = _mm512_permutexvar_epi16(_mm512_load_si512(tables.source), bytes);
+  const auto codes = [&](int odd) QK_INLINE_LAMBDA {
+    return _mm512_srlv_epi16(_mm512_shuffle_epi8(lanes, _mm512_load_si512(tables.window[odd])),
+                             _mm512_load_si512(tables.shift[odd]));
+  };
+  return _mm512_and_si512(_mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAA, codes(0), _mm512_slli_epi16(codes(1), 8)),
+                          _mm512_set1_epi8((1 << Bits) - 1));
+#endif
 }
 #endif
 
@@ -64,7 +92,7 @@ template <int Bits>
 inline void unpack_codes(const uint8_t* row, int64_t first, int64_t count, uint8_t* out) {
   const uint8_t* const from = row + first / 8 * Bits;
   int64_t i = 0;
-#if defined(__AVX512VBMI__)
+#if defined(__AVX512BW__)
   constexpr __mmask64 all = Bits == 8 ? ~uint64_t{0} : (uint64_t{1} << (8 * Bits % 64)) - 1;
   for (; i + 64 <= count; i += 64)
     _mm512_storeu_si512(out + i, expand<Bits>(_mm512_maskz_loadu_epi8(all, from + i / 8 * Bits)));

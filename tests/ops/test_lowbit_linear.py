@@ -168,11 +168,14 @@ def test_a_scale_that_is_not_finite_stays_in_its_row(grid, act_bits):
                 assert_within(y[:, others], expected[:, others], bound[:, others], f"{backend} {cols} {tokens}")
 
 
-@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
 @pytest.mark.parametrize("outlier", [1e2, 1e4])
-def test_an_outlier_on_a_small_weight(dtype, outlier):
+def test_an_outlier_on_a_small_weight(isa, dtype, outlier):
     """Kernels that sum integers keep activations to 24 bits below the largest, whatever its weight is."""
+    of_integers = {torch.float32: ("cpp", "cuda"), torch.float16: ("cpp", "cuda")}
+    if isa.partition("+")[0] in ("avx512_vnni", "avx512_icelake"):  # which cannot multiply bfloat16
+        of_integers[torch.bfloat16] = ("cpp",)
+    without_lookup = isa.startswith("avx512_vnni")  # at 1 bit, whose tables have 24 bits for each group
     for grid, group in (
         (qk.grids.affine(4), None),
         (qk.grids.lsq(4), 32),
@@ -195,7 +198,7 @@ def test_an_outlier_on_a_small_weight(dtype, outlier):
             digits = x.double().abs().amax(-1, keepdim=True) * weight.dequantize().double().abs().sum(-1) * SINGLE
             for backend, impl, device in implementations("lowbit_linear"):
                 (y,) = run_out("lowbit_linear", impl, _to(args, device))
-                integers = dtype in (torch.float32, torch.float16) and backend in ("cpp", "cuda") and grid.bits > 1
+                integers = backend in of_integers.get(dtype, ()) and (grid.bits > 1 or without_lookup)
                 allowed = bound + digits if integers else bound
                 assert_within(y.cpu(), expected, allowed, f"{backend} {grid.scheme} {tokens}")
 

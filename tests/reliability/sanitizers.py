@@ -41,7 +41,10 @@ def _tested(campaign: Campaign, kind: str) -> dict[str, Any]:
     if done.returncode or reports:
         said = (reports or (done.stdout + done.stderr).strip().splitlines() or ["nothing"])[-1]
         campaign.fail(kind, 0, f"exit code {done.returncode}: {said[:300]}")
-    built = ["baseline", *filter(None, os.environ.get("ISAS", "avx2|avx512|avx512_icelake|avx512_bf16").split("|"))]
+    built = [
+        "baseline",
+        *filter(None, os.environ.get("ISAS", "avx2|avx512|avx512_vnni|avx512_icelake|avx512_bf16").split("|")),
+    ]
     return {
         "isas": built, "tests": tests, "outcome": summary[-1] if summary else "", "reports": len(reports),
         "seconds": round(time.monotonic() - began, 1),

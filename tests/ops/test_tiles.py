@@ -1,0 +1,69 @@
+"""Products with packed weights by tiles: those of AMX, and loops that do the same on other machines."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import qatkernels as qk
+from qatkernels.backends import IMPLS, extension
+from qatkernels.testing.compare import assert_same_bits, assert_within, run_out
+from qatkernels.testing.products import Case, activations, scaled_weight
+from tests.isas import TILED, using
+
+pytestmark = pytest.mark.skipif(not TILED, reason="no ISA of this machine and build has tiles")
+
+#: Groups that are multiples of a step of tiles, of half a step, and neither; 768 is cut where codes are decoded.
+GROUPS = [None, 768, 128, 64, 32, 16, 24]
+GRIDS = [qk.grids.binary(), qk.grids.ternary(), *map(qk.grids.lsq, (3, 4, 5, 6, 7)), qk.grids.affine(8)]
+#: Tokens: the fewest of tiles, a tile, two of them, and more; none of the rest divides evenly.
+TOKENS = (8, 16, 19, 32, 33, 70)
+
+
+def product(name, args):
+    with using(name):
+        return run_out("lowbit_linear", IMPLS["lowbit_linear_out"]["cpp"], args)[0]
+
+
+def calls(grid, group, dtype, act_bits):
+    weight = scaled_weight(grid, (45, 1536), group, zero="any" if grid.has_zero_point else None)
+    for tokens in TOKENS:
+        x = activations((tokens, 1536), dtype)
+        yield f"{tokens} tokens", Case("", weight, x, act_bits=act_bits).call("lowbit_linear")
+
+
+@pytest.mark.parametrize("name", TILED)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
+def test_sums_of_integers_are_those_without_tiles(grid, group, name):
+    """Up to the order in which groups and decoded columns are added, which is the same for groups of up to 512."""
+    isa = name.partition("+")[0]
+    for dtype, act_bits in ((torch.float32, 8), (torch.float32, None), (torch.float16, None)):
+        for title, (args, expected, bound) in calls(grid, group, dtype, act_bits):
+            actual = product(name, args)
+            if group is None or group > 512:
+                assert_within(actual, expected, bound, title)
+            else:
+                assert_same_bits(actual, product(isa, args), title)
+
+
+@pytest.mark.parametrize("name", TILED)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.scheme}{g.bits}")
+def test_bfloat16(grid, group, name):
+    for title, (args, expected, bound) in calls(grid, group, torch.bfloat16, None):
+        assert_within(product(name, args), expected, bound, title)
+
+
+def test_names():
+    with pytest.raises(ValueError, match="tiles is 'mmx', must be 'none', 'portable' or 'amx'"):
+        extension().use_tiles("mmx")
+
+
+def test_the_environment_turns_amx_off():
+    code = "from qatkernels.backends import extension; print(extension().build_info()['tiles'])"
+    environment = {**os.environ, "QATKERNELS_AMX": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["none"]
