@@ -127,10 +127,11 @@ def test_gradients_of_many_outputs(grid, dtype):
 
 @pytest.fixture
 def products(monkeypatch):
-    """The shapes of the library's products, which now begin at two tokens and come in the smallest slices."""
+    """The shapes of the library's products, which begin at two tokens and 256 terms, and come in the smallest slices."""
     monkeypatch.setattr(_library, "CODES_TOKENS", 1)
     monkeypatch.setattr(_library, "PARTS_TOKENS", 2)
     monkeypatch.setattr(_library, "GROUPS_TOKENS", 2)
+    monkeypatch.setattr(_library, "ENOUGH_TERMS", 256)
     monkeypatch.setattr(_library, "SLICE_BYTES", 1)
     multiply, found = _library.library_product, []
 
@@ -164,7 +165,7 @@ def test_the_library_multiplies_codes(grid, products):
 def test_the_library_multiplies_parts(grid, products):
     """Groups that tiles divide, and others."""
     (rows, cols, group), *_ = turns(
-        [(9, 1056, 32), (7, 1035, 345), (6, 1030, 5), (5, 1040, 16), (260, 1024, 128), (9, 1024, 64)], grid, 1
+        [(9, 288, 32), (7, 345, 115), (6, 260, 5), (5, 272, 16), (260, 256, 128), (9, 256, 64)], grid, 1
     )
     weight = scaled_weight(grid, (rows, cols), group, torch.float16, zero_of(grid))
     bias = activations((rows,), torch.bfloat16, seed=3)
@@ -180,7 +181,7 @@ def test_the_library_multiplies_parts(grid, products):
 @pytest.mark.parametrize("grid", GRIDS, ids=GRID_IDS)
 def test_the_library_multiplies_transposed(grid, products):
     """In parts, by slices of columns. The rest of the columns has operands of a smaller width."""
-    shapes = [(1024, 64, 32), (1027, 67, None), (1025, 60, 20), (1030, 260, None), (1024, 64, None), (1024, 288, 32)]
+    shapes = [(256, 64, 32), (259, 67, None), (257, 60, 20), (262, 260, None), (256, 64, None), (256, 288, 32)]
     (rows, cols, group), *_ = turns(shapes, grid, 1)
     weight = scaled_weight(grid, (rows, cols), group, torch.float32, zero_of(grid))
     check(Case("transposed", weight, activations((3, cols), torch.bfloat16)), OPERATIONS[1:])
