@@ -108,11 +108,6 @@ QK_HOST_DEVICE V value_of(V code, const RowGrid<T>& row) {
   return (code + V(row.grid.offset)) * V(row.step);
 }
 
-template <class V, class T>
-QK_HOST_DEVICE V fake_quantized(V w, const RowGrid<T>& row) {
-  return value_of(code_of(w, w / V(row.scale), row), row);
-}
-
 // The straight-through rule at one element: whether the gradient passes, and what multiplies the gradient of the scale
 // and of the zero point.
 template <class V, class T>
@@ -120,7 +115,6 @@ struct Slopes {
   decltype(V() < V()) below, above;
   V scale, zero_point;
 
-  QK_HOST_DEVICE Slopes(V w, const RowGrid<T>& row) : Slopes(w, w / V(row.scale), row) {}
   // r = w / scale.
   QK_HOST_DEVICE Slopes(V w, V r, const RowGrid<T>& row) {
     below = r < V(row.grid.pass_low);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "divide.h"
 #include "rows.h"
 
 namespace qk {
@@ -17,10 +18,13 @@ void fake_quantize(const FakeQuantizeCall& call, int64_t begin, int64_t end) {
     const bool streaming = streams(y, Units(call.args.rows, call.args.cols));
     NoisyWeight<T, W> weights(call.args);
     for_rows<T>(call.args, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const RowGrid<T>& row) {
+      const Divisor<T> scale(row.scale);
       weights.for_spans(
           first, last,
-          [&](int64_t i, auto count, const Vec<T>& w)
-              QK_INLINE_LAMBDA { put<NormalOrZero>(y + i, fake_quantized(w, row), count, streaming); },
+          [&](int64_t i, auto count, const Vec<T>& w) QK_INLINE_LAMBDA {
+            const Vec<T> code = code_of(w, scale.template divide<false>(w), row);
+            put<NormalOrZero>(y + i, value_of(code, row), count, streaming);
+          },
           [] {});
     });
     if (streaming) stream_fence();
@@ -39,13 +43,14 @@ void fake_quantize_backward(const FakeQuantizeBackwardCall& call, double* partia
     NoisyWeight<T, W> weights(call.args);
     for_rows<T>(call.args, begin, end,
                 [&](int64_t r, int64_t piece, int64_t first, int64_t last, const RowGrid<T>& row) {
+                  const Divisor<T> scale(row.scale);
                   double total_s = 0, total_z = 0;
                   Vec<T> sum_s(T(0)), sum_z(T(0));
                   weights.for_spans(
                       first, last,
                       [&](int64_t i, auto count, const Vec<T>& w) QK_INLINE_LAMBDA {
                         const Vec<T> upstream = get(g + i, count);
-                        const Slopes<Vec<T>, T> slopes(w, row);
+                        const Slopes<Vec<T>, T> slopes(w, scale.template divide<true>(w), row);
                         put<Exact>(dw + i, slopes.masked(upstream), count, streaming);
                         sum_s = sum_s + upstream * slopes.scale;
                         if (shifted) sum_z = sum_z + upstream * slopes.zero_point;
@@ -94,11 +99,12 @@ void fake_quantize_jvp(const FakeQuantizeJvpCall& call, int64_t begin, int64_t e
       const auto tangent = [&](const void* p) {
         return p ? static_cast<T>(read_scale(p, call.args.scale_type, r)) * static_cast<T>(call.args.grad_scale) : T(0);
       };
+      const Divisor<T> scale(row.scale);
       const Vec<T> along_s(tangent(call.tangent_scale)), along_z(tangent(call.tangent_zero_point));
       weights.for_spans(
           first, last,
           [&](int64_t i, auto count, const Vec<T>& w) QK_INLINE_LAMBDA {
-            const Vec<T> ratio = w / Vec<T>(row.scale);
+            const Vec<T> ratio = scale.template divide<true>(w);
             const Slopes<Vec<T>, T> slopes(w, ratio, row);
             if (value) put<NormalOrZero>(value + i, value_of(code_of(w, ratio, row), row), count);
             Vec<T> out(T(0));

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "divide.h"
 #include "rows.h"
 
 namespace qk {
@@ -32,10 +33,12 @@ void quantization_error(const QuantizationErrorCall& call, double* partial, int6
     const W* const w = static_cast<const W*>(call.args.w);
     for_rows<T>(
         call.args, begin, end, [&](int64_t r, int64_t piece, int64_t first, int64_t last, const RowGrid<T>& row) {
+          const Divisor<T> scale(row.scale);
           Vec<double> total(0.0);
           const auto squared = [&](int64_t i, auto count) QK_INLINE_LAMBDA {
             const Vec<T> lanes = get(w + i, count);
-            const Vec<double> difference = widened(lanes - fake_quantized(lanes, row), count);
+            const Vec<T> code = code_of(lanes, scale.template divide<false>(lanes), row);
+            const Vec<double> difference = widened(lanes - value_of(code, row), count);
             return difference * difference;
           };
           if (call.moments == nullptr) {

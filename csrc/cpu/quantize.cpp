@@ -1,6 +1,7 @@
 // Weights to integer codes and back on the CPU.
 #include "quantize.h"
 
+#include "divide.h"
 #include "rows.h"
 
 namespace qk {
@@ -28,10 +29,11 @@ void quantize(const QuantizeCall& call, int64_t begin, int64_t end) {
     const Vec<T> low{T(call.code_min)}, high{T(call.code_max)};
     uint8_t* const codes = static_cast<uint8_t*>(call.codes);
     for_rows<T>(call.args, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const RowGrid<T>& row) {
+      const Divisor<T> scale(row.scale);
       weights.for_spans(
           first, last,
           [&](int64_t i, auto count, const Vec<T>& w) QK_INLINE_LAMBDA {
-            Vec<T> code = code_of(w, w / Vec<T>(row.scale), row);
+            Vec<T> code = code_of(w, scale.template divide<false>(w), row);
             code = select(code == code, code, Vec<T>(T(0)));
             code = min_of(high, max_of(low, code));
             put_codes(codes + i, code, count);

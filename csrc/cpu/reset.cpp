@@ -2,6 +2,7 @@
 // and one write of the weight.
 #include "reset.h"
 
+#include "divide.h"
 #include "rows.h"
 
 namespace qk {
@@ -30,11 +31,12 @@ void reset(const ResetCall& call, int64_t begin, int64_t end) {
     W* const w = static_cast<W*>(call.w);
     const Vec<T> keep(static_cast<T>(1 - call.quantized_weight)), move(static_cast<T>(call.quantized_weight));
     for_rows<T>(call.args, begin, end, [&](int64_t, int64_t, int64_t first, int64_t last, const RowGrid<T>& row) {
-      const Vec<T> scale(row.scale);
+      const Divisor<T> scale(row.scale);
       for_lanes(last - first, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
-        const Vec<T> old = get(w + first + i, count), code = code_of(old, old / scale, row);
+        const Vec<T> old = get(w + first + i, count), code = code_of(old, scale.template divide<false>(old), row);
         const Vec<T> moved = rounded<W>(old * keep + value_of(code, row) * move);
-        put<Exact>(w + first + i, select(code_of(moved, moved / scale, row) == code, moved, old), count);
+        put<Exact>(w + first + i, select(code_of(moved, scale.template divide<false>(moved), row) == code, moved, old),
+                   count);
       });
     });
   });
