@@ -103,7 +103,7 @@ class QuantEmbedding(Quantized, nn.Embedding):
         scale, zero_point = (
             # One number for each row, also where the tensor has a single one: the row of padding_idx adds no gradient.
             None if t is None else self._rows(input, t.view(len(t), -1).expand(self.num_embeddings, -1))
-            for t in (self.scale, self.zero_point)
+            for t in self._scales_for(self.weight)
         )
         assert scale is not None
         return quantizer.plain(self._rows(input, self.weight), scale, zero_point)
