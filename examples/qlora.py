@@ -13,7 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from qatkernels import QuantConfig, model_bytes, pack_model, quantize_model
+from qatkernels import QuantConfig, pack_model, quantize_model
+from qatkernels.nn import model_bytes
 
 STEPS = 30
 BITS = float(sys.argv[2]) if len(sys.argv) > 2 else 4

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import TRACED
-from .dtensor import gathered, is_dtensor
+from .dtensor import beside, gathered, is_dtensor
 
 
 class Float32Scales(nn.Module):
@@ -52,11 +52,16 @@ class Float32Scales(nn.Module):
             )
 
     def _scales_for(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return scale and zero point to quantize a tensor with: gathered where only they are sharded."""
+        """Return scale and zero point to quantize a tensor with.
+
+        They are gathered where only they are sharded (:func:`shard_scales`), and are put where a sharded tensor is.
+        """
         scale, zero_point = self.scale, self.zero_point
-        if is_dtensor(scale) and not is_dtensor(tensor):
-            return gathered(scale), None if zero_point is None else gathered(zero_point)
-        return scale, zero_point
+        if not is_dtensor(scale):
+            return scale, zero_point
+        if is_dtensor(tensor):
+            return beside(scale, tensor), None if zero_point is None else beside(zero_point, tensor)
+        return gathered(scale), None if zero_point is None else gathered(zero_point)
 
     def get_extra_state(self) -> Tensor:
         """Return the layout as text in a tensor."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dtensor import is_dtensor, on_every_process
 from .config import QuantConfig
 from .quant_linear import qualified_name, why_not
 from .quantized import Quantized
@@ -109,7 +110,8 @@ class QuantEmbedding(Quantized, nn.Embedding):
         return quantizer.plain(self._rows(input, self.weight), scale, zero_point)
 
     def _rows(self, input: Tensor, table: Tensor) -> Tensor:
-        return F.embedding(input, table, self.padding_idx)
+        rows = F.embedding(input, table, self.padding_idx)
+        return on_every_process(rows) if is_dtensor(rows) else rows
 
     def extra_repr(self) -> str:
         """Describe the layer and its quantization."""

@@ -18,7 +18,6 @@ from qatkernels.nn import (
     QuantLinear,
     calibrate,
     load_weights,
-    pack_model,
     quantize_model,
 )
 from qatkernels.testing.compare import assert_same_bits
