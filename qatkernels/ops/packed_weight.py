@@ -295,8 +295,13 @@ class PackedWeight(Float32Scales):
         if what == ".data":  # PEFT's merge writes to it, and hardly anything else does
             return (
                 f"the weight of {layer} is packed codes, which .data cannot change: to merge an adapter, call "
-                "qatkernels.to_plain(model) before the merge, and quantize_model after it. For anything else, exclude "
+                "qatkernels.to_plain(model) before the merge, and quantize_model after it. For anything else: Exclude "
                 f"{layer} in quantize_model, so that it stays in full precision"
+            )
+        if what == ".is_leaf":  # torch's RowwiseParallel asks this of a weight that it is to shard
+            return (
+                f"the weight of {layer} is packed codes, which torch's RowwiseParallel cannot shard: use the one of "
+                "qatkernels.nn.tensor_parallel"
             )
         return (
             f"the weight of {layer} is packed codes, which {what} cannot use: the model reads the weight of the layer "

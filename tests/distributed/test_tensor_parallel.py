@@ -152,6 +152,10 @@ def refused(rank):
     from qatkernels.nn.tensor_parallel import ColwiseParallel, RowwiseParallel
 
     mesh = init_device_mesh("cpu", (2,))
+    with pytest.raises(
+        AttributeError, match=r"torch's RowwiseParallel cannot shard: use the one of qatkernels.nn.tenso"
+    ):
+        parallelize_module(pack_model(make("row")), mesh, {"down": RowwiseParallel.__mro__[1]()})
     odd = pack_model(qk.quantize_model(nn.Linear(6, 4), QuantConfig(2)))
     with pytest.raises(ValueError, match="has 6 columns of 2 bits and 1 scales a row: 2 processes would split a byte"):
         parallelize_module(odd, mesh, RowwiseParallel())
