@@ -6,19 +6,42 @@ That import takes most of a second. Without it no DTensor can exist, so `sys.mod
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
 
+#: What a rule returns: placements of the outputs and of the arguments, for each way to shard a call along one dimension
+#: of the mesh.
+Shardings = list[tuple[list[Any], list[Any]]]
+#: How calls of an op may be sharded, by the op. Rules are functions of the op's arguments, as torch's
+#: ``register_sharding`` takes them.
+RULES: dict[Any, Callable[..., Shardings]] = {}
+_registered = False
+
 
 def is_dtensor(value: Any) -> TypeIs[DTensor]:
-    """Whether a value is a DTensor."""
+    """Whether a value is a DTensor. With the first one, the rules for sharded calls of ops are given to torch."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
+    if module is None or not isinstance(value, module.DTensor):
+        return False
+    if not _registered:
+        _register_rules()
+    return True
+
+
+def _register_rules() -> None:
+    global _registered
+    _registered = True
+    from torch.distributed.tensor.experimental import register_sharding
+
+    for op, rule in RULES.items():
+        register_sharding(op)(rule)
 
 
 def is_fsdp(module: nn.Module) -> bool:
@@ -35,3 +58,88 @@ def local_part(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Return the full tensor of a DTensor, and any other tensor as it is. All processes must call this."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return the full tensor of a DTensor; its gradient is the mean over the processes, as FSDP2's is.
+
+    All processes must call this, and run the backward.
+    """
+    return _Gathered.apply(tensor)
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: DTensor) -> Tensor:
+        ctx.mesh, ctx.placements = tensor.device_mesh, tensor.placements
+        return whole(tensor.detach())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor, Partial
+
+        mesh = ctx.mesh
+        parts = DTensor.from_local(grad.contiguous(), mesh, [Partial()] * mesh.ndim, run_check=False)
+        return parts.redistribute(placements=ctx.placements) / mesh.size()
+
+
+def follows(scale: Sequence[int], weight: Sequence[int], dim: int, parts: int) -> bool | None:
+    """Whether scales are split with their weight where it is sharded.
+
+    Args:
+        scale: shape of the scales: leading dimensions of the weight's shape, or with groups instead of columns, or one.
+        weight: shape of the weight.
+        dim: dimension along which the weight is sharded.
+        parts: number of shards.
+
+    Returns:
+        True if they are, False if every shard needs all of them, and None if shards would split groups.
+    """
+    if dim >= len(scale) or scale[dim] == 1:
+        return False
+    if scale[dim] == weight[dim]:
+        return True
+    return None if scale[dim] % parts or weight[dim] % parts else True
+
+
+def splits_groups(scale: Tensor, weight: DTensor) -> bool:
+    """Whether groups of a weight, which share a scale, lie in several shards."""
+    from torch.distributed.tensor import Shard
+
+    shards = [(p.dim, weight.device_mesh.size(i)) for i, p in enumerate(weight.placements) if isinstance(p, Shard)]
+    return any(follows(scale.shape, weight.shape, *shard) is None for shard in shards)
+
+
+def beside(scale: Any, weight: DTensor) -> Tensor:
+    """Return scales such that each process has those of its part of the weight; their gradient comes back as they were.
+
+    Where shards of the weight split groups, scales are whole, and the op will gather the weight.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    if scale.placements == weight.placements and scale.numel() > 1 and scale.shape[0] == weight.shape[0]:
+        return scale
+    placements: list[Any] = []
+    for i, placement in enumerate(weight.placements):
+        split = isinstance(placement, Shard) and follows(
+            scale.shape, weight.shape, placement.dim, weight.device_mesh.size(i)
+        )
+        placements.append(placement if split else Replicate())
+    split_with: Tensor = scale.redistribute(weight.device_mesh, placements)
+    return split_with
+
+
+def replicated(tensor: Tensor, like: DTensor) -> DTensor:
+    """Return a tensor, that of the first process, as a DTensor that every process of a mesh has."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim)
+
+
+def on_every_process(tensor: Any) -> Tensor:
+    """Return a DTensor such that every process has the whole of it; the gradient comes back as it was."""
+    from torch.distributed.tensor import Replicate
+
+    whole_there: Tensor = tensor.redistribute(tensor.device_mesh, [Replicate()] * tensor.device_mesh.ndim)
+    return whole_there

@@ -173,11 +173,36 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         metadata = file.metadata() or {}
         if not {"header", "sha256"} <= metadata.keys():
             raise CheckpointError(f"{path} is not a file of qatkernels: it has no header, or no digest of it")
-        # Cloned, because the file is memory-mapped: replacing or truncating it would change the tensors.
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        tensors = _read(path, file)
     if metadata["sha256"] != digest(tensors, metadata["header"]):
         raise DamagedError(path, "its digest does not match")
     return tensors, _parsed(path, metadata["header"])
+
+
+def _read(path: Path, file: Any) -> dict[str, Tensor]:
+    """Return the tensors of an open safetensors file, in memory of their own, which is all that this takes.
+
+    ``file.get_tensor`` maps the file into memory: what is read counts as memory of the process until it is closed, and
+    replacing or truncating the file would change the tensors.
+    """
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    kinds |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+    kinds |= {"U8": torch.uint8, "BOOL": torch.bool}
+    tensors: dict[str, Tensor] = {}
+    with explained("read", path), open(path, "rb") as data:
+        length = int.from_bytes(data.read(8), "little")
+        entries = json.loads(data.read(length))
+        for name in file.keys():  # noqa: SIM118
+            entry = entries[name]
+            if entry["dtype"] not in kinds:
+                tensors[name] = file.get_tensor(name).clone()
+                continue
+            tensors[name] = tensor = torch.empty(entry["shape"], dtype=kinds[entry["dtype"]])
+            begin, end = entry["data_offsets"]
+            data.seek(8 + length + begin)
+            if data.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != end - begin:
+                raise DamagedError(path, "it ends too early")
+    return tensors
 
 
 def header(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import TRACED
+from .dtensor import beside, gathered, is_dtensor
 
 
 class Float32Scales(nn.Module):
@@ -31,6 +32,7 @@ class Float32Scales(nn.Module):
     layout_required: ClassVar[bool] = False
 
     scale: Tensor
+    zero_point: Tensor | None
 
     @property
     def layout(self) -> str:
@@ -44,8 +46,22 @@ class Float32Scales(nn.Module):
                 raise TypeError(f"scale is a placeholder. {TRACED}")
             raise RuntimeError(
                 f"scale is {self.scale.dtype}, must be torch.float32: no cast changes it. FSDP2's MixedPrecisionPolicy "
-                "casts it with the weights: leave its param_dtype out, and run the model under torch.autocast"
+                "casts every parameter that it manages to param_dtype: call qatkernels.nn.shard_scales(model) first "
+                "and pass what it returns to each fully_shard as ignored_params, or leave param_dtype out and run the "
+                "model under torch.autocast"
             )
+
+    def _scales_for(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return scale and zero point to quantize a tensor with.
+
+        They are gathered where only they are sharded (:func:`shard_scales`), and are put where a sharded tensor is.
+        """
+        scale, zero_point = self.scale, self.zero_point
+        if not is_dtensor(scale):
+            return scale, zero_point
+        if is_dtensor(tensor):
+            return beside(scale, tensor), None if zero_point is None else beside(zero_point, tensor)
+        return gathered(scale), None if zero_point is None else gathered(zero_point)
 
     def get_extra_state(self) -> Tensor:
         """Return the layout as text in a tensor."""

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NEEDS = {
     "quantize_transformers": ("transformers",),
+    "qlora": ("transformers", "peft"),
     "trainer": ("transformers", "accelerate"),
     "accelerate_loop": ("accelerate",),
     "lightning_module": ("lightning",),

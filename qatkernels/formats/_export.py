@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from ..nn._gather_model import is_sharded
+
 #: The module of each format, which has ``export(model, path, **options) -> ExportReport``.
 _FORMATS = {
     "safetensors": ".packed",
@@ -134,4 +136,10 @@ def export(model: nn.Module, path: str | Path, to: str, **options: Any) -> Expor
         MissingExtraError: if a package that the format needs is not installed.
         CheckpointError: if the file cannot be written.
     """
-    return writer(to, options)(model, Path(path), **options)
+    write = writer(to, options)
+    if is_sharded(model):
+        raise ValueError(
+            "the model is sharded: call pack_model(model) in every process, which returns a whole packed model, and "
+            "export that in one of them"
+        )
+    return write(model, Path(path), **options)

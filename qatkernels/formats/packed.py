@@ -6,6 +6,7 @@ is stored once. A digest covers both. docs/packing.md describes the format.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .. import files
 from ..dtypes import dtype_name
@@ -183,11 +185,14 @@ def load_packed(
 ) -> nn.Module:
     """Return the model in a file that :func:`save_packed` wrote, in eval mode.
 
+    It takes the memory of the file, and that of the codes of one layer while they are checked.
+
     Args:
         path: the file.
         build: builds the model, as it was before quantization, from the ``config`` that was saved. Modules must have
-            the same names; in place of a packed layer any module will do. Values of weights do not matter, but they
-            must not be on the meta device.
+            the same names; in place of a packed layer any module will do. Values of weights do not matter: Parameters
+            that it makes have none (they are on the meta device), so that a large model is never there in full
+            precision. Buffers that the file lacks must have data.
         device: device of the result.
 
     Returns:
@@ -207,7 +212,8 @@ def load_packed(
     with _errors_name(path):
         _check(header)
         state = tensors | {alias: tensors[name] for alias, name in header["aliases"].items()}
-    model = build(header["config"])
+    with _parameters_on_meta():
+        model = build(header["config"])
     if not isinstance(model, nn.Module):
         raise TypeError(f"build returned {model!r:.80}, must return the model as it was before quantization")
     with _errors_name(path):
@@ -309,14 +315,52 @@ def _layer(
     return layer
 
 
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Let modules of this thread register Parameters without data. Buffers, which a file may lack, have data."""
+    thread = threading.get_ident()
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]  # torch annotates too little
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _fill(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy the tensors of a file into a model. Tensors of the model get the dtypes of the file."""
+    """Put the tensors of a file into a model. Tensors of the model get the dtypes of the file."""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device, build the model on a real one")
         if name in state and tensor.dtype != (dtype := state[name].dtype):
             if not {tensor.dtype, dtype} <= set(FLOATS):
                 allowed = f"one of {FLOATS}" if tensor.dtype in FLOATS else tensor.dtype
                 raise ValueError(f"{name} is {dtype}, must be {allowed}")
-            tensor.data = tensor.data.to(dtype)
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(dtype)
+    _take(model, state)
     model.load_state_dict(_layouts(model) | state)
+    for prefix, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.is_meta:
+                raise ValueError(
+                    f"{prefix}.{name}".lstrip(".") + " is on the meta device and not in the file: build it with data"
+                )
+
+
+def _take(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Let a model's tensors without data be those of a file, not copies. What the model shares stays shared."""
+    taken: dict[int, Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for held in (module._parameters, module._buffers):
+            for name, old in list(held.items()):
+                stored = state.get(f"{prefix}.{name}".lstrip("."))
+                if old is None or not old.is_meta or stored is None or stored.shape != old.shape:
+                    continue  # load_state_dict has the words for what is missing or does not fit
+                if id(old) not in taken:
+                    is_parameter = isinstance(old, nn.Parameter)
+                    taken[id(old)] = nn.Parameter(stored, old.requires_grad) if is_parameter else stored
+                held[name] = taken[id(old)]

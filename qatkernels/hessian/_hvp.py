@@ -62,9 +62,9 @@ def check_whole(params: Iterable[Tensor]) -> None:
     """Raise ValueError if a parameter is sharded: FSDP2's hooks gather weights for one backward, not for a second."""
     if any(is_dtensor(p) for p in params):
         raise ValueError(
-            "parameters are sharded (fully_shard), must be whole: use the model before fully_shard, or load its "
-            "checkpoint into a model that is not sharded. To use several processes, give each the whole model and its "
-            "own batches"
+            "parameters are sharded (fully_shard), must be whole: FSDP2 gathers weights for one backward, and a second "
+            "derivative needs them again. Give it qatkernels.nn.gather_model(model), a whole copy in every process, "
+            "and each process its own batches"
         )
 
 

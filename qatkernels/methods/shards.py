@@ -64,7 +64,7 @@ def local(name: str, module: Quantized) -> Part:
     weight, scale = module.weight.detach(), module.quantizer.stored(module.scale).detach()
     zero_point = None if module.zero_point is None else module.zero_point.detach()
     if not is_dtensor(weight):
-        return Part(weight, local_part(scale), None if zero_point is None else local_part(zero_point))
+        return Part(weight, whole(scale), None if zero_point is None else whole(zero_point))
     if scale.numel() == 1:
         return Part(local_part(weight), whole(scale), None if zero_point is None else whole(zero_point))
     from torch.distributed.tensor import Replicate, Shard

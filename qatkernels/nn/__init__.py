@@ -2,10 +2,12 @@
 
 from .._moved import moved
 from ._check import CheckReport, LayerCheck, check
+from ._gather_model import gather_model
 from ._load_weights import load_weights
 from ._pack_model import PACKERS, compile_kernels, model_bytes, pack_model, packed_modules
 from ._param_groups import param_groups, param_groups_from_rates, scales_at_floor
 from ._quantize_model import quantize_model, quantized_modules, quantized_weights
+from ._shard_scales import shard_scales
 from ._to_plain import to_plain
 from .activation import DynamicActivation, LearnedActivation
 from .calibration import CalibrationReport, calibrate
@@ -38,6 +40,7 @@ __all__ = [
     "calibrate",
     "check",
     "compile_kernels",
+    "gather_model",
     "load_weights",
     "model_bytes",
     "pack_model",
@@ -50,6 +53,7 @@ __all__ = [
     "quantized_weights",
     "scales_at_floor",
     "search_scale",
+    "shard_scales",
     "to_plain",
 ]
 

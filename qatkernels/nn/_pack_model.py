@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..backends import DEVICES, REGISTRY, order
-from ..dtensor import is_dtensor
 from ..ops import PackedWeight
+from ._gather_model import copy_whole, is_sharded, reshard
 from .grouped_quant_linear import GroupedQuantLinear
 from .packed_linear import GroupedPackedLinear, Packed, PackedEmbedding, PackedLinear, packed_weight
 from .quant_embedding import QuantEmbedding
@@ -32,17 +32,22 @@ PACKERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
 def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) -> nn.Module:
     """Replace every quantized layer of a model, in place, by its packed form; the rest stays as it is.
 
+    A sharded model (``fully_shard``, ``parallelize_module``) is copied instead, and stays as it is: the result is whole
+    in every process, and is used, saved or exported like any other. All processes must call this. Quantized weights are
+    gathered one at a time, the other parameters are whole in the result.
+
     Layers that are the same object stay one object, and layers that share weight, scale and zero point share the packed
     weight. Biases stay the same Parameters, learned activation quantizers the same modules.
 
     Args:
-        model: a model from :func:`quantize_model`, trained; changed in place.
+        model: a model from :func:`quantize_model`, trained; changed in place unless it is sharded.
         scale_dtype: dtype that scales are stored in: float32 (exact), bfloat16 or float16. Codes do not depend on it.
 
     A warning names a layer that was quantized and that something has replaced by a plain one since: it stays as it is.
 
     Returns:
-        ``model``, or the new layer if the model itself is a quantized layer. :func:`packed_modules` lists the layers.
+        ``model``, or the new layer if the model itself is a quantized layer, or the copy of a sharded model.
+        :func:`packed_modules` lists the layers.
 
     Raises:
         ValueError: if no layer is quantized, or one cannot be packed. The model is then unchanged.
@@ -58,9 +63,14 @@ def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) ->
 def pack_layers(model: nn.Module, layers: Iterable[nn.Module], scale_dtype: torch.dtype) -> nn.Module:
     """Replace quantized layers of a model, in place; return the model, or the new layer if it is the model itself.
 
+    A sharded model is copied instead.
+
     Raises:
         ValueError: if one of them cannot be packed. The model is then unchanged.
     """
+    sharded = is_sharded(model)
+    if sharded:
+        reshard(model)
     names = {module: name for name, module in model.named_modules()}
     packed: dict[tuple[int, ...], PackedWeight] = {}
     kept: list[tuple[Tensor | None, ...]] = []  # keeps the tensors alive, so that their ids stay unique
@@ -79,6 +89,10 @@ def pack_layers(model: nn.Module, layers: Iterable[nn.Module], scale_dtype: torc
             replacements[layer] = packer(layer, weight=packed[key])
         except ValueError as error:
             raise ValueError(f"{names[layer] or 'the model'} cannot be packed: {error}") from error
+    if sharded:
+        copied = copy_whole(model, replacements)
+        describe(copied)
+        return copied
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in replacements:
@@ -94,11 +108,6 @@ def _check(layer: nn.Module) -> None:
         raise ValueError(
             f"it is {how}, and its weight may be that of an earlier step: make the present one permanent first "
             "(torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm)"
-        )
-    if is_dtensor(layer.weight):
-        raise ValueError(
-            "its weight is sharded: load the full state dict (torch.distributed.checkpoint.state_dict) into a model "
-            "that is not, and pack that"
         )
     if is_offloaded(layer):
         raise ValueError(OFFLOADED.format("pack"))

@@ -169,8 +169,9 @@ class LearnedActivation(Float32Scales):
         self.check_scale()
         if not self._cached:
             self._first_batch(x)
+        scale, zero_point = self._scales_for(x)
         return fake_quantize(
-            x, self.scale, self.grid, zero_point=self.zero_point, grad_scale=self.grad_scale, dtype=compute_dtype(x)
+            x, scale, self.grid, zero_point=zero_point, grad_scale=self.grad_scale, dtype=compute_dtype(x)
         )
 
     def _first_batch(self, x: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import wrong_type
+from ..dtensor import whole
 from ..grids import Grid
 from ..ops import PackedWeight
 from .activation import DynamicActivation
@@ -20,15 +21,20 @@ _HOOKS = frozenset(n for n in vars(nn.Module()) if "hook" in n and "state_dict" 
 def packed_weight(layer: Any, scale_dtype: torch.dtype = torch.float32) -> PackedWeight:
     """Pack the weight of a layer that has ``weight``, ``scale``, ``zero_point``, ``grid`` and ``group_size``.
 
+    What is sharded is gathered, and all processes must call this then.
+
     A ``quantizer``, if the layer has one, says which scale its forward uses.
 
     Raises:
         ValueError: if a scale is not finite, or ``scale_dtype`` cannot hold it.
     """
     quantizer = getattr(layer, "quantizer", None)
-    scale = layer.scale if quantizer is None else quantizer.stored(layer.scale)
+    with torch.no_grad():
+        weight, scale = whole(layer.weight), whole(layer.scale)
+        zero_point = None if layer.zero_point is None else whole(layer.zero_point)
+        scale = scale if quantizer is None else quantizer.stored(scale)
     return PackedWeight.from_float(
-        layer.weight, scale, layer.grid, layer.group_size, zero_point=layer.zero_point, scale_dtype=scale_dtype
+        weight, scale, layer.grid, layer.group_size, zero_point=zero_point, scale_dtype=scale_dtype
     )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dtensor import is_dtensor, on_every_process
 from .config import QuantConfig
 from .quant_linear import qualified_name, why_not
 from .quantized import Quantized
@@ -103,13 +104,14 @@ class QuantEmbedding(Quantized, nn.Embedding):
         scale, zero_point = (
             # One number for each row, also where the tensor has a single one: the row of padding_idx adds no gradient.
             None if t is None else self._rows(input, t.view(len(t), -1).expand(self.num_embeddings, -1))
-            for t in (self.scale, self.zero_point)
+            for t in self._scales_for(self.weight)
         )
         assert scale is not None
         return quantizer.plain(self._rows(input, self.weight), scale, zero_point)
 
     def _rows(self, input: Tensor, table: Tensor) -> Tensor:
-        return F.embedding(input, table, self.padding_idx)
+        rows = F.embedding(input, table, self.padding_idx)
+        return on_every_process(rows) if is_dtensor(rows) else rows
 
     def extra_repr(self) -> str:
         """Describe the layer and its quantization."""

@@ -33,8 +33,8 @@ class QuantLinear(Quantized, nn.Linear):
     """``y = Q_a(x) @ Q(weight; scale).T + bias``, trained straight through.
 
     The weight is the full-precision master copy. Under autocast a float32 weight is quantized straight into the 16-bit
-    dtype, without a cast of its own and rounded once. FSDP2 goes with autocast too: its ``param_dtype`` would round the
-    scales, which is an error.
+    dtype, without a cast of its own and rounded once. FSDP2 goes with autocast too; its ``param_dtype`` would round the
+    scales, which is an error unless :func:`shard_scales` has taken them out.
 
     Args:
         in_features: input features K.
@@ -111,7 +111,7 @@ class QuantLinear(Quantized, nn.Linear):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(dtype)
         x2, along_x = forward_ad.unpack_dual(x.reshape(-1, self.in_features))
-        tensors = (self.weight, self.scale, self.zero_point)
+        tensors = (self.weight, *self._scales_for(self.weight))
         weight, tangents = zip(
             *((None, None) if t is None else forward_ad.unpack_dual(t) for t in tensors), strict=True
         )

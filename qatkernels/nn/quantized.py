@@ -206,7 +206,7 @@ class Quantized(Float32Scales):
     def _forward_weight(self, dtype: torch.dtype | None) -> Tensor:
         """Return the weight that this forward multiplies with."""
         self.check_scale()
-        return self.quantizer(self.weight, self.scale, self.zero_point, dtype, self.training)
+        return self.quantizer(self.weight, *self._scales_for(self.weight), dtype, self.training)
 
     def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight ``[..., N, K]`` that an eval forward uses: no noise, differentiable.
@@ -214,11 +214,11 @@ class Quantized(Float32Scales):
         Args:
             dtype: bfloat16 or float16 for a float32 weight; the weight's dtype if None.
         """
-        return self.quantizer.plain(self.weight, self.scale, self.zero_point, dtype)
+        return self.quantizer.plain(self.weight, *self._scales_for(self.weight), dtype)
 
     def codes(self) -> Tensor:
         """Return the integer codes of the weight, ``[..., N, K]``, int8 (uint8 for 8-bit affine)."""
-        return self.quantizer.codes(self.weight, self.scale, self.zero_point)
+        return self.quantizer.codes(self.weight, *self._scales_for(self.weight))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         parts = (self._parameters.get("weight"), self.scale, self.zero_point)

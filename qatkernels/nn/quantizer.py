@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arithmetic import quotient
-from ..dtensor import is_dtensor
+from ..dtensor import is_dtensor, on_every_process, replicated, splits_groups
 from ..grids import MIN_SCALE, Grid
 from ..ops import perturb_, quantize
 from ..ops._fake_quantize import FORWARD, check_fit, check_noise
@@ -123,6 +123,12 @@ class WeightQuantizer:
         if noise[0] or noise[1]:
             check_noise(*noise)
             seed = make_seed(None, weight.device)
+        if is_dtensor(weight):
+            if seed is not None:
+                seed = replicated(seed, weight)
+            if seed is not None or splits_groups(scale, weight):  # noise is that of the elements of the whole weight
+                weight, scale = on_every_process(weight), on_every_process(scale)
+                zero_point = None if zero_point is None else on_every_process(zero_point)
         quantized: Tensor = FORWARD.call(
             weight, self.stored(scale), zero_point, seed, self.constants, *noise, self.grad_scale, dtype
         )

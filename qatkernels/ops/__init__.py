@@ -1,5 +1,6 @@
 """The ops: schema, contract, reference and derivatives of each, and the public functions that call them."""
 
+from . import _sharding as _sharding  # the rules for DTensors
 from ._cross_entropy import cross_entropy
 from ._fake_quantize import fake_quantize
 from ._grouped_linear import grouped_linear

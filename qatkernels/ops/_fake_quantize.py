@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..arguments import check_dtype, check_optional_reals, check_optional_tensors, check_reals, check_tensors
 from ..arithmetic import quotient
+from ..dtensor import is_dtensor
 from ..grids import MIN_SCALE, Grid, GridConstants, check_grid, check_group_size
 from . import noise
 from ._autograd import OpFunction
@@ -433,6 +434,7 @@ def check_layout(w: Tensor, scale: Tensor, grid: Grid, group_size: int | None, z
     check_tensors(w=w, scale=scale)
     check_grid(grid)
     check_optional_tensors(zero_point=zero_point)
+    is_dtensor(w)  # gives torch the rules for sharded calls
     check_fit(w, scale, grid, group_size, zero_point)
 
 

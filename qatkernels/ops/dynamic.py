@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..arguments import check_integers, check_tensors
 from ..arithmetic import quotient
+from ..dtensor import is_dtensor
 from ._autograd import OpFunction
 from ._op import define
 
@@ -75,5 +76,6 @@ def fake_quantize_dynamic(x: Tensor, bits: int = 8) -> Tensor:
     """
     check_tensors(x=x)
     check_integers(bits=bits)
+    is_dtensor(x)  # gives torch the rules for sharded calls
     y: Tensor = DYNAMIC.call(x, bits)
     return y

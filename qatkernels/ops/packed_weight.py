@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,12 +20,14 @@ from ..arguments import (
     wrong_type,
 )
 from ..autocast import autocast_dtype
+from ..dtensor import is_dtensor
 from ..dtypes import dtype_name
 from ..float32_scales import Float32Scales
 from ..grids import Grid, check_grid
 from ._fake_quantize import check_layout
 from ._lowbit_linear import FORWARD
 from ._quantize import dequantize, quantize
+from ._sharded_product import sharded_product
 from .packing import SCALES, pack, readable, row_bytes, store_scale, unpack
 
 
@@ -37,7 +40,8 @@ class PackedWeight(Float32Scales):
 
     It is not a tensor. A model that uses ``layer.weight`` in an operation, instead of calling the layer, gets an error
     that names the layer and says what to do. It has the attributes that libraries read from a weight: ``shape``,
-    ``dtype``, ``device``, ``numel()``, ``nbytes``. docs/architecture.md explains why it is not a subclass of Tensor.
+    ``dtype``, ``device``, ``numel()``, ``size()``, ``dim()``, ``nbytes``, and ``requires_grad``, which is False.
+    docs/architecture.md explains why it is not a subclass of Tensor.
 
     Packed bytes do not tell which codes they are. So the state dict also has the layout of the codes, and loading
     another layout, or tensors of another dtype, is an error.
@@ -161,6 +165,22 @@ class PackedWeight(Float32Scales):
         """Bytes of codes, scales and zero points."""
         return sum(t.nbytes for t in self._buffers.values() if t is not None)
 
+    #: Codes do not train.
+    requires_grad = False
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of the weight."""
+        return len(self.shape)
+
+    def dim(self) -> int:
+        """Return the dimensions of the weight."""
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        """Return the shape of the weight, or one dimension of it."""
+        return self.shape if dim is None else self.shape[dim]
+
     def numel(self) -> int:
         """Return the number of weights."""
         return self.shape.numel()
@@ -272,6 +292,17 @@ class PackedWeight(Float32Scales):
     def _refusal(self, what: str) -> str:
         """Return the error message for ``what``, an operation that needs a tensor."""
         layer = repr(self.layer) if self.layer else "this layer"
+        if what == ".data":  # PEFT's merge writes to it, and hardly anything else does
+            return (
+                f"the weight of {layer} is packed codes, which .data cannot change: to merge an adapter, call "
+                "qatkernels.to_plain(model) before the merge, and quantize_model after it. For anything else: Exclude "
+                f"{layer} in quantize_model, so that it stays in full precision"
+            )
+        if what == ".is_leaf":  # torch's RowwiseParallel asks this of a weight that it is to shard
+            return (
+                f"the weight of {layer} is packed codes, which torch's RowwiseParallel cannot shard: use the one of "
+                "qatkernels.nn.tensor_parallel"
+            )
         return (
             f"the weight of {layer} is packed codes, which {what} cannot use: the model reads the weight of the layer "
             f"itself instead of calling the layer. Exclude {layer} in quantize_model, so that it stays in full "
@@ -359,10 +390,23 @@ def lowbit_linear(
     if x.ndim and x.shape[-1] != cols:  # the op takes K from x, and row bytes do not determine K exactly
         raise RuntimeError(f"x has shape {tuple(x.shape)}, its last dimension must be {cols} like the weight's")
     buffers = weight._buffers  # reading attributes of a module would take as long as the choice of a kernel
+    packed, scale, zero_point = buffers["packed"], buffers["scale"], buffers["zero_point"]
+    if is_dtensor(packed):
+        return sharded_product(x, packed, scale, zero_point, bias, act_bits, partial(_product, weight))  # type: ignore[arg-type]
     y: Tensor = FORWARD.call(
-        x, buffers["packed"], buffers["scale"], buffers["zero_point"], bias, offsets, weight.constants,
-        weight.grid.code_min, weight.bits, act_bits,
-    )  # fmt: skip
+        x, packed, scale, zero_point, bias, offsets, weight.constants, weight.grid.code_min, weight.bits, act_bits
+    )
+    return y
+
+
+def _product(
+    weight: PackedWeight, x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
+    act_bits: int | None,
+) -> Tensor:  # fmt: skip
+    """Return the product with a part of a weight."""
+    y: Tensor = FORWARD.call(
+        x, packed, scale, zero_point, bias, None, weight.constants, weight.grid.code_min, weight.bits, act_bits
+    )
     return y
 
 

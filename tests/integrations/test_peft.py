@@ -52,7 +52,70 @@ def test_adapters_take_the_dtype_of_the_base():
     assert model(X.bfloat16()).dtype == torch.bfloat16
 
 
-def test_merging_an_adapter_into_codes_says_why_not():
+def trained_a_little(model):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(X) - 1).square().mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_merging_an_adapter_into_codes_says_why_not_and_what_to_do():
     model = peft.get_peft_model(packed_model(), peft.LoraConfig(r=2, target_modules=["0"]))
-    with pytest.raises((AttributeError, TypeError), match=r"the weight of '0' is packed codes"):
-        model.merge_and_unload()
+    for safe in (False, True):
+        with pytest.raises(
+            (AttributeError, TypeError), match=r"'0' is packed codes.*to_plain\(model\) before the merge"
+        ):
+            model.merge_and_unload(safe_merge=safe)
+    wanted = trained_a_little(model)(X)
+    merged = qk.to_plain(model).merge_and_unload()
+    assert type(merged[0]) is nn.Linear
+    torch.testing.assert_close(merged(X), wanted)
+    assert isinstance(qk.quantize_model(merged, qk.QuantConfig(4))[0], qk.QuantLinear)
+
+
+def quantized_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).requires_grad_(False)
+    return qk.quantize_model(model, qk.QuantConfig(4))
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_adapters_over_a_frozen_quantized_layer(dora):
+    base = quantized_model()
+    state = {name: t.clone() for name, t in base.state_dict().items()}
+    wanted, layer = base(X), base[0]
+    config = peft.LoraConfig(r=2, target_modules="all-linear", use_dora=dora)
+    model = peft.get_peft_model(base, config)
+    # DoRA multiplies the base's output by a ratio of norms that begins as 1, to rounding.
+    torch.testing.assert_close(model(X), wanted, **({} if dora else {"rtol": 0, "atol": 0}))
+    trained_a_little(model)
+    assert not torch.allclose(model(X), wanted)
+    for name, tensor in state.items():
+        if name.startswith("0."):
+            assert_same_bits(layer.state_dict()[name.removeprefix("0.")], tensor)
+    merged = model.merge_and_unload()
+    assert merged[0] is layer  # quantized, with the adapter in its master weight, and the scales that it had
+    assert not torch.equal(layer.weight, state["0.weight"])
+    assert_same_bits(layer.scale, state["0.scale"])
+
+
+def test_dora_over_packed_layers_says_why_not():
+    """It divides by the norms of the rows of W + BA in every forward, for which it needs W."""
+    with pytest.raises(TypeError, match=r"should be of type nn.Parameter, got .*PackedWeight"):
+        peft.get_peft_model(packed_model(), peft.LoraConfig(r=2, target_modules=["0"], use_dora=True))
+
+
+def test_what_libraries_read_of_a_packed_layer():
+    """Libraries look for nn.Linear, and read device, dtype and shape of the weight."""
+    layer = packed_model(torch.bfloat16)[0]
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features) == (16, 16)
+    weight = layer.weight
+    assert (weight.device.type, weight.dtype, tuple(weight.shape)) == ("cpu", torch.bfloat16, (16, 16))
+    assert (weight.numel(), weight.ndim, weight.dim(), weight.size(0)) == (256, 2, 2, 16)
+    assert not weight.requires_grad
+    for use in (lambda: weight.T, lambda: weight.data, lambda: weight @ X.T, lambda: nn.functional.linear(X, weight)):
+        with pytest.raises((AttributeError, TypeError), match="the weight of '0' is packed codes"):
+            use()

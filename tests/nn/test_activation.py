@@ -18,7 +18,6 @@ from qatkernels.nn import (
     QuantLinear,
     calibrate,
     load_weights,
-    pack_model,
     quantize_model,
 )
 from qatkernels.testing.compare import assert_same_bits
@@ -311,12 +310,11 @@ def refused_when_sharded(rank):
         layer = QuantLinear(16, 12, config=config)
         calibrate(layer, torch.randn(3, 16))
         cast = fully_shard(layer, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-        with pytest.raises(RuntimeError, match=r"scale is torch.bfloat16.*leave its param_dtype out.*torch\.autocast"):
+        with pytest.raises(RuntimeError, match=r"scale is torch.bfloat16.*leave param_dtype out.*torch\.autocast"):
             cast(torch.randn(3, 16))
     model = fully_shard(QuantLinear(16, 12, config=QuantConfig(4)))
     state = QuantLinear(16, 12, config=QuantConfig(4)).state_dict()
     for call, message in (
-        (lambda: pack_model(model), "cannot be packed: its weight is sharded: load the full state dict"),
         (lambda: model.requantize(QuantConfig(2)), "the weight is sharded.*requantize before fully_shard"),
         (lambda: load_weights(model, state), "the model is sharded.*load the weights before fully_shard"),
     ):

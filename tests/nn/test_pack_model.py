@@ -436,8 +436,8 @@ def test_codes_and_zero_points_that_a_grid_does_not_have(tmp_path):
 def test_another_model_and_a_header_that_is_no_object(saved, tmp_path):
     with pytest.raises(CheckpointError, match="does not fit this model"):
         qk.load_packed(saved[0], lambda _: nn.Linear(2, 2))
-    with pytest.raises(CheckpointError, match="on the meta device"):
-        qk.load_packed(saved[0], lambda _: Model().to("meta"))
+    empty = qk.load_packed(saved[0], lambda _: Model().to("meta"))  # takes everything from the file
+    assert not any(t.is_meta for t in empty.state_dict().values())
     for text in (json.dumps([1]), "{", "[" * 100_000):
         digest = files.digest({}, text)
         files.write(tmp_path / "x", to_bytes({}, {"header": text, "sha256": digest}))

@@ -1,0 +1,64 @@
+"""Scales that FSDP2 does not manage, so that its mixed precision does not round them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..dtensor import is_dtensor, is_fsdp
+from ..float32_scales import Float32Scales
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def shard_scales(model: nn.Module, mesh: DeviceMesh | None = None) -> set[nn.Parameter]:
+    """Shard the scales and zero points of a model, in place, and return them as FSDP2's ``ignored_params``.
+
+    ``fully_shard`` with ``MixedPrecisionPolicy(param_dtype=torch.bfloat16)`` casts every parameter that it manages.
+    A scale in bfloat16 would be off by up to 1/256, and so would every weight of its row. Parameters in
+    ``ignored_params`` are not cast. Every forward gathers them in float32, and every backward reduces their gradients
+    in float32 to the mean over the processes, as FSDP2 does with the others.
+
+        ignored = shard_scales(model, mesh)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+        fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+
+    Scales are then DTensors like the other parameters, so that optimizers, the clipping of gradients and
+    ``torch.distributed.checkpoint`` treat them alike. Learned scales of inputs are included.
+
+    Args:
+        model: a quantized model, before any ``fully_shard``.
+        mesh: the mesh that is given to ``fully_shard``; all processes in one dimension if None. With two dimensions,
+            scales are replicated along the first and sharded along the second, as FSDP2 does (HSDP).
+
+    Returns:
+        The new Parameters. Make the optimizer after this call.
+
+    Raises:
+        ValueError: if the model has no scale, or ``fully_shard`` has been called already.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    modules = [m for m in model.modules() if isinstance(m, Float32Scales) and m._parameters.get("scale") is not None]
+    if not modules:
+        raise ValueError("the model has no quantized layer: call quantize_model first")
+    if any(map(is_dtensor, model.parameters())) or any(map(is_fsdp, model.modules())):
+        raise ValueError("the model is sharded already: call shard_scales before fully_shard")
+    if mesh is None:
+        mesh = init_device_mesh(modules[0].scale.device.type, (dist.get_world_size(),))
+    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+    new: dict[nn.Parameter, nn.Parameter] = {}
+    for module in modules:
+        for name in ("scale", "zero_point"):
+            if (old := module._parameters.get(name)) is None:
+                continue
+            if old not in new:
+                sharded = distribute_tensor(old.detach(), mesh, placements)
+                new[old] = nn.Parameter(sharded, requires_grad=old.requires_grad)
+            module._parameters[name] = new[old]
+    return set(new.values())
