@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import QuantConfig
+from .config import QuantConfig, without_inputs
 from .quant_linear import qualified_name, why_not
 from .quantized import Quantized
 
@@ -135,10 +135,9 @@ def for_embeddings(config: QuantConfig) -> QuantConfig:
     The scheme becomes ``"paretoq"`` where it has no such width (binary and ternary).
     """
     return replace(
-        config,
+        without_inputs(config),
         bits=max(LEAST_BITS, config.bits),
         scheme="paretoq" if config.scheme in ("binary", "ternary") else config.scheme,
-        scale_init="mse" if config.scale_init == "activation" else config.scale_init,
         act_bits=None,
         act_scheme="dynamic",
         act_signed=True,

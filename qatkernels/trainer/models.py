@@ -13,6 +13,7 @@ from ..files import CheckpointError, DamagedError, header, load, open_tensors, r
 from ..nn import QuantConfig, quantize_model
 from ..nn.experts import Stack, stacks_of
 from ..nn.quant_conv1d import is_conv1d
+from ..nn.quantizer import scales_come_later
 from ..nn.recipe import METHOD
 from .demo_model import ModelConfig, Transformer
 
@@ -245,7 +246,8 @@ def load_trained(path: Path) -> Trained:
         model = build(about["model"])
         if about["quantization"] is not None:
             quantization = QuantConfig.from_dict(about["quantization"])
-            model = quantize_model(model, quantization, exclude=about["exclude"], warn_below=0)
+            with scales_come_later():
+                model = quantize_model(model, quantization, exclude=about["exclude"], warn_below=0)
         fill(model, tensors, file.name)
         about["phase"], about["result"]["steps"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
