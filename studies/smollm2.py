@@ -67,7 +67,7 @@ _FOUR, _TWO = {"qat_lr": 5e-5, "scale_lr": 5e-6}, {"qat_lr": 2e-4, "scale_lr": 2
 _NEVER = 10**6
 SIZES = {
     "demo": Size(
-        {4: {**_FOUR, "qat_steps": 15}, 2: {**_TWO, "qat_steps": 50}}, ("winq+distill",),
+        {4: {**_FOUR, "qat_steps": 15}, 2: {**_TWO, "qat_steps": 40}}, ("winq+distill",),
         {**_COMMON, "eval_every": _NEVER},
     ),
     "longer": Size(

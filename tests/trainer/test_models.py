@@ -230,6 +230,19 @@ def test_weights_of_transformers(tiny_hf: dict[str, Any], llama: Path, tied: boo
     assert torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight) is tied
 
 
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of pieces of words."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+
+    tokenizer = Tokenizer(BPE(unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["?"], show_progress=False)
+    tokenizer.train_from_iterator(["red is number 11\ngreen is number 22\nblue is number 33\n" * 9], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
 def test_a_mixture_that_stores_experts_one_by_one(tiny_hf: dict[str, Any], llama: Path) -> None:
     """transformers stacks them while it loads, and training starts from these stacks."""
     config = transformers.MixtralConfig(
@@ -269,10 +282,7 @@ def test_json_of_numbers_that_json_lacks(llama: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_tokenizer_beside_a_file(tiny_hf: dict[str, Any], llama: Path, tmp_path: Path, name: str) -> None:
     """--model may be a file in the folder of a model; its tokenizer is used and copied as well."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    Tokenizer(WordLevel({"?": 0, "red": 1}, unk_token="?")).save(str(llama / "tokenizer.json"))
+    write_tokenizer(llama)
     if name == "model.safetensors":
         run(tiny_hf, model=str(llama), steps=2, qat_steps=2)
         llama = Path(tiny_hf["out"]) / "w2"
@@ -284,15 +294,7 @@ def test_a_tokenizer_beside_a_file(tiny_hf: dict[str, Any], llama: Path, tmp_pat
 
 def test_a_tokenizer(tiny_hf: dict[str, Any], llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Losses are per byte all the same, and the text is known by its tokenizer too."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-    from tokenizers.models import BPE
-
-    tokenizer = Tokenizer(BPE(unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["?"], show_progress=False)
-    tokenizer.train_from_iterator(["red is number 11\ngreen is number 22\nblue is number 33\n" * 9], trainer)
-    tokenizer.save(str(llama / "tokenizer.json"))
+    write_tokenizer(llama)
     report = run(tiny_hf, model=str(llama))
     corpus = data.load(tiny_hf["data"], 32, llama / "tokenizer.json")
     assert corpus.train.dtype == torch.int32
