@@ -80,7 +80,7 @@ def test_gguf(folder: Path, ids: torch.Tensor, tmp_path: Path) -> None:
     ("to", "package", "config"),
     [
         ("compressed-tensors", "compressed_tensors", GROUPS),
-        ("gemma", "transformers.integrations.gemma_quantization", qk.QuantConfig(4)),
+        ("gemma", "transformers", qk.QuantConfig(4)),
         ("torchao", "torchao", qk.QuantConfig(4)),
     ],
 )

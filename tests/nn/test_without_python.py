@@ -17,11 +17,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the library and the example for the baseline of instructions, which is the quickest to compile."""
+def program() -> Path:
+    """Build the library and the example for the baseline of instructions, which is the quickest to compile.
+
+    The folder stays, beside those of setup.py, so that the next run compiles only what has changed.
+    """
     if not all(map(shutil.which, ("cmake", "ninja", "c++"))):
         pytest.skip("needs cmake, ninja and a C++ compiler")
-    build = tmp_path_factory.mktemp("standalone")
+    build = ROOT / "build" / "standalone-test"
     options = {
         "QK_STANDALONE": "ON",
         "QK_ISAS": "baseline",
