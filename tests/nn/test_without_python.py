@@ -72,5 +72,6 @@ def test_it_has_no_python(program: Path) -> None:
     """Neither the program nor our library is linked with Python, or with torch's Python library."""
     for file in (program, *program.parent.glob("libqatkernels_ops.*")):
         text = subprocess.run(["ldd", file], capture_output=True, text=True, check=True).stdout
-        assert "libtorch_cpu" in text
-        assert "python" not in text
+        names = [line.split()[0] for line in text.splitlines()]  # the rest is where they lie, in a folder of Python
+        assert "libtorch_cpu.so" in names
+        assert not [name for name in names if "python" in name]
