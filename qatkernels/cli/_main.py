@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from ..extras import MissingExtraError
 from ..version import __version__
 from .arguments import Parser
-from .common import Answer, fail
+from .common import Answer, as_json, fail
 
 #: Subcommands by name, with their line in `qatkernels --help`. The module of a command is imported when the command is
 #: called, because some commands need packages that others do not.
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(answer, int):
             return answer
         if args.json:
-            print(json.dumps(answer.result, indent=2, allow_nan=False))
+            print(json.dumps(as_json(answer.result), indent=2, allow_nan=False))
         else:
             answer.show()
         return answer.code

@@ -149,8 +149,9 @@ class Source:
 #: Why a format does not take layers that quantize their input.
 _ACTIVATIONS = {
     "compressed-tensors": (
-        "compressed-tensors divides the largest element of a token by 127.5, and this library by 127 (or learns the "
-        "scale), so that the results would differ. Train without act_bits, or export to another format"
+        "the format holds one learned scale without a zero point, QuantConfig(act_bits=8, act_scheme='lsq'); with "
+        "dynamic scales compressed-tensors divides the largest element of a token by 127.5, and this library by 127, "
+        "so that the results would differ. Or train without act_bits"
     ),
     "MLX": "MLX has no field for that. Train without act_bits",
     "torchao": "export to torchao takes weights alone. Train without act_bits",

@@ -8,12 +8,13 @@ A folder of transformers whose quantized layers have three tensors in place of a
 
 The string of bits is this library's own (docs/packing.md), its rows padded to four bytes. It is that of
 compressed-tensors 0.18 and later; earlier versions pad numbers of 3, 5, 6 and 7 bits. With whole zero points there is
-``weight_zero_point``, packed along the rows, and ``value = (integer - zero point) * scale``.
+``weight_zero_point``, packed along the rows, and ``value = (integer - zero point) * scale``. Inputs that are quantized
+with one scale have ``input_scale`` ``[1]``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from ..dtypes import dtype_name
 from ._export import ExportReport, ExportRow
 from ._folder import Source, naming
-from .integers import IntegerWeight, UnfitError, words
+from .integers import IntegerWeight, UnfitError, static_bits, static_scale, words
 
 #: The widths that are written. compressed-tensors also knows 1 bit, {-1, 0}, which none of the grids here is.
 BITS = range(2, 9)
@@ -59,7 +60,7 @@ def export(
     """
     if bits is not None and bits not in BITS:
         raise ValueError(f"bits is {bits!r}, must be None or {BITS[0]} to {BITS[-1]}")
-    source = Source.of(model, "compressed-tensors")
+    source = Source.of(model, "compressed-tensors", takes_input=lambda act: static_bits(act) is not None)
     tensors: dict[str, Tensor] = {}
     rows: list[ExportRow] = []
     groups: dict[Stored, list[str]] = {}
@@ -67,9 +68,11 @@ def export(
     for name, layer in source.layers.items():
         weight = source.integers(name)
         with naming(name, layer):
-            stored = Stored.of(weight, bits, symmetric)
+            stored = replace(Stored.of(weight, bits, symmetric), input_bits=static_bits(layer.act))
         parts = stored.tensors(weight)
-        tensors |= {f"{name}.{part}": value for part, value in parts.items()}
+        act: Any = layer.act
+        inputs = {} if act is None else {f"{name}.input_scale": static_scale(act).view(1)}
+        tensors |= inputs | {f"{name}.{part}": value for part, value in parts.items()}
         groups.setdefault(stored, []).append(name)
         nbytes = sum(value.nbytes for part, value in parts.items() if part != "weight_shape")
         rows.append(ExportRow(name, str(stored), 8 * nbytes / max(weight.integers.numel(), 1)))
@@ -80,7 +83,12 @@ def export(
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{i}": {"targets": names, "weights": stored.arguments, "format": "pack-quantized"}
+            f"group_{i}": {
+                "targets": names,
+                "weights": stored.arguments,
+                "input_activations": stored.input_arguments,
+                "format": "pack-quantized",
+            }
             for i, (stored, names) in enumerate(groups.items())
         },
         "ignore": source.linears,
@@ -118,11 +126,13 @@ class Stored:
         bits: width of the integers.
         group_size: inputs that share a scale, None where a row does.
         symmetric: whether there are no zero points.
+        input_bits: width of inputs that are quantized with one scale; None for inputs in full precision.
     """
 
     bits: int
     group_size: int | None
     symmetric: bool
+    input_bits: int | None = None
 
     @classmethod
     def of(cls, weight: IntegerWeight, bits: int | None, symmetric: bool) -> Stored:
@@ -160,10 +170,18 @@ class Stored:
             "group_size": self.group_size, "dynamic": False,
         }  # fmt: skip
 
+    @property
+    def input_arguments(self) -> dict[str, Any] | None:
+        """What ``config.json`` says of the inputs."""
+        if self.input_bits is None:
+            return None
+        return {"num_bits": self.input_bits, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+
     def __str__(self) -> str:
         """Describe it in a few words."""
         per = "rows" if self.group_size is None else f"groups of {self.group_size}"
-        return f"int{self.bits}, {per}" + ("" if self.symmetric else ", zero points")
+        zeros = "" if self.symmetric else ", zero points"
+        return f"int{self.bits}, {per}{zeros}" + ("" if self.input_bits is None else f", int{self.input_bits} inputs")
 
     def tensors(self, weight: IntegerWeight) -> dict[str, Tensor]:
         """Return the tensors of a layer by the last part of their names."""

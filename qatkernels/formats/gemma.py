@@ -20,11 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..grids import MIN_SCALE
-from ..nn import LearnedActivation
 from ._export import ExportReport, ExportRow
 from ._folder import Source, naming
-from .integers import IntegerWeight, UnfitError, words
+from .integers import IntegerWeight, UnfitError, static_bits, static_scale, words
 
 BITS = (2, 4, 8)
 
@@ -49,7 +47,7 @@ def export(model: nn.Module, path: Path, *, tokenizer: Any = None) -> ExportRepo
         MissingExtraError: if transformers is not installed.
         CheckpointError: if the folder holds something, or cannot be written.
     """
-    source = Source.of(model, "gemma", takes_input=_is_static)
+    source = Source.of(model, "gemma", takes_input=lambda act: static_bits(act) == 8)
     tensors: dict[str, Tensor] = {}
     rows: list[ExportRow] = []
     widths: dict[str, int] = {}
@@ -63,7 +61,7 @@ def export(model: nn.Module, path: Path, *, tokenizer: Any = None) -> ExportRepo
         tensors |= {
             f"{name}.weight": packed if bits < 8 else weight.integers.to(torch.int8),
             f"{name}.weight_scale": weight.steps.clone(),
-            f"{name}.input_activation_scale": torch.zeros(()) if act is None else _scale(act),
+            f"{name}.input_activation_scale": torch.zeros(()) if act is None else static_scale(act),
             f"{name}.output_activation_scale": torch.zeros(()),
         }
         nbytes = tensors[f"{name}.weight"].nbytes + weight.steps.nbytes
@@ -93,17 +91,3 @@ def _bits(weight: IntegerWeight) -> int:
     if (bits := weight.signed_bits(BITS)) is None:
         raise UnfitError("its integers are {} to {}, at most 8 bits hold -128 to 127".format(*weight.ends))
     return bits
-
-
-def _is_static(act: object) -> bool:
-    """Whether the format holds a quantizer of inputs: int8, one scale, no zero point."""
-    return (
-        isinstance(act, LearnedActivation)
-        and act.zero_point is None
-        and (act.grid.code_min, act.grid.code_max, act.grid.steps) == (-128, 127, 1.0)
-    )
-
-
-def _scale(act: LearnedActivation) -> Tensor:
-    act.check_scale()
-    return act.scale.detach().reshape(()).float().clamp_min(MIN_SCALE)

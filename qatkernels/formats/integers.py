@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..arithmetic import quotient
 from ..grids import MIN_SCALE, Grid
+from ..nn.activation import LearnedActivation
 from ..nn.packed_linear import Packed
 from ..nn.quantized import Quantized
 
@@ -148,3 +149,17 @@ class IntegerWeight:
     def permuted(self, rows: Tensor) -> IntegerWeight:
         """Return the weight with its rows in another order."""
         return replace(self, integers=self.integers[rows], steps=self.steps[rows], low=self.low[rows])
+
+
+def static_bits(act: object) -> int | None:
+    """Return the width of a quantizer of inputs with one scale and signed integers; None if it is another one."""
+    if not isinstance(act, LearnedActivation) or act.zero_point is not None or act.grid.steps != 1:
+        return None
+    bits = int(act.grid.code_max).bit_length() + 1
+    return bits if (act.grid.code_min, act.grid.code_max) == (-(1 << bits - 1), (1 << bits - 1) - 1) else None
+
+
+def static_scale(act: LearnedActivation) -> Tensor:
+    """Return the scale of such a quantizer, float32 ``[]``."""
+    act.check_scale()
+    return act.scale.detach().reshape(()).float().clamp_min(MIN_SCALE)

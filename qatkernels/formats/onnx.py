@@ -29,6 +29,7 @@ from ..nn import LearnedActivation, packed_modules, quantized_modules
 from ..nn.activation import DynamicActivation
 from ..nn.packed_linear import Packed
 from ..nn.quantized import Quantized
+from ..nn.scaled_embedding import plain_embedding
 from ._export import ExportReport, ExportRow
 from ._folder import as_floats, naming, values_of
 from .integers import IntegerWeight, UnfitError, words
@@ -101,7 +102,10 @@ def export(
         if name in tables:
             continue
         replacements[name] = _qdq_layer(name, layer) if qdq else _layer(name, layer, bits, accuracy_level)
-    plain = {name: nn.Embedding.from_pretrained(values_of(layer)) for name, layer in tables.items()}
+    plain = {
+        name: plain_embedding(layer, nn.Parameter(values_of(layer), requires_grad=False))
+        for name, layer in tables.items()
+    }
     program = _traced(model, {**replacements, **plain}, inputs, dynamic_shapes)
     if (nbytes := sum(t.nbytes for t in program.exported_program.state_dict.values())) >= _LIMIT:
         raise ValueError(f"the weights take {nbytes:,} bytes, a file of ONNX ends at 2 GiB")

@@ -309,7 +309,7 @@ def _layer(
         act = LearnedActivation(weight.cols, grid, offset=act_entry["offset"])
     layer = kind(weight, bias, act=act, act_bits=entry["act_bits"])
     if isinstance(layer, PackedEmbedding) and isinstance(old, nn.Embedding):
-        layer.padding_idx = old.padding_idx
+        layer.be_like(old)
     if isinstance(old, nn.Module) and is_conv1d(old):
         vars(layer)["of_conv1d"] = True
     return layer

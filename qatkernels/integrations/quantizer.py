@@ -31,6 +31,7 @@ except ImportError as error:
 from ..nn import LearnedActivation, QuantConfig, QuantConv1D, quantize_model, quantized_modules
 from ..nn._follow_recipe import follow
 from ..nn.experts import makes, placed_in
+from ..nn.quantizer import scales_come_later
 from ..nn.recipe import METHOD, Recipe, describe
 from ..nn.selection import EXCLUDE
 from ..nn.ties import groups_that_share, join, part, tie_parameters
@@ -111,9 +112,10 @@ class QatQuantizer(HfQuantizer):
             self._part(model)
             return model
         before = model.state_dict().keys()
-        quantize_model(
-            model, config.config, include=config.include, exclude=config.exclude, embeddings=config.embeddings
-        )
+        with scales_come_later():  # they are set when the weights are there
+            quantize_model(
+                model, config.config, include=config.include, exclude=config.exclude, embeddings=config.embeddings
+            )
         # from_pretrained does this after loading, when scales that no file has are still undefined; a layer that leaves
         # training mode then would warn of scales that are too small.
         model.eval()

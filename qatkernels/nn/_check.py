@@ -17,7 +17,7 @@ from ..grids import MIN_SCALE
 from ._pack_model import packed_modules
 from ._quantize_model import quantized_modules
 from .activation import LearnedActivation
-from .config import SEARCHES
+from .config import SEARCHES, without_inputs
 from .floor import count_act_at_floor, count_at_floor
 from .packed_linear import Packed
 from .quantized import OFFLOADED, Quantized, is_offloaded, reparametrization
@@ -273,8 +273,8 @@ def _look_at_scales(row: LayerCheck, layer: Quantized) -> None:
     """Count scales that are at the floor or not finite, and compare scales with those of a fresh layer."""
     if layer.awaits_inputs:
         row.notes.append(
-            "has scales by 'mse', as its scale_init is 'activation' and no inputs were seen: call calibrate(model, "
-            "batch) before training"
+            "has scales that were not set from its inputs, though its scale_init is 'activation': call "
+            "calibrate(model, batch) before training"
         )
     weight, scale = local_part(layer.weight.detach()), local_part(layer.scale.detach())
     points = [scale] if layer.zero_point is None else [scale, local_part(layer.zero_point.detach())]
@@ -294,7 +294,7 @@ def _look_at_scales(row: LayerCheck, layer: Quantized) -> None:
         return
     if is_dtensor(layer.weight) and layer.config.scale_init in SEARCHES:  # which needs the whole weight
         return
-    fresh = initial_scale(layer.weight, layer.config)[0]
+    fresh = initial_scale(layer.weight, without_inputs(layer.config))[0]
     alive = (fresh > MIN_SCALE) & scale.isfinite()
     if scale.shape == fresh.shape and alive.any():
         row.scale_ratio = float((scale[alive] / fresh[alive]).median())

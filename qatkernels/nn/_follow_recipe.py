@@ -12,6 +12,7 @@ from ._pack_model import pack_layers
 from ._quantize_model import quantize_layers
 from .config import QuantConfig
 from .experts import find
+from .quantizer import scales_come_later
 from .recipe import Recipe
 from .selection import Candidate
 
@@ -43,7 +44,8 @@ def follow(model: nn.Module, recipe: Recipe) -> nn.Module:
             configs[layer] = QuantConfig.from_dict(group["config"])
         if group["packed"] is not None:
             packed.setdefault(group["packed"], []).extend(layers)
-    quantize_layers(model, configs)
+    with scales_come_later():
+        quantize_layers(model, configs)
     for scale_dtype, names in packed.items():
         pack_layers(model, [model.get_submodule(name) for name in names], getattr(torch, scale_dtype))
     return model

@@ -14,6 +14,7 @@ from .quant_embedding import QuantEmbedding
 from .quant_linear import QuantLinear
 from .quantized import OFFLOADED, Quantized, is_offloaded
 from .replaced import forget
+from .scaled_embedding import plain_embedding
 from .ties import forget_ties
 
 
@@ -104,10 +105,7 @@ def _plain(layer: Any, values: _Values) -> nn.Module:
     """Return a plain layer with the values and the bias of a quantized or packed one."""
     weight = values.of(layer)
     if isinstance(layer, nn.Embedding):
-        rows, length = weight.shape
-        table = nn.Embedding(rows, length, layer.padding_idx, device="meta")
-        table.weight = weight
-        return table.train(layer.training)
+        return plain_embedding(layer, weight)
     new = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     if getattr(layer, "of_conv1d", False):
         conv1d = importlib.import_module("transformers.pytorch_utils").Conv1D

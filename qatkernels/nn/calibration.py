@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..dtensor import is_dtensor
 from .activation import LearnedActivation
+from .config import without_inputs
 from .grouped_quant_linear import GroupedQuantLinear, expert_of_tokens
 from .quantized import OFFLOADED, Quantized, is_offloaded
 from .quantizer import initial_scale
@@ -27,7 +28,8 @@ class CalibrationReport:
     Attributes:
         activations: names of the quantizers of activations whose scales were set.
         layers: names of the layers whose weight scales were set from their inputs (``scale_init="activation"``).
-        fallbacks: names of layers, and of single experts (``"up[3]"``), whose scales are those of ``"mse"``, and why.
+        fallbacks: names of layers, and of single experts (``"up[3]"``), whose scales were searched by ``"mse"``
+            instead, and why.
         tokens: inputs that each layer of ``layers`` got, by its name.
     """
 
@@ -56,8 +58,7 @@ def calibrate(
     These layers compute with their weights in full precision meanwhile, so that errors of the layers before them do not
     distort their inputs. After the last batch the scales with the smallest error of the layer's output are searched
     (:func:`search_scale`). Layers that share a weight and its scales are searched for the inputs of all of them
-    together. A layer or an expert that no token reached keeps the scales that it has from ``"mse"``; the report names
-    it.
+    together. A layer or an expert that no token reached gets the scales of ``"mse"``; the report names it.
 
     Calibrate before training, and before FSDP or DDP wraps the model, with the same batches in each process. Weight
     scales that were loaded from a state dict, or set by an earlier call, stay as they are.
@@ -210,6 +211,9 @@ def _set_scales(
         )
         names = [name or "the model" for name, layer in layers.items() if layer in same]
         if not tokens.any():
+            same[0].set_scale(*initial_scale(same[0].weight, without_inputs(same[0].config)))
+            for layer in same:
+                layer.await_inputs()  # of another call
             report.fallbacks.update(dict.fromkeys(names, NOT_CALLED))
             continue
         same[0].set_scale(*initial_scale(same[0].weight, same[0].config, squares))

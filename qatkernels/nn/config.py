@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class QuantConfig:
         scale_init: how scales begin: a method of :meth:`Grid.init_scale` (``"max"``, ``"mean"``, ``"lsq"`` or
             ``"range"``, which is for affine); the scheme's own if None; ``"mse"``, a search for the smallest error of
             the weights; or ``"activation"``, a search for the smallest error of the layer's output, which needs
-            :func:`calibrate` after quantizing (until then scales are those of ``"mse"``). docs/algorithms.md has the
+            :func:`calibrate` after quantizing (until then scales are the scheme's own). docs/algorithms.md has the
             formulas.
         scale_dtype: what scales will be stored in, for exports that lose nothing. A forward then rounds the spacing of
             the codes (``scale / grid.steps``) to this dtype. The parameter stays float32, and gradients pass straight
@@ -136,3 +136,8 @@ class QuantConfig:
         if unknown:
             raise ValueError(f"unknown fields {unknown}, must be among {known}")
         return cls(**values)
+
+
+def without_inputs(config: QuantConfig) -> QuantConfig:
+    """Return a configuration whose scales are searched for the weights alone where it searches for inputs."""
+    return replace(config, scale_init="mse") if config.scale_init == "activation" else config

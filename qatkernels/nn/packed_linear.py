@@ -13,6 +13,7 @@ from ..grids import Grid
 from ..ops import PackedWeight
 from .activation import DynamicActivation
 from .grouped_quant_linear import bias_of_tokens
+from .scaled_embedding import Multiplier
 
 #: Where nn.Module keeps the hooks of a forward and of its backward.
 _HOOKS = frozenset(n for n in vars(nn.Module()) if "hook" in n and "state_dict" not in n)
@@ -200,6 +201,7 @@ class PackedEmbedding(Packed, nn.Embedding):
         num_embeddings: N.
         embedding_dim: K.
         padding_idx: that of the embedding, for libraries that look it up.
+        multiplier: what rows are multiplied by, as in :class:`QuantEmbedding`.
 
     Raises:
         TypeError: if ``weight`` is not a packed weight.
@@ -209,6 +211,7 @@ class PackedEmbedding(Packed, nn.Embedding):
     kind = "embedding"
     dims = 2
     padding_idx: int | None = None
+    multiplier: Multiplier | None = None
     max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False
 
     weight: PackedWeight  # type: ignore[assignment]
@@ -233,13 +236,17 @@ class PackedEmbedding(Packed, nn.Embedding):
     ) -> Any:
         """Return the packed form of a :class:`QuantEmbedding`; see :meth:`Packed.from_quantized`."""
         new = super().from_quantized(layer, scale_dtype=scale_dtype, weight=weight)
-        new.padding_idx = layer.padding_idx
+        new.be_like(layer)
         return new
+
+    def be_like(self, embedding: nn.Embedding) -> None:
+        """Take over what an embedding has beside its weight."""
+        self.padding_idx, self.multiplier = embedding.padding_idx, Multiplier.of(embedding)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return rows ``[..., K]`` for row numbers ``[...]``, int32 or int64, in the weight's dtype."""
         rows: Tensor = self.weight(input, lookup=True)
-        return rows
+        return rows if self.multiplier is None else self.multiplier.times(rows)
 
     def extra_repr(self) -> str:
         """Describe the layer."""

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dtensor import is_dtensor, on_every_process
-from .config import QuantConfig
+from .config import QuantConfig, without_inputs
 from .quant_linear import qualified_name, why_not
 from .quantized import Quantized
+from .scaled_embedding import Multiplier
 
 #: Bits that embeddings get at least where nothing else is said. A row is looked up as it is: no sum averages its error.
 LEAST_BITS = 4
@@ -43,11 +44,16 @@ class QuantEmbedding(Quantized, nn.Embedding):
         scale: float32 step sizes, ``[N]``, ``[N, K / group_size]``, or ``[1]`` per tensor.
         zero_point: the same for affine grids, else None.
         quantizer: how the weight is quantized now, as in :class:`QuantLinear`.
+        multiplier: what rows are multiplied by after they are quantized (Gemma); None for nothing. A head that is tied
+            to the embedding does not multiply.
 
     Raises:
         ValueError: if ``config.group_size`` does not divide ``embedding_dim``, or ``config`` has ``act_bits`` or
             ``scale_init="activation"``.
     """
+
+    multiplier: Multiplier | None = None
+    embed_scale: float
 
     def __init__(
         self,
@@ -71,16 +77,24 @@ class QuantEmbedding(Quantized, nn.Embedding):
         attributes come along. A frozen weight gets frozen scales.
 
         Args:
-            embedding: an ``nn.Embedding``; subclasses may compute something else and are refused.
+            embedding: an ``nn.Embedding``, or one of transformers that multiplies the rows that it looks up
+                (``Gemma3TextScaledWordEmbedding``); other subclasses may compute something else and are refused.
             config: what to quantize to.
 
         Raises:
             ValueError: if ``embedding`` is more than a plain ``nn.Embedding``, has ``max_norm``, ``sparse`` or
                 ``scale_grad_by_freq``, or ``config`` does not fit.
         """
-        if problem := unlike_embedding(embedding) or why_not(embedding, {_CLASS}) or _unusual(embedding):
+        multiplier = Multiplier.of(embedding)
+        classes = {_CLASS} if multiplier is None else {qualified_name(type(embedding))}
+        if problem := unlike_embedding(embedding) or why_not(embedding, classes) or _unusual(embedding):
             raise ValueError(f"embedding {problem}")
-        return cls._adopt(embedding, config)
+        new = cls._adopt(embedding, config)
+        if multiplier is not None:
+            new.multiplier = multiplier
+            new._buffers.pop("embed_scale", None)  # loading leaves it undefined in a class that transformers lacks
+            new.embed_scale = multiplier.factor
+        return new
 
     def _configure(self, config: QuantConfig, trains: bool) -> None:
         if isinstance(config, QuantConfig):
@@ -97,7 +111,7 @@ class QuantEmbedding(Quantized, nn.Embedding):
         """Return rows ``[..., K]`` for row numbers ``[...]``, int32 or int64."""
         quantizer = self.quantizer
         if quantizer.bypassed or quantizer.added is not None or any(quantizer.noise(self.training)):
-            return self._rows(input, self._forward_weight(None))
+            return self._multiplied(self._rows(input, self._forward_weight(None)))
         self.check_scale()
         if len(self.scale) not in (1, self.num_embeddings):
             raise RuntimeError(f"the embedding cannot look up rows: {self.misfit()}")
@@ -107,7 +121,10 @@ class QuantEmbedding(Quantized, nn.Embedding):
             for t in self._scales_for(self.weight)
         )
         assert scale is not None
-        return quantizer.plain(self._rows(input, self.weight), scale, zero_point)
+        return self._multiplied(quantizer.plain(self._rows(input, self.weight), scale, zero_point))
+
+    def _multiplied(self, rows: Tensor) -> Tensor:
+        return rows if self.multiplier is None else self.multiplier.times(rows)
 
     def _rows(self, input: Tensor, table: Tensor) -> Tensor:
         rows = F.embedding(input, table, self.padding_idx)
@@ -137,10 +154,9 @@ def for_embeddings(config: QuantConfig) -> QuantConfig:
     The scheme becomes ``"paretoq"`` where it has no such width (binary and ternary).
     """
     return replace(
-        config,
+        without_inputs(config),
         bits=max(LEAST_BITS, config.bits),
         scheme="paretoq" if config.scheme in ("binary", "ternary") else config.scheme,
-        scale_init="mse" if config.scale_init == "activation" else config.scale_init,
         act_bits=None,
         act_scheme="dynamic",
         act_signed=True,
@@ -150,6 +166,8 @@ def for_embeddings(config: QuantConfig) -> QuantConfig:
 def unlike_embedding(layer: nn.Module) -> str | None:
     """Return that a layer is of another class, as the rest of a sentence, or None if it is not."""
     if nn.utils.parametrize.is_parametrized(layer) or (found := qualified_name(type(layer))) == _CLASS:
+        return None
+    if Multiplier.of(layer) is not None:
         return None
     return f"is a {found}, must be exactly torch.nn.Embedding, as a subclass may compute something else"
 

@@ -149,7 +149,7 @@ class Quantized(Float32Scales):
         if self.act is None or _activation(config) != _activation(self.config):
             self.act = self._activation_quantizer(config)
         self.quantizer.configure(config, self.weight.shape[-2:].numel())
-        self._await_inputs()
+        self.await_inputs()
 
     def _activation_quantizer(self, config: QuantConfig) -> DynamicActivation | LearnedActivation | None:
         if (act_grid := config.act_grid) is not None:
@@ -167,9 +167,9 @@ class Quantized(Float32Scales):
         if is_offloaded(self):
             raise ValueError(f"scales cannot be set anew: {OFFLOADED.format('reset scales')}")
         self.set_scale(*initial_scale(self.weight, self.config))
-        self._await_inputs()
+        self.await_inputs()
 
-    def _await_inputs(self) -> None:
+    def await_inputs(self) -> None:
         """Note whether calibration is to set the scales, and their sum, by which it sees whether they were trained."""
         self.awaits_inputs = self.config.scale_init == "activation"
         self._sum_awaiting = self._sum_of_scales() if self.awaits_inputs else None

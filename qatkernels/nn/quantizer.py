@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,9 @@ from .scale_search import search_scale
 
 if TYPE_CHECKING:
     from .quantized import Quantized
+
+#: Whether scales are searched; see :func:`scales_come_later`.
+_searching: ContextVar[bool] = ContextVar("searching", default=True)
 
 #: Radius of a perturbation (Foret et al., 2021), and what ASAM adds to a weight's size (Kwon et al., 2021), by default.
 RHO, ETA = 0.05, 0.01
@@ -176,6 +180,19 @@ def smallest_spacing(dtype: torch.dtype, steps: float) -> float:
     return math.ceil(wanted / apart) * apart
 
 
+@contextmanager
+def scales_come_later() -> Iterator[None]:
+    """Do not search scales within the context: those of new layers are loaded or set next, and a search takes long.
+
+    Layers whose configuration asks for a search begin with what :meth:`Grid.init_scale` proposes.
+    """
+    token = _searching.set(False)
+    try:
+        yield
+    finally:
+        _searching.reset(token)
+
+
 def initial_scale(
     weight: Tensor, config: QuantConfig, moments: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -184,14 +201,15 @@ def initial_scale(
     Args:
         weight: ``[N, K]``, or ``[E, N, K]``.
         config: what to quantize to.
-        moments: sums or means of the squares of the layer's inputs, ``[K]`` or ``[E, K]``, for ``"activation"``, which
-            is ``"mse"`` without them.
+        moments: sums or means of the squares of the layer's inputs, ``[K]`` or ``[E, K]``, for ``"activation"``.
+            Without them its scales are what :meth:`Grid.init_scale` proposes, and :func:`calibrate` searches.
 
     Raises:
         ValueError: if scales would be searched for a weight that is sharded.
     """
     grid, w = config.grid, weight
-    if config.scale_init in SEARCHES:
+    searched = config.scale_init in SEARCHES
+    if searched and _searching.get() and (config.scale_init == "mse" or moments is not None):
         if is_dtensor(weight):
             raise ValueError(
                 f"the weight is sharded, so scale_init {config.scale_init!r} cannot search its scales: set them before "
@@ -204,7 +222,8 @@ def initial_scale(
     if config.per_tensor and w.ndim > 2:  # per tensor means per expert
         w = w.flatten(1)
     per_tensor = config.per_tensor and w is weight
-    scale = grid.init_scale(w, config.group_size, per_tensor=per_tensor, method=config.scale_init)
+    method = None if searched else config.scale_init
+    scale = grid.init_scale(w, config.group_size, per_tensor=per_tensor, method=method)
     zero_point = grid.init_zero_point(w, scale, config.group_size) if grid.has_zero_point else None
     # One element, not a scalar: FSDP shards along the first dimension.
     shape = scale.shape or (1,)

@@ -39,7 +39,8 @@ def build_model(config: TrainConfig, phase: Phase, seed: int) -> nn.Module:
     elif (weights := models.initial_weights(config.model)) is not None:
         models.fill(model, weights, config.model)
     if phase.quantization is not None:
-        model = quantize_model(model, phase.quantization, exclude=models.excluded(model))
+        exclude = models.excluded(model, phase.embeddings is not None)
+        model = quantize_model(model, phase.quantization, exclude=exclude, embeddings=phase.embeddings or False)
     return model.to(config.device)
 
 
@@ -69,7 +70,8 @@ def model_header(config: TrainConfig, phase: Phase, model: nn.Module, result: di
         "phase": phase.name,
         "model": config.described,
         "quantization": phase.quantization and phase.quantization.to_dict(),
-        "exclude": list(models.excluded(model)),
+        "exclude": list(models.excluded(model, phase.embeddings is not None)),
+        "embeddings": phase.embeddings and phase.embeddings.to_dict(),
         "result": result,
     }
 
@@ -79,7 +81,7 @@ def sizes(model: nn.Module) -> dict[str, int]:
 
     Codes count at the storage width of their grid, everything else as float32.
     """
-    layers = quantized_modules(model).values()
+    layers = {layer.weight: layer for layer in quantized_modules(model).values()}.values()  # each weight once
     weights = sum(layer.weight.numel() for layer in layers)
     scales = sum(layer.scale.numel() for layer in layers)
     packed = 4 * scales + sum(-(-layer.weight.numel() * layer.grid.storage_bits // 8) for layer in layers)

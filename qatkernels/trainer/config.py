@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from ..methods.schedules import DECAYS
 from ..methods.squat import SQuATConfig
 from ..methods.winq import WinQConfig
 from ..nn import QuantConfig
+from ..nn.quant_embedding import for_embeddings
 from ..options import AT_LEAST_0, AT_LEAST_1, POSITIVE, SHARE, ConfigError, Range, Settings, check, flag, option, table
 from ..units import count
 from . import models
@@ -167,6 +168,12 @@ class TrainConfig(Settings):
     scale_dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "dtype that scales will be stored in; float16 for files of llama.cpp, so that they lose nothing"
     )
+    embeddings: int | None = option(
+        None,
+        "bit width of the embeddings of tokens and of heads that are tied to them, 2 to 8 (4 or more keep most of the "
+        "model); not quantized if not given",
+        Range(2, 8),
+    )
     act_bits: int | None = option(
         None, "bit width of activations, 2 to 8, one scale per token; not quantized if not given", Range(2, 8)
     )
@@ -196,6 +203,7 @@ class TrainConfig(Settings):
         try:
             for bits in self.bits:
                 self.quantization(bits)
+                self.quantized_embeddings(bits)
         except ValueError as error:
             name, _, rest = str(error).partition(" ")  # the message starts with the name of a setting
             raise ConfigError(f"{flag(name)} {rest}") from error
@@ -222,6 +230,12 @@ class TrainConfig(Settings):
             scale_dtype=getattr(torch, self.scale_dtype),
             act_bits=self.act_bits,
         )
+
+    def quantized_embeddings(self, bits: float) -> QuantConfig | None:
+        """Return what embeddings are quantized to beside layers of a bit width, or None."""
+        if self.embeddings is None:
+            return None
+        return replace(for_embeddings(self.quantization(bits)), bits=self.embeddings)
 
     @property
     def method_config(self) -> MethodConfig:

@@ -107,7 +107,5 @@ class TrainingDisplay(Display):
     def end(self, result: dict[str, Any]) -> None:
         """Announce the end of a phase."""
         before = "" if result["bits"] is None else f" (round-to-nearest {result['start_bits_per_byte']:.3f})"
-        self.say(
-            f"{result['phase']:<6} done: {result['bits_per_byte']:.3f} bits/byte held out{before}, "
-            f"{human(result['tokens_per_second'])} tokens/s"
-        )
+        speed = f", {human(result['tokens_per_second'])} tokens/s" if result["steps"] else ""
+        self.say(f"{result['phase']:<6} done: {result['bits_per_byte']:.3f} bits/byte held out{before}{speed}")

@@ -60,7 +60,13 @@ def architecture(model: nn.Module) -> str:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the files of the tokenizer, and the settings for generating, where there are any."""
+    """Copy the files of the tokenizer, and the settings for generating, where there are any.
+
+    Args:
+        source: the folder of a model, or a file in it, such as its ``config.json``.
+        folder: where to.
+    """
+    source = source.parent if source.is_file() else source
     for name in COPIED:
         if (source / name).is_file():
             files.write(folder / name, (source / name).read_bytes())

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from ..dtensor import local_part, whole
 from ..methods.distillation import distillation_loss
-from ..nn import CalibrationReport, calibrate
+from ..nn import CalibrationReport, calibrate, quantized_modules
 from ..nn.activation import scales_of
 from ..nn.floor import floor_message
+from ..nn.quantizer import scales_come_later
 from . import checkpoints, data, models, report, run_folder, saving
 from .build import build_model, build_optimizer, build_teacher
 from .config import ConfigError, TrainConfig
@@ -129,10 +130,20 @@ def _ignore(line: str) -> None:
     """Drop a line: only the first process prints."""
 
 
-def begin(run: Run, phase: Phase) -> Training:
-    """Build the model, optimizer and method of a phase, before its first step."""
-    model = build_model(run.config, phase, _seed(run.config.seed, "weights", 0))
-    if phase.quantization is not None and phase.quantization.scale_init == "activation":
+def begin(run: Run, phase: Phase, resuming: bool = False) -> Training:
+    """Build the model, optimizer and method of a phase, before its first step.
+
+    Args:
+        run: the objects that all phases share.
+        phase: the phase.
+        resuming: whether a saved state is loaded next, so that scales are not searched.
+    """
+    with scales_come_later() if resuming else contextlib.nullcontext():
+        model = build_model(run.config, phase, _seed(run.config.seed, "weights", 0))
+    if resuming:
+        for layer in quantized_modules(model).values():
+            layer.awaits_inputs = False
+    elif phase.quantization is not None and phase.quantization.scale_init == "activation":
         torch.manual_seed(_seed(run.config.seed, "calibration", 0))  # the same text in every process
         windows = run.corpus.batch(CALIBRATION_WINDOWS, run.config.shape.context)
         calibrate_on(model.eval(), windows, run.config)
@@ -159,8 +170,12 @@ def calibrate_on(model: nn.Module, windows: Tensor, config: TrainConfig) -> Cali
 def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
     """Train one phase to its end, from its newest state if there is one, and return its result."""
     run.stop_if_asked()
-    config, training = run.config, begin(run, phase)
+    config, states = run.config, checkpoints.newest_first(run.folder(phase.name))
+    resuming = phase.quantization is not None and bool(run.group.any(len(states)))
+    training = begin(run, phase, resuming)
     progress = saving.resume(training)
+    if resuming and progress.step == 0:  # no state could be read
+        training = begin(run, phase)
     run.display.begin(phase.name, progress.step)
     windows = run.corpus.evaluation(config.evaluation.eval_windows, config.shape.context)
     if progress.step == 0:  # in a quantized phase this is the loss of round-to-nearest, before any training

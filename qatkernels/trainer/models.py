@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ..files import CheckpointError, DamagedError, header, load, open_tensors, r
 from ..nn import QuantConfig, quantize_model
 from ..nn.experts import Stack, stacks_of
 from ..nn.quant_conv1d import is_conv1d
+from ..nn.quantizer import scales_come_later
 from ..nn.recipe import METHOD
 from .demo_model import ModelConfig, Transformer
 
@@ -151,7 +153,21 @@ def initial_weights(model: str) -> dict[str, Tensor] | None:
         content, about = _read_tensors(file)
         about = about or _saved_by_transformers(file.parent)
         tensors |= content if about is None else _master_weights(content, about, file)
+    if _has_single_experts(tensors, Path(model)):
+        # transformers stacks them while it loads; hf_folder imports what imports this module
+        from . import hf_folder
+
+        tensors = dict(hf_folder.load(Path(model)).state_dict())
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def _has_single_experts(tensors: dict[str, Tensor], folder: Path) -> bool:
+    """Whether a folder of transformers stores experts one by one, and the model has them in stacks."""
+    single = {name for name in tensors if re.search(r"\.experts\.\d+\.", name)}
+    if not single or not folder.is_dir():
+        return False
+    with torch.device("meta"):
+        return not single & build(describe(str(folder), ModelConfig())).state_dict().keys()
 
 
 def _saved_by_transformers(folder: Path) -> dict[str, Any] | None:
@@ -185,7 +201,7 @@ def _master_weights(tensors: dict[str, Tensor], about: dict[str, Any], file: Pat
     full_precision, exclude = model.state_dict().keys(), set(about.get("exclude", ()))
     layers = {
         name for name, m in model.named_modules()
-        if (isinstance(m, nn.Linear) or is_conv1d(m)) and name not in exclude
+        if (isinstance(m, nn.Linear | nn.Embedding) or is_conv1d(m)) and name not in exclude
     }  # fmt: skip
     stacks = {f"{prefix}.{stack.name}": stack for prefix, m in model.named_modules() for stack in stacks_of(m)}
     tensors, layers = _as_stacks(tensors, stacks), layers | stacks.keys()
@@ -245,7 +261,12 @@ def load_trained(path: Path) -> Trained:
         model = build(about["model"])
         if about["quantization"] is not None:
             quantization = QuantConfig.from_dict(about["quantization"])
-            model = quantize_model(model, quantization, exclude=about["exclude"], warn_below=0)
+            with scales_come_later():
+                embeddings = about.get("embeddings")  # absent in files of earlier versions
+                model = quantize_model(
+                    model, quantization, exclude=about["exclude"], warn_below=0,
+                    embeddings=QuantConfig.from_dict(embeddings) if embeddings else False,
+                )  # fmt: skip
         fill(model, tensors, file.name)
         about["phase"], about["result"]["steps"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -277,11 +298,19 @@ def fill(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
         raise CheckpointError(f"{where} does not fit the model: {'it has no' if missing else 'it has a'} {name}")
 
 
-def excluded(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the linear layers that stay in full precision: the output head."""
+def excluded(model: nn.Module, embeddings: bool = False) -> tuple[str, ...]:
+    """Return the names of the linear layers that stay in full precision: the output head.
+
+    Args:
+        model: the model.
+        embeddings: whether embeddings of tokens are quantized, and with them a head that is tied to them.
+    """
     if isinstance(model, Transformer):
         return EXCLUDED
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if embeddings and head is not None and head.weight is table.weight:
+        return ()
     return tuple(name for name, module in model.named_modules() if module is head)
 
 
@@ -296,10 +325,13 @@ def limits(described: dict[str, Any]) -> tuple[int, int | None]:
 def tokenizer(model: str) -> Path | None:
     """Return the ``tokenizer.json`` in the folder of a model of transformers, or None: tokens are then bytes.
 
+    Args:
+        model: the value of ``--model``; of a file it is the folder that it is in.
+
     Raises:
         ValueError: if the folder has a tokenizer in other files alone.
     """
-    folder = Path(model)
+    folder = Path(model).parent if Path(model).is_file() else Path(model)
     if model == DEMO or (folder / "tokenizer.json").is_file():
         return None if model == DEMO else folder / "tokenizer.json"
     if other := [name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()]:

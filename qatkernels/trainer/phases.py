@@ -34,6 +34,7 @@ class Phase:
         keeps_state: whether its last state is kept, so that another phase can continue from it.
         first: steps that its initial weights were trained for in earlier phases.
         quantization: what the linear layers are quantized to; None in full precision.
+        embeddings: what embeddings of tokens and heads that are tied to them are quantized to; None to leave them.
         method: training method of the quantized weights.
     """
 
@@ -48,6 +49,7 @@ class Phase:
     keeps_state: bool = False
     first: int = 0
     quantization: QuantConfig | None = None
+    embeddings: QuantConfig | None = None
     method: MethodConfig = field(default_factory=MethodConfig)
 
 
@@ -178,7 +180,8 @@ def quantized_from(config: TrainConfig, bits: float, steps: int, start: Phase) -
     rate = functools.partial(fused, steps=steps, qat_steps=steps, rewarmup=rewarmup, shape=config.training.decay)
     return Phase(
         f"w{bits:g}", bits, steps, config.training.qat_lr, 0.0, rate, start.name, first=start.first + start.steps,
-        quantization=config.quantization(bits), method=config.method_config,
+        quantization=config.quantization(bits), embeddings=config.quantized_embeddings(bits),
+        method=config.method_config,
     )  # fmt: skip
 
 

@@ -247,3 +247,25 @@ def test_a_folder_that_holds_something_stays(tmp_path):
         export(model, tmp_path / "out", to="compressed-tensors")
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["trained", "packed"])
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_static_inputs(act_bits, packed, tmp_path):
+    """One learned scale of a layer's inputs: transformers rounds them to the same values."""
+    model = build("llama", qk.QuantConfig(4, "lsq", act_bits=act_bits, act_scheme="lsq"))
+    qk.nn.calibrate(model, torch.arange(24).view(2, 12))
+    with torch.no_grad():
+        for layer in qk.quantized_modules(model).values():
+            layer.act.scale.mul_(0.6)  # so that some inputs are clamped
+    wanted = logits(model)
+    scales = {name: layer.act.scale.detach().clone() for name, layer in qk.quantized_modules(model).items()}
+    report = export(qk.pack_model(model) if packed else model, tmp_path / "out", to="compressed-tensors")
+    assert {row.stored_as for row in report.rows} == {f"int4, rows, int{act_bits} inputs"}
+    settings, tensors = written(tmp_path / "out")
+    (group,) = settings["config_groups"].values()
+    assert group["input_activations"]["num_bits"] == act_bits
+    assert not group["input_activations"]["dynamic"]
+    for name, scale in scales.items():
+        assert torch.equal(tensors[f"{name}.input_scale"], scale)
+    assert torch.equal(logits(load(tmp_path / "out")), wanted)

@@ -140,11 +140,11 @@ def test_conv1d():
 
 
 def test_experts():
-    """Each expert for its own tokens; one that none reached keeps "mse", and tokens of nobody do not count."""
+    """Each expert for its own tokens; one that none reached gets "mse", and tokens of nobody do not count."""
     torch.manual_seed(0)
     layer = GroupedQuantLinear(4, 16, 8, config=CONFIG)
     x, ends = uneven(20, 16), torch.tensor([5, 5, 12, 17], dtype=torch.int32)
-    mse = layer.scale.detach().clone()
+    mse = search_scale(layer.weight, layer.grid, 8)[0]
     report = calibrate(layer, x, offsets=ends)
     assert report.fallbacks == {"the model[1]": "no token reached it"}
     assert report.tokens == {"the model": 17}
@@ -184,12 +184,14 @@ class Half(nn.Module):
 
 def test_a_layer_that_no_token_reached():
     model = qk.quantize_model(Half(), CONFIG)
-    mse = model.idle.scale.detach().clone()
+    mse = search_scale(model.idle.weight, model.idle.grid, 8)[0]
     report = calibrate(model, uneven(9, 16))
     assert report.layers == ["used"]
     assert report.fallbacks == {"idle": "no token reached it"}
     assert torch.equal(model.idle.scale, mse)
     assert model.idle.awaits_inputs
+    model.used = model.idle
+    assert calibrate(model, uneven(9, 16)).layers == ["used"]
 
 
 def test_refusals():
@@ -229,7 +231,9 @@ def sharded(rank):
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     with pytest.raises(ValueError, match=r"0 has a sharded weight.*calibrate before fully_shard"):
         calibrate(model, torch.randn(2, 16))
-    with pytest.raises(ValueError, match="the weight is sharded, so scale_init 'activation' cannot search"):
+    model = qk.quantize_model(nn.Sequential(nn.Linear(16, 8)), QuantConfig(2, scale_init="mse"))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(ValueError, match="the weight is sharded, so scale_init 'mse' cannot search"):
         model[0].reset_scale()
 
 
@@ -239,7 +243,7 @@ def test_sharded(pair):
 
 def test_check_notes_layers_that_wait():
     model, x = two_layers(), uneven(9, 16)
-    assert "no inputs were seen: call calibrate(model, batch)" in str(qk.check(model, x))
+    assert "were not set from its inputs" in str(qk.check(model, x))
     calibrate(model, x)
     assert "calibrate" not in str(qk.check(model, x))
 

@@ -15,6 +15,8 @@ from qatkernels.trainer.config import ConfigError
 from qatkernels.trainer.loop import mean_loss
 from qatkernels.trainer.models import load_trained
 from qatkernels.trainer.phases import phases
+from tests.passes import MachineGone, gone_at
+from tests.searches import Candidates
 
 from .conftest import TINY
 
@@ -85,3 +87,32 @@ def test_scale_init(text: Path, tmp_path: Path) -> None:
     assert all(torch.equal(state[name], value) for name, value in start["activation"].items())
     with pytest.raises(ConfigError, match=r"--scale-init is 'mes'.*did you mean 'mse'"):
         settings(text, tmp_path / "wrong", scale_init="mes")
+
+
+def test_a_resumed_run_does_not_search_again(text: Path, tmp_path: Path) -> None:
+    """It ends with the same weights, also where its only state is damaged and the phase begins again."""
+    results = []
+    for name, damaged in (("whole", False), ("broken", True), ("straight", False)):
+        config = settings(text, tmp_path / name, scale_init="activation", save_every=4)
+        if name != "straight":
+            with gone_at(20 + 6), pytest.raises(MachineGone):
+                train(config, say=lambda line: None)
+        states = sorted((tmp_path / name / "w2").glob("state*"))
+        assert len(states) == (name != "straight")
+        if damaged:
+            states[0].write_bytes(states[0].read_bytes()[:-1])
+        with Candidates() as tried:
+            train(config, say=lambda line: None)
+        assert (tried.count == 0) == (name == "whole")
+        results.append(files.load(tmp_path / name / "w2" / "model.safetensors")[0])
+    assert all(torch.equal(value, other[name]) for other in results for name, value in results[0].items())
+
+
+def test_loading_a_trained_model_does_not_search(text: Path, tmp_path: Path) -> None:
+    train(settings(text, tmp_path / "run", scale_init="mse"), say=lambda line: None)
+    with Candidates() as tried:
+        model = load_trained(tmp_path / "run" / "w2").model
+    assert tried.count == 0
+    stored = files.load(tmp_path / "run" / "w2" / "model.safetensors")[0]
+    for name, layer in quantized_modules(model).items():
+        assert torch.equal(layer.scale, stored[f"{name}.scale"])

@@ -230,8 +230,8 @@ def test_weights_of_transformers(tiny_hf: dict[str, Any], llama: Path, tied: boo
     assert torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight) is tied
 
 
-def test_a_tokenizer(tiny_hf: dict[str, Any], llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Losses are per byte all the same, and the text is known by its tokenizer too."""
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of pieces of words."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
 
@@ -240,7 +240,61 @@ def test_a_tokenizer(tiny_hf: dict[str, Any], llama: Path, capsys: pytest.Captur
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["?"], show_progress=False)
     tokenizer.train_from_iterator(["red is number 11\ngreen is number 22\nblue is number 33\n" * 9], trainer)
-    tokenizer.save(str(llama / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def test_a_mixture_that_stores_experts_one_by_one(tiny_hf: dict[str, Any], llama: Path) -> None:
+    """transformers stacks them while it loads, and training starts from these stacks."""
+    config = transformers.MixtralConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    folder = llama.parent / "mixtral"
+    model.save_pretrained(folder)
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    if not any(".experts.0." in name for name in stored):
+        pytest.skip("this transformers stores stacks")
+    run(tiny_hf, model=str(folder), steps=0)
+    start = trained(Path(tiny_hf["out"]) / "fp")
+    assert start.keys() == model.state_dict().keys()
+    for name, value in start.items():
+        assert_same_bits(value, model.state_dict()[name], name)
+    layers = quantized_modules(models.load_trained(Path(tiny_hf["out"]) / "w2").model)
+    assert any(name.endswith("experts.down_proj") for name in layers)
+
+
+def test_json_of_numbers_that_json_lacks(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NaN becomes null: a layer with a weight that is not finite has no ratio of scales."""
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(llama))
+    qatkernels.quantize_model(model, qatkernels.QuantConfig(2))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
+    model.save_pretrained(llama)
+    capsys.readouterr()
+    assert cli.main(["check", str(llama), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    ratios = {layer["name"]: layer["scale_ratio"] for layer in found["layers"]}
+    assert ratios["model.layers.0.mlp.up_proj"] is None
+    assert ratios["model.layers.0.mlp.down_proj"] == pytest.approx(1, abs=0.5)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_tokenizer_beside_a_file(tiny_hf: dict[str, Any], llama: Path, tmp_path: Path, name: str) -> None:
+    """--model may be a file in the folder of a model; its tokenizer is used and copied as well."""
+    write_tokenizer(llama)
+    if name == "model.safetensors":
+        run(tiny_hf, model=str(llama), steps=2, qat_steps=2)
+        llama = Path(tiny_hf["out"]) / "w2"
+    out = tmp_path / "again"
+    run({**tiny_hf, "out": str(out)}, model=str(llama / name), steps=2, qat_steps=2)
+    assert (out / "w2" / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
+    assert models.tokenizer(str(llama / name)) == llama / "tokenizer.json"
+
+
+def test_a_tokenizer(tiny_hf: dict[str, Any], llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Losses are per byte all the same, and the text is known by its tokenizer too."""
+    write_tokenizer(llama)
     report = run(tiny_hf, model=str(llama))
     corpus = data.load(tiny_hf["data"], 32, llama / "tokenizer.json")
     assert corpus.train.dtype == torch.int32

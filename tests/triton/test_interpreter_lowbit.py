@@ -127,7 +127,7 @@ def test_gradients_of_many_outputs(grid, dtype):
 
 @pytest.fixture
 def products(monkeypatch):
-    """The shapes of the library's products, which begin at two tokens and 256 terms, and come in the smallest slices."""
+    """The shapes of the library's products, which begin at two tokens and 256 terms, in the smallest slices."""
     monkeypatch.setattr(_library, "CODES_TOKENS", 1)
     monkeypatch.setattr(_library, "PARTS_TOKENS", 2)
     monkeypatch.setattr(_library, "GROUPS_TOKENS", 2)
