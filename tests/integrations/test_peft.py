@@ -102,7 +102,7 @@ def test_adapters_over_a_frozen_quantized_layer(dora):
 
 
 def test_dora_over_packed_layers_says_why_not():
-    """It divides by the norms of the rows of W + BA in every forward, for which it needs W."""
+    """It divides by the norms of the rows of W + B·A in every forward, for which it needs W."""
     with pytest.raises(TypeError, match=r"should be of type nn.Parameter, got .*PackedWeight"):
         peft.get_peft_model(packed_model(), peft.LoraConfig(r=2, target_modules=["0"], use_dora=True))
 

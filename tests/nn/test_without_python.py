@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def program() -> Path:
-    """Build the library and the example for the baseline of instructions, which is the quickest to compile.
+    """Build the library and the example for the baseline of instructions and without optimization, which is the quickest to compile.
 
     The folder stays, beside those of setup.py, so that the next run compiles only what has changed.
     """
@@ -27,6 +27,7 @@ def program() -> Path:
     build = ROOT / "build" / "standalone-test"
     options = {
         "QK_STANDALONE": "ON",
+        "CMAKE_BUILD_TYPE": "Debug",
         "QK_ISAS": "baseline",
         "QK_TORCH_DIR": Path(torch.__file__).parent,
         "Python_EXECUTABLE": sys.executable,
