@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def program() -> Path:
-    """Build the library and the example for the baseline of instructions and without optimization, which is the quickest to compile.
+    """Build the library and the example as is quickest: for the baseline of instructions, without optimization.
 
     The folder stays, beside those of setup.py, so that the next run compiles only what has changed.
     """
