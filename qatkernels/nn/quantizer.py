@@ -102,11 +102,11 @@ class WeightQuantizer:
         return (self.noise_std, self.scale_noise_std) if training else (0.0, 0.0)
 
     def stored(self, scale: Tensor) -> Tensor:
-        """Return scales as forwards use them: such that the dtype they will be stored in holds ``scale / grid.steps``.
+        """Return scales as forwards use them: such that the dtype they will be stored in holds what files store.
 
         The rounding is straight-through: derivatives are those of the scale itself.
         """
-        return stored_scale(scale, self.config.scale_dtype, self.grid.steps)
+        return stored_scale(scale, self.config.scale_dtype, self.grid)
 
     def plain(
         self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype | None = None,
@@ -158,26 +158,30 @@ class WeightQuantizer:
         return quantize(weight, self.stored(scale), self.grid, group_size=self.group_size, zero_point=zero_point)
 
 
-def stored_scale(scale: Tensor, dtype: torch.dtype, steps: float) -> Tensor:
-    """Return scales such that ``dtype`` holds ``scale / steps``; the rounding is straight-through.
+def stored_scale(scale: Tensor, dtype: torch.dtype, grid: Grid) -> Tensor:
+    """Return scales such that ``dtype`` holds what files store; the rounding is straight-through.
 
-    They are at least ``MIN_SCALE``: kernels would raise a smaller one to it, which ``dtype`` does not hold.
+    That is the distance between neighbouring values, ``scale / grid.steps``, and half of it where values are odd
+    multiples of the half (binary, seq). Scales are at least ``MIN_SCALE``: kernels would raise a smaller one to it, which
+    ``dtype`` does not hold.
     """
     if dtype == torch.float32:
         return scale
     with torch.no_grad():
-        most, least = torch.finfo(dtype).max, smallest_spacing(dtype, steps)
-        rounded = quotient(scale.detach(), steps).clamp(least, most).to(dtype).to(scale.dtype) * steps
+        halves = 1 if float(grid.offset).is_integer() else 2
+        unit, most = halves * grid.steps, torch.finfo(dtype).max / halves
+        least = smallest_number(dtype, MIN_SCALE / unit)
+        rounded = quotient(scale.detach(), unit).clamp(least, most).to(dtype).to(scale.dtype) * unit
     # The difference is zero, so that the sum is the rounded scale exactly.
     return (scale - scale.detach()) + rounded
 
 
-def smallest_spacing(dtype: torch.dtype, steps: float) -> float:
-    """Return the smallest number of a 16-bit dtype that is at least ``MIN_SCALE / steps``."""
-    info, wanted = torch.finfo(dtype), MIN_SCALE / steps
+def smallest_number(dtype: torch.dtype, bound: float) -> float:
+    """Return the smallest number of a floating-point dtype that is at least a positive bound."""
+    info = torch.finfo(dtype)
     # Below the smallest normal number, numbers are as far apart as just above it.
-    apart = info.eps * 2.0 ** math.floor(math.log2(max(wanted, info.smallest_normal)))
-    return math.ceil(wanted / apart) * apart
+    apart = info.eps * 2.0 ** math.floor(math.log2(max(bound, info.smallest_normal)))
+    return math.ceil(bound / apart) * apart
 
 
 @contextmanager
@@ -217,7 +221,7 @@ def initial_scale(
             )
         return search_scale(
             weight, grid, config.group_size, per_tensor=config.per_tensor, moments=moments,
-            stored=lambda scale: stored_scale(scale, config.scale_dtype, grid.steps),
+            stored=lambda scale: stored_scale(scale, config.scale_dtype, grid),
         )  # fmt: skip
     if config.per_tensor and w.ndim > 2:  # per tensor means per expert
         w = w.flatten(1)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import qatkernels as qk
+from qatkernels.formats.integers import IntegerWeight
 from qatkernels.grids import MIN_SCALE
 from qatkernels.methods import WinQ
 from qatkernels.methods.stats import GridStats
@@ -87,6 +88,8 @@ def test_extreme_scales():
     found = quantizer.stored(torch.tensor([1e6, 1e-5, 1e-9]))
     assert found.isfinite().all()
     assert found[0] == 65504 * quantizer.grid.steps
+    quantizer.configure(qk.QuantConfig(2, "seq", scale_dtype=torch.float16), 64)  # of which half the distance is stored
+    assert quantizer.stored(torch.tensor([1e6]))[0] == 65504 * quantizer.grid.steps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,13 +98,13 @@ def test_scales_at_the_floor_are_numbers_of_the_dtype(bits, scheme, dtype):
     """Training can drive a scale below the smallest one, or below zero. A file still holds what forwards use."""
     module = layer(bits, scheme, dtype)
     with torch.no_grad():
-        module.scale.copy_(torch.linspace(-2e-5, 2e-5, 8).view_as(module.scale))
+        module.scale.copy_(torch.linspace(-2e-5, 5e-5, 8).view_as(module.scale))
     used = module.quantizer.stored(module.scale)
-    spacing = used.detach() / module.grid.steps
     assert used.min() >= torch.tensor(MIN_SCALE)
-    assert torch.equal(spacing.to(dtype).to(torch.float32), spacing)
-    below = torch.nextafter(spacing.min().to(dtype), torch.zeros((), dtype=dtype)).float() * module.grid.steps
-    assert below < MIN_SCALE  # the smallest spacing that kernels do not raise
+    steps = IntegerWeight.of(module).steps  # half the distance of values for binary and seq
+    assert torch.equal(steps.to(dtype).to(torch.float32), steps)
+    below = torch.nextafter(steps.min().to(dtype), torch.zeros((), dtype=dtype)).float()
+    assert below * (used.detach().min() / steps.min()) < MIN_SCALE  # the smallest that kernels do not raise
     (gradient,) = torch.autograd.grad(used.sum(), module.scale)
     assert torch.equal(gradient, torch.ones_like(module.scale))
     wanted = module.quantized_weight().detach()

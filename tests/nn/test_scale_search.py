@@ -132,7 +132,7 @@ def test_scale_dtype(dtype):
     """No scale is worse than that of a formula once both are stored."""
     w, config = torch.randn(64, 32), QuantConfig(3, group_size=8, scale_init="mse", scale_dtype=dtype)
     found, other = (
-        error_of(w, stored_scale(initial_scale(w, c)[0], config.scale_dtype, config.grid.steps), None, config.grid, 8)
+        error_of(w, stored_scale(initial_scale(w, c)[0], config.scale_dtype, config.grid), None, config.grid, 8)
         for c in (config, QuantConfig(3, group_size=8))
     )
     assert bool((found <= other).all())

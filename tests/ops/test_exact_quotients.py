@@ -70,7 +70,7 @@ def test_grids(grid):
         OPS["dequantize"].reference(codes, sample.scale, sample.zero_point, list(grid.constants), torch.float32)
         for method in ("max", "mean", "lsq", "range"):
             grid.init_scale(sample.w, method=method)
-        stored_scale(sample.scale, torch.bfloat16, grid.steps)
+        stored_scale(sample.scale, torch.bfloat16, grid)
         if float(2 * grid.offset).is_integer():
             IntegerWeight.from_codes(codes, sample.scale.view(-1, 1), None, grid)
 
