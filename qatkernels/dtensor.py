@@ -37,11 +37,11 @@ def is_dtensor(value: Any) -> TypeIs[DTensor]:
 
 def _register_rules() -> None:
     global _registered
-    _registered = True
     from torch.distributed.tensor.experimental import register_sharding
 
     for op, rule in RULES.items():
         register_sharding(op)(rule)
+    _registered = True
 
 
 def is_fsdp(module: nn.Module) -> bool:

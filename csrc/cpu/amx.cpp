@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <iterator>
 #include <stdexcept>
 
@@ -42,8 +41,11 @@ std::atomic<int> in_use{-1};  // -1 until the first call
 Tiles tiles() {
   int known = in_use.load(std::memory_order_relaxed);
   if (known < 0) {
-    const char* const wanted = std::getenv("QATKERNELS_AMX");
-    const bool allowed = !wanted || std::strcmp(wanted, "0") != 0;
+    const char* const given = std::getenv("QATKERNELS_AMX");
+    const std::string wanted = given ? given : "";
+    if (wanted != "" && wanted != "0" && wanted != "1")
+      throw std::runtime_error("QATKERNELS_AMX is '" + wanted + "', must be 0 (no tiles of AMX) or 1");
+    const bool allowed = wanted != "0";
     const int best = static_cast<int>(allowed && has_amx() ? Tiles::amx : Tiles::none);
     // Another thread may have stored its choice first: the same one, or that of a test.
     if (in_use.compare_exchange_strong(known, best)) known = best;

@@ -7,7 +7,8 @@ namespace qk::cpu {
 
 enum class Tiles { none, portable, amx };
 
-// What is in use: AMX where the machine has it, the system permits it, and QATKERNELS_AMX is not 0.
+// What is in use: AMX where the machine has it, the system permits it, and QATKERNELS_AMX is not 0. Throws
+// std::runtime_error if QATKERNELS_AMX is neither 0 nor 1.
 Tiles tiles();
 
 const char* name_of(Tiles tiles);

@@ -1,10 +1,5 @@
-// Division of many numbers by the same one, correctly rounded, at the price of five multiplications. A division takes
-// three times as long where data are in the cache.
-//
-// With y = RN(1 / b), q within one ulp of a / b and the remainder a - b * q exact, RN(q + y * (a - b * q)) is RN(a / b)
-// (Markstein, 1990). a * y is within two ulps; one such step brings it within one, a second makes it exact. The
-// remainder is exact unless it underflows, which takes abs(a) < 2^-100; an overflow, an infinite or a NaN operand ends
-// in NaN. In these two cases all lanes are divided again by ordinary divisions. cuda/divide.h does the same.
+// Division of many numbers by the same one, correctly rounded, at the price of five multiplications. An instruction
+// that divides takes longer where data are in the cache. cuda/divide.h does the same, and says why it is exact.
 #pragma once
 
 #include "simd.h"

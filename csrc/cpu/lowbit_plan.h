@@ -47,7 +47,7 @@ struct LowbitPlan {
   int64_t block_act_rows;  // activation rows whose sums are buffered at once, at most
   int64_t block_panels;    // panels that are multiplied at once, at most
   int64_t scratch_bytes;   // of a thread
-  cpu::Tiles tiles;        // that many activation rows are multiplied with
+  cpu::Tiles tiles;        // what multiplies many activation rows; none: sums in registers
   int64_t tile_operands;   // of a step of those tiles
 
   // The layout of the buffer: what LowbitActivations points to, in bytes from its start.

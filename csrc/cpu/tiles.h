@@ -48,6 +48,8 @@ class AmxTiles {
     set(4, first, 4 * operands);
     set(5, second, 4 * operands);
     for (const int tile : {6, 7}) set(tile, operands, 64);
+    // The intrinsic tells the compiler that it reads eight bytes: without this the other sizes need not be written.
+    asm volatile("" ::"m"(sizes), "r"(&sizes) : "memory");
     _tile_loadconfig(&sizes);
   }
   QK_INLINE void zero() {

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nn._gather_model import is_sharded
+from ..nn._gather_model import is_sharded, whole_in_every_process
 
 #: The module of each format, which has ``export(model, path, **options) -> ExportReport``.
 _FORMATS = {
@@ -138,8 +138,5 @@ def export(model: nn.Module, path: str | Path, to: str, **options: Any) -> Expor
     """
     write = writer(to, options)
     if is_sharded(model):
-        raise ValueError(
-            "the model is sharded: call pack_model(model) in every process, which returns a whole packed model, and "
-            "export that in one of them"
-        )
+        raise ValueError(f"the model is sharded: {whole_in_every_process(model)}, and export that in one of them")
     return write(model, Path(path), **options)

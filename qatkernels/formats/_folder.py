@@ -149,9 +149,9 @@ class Source:
 #: Why a format does not take layers that quantize their input.
 _ACTIVATIONS = {
     "compressed-tensors": (
-        "the format holds one learned scale without a zero point, QuantConfig(act_bits=8, act_scheme='lsq'); with "
-        "dynamic scales compressed-tensors divides the largest element of a token by 127.5, and this library by 127, "
-        "so that the results would differ. Or train without act_bits"
+        "use QuantConfig(act_bits=8, act_scheme='lsq'), or train without act_bits. The format holds one learned scale "
+        "without a zero point. With dynamic scales results would differ: compressed-tensors divides the largest "
+        "element of a token by 127.5, this library by 127"
     ),
     "MLX": "MLX has no field for that. Train without act_bits",
     "torchao": "export to torchao takes weights alone. Train without act_bits",

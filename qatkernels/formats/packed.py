@@ -22,6 +22,7 @@ from ..files import CheckpointError
 from ..float32_scales import Float32Scales
 from ..grids import make_grid
 from ..nn import LearnedActivation, packed_modules
+from ..nn._gather_model import is_sharded, whole_in_every_process
 from ..nn.experts import Stack, find
 from ..nn.packed_linear import KINDS, Packed, PackedEmbedding
 from ..nn.quant_conv1d import is_conv1d
@@ -58,6 +59,8 @@ def save_packed(model: nn.Module, path: str | Path, config: Mapping[str, Any] | 
     """
     if not packed_modules(model):
         raise ValueError("the model has no packed layer: call pack_model first")
+    if is_sharded(model):
+        raise ValueError(f"the model is sharded: {whole_in_every_process(model)}, and save that in one of them")
     first_names: dict[int, str] = {}  # by id of the tensor
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -189,7 +192,8 @@ def load_packed(
 
     Args:
         path: the file.
-        build: builds the model, as it was before quantization, from the ``config`` that was saved. Modules must have
+        build: builds the model, as it was before quantization, from the ``config`` that was saved. Its Parameters have
+            no data; if it reads or replaces their data, it is called again with them. Modules must have
             the same names; in place of a packed layer any module will do. Values of weights do not matter: Parameters
             that it makes have none (they are on the meta device), so that a large model is never there in full
             precision. Buffers that the file lacks must have data.
@@ -212,8 +216,7 @@ def load_packed(
     with _errors_name(path):
         _check(header)
         state = tensors | {alias: tensors[name] for alias, name in header["aliases"].items()}
-    with _parameters_on_meta():
-        model = build(header["config"])
+    model = _without_data(build, header["config"])
     if not isinstance(model, nn.Module):
         raise TypeError(f"build returned {model!r:.80}, must return the model as it was before quantization")
     with _errors_name(path):
@@ -315,15 +318,29 @@ def _layer(
     return layer
 
 
+def _without_data(build: Callable[[Any], nn.Module], config: Any) -> nn.Module:
+    """Return the model that ``build`` makes, without the data of its Parameters; with them if it reads or sets them."""
+    with _parameters_on_meta():
+        try:
+            return build(config)
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error) and "incompatible tensor type" not in str(error):
+                raise
+    return build(config)
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Let modules of this thread register Parameters without data. Buffers, which a file may lack, have data."""
     thread = threading.get_ident()
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # by the id of what was registered, which is kept alive
 
     def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta or threading.get_ident() != thread:
             return None
-        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        if id(parameter) not in made:  # a Parameter of several modules stays one
+            made[id(parameter)] = parameter, nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        return made[id(parameter)][1]
 
     handle = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]  # torch annotates too little
     try:

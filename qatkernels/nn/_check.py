@@ -17,7 +17,7 @@ from ..grids import MIN_SCALE
 from ._pack_model import packed_modules
 from ._quantize_model import quantized_modules
 from .activation import LearnedActivation
-from .config import SEARCHES, without_inputs
+from .config import without_inputs
 from .floor import count_act_at_floor, count_at_floor
 from .packed_linear import Packed
 from .quantized import OFFLOADED, Quantized, is_offloaded, reparametrization
@@ -292,7 +292,7 @@ def _look_at_scales(row: LayerCheck, layer: Quantized) -> None:
     if not weight.isfinite().all():
         row.problems.append("has weights that are not finite")
         return
-    if is_dtensor(layer.weight) and layer.config.scale_init in SEARCHES:  # which needs the whole weight
+    if is_dtensor(layer.weight) or is_dtensor(layer.scale):  # of which this process has a part
         return
     fresh = initial_scale(layer.weight, without_inputs(layer.config))[0]
     alive = (fresh > MIN_SCALE) & scale.isfinite()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dtensor import is_dtensor, is_fsdp, whole
+from .quantized import Quantized
 
 #: Where the hooks of torch's engines come from, and how their attributes of modules begin.
 _ENGINES = ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed._composable")
@@ -36,8 +37,14 @@ def gather_model(model: nn.Module) -> nn.Module:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` manages a module of a model, or a parameter is a DTensor."""
-    return any(map(is_fsdp, model.modules())) or any(map(is_dtensor, model.parameters()))
+    """Whether ``fully_shard`` manages a module of a model, or a parameter or buffer (packed codes) is a DTensor."""
+    return any(map(is_fsdp, model.modules())) or any(map(is_dtensor, (*model.parameters(), *model.buffers())))
+
+
+def whole_in_every_process(model: nn.Module) -> str:
+    """Return what to call, for an error of something that takes whole models only."""
+    call = "pack_model(model)" if any(isinstance(m, Quantized) for m in model.modules()) else "nn.gather_model(model)"
+    return f"call qatkernels.{call} in every process, which returns a whole copy"
 
 
 def reshard(model: nn.Module) -> None:

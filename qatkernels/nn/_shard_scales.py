@@ -37,11 +37,14 @@ def shard_scales(model: nn.Module, mesh: DeviceMesh | None = None) -> set[nn.Par
     Returns:
         The new Parameters. Make the optimizer after this call.
 
+    Without ``ignored_params`` ``fully_shard`` takes the new Parameters too, and fails on them.
+
     Raises:
+        TypeError: if ``mesh`` is no DeviceMesh.
         ValueError: if the model has no scale, or ``fully_shard`` has been called already.
     """
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     modules = [m for m in model.modules() if isinstance(m, Float32Scales) and m._parameters.get("scale") is not None]
@@ -49,6 +52,8 @@ def shard_scales(model: nn.Module, mesh: DeviceMesh | None = None) -> set[nn.Par
         raise ValueError("the model has no quantized layer: call quantize_model first")
     if any(map(is_dtensor, model.parameters())) or any(map(is_fsdp, model.modules())):
         raise ValueError("the model is sharded already: call shard_scales before fully_shard")
+    if mesh is not None and not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh is {mesh!r}, must be a DeviceMesh, the one that fully_shard is given, or None")
     if mesh is None:
         mesh = init_device_mesh(modules[0].scale.device.type, (dist.get_world_size(),))
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]

@@ -133,6 +133,7 @@ class Quantized(Float32Scales):
         """Requantize a layer that is known not to be wrapped: to find that out takes a look at every live object."""
         if is_dtensor(self.weight):
             raise ValueError("the weight is sharded, so scales cannot be set anew: requantize before fully_shard")
+        self._refuse_sharded_scales("requantize")
         if is_offloaded(self):
             raise ValueError(f"scales cannot be set anew: {OFFLOADED.format('requantize')}")
         self._configure(config, trains=self.scale.requires_grad)
@@ -186,10 +187,19 @@ class Quantized(Float32Scales):
 
     @torch.no_grad()
     def set_scale(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
-        """Write scales, and zero points if the layer has them, into its parameters."""
+        """Write scales, and zero points if the layer has them, into its parameters.
+
+        Raises:
+            ValueError: if scales are sharded and the weight is not (:func:`shard_scales`).
+        """
+        self._refuse_sharded_scales("set scales")
         self.scale.copy_(scale)
         if self.zero_point is not None and zero_point is not None:
             self.zero_point.copy_(zero_point)
+
+    def _refuse_sharded_scales(self, what: str) -> None:
+        if is_dtensor(self.scale) and not is_dtensor(self.weight):
+            raise ValueError(f"the scales are sharded and the weight is not: {what} before shard_scales")
 
     def misfit(self) -> str | None:
         """Return that there are scales for another number of rows than the weight has, or None.

@@ -162,8 +162,8 @@ def stored_scale(scale: Tensor, dtype: torch.dtype, grid: Grid) -> Tensor:
     """Return scales such that ``dtype`` holds what files store; the rounding is straight-through.
 
     That is the distance between neighbouring values, ``scale / grid.steps``, and half of it where values are odd
-    multiples of the half (binary, seq). Scales are at least ``MIN_SCALE``: kernels would raise a smaller one to it, which
-    ``dtype`` does not hold.
+    multiples of the half (binary, seq). Scales are at least ``MIN_SCALE``: kernels would raise a smaller one to it,
+    which ``dtype`` does not hold.
     """
     if dtype == torch.float32:
         return scale

@@ -165,8 +165,17 @@ class PackedWeight(Float32Scales):
         """Bytes of codes, scales and zero points."""
         return sum(t.nbytes for t in self._buffers.values() if t is not None)
 
-    #: Codes do not train.
-    requires_grad = False
+    @property
+    def requires_grad(self) -> bool:
+        """False: codes do not train."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if value:
+            raise ValueError(
+                "requires_grad is True, must be False: codes do not train. Train quantized layers, then pack"
+            )
 
     @property
     def ndim(self) -> int:
@@ -196,15 +205,21 @@ class PackedWeight(Float32Scales):
 
     def codes(self) -> Tensor:
         """Return the integer codes ``[..., N, K]``."""
+        self._refuse_sharded()
         return unpack(self.packed, self.grid, self.cols)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight ``[..., N, K]`` in a floating point dtype."""
         check_dtype(dtype)
+        self._refuse_sharded()
         return dequantize(
             self.codes(), self.scale.float(), self.grid, group_size=self.group_size if self.cols else None,
             zero_point=self.zero_point, dtype=dtype,
         )  # fmt: skip
+
+    def _refuse_sharded(self) -> None:
+        if is_dtensor(self.packed):
+            raise ValueError("the codes are sharded: call qatkernels.nn.gather_model(model), whose weights are whole")
 
     @property
     def value(self) -> PackedWeight:

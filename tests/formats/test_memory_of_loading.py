@@ -101,6 +101,46 @@ def test_what_is_shared_frozen_or_not_in_the_file(tmp_path):
         load_packed(tmp_path / "model", lambda config: Tied(broken=True))
 
 
+class Reads(nn.Module):
+    """One Parameter of two modules; another whose values are replaced, or looked at."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.body = nn.Linear(16, 16)
+        self.first, self.second = nn.Module(), nn.Module()
+        shared = nn.Parameter(torch.randn(16))
+        self.first.weight, self.second.weight = shared, shared
+        self.gain = nn.Parameter(torch.rand(16) + 0.5)
+        if how == "replaces":
+            self.gain.data = torch.ones(16)
+        if how == "reads" and self.gain.max() > 2:
+            raise ValueError("never")
+
+    def forward(self, x):
+        return self.body(x) * self.gain + self.first.weight + self.second.weight
+
+
+@pytest.mark.parametrize("how", ["only registers", "replaces", "reads"])
+def test_models_that_share_and_read_parameters(tmp_path, how):
+    model = qk.pack_model(qk.quantize_model(Reads(how), QuantConfig(4), include="body", warn_below=0).eval())
+    save_packed(model, tmp_path / "model")
+    loaded = load_packed(tmp_path / "model", lambda config: Reads(how))
+    assert loaded.first.weight is loaded.second.weight
+    assert len(list(loaded.parameters())) == len(list(model.parameters()))
+    x = torch.randn(3, 16)
+    assert_same_bits(loaded(x), model(x))
+
+
+def test_errors_of_build_are_its_own(tmp_path):
+    saved(tmp_path / "model", 16, 1, 8)
+
+    def broken(config):
+        raise RuntimeError("no such model")
+
+    with pytest.raises(RuntimeError, match="no such model"):
+        load_packed(tmp_path / "model", broken)
+
+
 def test_a_model_without_any_data(tmp_path):
     config = {"width": 16, "layers": 2, "words": 8}
     model = saved(tmp_path / "model", **config)
