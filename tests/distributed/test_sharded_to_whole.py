@@ -150,7 +150,7 @@ def test_a_layer_that_is_the_model(pair):
 
 def saved(rank, folder):
     model = shard(make("row"), False)
-    with pytest.raises(ValueError, match=r"the model is sharded: call pack_model\(model\) in every process"):
+    with pytest.raises(ValueError, match=r"the model is sharded: call qatkernels.pack_model\(model\) in every process"):
         export(model, folder / "x", "gguf")
     whole = pack_model(model)
     if rank == 0:

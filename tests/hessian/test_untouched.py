@@ -376,7 +376,7 @@ def ask_sharded(rank):
         lambda: hvp(lambda: loss_fn(model, data[0]), weights, weights),
         lambda: gradient_norm_ratio(lambda: loss_fn(model, data[0]), weights),
     ):
-        with pytest.raises(ValueError, match=r"parameters are sharded.*before fully_shard"):
+        with pytest.raises(ValueError, match=r"parameters are sharded.*gather_model"):
             call()
 
 

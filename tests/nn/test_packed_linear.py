@@ -398,7 +398,6 @@ READS = {
     "T": lambda x, w: x @ w.T,
     "data": lambda x, w: F.linear(x, w.data),
     "listed": lambda x, w: torch.cat([x, w]),
-    "size": lambda x, w: w.size(),
     "some rows": lambda x, w: F.linear(x, w[:4]),
     "twice": lambda x, w: F.linear(x, 2 * w),
     "half": lambda x, w: F.linear(x, w / 2),

@@ -134,10 +134,12 @@ def test_rates_have_a_fitting_unit(rate: float, shown: str) -> None:
     lines: list[str] = []
     with TrainingDisplay(10, lines.append) as display:
         display.step("fp", {"step": 1, "held_out": 2.5}, rate)
-        result = {"phase": "fp", "bits": None, "bits_per_byte": 2.5, "tokens_per_second": rate}
+        result = {"phase": "fp", "bits": None, "bits_per_byte": 2.5, "tokens_per_second": rate, "steps": 1}
         display.end(result)
+        display.end(result | {"steps": 0})
     assert f"held out, {shown}, 0:0" in lines[0]
     assert lines[1].endswith(f", {shown}")
+    assert lines[2].endswith("held out")  # nothing was trained
 
 
 def test_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
