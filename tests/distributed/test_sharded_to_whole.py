@@ -227,3 +227,50 @@ def llama(rank):
 def test_a_model_of_transformers(pair):
     pytest.importorskip("transformers")
     pair.run(llama)
+
+
+def packed_codes(rank, folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from qatkernels.nn.tensor_parallel import ColwiseParallel
+
+    torch.manual_seed(0)
+    model = pack_model(qk.quantize_model(nn.Sequential(nn.Linear(16, 8, bias=False)), QuantConfig(4), exclude=()))
+    x = torch.ones(2, 16)
+    wanted = model(x)
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel()})
+    for refused in (
+        lambda: save_packed(model, folder / "model"),
+        lambda: export(model, folder / "model", "safetensors"),
+        lambda: model[0].weight.dequantize(),
+        lambda: model[0].weight.codes(),
+    ):
+        with pytest.raises(ValueError, match=r"sharded: call qatkernels.nn.gather_model\(model\)"):
+            refused()
+    with pytest.raises(ValueError, match="requires_grad is True, must be False: codes do not train"):
+        model[0].weight.requires_grad = True
+    assert_same_bits(gather_model(model)(x), wanted)
+
+
+def test_a_packed_model_of_which_only_codes_are_sharded(pair, tmp_path):
+    pair.run(packed_codes, tmp_path)
+
+
+def sharded_scales(rank):
+    model = qk.quantize_model(nn.Sequential(nn.Linear(16, 8)), QuantConfig(4), exclude=())
+    with pytest.raises(TypeError, match="mesh is 'cpu', must be a DeviceMesh"):
+        shard_scales(model, "cpu")
+    shard_scales(model)
+    for what, refused in (
+        ("set scales", model[0].reset_scale),
+        ("requantize", lambda: model[0].requantize(QuantConfig(2))),
+        ("set scales", lambda: qk.load_weights(model, {"0.weight": torch.ones(8, 16), "0.bias": torch.ones(8)})),
+    ):
+        with pytest.raises(ValueError, match=f"the scales are sharded and the weight is not: {what} before"):
+            refused()
+    assert len(qk.check(model, torch.ones(2, 16)).layers) == 1
+
+
+def test_scales_that_are_sharded_cannot_be_set(pair):
+    pair.run(sharded_scales)
