@@ -225,7 +225,7 @@ def test_refusals(tmp_path):
     refused(ValueError, "the model is Sequential, export to compressed-tensors takes a model of transf", plain)
     refused(ValueError, "no quantized layer, quantize_model makes them", build())
     model = build("llama", qk.QuantConfig(4, act_bits=8))
-    refused(UnfitError, "q_proj quantizes its input: .* by 127.5, and this library by 127", model)
+    refused(UnfitError, "q_proj quantizes its input: .* by 127.5, this library by 127", model)
     refused(UnfitError, "q_proj quantizes its input", qk.pack_model(model))
     model = build("llama", qk.QuantConfig(8, scheme="seq"))
     refused(UnfitError, "integers are -255 to 255, at most 8 bits hold -128 to 127; use a grid with fewer", model)
