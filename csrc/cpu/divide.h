@@ -1,5 +1,5 @@
-// Division of many numbers by the same one, correctly rounded, at the price of five multiplications. An instruction
-// that divides takes longer where data are in the cache. cuda/divide.h does the same, and says why it is exact.
+// Division of many numbers by the same one, correctly rounded, by multiplications. cuda/divide.h does the same, and
+// says why it is exact.
 #pragma once
 
 #include "simd.h"

@@ -435,9 +435,9 @@ void take_limb(float* x, float* limb, int64_t n) {
 
 bool serves_int8(const LowbitLinearCall& call) {
 #if !defined(__AVX512VBMI__)
-  // Three limbs of many tokens, whose sums are scaled group by group, take longer than float32 products. Measured on a
-  // Cascade Lake, 4096 x 4096 at 4 bits, over the float32 kernel: groups of 32 0.91 at 32 tokens, 1.16 at 64; groups of
-  // 64 and 128 0.9 at 64 tokens, 1.2 at 256.
+  // Three limbs of many tokens, whose sums are scaled group by group, take longer than float32 products. A trial on a
+  // loaded Cascade Lake, 4096 x 4096 at 4 bits, over the float32 kernel: groups of 32 0.91 at 32 tokens, 1.16 at 64;
+  // groups of 64 and 128 0.9 at 64 tokens, 1.2 at 256.
   const int64_t most = call.groups > 1 && call.cols / call.groups < 64 ? 48 : 128;
   if (!call.act_bits && call.groups > 1 && call.tokens > most) return false;
 #endif

@@ -315,8 +315,9 @@ class PackedWeight(Float32Scales):
             )
         if what == ".is_leaf":  # torch's RowwiseParallel asks this of a weight that it is to shard
             return (
-                f"the weight of {layer} is packed codes, which torch's RowwiseParallel cannot shard: use the one of "
-                "qatkernels.nn.tensor_parallel"
+                f"the weight of {layer} is packed codes, which have no .is_leaf. If torch's RowwiseParallel asked, use "
+                f"the one of qatkernels.nn.tensor_parallel. Otherwise exclude {layer} in quantize_model, so that it "
+                "stays in full precision"
             )
         return (
             f"the weight of {layer} is packed codes, which {what} cannot use: the model reads the weight of the layer "
