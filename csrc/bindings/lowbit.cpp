@@ -150,8 +150,10 @@ void lowbit_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, c
   const Tensor memory = allocate({plan.buffer_bytes + 64}, at::kByte, x.device());
   void* const at =
       reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.mutable_data_ptr()) + 63) & ~uintptr_t{63});
-  at::parallel_for(0, call.tokens, grain_of_rows(cols),
-                   [&](int64_t begin, int64_t end) { cpu::lowbit_prepare(plan, at, begin, end); });
+  const int64_t step = plan.token_step;
+  at::parallel_for(0, (call.tokens + step - 1) / step, grain_of_rows(cols * step), [&](int64_t begin, int64_t end) {
+    cpu::lowbit_prepare(plan, at, begin * step, std::min(end * step, call.tokens));
+  });
   const auto multiply = [&](int64_t begin, int64_t end) {
     cpu::lowbit_multiply(plan, at, w.experts.data(), begin, end);
   };

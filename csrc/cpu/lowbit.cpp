@@ -19,6 +19,7 @@ namespace {
 // The first that serves a call takes it.
 constexpr const LowbitKernel* kKernels[] = {
 #if defined(QK_LOWBIT_VNNI)
+    &bf16_tiles_kernel, &int8_tiles_kernel,
 #if defined(__AVX512VBMI__)
     &lut_kernel,
 #endif
@@ -31,20 +32,6 @@ constexpr const LowbitKernel* kKernels[] = {
 };
 
 constexpr int64_t kAlignment = 64;  // bytes, a line of the cache
-
-// Calls f with p as a pointer to elements of the type.
-template <class Void, class F>
-void with_float(DType type, Void* p, F f) {
-  const auto as = [p]<class T>(T) { return static_cast<std::conditional_t<std::is_const_v<Void>, const T, T>*>(p); };
-  switch (type) {
-    case DType::bf16:
-      return f(as(bfloat16()));
-    case DType::f16:
-      return f(as(float16()));
-    default:
-      return f(as(float()));
-  }
-}
 
 // Reads a row as float32, sixteen at a time, the last sixteen padded with zeros.
 template <class T>
@@ -76,46 +63,17 @@ float quantize_token(float* x, int64_t n, float limit) {
   return scale;
 }
 
-// Weighs limbs, multiplies with the scales of tokens, adds the bias, and writes y in its dtype: for the panel of `rows`
-// output features from `first_feature` on.
-template <class Y>
-void finish(const LowbitBlock& b, int64_t first_feature, int64_t rows, const float* sums, Y* y) {
-  constexpr float kLimbWeights[kLimbs] = {1, 256, 65536};
-  const LowbitLinearCall& call = b.plan.call;
-  const int64_t limbs = b.plan.limbs;
-  float bias[kPanel] = {};
-  if (call.bias)
-    for (int64_t r = 0; r < rows; ++r) bias[r] = read_float(call.bias, call.bias_type, first_feature + r);
-  for (int64_t i = 0; i < b.act_rows; i += limbs) {
-    const int64_t token = (b.first_act_row + i) / limbs;
-    Y out[kPanel];
-    for (int64_t r = 0; r < kPanel; r += kLanes) {
-      F32 v = load(sums + i * kPanel + r);
-      for (int64_t limb = 1; limb < limbs; ++limb)
-        v = multiply_add(load(sums + (i + limb) * kPanel + r), F32(kLimbWeights[limb]), v);
-      if (b.x.scales) v = v * F32(b.x.scales[token]);
-      if (call.bias) v = v + load(bias + r);
-      store(out + r, v);
-    }
-    std::memcpy(y + token * call.rows + first_feature, out, rows * sizeof(Y));
-  }
-}
-
 // The output features [first_feature, first_feature + rows) of all tokens of an expert, a block of tokens at a time.
 void multiply_panels(const LowbitPlan& plan, const LowbitActivations& x, const Expert& expert, int64_t first_feature,
                      int64_t rows, float* sums, void* scratch) {
   const LowbitLinearCall& call = plan.call;
   const int64_t tokens = expert.last - expert.first, end = expert.last * plan.limbs;
   const int64_t blocks = (tokens * plan.limbs + plan.block_act_rows - 1) / plan.block_act_rows;
-  const int64_t step = (tokens + blocks - 1) / blocks * plan.limbs;
+  const int64_t step = round_up((tokens + blocks - 1) / blocks, plan.token_step) * plan.limbs;
   for (int64_t first = expert.first * plan.limbs; first < end; first += step) {
-    const LowbitBlock block{plan, x, first, std::min(step, end - first), expert.index * call.rows + first_feature,
-                            rows};
+    const LowbitBlock block{
+        plan, x, first, std::min(step, end - first), expert.index * call.rows + first_feature, rows, first_feature};
     plan.kernel->multiply(block, sums, scratch);
-    const float* panel_sums = sums;
-    for (int64_t r = 0; r < rows; r += kPanel, panel_sums += block.act_rows * kPanel)
-      with_float(call.x_type, call.y,
-                 [&](auto* y) { finish(block, first_feature + r, std::min(kPanel, rows - r), panel_sums, y); });
   }
 }
 
@@ -130,10 +88,11 @@ T* aligned(const std::unique_ptr<T[]>& memory) {
 LowbitPlan lowbit_plan(const LowbitLinearCall& call) {
   LowbitPlan plan{};
   plan.call = call;
-  plan.limbs = plan.block_panels = 1;
+  plan.limbs = plan.block_panels = plan.token_step = 1;
   plan.kernel = *std::find_if(std::begin(kKernels), std::end(kKernels),
                               [&](const LowbitKernel* kernel) { return kernel->serves(call); });
   plan.kernel->plan(plan);
+  if (!plan.sum_rows) plan.sum_rows = plan.block_act_rows;
 
   int64_t end = 0;
   const auto place = [&end](bool present, int64_t bytes) {
@@ -141,10 +100,11 @@ LowbitPlan lowbit_plan(const LowbitLinearCall& call) {
     if (present) end += round_up(bytes, kAlignment);
     return at;
   };
-  const int64_t group_floats = plan.act_rows() * call.groups * static_cast<int64_t>(sizeof(float));
-  place(true, plan.act_rows() * plan.stride());
+  const int64_t tokens = round_up(call.tokens, plan.token_step), act_rows = tokens * plan.limbs;
+  const int64_t group_floats = act_rows * call.groups * static_cast<int64_t>(sizeof(float));
+  place(true, act_rows * plan.stride());
   plan.sums_at = place(plan.has_sums, group_floats);
-  plan.scales_at = place(plan.has_scales(), call.tokens * static_cast<int64_t>(sizeof(float)));
+  plan.scales_at = place(plan.has_scales(), tokens * static_cast<int64_t>(sizeof(float)));
   plan.units_at = place(plan.has_units, group_floats);
   plan.buffer_bytes = end;
   return plan;
@@ -154,7 +114,7 @@ void lowbit_prepare(const LowbitPlan& plan, void* buffer, int64_t begin, int64_t
   const LowbitLinearCall& call = plan.call;
   const LowbitActivations to = plan.activations(buffer);
   const float limit = call.act_bits ? static_cast<float>((1 << (call.act_bits - 1)) - 1) : kLargestInteger;
-  std::vector<float> values(plan.padded_cols + kLanes), spare(plan.limbs > 1 ? plan.padded_cols : 0);
+  std::vector<float> values(plan.padded_cols + kLanes), spare(plan.spare_bytes / sizeof(float));
   float* const x = values.data();
   for (int64_t token = begin; token < end; ++token) {
     with_float(call.x_type, call.x, [&](auto* from) { widen_row(from + token * call.cols, call.cols, x); });
@@ -168,7 +128,7 @@ void lowbit_multiply(const LowbitPlan& plan, void* buffer, const Expert* experts
   const LowbitActivations x = plan.activations(buffer);
   const int64_t panels = (plan.call.rows + kPanel - 1) / kPanel;
   // Not initialized: the kernel fills them.
-  const int64_t floats = plan.block_panels * plan.block_act_rows * kPanel;
+  const int64_t floats = plan.block_panels * plan.sum_rows * kPanel;
   const std::unique_ptr<float[]> sums(new float[floats + kAlignment / sizeof(float)]);
   const std::unique_ptr<char[]> scratch(new char[plan.scratch_bytes + kAlignment]);
   for (int64_t unit = begin, taken; unit < end; unit += taken) {

@@ -7,6 +7,7 @@
 //
 // The products of kColumns columns are summed in a register, column after column, and this sum is added to the total.
 // The order depends on the number of columns alone, so the bits do not depend on threads or on the number of tokens.
+#include "lowbit_finish.h"
 #include "lowbit_kernels.h"
 #include "packed_codes.h"
 
@@ -216,6 +217,7 @@ void multiply(const LowbitBlock& b, float* sums, void*) {
         }
       }
   });
+  finish_panels(b, sums);
 }
 
 }  // namespace

@@ -16,6 +16,8 @@ namespace QK_ISA {
 extern const LowbitKernel float_kernel;  // lowbit_float.cpp: codes become float32
 #if defined(QK_LOWBIT_VNNI)
 extern const LowbitKernel int8_kernel;  // lowbit_mac.cpp: int8 activations, as they are or three limbs of 24 bits
+// lowbit_tiles.cpp: both by AMX, from a few activation rows on.
+extern const LowbitKernel int8_tiles_kernel, bf16_tiles_kernel;
 #if defined(__AVX512VBMI__)
 extern const LowbitKernel lut_kernel;  // lowbit_lut.cpp: 1 and 2 bits, sums of few activations looked up by the codes
 #endif

@@ -13,6 +13,7 @@
 // largest.
 #include <cmath>
 
+#include "lowbit_finish.h"
 #include "lowbit_words.h"
 
 namespace qk {
@@ -259,6 +260,7 @@ void multiply_bits(const LowbitBlock& b, float* sums, float* scratch) {
 void multiply(const LowbitBlock& b, float* sums, void* scratch_) {
   float* const scratch = static_cast<float*>(scratch_);
   b.plan.call.bits == 1 ? multiply_bits<1>(b, sums, scratch) : multiply_bits<2>(b, sums, scratch);
+  finish_panels(b, sums);
 }
 
 }  // namespace

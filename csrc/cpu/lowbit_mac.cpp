@@ -7,12 +7,12 @@
 //
 // Few activation rows are multiplied weight row by weight row (multiply_few): nothing is transposed, and each packed
 // byte is read from memory once. For more, panels of weight rows are decoded once and all activation rows are
-// multiplied with them (multiply_many), by AMX where there is. The picture of the layouts is in lowbit_words.h.
+// multiplied with them (multiply_many). The picture of the layouts is in lowbit_words.h.
 #include <array>
 #include <utility>
 
+#include "lowbit_finish.h"
 #include "lowbit_operands.h"
-#include "tiles.h"
 
 namespace qk {
 namespace QK_ISA {
@@ -29,10 +29,8 @@ constexpr int64_t kFewAtOnce = 4;  // that share the decoded codes of a weight r
 constexpr int64_t kBlockActRows = 528;
 static_assert(kBlockActRows % kLimbs == 0);
 
-constexpr int64_t kDecodedCols = 512;        // columns of a panel that multiply_many decodes at once
-constexpr int64_t kDecodedBytes = 32 << 10;  // that it decodes at once for tiles, which finish sums more slowly
-constexpr int kTileActRows = 12;             // activation rows whose sums for a panel stay in registers
-constexpr int64_t kFewestForTiles = 8;       // activation rows that are multiplied by AMX
+constexpr int64_t kDecodedCols = 512;  // columns of a panel that multiply_many decodes at once
+constexpr int kTileActRows = 12;       // activation rows whose sums for a panel stay in registers
 
 // ---- Few activation rows ----
 
@@ -240,58 +238,11 @@ void multiply_tile(const DecodedColumns& w, const char* x, int64_t stride, const
   }
 }
 
-// The same by tiles, whose step is `step` operands, for up to twice kTileRows activation rows.
-template <class Mac, class Tiles>
-void multiply_by_tiles(Tiles& tiles, int64_t step, const DecodedColumns& w, int64_t act_rows, const char* x,
-                       int64_t stride, const float* x_sums, float* sums) {
-  TileSums found;
-  tiles.configure(act_rows, step);
-  int64_t group = w.group, first = w.first_in_group;
-  for (int64_t i = 0; i < w.count; ++group, first = 0) {
-    tiles.zero();
-    for (const int64_t end = std::min(w.count, i + w.group_length - first); i < end; i += step)
-      tiles.multiply(x + 4 * i, stride, w.operands + 2 * i);
-    tiles.store(found);
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      const GroupFactors factors(w, h, group, first == 0);
-      for (int64_t t = 0; t < act_rows; ++t)
-        factors.add(Mac::to_float(Mac::of_tile(found.of[t] + 16 * h)), x_sums, t * w.groups + group,
-                    sums + t * kPanel + 16 * h);
-    }
-  }
+// The tile of each size.
+template <class Mac, int... Less>
+constexpr auto tiles_of_size(std::integer_sequence<int, Less...>) {
+  return std::array{multiply_tile<Mac, Less + 1>...};
 }
-
-// How decoded columns are multiplied with some activation rows at once: by sums in registers, or by tiles.
-template <class Mac>
-struct ByRegisters {
-  // The last two tiles share their rows where the last would be small: its products would wait for each other.
-  static int64_t rows_of(int64_t left) {
-    return left > kTileActRows && left < kTileActRows + kTileActRows / 2 ? (left + 1) / 2
-                                                                         : std::min<int64_t>(kTileActRows, left);
-  }
-  template <int... Less>
-  static constexpr auto sizes(std::integer_sequence<int, Less...>) {
-    return std::array{multiply_tile<Mac, Less + 1>...};
-  }
-  void operator()(const DecodedColumns& w, int64_t act_rows, const char* x, int64_t stride, const float* x_sums,
-                  float* sums) const {
-    static constexpr auto of_size = sizes(std::make_integer_sequence<int, kTileActRows>());
-    of_size[act_rows - 1](w, x, stride, x_sums, sums);
-  }
-};
-
-template <class Mac, class Tiles>
-struct ByTiles {
-  int64_t step;
-  Tiles tiles{};
-
-  static int64_t rows_of(int64_t left) { return std::min(2 * kTileRows, left); }
-  void operator()(const DecodedColumns& w, int64_t act_rows, const char* x, int64_t stride, const float* x_sums,
-                  float* sums) {
-    multiply_by_tiles<Mac>(tiles, step, w, act_rows, x, stride, x_sums, sums);
-  }
-};
 
 // Decodes chunks [first, last) of a panel.
 template <int Bits, class Mac>
@@ -312,11 +263,12 @@ __attribute__((noinline)) void decode_chunks(const LowbitBlock& b, const typenam
 }
 
 // A panel is decoded a few chunks at a time, which stay in the cache while all activation rows are multiplied.
-template <int Bits, class Mac, class Multiplier>
-void multiply_many(const LowbitBlock& b, int64_t cols_at_once, Multiplier multiplier, float* sums, float* scratch) {
+template <int Bits, class Mac>
+void multiply_many(const LowbitBlock& b, float* sums, float* scratch) {
+  static constexpr auto of_size = tiles_of_size<Mac>(std::make_integer_sequence<int, kTileActRows>());
   constexpr int64_t kOperands = Mac::template Decoder<Bits>::kOperands;
   constexpr int64_t bytes = chunk_codes(Bits) * Bits / 8;
-  const int64_t step = std::max<int64_t>(1, cols_at_once / chunk_codes(Bits));
+  const int64_t step = std::max<int64_t>(1, kDecodedCols / chunk_codes(Bits));
   const LowbitLinearCall& call = b.plan.call;
   const typename Mac::template Decoder<Bits> decoder(call);
   const int64_t stride = row_bytes(call.cols, Bits), chunks = b.plan.padded_cols / chunk_codes(Bits);
@@ -351,10 +303,13 @@ void multiply_many(const LowbitBlock& b, int64_t cols_at_once, Multiplier multip
     };
     const char* const from = x + c * 16 * kOperands * 4;
     for (int64_t i = 0, n; i < b.act_rows; i += n) {
-      n = Multiplier::rows_of(b.act_rows - i);
+      const int64_t left = b.act_rows - i;
+      // The last two tiles share their rows where the last would be small: its products would wait for each other.
+      n = left > kTileActRows && left < kTileActRows + kTileActRows / 2 ? (left + 1) / 2
+                                                                        : std::min<int64_t>(kTileActRows, left);
       columns.prefetch(kPanel * i / b.act_rows, kPanel * (i + n) / b.act_rows);
-      multiplier(columns, n, from + i * b.x.stride, b.x.stride, x_sums ? x_sums + i * groups : nullptr,
-                 sums + i * kPanel);
+      of_size[n - 1](columns, from + i * b.x.stride, b.x.stride, x_sums ? x_sums + i * groups : nullptr,
+                     sums + i * kPanel);
     }
   }
 }
@@ -365,20 +320,7 @@ template <class Mac>
 void multiply(const LowbitBlock& b, float* sums, void* scratch_) {
   float* const scratch = static_cast<float*>(scratch_);
   with_bits(b.plan.call.bits, [&](auto bits) {
-    if (!b.plan.chunk_major) {
-      constexpr int64_t cols = kDecodedBytes / kPanel / static_cast<int64_t>(sizeof(typename Mac::Element));
-      const int64_t step = b.plan.tile_operands;
-      switch (b.plan.tiles) {
-#if defined(QK_WITH_AMX)
-        case cpu::Tiles::amx:
-          return multiply_many<bits, Mac>(b, cols, ByTiles<Mac, AmxTiles<Mac>>{step}, sums, scratch);
-#endif
-        case cpu::Tiles::portable:
-          return multiply_many<bits, Mac>(b, cols, ByTiles<Mac, PortableTiles<Mac>>{step}, sums, scratch);
-        default:
-          return multiply_many<bits, Mac>(b, kDecodedCols, ByRegisters<Mac>(), sums, scratch);
-      }
-    }
+    if (!b.plan.chunk_major) return multiply_many<bits, Mac>(b, sums, scratch);
     // From the second four on the codes come from the cache.
     for (int64_t i = 0; i < b.act_rows; i += kFewAtOnce) {
       LowbitBlock few = b;
@@ -390,6 +332,7 @@ void multiply(const LowbitBlock& b, float* sums, void* scratch_) {
       of_size[few.act_rows - 1](few, sums + i * kPanel, scratch);
     }
   });
+  finish_panels(b, sums);
 }
 
 // The fields of the plan that both kernels set; plan.limbs and plan.has_sums must be set before.
@@ -398,39 +341,14 @@ void plan_operands(LowbitPlan& plan) {
   const LowbitLinearCall& call = plan.call;
   const int64_t chunk = chunk_codes(call.bits), group_cols = call.cols / call.groups;
   plan.padded_cols = round_up(call.cols, chunk);
+  plan.spare_bytes = plan.limbs > 1 ? plan.padded_cols * static_cast<int64_t>(sizeof(float)) : 0;
   plan.operand_bytes = plan.padded_cols * static_cast<int64_t>(sizeof(typename Mac::Element));
   // multiply_few wants groups that divide chunks or are whole chunks, and sums of int8 products below 2^31.
   plan.chunk_major = plan.act_rows() <= kFewActRows && group_cols > 0 && group_cols <= 32768 &&
                      (call.groups == 1 || group_cols % chunk == 0 || chunk % group_cols == 0);
-  // A step of tiles takes sixteen operands of a group, or eight.
-  const int64_t group_operands = call.groups == 1 ? 16 : group_cols / kOperandElements<typename Mac::Element>;
-  plan.tile_operands = group_operands % 16 == 0 ? 16 : 8;
-  const bool fits = group_operands > 0 && group_operands % plan.tile_operands == 0;
-  if (!plan.chunk_major && plan.act_rows() >= kFewestForTiles && fits) plan.tiles = cpu::tiles();
   plan.block_act_rows = std::min(kBlockActRows, plan.act_rows());
   // Decoded columns, scales and shifts of a panel.
   plan.scratch_bytes = 64 * kDecodedCols + 2 * kPanel * call.groups * static_cast<int64_t>(sizeof(float));
-}
-
-// sums[groups] of an activation row, in an order that depends on the group size alone.
-void sum_groups(const LowbitLinearCall& call, const float* x, float* sums) {
-  const int64_t group_cols = call.cols / call.groups;
-  for (int64_t g = 0; g < call.groups; ++g, x += group_cols) {
-    F32 lanes(0.0f);
-    int64_t i = 0;
-    for (; i + kLanes <= group_cols; i += kLanes) lanes = lanes + load(x + i);
-    sums[g] = sum(i < group_cols ? lanes + load_first(x + i, group_cols - i) : lanes);
-  }
-}
-
-// Removes the lowest limb from each integer.
-void take_limb(float* x, float* limb, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const auto v = static_cast<int32_t>(x[i]);
-    const int32_t low = static_cast<int8_t>(v);
-    limb[i] = static_cast<float>(low);
-    x[i] = static_cast<float>((v - low) >> 8);
-  }
 }
 
 bool serves_int8(const LowbitLinearCall& call) {

@@ -101,6 +101,27 @@ void write_operands(const float* x, const LowbitPlan& plan, char* to) {
             [&](auto bits) { OperandWriter<T>::template write<bits>(x, plan, reinterpret_cast<int32_t*>(to)); });
 }
 
+// The sums of an activation row's groups, `stride` floats apart, in an order that depends on the group size alone.
+inline void sum_groups(const LowbitLinearCall& call, const float* x, float* sums, int64_t stride = 1) {
+  const int64_t group_cols = call.cols / call.groups;
+  for (int64_t g = 0; g < call.groups; ++g, x += group_cols) {
+    F32 lanes(0.0f);
+    int64_t i = 0;
+    for (; i + kLanes <= group_cols; i += kLanes) lanes = lanes + load(x + i);
+    sums[g * stride] = sum(i < group_cols ? lanes + load_first(x + i, group_cols - i) : lanes);
+  }
+}
+
+// Removes the lowest limb from each integer.
+inline void take_limb(float* x, float* limb, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const auto v = static_cast<int32_t>(x[i]);
+    const int32_t low = static_cast<int8_t>(v);
+    limb[i] = static_cast<float>(low);
+    x[i] = static_cast<float>((v - low) >> 8);
+  }
+}
+
 // Multiplication and accumulation of operands, and the conversion of a word of codes into operands.
 #if defined(__AVX512BF16__)
 struct Bf16Pairs {
@@ -113,22 +134,6 @@ struct Bf16Pairs {
     asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
   }
   static QK_INLINE __m512 to_float(Sum acc) { return acc; }
-  static QK_INLINE Sum of_tile(const int32_t* sums) { return _mm512_load_ps(sums); }
-  // What an instruction does in one lane: adds the products of an operand, to a sum that is kept as its bits.
-  static int32_t add_products(int32_t sum_bits, const char* x, const char* w) {
-    const auto element = [](const char* from, int i) {
-      float v;
-      uint16_t upper[2] = {0, 0};
-      std::memcpy(&upper[1], from + 2 * i, 2);
-      std::memcpy(&v, upper, 4);
-      return v;
-    };
-    float sum;
-    std::memcpy(&sum, &sum_bits, 4);
-    for (int i = 0; i < 2; ++i) sum += element(x, i) * element(w, i);
-    std::memcpy(&sum_bits, &sum, 4);
-    return sum_bits;
-  }
   // The difference between the value of a code (without zero point) and its operand, a constant.
   static float code_shift(const LowbitLinearCall&) { return 0.0f; }
 
@@ -181,11 +186,6 @@ struct Int8Fours {
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
   }
   static QK_INLINE __m512 to_float(Sum acc) { return _mm512_cvtepi32_ps(acc); }
-  static QK_INLINE Sum of_tile(const int32_t* sums) { return _mm512_load_si512(sums); }
-  static int32_t add_products(int32_t sum, const char* x, const char* w) {
-    for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(x[i]) * static_cast<uint8_t>(w[i]);
-    return sum;
-  }
   static float code_shift(const LowbitLinearCall& call) { return static_cast<float>(call.offset + call.code_min); }
 
   template <int Bits>

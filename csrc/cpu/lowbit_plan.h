@@ -46,9 +46,12 @@ struct LowbitPlan {
   bool has_units;          // and units
   int64_t block_act_rows;  // activation rows whose sums are buffered at once, at most
   int64_t block_panels;    // panels that are multiplied at once, at most
-  int64_t scratch_bytes;   // of a thread
-  cpu::Tiles tiles;        // what multiplies many activation rows; none: sums in registers
-  int64_t tile_operands;   // of a step of those tiles
+  int64_t token_step;      // tokens that are prepared together, by one thread
+  int64_t sum_rows;        // activation rows that a thread has sums for; block_act_rows if 0
+  int64_t spare_bytes;     // of a thread, for prepare
+  int64_t scratch_bytes;   // and for multiply
+  cpu::Tiles tiles;        // for lowbit_tiles.cpp: who multiplies,
+  int64_t tile_operands;   // and operands of a tile, 16 or 8
 
   // The layout of the buffer: what LowbitActivations points to, in bytes from its start.
   int64_t sums_at, scales_at, units_at, buffer_bytes;
@@ -74,17 +77,18 @@ struct LowbitBlock {
   const LowbitActivations& x;
   int64_t first_act_row, act_rows;
   int64_t first_row, rows;  // counted over all experts; at most plan.block_panels * kPanel
+  int64_t first_feature;    // first_row counted in its expert
 };
 
 // A way to multiply. Functions of one ISA, which the plan keeps: a plan stays whole if the ISA is changed meanwhile.
 struct LowbitKernel {
   bool (*serves)(const LowbitLinearCall& call);
-  // Fills in what LowbitPlan says the kernel sets; it starts from zeros, and from one limb and one panel.
+  // Fills in what LowbitPlan says the kernel sets; it starts from zeros, and from one limb, panel and token_step.
   void (*plan)(LowbitPlan& plan);
   // Writes the activation rows of a token. x has its plan.padded_cols values, or the integers that they became, and may
-  // be overwritten; spare has as much room where plan.limbs > 1.
+  // be overwritten; spare has room for plan.spare_bytes.
   void (*prepare)(const LowbitPlan& plan, const LowbitActivations& to, int64_t token, float* x, float* spare);
-  // Writes sums [panels, act_rows, kPanel] of a block, without bias and the scales of tokens.
+  // Writes y of a block. sums has room for [block_panels, sum_rows, kPanel].
   void (*multiply)(const LowbitBlock& block, float* sums, void* scratch);
 };
 

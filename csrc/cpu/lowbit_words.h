@@ -106,24 +106,28 @@ QK_INLINE __m512 load_scales(const LowbitLinearCall& call, int64_t at, __mmask16
 }
 
 // Writes the scales of the sixteen weight rows from `row` on, [groups, 16], those beyond the block's rows as zeros.
-// If `shift` is not null, it gets code_shift less the zero points in the same layout.
-inline void transpose_scales(const LowbitBlock& b, int64_t row, float* scale, float* shift, float code_shift) {
+// If `shift` is not null, it gets code_shift less the zero points in the same layout. Operands may be in units of 1 /
+// per_code, a power of two.
+inline void transpose_scales(const LowbitBlock& b, int64_t row, float* scale, float* shift, float code_shift,
+                             float per_code = 1) {
   const LowbitLinearCall& call = b.plan.call;
   const int64_t rows = std::min<int64_t>(16, b.first_row + b.rows - row);
-  if (call.groups == 1 && !shift) return _mm512_store_ps(scale, load_scales(call, row, mask_lanes(rows)));
+  const __m512 unit = _mm512_set1_ps(1 / per_code);
+  const auto scales = [&](int64_t at, int64_t n) { return _mm512_mul_ps(load_scales(call, at, mask_lanes(n)), unit); };
+  if (call.groups == 1 && !shift) return _mm512_store_ps(scale, scales(row, rows));
   for (int64_t g = 0; g < call.groups; g += 16) {
     const int64_t n = std::min<int64_t>(16, call.groups - g);
     __m512i t[16];
     for (int64_t r = 0; r < 16; ++r)
-      t[r] = r < rows ? _mm512_castps_si512(load_scales(call, (row + r) * call.groups + g, mask_lanes(n)))
-                      : _mm512_setzero_si512();
+      t[r] = r < rows ? _mm512_castps_si512(scales((row + r) * call.groups + g, n)) : _mm512_setzero_si512();
     transpose(t);
     for (int64_t i = 0; i < n; ++i) _mm512_store_si512(scale + (g + i) * 16, t[i]);
     if (!shift) continue;
     for (int64_t i = 0; i < n; ++i)
       for (int64_t r = 0; r < 16; ++r)
         shift[(g + i) * 16 + r] =
-            code_shift - (call.zero_point && r < rows ? call.zero_point[(row + r) * call.groups + g + i] : 0.0f);
+            per_code *
+            (code_shift - (call.zero_point && r < rows ? call.zero_point[(row + r) * call.groups + g + i] : 0.0f));
   }
 }
 

@@ -134,6 +134,20 @@ QK_INLINE F32 bytes_to_float(const uint8_t* p) {
   return to_float(bytes_to_uint(bytes));
 }
 
+// Calls f with p as a pointer to elements of the type.
+template <class Void, class F>
+void with_float(DType type, Void* p, F f) {
+  const auto as = [p]<class T>(T) { return static_cast<std::conditional_t<std::is_const_v<Void>, const T, T>*>(p); };
+  switch (type) {
+    case DType::bf16:
+      return f(as(bfloat16()));
+    case DType::f16:
+      return f(as(float16()));
+    default:
+      return f(as(float()));
+  }
+}
+
 // Element i of an array of float32, bfloat16 or float16.
 inline float read_float(const void* p, DType type, int64_t i) {
   alignas(64) float lanes[kLanes];
