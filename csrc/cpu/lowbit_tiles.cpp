@@ -409,7 +409,7 @@ int64_t operands_of_step(const LowbitLinearCall& call) {
 
 template <class Products>
 bool serves_rows(const LowbitLinearCall& call, int64_t act_rows, int64_t fewest) {
-  return cpu::tiles() != cpu::Tiles::none && operands_of_step<Products>(call) &&
+  return cpu::tiles() != cpu::Tiles::none && call.cols > 0 && operands_of_step<Products>(call) &&
          act_rows >= (call.bits == 1 && !call.act_bits ? kFewestOneBit : fewest);
 }
 

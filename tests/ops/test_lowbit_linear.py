@@ -175,7 +175,6 @@ def test_an_outlier_on_a_small_weight(isa, dtype, outlier):
     of_integers = {torch.float32: ("cpp", "cuda"), torch.float16: ("cpp", "cuda")}
     if isa.partition("+")[0] in ("avx512_vnni", "avx512_icelake"):  # which cannot multiply bfloat16
         of_integers[torch.bfloat16] = ("cpp",)
-    without_lookup = isa.startswith("avx512_vnni")  # at 1 bit, whose tables have 24 bits for each group
     for grid, group in (
         (qk.grids.affine(4), None),
         (qk.grids.lsq(4), 32),
