@@ -195,6 +195,8 @@ def test_an_outlier_on_a_small_weight(isa, dtype, outlier):
             x[:, 0] = outlier
             args, expected, bound = Case("", weight, x).call("lowbit_linear")
             digits = x.double().abs().amax(-1, keepdim=True) * weight.dequantize().double().abs().sum(-1) * SINGLE
+            # Lookup tables, for few tokens at 1 bit, have 24 bits for each group.
+            without_lookup = isa.startswith("avx512_vnni") or ("+" in isa and tokens == 20)
             for backend, impl, device in implementations("lowbit_linear"):
                 (y,) = run_out("lowbit_linear", impl, _to(args, device))
                 integers = backend in of_integers.get(dtype, ()) and (grid.bits > 1 or without_lookup)
