@@ -1,17 +1,18 @@
-// Products L^T R of bfloat16 matrices by tiles.
+// The gradient of a quantized weight by tiles.
 //
-// Products add over tokens, which tiles want next to each other: two of them are an operand. All of L is rearranged
-// into tiles first, in blocks of kOuterTokens. Each thread then takes some columns of the result, rearranges a block of
-// tokens of those columns of R, and multiplies it with the same tokens of some rows of L. A block of both stays in the
-// second cache level, and its part for 32 columns in the first. Sums are float32, in an order that depends on the
-// number of tokens alone.
+// Products add over tokens, which tiles want next to each other: two of them are an operand. All of G is rearranged
+// into tiles first, in blocks of kOuterTokens. Each thread then takes kOuterCols columns of the weight at a time,
+// rearranges a block of tokens of these columns of X, and multiplies it with the same tokens of some rows of G. A block
+// of both stays in the second cache level, and its part for 32 columns in the first. Sums are float32, in an order that
+// depends on the number of tokens alone, and so are those of the gradients of scales, in the order of units.
 #include "outer_product.h"
 
 #include <algorithm>
 #include <memory>
 
 #include "amx.h"
-#include "elements.h"
+#include "divide.h"
+#include "rows.h"
 #include "tiles.h"
 #include "transpose.h"
 
@@ -23,8 +24,8 @@ namespace {
 
 constexpr int64_t kTileTokens = 2 * kTileOperands;
 constexpr int64_t kBlockTiles = kOuterTokens / kTileTokens;  // of a block of tokens
-constexpr int64_t kBlockRows = 512, kBlockPanels = 16;       // of the result, at most
-static_assert(kOuterPanel == 2 * kTileRows);
+constexpr int64_t kLefts = kOuterRows / kTileRows;           // tiles of a unit
+constexpr int64_t kRights = kOuterCols / kTileRows;          // tiles of a unit
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -67,57 +68,97 @@ QK_INLINE void add(Tiles& tiles, const char* left, const char* right, int64_t co
   count == kBlockTiles ? multiply(std::integral_constant<int64_t, kBlockTiles>()) : multiply(count);
 }
 
-// Writes the part of the result that a tile of sums is.
-void write_sums(const OuterProduct& p, const float* sums, int64_t row, int64_t col) {
-  const int64_t rows = std::min(kTileRows, p.rows - row), cols = std::min(kTileRows, p.cols - col);
-  for (int64_t i = 0; i < rows && cols > 0; ++i) {
-    bfloat16 lanes[kLanes];
-    store(lanes, load(sums + 16 * i));
-    std::memcpy(p.out + (row + i) * p.cols + col, lanes, static_cast<size_t>(cols) * sizeof(bfloat16));
-  }
-}
+// Whether a scale is that of whole rows of a unit; otherwise a unit has whole groups.
+bool is_part(const OuterProduct& p) { return p.backward.args.cols % kOuterCols == 0 || p.backward.args.cols >= p.cols; }
 
-template <class Tiles>
-void multiply(const OuterProduct& p, const char* prepared, int64_t begin, int64_t end) {
-  const Factor right{p.right, p.tokens, p.cols};
-  const int64_t tiles = token_tiles(p), lefts = left_tiles(p);
-  constexpr int64_t sum_bytes = kBlockRows / kTileRows * kBlockPanels * 2 * kTileBytes;
-  const std::unique_ptr<char[]> memory(new char[sum_bytes + kBlockTiles * kBlockPanels * 2 * kTileBytes + 64]);
-  char* const sums = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t{63});
-  char* const rearranged = sums + sum_bytes;  // [right tiles, tiles of tokens]
-  Tiles multiplier(kTileOperands);
-  for (int64_t panel = begin, panels; panel < end; panel += panels) {
-    panels = std::min(kBlockPanels, end - panel);
-    const int64_t rights = 2 * panels, first_col = panel * kOuterPanel;
-    for (int64_t left = 0, count; left < lefts; left += count) {
-      count = std::min(kBlockRows / kTileRows, lefts - left);
-      for (int64_t tile = 0; tile < tiles; tile += kBlockTiles) {
-        const int64_t n = std::min(kBlockTiles, tiles - tile);
-        for (int64_t i = 0; i < n; ++i)
-          for (int64_t r = 0; r < rights; ++r)
-            right.write_tile<false>((tile + i) * kTileTokens, first_col + r * kTileRows,
-                                    rearranged + (r * n + i) * kTileBytes);
-        const char* const from = prepared + (tile * lefts + left * n) * kTileBytes;
-        for (int64_t r = 0; r < rights; r += 2)
-          for (int64_t l = 0; l < count; l += 2)
-            add(multiplier, from + l * n * kTileBytes, rearranged + r * n * kTileBytes, n,
-                {sums + (l * rights + r) * kTileBytes, rights * kTileBytes, kTileBytes}, tile == 0);
-      }
-      for (int64_t l = 0; l < count; ++l)
-        for (int64_t r = 0; r < rights; ++r)
-          write_sums(p, reinterpret_cast<const float*>(sums + (l * rights + r) * kTileBytes), (left + l) * kTileRows,
-                     first_col + r * kTileRows);
+// The backward of the quantization for some columns of a row, from the gradients of their values: sixteen floats in
+// each tile of sums.
+template <class T, class W>
+void backward_row(const OuterProduct& p, const Grid<T>& grid, int64_t row, int64_t part, const float* sums,
+                  double* partial) {
+  const FakeQuantizeBackwardCall& call = p.backward;
+  const QuantArgs& args = call.args;
+  const int64_t first = part * kOuterCols, last = std::min(first + kOuterCols, p.cols);
+  const bool whole = is_part(p), streaming = streams(static_cast<W*>(call.dw), Units(p.rows, p.cols));
+  for (int64_t col = first, end; col < last; col = end) {
+    const int64_t at = row * p.cols + col, of = at / args.cols;
+    end = whole ? last : col + args.cols;
+    const T zero = call.dz ? static_cast<T>(read_scale(args.zero_point, args.scale_type, of)) : T(0);
+    const RowGrid<T> rule(grid, static_cast<T>(read_scale(args.scale, args.scale_type, of)), zero);
+    const Divisor<T> scale(rule.scale);
+    const W* const w = static_cast<const W*>(args.w) + at;
+    W* const dw = static_cast<W*>(call.dw) + at;
+    Vec<T> sum_s(T(0)), sum_z(T(0));
+    for_lanes(end - col, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
+      const Vec<T> upstream = load(sums + (col - first + i) * kTileRows);
+      const Vec<T> lanes = get(w + i, count);
+      const Slopes<Vec<T>, T> slopes(lanes, scale.template divide<true>(lanes), rule);
+      put<Rounded>(dw + i, slopes.masked(upstream), count, streaming);
+      sum_s = sum_s + upstream * slopes.scale;
+      if (call.dz) sum_z = sum_z + upstream * slopes.zero_point;
+    });
+    if (whole) {
+      double* const to = partial + 2 * (row * p.parts() + part);
+      to[0] = sum(sum_s);
+      to[1] = sum(sum_z);
+    } else {
+      write_scale(call.ds, args.scale_type, of, sum(sum_s) * args.grad_scale);
+      if (call.dz) write_scale(call.dz, args.scale_type, of, sum(sum_z) * args.grad_scale);
     }
   }
 }
 
+template <class Tiles>
+void multiply(const OuterProduct& p, const char* prepared, double* partial, int64_t begin, int64_t end) {
+  const Factor right{p.x, p.tokens, p.cols};
+  const int64_t tiles = token_tiles(p), all_left = left_tiles(p);
+  const Grid<float> grid = p.backward.args.grid.as<float>();
+  constexpr int64_t sum_bytes = kLefts * kRights * kTileBytes;
+  const std::unique_ptr<char[]> memory(new char[sum_bytes + kBlockTiles * kRights * kTileBytes + 64]);
+  char* const sums = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t{63});
+  char* const rearranged = sums + sum_bytes;  // [right tiles, tiles of tokens]
+  Tiles multiplier(kTileOperands);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t left = unit / p.parts() * kLefts, part = unit % p.parts();
+    const int64_t lefts = std::min(kLefts, all_left - left);
+    const int64_t rights = std::min(kRights, divide_up(p.cols - part * kOuterCols, 2 * kTileRows) * 2);
+    for (int64_t tile = 0; tile < tiles; tile += kBlockTiles) {
+      const int64_t n = std::min(kBlockTiles, tiles - tile);
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t r = 0; r < rights; ++r)
+          right.write_tile<false>((tile + i) * kTileTokens, part * kOuterCols + r * kTileRows,
+                                  rearranged + (r * n + i) * kTileBytes);
+      const char* const from = prepared + (tile * all_left + left * n) * kTileBytes;
+      for (int64_t r = 0; r < rights; r += 2)
+        for (int64_t l = 0; l < lefts; l += 2)
+          add(multiplier, from + l * n * kTileBytes, rearranged + r * n * kTileBytes, n,
+              {sums + (l * kRights + r) * kTileBytes, kRights * kTileBytes, kTileBytes}, tile == 0);
+    }
+    const int64_t first = left * kTileRows, last = std::min(first + kOuterRows, p.rows);
+    const auto backward = [&](auto w) {
+      for (int64_t row = first; row < last; ++row) {
+        const char* const of_row = sums + (row - first) / kTileRows * kRights * kTileBytes + row % kTileRows * 64;
+        backward_row<float, decltype(w)>(p, grid, row, part, reinterpret_cast<const float*>(of_row), partial);
+      }
+    };
+    p.backward.args.w_type == DType::bf16 ? backward(bfloat16()) : backward(float());
+  }
+  stream_fence();
+}
+
 }  // namespace
 
-bool outer_serves() { return cpu::tiles() != cpu::Tiles::none; }
+bool outer_serves(const OuterProduct& p) {
+  const QuantArgs& args = p.backward.args;
+  const int64_t group = args.cols;
+  return cpu::tiles() != cpu::Tiles::none && !args.seed && (args.w_type == DType::bf16 || args.w_type == DType::f32) &&
+         (group % p.cols == 0 ||
+          (p.cols % group == 0 && (group % kOuterCols == 0 || (kOuterCols % group == 0 && group % kTileRows == 0))));
+}
 int64_t outer_buffer_bytes(const OuterProduct& p) { return token_tiles(p) * left_tiles(p) * kTileBytes; }
 
 void outer_prepare(const OuterProduct& p, char* buffer, int64_t begin, int64_t end) {
-  const Factor left{p.left, p.tokens, p.rows};
+  const Factor left{p.g, p.tokens, p.rows};
   const int64_t tiles = token_tiles(p), lefts = left_tiles(p);
   for (int64_t tile = begin * kBlockTiles; tile < std::min(tiles, end * kBlockTiles); tile += kBlockTiles) {
     const int64_t n = std::min(kBlockTiles, tiles - tile);
@@ -128,17 +169,34 @@ void outer_prepare(const OuterProduct& p, char* buffer, int64_t begin, int64_t e
   }
 }
 
-void outer_multiply(const OuterProduct& p, const char* buffer, int64_t begin, int64_t end) {
+void outer_multiply(const OuterProduct& p, const char* buffer, double* partial, int64_t begin, int64_t end) {
 #if defined(QK_WITH_AMX)
-  if (cpu::tiles() == cpu::Tiles::amx) return multiply<AmxTiles<Bf16Products>>(p, buffer, begin, end);
+  if (cpu::tiles() == cpu::Tiles::amx) return multiply<AmxTiles<Bf16Products>>(p, buffer, partial, begin, end);
 #endif
-  multiply<PortableTiles<Bf16Products>>(p, buffer, begin, end);
+  multiply<PortableTiles<Bf16Products>>(p, buffer, partial, begin, end);
+}
+
+void outer_finish(const OuterProduct& p, const double* partial) {
+  const FakeQuantizeBackwardCall& call = p.backward;
+  if (!is_part(p)) return;
+  for (int64_t of = 0, at = 0; of < call.args.rows; ++of) {
+    double s = 0, z = 0;
+    for (const int64_t end = (of + 1) * call.args.cols; at < end;) {
+      const int64_t row = at / p.cols, part = at % p.cols / kOuterCols;
+      s += partial[2 * (row * p.parts() + part)];
+      z += partial[2 * (row * p.parts() + part) + 1];
+      at = row * p.cols + std::min((part + 1) * kOuterCols, p.cols);
+    }
+    write_scale(call.ds, call.args.scale_type, of, s * call.args.grad_scale);
+    if (call.dz) write_scale(call.dz, call.args.scale_type, of, z * call.args.grad_scale);
+  }
 }
 #else
-bool outer_serves() { return false; }
+bool outer_serves(const OuterProduct&) { return false; }
 int64_t outer_buffer_bytes(const OuterProduct&) { return 0; }
 void outer_prepare(const OuterProduct&, char*, int64_t, int64_t) {}
-void outer_multiply(const OuterProduct&, const char*, int64_t, int64_t) {}
+void outer_multiply(const OuterProduct&, const char*, double*, int64_t, int64_t) {}
+void outer_finish(const OuterProduct&, const double*) {}
 #endif
 
 }  // namespace QK_ISA

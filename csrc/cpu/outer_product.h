@@ -1,30 +1,40 @@
-// Products L^T R of bfloat16 matrices that have a row for each token, by tiles (tiles.h): the gradient of a weight on
-// machines with AMX.
+// The gradient of a quantized weight on machines with AMX: the product G^T X of bfloat16 matrices that have a row for
+// each token, by tiles (tiles.h), and the backward of the quantization, of which each part of the product is the input
+// while it is in the caches.
 //
-//   outer_prepare    on all threads   tiles of L, in a buffer that the threads share
-//   outer_multiply   on all threads   L x panels of R -> out
+//   outer_prepare    on all threads   tiles of G, in a buffer that the threads share
+//   outer_multiply   on all threads   G x panels of X -> dw, and parts of ds and dz
+//   outer_finish     once             these parts -> ds and dz
 #pragma once
 
 #include <cstdint>
 
+#include "../common/fake_quantize.h"
 #include "isa_kernel.h"
 
 namespace qk {
 
-constexpr int64_t kOuterPanel = 32;    // columns of the result that are a unit of outer_multiply
 constexpr int64_t kOuterTokens = 256;  // tokens that are a unit of outer_prepare
+// Rows and columns of the weight that are a unit of outer_multiply.
+constexpr int64_t kOuterRows = 256, kOuterCols = 1024;
 
 struct OuterProduct {
-  const uint16_t *left, *right;  // bfloat16, [tokens, rows] and [tokens, cols]
-  uint16_t* out;                 // bfloat16, [rows, cols]
-  int64_t tokens, rows, cols;
+  FakeQuantizeBackwardCall backward;  // of a weight without noise; its g is not used
+  const uint16_t *g, *x;              // bfloat16, [tokens, rows] and [tokens, cols]
+  int64_t tokens, rows, cols;         // of the weight
+
+  int64_t parts() const { return (cols + kOuterCols - 1) / kOuterCols; }  // of a row
+  int64_t units() const { return (rows + kOuterRows - 1) / kOuterRows * parts(); }
 };
 
-// Whether this machine and build have tiles.
-QK_PRODUCT_KERNEL(outer_serves, bool());
+// Whether this machine and build have tiles, and the scales of the weight divide it as outer_multiply wants.
+QK_PRODUCT_KERNEL(outer_serves, bool(const OuterProduct&));
 // Bytes of the buffer, which is aligned to 64.
 QK_PRODUCT_KERNEL(outer_buffer_bytes, int64_t(const OuterProduct&));
 QK_PRODUCT_KERNEL(outer_prepare, void(const OuterProduct&, char* buffer, int64_t begin, int64_t end));
-QK_PRODUCT_KERNEL(outer_multiply, void(const OuterProduct&, const char* buffer, int64_t begin, int64_t end));
+// partial: [rows, parts, 2], for scales of which a unit has a part.
+QK_PRODUCT_KERNEL(outer_multiply,
+                  void(const OuterProduct&, const char* buffer, double* partial, int64_t begin, int64_t end));
+QK_PRODUCT_KERNEL(outer_finish, void(const OuterProduct&, const double* partial));
 
 }  // namespace qk

@@ -14,7 +14,6 @@ from torch.nn.utils import parametrize
 from .._torch_compat import in_forward_mode
 from ..autocast import compute_dtype
 from ..ops import quant_linear_dual
-from ..ops._dense_product import linear
 from ..ops.contract import FLOATS
 from ..ops.quant_linear import forward_mode_alone
 from .config import QuantConfig
@@ -104,7 +103,8 @@ class QuantLinear(Quantized, nn.Linear):
         pushing = not torch.compiler.is_compiling() and in_forward_mode()
         if pushing and self.quantizer.added is None and forward_mode_alone(x, *self.parameters(recurse=False)):
             return self._pushed_forward(x, dtype or self.weight.dtype)
-        return linear(x, self._forward_weight(dtype), self.bias)
+        self.check_scale()
+        return self.quantizer.linear(x, self.bias, self.weight, *self._scales_for(self.weight), dtype, self.training)
 
     def _pushed_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the output with its tangent (forward mode), reading the weight and its tangent once."""

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..arithmetic import quotient
@@ -17,6 +18,7 @@ from ..grids import MIN_SCALE, Grid
 from ..ops import perturb_, quantize
 from ..ops._fake_quantize import FORWARD, check_fit, check_noise
 from ..ops.noise import make_seed
+from ..ops.quant_linear import joins, quant_linear
 from .config import SEARCHES, QuantConfig
 from .scale_search import search_scale
 
@@ -122,11 +124,7 @@ class WeightQuantizer:
             noise: on weight and scales.
         """
         # The op itself: of what the function fake_quantize checks, only assigned scales can be wrong here.
-        check_fit(weight, scale, self.grid, self.group_size, zero_point)
-        seed = None
-        if noise[0] or noise[1]:
-            check_noise(*noise)
-            seed = make_seed(None, weight.device)
+        seed = self._seed_for(weight, scale, zero_point, noise)
         if is_dtensor(weight):
             if seed is not None:
                 seed = replicated(seed, weight)
@@ -137,6 +135,39 @@ class WeightQuantizer:
             weight, self.stored(scale), zero_point, seed, self.constants, *noise, self.grad_scale, dtype
         )
         return quantized
+
+    def _seed_for(
+        self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, noise: tuple[float, float]
+    ) -> Tensor | None:
+        """Return a new seed if there is noise, after a check of the scales and the noise."""
+        check_fit(weight, scale, self.grid, self.group_size, zero_point)
+        if not (noise[0] or noise[1]):
+            return None
+        check_noise(*noise)
+        return make_seed(None, weight.device)
+
+    def linear(
+        self, x: Tensor, bias: Tensor | None, weight: Tensor, scale: Tensor, zero_point: Tensor | None,
+        dtype: torch.dtype | None, training: bool,
+    ) -> Tensor:  # fmt: skip
+        """Return ``x @ Q(weight).T + bias``, as a forward computes it.
+
+        Args:
+            x: input ``[..., K]``.
+            bias: ``[N]`` or None.
+            weight: master weight ``[N, K]``.
+            scale: its scales.
+            zero_point: its zero points, for grids that have them.
+            dtype: as for :meth:`plain`.
+            training: whether there is noise.
+        """
+        if self.bypassed or self.added is not None or not joins(x, weight, dtype):
+            return F.linear(x, self(weight, scale, zero_point, dtype, training), bias)
+        noise = self.noise(training)
+        seed = self._seed_for(weight, scale, zero_point, noise)
+        return quant_linear(
+            x, bias, dtype, weight, self.stored(scale), zero_point, seed, self.constants, *noise, self.grad_scale
+        )
 
     def __call__(
         self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype | None, training: bool

@@ -1,4 +1,4 @@
-"""A quantized linear layer and its tangent, computed together. Weight and tangent of the weight are read once.
+"""A quantized linear layer: its tangent, computed with its output, and the gradients of its weight.
 
 Q is the quantized weight and V = M * dw + gamma * (D * ds + Z * dz) its tangent, as in `_fake_quantize.py`.
 
@@ -6,6 +6,9 @@ Q is the quantized weight and V = M * dw + gamma * (D * ds + Z * dz) its tangent
 
 This is forward mode. Double backward needs the same products: if (u, U) are the cotangents of the gradients of x and w,
 then the gradient of g is dy at (dx, dw) = (u, U), and the transposed form gives the gradient of x.
+
+The backward of a weight is that of its quantization at g^T x. As one op, blocks of g^T x are read again while they are
+in the caches, and neither written to memory nor rounded there.
 """
 
 from __future__ import annotations
@@ -13,14 +16,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
-from .._torch_compat import in_forward_mode, in_transform, innermost_transform_is_jvp
+from .._torch_compat import any_autocast, in_forward_mode, in_transform, innermost_transform_is_jvp
 from ..arguments import check_bools, check_optional_reals, check_optional_tensors, check_reals, check_tensors
 from ..grids import Grid
 from . import noise
 from ._autograd import Composite
-from ._fake_quantize import DUAL, TANGENTS, WEIGHT, FakeQuantizeDual, check_layout
+from ._fake_quantize import BACKWARD, DUAL, FORWARD, TANGENTS, WEIGHT, FakeQuantize, FakeQuantizeDual, check_layout
 from ._op import define
 
 
@@ -53,6 +58,99 @@ QUANT_LINEAR_DUAL = define(
     """,
     reference=_reference,
 )  # fmt: skip
+
+
+def _backward(g: Tensor, x: Tensor, *args: Any) -> Any:
+    return BACKWARD.reference(g.t() @ x, *args)
+
+
+QUANT_LINEAR_BACKWARD = define(
+    "quant_linear_backward",
+    "Tensor g, Tensor x, Tensor w, Tensor scale, Tensor? zero_point, Tensor? seed, float[] grid, float noise_std, "
+    "float scale_noise_std, float grad_scale",
+    f"""
+    {WEIGHT}
+    w: float [N, K]
+    g: narrow(w) [T, N]
+    x: like(g) [T, K]
+    -> dw: like(w) [N, K]
+    -> ds: like(scale) [*R]
+    -> dz: like(scale) [*R] if zero_point else [0]
+    """,
+    reference=_backward,
+)  # fmt: skip
+
+
+@register_flop_formula(QUANT_LINEAR_BACKWARD.overload.overloadpacket)
+def _flops(g: Any, x: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * int(g[0]) * int(g[1]) * int(x[1])
+
+
+class QuantLinear(torch.autograd.Function):
+    """y = x Q^T + bias, for training on a CPU."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, w: Tensor, scale: Tensor, zero_point: Tensor | None, *args: Any
+    ) -> Tensor:
+        """Quantize and multiply; ``args`` are the others of ``fake_quantize``."""
+        q: Tensor = FORWARD.overload(w, scale, zero_point, *args)
+        ctx.save_for_backward(x, q, w, scale, zero_point, args[0])
+        ctx.args = args
+        return F.linear(x, q, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> Any:
+        """Return the gradients."""
+        (g,), (x, q, w, scale, zero_point, seed) = gs, ctx.saved_tensors
+        needs_x, needs_bias, *needs = ctx.needs_input_grad
+        _, *constants, dtype = ctx.args
+        again = torch.is_grad_enabled() or in_forward_mode() or in_transform()
+        if again and needs_x:  # with derivatives of its own
+            q = FakeQuantize.call(w, scale, zero_point, seed, *constants, dtype)
+        dx = g @ q if needs_x else None
+        db = g.sum(0) if needs_bias else None
+        dw = ds = dz = None
+        if any(needs):
+            weight = (w, scale, zero_point, seed, *constants)
+            if again:
+                dw, ds, dz = torch.ops.qatkernels.fake_quantize_backward_differentiable(g.t() @ x, *weight)
+            else:
+                dw, ds, dz = QUANT_LINEAR_BACKWARD.overload(g.contiguous(), x, *weight)
+        return dx, db, dw, ds, None if zero_point is None else dz, *(None,) * len(ctx.args)
+
+
+#: The fewest elements of a weight for which :func:`quant_linear` joins the backward of product and quantization. Less
+#: stays in the caches anyway.
+LEAST = 1 << 18
+
+
+def joins(x: Tensor, w: Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether :func:`quant_linear` takes a call: eager, on a CPU, with gradients, and no other dtype than a cast gives.
+
+    Args:
+        x: input of the layer.
+        w: master weight.
+        dtype: dtype of the quantized weight; that of ``w`` if None.
+    """
+    if w.numel() < LEAST or not (torch.is_grad_enabled() and w.requires_grad) or w.device.type != "cpu":
+        return False
+    if type(x) not in (Tensor, nn.Parameter) or type(w) is not nn.Parameter or x.device != w.device:
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_forward_mode() or in_transform():
+        return False
+    dtype = dtype or w.dtype
+    if any_autocast() and torch.is_autocast_enabled("cpu"):
+        return dtype is torch.get_autocast_dtype("cpu") and x.dtype in (torch.float32, dtype)
+    return x.dtype is dtype
+
+
+def quant_linear(x: Tensor, bias: Tensor | None, dtype: torch.dtype | None, w: Tensor, *args: Any) -> Tensor:
+    """Return ``F.linear(x, fake_quantize(w, *args, dtype), bias)``, where :func:`joins` says that it takes the call."""
+    to = dtype or w.dtype
+    x = x.to(to)
+    y: Tensor = QuantLinear.apply(x.reshape(-1, x.shape[-1]), None if bias is None else bias.to(to), w, *args, dtype)
+    return y.view(*x.shape[:-1], w.shape[0])
 
 
 class QuantLinearDual(Composite):

@@ -187,6 +187,11 @@ def products(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], n
 
         yield Check("quant_linear_dual", f"{name}{' transposed' if transposed else ''}", dual)
 
+    def backward(impl: Implementation) -> None:
+        compare.check_linear_backward(impl, make(grids.affine(4), shape, dtype, device=device), 33)
+
+    yield Check("quant_linear_backward", name, backward)
+
 
 def experts(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], name: str) -> Iterator[Check]:
     """Yield checks of products by expert, where one expert has no tokens."""

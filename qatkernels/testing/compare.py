@@ -112,18 +112,22 @@ def check_norms(impl_out: Implementation, g: Tensor, w: Tensor | None, eta: floa
 
 def scale_gradients(sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (ds, its error bound, dz, its error bound) with exact summands, summed in float64."""
+    return _scale_gradients(sample, sample.upstream().double(), 0.0)
+
+
+def _scale_gradients(sample: Sample, g: Tensor, rounded: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the same for gradients g of the values, that may be rounded by this fraction."""
     w, scale, zero_point, seed, grid, noise, scale_noise, grad_scale = sample.point
     rows = Rows(w, scale, zero_point, seed, tuple(grid), noise, scale_noise)
-    g = rows.view(sample.upstream()).double()
+    g = g.reshape(rows.r.shape)
     below, above = rows.masks()
     unit = torch.finfo(rows.dtype).eps / 2
 
     def total(summand: Tensor) -> tuple[Tensor, Tensor]:
         products = g * summand.double()
-        bound = (
-            SEQUENTIAL_ADDITIONS * unit * products.abs().sum(-1)
-            + 2 * torch.finfo(scale.dtype).eps * products.sum(-1).abs()
-        )
+        bound = (SEQUENTIAL_ADDITIONS * unit + rounded) * products.abs().sum(-1) + 2 * torch.finfo(
+            scale.dtype
+        ).eps * products.sum(-1).abs()
         return (products.sum(-1) * grad_scale).view(scale.shape), (bound * grad_scale).view(scale.shape)
 
     return *total(rows.scale_derivative()), *total(torch.where(below | above, -rows.scale, 0.0))
@@ -297,6 +301,28 @@ def check_linear_dual(impl_out: Implementation, sample: Sample, tokens: int, tra
             # numbers are at least ``least`` apart.
             bound = 2 * eps * exact.abs() + len(q) ** 0.5 * 8 * min(eps, 2**-23) * size + eps * size / 4 + 2 * least
             assert ((actual.double() - exact).abs() <= bound).all(), sample.name
+
+
+def check_linear_backward(impl_out: Implementation, sample: Sample, tokens: int) -> None:
+    """Compare an implementation of quant_linear_backward with the straight-through rule at an exact product."""
+    dtype = sample.dtype or sample.w.dtype
+    generator, (rows, cols) = torch.Generator().manual_seed(3), sample.w.shape
+    # Small multiples of 1/4, whose products add up without rounding.
+    g, x = (
+        (torch.randint(-8, 9, (tokens, n), generator=generator) / 4).to(sample.w.device, dtype) for n in (rows, cols)
+    )
+    dw, ds, dz = (t.cpu() for t in run_out("quant_linear_backward", impl_out, (g, x, *sample.point)))
+    product = (g.double().t() @ x.double()).cpu()
+    w, scale, zero_point, seed, grid, noise, scale_noise, _ = _on_cpu(sample.point)
+    below, above = Rows(w, scale, zero_point, seed, tuple(grid), noise, scale_noise).masks()
+    passed = torch.where((below | above).view(w.shape), 0.0, product)
+    eps = torch.finfo(dtype).eps
+    assert_within(dw, passed, eps * passed.abs(), f"{sample.name} dw")
+    expected = (t.cpu() for t in _scale_gradients(sample, product.to(sample.w.device), eps))
+    of_scale, bound, of_zero, bound_of_zero = expected
+    assert_within(ds, of_scale, bound, f"{sample.name} ds")
+    if zero_point is not None:
+        assert_within(dz, of_zero, bound_of_zero, f"{sample.name} dz")
 
 
 def grouped_meaning(op: str, a: Tensor, b: Tensor, ends: Sequence[int]) -> Tensor:

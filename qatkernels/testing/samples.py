@@ -247,6 +247,12 @@ def _linear_dual_calls(op: str) -> Iterator[tuple[Any, ...]]:
         yield _small(*shape, seed=4), _small(*shape, seed=5), *tangents, *point, transposed
 
 
+def _linear_backward_calls(op: str) -> Iterator[tuple[Any, ...]]:
+    for *_, w, scale, zero, seed, constants, noise, scale_noise, factor, transposed in _linear_dual_calls(op):
+        if not transposed:
+            yield _small(3, 5), _small(3, 24, seed=1), w, scale, zero, seed, constants, noise, scale_noise, factor
+
+
 def _logits_calls(op: str) -> Iterator[tuple[Any, ...]]:
     yield next(args for _, name, args in logits_calls(torch.float32) if name == op)
 
@@ -320,6 +326,7 @@ COMPLETE_CALLS: dict[str, Callable[[str], Iterator[tuple[Any, ...]]]] = {
     "fake_quantize_dynamic": lambda _: iter([(weights((5, 7), torch.float32), 8)]),
     "normal": lambda _: iter([(make_seed(1, torch.device("cpu")), 100, 0)]),
     "quant_linear_dual": _linear_dual_calls,
+    "quant_linear_backward": _linear_backward_calls,
     **dict.fromkeys(("pack", "unpack"), _packing_calls),
     **dict.fromkeys(("lowbit_linear", "lowbit_linear_transposed"), _packed_calls),
     **dict.fromkeys(("grouped_linear", "grouped_linear_transposed", "grouped_outer"), _expert_calls),

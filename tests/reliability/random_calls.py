@@ -32,6 +32,7 @@ from qatkernels.testing.compare import (  # fmt: skip
     check_error,
     check_gram_schmidt,
     check_in_place,
+    check_linear_backward,
     check_linear_dual,
     check_norms,
     check_rows,
@@ -367,6 +368,14 @@ def _linear_dual(op: str, drawn: Drawn) -> Iterator[None]:
     while True:
         yield
         check_linear_dual(out_impl(op), sample, tokens, transposed)
+
+
+@checks("quant_linear_backward")
+def _linear_backward(op: str, drawn: Drawn) -> Iterator[None]:
+    sample, tokens = drawn.sample(dims=2), drawn.size(300)
+    while True:
+        yield
+        check_linear_backward(out_impl(op), sample, tokens)
 
 
 @checks("lowbit_linear", "lowbit_linear_transposed")

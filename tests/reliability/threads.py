@@ -52,6 +52,7 @@ def calls(seed: int) -> list[tuple[str, tuple[Any, ...]]]:
     small = make(qk.grids.lsq(4), (40, 64))
     x = torch.randn(7, 64)
     made += [("quant_linear_dual", (x, x + 1, *small.tangents(), *small.point, False))]
+    made += [("quant_linear_backward", (torch.randn(7, 40), x, *small.point))]
     factor, w = torch.tensor(0.5), weights((30, 50), torch.float32)
     made += [(op, (w, w + 1, factor, 0.01)) for op in ("perturb_", "perturb_swap_")]
     made += [("perturbation_norms", (w, w + 1, 0.01))]
