@@ -100,11 +100,11 @@ def alive(device: torch.device) -> bool:
 
 def slug(name: str) -> str:
     """Return a device's name as a part of a file name: "h100" for "NVIDIA H100 80GB HBM3"."""
-    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").split("-")
+    words = re.sub(r"\((r|tm)\)|[^a-z0-9]+", "-", name.lower()).strip("-").split("-")
+    said = r"processor|cpu|with|"
     if words[0] == "nvidia":
         said = r"nvidia|geforce|tesla|laptop|gpu|\d+gb|hbm\d\w*|pcie|sxm\d*|nvl"
-        words = [word for word in words if not re.fullmatch(said, word)]
-    return "-".join(words)
+    return "-".join(word for word in words if not re.fullmatch(said, word))
 
 
 def copy_of(size: int, device: torch.device, *, fresh: bool = False) -> Any:
@@ -122,12 +122,14 @@ def copy_of(size: int, device: torch.device, *, fresh: bool = False) -> Any:
 
 @functools.cache
 def cpu_model() -> str:
-    """Return the processor's name."""
+    """Return the processor's name, and whether it has AMX: virtual machines say "Intel(R) Xeon(R) Processor" of many."""
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        described = Path("/proc/cpuinfo").read_text()
     except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+        described = ""
+    found = re.search(r"model name\s*:\s*(.+)", described)
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    return f"{name} with AMX" if re.search(r"^flags\s*:.* amx_tile\b", described, re.MULTILINE) else name
 
 
 def versions() -> dict[str, str | None]:

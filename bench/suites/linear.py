@@ -60,8 +60,8 @@ class Problem:
 
 
 def problems(settings: Settings) -> Iterator[Problem]:
-    """Return two batch sizes, two widths, and both kinds of 16-bit training: bfloat16 parameters, or autocast."""
-    sizes = ((64, 1024), (1024, 1024))
+    """Return batch sizes and widths, with both kinds of 16-bit training: bfloat16 parameters, or autocast."""
+    sizes = tuple((tokens, features) for features in (1024, 4096) for tokens in (64, 256, 1024))
     if settings.for_gpu:
         sizes = ((8192, 4096), (1024, 4096), (8192, 1024), (1024, 1024))
     for tokens, features in ((4, 32),) if settings.quick else sizes:

@@ -63,9 +63,10 @@ def problems(settings: Settings) -> Iterator[Problem]:
         for group_size in (None, 128, 32):
             for tokens in (1, 4, 8, 16, 32, 64, 128, 512):
                 yield Problem(small, 4, group_size, tokens)
-        for bits in (1, 1.58, 2, 3, 8):
-            for tokens in (1, 8, 64, 512):
-                yield Problem(small, bits, None, tokens)
+        for group_size in (None, 128):
+            for bits in (1, 1.58, 2, 3, 8):
+                for tokens in (1, 8, 64, 512):
+                    yield Problem(small, bits, group_size, tokens)
         for bits in (1, 2, 4):
             yield Problem(large, bits, None, 1)
     if torch.float32 in settings.dtypes:
@@ -150,8 +151,12 @@ def product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _peers(p: Problem, x: Tensor, w: Tensor) -> Iterator[Call | Missing]:
-    if p.bits == 4 and p.dtype == torch.bfloat16:
-        yield attempt("int4pack", lambda: _int4pack(p, x, w))
+    if p.dtype == torch.bfloat16:
+        if p.bits == 4:
+            yield attempt("int4pack", lambda: _int4pack(p, x, w))
+        if p.bits == 8:
+            yield attempt("int8pack", lambda: _int8pack(p, x))
+        yield attempt("int8 mm", lambda: _int8_mm(p))
     kinds = {4: ("Q4_0",), 2: ("Q2_K",), 1.58: ("TQ2_0", "TQ1_0")}.get(p.bits, ())
     for kind in kinds:
         yield attempt(f"ggml {kind}", lambda kind=kind: _ggml(x, w, kind))  # type: ignore[misc]
@@ -170,6 +175,22 @@ def _int4pack(p: Problem, x: Tensor, w: Tensor) -> Call:
     scales = torch.ones(p.shape[1] // group, rows, 2, dtype=torch.bfloat16, device=w.device)
     note = f"groups of {group}; codes of its own"
     return Call("int4pack", lambda: product(x, packed, group, scales), "peer", unchecked="codes of its own", note=note)
+
+
+def _int8pack(p: Problem, x: Tensor) -> Call:
+    codes = torch.randint(-128, 128, p.shape, dtype=torch.int8)
+    scale = torch.ones(p.shape[0], dtype=x.dtype)
+    product = torch.ops.aten._weight_int8pack_mm
+    return Call(
+        "int8pack", lambda: product(x, codes, scale), "peer", unchecked="codes of its own", note="a scale a row"
+    )
+
+
+def _int8_mm(p: Problem) -> Call:
+    codes = torch.randint(-128, 128, p.shape, dtype=torch.int8).t()
+    x = torch.randint(-128, 128, (p.tokens, p.shape[1]), dtype=torch.int8)
+    note = "integers in, integers out: without the quantization of activations, and without scales"
+    return Call("int8 mm", lambda: torch._int_mm(x, codes), "peer", unchecked="integers", note=note)
 
 
 def _ggml(x: Tensor, w: Tensor, kind: str) -> Call:
