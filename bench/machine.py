@@ -122,7 +122,7 @@ def copy_of(size: int, device: torch.device, *, fresh: bool = False) -> Any:
 
 @functools.cache
 def cpu_model() -> str:
-    """Return the processor's name, and whether it has AMX: virtual machines say "Intel(R) Xeon(R) Processor" of many."""
+    """Return the processor's name, and whether it has AMX: virtual machines call many a "Intel(R) Xeon(R) Processor"."""
     try:
         described = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -157,6 +157,9 @@ def _peers(p: Problem, x: Tensor, w: Tensor) -> Iterator[Call | Missing]:
         if p.bits == 8:
             yield attempt("int8pack", lambda: _int8pack(p, x))
         yield attempt("int8 mm", lambda: _int8_mm(p))
+    if p.bits in (2, 4, 8):
+        for level in (0, 4):  # float32 or int8 products
+            yield attempt(f"onnxruntime {level}", lambda level=level: _onnxruntime(p, x, level))  # type: ignore[misc]
     kinds = {4: ("Q4_0",), 2: ("Q2_K",), 1.58: ("TQ2_0", "TQ1_0")}.get(p.bits, ())
     for kind in kinds:
         yield attempt(f"ggml {kind}", lambda kind=kind: _ggml(x, w, kind))  # type: ignore[misc]
@@ -175,6 +178,42 @@ def _int4pack(p: Problem, x: Tensor, w: Tensor) -> Call:
     scales = torch.ones(p.shape[1] // group, rows, 2, dtype=torch.bfloat16, device=w.device)
     note = f"groups of {group}; codes of its own"
     return Call("int4pack", lambda: product(x, packed, group, scales), "peer", unchecked="codes of its own", note=note)
+
+
+def _onnxruntime(p: Problem, x: Tensor, level: int) -> Call:
+    """MatMulNBits, whose accuracy level 4 quantizes activations to 8 bits."""
+    import numpy as np
+    import onnx
+    import onnxruntime
+
+    (rows, cols), bits, block = p.shape, int(p.bits), p.group_size or 128
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (rows, cols // block, block * bits // 8), dtype=np.uint8)
+    tensors = [
+        onnx.numpy_helper.from_array(codes, "codes"),
+        onnx.numpy_helper.from_array(np.ones(rows * cols // block, dtype=np.float32), "scales"),
+    ]
+    node = onnx.helper.make_node(
+        "MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", K=cols, N=rows, bits=bits,
+        block_size=block, accuracy_level=level,
+    )  # fmt: skip
+    described = [
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None, size])]
+        for name, size in (("x", cols), ("y", rows))
+    ]
+    graph = onnx.helper.make_graph([node], "product", *described, tensors)
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that wait in a loop for the next call would slow the other calls of the race.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    given = {"x": x.float().numpy()}
+    note = f"float32 activations; groups of {block}; codes of its own"
+    return Call(
+        f"onnxruntime {level}", lambda: session.run(None, given), "peer", unchecked="codes of its own", note=note
+    )
 
 
 def _int8pack(p: Problem, x: Tensor) -> Call:
