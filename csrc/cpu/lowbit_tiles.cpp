@@ -29,7 +29,7 @@ constexpr int64_t kBlockTokens = 512;  // at most, limbs counted
 // is then read to its end.
 constexpr int64_t kBlockPanels = 16, kFewPanels = 2, kCacheBytes = 768 << 10;
 // The fewest activation rows for which tiles are faster than products in registers, or than lookups (1 bit).
-constexpr int64_t kFewestBf16 = 5, kFewestInt8 = 8, kFewestOneBit = 12;
+constexpr int64_t kFewestBf16 = 4, kFewestInt8 = 8, kFewestOneBit = 12;
 constexpr int64_t kLargestIntSum = 131071;  // products of two int8 that a sum of 32 bits holds
 
 template <class Products>
