@@ -17,10 +17,16 @@ from .run import Row
 BEGIN, END = "<!-- made by `python -m bench.cpu`: begin -->", "<!-- end of what bench.cpu made -->"
 #: Columns of the products: title, and the implementations that it shows.
 _PRODUCTS = {
-    "packed": ("packed",), "A8": ("packed, A8",), "nn.Linear": ("nn.Linear",), "int4pack, int8pack": ("int4pack", "int8pack"),
-    "int8 mm": ("int8 mm",), "onnxruntime": ("onnxruntime 0",), "onnxruntime, A8": ("onnxruntime 4",), "ggml": ("ggml",),
-}  # fmt: skip
-#: Of these the one that multiplies 8-bit activations competes with ours that does.
+    "packed": ("packed",),
+    "A8": ("packed, A8",),
+    "nn.Linear": ("nn.Linear",),
+    "int4pack, int8pack": ("int4pack", "int8pack"),
+    "int8 mm": ("int8 mm",),
+    "onnxruntime": ("onnxruntime 0",),
+    "onnxruntime, A8": ("onnxruntime 4",),
+    "ggml": ("ggml",),
+}
+#: Those that multiply 8-bit activations, which are no rivals of ours that does not.
 _WITH_8_BITS = ("int8 mm", "onnxruntime 4", "ggml", "packed, A8")
 _STEPS = {
     "QuantLinear": "QuantLinear", "torch.compile": "torch.compile", "eager formula": "eager",
@@ -70,14 +76,14 @@ def _products(rows: Sequence[Row]) -> list[str]:
             continue
         rivals = [r["median_ms"] for r in here if r["kind"] != "ours" and not _is_copy(r)
                   and not r["implementation"].startswith(_WITH_8_BITS)]  # fmt: skip
-        shape = "" if row["shape"] == [4096, 4096] else f"{row['shape'][0]} × {row['shape'][1]}, "
+        shape = "" if row["shape"] == [4096, 4096] else f"{row['shape'][0]} x {row['shape'][1]}, "
         weight = f"{shape}{_bits(row['grid'])}, {row['granularity'].replace('per row', 'rows')}"
         weight += "" if row["dtype"] == "bfloat16" else f", {row['dtype']}"
-        cells = ["–" if r is None else f"{r['median_ms']:.3g}" for r in found.values()]
-        over = f"{row['median_ms'] / min(rivals):.2f}" if rivals else "–"
+        cells = ["-" if r is None else f"{r['median_ms']:.3g}" for r in found.values()]
+        over = f"{row['median_ms'] / min(rivals):.2f}" if rivals else "-"
         lines.append((weight, row["variant"].split()[0], over, f"{row['fraction_of_floor']:.0%}", *cells))
     title = (
-        "Products with a packed weight, 4096 × 4096 and bfloat16 activations unless said, ms. *ratio*: packed over the "
+        "Products with a packed weight, 4096 x 4096 and bfloat16 activations unless said, ms. *ratio*: packed over the "
         "fastest of the others that multiplies activations of 16 bits or more."
     )
     return [table(title, ("weight", "tokens", "ratio", "of floor", *_PRODUCTS), lines)]
@@ -91,8 +97,8 @@ def _steps(rows: Sequence[Row]) -> list[str]:
         if plain is None:
             continue
         cells = [_first(here, (name,)) for name in _STEPS]
-        over = ["–" if r is None else f"{r['median_ms'] / plain['median_ms']:.2f}" for r in cells]
-        layer = f"{plain['shape'][0]} × {plain['shape'][1]}, {plain['variant']}, {plain['dtype']}"
+        over = ["-" if r is None else f"{r['median_ms'] / plain['median_ms']:.2f}" for r in cells]
+        layer = f"{plain['shape'][0]} x {plain['shape'][1]}, {plain['variant']}, {plain['dtype']}"
         lines.append((layer, _bits(plain["grid"]), f"{plain['median_ms']:.3g}", *over))
     title = "A training step, forward and backward, over one of nn.Linear:"
     return [table(title, ("layer", "weight", "nn.Linear, ms", *_STEPS.values()), lines)]
@@ -106,9 +112,9 @@ def _family(rows: Sequence[Row]) -> list[str]:
         copy = next((r for r in rows if r["case"] == case and _is_copy(r) and r["output"] == "out"), None)
         if not ours or copy is None:
             continue
-        cells = [f"{ours[k]['median_ms'] / copy['median_ms']:.2f}" if k in ours else "–" for k in ("out", "fresh")]
+        cells = [f"{ours[k]['median_ms'] / copy['median_ms']:.2f}" if k in ours else "-" for k in ("out", "fresh")]
         best = min(peers, key=lambda r: r["median_ms"], default=None)
-        rival = "–" if best is None else f"{best['median_ms'] / copy['median_ms']:.2f} {best['implementation']}"
+        rival = "-" if best is None else f"{best['median_ms'] / copy['median_ms']:.2f} {best['implementation']}"
         lines.append((case, *cells, rival))
     title = "Fake quantization, in copies of the bytes that it must move:"
     return [table(title, ("case", "`out=`", "fresh", "fastest peer"), lines)]
