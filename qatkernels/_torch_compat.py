@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = [
-    "TorchDispatchMode", "any_autocast", "assume_constant_result", "below_autograd", "in_forward_mode",
-    "in_transform", "innermost_transform_is_jvp", "integer_product", "is_fake", "is_view",
+    "TorchDispatchMode", "any_autocast", "assume_constant_result", "below_autograd", "in_dispatch_mode",
+    "in_forward_mode", "in_transform", "innermost_transform_is_jvp", "integer_product", "is_fake", "is_view",
     "preserve_version_counter", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten", "without_autocast",
     "without_transforms",
 ]  # fmt: skip
@@ -40,6 +40,11 @@ without_autocast: Any = torch._C._DisableAutocast
 def in_forward_mode() -> bool:
     """Whether a level of forward-mode differentiation is open."""
     return forward_ad._current_level >= 0
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a TorchDispatchMode is active, which sees every call of an op."""
+    return bool(torch._C._len_torch_dispatch_stack())
 
 
 def in_transform() -> bool:

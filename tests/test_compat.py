@@ -16,6 +16,17 @@ def test_below_autograd():
     assert (x * 2).requires_grad
 
 
+def test_in_dispatch_mode():
+    class Mode(compat.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    assert not compat.in_dispatch_mode()
+    with Mode():
+        assert compat.in_dispatch_mode()
+    assert not compat.in_dispatch_mode()
+
+
 def test_without_autocast():
     x = torch.ones(2, 2)
     with torch.autocast("cpu", torch.bfloat16):

@@ -113,7 +113,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_isa", &qk::cpu::use_isa, pybind11::arg("isa"),
         "For tests: use the kernels of a named ISA from now on, and return the name of the former one.");
   m.def("use_tiles", &qk::cpu::use_tiles, pybind11::arg("tiles"),
-        "For tests: multiply packed weights by \"amx\" (if this machine has it), \"portable\" tiles or \"none\" from "
+        "For tests: multiply by \"amx\" (if this machine has it), \"portable\" tiles or \"none\" from "
         "now on, and return what was used.");
   m.def("build_info", &qk::build_info, "Compilers, ISAs, CUDA architectures and versions of this build.");
   m.def("empty_cache", &qk::cpu::pool_clear, "Return the memory kept for reuse to the system.");

@@ -21,14 +21,14 @@ namespace {
 // columns, and all threads wait for each other more often.
 constexpr int64_t kDualBytes = 32 << 20;
 
-// How many rows of the weight [rows, cols] a block has: about `bytes` of them, and whole units of the kernel.
-int64_t rows_of_block(const QuantArgs& args, int64_t rows, int64_t cols, int64_t bytes) {
+// How many rows of the weight [rows, cols] a block has: about so many elements, and whole units of the kernel.
+int64_t rows_of_block(const QuantArgs& args, int64_t rows, int64_t cols, int64_t elements) {
   const Units units(args.rows, args.cols);
   const bool cut = units.pieces_per_row > 1;
   if (cut && args.rows > 1 && args.cols % kUnitElements != 0) return rows;  // units of several sizes
   const int64_t unit = cut ? kUnitElements : units.rows_per_unit * args.cols;
   const int64_t step = unit / std::gcd(unit, cols);
-  const int64_t wanted = bytes / cols;
+  const int64_t wanted = elements / cols;
   return std::min(rows, std::max<int64_t>(1, wanted / step) * step);
 }
 
@@ -90,16 +90,16 @@ void quant_linear_dual(const Tensor& x, const OptionalTensor& tangent_x, const O
 }
 
 // The product and the backward of the quantization, part by part.
-void backward_by_tiles(const OuterProduct& call) {
-  const Tensor memory = allocate({cpu::outer_buffer_bytes(call) + 64}, at::kByte, at::kCPU);
+void backward_by_tiles(const OuterKernel& kernel, const OuterProduct& call) {
+  const Tensor memory = allocate({kernel.buffer_bytes(call) + 64}, at::kByte, at::kCPU);
   char* const buffer =
       reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.mutable_data_ptr()) + 63) & ~uintptr_t{63});
   std::vector<double> partial(2 * call.rows * call.parts());
   at::parallel_for(0, (call.tokens + kOuterTokens - 1) / kOuterTokens, 1,
-                   [&](int64_t begin, int64_t end) { cpu::outer_prepare(call, buffer, begin, end); });
+                   [&](int64_t begin, int64_t end) { kernel.prepare(call, buffer, begin, end); });
   at::parallel_for(0, call.units(), 1,
-                   [&](int64_t begin, int64_t end) { cpu::outer_multiply(call, buffer, partial.data(), begin, end); });
-  cpu::outer_finish(call, partial.data());
+                   [&](int64_t begin, int64_t end) { kernel.multiply(call, buffer, partial.data(), begin, end); });
+  kernel.finish(call, partial.data());
 }
 
 void quant_linear_backward(const Tensor& g, const Tensor& x, const Tensor& w, const Tensor& scale,
@@ -120,9 +120,10 @@ void quant_linear_backward(const Tensor& g, const Tensor& x, const Tensor& w, co
   if (g.scalar_type() == at::kBFloat16) {
     const auto elements = [](const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); };
     const OuterProduct outer{call, elements(g), elements(x), g.size(0), w.size(0), w.size(1)};
-    if (outer.tokens > 0 && cpu::outer_serves(outer)) return backward_by_tiles(outer);
+    const OuterKernel* const kernel = outer.tokens > 0 ? cpu::outer_kernel(outer) : nullptr;
+    if (kernel) return backward_by_tiles(*kernel, outer);
   }
-  // Pages that are new to the process would take longer than the product, if tokens are few.
+  // In memory of the pool: with few tokens, page faults of fresh memory would take longer than the product.
   Tensor product = allocate(w.sizes(), g.scalar_type(), w.device());
   at::mm_out(product, g.t(), x);
   call.g = product.const_data_ptr();

@@ -1,4 +1,4 @@
-// Whether products with packed weights use the tiles of AMX (cpu/tiles.h).
+// Whether products use the tiles of AMX (cpu/tiles.h).
 #pragma once
 
 #include <string>

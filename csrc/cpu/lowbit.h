@@ -8,7 +8,7 @@
 namespace qk {
 
 QK_PRODUCT_KERNEL(lowbit_plan, LowbitPlan(const LowbitLinearCall&));
-// begin and end count tokens.
+// begin and end count tokens. Both are multiples of the plan's token_step, except that end may be the last token.
 QK_PRODUCT_KERNEL(lowbit_prepare, void(const LowbitPlan&, void* buffer, int64_t begin, int64_t end));
 // begin and end count panels of the weight, one expert after another.
 QK_PRODUCT_KERNEL(lowbit_multiply, void(const LowbitPlan&, void* buffer, const Expert*, int64_t begin, int64_t end));

@@ -1,7 +1,8 @@
 // The ways to multiply with a packed weight that this ISA has.
 //
-// float32 runs on any ISA. The others need AVX-512 with VNNI (lookups VBMI too, bfloat16 BF16 too), and groups of whole
-// 32-bit words; they are within a rounding of float32 and up to ten times as fast.
+// float32 runs on any ISA. The others need AVX-512 with VNNI: lookups VBMI too, bfloat16 in registers BF16 too, tiles
+// AMX. Groups have to be whole 32-bit words of codes, or for tiles whole 32 bytes of operands. They are within a
+// rounding of float32 and up to ten times as fast.
 #pragma once
 
 #include "lowbit_plan.h"

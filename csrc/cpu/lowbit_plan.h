@@ -5,7 +5,7 @@
 //   lowbit_prepare   on all threads   tokens -> activation rows, in the buffer
 //   lowbit_multiply  on all threads   activation rows x panels of weight rows -> y
 //
-// An activation row is one row of the left operand: a token, or one of the kLimbs limbs of a token whose values were
+// An activation row is a token, or one of the kLimbs limbs of a token whose values were
 // split.
 #pragma once
 
@@ -25,7 +25,7 @@ struct LowbitKernel;
 // The prepared activations: pointers into the buffer. What a plan does not need is null.
 struct LowbitActivations {
   char* operands;
-  int64_t stride;  // bytes between activation rows
+  int64_t stride;  // bytes that an activation row takes; between rows, except in the layout of lowbit_tiles.cpp
   float* sums;     // [activation rows, groups], over the columns of each group
   float* scales;   // [tokens], of the integers that the values were turned into
   float* units;    // [activation rows, groups], of the integers in lookup tables
@@ -50,8 +50,8 @@ struct LowbitPlan {
   int64_t sum_rows;        // activation rows that a thread has sums for; block_act_rows if 0
   int64_t spare_bytes;     // of a thread, for prepare
   int64_t scratch_bytes;   // and for multiply
-  cpu::Tiles tiles;        // for lowbit_tiles.cpp: who multiplies,
-  int64_t tile_operands;   // and operands of a tile, 16 or 8
+  cpu::Tiles tiles;        // for lowbit_tiles.cpp: the kind of tiles,
+  int64_t tile_operands;   // and operands of one, 16 or 8
 
   // The layout of the buffer: what LowbitActivations points to, in bytes from its start.
   int64_t sums_at, scales_at, units_at, buffer_bytes;

@@ -25,8 +25,8 @@ namespace {
 
 constexpr int64_t kStepBytes = 512;    // of a weight row: 16 KiB of a panel
 constexpr int64_t kBlockTokens = 512;  // at most, limbs counted
-// Panels of a block: many where not all activations stay in the second cache level, few otherwise, because a weight row
-// is then read to its end.
+// Panels of a block: many where not all activations stay in the second cache level. Few otherwise: then the next
+// columns of a weight row are read soon after the last ones, which prefetchers follow.
 constexpr int64_t kBlockPanels = 16, kFewPanels = 2, kCacheBytes = 768 << 10;
 // The fewest activation rows for which tiles are faster than products in registers, or than lookups (1 bit).
 constexpr int64_t kFewestBf16 = 4, kFewestInt8 = 8, kFewestOneBit = 12;
@@ -158,7 +158,7 @@ struct PackedPanel {
         cols(cols_) {
     first = b.plan.call.packed + (b.first_row + panel * kPanel) * stride + first_col / 8 * Bits;
   }
-  // Parts of the panel, so that the loads that are waited for do not exceed what a core keeps track of.
+  // A part of the rows: all of them at once would exceed the outstanding loads of a core.
   void prefetch(int64_t part, int64_t parts) const {
     for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row)
       for (int64_t i = 0; i < bytes; i += 64)
@@ -468,6 +468,7 @@ void prepare(const LowbitPlan& plan, const LowbitActivations& to, int64_t token,
 }
 
 bool serves_int8(const LowbitLinearCall& call) {
+  if (!call.act_bits && call.x_type == DType::bf16) return false;  // limbs keep 24 bits below the largest
   return serves_rows<Int8Products>(call, call.tokens * (call.act_bits ? 1 : kLimbs), kFewestInt8);
 }
 

@@ -21,9 +21,8 @@
 //
 // The operands of an activation row lie in one of two orders (LowbitPlan::chunk_major), w.o being operand o of word w:
 //
-//     word after word    0.0 0.1 | 1.0 1.1 | 2.0 2.1 | ...       4 bytes, broadcast, times word w of sixteen weight
-//     rows chunk-major        0.0 1.0 ... 15.0 | 0.1 1.1 ... 15.1     64 bytes, times the sixteen words of one weight
-//     row
+//     word after word   0.0 0.1 | 1.0 1.1 | 2.0 2.1 | ...       4 bytes, broadcast, times word w of 16 weight rows
+//     chunk-major       0.0 1.0 ... 15.0 | 0.1 1.1 ... 15.1     64 bytes, times the 16 words of one weight row
 #pragma once
 
 #include "lowbit_kernels.h"

@@ -90,7 +90,8 @@ void backward_row(const OuterProduct& p, const Grid<T>& grid, int64_t row, int64
     W* const dw = static_cast<W*>(call.dw) + at;
     Vec<T> sum_s(T(0)), sum_z(T(0));
     for_lanes(end - col, [&](int64_t i, auto count) QK_INLINE_LAMBDA {
-      const Vec<T> upstream = load(sums + (col - first + i) * kTileRows);
+      // Lanes beyond the columns may be NaN, where an infinite gradient met a zero.
+      const Vec<T> upstream = get(sums + (col - first + i) * kTileRows, count);
       const Vec<T> lanes = get(w + i, count);
       const Slopes<Vec<T>, T> slopes(lanes, scale.template divide<true>(lanes), rule);
       put<Rounded>(dw + i, slopes.masked(upstream), count, streaming);
@@ -146,18 +147,17 @@ void multiply(const OuterProduct& p, const char* prepared, double* partial, int6
   stream_fence();
 }
 
-}  // namespace
-
-bool outer_serves(const OuterProduct& p) {
+bool serves(const OuterProduct& p) {
   const QuantArgs& args = p.backward.args;
   const int64_t group = args.cols;
   return cpu::tiles() != cpu::Tiles::none && !args.seed && (args.w_type == DType::bf16 || args.w_type == DType::f32) &&
          (group % p.cols == 0 ||
           (p.cols % group == 0 && (group % kOuterCols == 0 || (kOuterCols % group == 0 && group % kTileRows == 0))));
 }
-int64_t outer_buffer_bytes(const OuterProduct& p) { return token_tiles(p) * left_tiles(p) * kTileBytes; }
 
-void outer_prepare(const OuterProduct& p, char* buffer, int64_t begin, int64_t end) {
+int64_t buffer_bytes(const OuterProduct& p) { return token_tiles(p) * left_tiles(p) * kTileBytes; }
+
+void prepare(const OuterProduct& p, char* buffer, int64_t begin, int64_t end) {
   const Factor left{p.g, p.tokens, p.rows};
   const int64_t tiles = token_tiles(p), lefts = left_tiles(p);
   for (int64_t tile = begin * kBlockTiles; tile < std::min(tiles, end * kBlockTiles); tile += kBlockTiles) {
@@ -169,14 +169,7 @@ void outer_prepare(const OuterProduct& p, char* buffer, int64_t begin, int64_t e
   }
 }
 
-void outer_multiply(const OuterProduct& p, const char* buffer, double* partial, int64_t begin, int64_t end) {
-#if defined(QK_WITH_AMX)
-  if (cpu::tiles() == cpu::Tiles::amx) return multiply<AmxTiles<Bf16Products>>(p, buffer, partial, begin, end);
-#endif
-  multiply<PortableTiles<Bf16Products>>(p, buffer, partial, begin, end);
-}
-
-void outer_finish(const OuterProduct& p, const double* partial) {
+void finish(const OuterProduct& p, const double* partial) {
   const FakeQuantizeBackwardCall& call = p.backward;
   if (!is_part(p)) return;
   for (int64_t of = 0, at = 0; of < call.args.rows; ++of) {
@@ -191,12 +184,21 @@ void outer_finish(const OuterProduct& p, const double* partial) {
     if (call.dz) write_scale(call.dz, call.args.scale_type, of, z * call.args.grad_scale);
   }
 }
+
+template <class Tiles>
+constexpr OuterKernel kKernel{buffer_bytes, prepare, multiply<Tiles>, finish};
+
+}  // namespace
+
+const OuterKernel* outer_kernel(const OuterProduct& p) {
+  if (!serves(p)) return nullptr;
+#if defined(QK_WITH_AMX)
+  if (cpu::tiles() == cpu::Tiles::amx) return &kKernel<AmxTiles<Bf16Products>>;
+#endif
+  return &kKernel<PortableTiles<Bf16Products>>;
+}
 #else
-bool outer_serves(const OuterProduct&) { return false; }
-int64_t outer_buffer_bytes(const OuterProduct&) { return 0; }
-void outer_prepare(const OuterProduct&, char*, int64_t, int64_t) {}
-void outer_multiply(const OuterProduct&, const char*, double*, int64_t, int64_t) {}
-void outer_finish(const OuterProduct&, const double*) {}
+const OuterKernel* outer_kernel(const OuterProduct&) { return nullptr; }
 #endif
 
 }  // namespace QK_ISA

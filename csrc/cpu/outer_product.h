@@ -14,8 +14,8 @@
 
 namespace qk {
 
-constexpr int64_t kOuterTokens = 256;  // tokens that are a unit of outer_prepare
-// Rows and columns of the weight that are a unit of outer_multiply.
+constexpr int64_t kOuterTokens = 256;  // tokens that are a unit of prepare
+// Rows and columns of the weight that are a unit of multiply.
 constexpr int64_t kOuterRows = 256, kOuterCols = 1024;
 
 struct OuterProduct {
@@ -27,14 +27,18 @@ struct OuterProduct {
   int64_t units() const { return (rows + kOuterRows - 1) / kOuterRows * parts(); }
 };
 
-// Whether this machine and build have tiles, and the scales of the weight divide it as outer_multiply wants.
-QK_PRODUCT_KERNEL(outer_serves, bool(const OuterProduct&));
-// Bytes of the buffer, which is aligned to 64.
-QK_PRODUCT_KERNEL(outer_buffer_bytes, int64_t(const OuterProduct&));
-QK_PRODUCT_KERNEL(outer_prepare, void(const OuterProduct&, char* buffer, int64_t begin, int64_t end));
-// partial: [rows, parts, 2], for scales of which a unit has a part.
-QK_PRODUCT_KERNEL(outer_multiply,
-                  void(const OuterProduct&, const char* buffer, double* partial, int64_t begin, int64_t end));
-QK_PRODUCT_KERNEL(outer_finish, void(const OuterProduct&, const double* partial));
+// The functions of one ISA and kind of tiles. A call takes them once, and stays whole if the ISA is changed meanwhile.
+struct OuterKernel {
+  // Bytes of the buffer, which is aligned to 64.
+  int64_t (*buffer_bytes)(const OuterProduct&);
+  // begin and end count blocks of kOuterTokens.
+  void (*prepare)(const OuterProduct&, char* buffer, int64_t begin, int64_t end);
+  // begin and end count units. partial: [rows, parts, 2], for scales of which a unit has a part.
+  void (*multiply)(const OuterProduct&, const char* buffer, double* partial, int64_t begin, int64_t end);
+  void (*finish)(const OuterProduct&, const double* partial);
+};
+
+// Null if this machine and build have no tiles, or there is noise, or scales divide the weight otherwise than units.
+QK_PRODUCT_KERNEL(outer_kernel, const OuterKernel*(const OuterProduct&));
 
 }  // namespace qk

@@ -161,7 +161,7 @@ class WeightQuantizer:
             dtype: as for :meth:`plain`.
             training: whether there is noise.
         """
-        if self.bypassed or self.added is not None or not joins(x, weight, dtype):
+        if self.bypassed or self.added is not None or not joins(x, bias, weight, dtype):
             return F.linear(x, self(weight, scale, zero_point, dtype, training), bias)
         noise = self.noise(training)
         seed = self._seed_for(weight, scale, zero_point, noise)

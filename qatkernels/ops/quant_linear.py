@@ -7,8 +7,8 @@ Q is the quantized weight and V = M * dw + gamma * (D * ds + Z * dz) its tangent
 This is forward mode. Double backward needs the same products: if (u, U) are the cotangents of the gradients of x and w,
 then the gradient of g is dy at (dx, dw) = (u, U), and the transposed form gives the gradient of x.
 
-The backward of a weight is that of its quantization at g^T x. As one op, blocks of g^T x are read again while they are
-in the caches, and neither written to memory nor rounded there.
+The backward of a weight is that of its quantization at g^T x. They are one op, so that a kernel may apply the
+straight-through rule to a block of g^T x while it is in the caches, and need not round it (CPUs with AMX, bfloat16).
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
 
-from .._torch_compat import any_autocast, in_forward_mode, in_transform, innermost_transform_is_jvp
+from .._torch_compat import (
+    any_autocast,
+    in_dispatch_mode,
+    in_forward_mode,
+    in_transform,
+    innermost_transform_is_jvp,
+)  # fmt: skip
 from ..arguments import check_bools, check_optional_reals, check_optional_tensors, check_reals, check_tensors
 from ..grids import Grid
 from . import noise
@@ -81,13 +86,11 @@ QUANT_LINEAR_BACKWARD = define(
 )  # fmt: skip
 
 
-@register_flop_formula(QUANT_LINEAR_BACKWARD.overload.overloadpacket)
-def _flops(g: Any, x: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * int(g[0]) * int(g[1]) * int(x[1])
+class JoinedLinear(torch.autograd.Function):
+    """y = x Q^T + bias, for training on a CPU.
 
-
-class QuantLinear(torch.autograd.Function):
-    """y = x Q^T + bias, for training on a CPU."""
+    Its backward computes the gradients of all inputs that require one, also if ``torch.autograd.grad`` asks for some.
+    """
 
     @staticmethod
     def forward(
@@ -95,7 +98,7 @@ class QuantLinear(torch.autograd.Function):
     ) -> Tensor:
         """Quantize and multiply; ``args`` are the others of ``fake_quantize``."""
         q: Tensor = FORWARD.overload(w, scale, zero_point, *args)
-        ctx.save_for_backward(x, q, w, scale, zero_point, args[0])
+        ctx.save_for_backward(x, q if ctx.needs_input_grad[0] else None, w, scale, zero_point, args[0])
         ctx.args = args
         return F.linear(x, q, bias)
 
@@ -106,7 +109,7 @@ class QuantLinear(torch.autograd.Function):
         needs_x, needs_bias, *needs = ctx.needs_input_grad
         _, *constants, dtype = ctx.args
         again = torch.is_grad_enabled() or in_forward_mode() or in_transform()
-        if again and needs_x:  # with derivatives of its own
+        if again and needs_x:  # the saved q has no graph
             q = FakeQuantize.call(w, scale, zero_point, seed, *constants, dtype)
         dx = g @ q if needs_x else None
         db = g.sum(0) if needs_bias else None
@@ -125,32 +128,47 @@ class QuantLinear(torch.autograd.Function):
 LEAST = 1 << 18
 
 
-def joins(x: Tensor, w: Tensor, dtype: torch.dtype | None) -> bool:
-    """Whether :func:`quant_linear` takes a call: eager, on a CPU, with gradients, and no other dtype than a cast gives.
+def joins(x: Tensor, bias: Tensor | None, w: Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether :func:`quant_linear` takes a call: an eager one on a CPU, with plain tensors and gradients.
+
+    Dtypes have to be such that ``F.linear`` takes them, and autocast makes them that of the quantized weight.
 
     Args:
         x: input of the layer.
+        bias: bias of the layer, or None.
         w: master weight.
         dtype: dtype of the quantized weight; that of ``w`` if None.
     """
-    if w.numel() < LEAST or not (torch.is_grad_enabled() and w.requires_grad) or w.device.type != "cpu":
+    if w.numel() < LEAST or not (torch.is_grad_enabled() and w.requires_grad) or type(w) is not nn.Parameter:
         return False
-    if type(x) not in (Tensor, nn.Parameter) or type(w) is not nn.Parameter or x.device != w.device:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_forward_mode() or in_transform():
+    # A dispatch mode, such as that which counts flops, sees the product of F.linear.
+    if in_forward_mode() or in_transform() or in_dispatch_mode():
         return False
     dtype = dtype or w.dtype
+    allowed = {dtype}
     if any_autocast() and torch.is_autocast_enabled("cpu"):
-        return dtype is torch.get_autocast_dtype("cpu") and x.dtype in (torch.float32, dtype)
-    return x.dtype is dtype
+        if dtype is not torch.get_autocast_dtype("cpu"):
+            return False
+        allowed.add(torch.float32)
+    tensors = (x, w) if bias is None else (x, w, bias)
+    return x.ndim > 0 and all(_is_plain(t) and t.dtype in allowed for t in tensors)
+
+
+def _is_plain(t: Tensor) -> bool:
+    if type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu":
+        return False
+    return t.layout is torch.strided and not t.is_nested
 
 
 def quant_linear(x: Tensor, bias: Tensor | None, dtype: torch.dtype | None, w: Tensor, *args: Any) -> Tensor:
     """Return ``F.linear(x, fake_quantize(w, *args, dtype), bias)``, where :func:`joins` says that it takes the call."""
     to = dtype or w.dtype
     x = x.to(to)
-    y: Tensor = QuantLinear.apply(x.reshape(-1, x.shape[-1]), None if bias is None else bias.to(to), w, *args, dtype)
-    return y.view(*x.shape[:-1], w.shape[0])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    y: Tensor = JoinedLinear.apply(rows, None if bias is None else bias.to(to), w, *args, dtype)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0])
 
 
 class QuantLinearDual(Composite):

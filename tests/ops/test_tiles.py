@@ -10,7 +10,7 @@ import torch
 import qatkernels as qk
 from qatkernels.backends import IMPLS, extension
 from qatkernels.testing.compare import assert_same_bits, assert_within, run_out
-from qatkernels.testing.products import Case, activations, scaled_weight
+from qatkernels.testing.products import Case, activations, replaced, scaled_weight
 from tests.isas import TILED, using
 
 pytestmark = pytest.mark.skipif(not TILED, reason="no ISA of this machine and build has tiles")
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(not TILED, reason="no ISA of this machine and bu
 #: Groups that are multiples of a step of tiles, of half a step, and neither; 768 is cut where codes are decoded.
 GROUPS = [None, 768, 128, 64, 32, 16, 24]
 GRIDS = [qk.grids.binary(), qk.grids.ternary(), *map(qk.grids.lsq, (3, 4, 5, 6, 7)), qk.grids.affine(8)]
-#: Tokens: the fewest of tiles, a tile, two of them, and more; none of the rest divides evenly.
-TOKENS = (8, 16, 19, 32, 33, 70)
+#: Tokens: the fewest of tiles by kind of activations, a tile, two of them, and more; none of the rest divides evenly.
+TOKENS = (3, 4, 7, 8, 12, 16, 19, 32, 33, 70)
 
 
 def product(name, args):
@@ -56,6 +56,33 @@ def test_integers(grid, group, name):
 def test_bfloat16(grid, group, name):
     for title, (args, expected, bound) in calls(grid, group, torch.bfloat16, None):
         assert_within(product(name, args), expected, bound, title)
+
+
+@pytest.mark.parametrize("name", TILED)
+@pytest.mark.parametrize("grid", [qk.grids.binary(), qk.grids.lsq(4)], ids=lambda g: f"{g.scheme}{g.bits}")
+def test_an_outlier_of_bfloat16_hides_nothing(grid, name):
+    """Whatever the number of tokens, bfloat16 activations are not turned into integers, as float32 ones are."""
+    if not name.startswith("avx512_bf16"):
+        pytest.skip("products without tiles turn them into integers on this ISA")
+    weight = scaled_weight(grid, (9, 64), 32)
+    scale = weight.scale.clone()
+    scale[:, 0] = 1e-5
+    weight = replaced(weight, scale=scale)
+    for tokens in range(1, 17):
+        x = activations((tokens, 64), torch.bfloat16)
+        x[:, 0] = 2.0**20
+        args, expected, bound = Case("", weight, x).call("lowbit_linear")
+        assert_within(product(name, args), expected, bound, f"{tokens} tokens")
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_more_columns_than_a_sum_of_integers_holds(name):
+    cols = 140_032
+    weight = scaled_weight(qk.grids.lsq(8), (3, cols), None)
+    weight = replaced(weight, packed=torch.zeros_like(weight.packed))  # the lowest code, -128, everywhere
+    x = torch.full((9, cols), 3.0)  # which become 127
+    args, expected, bound = Case("", weight, x, act_bits=8).call("lowbit_linear")
+    assert_within(product(name, args), expected, bound)
 
 
 def test_names():
