@@ -6,11 +6,11 @@ Each kind of CPU has tables of its own: times of two kinds are never in one.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .gpu.tables import DOCS, table
+from .markdown import DOCS, table, unique
 from .report import RESULTS
 from .run import Row
 
@@ -68,7 +68,7 @@ def _device(name: str, documents: dict[str, dict[str, Any]]) -> str:
 
 def _products(rows: Sequence[Row]) -> list[str]:
     lines = []
-    for case in _unique(r["case"] for r in rows):
+    for case in unique(r["case"] for r in rows):
         here = [r for r in rows if r["case"] == case]
         found = {title: _first(here, names) for title, names in _PRODUCTS.items()}
         row = found["packed"]
@@ -91,7 +91,7 @@ def _products(rows: Sequence[Row]) -> list[str]:
 
 def _steps(rows: Sequence[Row]) -> list[str]:
     lines = []
-    for case in _unique(r["case"] for r in rows):
+    for case in unique(r["case"] for r in rows):
         here = [r for r in rows if r["case"] == case]
         plain = _first(here, ("nn.Linear",))
         if plain is None:
@@ -106,7 +106,7 @@ def _steps(rows: Sequence[Row]) -> list[str]:
 
 def _family(rows: Sequence[Row]) -> list[str]:
     lines = []
-    for case in _unique(r["case"] for r in rows):
+    for case in unique(r["case"] for r in rows):
         ours = {r["output"]: r for r in rows if r["case"] == case and r["implementation"] == "cpp"}
         peers = [r for r in rows if r["case"] == case and r["kind"] == "peer"]
         copy = next((r for r in rows if r["case"] == case and _is_copy(r) and r["output"] == "out"), None)
@@ -138,10 +138,6 @@ def _is_copy(row: Row) -> bool:
 
 def _bits(grid: str) -> str:
     return {"binary1": "1 bit", "ternary1.58": "1.58 bits"}.get(grid, f"{grid[-1]} bits")
-
-
-def _unique(values: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(values))
 
 
 if __name__ == "__main__":

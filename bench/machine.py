@@ -122,7 +122,7 @@ def copy_of(size: int, device: torch.device, *, fresh: bool = False) -> Any:
 
 @functools.cache
 def cpu_model() -> str:
-    """Return the processor's name, and whether it has AMX: of many kinds virtual machines only say "Intel Xeon"."""
+    """Return the processor's name, and "with AMX" if it has that: many virtual machines only say "Intel Xeon"."""
     try:
         described = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -7,14 +7,13 @@ the same run, shares of cuBLAS of `nn.Linear` with a 16-bit weight of the same s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..markdown import table, unique
 from ..run import Row
-from .target import ROOT
 
-DOCS = ROOT / "docs/benchmarks.md"
 BEGIN, END = "<!-- made by `python -m bench.gpu docs`: begin -->", "<!-- end -->"
 NOTHING = "Not measured yet: nothing has run on a GPU."
 #: Up to so many tokens a packed product is bound by reading the weight.
@@ -62,18 +61,10 @@ def sections(rows: Sequence[Row], bandwidth: float) -> list[str]:
     return [text for text in found if text]
 
 
-def table(title: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Return a table; nothing if it has no lines."""
-    shown = [f"| {' | '.join(line)} |" for line in lines]
-    if not shown:
-        return ""
-    return "\n".join([f"{title}\n", f"| {' | '.join(head)} |", "|" + "---|" * len(head), *shown])
-
-
 def _family(rows: Sequence[Row]) -> str:
     mine = [r for r in rows if r["suite"] == "fake_quantize" and r["timing"] == "graph" and r.get("output") == "out"]
     lines = []
-    for case in _unique(r["case"] for r in mine):
+    for case in unique(r["case"] for r in mine):
         here = {r["implementation"]: r for r in mine if r["case"] == case}
         cells = [_share(here.get(name), lambda r: r["fraction_of_floor"]) for name in ("triton", "cuda")]
         errors = [max(r["errors"]) for r in here.values() if r.get("errors")]
@@ -86,11 +77,11 @@ def _family(rows: Sequence[Row]) -> str:
 def _products(rows: Sequence[Row], bandwidth: float) -> list[str]:
     mine = [r for r in rows if r["op"] == "packed linear" and r["timing"] == "graph" and r["dtype"] == "bfloat16"]
     found = []
-    for shape in _unique(tuple(r["shape"]) for r in mine):
+    for shape in unique(tuple(r["shape"]) for r in mine):
         here = [r for r in mine if tuple(r["shape"]) == shape]
         tokens = sorted({_tokens(r) for r in here})
         lines = []
-        for weight in _unique((r["grid"], r["granularity"]) for r in here):
+        for weight in unique((r["grid"], r["granularity"]) for r in here):
             for name in ("triton", "cuda", "packed, A8"):
                 of = [r for r in here if (r["grid"], r["granularity"]) == weight and r["implementation"] == name]
                 if of:
@@ -114,7 +105,7 @@ def _product(row: Row | None, bandwidth: float) -> str:
 def _steps(rows: Sequence[Row]) -> str:
     mine = [r for r in rows if r["suite"] == "linear" and r["implementation"] == "QuantLinear"]
     lines = []
-    for key in _unique((tuple(r["shape"]), r["variant"], r["dtype"]) for r in mine):
+    for key in unique((tuple(r["shape"]), r["variant"], r["dtype"]) for r in mine):
         here = [r for r in mine if (tuple(r["shape"]), r["variant"], r["dtype"]) == key]
         cells = []
         for grid, timing in ((g, t) for t in ("call", "graph") for g in ("seq2", "lsq4")):
@@ -159,7 +150,3 @@ def _share(row: Row | None, of: Callable[[Row], float]) -> str:
 
 def _tokens(row: Row) -> int:
     return int(row["variant"].split()[0])
-
-
-def _unique(values: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(values))

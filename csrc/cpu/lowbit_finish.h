@@ -11,7 +11,6 @@ namespace QK_ISA {
 // output features from `first_feature` on.
 template <class Y>
 inline void finish(const LowbitBlock& b, int64_t first_feature, int64_t rows, const float* sums, Y* y) {
-  constexpr float kLimbWeights[kLimbs] = {1, 256, 65536};
   const LowbitLinearCall& call = b.plan.call;
   const int64_t limbs = b.plan.limbs;
   float bias[kPanel] = {};

@@ -5,8 +5,7 @@
 //   lowbit_prepare   on all threads   tokens -> activation rows, in the buffer
 //   lowbit_multiply  on all threads   activation rows x panels of weight rows -> y
 //
-// An activation row is a token, or one of the kLimbs limbs of a token whose values were
-// split.
+// An activation row is a token, or one of the kLimbs limbs of a token whose values were split.
 #pragma once
 
 #include "../common/lowbit_linear.h"
@@ -18,6 +17,7 @@ constexpr int64_t kPanel = 32;  // rows of a weight that are multiplied together
 
 // Integers of up to kLargestInteger are kLimbs limbs to the base 256, each from -128 to 127, the lowest first.
 constexpr int64_t kLimbs = 3;
+constexpr float kLimbWeights[kLimbs] = {1, 256, 65536};
 constexpr float kLargestInteger = 8355711;  // 127 + 127 * 256 + 127 * 65536
 
 struct LowbitKernel;

@@ -1,10 +1,10 @@
 // The gradient of a quantized weight by tiles.
 //
 // Products add over tokens, which tiles want next to each other: two of them are an operand. All of G is rearranged
-// into tiles first, in blocks of kOuterTokens. Each thread then takes kOuterCols columns of the weight at a time,
-// rearranges a block of tokens of these columns of X, and multiplies it with the same tokens of some rows of G. A block
-// of both stays in the second cache level, and its part for 32 columns in the first. Sums are float32, in an order that
-// depends on the number of tokens alone, and so are those of the gradients of scales, in the order of units.
+// into tiles first, in blocks of kOuterTokens. Each thread then takes a unit of the weight at a time, kOuterRows by
+// kOuterCols. It rearranges a block of tokens of the unit's columns of X, and multiplies them with the same tokens of
+// the unit's rows of G. A block of both stays in the second cache level, and its part for 32 columns in the first. The
+// order of all sums depends on shapes alone, so results are the same bits for any number of threads.
 #include "outer_product.h"
 
 #include <algorithm>
@@ -23,9 +23,8 @@ namespace QK_ISA {
 namespace {
 
 constexpr int64_t kTileTokens = 2 * kTileOperands;
-constexpr int64_t kBlockTiles = kOuterTokens / kTileTokens;  // of a block of tokens
-constexpr int64_t kLefts = kOuterRows / kTileRows;           // tiles of a unit
-constexpr int64_t kRights = kOuterCols / kTileRows;          // tiles of a unit
+constexpr int64_t kBlockTiles = kOuterTokens / kTileTokens;                           // of a block of tokens
+constexpr int64_t kLefts = kOuterRows / kTileRows, kRights = kOuterCols / kTileRows;  // tiles of a unit
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -68,8 +67,10 @@ QK_INLINE void add(Tiles& tiles, const char* left, const char* right, int64_t co
   count == kBlockTiles ? multiply(std::integral_constant<int64_t, kBlockTiles>()) : multiply(count);
 }
 
-// Whether a scale is that of whole rows of a unit; otherwise a unit has whole groups.
-bool is_part(const OuterProduct& p) { return p.backward.args.cols % kOuterCols == 0 || p.backward.args.cols >= p.cols; }
+// Whether a unit has a part of a scale's elements, in each of its rows. Otherwise it has whole groups.
+bool has_parts(const OuterProduct& p) {
+  return p.backward.args.cols % kOuterCols == 0 || p.backward.args.cols >= p.cols;
+}
 
 // The backward of the quantization for some columns of a row, from the gradients of their values: sixteen floats in
 // each tile of sums.
@@ -79,10 +80,10 @@ void backward_row(const OuterProduct& p, const Grid<T>& grid, int64_t row, int64
   const FakeQuantizeBackwardCall& call = p.backward;
   const QuantArgs& args = call.args;
   const int64_t first = part * kOuterCols, last = std::min(first + kOuterCols, p.cols);
-  const bool whole = is_part(p), streaming = streams(static_cast<W*>(call.dw), Units(p.rows, p.cols));
+  const bool parts = has_parts(p), streaming = streams(static_cast<W*>(call.dw), Units(p.rows, p.cols));
   for (int64_t col = first, end; col < last; col = end) {
     const int64_t at = row * p.cols + col, of = at / args.cols;
-    end = whole ? last : col + args.cols;
+    end = parts ? last : col + args.cols;
     const T zero = call.dz ? static_cast<T>(read_scale(args.zero_point, args.scale_type, of)) : T(0);
     const RowGrid<T> rule(grid, static_cast<T>(read_scale(args.scale, args.scale_type, of)), zero);
     const Divisor<T> scale(rule.scale);
@@ -98,7 +99,7 @@ void backward_row(const OuterProduct& p, const Grid<T>& grid, int64_t row, int64
       sum_s = sum_s + upstream * slopes.scale;
       if (call.dz) sum_z = sum_z + upstream * slopes.zero_point;
     });
-    if (whole) {
+    if (parts) {
       double* const to = partial + 2 * (row * p.parts() + part);
       to[0] = sum(sum_s);
       to[1] = sum(sum_z);
@@ -171,7 +172,7 @@ void prepare(const OuterProduct& p, char* buffer, int64_t begin, int64_t end) {
 
 void finish(const OuterProduct& p, const double* partial) {
   const FakeQuantizeBackwardCall& call = p.backward;
-  if (!is_part(p)) return;
+  if (!has_parts(p)) return;
   for (int64_t of = 0, at = 0; of < call.args.rows; ++of) {
     double s = 0, z = 0;
     for (const int64_t end = (of + 1) * call.args.cols; at < end;) {
