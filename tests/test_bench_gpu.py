@@ -17,6 +17,7 @@ from bench.gpu import cli, pack, tables  # noqa: E402
 from bench.gpu.results import bring_home, latest_rows, summary  # noqa: E402
 from bench.gpu.steps import Call, Step  # noqa: E402
 from bench.journal import Journal, read  # noqa: E402
+from bench.markdown import DOCS  # noqa: E402
 
 
 def gpu(*arguments):
@@ -56,7 +57,7 @@ def test_dry_runs_of_both_calls(tmp_path):
     again = [r for r in read(second / "journal.jsonl", "smoke") if not r["under"] and r["status"] != "begun"]
     assert [(r["op"], r["name"]) for r in again] == [(check["op"], check["name"])]
     with pytest.raises(SystemExit, match="dry run"):
-        bring_home([first], tmp_path, tables.DOCS, tmp_path / "last")
+        bring_home([first], tmp_path, DOCS, tmp_path / "last")
 
 
 def test_a_torn_line_is_left_out(tmp_path):
@@ -213,7 +214,7 @@ def test_calls_come_home(tmp_path):
 
 def test_the_docs_hold_what_the_results_say():
     """`python -m bench.gpu docs` makes them."""
-    assert f"{tables.BEGIN}\n{tables.render(ROOT / 'bench/results')}\n{tables.END}" in tables.DOCS.read_text()
+    assert f"{tables.BEGIN}\n{tables.render(ROOT / 'bench/results')}\n{tables.END}" in DOCS.read_text()
 
 
 def test_the_command_line_fits(capsys):

@@ -124,8 +124,8 @@ def _summary(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
+    from ..markdown import DOCS
     from .results import bring_home
-    from .tables import DOCS
 
     for path in bring_home(options.folders, options.results, options.docs or DOCS, options.last):
         print(path)
@@ -133,7 +133,8 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _docs(options: argparse.Namespace) -> int:
-    from .tables import DOCS, update
+    from ..markdown import DOCS
+    from .tables import update
 
     update(DOCS, ROOT / "bench/results")
     return 0
