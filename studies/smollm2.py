@@ -11,9 +11,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-import shutil
+import multiprocessing
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,9 +24,10 @@ from typing import Any
 import torch
 
 from qatkernels.formats import export
-from qatkernels.trainer import TrainConfig, data, loop, models, run_folder, saving
-from qatkernels.trainer.phases import Phase, phases
+from qatkernels.trainer import TrainConfig, data, models
+from qatkernels.trainer.phases import phases
 
+from . import branches
 from .results import Case, Figures, Results
 from .runner import Session, Study, UnavailableError
 
@@ -96,16 +99,22 @@ def config_of(session: Session, bits: float, variant: str) -> TrainConfig:
     size: Size = session.size
     settings = {**size.common, **size.bits[bits], **VARIANTS[variant], "bits": (bits,), "data": session.data}
     out = session.work / f"w{bits:g}-{variant}"
-    return TrainConfig(model=str(folder(session)), out=str(out), **settings).resolved()
+    return TrainConfig(
+        model=str(folder(session.work / "model", session.size.tiny)), out=str(out), **settings
+    ).resolved()
 
 
-def folder(session: Session) -> Path:
-    """Return the folder of the model in full precision, which is made first if it is not there."""
-    path: Path = session.work / "model"
+def folder(path: Path, tiny: bool = False) -> Path:
+    """Return a folder with the model in full precision, which is made first if it is not there.
+
+    Args:
+        path: the folder.
+        tiny: make the random model instead.
+    """
     if not (path / "done").exists():
         import transformers
 
-        if session.size.tiny:
+        if tiny:
             model = _tiny(transformers)
         else:
             source = package_file()
@@ -148,34 +157,24 @@ def _tiny(transformers: Any) -> Any:
 def full_precision(session: Session) -> Figures:
     """Return the perplexity of the model in full precision, and its size in bfloat16."""
     config = _first(session)
-    result = _run(config, phases(config)[:1])
+    corpus = _corpus(config)
+    result = branches.run(config, corpus, phases(config)[:1], say=print)
     return {
-        "perplexity": _perplexity(result["bits_per_byte"], _corpus(config)),
+        "perplexity": _perplexity(result["bits_per_byte"], corpus),
         "bytes": 2 * result["parameters"],
         "precision": config.precision,
+        # The package's file: the same weights, as 4-bit blocks.
+        "llama_cpp": None if session.size.tiny else in_llama_cpp(package_file(), _windows(config, corpus)),
     }
+
+
+def _windows(config: TrainConfig, corpus: data.Corpus) -> torch.Tensor:
+    return corpus.evaluation(config.evaluation.eval_windows, config.shape.context)
 
 
 def _first(session: Session) -> TrainConfig:
     """Return the settings of the first training, in whose folder the model in full precision is evaluated."""
     return config_of(session, next(iter(session.size.bits)), session.size.variants[0])
-
-
-def _run(config: TrainConfig, plan: list[Phase], evaluated: Path | None = None) -> dict[str, Any]:
-    """Run phases, and return the result of the last one.
-
-    Args:
-        config: the settings.
-        plan: the phases.
-        evaluated: the first phase of another training of the same model, which is not evaluated again.
-    """
-    out, corpus = Path(config.out), _corpus(config)
-    with run_folder.exclusive(out):
-        if evaluated is not None and (evaluated / models.MARKER).exists() and not (out / evaluated.name).exists():
-            saving.open_run(out, config, corpus)
-            shutil.copytree(evaluated, out / f"{evaluated.name}.tmp", dirs_exist_ok=True)
-            run_folder.rename(out / f"{evaluated.name}.tmp", out / evaluated.name)
-        return loop.run_phases(config, corpus, plan, print)[0][-1]
 
 
 def _perplexity(bits_per_byte: float, corpus: data.Corpus) -> float:
@@ -186,12 +185,12 @@ def quantized(session: Session, bits: float, variant: str) -> Figures:
     """Train at a width, export, and return the perplexities before, after, and of the file."""
     config = config_of(session, bits, variant)
     began = time.perf_counter()
-    result, corpus = _run(config, phases(config), Path(_first(session).out) / "fp"), _corpus(config)
+    corpus = _corpus(config)
+    result = branches.run(config, corpus, phases(config), Path(_first(session).out) / "fp", print)
     model = models.load_trained(Path(config.out) / f"w{bits:g}").model.eval()
     file = session.work / f"smollm2-w{bits:g}-{variant}.gguf"
     tokenizer = None if session.size.tiny else package_file()
     exported = export(model, file, to="gguf", tokenizer=tokenizer, embeddings="Q8_0")
-    windows = corpus.evaluation(config.evaluation.eval_windows, config.shape.context)
     return {
         "rounded": _perplexity(result["start_bits_per_byte"], corpus),
         "trained": _perplexity(result["bits_per_byte"], corpus),
@@ -200,7 +199,7 @@ def quantized(session: Session, bits: float, variant: str) -> Figures:
         "stored_as": sorted({row.stored_as for row in exported.rows}),
         "bits_per_weight": exported.rows[0].bits_per_weight,
         "bytes": exported.nbytes,
-        "llama_cpp": None if importlib.util.find_spec("llama_cpp") is None else llama_cpp(file, windows),
+        "llama_cpp": in_llama_cpp(file, _windows(config, corpus)),
         "seconds": time.perf_counter() - began,
     }
 
@@ -215,12 +214,29 @@ def read(text: str | None, context: int, model: Path) -> data.Corpus:
     return data.load(text, context, models.tokenizer(str(model)))
 
 
-def llama_cpp(file: Path, windows: torch.Tensor) -> Figures:
+def in_llama_cpp(file: Path, windows: torch.Tensor) -> Figures | None:
+    """Return what :func:`llama_cpp` returns, or under "failed" why not; None without llama-cpp-python.
+
+    It runs in a process of its own: llama.cpp 0.3.36 dies of a segmentation fault on some CPUs with AMX, and would take
+    the study with it.
+    """
+    if importlib.util.find_spec("llama_cpp") is None:
+        return None
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(llama_cpp, file, windows, torch.get_num_threads()).result()
+        except BrokenProcessPool:
+            return {"failed": "the process of llama.cpp died"}
+
+
+def llama_cpp(file: Path, windows: torch.Tensor, threads: int) -> Figures:
     """Return the perplexity of a file in llama.cpp, and how many tokens a second it generates."""
     import llama_cpp as package
 
     count, context = windows.shape[0], windows.shape[1] - 1
-    run = package.Llama(str(file), n_ctx=context, logits_all=True, verbose=False, n_threads=torch.get_num_threads())
+    run = package.Llama(
+        str(file), n_ctx=context, logits_all=True, verbose=False, n_threads=threads, n_threads_batch=threads
+    )
     total = 0.0
     for window in windows:
         run.reset()
@@ -246,20 +262,26 @@ def report(results: Results, out: Path) -> str:
         f = row["figures"]
         if row["case"] == "float":
             lines.append(
-                f"| full precision (bfloat16) | {f['bytes'] / 1e6:.0f} MB | 16 | | {f['perplexity']:.2f} | | |"
+                f"| full precision (bfloat16) | {f['bytes'] / 1e6:.0f} MB | 16 | | {f['perplexity']:.2f} "
+                f"| {_there(f.get('llama_cpp'))} |"
             )
             continue
         computed |= {f.get("precision", "float32")}
-        theirs = f["llama_cpp"]
-        there = f"{theirs['perplexity']:.2f} | {theirs['tokens_per_second']:.0f}" if theirs else "| "
         lines.append(
             f"| {row['settings']['bits']:g} bits, {row['settings']['variant']}, {', '.join(f['stored_as'])} "
             f"| {f['bytes'] / 1e6:.0f} MB | {f['bits_per_weight']:.2f} | {f['rounded']:,.2f} | {f['trained']:.2f} "
-            f"| {there} |"
+            f"| {_there(f['llama_cpp'])} |"
         )
     if computed - {"float32"}:
         lines.append(f"\nPerplexities but those of llama.cpp are computed in {', '.join(sorted(computed))}.")
     return "\n".join(lines)
+
+
+def _there(figures: Figures | None) -> str:
+    """Return the cells of a file's perplexity and speed in llama.cpp."""
+    if figures is None or "failed" in figures:
+        return f"{figures['failed'] if figures else ''} | "
+    return f"{figures['perplexity']:.2f} | {figures['tokens_per_second']:.0f}"
 
 
 STUDY = Study("smollm2", SIZES, cases, report)

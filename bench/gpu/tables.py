@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..markdown import table, unique
+from ..markdown import table, unique, write_between
 from ..run import Row
 
 BEGIN, END = "<!-- made by `python -m bench.gpu docs`: begin -->", "<!-- end -->"
@@ -22,10 +22,7 @@ _FEW = 8
 
 def update(docs: Path, results: Path) -> None:
     """Write the tables of all GPU results between the marks of a page."""
-    text = docs.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END, 1)[1]
-    docs.write_text(f"{before}{BEGIN}\n{render(results)}\n{END}{after}")
+    write_between(docs, BEGIN, END, render(results))
 
 
 def render(results: Path) -> str:

@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..gpu.tables import END, table
+from ..gpu.tables import END
 from ..gpu.target import ROOT
+from ..markdown import table, write_between
 
 DOCS, RESULTS = ROOT / "docs/benchmarks.md", ROOT / "bench/results/kernels-sm90.json"
 BEGIN = "<!-- made by `python -m bench.kernels docs`: begin -->"
@@ -20,8 +21,7 @@ _HEAD = (
 
 def update(docs: Path, results: Path) -> None:
     """Write the table between its marks of a page."""
-    before, rest = docs.read_text().split(BEGIN)
-    docs.write_text(f"{before}{BEGIN}\n{render(results)}\n{END}{rest.split(END, 1)[1]}")
+    write_between(docs, BEGIN, END, render(results))
 
 
 def render(results: Path) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .. import files
+from ..methods.bfloat16_weights import Bfloat16Weights
 from ..nn import param_groups_from_rates, quantize_model, quantized_modules
 from ..nn.activation import scales_of
 from . import models
@@ -41,7 +42,17 @@ def build_model(config: TrainConfig, phase: Phase, seed: int) -> nn.Module:
     if phase.quantization is not None:
         exclude = models.excluded(model, phase.embeddings is not None)
         model = quantize_model(model, phase.quantization, exclude=exclude, embeddings=phase.embeddings or False)
+        if config.weights != "float32":
+            to_bfloat16(model)
     return model.to(config.device)
+
+
+def to_bfloat16(model: nn.Module) -> None:
+    """Make the parameters of a quantized model bfloat16, but for the quantizers' scales. Buffers stay as they are."""
+    kept = set(scales_of(model))
+    for parameter in model.parameters():
+        if parameter not in kept:
+            parameter.data = parameter.data.bfloat16()
 
 
 def build_teacher(config: TrainConfig, phase: Phase) -> nn.Module | None:
@@ -61,7 +72,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig, phase: Phase) -> torc
     )
     for group in groups:
         group["peak"] = group["lr"]
-    return torch.optim.AdamW(groups, betas=(config.training.beta1, config.training.beta2), fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(config.training.beta1, config.training.beta2), fused=True)
+    if phase.quantization is not None and config.weights != "float32":
+        Bfloat16Weights(optimizer, rounding="nearest" if config.weights == "bfloat16" else "stochastic")
+    return optimizer
 
 
 def model_header(config: TrainConfig, phase: Phase, model: nn.Module, result: dict[str, Any]) -> dict[str, Any]:

@@ -110,7 +110,9 @@ def restore(
             prefix = f"optimizer.{names[id(parameter)]}"
             if f"{prefix}.step" in present:  # a parameter that the optimizer has not stepped yet has no moments
                 moments[i] = {"step": torch.zeros(())}
-                moments[i] |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                # Moments of bfloat16 weights are float32 too (Bfloat16Weights).
+                wide = torch.promote_types(parameter.dtype, torch.float32)
+                moments[i] |= {key: torch.zeros_like(parameter, dtype=wide) for key in ("exp_avg", "exp_avg_sq")}
                 live |= {f"{prefix}.{key}": value for key, value in moments[i].items()}
         codes: dict[str, Tensor] = {}
         if stats is not None and any(name.startswith("codes.") for name in present):

@@ -14,6 +14,7 @@ from .. import files
 from ..methods.distillation import DistillationConfig
 from ..methods.schedules import DECAYS
 from ..methods.squat import SQuATConfig
+from ..methods.stable_qat import StableQATConfig
 from ..methods.winq import WinQConfig
 from ..nn import QuantConfig
 from ..nn.quant_embedding import for_embeddings
@@ -177,7 +178,12 @@ class TrainConfig(Settings):
     act_bits: int | None = option(
         None, "bit width of activations, 2 to 8, one scale per token; not quantized if not given", Range(2, 8)
     )
-    method: str = option("qat", "how quantized weights are trained: qat, winq or squat")
+    method: str = option("qat", "how quantized weights are trained: qat, winq, squat or stableqat")
+    weights: Literal["float32", "bfloat16", "stochastic"] = option(
+        "float32",
+        "what weights are while they are trained quantized: float32; bfloat16, rounded to nearest after each step, "
+        "which loses small steps; or stochastic, bfloat16 rounded up or down at random",
+    )
     seed: int = option(0, "seed of the initial weights and of the batches")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "cpu, cuda, or auto: cuda where there is one")
     parallel: str = option(
@@ -191,6 +197,7 @@ class TrainConfig(Settings):
     training: TrainingConfig = table(TrainingConfig)
     winq: WinQConfig = table(WinQConfig)
     squat: SQuATConfig = table(SQuATConfig)
+    stableqat: StableQATConfig = table(StableQATConfig)
     distillation: DistillationConfig = table(DistillationConfig)
     evaluation: EvaluationConfig = table(EvaluationConfig)
 
@@ -210,6 +217,10 @@ class TrainConfig(Settings):
         for name, allowed in (("method", METHODS), ("parallel", MODES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"--{name} is {getattr(self, name)!r}, must be one of {', '.join(allowed)}")
+        if self.parallel == "fsdp" and self.weights != "float32":
+            raise ConfigError(f"--weights is {self.weights}, must be float32 with --parallel fsdp")
+        if self.parallel == "fsdp" and self.method == "stableqat":
+            raise ConfigError("--method is stableqat, must be qat, winq or squat with --parallel fsdp")
         if self.parallel == "fsdp" and self.method == "squat" and self.squat.target == "quantized":
             raise ConfigError("--target is quantized, must be latent with --parallel fsdp: gradients are sharded there")
         if self.model == models.DEMO and self.training.steps < 1:  # another model may have been trained before
@@ -240,7 +251,7 @@ class TrainConfig(Settings):
     @property
     def method_config(self) -> MethodConfig:
         """The training method and its settings."""
-        return MethodConfig(self.method, self.winq, self.squat)
+        return MethodConfig(self.method, self.winq, self.squat, self.stableqat)
 
     def resolved(self) -> TrainConfig:
         """Return the configuration with each ``auto`` replaced by the value for this machine.

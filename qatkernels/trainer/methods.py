@@ -1,4 +1,4 @@
-"""The training methods behind one interface: plain QAT, WinQ and SQuAT."""
+"""The training methods behind one interface: plain QAT, WinQ, SQuAT and StableQAT."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import torch
 from torch import nn
 
 from ..methods.squat import SQuATConfig
+from ..methods.stable_qat import StableQATConfig
 from ..methods.stats import GridStats
 from ..methods.winq import Closure, WinQConfig
 
 #: Methods by the name on the command line.
-METHODS = ("qat", "winq", "squat")
+METHODS = ("qat", "winq", "squat", "stableqat")
 
 
 class Method(Protocol):
-    """What the loop needs of a training method. :class:`WinQ` and :class:`SQuAT` fit without an adapter.
+    """What the loop needs of a training method.
+
+    :class:`WinQ`, :class:`SQuAT` and :class:`StableQAT` fit without an adapter.
 
     Attributes:
         steps: optimizer steps so far.
@@ -86,11 +89,13 @@ class MethodConfig:
         name: one of ``METHODS``.
         winq: settings of ``winq``, ignored by other methods.
         squat: settings of ``squat``, ignored by other methods.
+        stableqat: settings of ``stableqat``, ignored by other methods.
     """
 
     name: str = "qat"
     winq: WinQConfig = field(default_factory=WinQConfig)
     squat: SQuATConfig = field(default_factory=SQuATConfig)
+    stableqat: StableQATConfig = field(default_factory=StableQATConfig)
 
     def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Method:
         """Return the method for a quantized model that is about to be trained for ``steps`` steps."""
@@ -98,4 +103,6 @@ class MethodConfig:
             return self.winq.start(model, steps)
         if self.name == "squat":
             return self.squat.start(model, optimizer)
+        if self.name == "stableqat":
+            return self.stableqat.start(model)
         return QAT(model)

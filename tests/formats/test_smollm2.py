@@ -71,7 +71,7 @@ def test_gguf(folder: Path, ids: torch.Tensor, tmp_path: Path) -> None:
             values = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type))
             assert_same_bits(values, linear.quantized_weight().detach(), stored.name)
     pytest.importorskip("llama_cpp")
-    found = smollm2.llama_cpp(file, ids)["perplexity"]
+    found = smollm2.in_llama_cpp(file, ids)["perplexity"]
     wanted = math.exp(float(torch.nn.functional.cross_entropy(logits(model, ids)[:-1], ids[0, 1:])))
     assert found == pytest.approx(wanted, rel=0.03)
 

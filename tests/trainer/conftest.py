@@ -46,7 +46,7 @@ def outcome(out: str) -> dict[str, Any]:
     for folder in sorted(p for p in Path(out).iterdir() if p.is_dir()):
         assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "phase.json"]
         tensors, _ = files.load(folder / "model.safetensors")
-        left[folder.name] = {name: (t.dtype, t.shape, t.numpy().tobytes()) for name, t in tensors.items()}
+        left[folder.name] = {name: (t.dtype, t.shape, t.untyped_storage().tolist()) for name, t in tensors.items()}
     log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     left["log"] = log
     return left

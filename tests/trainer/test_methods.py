@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from qatkernels import QuantConfig, quantize_model, quantized_modules
+from qatkernels import QuantConfig, files, quantize_model, quantized_modules
 from qatkernels.methods.winq import WinQConfig
-from qatkernels.trainer import ConfigError, Interrupted, TrainConfig, data, loop, train
+from qatkernels.trainer import ConfigError, Interrupted, TrainConfig, data, loop, models, train
 from qatkernels.trainer.demo_model import Transformer
 from qatkernels.trainer.methods import MethodConfig
 from qatkernels.trainer.parallel import Processes
@@ -28,6 +28,9 @@ WAYS = {
     "squat next": {
         "method": "squat", "target": "latent", "norm": "asam", "minibatch": "next", "stats_every": 2, "qat_lr": 1e-2
     },
+    "stableqat": {"method": "stableqat", "amplitude": 0.1, "stats_every": 3},
+    "bfloat16": {"weights": "bfloat16", "qat_lr": 1e-2},
+    "stochastic": {"weights": "stochastic", "method": "winq", "reset_every": 5, "stats_every": 3},
     "A8": {"act_bits": 8, "accumulate": 2, "schedule": "wsd", "stats_every": 3, "qat_lr": 1e-2},
 }  # fmt: skip
 
@@ -122,6 +125,18 @@ def test_between_steps_nothing_weight_sized_is_held(tiny: dict[str, Any], way: d
     assert [t for t in others if t.shape == training.model.cos.shape], "the search finds nothing at all"
 
 
+@pytest.mark.parametrize("weights", ["bfloat16", "stochastic"])
+def test_weights_are_bfloat16_while_they_are_trained(tiny: dict[str, Any], weights: str) -> None:
+    run(tiny, weights=weights, save_every=10**6)
+    trained, _ = files.load(Path(tiny["out"]) / "w2" / "model.safetensors")
+    before, _ = files.load(Path(tiny["out"]) / "fp" / "model.safetensors")
+    assert {t.dtype for t in before.values()} == {torch.float32}
+    assert {name for name, t in trained.items() if t.dtype == torch.float32} == {n for n in trained if "scale" in n}
+    loaded = models.load_trained(Path(tiny["out"]) / "w2").model
+    for name, layer in quantized_modules(loaded).items():
+        assert torch.equal(layer.weight.bfloat16(), trained[f"{name}.weight"])
+
+
 def tensors() -> list[torch.Tensor]:
     gc.collect()
     return [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
@@ -137,7 +152,11 @@ def test_resets_by_default() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "sam"}, "--method is 'sam', must be one of qat, winq, squat"),
+        ({"method": "sam"}, "--method is 'sam', must be one of qat, winq, squat, stableqat"),
+        ({"amplitude": 0.3}, r"--amplitude is 0.3, must be in \[0, 0.225079\)"),
+        ({"weights": "float16"}, "--weights is 'float16', must be one of float32, bfloat16, stochastic"),
+        ({"weights": "bfloat16", "parallel": "fsdp"}, "--weights is bfloat16, must be float32 with --parallel fsdp"),
+        ({"method": "stableqat", "parallel": "fsdp"}, "--method is stableqat, must be qat, winq or squat with"),
         ({"act_bits": 1}, r"--act-bits is 1, must be in \[2, 8\]"),
         ({"accumulate": 9}, "--accumulate is 9, must be at most --batch, 8"),
         ({"reset_weight": 1.5}, r"--reset-weight is 1.5, must be in \[0, 1\]"),
