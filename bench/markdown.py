@@ -27,11 +27,16 @@ def write_between(page: Path, begin: str, end: str, text: str) -> None:
     Raises:
         MarksError: if the page does not have the first mark once, and the other one after it.
     """
-    before, found, rest = page.read_text().partition(begin)
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
     _, ended, after = rest.partition(end)
     if not (found and ended) or begin in rest:
         raise MarksError(f"{page} must have the line {begin!r} once, and {end!r} after it")
-    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+    page.write_text(f"{before}{block(begin, end, text)}{after}", encoding="utf-8")
+
+
+def block(begin: str, end: str, text: str) -> str:
+    """Return a generated part of a page with its marks; blank lines around it, so that tables end where they end."""
+    return f"{begin}\n\n{text}\n\n{end}"
 
 
 def unique(values: Iterable[Any]) -> list[Any]:

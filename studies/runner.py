@@ -148,7 +148,7 @@ def command(study: Study, argv: Sequence[str]) -> int:
             text = study.report(results, out)
             print(text)
             if options.page is not None:
-                write_between(options.page, *marks(study.name), f"{rows_of(results, options.page)}\n\n{text}")
+                write_between(options.page, *marks(study.name), page_text(results, options.page, text))
             return 0
         with run_folder.exclusive(out):
             results = Results(path)
@@ -165,17 +165,17 @@ def command(study: Study, argv: Sequence[str]) -> int:
 
 def marks(name: str) -> tuple[str, str]:
     """Return the lines of a page between which the tables of a study are."""
-    return f"<!-- made by `python -m studies {name} --report --page`: begin -->", f"<!-- end of {name} -->"
+    return f"<!-- tables of the study {name}: begin -->", f"<!-- tables of the study {name}: end -->"
 
 
-def rows_of(results: Results, page: Path) -> str:
-    """Return a line that names the file of results, seeds and machines."""
+def page_text(results: Results, page: Path, text: str) -> str:
+    """Return what a page has of a study: a line that names the file of results, seeds and machines; and its report."""
     link = Path(os.path.relpath(results.path, page.parent)).as_posix()
     seeds = sorted({row["seed"] for row in results.rows})
     devices = sorted({row["machine"]["device"] for row in results.rows})
     return (
         f"[{results.path.name}]({link}): {len(results.rows)} runs, seeds {', '.join(map(str, seeds))}; "
-        f"{', '.join(devices)}"
+        f"{', '.join(devices)}\n\n{text}"
     )
 
 

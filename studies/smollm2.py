@@ -74,7 +74,7 @@ SIZES = {
         {**_COMMON, "eval_every": _NEVER},
     ),
     "longer": Size(
-        {4: {**_FOUR, "qat_steps": 60}, 2: {**_TWO, "qat_steps": 300}}, ("winq+distill",),
+        {4: {**_FOUR, "qat_steps": 60}, 2: {**_TWO, "qat_steps": 300}}, ("winq+distill", "qat"),
         {**_COMMON, "eval_every": 50, "save_every": 10},
     ),
     "full": Size({4: {**_FOUR, "qat_steps": 120}, 2: {**_TWO, "qat_steps": 480}}, tuple(VARIANTS), _COMMON),

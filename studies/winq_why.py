@@ -196,7 +196,8 @@ def report(results: Results, folder: Path) -> str:
             draw(folder / f"why-{steps}.png", lines)
             texts.append(f"{steps} steps of QAT\n\n{table(lines)}")
         if spectra_rows := [row for row in rows if "trial" in row["settings"]]:
-            texts.append(spectra_table(spectra_rows, spectra_rows[0]["settings"]["near_zero"]))
+            shown = spectra_table(spectra_rows, spectra_rows[0]["settings"]["near_zero"])
+            texts.append(f"```text\n{shown.strip()}\n```")
     return "\n\n".join(texts)
 
 

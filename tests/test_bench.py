@@ -215,6 +215,6 @@ def test_every_suite_builds_and_runs_a_case(name):
 
 def test_the_tables_of_cpus_are_those_of_the_results():
     from bench import cpu
-    from bench.markdown import DOCS
+    from bench.markdown import DOCS, block
 
-    assert f"{cpu.BEGIN}\n{cpu.render(cpu.RESULTS)}\n{cpu.END}" in DOCS.read_text()
+    assert block(cpu.BEGIN, cpu.END, cpu.render(cpu.RESULTS)) in DOCS.read_text()

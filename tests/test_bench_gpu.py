@@ -17,7 +17,7 @@ from bench.gpu import cli, pack, tables  # noqa: E402
 from bench.gpu.results import bring_home, latest_rows, summary  # noqa: E402
 from bench.gpu.steps import Call, Step  # noqa: E402
 from bench.journal import Journal, read  # noqa: E402
-from bench.markdown import DOCS  # noqa: E402
+from bench.markdown import DOCS, block  # noqa: E402
 
 
 def gpu(*arguments):
@@ -214,7 +214,7 @@ def test_calls_come_home(tmp_path):
 
 def test_the_docs_hold_what_the_results_say():
     """`python -m bench.gpu docs` makes them."""
-    assert f"{tables.BEGIN}\n{tables.render(ROOT / 'bench/results')}\n{tables.END}" in DOCS.read_text()
+    assert block(tables.BEGIN, tables.END, tables.render(ROOT / "bench/results")) in DOCS.read_text()
 
 
 def test_the_command_line_fits(capsys):

@@ -8,6 +8,7 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="not in a checkout")
 
 from bench.kernels import sass, table  # noqa: E402
+from bench.markdown import block  # noqa: E402
 
 TEXT = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;              /* 0x00000a00ff017b82 */
@@ -59,7 +60,7 @@ def test_resident_blocks(registers, shared, warps, blocks):
 
 def test_the_docs_hold_what_the_results_say():
     """`python -m bench.kernels docs` makes them."""
-    assert f"{table.BEGIN}\n{table.render(table.RESULTS)}\n{table.END}" in table.DOCS.read_text()
+    assert block(table.BEGIN, table.END, table.render(table.RESULTS)) in table.DOCS.read_text()
 
 
 def test_a_case_is_measured():

