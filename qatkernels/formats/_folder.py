@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ..extras import missing
 from ..files import CheckpointError, explained, rename
 from ..nn import packed_modules, quantized_modules
+from ..nn.activation import quantized_ends
 from ..nn.packed_linear import Packed
 from ..nn.quantized import Quantized
-from .integers import IntegerWeight, UnfitError
+from .integers import IntegerWeight, UnfitError, check_calibrated
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ class Source:
     tables: list[str]
 
     @classmethod
-    def of(cls, model: nn.Module, what: str, takes_input: Callable[[object], bool] = lambda act: False) -> Source:
+    def of(cls, model: nn.Module, what: str, takes: Callable[[object], bool] = lambda act: False) -> Source:
         """Take a model apart.
 
         Args:
             model: a quantized or packed model.
             what: the format, for messages.
-            takes_input: whether the format holds a quantizer of a layer's input.
+            takes: whether the format holds a quantizer of a layer's input or output.
 
         Raises:
             ValueError: if the model is not of transformers, or has no quantized layer.
@@ -81,9 +82,10 @@ class Source:
                     f"{name} is a {type(layer).__name__}, and transformers builds {found} of that name: {what} "
                     "quantizes nn.Linear only. Exclude it from quantize_model"
                 )
-            quantizes = layer.act is not None or getattr(layer, "act_bits", None) is not None
-            if quantizes and not takes_input(layer.act):
-                raise UnfitError(f"{name} quantizes its input: {_ACTIVATIONS[what]}")
+            for end, act in quantized_ends(layer).items():
+                if not takes(act):
+                    raise UnfitError(f"{name} quantizes its {end}: {_ACTIVATIONS[what].format(**_FITTING[end])}")
+            check_calibrated(name, layer)
         linears = [name for name, m in built.items() if isinstance(m, nn.Linear) and name not in layers]
         tables = {name: values_of(layer) for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
         untied = [name for name in _tied(model, config) if name in layers or tables]
@@ -146,19 +148,20 @@ class Source:
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-#: Why a format does not take layers that quantize their input.
+#: Why a format does not take layers that quantize their input or output, with what `_FITTING` says of these.
 _ACTIVATIONS = {
     "compressed-tensors": (
-        "use QuantConfig(act_bits=8, act_scheme='lsq'), or train without act_bits. The format holds one learned scale "
-        "without a zero point. With dynamic scales results would differ: compressed-tensors divides the largest "
-        "element of a token by 127.5, this library by 127"
+        "use QuantConfig({fits}), or train without {field}. The format holds one learned scale without a zero point. "
+        "With dynamic scales results would differ: compressed-tensors divides the largest element of a token by 127.5, "
+        "this library by 127"
     ),
-    "MLX": "MLX has no field for that. Train without act_bits",
-    "torchao": "export to torchao takes weights alone. Train without act_bits",
-    "gemma": (
-        "the format holds one learned scale of int8 inputs, QuantConfig(act_bits=8, act_scheme='lsq'); or train "
-        "without act_bits"
-    ),
+    "MLX": "MLX has no field for that. Train without {field}",
+    "torchao": "export to torchao takes weights alone. Train without {field}",
+    "gemma": "the format holds one learned scale of int8 {end}s, QuantConfig({fits}); or train without {field}",
+}
+_FITTING = {
+    "input": {"end": "input", "field": "act_bits", "fits": "act_bits=8, act_scheme='lsq'"},
+    "output": {"end": "output", "field": "out_bits", "fits": "out_bits=8"},
 }
 
 

@@ -213,5 +213,10 @@ def _arguments(name: str, model: nn.Module, settings: Mapping[str, Any]) -> Mapp
             "does, which divides by 127.5 where this library divides by 127: load a checkpoint with weights alone "
             "(W4A16)"
         )
+    if outputs := group.get("output_activations"):
+        raise UnfitError(
+            f"{name} quantizes its output ({outputs.get('num_bits')} bits), which is not read: load a checkpoint with "
+            "weights alone (W4A16)"
+        )
     weights: Mapping[str, Any] = group.get("weights") or {}
     return weights

@@ -8,8 +8,8 @@ A folder of transformers whose quantized layers have three tensors in place of a
 
 The string of bits is this library's own (docs/packing.md), its rows padded to four bytes. It is that of
 compressed-tensors 0.18 and later; earlier versions pad numbers of 3, 5, 6 and 7 bits. With whole zero points there is
-``weight_zero_point``, packed along the rows, and ``value = (integer - zero point) * scale``. Inputs that are quantized
-with one scale have ``input_scale`` ``[1]``.
+``weight_zero_point``, packed along the rows, and ``value = (integer - zero point) * scale``. Inputs and outputs that
+are quantized with one scale have ``input_scale`` and ``output_scale``, ``[1]``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import dtype_name
+from ..nn.activation import ACTS, learned_acts
 from ._export import ExportReport, ExportRow
 from ._folder import Source, naming
 from .integers import IntegerWeight, UnfitError, static_bits, static_scale, words
@@ -60,7 +61,7 @@ def export(
     """
     if bits is not None and bits not in BITS:
         raise ValueError(f"bits is {bits!r}, must be None or {BITS[0]} to {BITS[-1]}")
-    source = Source.of(model, "compressed-tensors", takes_input=lambda act: static_bits(act) is not None)
+    source = Source.of(model, "compressed-tensors", takes=lambda act: static_bits(act) is not None)
     tensors: dict[str, Tensor] = {}
     rows: list[ExportRow] = []
     groups: dict[Stored, list[str]] = {}
@@ -68,11 +69,14 @@ def export(
     for name, layer in source.layers.items():
         weight = source.integers(name)
         with naming(name, layer):
-            stored = replace(Stored.of(weight, bits, symmetric), input_bits=static_bits(layer.act))
+            stored = replace(
+                Stored.of(weight, bits, symmetric),
+                input_bits=static_bits(layer.act),
+                output_bits=static_bits(layer.out_act),
+            )
         parts = stored.tensors(weight)
-        act: Any = layer.act
-        inputs = {} if act is None else {f"{name}.input_scale": static_scale(act).view(1)}
-        tensors |= inputs | {f"{name}.{part}": value for part, value in parts.items()}
+        tensors |= {f"{name}.{ACTS[at]}_scale": static_scale(act).view(1) for at, act in learned_acts(layer).items()}
+        tensors |= {f"{name}.{part}": value for part, value in parts.items()}
         groups.setdefault(stored, []).append(name)
         nbytes = sum(value.nbytes for part, value in parts.items() if part != "weight_shape")
         rows.append(ExportRow(name, str(stored), 8 * nbytes / max(weight.integers.numel(), 1)))
@@ -86,7 +90,8 @@ def export(
             f"group_{i}": {
                 "targets": names,
                 "weights": stored.arguments,
-                "input_activations": stored.input_arguments,
+                "input_activations": _static_arguments(stored.input_bits),
+                "output_activations": _static_arguments(stored.output_bits),
                 "format": "pack-quantized",
             }
             for i, (stored, names) in enumerate(groups.items())
@@ -103,6 +108,11 @@ def _notes(source: Source, groups: dict[Stored, list[str]], uncast: list[str]) -
         notes.append(
             f"{apart} layers have zero points, with which transformers (5.24 and earlier) cannot load the folder; "
             "symmetric=True stores them within the integers"
+        )
+    if count := sum(len(names) for stored, names in groups.items() if stored.output_bits is not None):
+        notes.append(
+            f"{count} layers quantize their output, which transformers does; vLLM does not, and takes the output_scale "
+            "of k_proj and v_proj for scales of its cache"
         )
     if any(".experts." in name for name in source.others):
         notes.append(
@@ -127,12 +137,14 @@ class Stored:
         group_size: inputs that share a scale, None where a row does.
         symmetric: whether there are no zero points.
         input_bits: width of inputs that are quantized with one scale; None for inputs in full precision.
+        output_bits: the same for outputs.
     """
 
     bits: int
     group_size: int | None
     symmetric: bool
     input_bits: int | None = None
+    output_bits: int | None = None
 
     @classmethod
     def of(cls, weight: IntegerWeight, bits: int | None, symmetric: bool) -> Stored:
@@ -170,18 +182,13 @@ class Stored:
             "group_size": self.group_size, "dynamic": False,
         }  # fmt: skip
 
-    @property
-    def input_arguments(self) -> dict[str, Any] | None:
-        """What ``config.json`` says of the inputs."""
-        if self.input_bits is None:
-            return None
-        return {"num_bits": self.input_bits, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
-
     def __str__(self) -> str:
         """Describe it in a few words."""
         per = "rows" if self.group_size is None else f"groups of {self.group_size}"
         zeros = "" if self.symmetric else ", zero points"
-        return f"int{self.bits}, {per}{zeros}" + ("" if self.input_bits is None else f", int{self.input_bits} inputs")
+        ends = {"inputs": self.input_bits, "outputs": self.output_bits}
+        widths = "".join(f", int{bits} {what}" for what, bits in ends.items() if bits is not None)
+        return f"int{self.bits}, {per}{zeros}{widths}"
 
     def tensors(self, weight: IntegerWeight) -> dict[str, Tensor]:
         """Return the tensors of a layer by the last part of their names."""
@@ -198,6 +205,13 @@ class Stored:
             "weight_packed": words(grouped.reshape(weight.integers.shape), self.bits),
             "weight_zero_point": zeros,
         }
+
+
+def _static_arguments(bits: int | None) -> dict[str, Any] | None:
+    """Return what ``config.json`` says of activations of some width with one scale; None for full precision."""
+    if bits is None:
+        return None
+    return {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
 
 
 def _zeros_fit(weight: IntegerWeight, bits: int) -> bool:

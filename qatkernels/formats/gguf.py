@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..extras import missing
 from ..files import replacing
 from ..nn import packed_modules, quantized_modules
+from ..nn.activation import quantized_ends
 from ..nn.packed_linear import Packed
 from ..nn.quantized import Quantized
 from ._export import ExportReport, ExportRow
@@ -245,8 +246,13 @@ class _Tensors:
 
     def add_quantized(self, name: str, layer: Quantized | Packed, types: str | None, convert: bool) -> ExportRow:
         """Add the weight of a quantized layer."""
-        if layer.act is not None or getattr(layer, "act_bits", None) is not None:
-            raise ValueError(f"{name} quantizes its input, for which GGUF has no field: llama.cpp always does, its way")
+        if ends := quantized_ends(layer):
+            what = next(iter(ends))
+            hint = {
+                "input": "llama.cpp always does, its way. Train without act_bits",
+                "output": "llama.cpp never does. Train without out_bits",
+            }[what]
+            raise ValueError(f"{name} quantizes its {what}, for which GGUF has no field: {hint}")
         try:
             weight = IntegerWeight.of(layer)
             stored = weight.rounded_steps(torch.float16) if convert else weight

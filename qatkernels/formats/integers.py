@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..arithmetic import quotient
 from ..grids import MIN_SCALE, Grid
-from ..nn.activation import LearnedActivation
+from ..nn.activation import ACTS, LearnedActivation, learned_acts
 from ..nn.packed_linear import Packed
 from ..nn.quantized import Quantized
 
@@ -152,11 +152,21 @@ class IntegerWeight:
 
 
 def static_bits(act: object) -> int | None:
-    """Return the width of a quantizer of inputs with one scale and signed integers; None if it is another one."""
+    """Return the width of a quantizer of activations with one scale and signed integers; None if it is another one."""
     if not isinstance(act, LearnedActivation) or act.zero_point is not None or act.grid.steps != 1:
         return None
     bits = int(act.grid.code_max).bit_length() + 1
     return bits if (act.grid.code_min, act.grid.code_max) == (-(1 << bits - 1), (1 << bits - 1) - 1) else None
+
+
+def check_calibrated(name: str, layer: Quantized | Packed) -> None:
+    """Raise ValueError if nothing has set a learned scale of a layer's activations: a file would have a made-up one."""
+    for act, learned in learned_acts(layer).items():
+        if not learned.ready:
+            raise ValueError(
+                f"the scale of {name or 'the model'}'s {ACTS[act]} has not been initialized: call "
+                "calibrate(model, batch), or train, before export"
+            )
 
 
 def static_scale(act: LearnedActivation) -> Tensor:

@@ -32,7 +32,7 @@ from ..nn.quantized import Quantized
 from ..nn.scaled_embedding import plain_embedding
 from ._export import ExportReport, ExportRow
 from ._folder import as_floats, naming, values_of
-from .integers import IntegerWeight, UnfitError, words
+from .integers import IntegerWeight, UnfitError, check_calibrated, words
 
 BITS = (2, 4, 8)
 #: Blocks that the operator takes.
@@ -53,8 +53,8 @@ def export(
 ) -> ExportReport:
     """Write a model as one ONNX file.
 
-    Each quantized layer takes the smallest width that holds it, and layers that quantize their input do so in the
-    file, by the operators of ONNX.
+    Each quantized layer takes the smallest width that holds it, and layers that quantize their input or output do so in
+    the file, by the operators of ONNX.
 
     Args:
         model: a quantized or packed model in float32.
@@ -66,8 +66,9 @@ def export(
             zero points are floats.
         accuracy_level: that of the operator: 4 lets ONNX Runtime round inputs to 8 bits, which is faster.
         qdq: write standard ONNX (opset 21) instead of ONNX Runtime's operator: each weight as 8-bit integers and a
-            ``DequantizeLinear``, and inputs with a learned scale by ``QuantizeLinear`` and ``DequantizeLinear``. This
-            is the form that compilers for accelerators read. ``bits`` and ``accuracy_level`` do not apply.
+            ``DequantizeLinear``, and inputs and outputs with a learned scale by ``QuantizeLinear`` and
+            ``DequantizeLinear``. This is the form that compilers for accelerators read. ``bits`` and
+            ``accuracy_level`` do not apply.
 
     Returns:
         How each layer was stored.
@@ -101,6 +102,7 @@ def export(
     for name, layer in layers.items():
         if name in tables:
             continue
+        check_calibrated(name, layer)
         replacements[name] = _qdq_layer(name, layer) if qdq else _layer(name, layer, bits, accuracy_level)
     plain = {
         name: plain_embedding(layer, nn.Parameter(values_of(layer), requires_grad=False))
@@ -309,7 +311,7 @@ class _NBits(nn.Module):
         self.register_buffer("scales", steps.contiguous())
         self.register_buffer("zeros", zeros)
         self.bias = layer.bias
-        self.act = _activation(layer)
+        self.act, self.out_act = _input(layer, standard=False), _learned(layer.out_act, standard=False)
 
     @property
     def bits_per_weight(self) -> float:
@@ -328,7 +330,8 @@ class _NBits(nn.Module):
             "com.microsoft::MatMulNBits", given, attributes, dtype=x.dtype, shape=(*x.shape[:-1], self.rows), version=1
         )
         bias: Any = self.bias
-        return y if bias is None else y + bias
+        result: Tensor = self.out_act(y if bias is None else y + bias)
+        return result
 
 
 class _Qdq(nn.Module):
@@ -356,9 +359,7 @@ class _Qdq(nn.Module):
         self.register_buffer("scales", weight.steps.reshape(-1) if flat else weight.steps.contiguous())
         self.register_buffer("zeros", None if zeros is None else zeros.reshape(-1) if flat else zeros.contiguous())
         self.bias = layer.bias
-        act: Any = layer.act
-        static = isinstance(act, LearnedActivation) and _is_whole(act)
-        self.act = _Static(act) if static else _activation(layer)
+        self.act, self.out_act = _input(layer, standard=True), _learned(layer.out_act, standard=True)
 
     @property
     def stored(self) -> str:
@@ -381,18 +382,18 @@ class _Qdq(nn.Module):
         bias: Any = self.bias
         # A product and a sum: ONNX Runtime would round the bias of one operator to multiples of both scales.
         y = nn.functional.linear(self.act(x), w)
-        return y if bias is None else y + bias
+        result: Tensor = self.out_act(y if bias is None else y + bias)
+        return result
 
 
 class _Static(nn.Module):
-    """A learned scale for a tensor of inputs, as ``QuantizeLinear`` and ``DequantizeLinear``."""
+    """A learned scale for a tensor of activations, as ``QuantizeLinear`` and ``DequantizeLinear``."""
 
     scale: Tensor
     zero: Tensor
 
     def __init__(self, act: LearnedActivation) -> None:
         super().__init__()
-        act.check_scale()
         grid, scale = act.grid, act.scale.detach().reshape(()).clamp_min(MIN_SCALE)
         zero = 0.0 if act.zero_point is None else float(act.zero_point.detach())
         self.dtype = torch.int8 if grid.code_min < 0 else torch.uint8
@@ -417,7 +418,7 @@ class _Static(nn.Module):
 
 
 def _is_whole(act: LearnedActivation) -> bool:
-    """Whether ``QuantizeLinear`` holds a quantizer of inputs: whole codes, and a whole zero point among them."""
+    """Whether ``QuantizeLinear`` holds a quantizer of activations: whole codes, and a whole zero point among them."""
     grid, zero = act.grid, 0.0 if act.zero_point is None else float(act.zero_point.detach())
     return grid.steps == 1 and grid.offset == 0 and zero.is_integer() and grid.code_min <= zero <= grid.code_max
 
@@ -428,15 +429,23 @@ def _bytes(unsigned: Tensor, bits: int) -> Tensor:
     return packed[:, : -(-unsigned.shape[-1] * bits // 8)].contiguous()
 
 
-def _activation(layer: Quantized | Packed) -> nn.Module:
-    """Return what quantizes the input of a layer, made of operators that ONNX has."""
+def _input(layer: Quantized | Packed, *, standard: bool) -> nn.Module:
+    """Return what quantizes the input of a layer, made of operators that ONNX has; see :func:`_learned`."""
     bits = layer.act.bits if isinstance(layer.act, DynamicActivation) else getattr(layer, "act_bits", None)
-    if bits is not None:
-        return _Dynamic(bits)
-    if isinstance(layer.act, LearnedActivation):
-        layer.act.check_scale()
-        return _Learned(layer.act)
-    return nn.Identity()
+    return _learned(layer.act, standard=standard) if bits is None else _Dynamic(bits)
+
+
+def _learned(act: object, *, standard: bool) -> nn.Module:
+    """Return what quantizes as a learned quantizer of activations, made of operators that ONNX has.
+
+    Args:
+        act: the quantizer; for anything else the result does nothing.
+        standard: use ``QuantizeLinear`` and ``DequantizeLinear`` if they hold it.
+    """
+    if not isinstance(act, LearnedActivation):
+        return nn.Identity()
+    act.check_scale()
+    return _Static(act) if standard and _is_whole(act) else _Learned(act)
 
 
 class _Dynamic(nn.Module):

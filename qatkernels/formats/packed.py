@@ -23,6 +23,7 @@ from ..float32_scales import Float32Scales
 from ..grids import make_grid
 from ..nn import LearnedActivation, packed_modules
 from ..nn._gather_model import is_sharded, whole_in_every_process
+from ..nn.activation import ACTS
 from ..nn.experts import Stack, find
 from ..nn.packed_linear import KINDS, Packed, PackedEmbedding
 from ..nn.quant_conv1d import is_conv1d
@@ -101,9 +102,6 @@ def _layouts(model: nn.Module) -> dict[str, Tensor]:
 
 def _layer_entry(module: Packed, prefix: str) -> dict[str, Any]:
     """Return the entry of a layer in the header, without its names."""
-    act = module.act
-    if act is not None and type(act) is not LearnedActivation:
-        raise ValueError(f"{prefix}act is a {type(act).__qualname__}, must be a LearnedActivation to be saved")
     grid = module.grid
     present: dict[str, Any] = {}
     if module.bias is not None:
@@ -111,17 +109,27 @@ def _layer_entry(module: Packed, prefix: str) -> dict[str, Any]:
     if module.weight.zero_point is not None:
         present["zero_point"] = True
     present["dtype"] = dtype_name(module.weight.dtype)
+    acts = {name: _act_entry(getattr(module, name), f"{prefix}{name}") for name in ACTS}
+    if acts["out_act"] is not None:
+        present["out_act"] = acts["out_act"]
     return {
         "kind": module.kind,
         "scheme": grid.scheme,
         "bits": grid.bits,
         "cols": module.weight.cols,
         "act_bits": module.act_bits,
-        "act": None if act is None else {
-            "scheme": act.grid.scheme, "bits": act.grid.bits, "offset": act.zero_point is not None,
-        },
+        "act": acts["act"],
         **present,
-    }  # fmt: skip
+    }
+
+
+def _act_entry(act: nn.Module | None, name: str) -> dict[str, Any] | None:
+    """Return the entry of a quantizer of activations, None if there is none."""
+    if act is None:
+        return None
+    if type(act) is not LearnedActivation:
+        raise ValueError(f"{name} is a {type(act).__qualname__}, must be a LearnedActivation to be saved")
+    return {"scheme": act.grid.scheme, "bits": act.grid.bits, "offset": act.zero_point is not None}
 
 
 def _is_whole(value: Any) -> bool:
@@ -159,6 +167,7 @@ _OPTIONAL: _Fields = {
     "bias": (lambda v: v in ("trains", "frozen"), "'trains' or 'frozen'"),
     "zero_point": (lambda v: v is True, "true"),
     "dtype": (lambda v: v in _DTYPES, f"one of {_DTYPES}"),
+    "out_act": (lambda v: isinstance(v, dict), "an object"),
 }
 _ACT: _Fields = {
     "scheme": (lambda v: isinstance(v, str), "a string"),
@@ -179,8 +188,9 @@ def _check(header: dict[str, Any]) -> None:
     for i, layer in enumerate(header["layers"]):
         check_fields(f"layers[{i}].", layer, _LAYER)
         check_fields(f"layers[{i}].", layer, {name: field for name, field in _OPTIONAL.items() if name in layer})
-        if layer["act"] is not None:
-            check_fields(f"layers[{i}].act.", layer["act"], _ACT)
+        for name in ACTS:
+            if layer.get(name) is not None:
+                check_fields(f"layers[{i}].{name}.", layer[name], _ACT)
 
 
 def load_packed(
@@ -306,16 +316,21 @@ def _layer(
             raise ValueError(f"the bias of {name or 'the layer'} is {stored.dtype}, must be one of {FLOATS}")
         trains = entry.get("bias") != "frozen"
         bias = biases.setdefault(id(stored), nn.Parameter(torch.empty_like(stored), requires_grad=trains))
-    act = None
-    if (act_entry := entry["act"]) is not None:
-        grid = make_grid(act_entry["scheme"], act_entry["bits"])
-        act = LearnedActivation(weight.cols, grid, offset=act_entry["offset"])
-    layer = kind(weight, bias, act=act, act_bits=entry["act_bits"])
+    rows, cols = weight.shape[-2:]
+    act, out_act = _act(entry["act"], cols), _act(entry.get("out_act"), rows)
+    layer = kind(weight, bias, act=act, act_bits=entry["act_bits"], out_act=out_act)
     if isinstance(layer, PackedEmbedding) and isinstance(old, nn.Embedding):
         layer.be_like(old)
     if isinstance(old, nn.Module) and is_conv1d(old):
         vars(layer)["of_conv1d"] = True
     return layer
+
+
+def _act(entry: dict[str, Any] | None, features: int) -> LearnedActivation | None:
+    """Return the quantizer of activations for an entry, None if there is none."""
+    if entry is None:
+        return None
+    return LearnedActivation(features, make_grid(entry["scheme"], entry["bits"]), offset=entry["offset"])
 
 
 def _without_data(build: Callable[[Any], nn.Module], config: Any) -> nn.Module:

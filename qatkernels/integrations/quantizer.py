@@ -28,8 +28,9 @@ try:
 except ImportError as error:
     raise missing("qatkernels.integrations.quantizer", "hf", error) from error
 
-from ..nn import LearnedActivation, QuantConfig, QuantConv1D, quantize_model, quantized_modules
+from ..nn import QuantConfig, QuantConv1D, quantize_model, quantized_modules
 from ..nn._follow_recipe import follow
+from ..nn.activation import learned_acts
 from ..nn.experts import makes, placed_in
 from ..nn.quantizer import scales_come_later
 from ..nn.recipe import METHOD, Recipe, describe
@@ -169,8 +170,8 @@ class QatQuantizer(HfQuantizer):
         if self.quantization_config.recipe is None:  # the weights are there, scales of theirs are not
             for layer in quantized_modules(model).values():
                 layer.reset_scale()
-                if isinstance(layer.act, LearnedActivation):
-                    layer.act.reset_parameters()
+                for act in learned_acts(layer).values():
+                    act.reset_parameters()
         else:  # the scales are those of the files
             for layer in quantized_modules(model).values():
                 layer.awaits_inputs = False

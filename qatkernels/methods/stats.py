@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..arithmetic import quotient
 from ..dtensor import is_dtensor, local_part
 from ..grids import MIN_SCALE
-from ..nn import LearnedActivation, quantized_modules
+from ..nn import quantized_modules
+from ..nn.activation import learned_acts
 from ..nn.floor import count_act_at_floor, count_at_floor
 from ..ops import fake_quantize, quantize
 from .shards import layers_by_weight, locals_of, total
@@ -29,7 +30,8 @@ class GridStats:
 
     def __init__(self, model: nn.Module, rotation: Callable[[Tensor], Tensor] | None = None) -> None:
         self._layers, self._rotation = layers_by_weight(model), rotation
-        self._every = list(quantized_modules(model).values())  # each has an input of its own, shared weight or not
+        # Each has activations of its own, whether it shares its weight or not.
+        self._every = list(quantized_modules(model).values())
         self._codes: dict[str, Tensor] = {}
 
     def _rotated(self, w: Tensor) -> Tensor:
@@ -75,9 +77,8 @@ class GridStats:
     def at_floor(self) -> int:
         """Return how many scales are at the floor, as :func:`qatkernels.scales_at_floor` counts them."""
         counts = [(module.weight, count_at_floor(part.weight, part.scale)) for module, part in locals_of(self._layers)]
-        for act in (layer.act for layer in self._every):
-            if isinstance(act, LearnedActivation):
-                counts.append((act.scale, count_act_at_floor(local_part(act.scale.detach()), act.initialized)))
+        for act in (act for layer in self._every for act in learned_acts(layer).values()):
+            counts.append((act.scale, count_act_at_floor(local_part(act.scale.detach()), act.initialized)))
         return int(total(counts))
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from ..dtensor import is_dtensor, local_part
 from ..grids import MIN_SCALE
 from ._pack_model import packed_modules
 from ._quantize_model import quantized_modules
-from .activation import LearnedActivation
+from .activation import ACTS, LearnedActivation, learned_acts
 from .config import without_inputs
 from .floor import count_act_at_floor, count_at_floor
 from .packed_linear import Packed
@@ -222,7 +222,7 @@ def _fingerprint(layer: Quantized) -> Tensor:
 @contextmanager
 def _kept(layers: dict[str, Quantized]) -> Iterator[None]:
     """Restore activation scales, which a first batch may initialize."""
-    acts = [layer.act for layer in layers.values() if isinstance(layer.act, LearnedActivation)]
+    acts = [act for layer in layers.values() for act in learned_acts(layer).values()]
     values_before = [(p, p.detach().clone()) for act in acts for p in act.parameters()]
     try:
         yield
@@ -287,8 +287,8 @@ def _look_at_scales(row: LayerCheck, layer: Quantized) -> None:
             f"has {row.at_floor} of {scale.numel()} scales at the floor of 1e-5, whose weights compute next to "
             "nothing: give scales a smaller learning rate (qatkernels.param_groups), and call layer.reset_scale()"
         )
-    if isinstance(layer.act, LearnedActivation):
-        _look_at_activation(row, layer.act)
+    for name, act in learned_acts(layer).items():
+        _look_at_activation(row, name, act)
     if not weight.isfinite().all():
         row.problems.append("has weights that are not finite")
         return
@@ -305,15 +305,15 @@ def _look_at_scales(row: LayerCheck, layer: Quantized) -> None:
             )
 
 
-def _look_at_activation(row: LayerCheck, act: LearnedActivation) -> None:
-    """Report a learned scale of the input that is at the floor or not finite."""
+def _look_at_activation(row: LayerCheck, name: str, act: LearnedActivation) -> None:
+    """Report a learned scale of the input or the output that is at the floor or not finite."""
     learned = [local_part(parameter.detach()) for parameter in act.parameters()]
-    again = "and call layer.act.reset_parameters(), so that the next training batch sets it"
+    what, again = ACTS[name], f"and call layer.{name}.reset_parameters(), so that the next training batch sets it"
     if not all(bool(t.isfinite().all()) for t in learned):
-        row.problems.append(f"has a scale or zero point of its input that is not finite: find out why, {again}")
+        row.problems.append(f"has a scale or zero point of its {what} that is not finite: find out why, {again}")
     elif int(count_act_at_floor(learned[0], act.initialized)):
         row.problems.append(
-            "has the scale of its input at the floor of 1e-5, so that next to nothing is left of the input: give "
+            f"has the scale of its {what} at the floor of 1e-5, so that next to nothing is left of the {what}: give "
             f"scales a smaller learning rate (qatkernels.param_groups), {again}"
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..dtensor import is_dtensor
 from ..float32_scales import layout_in
-from .activation import LearnedActivation
+from .activation import ACTS, LearnedActivation, learned_acts
 from .experts import as_layers
 from .quantized import OFFLOADED, Quantized, is_offloaded
 
@@ -61,8 +61,8 @@ def load_weights(model: nn.Module, state_dict: dict[str, Any], *, strict: bool =
             _keep_own(state, own, prefix)
         elif isinstance(module, Quantized):
             _keep_own(state, own, prefix)
-            if not isinstance(module.act, LearnedActivation):
-                _drop(state, [key for key in state if key.startswith(f"{prefix}act.")])
+            absent = tuple(f"{prefix}{act}." for act in ACTS.keys() - learned_acts(module).keys())
+            _drop(state, [key for key in state if key.startswith(absent)])
     found = model.load_state_dict(state, strict=strict)
     for layer in quantized:
         layer.reset_scale()

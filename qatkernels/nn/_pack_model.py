@@ -37,7 +37,7 @@ def pack_model(model: nn.Module, *, scale_dtype: torch.dtype = torch.float32) ->
     gathered one at a time, the other parameters are whole in the result.
 
     Layers that are the same object stay one object, and layers that share weight, scale and zero point share the packed
-    weight. Biases stay the same Parameters, learned activation quantizers the same modules.
+    weight. Biases stay the same Parameters, learned quantizers of activations the same modules.
 
     Args:
         model: a model from :func:`quantize_model`, trained; changed in place unless it is sharded.

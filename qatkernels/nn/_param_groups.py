@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..dtensor import local_part, whole
 from ._quantize_model import quantized_modules
-from .activation import LearnedActivation, scales_of
+from .activation import ACTS, LearnedActivation, learned_acts, scales_of
 from .config import QuantConfig
 from .floor import count_act_at_floor, count_at_floor
 from .quantized import Quantized
@@ -103,16 +103,16 @@ def param_groups_from_rates(
 def scales_at_floor(model: nn.Module) -> dict[str, int]:
     """Count the scales at or below ``MIN_SCALE`` (1e-5), where every kernel clamps them, by layer.
 
-    A row of zeros has such a scale from the start and is not counted, and neither is the scale of an input that no
-    batch has set. Any other row or input with one computes next to nothing: the scale's learning rate is too large, see
-    :func:`param_groups`. Waits for the device.
+    A row of zeros has such a scale from the start and is not counted, and neither is the scale of activations that no
+    batch has set. Any other row, input or output with one computes next to nothing: the scale's learning rate is too
+    large, see :func:`param_groups`. Waits for the device.
 
     Args:
         model: a quantized model; of a sharded one, what this process holds is counted.
 
     Returns:
-        The number of such scales by the name of the layer, or of its quantizer of the input (``"0.act"``), without
-        those that have none.
+        The number of such scales by the name of the layer, or of its quantizer of the input (``"0.act"``) or the output
+        (``"0.out_act"``), without those that have none.
     """
     layers = {name: layer for name, layer in quantized_modules(model).items() if not layer.scale.is_meta}
     counts = {
@@ -158,20 +158,23 @@ def _fitting_rates(layers: dict[str, Quantized], share: float) -> list[tuple[flo
         scale = median([_mean(layer.scale) for layer in same.values()])
         add(relative * scale, (layer.scale for layer in same.values()))
         add(relative, (layer.zero_point for layer in same.values()))
-        acts = {name: layer.act for name, layer in same.items() if isinstance(layer.act, LearnedActivation)}
-        if acts:
-            for name, act in acts.items():
-                if not bool(act.initialized):
-                    raise ValueError(
-                        f"scale_lr is None, and the activation scale of {name or 'the model'} has not been "
-                        "initialized, so that its size is unknown: call calibrate(model, batch) first, or give scale_lr"
-                    )
-            add(
-                relative * median([_mean(act.scale) for act in acts.values()]),
-                (a._parameters.get("scale") for a in acts.values()),
-            )
-            add(relative, (a._parameters.get("zero_point") for a in acts.values()))
+        for end in ACTS:  # inputs and outputs have scales of different sizes
+            acts = {name: act for name, layer in same.items() if (act := learned_acts(layer).get(end)) is not None}
+            if acts:
+                add(relative * median(_sizes_of_acts(acts)), (a._parameters.get("scale") for a in acts.values()))
+                add(relative, (a._parameters.get("zero_point") for a in acts.values()))
     return rates
+
+
+def _sizes_of_acts(acts: Mapping[str, LearnedActivation]) -> list[float]:
+    """Return the scale of each learned quantizer of activations, by the name of its layer."""
+    for name, act in acts.items():
+        if not bool(act.initialized):
+            raise ValueError(
+                f"scale_lr is None, and the activation scale of {name or 'the model'} has not been "
+                "initialized, so that its size is unknown: call calibrate(model, batch) first, or give scale_lr"
+            )
+    return [_mean(act.scale) for act in acts.values()]
 
 
 def _size(name: str, weight: Tensor) -> float:

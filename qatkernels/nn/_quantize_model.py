@@ -73,11 +73,11 @@ def quantize_model(
             quantize the layer. It is asked about the layers that the patterns select. Of a stack of experts it gets the
             module that holds the stack, and the name of the stack. None for no such function.
         embeddings: True quantizes embeddings of tokens (:class:`QuantEmbedding`), to what ``config`` says of their
-            names, but at least 4 bits, and without ``act_bits``; a QuantConfig quantizes them to that. Either way an
-            output layer that is tied to one is quantized with it, to the same configuration, and shares its scales.
-            Meant are the embeddings that the model names (transformers' ``get_input_embeddings``), or all of a model
-            that names none. A pattern of ``config`` without a wildcard that matches an embedding quantizes it too, at
-            any bits. An ``exclude`` of your own and ``filter_fn`` apply to them; ``include`` and the default
+            names, but at least 4 bits, and without ``act_bits`` and ``out_bits``; a QuantConfig quantizes them to that.
+            Either way an output layer that is tied to one is quantized with it, to the same configuration, and shares
+            its scales. Meant are the embeddings that the model names (transformers' ``get_input_embeddings``), or all
+            of a model that names none. A pattern of ``config`` without a wildcard that matches an embedding quantizes
+            it too, at any bits. An ``exclude`` of your own and ``filter_fn`` apply to them; ``include`` and the default
             ``exclude`` do not.
         requantize: whether a layer that is quantized already, to another configuration, gets the new one
             (:meth:`Quantized.requantize`); an error if False. One that has the configuration already stays as it is.

@@ -27,7 +27,7 @@ def shard_scales(model: nn.Module, mesh: DeviceMesh | None = None) -> set[nn.Par
         fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=ignored)
 
     Scales are then DTensors like the other parameters, so that optimizers, the clipping of gradients and
-    ``torch.distributed.checkpoint`` treat them alike. Learned scales of inputs are included.
+    ``torch.distributed.checkpoint`` treat them alike. Learned scales of inputs and outputs are included.
 
     Args:
         model: a quantized model, before any ``fully_shard``.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .activation import quantized_ends
 from .experts import placed_in, take_out
 from .packed_linear import Packed, PackedEmbedding, PackedLinear
 from .quant_embedding import QuantEmbedding
@@ -38,8 +39,9 @@ def to_plain(model: nn.Module) -> nn.Module:
         ``model``, or the new layer if the model itself is a quantized layer.
 
     Raises:
-        ValueError: if no layer is quantized or packed; or if one quantizes its input, is offloaded, or is a stack of
-            experts that the model's own code calls, for which there is no plain layer. The model is then unchanged.
+        ValueError: if no layer is quantized or packed; or if one quantizes its input or output, is offloaded, or is a
+            stack of experts that the model's own code calls, for which there is no plain layer. The model is then
+            unchanged.
     """
     stacks = placed_in(model)
     names: dict[nn.Module, str] = {}
@@ -92,8 +94,8 @@ class _Values:
 
 def _problem(layer: Any, is_expert: bool) -> str | None:
     """Return why a layer cannot be made plain, or None."""
-    if layer.act is not None or getattr(layer, "act_bits", None) is not None:
-        return "it quantizes its input, which no plain layer does"
+    if ends := quantized_ends(layer):
+        return f"it quantizes its {' and its '.join(ends)}, which no plain layer does"
     if isinstance(layer, Quantized) and is_offloaded(layer):
         return OFFLOADED.format("make it plain")
     if not is_expert and not isinstance(layer, QuantLinear | PackedLinear | QuantEmbedding | PackedEmbedding):

@@ -23,6 +23,27 @@ def scales_of(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in found if parameter is not None]
 
 
+#: What a layer's attributes quantize.
+ACTS = {"act": "input", "out_act": "output"}
+
+
+def learned_acts(layer: Any) -> dict[str, LearnedActivation]:
+    """Return the learned quantizers of a quantized or packed layer's input and output, by attribute."""
+    found = {name: getattr(layer, name, None) for name in ACTS}
+    return {name: act for name, act in found.items() if isinstance(act, LearnedActivation)}
+
+
+def quantized_ends(layer: Any) -> dict[str, Any]:
+    """Return what quantizes a layer's input and output, by ``"input"`` and ``"output"``.
+
+    A packed layer's own quantization of tokens (``act_bits``) is there as a number of bits.
+    """
+    found = {what: getattr(layer, name, None) for name, what in ACTS.items()}
+    if found["input"] is None:
+        found["input"] = getattr(layer, "act_bits", None)
+    return {what: act for what, act in found.items() if act is not None}
+
+
 #: How often a graph is recompiled to see whether a batch has initialized the scale. After that, the graph that
 #: initializes the scale stays in use, which is correct and a little slower.
 _LOOKS = 2
@@ -51,6 +72,8 @@ class DynamicActivation(nn.Module):
 class LearnedActivation(Float32Scales):
     """One learned scale for a whole activation tensor (LSQ), and with ``offset`` a learned zero point (LSQ+).
 
+    The tensor is the input of a layer (its attribute ``act``) or its output (``out_act``).
+
     The first training batch initializes them: ``2 * mean(abs(x)) / sqrt(qmax)`` (Esser et al., 2020), or the range of
     the batch with an offset. If that batch has inf or NaN, scales come from its finite elements, and the next batch
     initializes them again; a loop with a GradScaler skips the step of such a batch. A batch of zeros has no scale
@@ -68,7 +91,7 @@ class LearnedActivation(Float32Scales):
     :func:`qatkernels.nn.calibrate` first.
 
     Args:
-        features: size of the last dimension of the input; the gradient scale is ``1 / sqrt(features * qmax)``.
+        features: size of the last dimension of the tensor; the gradient scale is ``1 / sqrt(features * qmax)``.
         grid: ``lsq(bits)``, or ``affine(bits)`` for unsigned integers.
         offset: learn a zero point, which need not be integral; for affine grids.
         device: where the scale lives.
@@ -146,8 +169,8 @@ class LearnedActivation(Float32Scales):
         """Set scale and zero point unless they are initialized, without a device sync: compiled graphs run it often."""
         if x.numel() == 0:
             raise ValueError(
-                f"x, the input, has shape {tuple(x.shape)} and no elements, from which an activation scale cannot be "
-                "initialized: call calibrate(model, batch) first, with a batch that reaches every layer"
+                f"x, the activations, has shape {tuple(x.shape)} and no elements, from which an activation scale "
+                "cannot be initialized: call calibrate(model, batch) first, with a batch that reaches every layer"
             )
         finite = x.isfinite()
         x = x.where(finite, 0)
@@ -196,8 +219,8 @@ class LearnedActivation(Float32Scales):
             bad = x.numel() - int(x.isfinite().sum())
             what = f"{bad} of {x.numel()} elements that are inf or NaN (or their mean is)" if x.any() else "only zeros"
             raise ValueError(
-                f"x, the input, has {what}, from which an activation scale cannot be calibrated: calibrate with "
-                "another batch"
+                f"x, the activations, has {what}, from which an activation scale cannot be calibrated: calibrate "
+                "with another batch"
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -52,13 +52,13 @@ def calibrate(
 ) -> CalibrationReport:  # fmt: skip
     """Run batches through a model and set the scales that need them: those that no batch has set yet.
 
-    These are the scales of activations that are learned (``act_scheme="lsq"`` and ``"lsq+"``), which the first batch
-    sets; and the scales of weights whose configuration says ``scale_init="activation"``. For the latter every call of a
-    layer adds the squares of its inputs, before their own quantization, to one float64 number for each input feature.
-    These layers compute with their weights in full precision meanwhile, so that errors of the layers before them do not
-    distort their inputs. After the last batch the scales with the smallest error of the layer's output are searched
-    (:func:`search_scale`). Layers that share a weight and its scales are searched for the inputs of all of them
-    together. A layer or an expert that no token reached gets the scales of ``"mse"``; the report names it.
+    These are the scales of activations that are learned (``act_scheme="lsq"`` and ``"lsq+"``, ``out_bits``), which the
+    first batch sets; and the scales of weights whose configuration says ``scale_init="activation"``. For the latter
+    every call of a layer adds the squares of its inputs, before their own quantization, to one float64 number for each
+    input feature. These layers compute with their weights in full precision meanwhile, so that errors of the layers
+    before them do not distort their inputs. After the last batch the scales with the smallest error of the layer's
+    output are searched (:func:`search_scale`). Layers that share a weight and its scales are searched for the inputs of
+    all of them together. A layer or an expert that no token reached gets the scales of ``"mse"``; the report names it.
 
     Calibrate before training, and before FSDP or DDP wraps the model, with the same batches in each process. Weight
     scales that were loaded from a state dict, or set by an earlier call, stay as they are.

@@ -41,6 +41,9 @@ class QuantConfig:
         act_scheme: ``"dynamic"`` (symmetric, one scale per token, taken from the token), ``"lsq"`` (one learned scale;
             Esser et al., 2020) or ``"lsq+"`` (learned scale and zero point; Bhalgat et al., 2020).
         act_signed: False makes the ``"lsq"`` grid unsigned, for activations that are never negative.
+        out_bits: bit width of the layer's output, 2 to 8; None leaves it alone. It is quantized after the bias, to
+            signed integers times one learned scale, as ``act_scheme="lsq"`` quantizes the input. Accelerators that pass
+            integers from layer to layer store outputs so (docs/formats.md). Embeddings do not take it.
 
     Raises:
         ValueError: if a field has a value that cannot be used, naming it.
@@ -55,6 +58,7 @@ class QuantConfig:
     act_bits: int | None = None
     act_scheme: str = "dynamic"
     act_signed: bool = True
+    out_bits: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("per_tensor", "act_signed"):
@@ -86,10 +90,12 @@ class QuantConfig:
             raise ValueError(f"act_scheme is {self.act_scheme!r}, must be one of {ACT_SCHEMES}")
         if self.act_bits is None and self.act_scheme != "dynamic":
             raise ValueError(f"act_scheme is {self.act_scheme!r} with act_bits=None, give act_bits 2 to 8")
-        if self.act_bits is not None and not (is_integer(self.act_bits) and 2 <= self.act_bits <= 8):
-            raise ValueError(f"act_bits is {self.act_bits!r}, must be None or an integer from 2 to 8")
         if not self.act_signed and self.act_scheme != "lsq":
             raise ValueError(f"act_signed is False with act_scheme {self.act_scheme!r}, it is for act_scheme 'lsq'")
+        for name in ("act_bits", "out_bits"):
+            bits = getattr(self, name)
+            if bits is not None and not (is_integer(bits) and 2 <= bits <= 8):
+                raise ValueError(f"{name} is {bits!r}, must be None or an integer from 2 to 8")
 
     def __str__(self) -> str:
         """Return the configuration in a few words; ``repr`` has every field."""
@@ -106,6 +112,8 @@ class QuantConfig:
             parts.append(
                 f"{'' if self.act_signed else 'unsigned '}activations of {self.act_bits} bits ({self.act_scheme})"
             )
+        if self.out_bits is not None:
+            parts.append(f"outputs of {self.out_bits} bits")
         return ", ".join(parts)
 
     @property
@@ -119,6 +127,11 @@ class QuantConfig:
         if self.act_bits is None or self.act_scheme == "dynamic":
             return None
         return lsq(self.act_bits) if self.act_scheme == "lsq" and self.act_signed else affine(self.act_bits)
+
+    @property
+    def out_grid(self) -> Grid | None:
+        """Grid of the output; None where it is left alone."""
+        return None if self.out_bits is None else lsq(self.out_bits)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary that JSON can hold."""

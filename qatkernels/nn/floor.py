@@ -22,7 +22,7 @@ def count_at_floor(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def count_act_at_floor(scale: Tensor, initialized: Tensor) -> Tensor:
-    """Return how many learned scales of an input are at the floor, none before a batch set them.
+    """Return how many learned scales of activations are at the floor, none before a batch set them.
 
     Args:
         scale: the scale; of a sharded one, what this process holds.

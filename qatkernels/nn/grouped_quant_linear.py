@@ -155,7 +155,8 @@ class GroupedQuantLinear(Quantized):
         if (dtype := autocast_dtype(self.weight)) is not None:
             x, weight = x.to(dtype), weight.to(dtype)
         y = grouped_linear(x, weight, offsets)
-        return y if self.bias is None else y + bias_of_tokens(self.bias, offsets, len(x)).to(y.dtype)
+        y = y if self.bias is None else y + bias_of_tokens(self.bias, offsets, len(x)).to(y.dtype)
+        return y if self.out_act is None else self.out_act(y)
 
     def extra_repr(self) -> str:
         """Describe the layer and its quantization."""

@@ -47,11 +47,13 @@ class Packed(nn.Module):
         bias: ``[..., N]`` or None; a Parameter stays the same object.
         act: module applied to the input first, such as a :class:`LearnedActivation`.
         act_bits: 2 to 8 quantizes the input to symmetric integers per token and sums integers; None does neither.
+        out_act: module applied to the output, after the bias; None for none.
 
     Attributes:
         weight: the packed weight.
         in_features: K.
         out_features: N.
+        act, out_act: as given.
 
     Raises:
         TypeError: if ``weight`` is not a packed weight.
@@ -73,6 +75,7 @@ class Packed(nn.Module):
         *,
         act: nn.Module | None = None,
         act_bits: int | None = None,
+        out_act: nn.Module | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate a weight
         if not isinstance(weight, PackedWeight):
@@ -90,7 +93,7 @@ class Packed(nn.Module):
             self.register_parameter("bias", bias)
         else:
             self.register_buffer("bias", bias)
-        self.act, self.act_bits = act, act_bits
+        self.act, self.act_bits, self.out_act = act, act_bits, out_act
 
     @classmethod
     def from_quantized(
@@ -98,8 +101,8 @@ class Packed(nn.Module):
     ) -> Any:
         """Return the packed form of a trained layer.
 
-        The bias is the same Parameter. Dynamic activations become ``act_bits``; a learned activation quantizer is the
-        same module. Forward and backward hooks come along.
+        The bias is the same Parameter. Dynamic activations become ``act_bits``; learned quantizers of activations are
+        the same modules. Forward and backward hooks come along.
 
         Args:
             layer: a layer with the attributes of :class:`QuantLinear`.
@@ -110,12 +113,14 @@ class Packed(nn.Module):
             ValueError: if the layer cannot be packed.
         """
         act: nn.Module | None = layer.act
-        act_bits = act.bits if isinstance(act, DynamicActivation) else None
+        ends: dict[str, Any] = {"act": act}
+        if isinstance(act, DynamicActivation):
+            ends = {"act_bits": act.bits}
+        if (out_act := getattr(layer, "out_act", None)) is not None:  # a layer of one's own may not know of it
+            ends["out_act"] = out_act
         if weight is None:
             weight = packed_weight(layer, scale_dtype)
-        new = cls(weight, getattr(layer, "bias", None), act=None if act_bits else act, act_bits=act_bits).train(
-            layer.training
-        )
+        new = cls(weight, getattr(layer, "bias", None), **ends).train(layer.training)
         if getattr(layer, "of_conv1d", False):
             vars(new)["of_conv1d"] = True
         vars(new).update({name: value for name, value in vars(layer).items() if name in _HOOKS})
@@ -157,7 +162,9 @@ class PackedLinear(Packed, nn.Linear):
         # The attributes self.weight and self.bias would take a tenth of the time of a small layer.
         weight, parameters = self._modules["weight"], self._parameters
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (get would read both)
-        return weight(x, bias, None, self.act_bits)  # type: ignore[misc]
+        y: Tensor = weight(x, bias, None, self.act_bits)  # type: ignore[misc]
+        out_act = self.out_act
+        return y if out_act is None else out_act(y)
 
 
 class GroupedPackedLinear(Packed):
@@ -179,9 +186,9 @@ class GroupedPackedLinear(Packed):
         if self.act is not None:
             x = self.act(x)
         y = self.weight(x, None, offsets, self.act_bits)
-        if self.bias is None:
-            return y
-        return y + bias_of_tokens(self.bias, offsets, len(x)).to(y.dtype)
+        if self.bias is not None:
+            y = y + bias_of_tokens(self.bias, offsets, len(x)).to(y.dtype)
+        return y if self.out_act is None else self.out_act(y)
 
 
 class PackedEmbedding(Packed, nn.Embedding):
@@ -195,6 +202,7 @@ class PackedEmbedding(Packed, nn.Embedding):
         bias: None; here as the other packed layers have it.
         act: None, likewise.
         act_bits: None, likewise.
+        out_act: None, likewise.
 
     Attributes:
         weight: the packed weight.
@@ -223,8 +231,9 @@ class PackedEmbedding(Packed, nn.Embedding):
         *,
         act: nn.Module | None = None,
         act_bits: int | None = None,
+        out_act: nn.Module | None = None,
     ) -> None:
-        for name, given in (("bias", bias), ("act", act), ("act_bits", act_bits)):
+        for name, given in (("bias", bias), ("act", act), ("act_bits", act_bits), ("out_act", out_act)):
             if given is not None:
                 raise ValueError(f"{name} is given, must be None for an embedding")
         super().__init__(weight)

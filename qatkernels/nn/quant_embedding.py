@@ -48,8 +48,8 @@ class QuantEmbedding(Quantized, nn.Embedding):
             to the embedding does not multiply.
 
     Raises:
-        ValueError: if ``config.group_size`` does not divide ``embedding_dim``, or ``config`` has ``act_bits`` or
-            ``scale_init="activation"``.
+        ValueError: if ``config.group_size`` does not divide ``embedding_dim``, or ``config`` has ``act_bits``,
+            ``out_bits`` or ``scale_init="activation"``.
     """
 
     multiplier: Multiplier | None = None
@@ -142,6 +142,11 @@ def check_config(config: QuantConfig) -> None:
             f"act_bits is {config.act_bits}, must be None for an embedding, whose input is row numbers (an output "
             "layer that is tied to it has the same configuration)"
         )
+    if config.out_bits is not None:
+        raise ValueError(
+            f"out_bits is {config.out_bits}, must be None for an embedding, whose output is rows of quantized numbers "
+            "already (an output layer that is tied to it has the same configuration)"
+        )
     if config.scale_init == "activation":
         raise ValueError(
             "scale_init is 'activation', which an embedding does not have, as its input is row numbers: give 'mse'"
@@ -160,6 +165,7 @@ def for_embeddings(config: QuantConfig) -> QuantConfig:
         act_bits=None,
         act_scheme="dynamic",
         act_signed=True,
+        out_bits=None,
     )
 
 

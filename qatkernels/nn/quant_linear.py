@@ -16,6 +16,7 @@ from ..autocast import compute_dtype
 from ..ops import quant_linear_dual
 from ..ops.contract import FLOATS
 from ..ops.quant_linear import forward_mode_alone
+from .activation import quantized_ends
 from .config import QuantConfig
 from .quantized import Quantized, reparametrization
 
@@ -30,7 +31,7 @@ LINEAR_CLASSES: set[str] = {
 
 
 class QuantLinear(Quantized, nn.Linear):
-    """``y = Q_a(x) @ Q(weight; scale).T + bias``, trained straight through.
+    """``y = Q_o(Q_a(x) @ Q(weight; scale).T + bias)``, trained straight through.
 
     The weight is the full-precision master copy. Under autocast a float32 weight is quantized straight into the 16-bit
     dtype, without a cast of its own and rounded once. FSDP2 goes with autocast too; its ``param_dtype`` would round the
@@ -50,6 +51,7 @@ class QuantLinear(Quantized, nn.Linear):
             in ``model.bfloat16()`` and the like.
         zero_point: the same for affine grids, else None.
         act: quantizer of the input, or None.
+        out_act: quantizer of the output, a :class:`LearnedActivation`, or None.
         quantizer: how the weight is quantized now (:class:`~qatkernels.nn.quantizer.WeightQuantizer`); WinQ, SQuAT and
             sharpness change that for a while.
 
@@ -102,9 +104,13 @@ class QuantLinear(Quantized, nn.Linear):
         dtype = compute_dtype(self.weight)
         pushing = not torch.compiler.is_compiling() and in_forward_mode()
         if pushing and self.quantizer.added is None and forward_mode_alone(x, *self.parameters(recurse=False)):
-            return self._pushed_forward(x, dtype or self.weight.dtype)
-        self.check_scale()
-        return self.quantizer.linear(x, self.bias, self.weight, *self._scales_for(self.weight), dtype, self.training)
+            y = self._pushed_forward(x, dtype or self.weight.dtype)
+        else:
+            self.check_scale()
+            scales = self._scales_for(self.weight)
+            y = self.quantizer.linear(x, self.bias, self.weight, *scales, dtype, self.training)
+        out_act = self.out_act
+        return y if out_act is None else out_act(y)
 
     def _pushed_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the output with its tangent (forward mode), reading the weight and its tangent once."""
@@ -133,13 +139,14 @@ class QuantLinear(Quantized, nn.Linear):
         """Return a plain ``nn.Linear`` that holds the quantized weight, and the same bias Parameter, without hooks.
 
         Raises:
-            ValueError: if the layer quantizes its input, which an ``nn.Linear`` cannot.
+            ValueError: if the layer quantizes its input or its output, which an ``nn.Linear`` cannot.
         """
-        if self.act is not None:
-            raise ValueError(
-                f"act_bits is {self.config.act_bits}, must be None: an nn.Linear does not quantize its input "
-                "(quantized_weight() gives the weight alone)"
-            )
+        for what, field in (("input", "act_bits"), ("output", "out_bits")):
+            if what in quantized_ends(self):
+                raise ValueError(
+                    f"{field} is {getattr(self.config, field)}, must be None: an nn.Linear does not quantize its "
+                    f"{what} (quantized_weight() gives the weight alone)"
+                )
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         weight = self.quantized_weight().detach()
         linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)

@@ -19,7 +19,7 @@ from ..dtensor import is_dtensor, local_part
 from ..dtypes import dtype_name
 from ..float32_scales import Float32Scales, layout_in
 from ..grids import Grid
-from .activation import DynamicActivation, LearnedActivation
+from .activation import ACTS, DynamicActivation, LearnedActivation, learned_acts
 from .config import QuantConfig
 from .floor import count_act_at_floor, count_at_floor, floor_message
 from .quantizer import WeightQuantizer, initial_scale
@@ -50,7 +50,7 @@ class _MissingScale(str):
 
 
 class Quantized(Float32Scales):
-    """A module with a weight ``[..., N, K]``, its scales, and a quantizer of the input.
+    """A module with a weight ``[..., N, K]``, its scales, and quantizers of the input and the output.
 
     Attributes are those that :class:`QuantLinear` describes.
     """
@@ -59,6 +59,7 @@ class Quantized(Float32Scales):
     scale: nn.Parameter
     zero_point: nn.Parameter | None
     act: DynamicActivation | LearnedActivation | None
+    out_act: LearnedActivation | None
     quantizer: WeightQuantizer
     in_features: int
     out_features: int
@@ -106,6 +107,7 @@ class Quantized(Float32Scales):
 
     def _quantize(self, config: QuantConfig) -> None:
         self.act = None
+        self.out_act = None
         self.quantizer = WeightQuantizer()
         self._configure(config, trains=self.weight.requires_grad)
 
@@ -115,8 +117,8 @@ class Quantized(Float32Scales):
         Weight and bias stay the same Parameters. Scales and zero points are new Parameters, even where the old ones
         have the same shape: a layer that shares the old ones keeps them unchanged. So give the new ones to the
         optimizer, and where layers share a weight, requantize each of them and let them share scales again (assign
-        ``scale`` and ``zero_point``), as ``quantize_model(requantize=True)`` does. A quantizer of the input whose
-        configuration stays the same is kept with what it has learned.
+        ``scale`` and ``zero_point``), as ``quantize_model(requantize=True)`` does. A quantizer of the input or the
+        output whose configuration stays the same is kept with what it has learned.
 
         Args:
             config: what to quantize to.
@@ -140,7 +142,7 @@ class Quantized(Float32Scales):
 
     @torch.inference_mode(False)  # a Parameter made in inference mode can never train
     def _configure(self, config: QuantConfig, trains: bool) -> None:
-        """Set configuration, scales and the quantizer of the input; change nothing if the configuration is refused."""
+        """Set configuration, scales and quantizers of activations; change nothing if the configuration is refused."""
         if not isinstance(config, QuantConfig):
             raise ValueError(f"config is {config!r}, must be a QuantConfig")
         initial = initial_scale(self.weight, config)
@@ -149,6 +151,8 @@ class Quantized(Float32Scales):
         self.out_features, self.in_features = self.weight.shape[-2:]
         if self.act is None or _activation(config) != _activation(self.config):
             self.act = self._activation_quantizer(config)
+        if self.out_act is None or config.out_bits != self.config.out_bits:
+            self.out_act = self._output_quantizer(config)
         self.quantizer.configure(config, self.weight.shape[-2:].numel())
         self.await_inputs()
 
@@ -157,6 +161,11 @@ class Quantized(Float32Scales):
             offset, device = config.act_scheme == "lsq+", self.weight.device
             return LearnedActivation(self.in_features, act_grid, offset=offset, device=device).train(self.training)
         return None if config.act_bits is None else DynamicActivation(config.act_bits).train(self.training)
+
+    def _output_quantizer(self, config: QuantConfig) -> LearnedActivation | None:
+        if (out_grid := config.out_grid) is None:
+            return None
+        return LearnedActivation(self.out_features, out_grid, device=self.weight.device).train(self.training)
 
     @torch.no_grad()
     def reset_scale(self) -> None:
@@ -273,9 +282,9 @@ class Quantized(Float32Scales):
         if _warned_of_floor or weight is None or scale is None or weight.is_meta or scale.is_meta or is_fake(scale):
             return
         count, total = count_at_floor(local_part(weight), local_part(scale)), scale.numel()
-        if isinstance(self.act, LearnedActivation):
-            count = count + count_act_at_floor(local_part(self.act.scale), self.act.initialized)
-            total += self.act.scale.numel()
+        for act in learned_acts(self).values():
+            count = count + count_act_at_floor(local_part(act.scale), act.initialized)
+            total += act.scale.numel()
         if found := int(count):
             _warned_of_floor = True
             warnings.warn(
@@ -285,7 +294,7 @@ class Quantized(Float32Scales):
 
     @property
     def layout(self) -> str:
-        """The quantization in words; a learned quantizer of the input has a layout of its own."""
+        """The quantization in words; a learned quantizer of the input or the output has a layout of its own."""
         dynamic = isinstance(self.act, DynamicActivation)
         return f"{self.described}, act_bits={self.config.act_bits}" if dynamic else self.described
 
@@ -305,14 +314,17 @@ class Quantized(Float32Scales):
                 missing_keys[missing_keys.index(scale)] = _MissingScale(scale)
 
     def _problems(self, state_dict: Any, prefix: str) -> list[str]:
-        """Return why nothing can be loaded: scales of something else, or a learned quantizer of the input too many."""
+        """Return why nothing can be loaded: scales of something else, or a learned quantizer too many or too few."""
         problems = super()._problems(state_dict, prefix)
-        here = self.act.layout if isinstance(self.act, LearnedActivation) else None
-        there = layout_in(state_dict, f"{prefix}act.")
-        known = layout_in(state_dict, prefix) is not None  # else it is partial, or of an earlier version
-        if known and (here is None) != (there is None):
-            none = "no learned quantizer of the input"
-            problems.append(self.refusal.format(f"{prefix}act.", there or none, here or none))
+        if layout_in(state_dict, prefix) is None:  # it is partial, or of an earlier version
+            return problems
+        learned = learned_acts(self)
+        for name, what in ACTS.items():
+            here = learned[name].layout if name in learned else None
+            there = layout_in(state_dict, f"{prefix}{name}.")
+            if (here is None) != (there is None):
+                none = f"no learned quantizer of the {what}"
+                problems.append(self.refusal.format(f"{prefix}{name}.", there or none, here or none))
         return problems
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..dtypes import dtype_name
-from .activation import LearnedActivation
+from .activation import learned_acts
 from .config import QuantConfig
 from .experts import placed_in, save_as_layers
 from .packed_linear import Packed, PackedEmbedding, PackedLinear
@@ -68,13 +68,16 @@ def describe(model: nn.Module) -> None:
 
 def _config_of(layer: Packed) -> QuantConfig:
     """Return a configuration of which a packed layer can be made."""
-    weight, act = layer.weight, layer.act
+    weight, learned = layer.weight, learned_acts(layer)
     group_size = None if weight.scale.shape[-1] == 1 else weight.group_size
     settings: dict[str, Any] = {"act_bits": layer.act_bits}
-    if isinstance(act, LearnedActivation):
+    for name, act in (("act", layer.act), ("out_act", layer.out_act)):
+        if act is not None and name not in learned:
+            raise ValueError(f"a packed layer has {type(act).__name__} as {name}, which no configuration describes")
+    if (act := learned.get("act")) is not None:
         signed = act.grid.scheme == "lsq"
         scheme = "lsq" if act.zero_point is None else "lsq+"
         settings = {"act_bits": int(act.grid.bits), "act_scheme": scheme, "act_signed": signed or scheme == "lsq+"}
-    elif act is not None:
-        raise ValueError(f"a packed layer has {type(act).__name__} as act, which no configuration describes")
+    if (out_act := learned.get("out_act")) is not None:
+        settings["out_bits"] = int(out_act.grid.bits)
     return QuantConfig(weight.grid.bits, weight.grid.scheme, group_size, **settings)

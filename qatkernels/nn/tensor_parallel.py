@@ -27,8 +27,9 @@ from .quant_linear import QuantLinear
 class ColwiseParallel(torch_parallel.ColwiseParallel):
     """torch's ColwiseParallel, also for QuantLinear and PackedLinear: each process has some of the rows.
 
-    Scales, zero points, codes and bias are split with the rows; one scale for the whole weight, and the learned scale
-    of inputs, stay whole in every process, and their gradients are summed. Codes are those of one process bit for bit.
+    Scales, zero points, codes and bias are split with the rows; one scale for the whole weight, and the learned scales
+    of inputs and outputs, stay whole in every process, and their gradients are summed. Codes are those of one process
+    bit for bit.
 
     Raises:
         ValueError: by ``parallelize_module``, for an embedding of this library, whose columns share scales: give it

@@ -21,7 +21,7 @@ CONFIGS = {
     "affine": QuantConfig(4, "affine", group_size=4),
     "tensor": QuantConfig(3, per_tensor=True),
     "float16 scales": QuantConfig(4, scale_dtype="float16"),
-    "inputs": QuantConfig(4, act_bits=8, act_scheme="lsq+"),
+    "inputs and outputs": QuantConfig(4, act_bits=8, act_scheme="lsq+", out_bits=8),
 }
 
 
@@ -37,7 +37,7 @@ class Model(nn.Module):
         self.register_buffer("shift", torch.ones(16))
         self.experts = GroupedQuantLinear(3, 16, 16, bias=True, config=config)
         self.blocks[1][0].weight.requires_grad_(False)
-        whole = ["embedding", "head"] if config.act_bits is None else []
+        whole = ["embedding", "head"] if config.act_bits is None else []  # which a config with activations does not fit
         include = [*whole, "blocks.*.0"]
         qk.quantize_model(self, config, embeddings=bool(whole), include=include, exclude=())
 

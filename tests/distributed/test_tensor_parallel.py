@@ -23,6 +23,7 @@ CONFIGS = {
     "affine": QuantConfig(4, "affine", group_size=8),
     "dynamic inputs": QuantConfig(4, act_bits=8),
     "learned inputs": QuantConfig(4, act_bits=8, act_scheme="lsq+"),
+    "learned outputs": QuantConfig(4, out_bits=8),
 }
 
 

@@ -131,6 +131,10 @@ REFUSED = {
         lambda q: q["config_groups"]["group_0"].update(input_activations={"num_bits": 8}), None, UnfitError,
         r"quantizes its input \(8 bits\)",
     ),
+    "outputs": (
+        lambda q: q["config_groups"]["group_0"].update(output_activations={"num_bits": 8}), None, UnfitError,
+        r"quantizes its output \(8 bits\), which is not read",
+    ),
     "no group": (lambda q: q.update(config_groups={}), None, UnfitError, "no group of config_groups names it"),
     "float": (
         lambda q: q["config_groups"]["group_0"]["weights"].update(type="float"), None, UnfitError, "4-bit float weight",

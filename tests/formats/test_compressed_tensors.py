@@ -9,6 +9,7 @@ import torch
 import qatkernels as qk
 from qatkernels.files import CheckpointError
 from qatkernels.formats import UnfitError, export
+from qatkernels.nn.activation import ACTS, learned_acts
 from tests.formats.tiny import build, logits
 
 pytest.importorskip("compressed_tensors")
@@ -250,22 +251,34 @@ def test_a_folder_that_holds_something_stays(tmp_path):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["trained", "packed"])
-@pytest.mark.parametrize("act_bits", [4, 8])
-def test_static_inputs(act_bits, packed, tmp_path):
-    """One learned scale of a layer's inputs: transformers rounds them to the same values."""
-    model = build("llama", qk.QuantConfig(4, "lsq", act_bits=act_bits, act_scheme="lsq"))
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("ends", ["inputs", "outputs", "inputs and outputs"])
+def test_static_activations(ends, bits, packed, tmp_path):
+    """One learned scale of a layer's inputs, and one of its outputs: transformers rounds them to the same values."""
+    settings = {"act_bits": bits, "act_scheme": "lsq"} if "inputs" in ends else {}
+    settings |= {"out_bits": bits} if "outputs" in ends else {}
+    model = build("qwen2", qk.QuantConfig(4, "lsq", **settings))  # which has biases
     qk.nn.calibrate(model, torch.arange(24).view(2, 12))
+    scales = {}
     with torch.no_grad():
-        for layer in qk.quantized_modules(model).values():
-            layer.act.scale.mul_(0.6)  # so that some inputs are clamped
+        for name, layer in qk.quantized_modules(model).items():
+            for at, act in learned_acts(layer).items():
+                act.scale.mul_(0.6 if bits == 4 else 0.1)  # so that some are clamped
+                scales[f"{name}.{ACTS[at]}_scale"] = act.scale.clone()
     wanted = logits(model)
-    scales = {name: layer.act.scale.detach().clone() for name, layer in qk.quantized_modules(model).items()}
     report = export(qk.pack_model(model) if packed else model, tmp_path / "out", to="compressed-tensors")
-    assert {row.stored_as for row in report.rows} == {f"int4, rows, int{act_bits} inputs"}
+    described = "".join(f", int{bits} {end}" for end in ends.split(" and "))
+    assert {row.stored_as for row in report.rows} == {f"int4, rows{described}"}
+    assert ("14 layers quantize their output, which transformers does; vLLM does not" in str(report)) == (
+        "outputs" in ends
+    )
     settings, tensors = written(tmp_path / "out")
     (group,) = settings["config_groups"].values()
-    assert group["input_activations"]["num_bits"] == act_bits
-    assert not group["input_activations"]["dynamic"]
+    for end in ("input", "output"):
+        said = group[f"{end}_activations"]
+        assert (said is not None) == (f"{end}s" in ends)
+        assert said is None or (said["num_bits"], said["dynamic"]) == (bits, False)
+    assert len(scales) == 14 * len(ends.split(" and "))
     for name, scale in scales.items():
-        assert torch.equal(tensors[f"{name}.input_scale"], scale)
+        assert torch.equal(tensors[name], scale)
     assert torch.equal(logits(load(tmp_path / "out")), wanted)

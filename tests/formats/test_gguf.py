@@ -170,9 +170,13 @@ def test_refusals(tmp_path):
     model.config.layer_types = ["sliding_attention", "full_attention"]
     with pytest.raises(ValueError, match=r"layer_types\[0\] is 'sliding_attention', must be full"):
         export(model, tmp_path / "x", to="gguf")
-    acts = qk.quantize_model(build("llama"), qk.QuantConfig(4, act_bits=8), requantize=True)
-    with pytest.raises(ValueError, match="q_proj quantizes its input"):
-        export(acts, tmp_path / "x", to="gguf")
+    for config, message in (
+        (qk.QuantConfig(4, act_bits=8), "q_proj quantizes its input, .*Train without act_bits"),
+        (qk.QuantConfig(4, out_bits=8), "q_proj quantizes its output, .*Train without out_bits"),
+    ):
+        acts = qk.quantize_model(build("llama"), config)
+        with pytest.raises(ValueError, match=message):
+            export(acts, tmp_path / "x", to="gguf")
     assert not list(tmp_path.iterdir())
 
 

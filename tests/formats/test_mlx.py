@@ -144,6 +144,8 @@ def test_refusals(tmp_path):
         export(build("llama", qk.QuantConfig(4, group_size=16)), tmp_path / "x", to="mlx")
     with pytest.raises(UnfitError, match="q_proj quantizes its input: MLX has no field for that"):
         export(build("llama", qk.QuantConfig(4, act_bits=8)), tmp_path / "x", to="mlx")
+    with pytest.raises(UnfitError, match=r"q_proj quantizes its output: MLX has no field for that\. .* out_bits"):
+        export(build("llama", qk.QuantConfig(4, out_bits=8)), tmp_path / "x", to="mlx")
     kinds = ["full_attention", "sliding_attention", "sliding_attention"]
     gemma = build("gemma3_text", qk.QuantConfig(4), num_hidden_layers=3, layer_types=kinds, query_pre_attn_scalar=16)
     with pytest.raises(ValueError, match=r"layer_types is .* mlx-lm takes every n-th layer to be full"):

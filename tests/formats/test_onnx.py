@@ -164,6 +164,8 @@ def test_refusals(tmp_path):
     refused(UnfitError, r"0 \(24 x 384\): groups of 24 are not whole blocks of 16, 32", model, inputs=())
     model = qk.pack_model(build("llama", qk.QuantConfig(4))).bfloat16()
     refused(ValueError, "embed_tokens.weight is torch.bfloat16, must be float32: export model.float", model)
+    fresh = torch.nn.Sequential(qk.QuantLinear(32, 32, config=qk.QuantConfig(4, out_bits=8)))
+    refused(ValueError, "the scale of 0's output has not been initialized", fresh, inputs=(torch.randn(3, 32),))
     experts = torch.nn.Sequential(qk.GroupedQuantLinear(2, 32, 32, config=qk.QuantConfig(4)))
     refused(UnfitError, "0 is a GroupedQuantLinear, a stack of experts", experts)
 
@@ -210,6 +212,36 @@ def test_standard_operators_for_inputs(bits, act_scheme, signed, tmp_path):
     np.testing.assert_allclose(run.run(None, {run.get_inputs()[0].name: x.numpy()})[0], wanted, rtol=0, atol=3e-6)
     types = [node.op_type for node in onnx.load(tmp_path / "x.onnx").graph.node]
     assert ("QuantizeLinear" in types) == (act_scheme != "dynamic")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("inputs", [None, 8], ids=["outputs", "inputs and outputs"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("qdq", [False, True])
+@pytest.mark.parametrize("packs", [False, True], ids=["trained", "packed"])
+def test_quantized_outputs(packs, qdq, bits, inputs, bias, tmp_path):
+    torch.manual_seed(0)
+    config = qk.QuantConfig(4, act_bits=inputs, act_scheme="lsq" if inputs else "dynamic", out_bits=bits)
+    model = qk.quantize_model(torch.nn.Sequential(torch.nn.Linear(80, 24, bias=bias)), config)
+    x = torch.randn(64, 80) + 0.3
+    qk.nn.calibrate(model, x)
+    with torch.no_grad():
+        scale = model[0].out_act.scale.mul_(0.5 if bits == 4 else 0.1).clone()  # so that values are beyond the ends
+    wanted = model.eval()(x).detach()
+    assert wanted.unique().numel() > 8
+    model = qk.pack_model(model) if packs else model
+    export(model, tmp_path / "x.onnx", to="onnx", inputs=(x,), qdq=qdq)
+    run = session(str(tmp_path / "x.onnx"))
+    found = torch.from_numpy(run.run(None, {run.get_inputs()[0].name: x.numpy()})[0])
+    codes = (found / scale).round()
+    torch.testing.assert_close(found, codes * scale, rtol=1e-6, atol=1e-7)  # whole codes, within their ends
+    assert codes.min() >= -(2 ** (bits - 1))
+    assert codes.max() <= 2 ** (bits - 1) - 1
+    off = (codes - (wanted / scale).round()).abs()
+    assert off.max() <= 1  # sums in another order, of a value near a tie
+    assert (off > 0).float().mean() < 0.01
+    nodes = onnx.load(tmp_path / "x.onnx").graph.node
+    assert (nodes[-1].op_type == "DequantizeLinear") == qdq
 
 
 def test_standard_operators_in_a_whole_model(tmp_path):

@@ -60,6 +60,7 @@ def test_what_is_refused(tmp_path):
     for config, message in (
         (qk.QuantConfig(8, "seq"), "its integers are -255 to 255, at most 8 bits hold -128 to 127"),
         (qk.QuantConfig(4, act_bits=8), "export to torchao takes weights alone"),
+        (qk.QuantConfig(4, out_bits=8), "quantizes its output: .*takes weights alone. Train without out_bits"),
     ):
         with pytest.raises(UnfitError, match=message):
             export(build("llama", config), tmp_path / "out", to="torchao")

@@ -27,6 +27,7 @@ CONFIGS = {
     "affine4": QuantConfig(4, "affine"),
     "seq2-dynamic8": QuantConfig(2, act_bits=8),
     "lsq4-lsq8": QuantConfig(4, act_bits=8, act_scheme="lsq"),
+    "lsq4-lsq8-out8": QuantConfig(4, act_bits=8, act_scheme="lsq", out_bits=8),
 }
 ENGINES = ("reverse", "forward")
 

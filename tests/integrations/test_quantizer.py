@@ -102,7 +102,15 @@ ROUTES = ["from_pretrained", "quantize_model"]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["trained", "packed"])
-@pytest.mark.parametrize("config", [qk.QuantConfig(2), MIXED, qk.QuantConfig(4, act_bits=8, act_scheme="lsq+")])
+@pytest.mark.parametrize(
+    "config",
+    [
+        qk.QuantConfig(2),
+        MIXED,
+        qk.QuantConfig(4, act_bits=8, act_scheme="lsq+"),
+        qk.QuantConfig(4, act_bits=8, out_bits=8),
+    ],
+)
 @pytest.mark.parametrize("route", ROUTES)
 def test_saved_models_load_with_the_same_logits(plain, tmp_path, route, config, packed):
     if route == "from_pretrained":

@@ -253,7 +253,7 @@ def test_a_first_batch_of_zeros_does_not_count(config):
     zeros, x = torch.zeros(5, 16), torch.randn(5, 16)
     layer(zeros)
     assert not layer.act.initialized
-    with pytest.raises(ValueError, match="x, the input, has only zeros, from which an activation scale cannot"):
+    with pytest.raises(ValueError, match="x, the activations, has only zeros, from which an activation scale cannot"):
         calibrate(layer, zeros)
     layer(x)
     twin(x)
@@ -273,7 +273,7 @@ def test_compiles_twice_and_never_again():
 
 def test_an_empty_first_batch_is_an_error_about_the_input():
     layer = QuantLinear(16, 12, config=LEARNED[0])
-    with pytest.raises(ValueError, match=r"x, the input, has shape \(0, 16\) and no elements"):
+    with pytest.raises(ValueError, match=r"x, the activations, has shape \(0, 16\) and no elements"):
         layer(torch.randn(0, 16))
     layer(torch.randn(2, 16))
     assert layer(torch.randn(0, 16)).shape == (0, 12)
@@ -282,7 +282,7 @@ def test_an_empty_first_batch_is_an_error_about_the_input():
 def test_calibrate_refuses_a_batch_that_is_not_finite():
     layer, x = QuantLinear(16, 12, config=LEARNED[0]), torch.randn(2, 16)
     x[0, :3] = torch.nan
-    with pytest.raises(ValueError, match="x, the input, has 3 of 32 elements that are inf or NaN"):
+    with pytest.raises(ValueError, match="x, the activations, has 3 of 32 elements that are inf or NaN"):
         calibrate(layer, x)
     assert not layer.act.ready
 

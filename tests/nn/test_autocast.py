@@ -12,7 +12,10 @@ from qatkernels.nn import GroupedQuantLinear, QuantConfig, calibrate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OFFSETS = torch.tensor([2, 4], dtype=torch.int32)
-ACTIVATIONS = {"none": {}, "dynamic": {"act_bits": 8}, "lsq": {"act_bits": 8, "act_scheme": "lsq"}}
+ACTIVATIONS = {
+    "none": {}, "dynamic": {"act_bits": 8}, "lsq": {"act_bits": 8, "act_scheme": "lsq"},
+    "outputs": {"act_bits": 8, "act_scheme": "lsq", "out_bits": 8},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -121,12 +121,12 @@ def test_trained_scales_are_not_overwritten():
 
 
 def test_together_with_scales_of_activations():
-    config = QuantConfig(4, scale_init="activation", act_bits=8, act_scheme="lsq")
+    config = QuantConfig(4, scale_init="activation", act_bits=8, act_scheme="lsq", out_bits=8)
     model = two_layers(config)
     report = calibrate(model, batches=[uneven(9, 16), uneven(9, 16, seed=1)])
-    assert report.activations == ["0.act", "2.act"]
+    assert report.activations == ["0.act", "0.out_act", "2.act", "2.out_act"]
     assert report.layers == ["0", "2"]
-    assert "scales of 2 activations set" in str(report)
+    assert "scales of 4 activations set" in str(report)
 
 
 def test_conv1d():

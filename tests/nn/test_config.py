@@ -16,6 +16,8 @@ def test_grids():
     assert QuantConfig(act_bits=4, act_scheme="lsq").act_grid == lsq(4)
     assert QuantConfig(act_bits=4, act_scheme="lsq", act_signed=False).act_grid == affine(4)
     assert QuantConfig(act_bits=4, act_scheme="lsq+").act_grid == affine(4)
+    assert QuantConfig(act_bits=8).out_grid is None
+    assert QuantConfig(out_bits=8).out_grid == lsq(8)
 
 
 def test_is_frozen_and_hashable():
@@ -33,7 +35,12 @@ def test_scale_inits_are_those_of_the_grid_and_the_searches():
 
 @pytest.mark.parametrize(
     "config",
-    [QuantConfig(), QuantConfig(1.58, group_size=64), QuantConfig(4, act_bits=4, act_scheme="lsq", act_signed=False)],
+    [
+        QuantConfig(),
+        QuantConfig(1.58, group_size=64),
+        QuantConfig(4, act_bits=4, act_scheme="lsq", act_signed=False),
+        QuantConfig(2, out_bits=8),
+    ],
 )
 def test_round_trip_through_json(config):
     assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -71,6 +78,8 @@ def test_from_dict_takes_defaults_and_refuses_unknown_fields():
         ({"act_bits": 8.0}, "act_bits is 8.0, must be None or an integer from 2 to 8"),
         ({"act_bits": 8, "act_scheme": "static"}, "act_scheme is 'static', must be one of ('dynamic', 'lsq', 'lsq+')"),
         ({"act_scheme": "lsq"}, "act_scheme is 'lsq' with act_bits=None, give act_bits 2 to 8"),
+        ({"out_bits": 9}, "out_bits is 9, must be None or an integer from 2 to 8"),
+        ({"out_bits": True}, "out_bits is True, must be None or an integer from 2 to 8"),
         ({"act_bits": 8, "act_signed": False}, "act_signed is False with act_scheme 'dynamic', it is for"),
         ({"act_bits": 8, "act_scheme": "lsq", "act_signed": 0}, "act_signed is 0, must be True or False"),
     ],

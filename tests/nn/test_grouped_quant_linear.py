@@ -151,7 +151,7 @@ def test_double_backward():
     torch.testing.assert_close(ours, torch.stack(theirs))
 
 
-@pytest.mark.parametrize("act", [{"act_bits": 8}, {"act_bits": 4, "act_scheme": "lsq"}])
+@pytest.mark.parametrize("act", [{"act_bits": 8}, {"act_bits": 4, "act_scheme": "lsq", "out_bits": 4}])
 def test_activations(act):
     config = QuantConfig(bits=4, **act)
     grouped, experts = pair(config)
@@ -160,7 +160,7 @@ def test_activations(act):
         grouped.train()
         grouped(tokens(), OFFSETS)
         for expert in experts:
-            expert.act = grouped.act
+            expert.act, expert.out_act = grouped.act, grouped.out_act
         grouped.eval()
     torch.testing.assert_close(grouped(tokens(), OFFSETS), one_by_one([e.eval() for e in experts], tokens()))
 

@@ -13,7 +13,7 @@ from qatkernels.testing.compare import assert_same_bits
 CONFIGS = {
     "w4": QuantConfig(4),
     "affine": QuantConfig(4, "affine", group_size=8),
-    "lsq+": QuantConfig(4, act_bits=8, act_scheme="lsq+"),
+    "lsq+": QuantConfig(4, act_bits=8, act_scheme="lsq+", out_bits=8),
 }
 
 

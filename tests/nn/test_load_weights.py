@@ -77,13 +77,20 @@ def test_a_state_of_another_configuration_is_refused(name, forwards):
                 assert_same_bits(tensor, before[name], name)
 
 
+ACTIVATIONS = {
+    "input": ("act", QuantConfig(4, act_bits=8, act_scheme="lsq")),
+    "output": ("out_act", QuantConfig(4, out_bits=8)),
+}
+
+
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_learned_quantizer_of_the_input_too_many_or_missing_is_refused(strict):
-    config, plain = QuantConfig(4, act_bits=8, act_scheme="lsq"), QuantConfig(4)
-    learned, none = quantized(config).first.act.layout, "no learned quantizer of the input"
+@pytest.mark.parametrize("what", ACTIVATIONS)
+def test_a_learned_quantizer_of_activations_too_many_or_missing_is_refused(what, strict):
+    (act, config), plain = ACTIVATIONS[what], QuantConfig(4)
+    learned, none = getattr(quantized(config).first, act).layout, f"no learned quantizer of the {what}"
     for of, into, message in (
-        (config, plain, f"first.act.scale is of {learned}, must be of {none}; load_weights"),
-        (plain, config, f"first.act.scale is of {none}, must be of {learned}; load_weights"),
+        (config, plain, f"first.{act}.scale is of {learned}, must be of {none}; load_weights"),
+        (plain, config, f"first.{act}.scale is of {none}, must be of {learned}; load_weights"),
     ):
         model = quantized(into)
         with pytest.raises(RuntimeError, match=message):
@@ -91,7 +98,7 @@ def test_a_learned_quantizer_of_the_input_too_many_or_missing_is_refused(strict)
         qk.load_weights(model, quantized(of).state_dict())
         calibrate(model, X)
         assert model(X).isfinite().all()
-    partial = {name: t for name, t in quantized(config).state_dict().items() if ".act." in name}
+    partial = {name: t for name, t in quantized(config).state_dict().items() if f".{act}." in name}
     quantized(config).load_state_dict(partial, strict=False)
 
 

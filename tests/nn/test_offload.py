@@ -29,7 +29,7 @@ X = torch.linspace(-1, 1, 48).view(3, 16)
 CONFIGS = {
     "w4": QuantConfig(4),
     "affine": QuantConfig(4, "affine", group_size=8),
-    "lsq+": QuantConfig(4, act_bits=8, act_scheme="lsq+"),
+    "lsq+": QuantConfig(4, act_bits=8, act_scheme="lsq+", out_bits=8),
 }
 
 

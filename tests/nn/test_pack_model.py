@@ -150,7 +150,10 @@ def test_transformer_encoder():
         torch.testing.assert_close(qk.pack_model(model)(x), wanted, rtol=1e-5, atol=1e-5)
 
 
-ACTS = ({}, {"act_bits": 8}, {"act_bits": 4, "act_scheme": "lsq+"}, {"act_bits": 8, "act_scheme": "lsq"})
+ACTS = (
+    {}, {"act_bits": 8}, {"act_bits": 4, "act_scheme": "lsq+"}, {"act_bits": 8, "act_scheme": "lsq"},
+    {"act_bits": 8, "out_bits": 8},
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("act", ACTS, ids=str)
@@ -204,6 +207,9 @@ def test_what_cannot_be_saved(tmp_path):
     packed.first.act = nn.ReLU()
     with pytest.raises(ValueError, match=r"first\.act is a ReLU"):
         qk.save_packed(packed, tmp_path / "x")
+    packed.first.act, packed.first.out_act = None, nn.ReLU()
+    with pytest.raises(ValueError, match=r"first\.out_act is a ReLU"):
+        qk.save_packed(packed, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 
@@ -211,7 +217,7 @@ def test_what_cannot_be_saved(tmp_path):
 def saved(tmp_path_factory):
     """A file, its content, and the outputs of the model in it."""
     torch.manual_seed(0)
-    packed = qk.pack_model(quantized(QuantConfig(2, act_bits=8, act_scheme="lsq")))
+    packed = qk.pack_model(quantized(QuantConfig(2, act_bits=8, act_scheme="lsq", out_bits=8)))
     path = tmp_path_factory.mktemp("packed") / "model.safetensors"
     qk.save_packed(packed, path, {"name": "x"})
     return path, path.read_bytes(), packed(TOKENS)
@@ -330,6 +336,9 @@ def _changed(header, *keys, to):
         (("layers", 0, "names", []), "does not fit"),
         (("layers", 0, "act", {"scheme": "lsq", "bits": 8, "offset": True}), "offset is True"),
         (("layers", 0, "act", {}), "there is no 'scheme'"),
+        (("layers", 0, "out_act", {}), "there is no 'scheme'"),
+        (("layers", 0, "out_act", 8), r"layers\[0\].out_act is 8, must be an object"),
+        (("layers", 0, "out_act", {"scheme": "lsq", "bits": "8", "offset": False}), "out_act.bits is '8'"),
         (("layers", 0, "act", {"scheme": "lsq", "bits": 8, "offset": 0}), "offset is 0, must be true or false"),
         (("aliases", {"second.bias": "gone"}), "there is no 'gone'"),
         (("aliases", {}), "Missing key"),

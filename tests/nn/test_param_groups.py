@@ -116,6 +116,19 @@ def test_activation_scales():
     assert rates[id(model.up.act.zero_point)] == pytest.approx(relative, rel=1e-5)
 
 
+def test_scales_of_outputs_have_a_rate_of_their_own():
+    torch.manual_seed(0)
+    model = quantize_model(Net(), QuantConfig(bits=4, act_bits=8, act_scheme="lsq", out_bits=8))
+    calibrate(model, torch.randn(16, 64))
+    layers = quantized_modules(model).values()
+    rates = {id(p): g["lr"] for g in param_groups(model, lr=1e-3) if g["name"] == "scales" for p in g["params"]}
+    assert len(rates) == 3 * len(layers)
+    inputs, outputs = (sum(getattr(m, n).scale.item() for m in layers) / 2 for n in ("act", "out_act"))
+    assert inputs != pytest.approx(outputs, rel=1e-2)
+    ratio = rates[id(model.up.out_act.scale)] / rates[id(model.up.act.scale)]
+    assert ratio == pytest.approx(outputs / inputs, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -173,17 +186,17 @@ for _ in range(2):
     model.eval()
     model.train()
 """
-_LEARNED_INPUTS = """
+_LEARNED_ACTIVATIONS = """
 import sys
 import torch
 from qatkernels import QuantConfig, quantize_model
 from qatkernels.nn import calibrate
 
-config = QuantConfig(bits=4, act_bits=8, act_scheme=sys.argv[1])
+config = QuantConfig(bits=4, **eval(sys.argv[2]))
 model = quantize_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config)
 calibrate(model, torch.randn(3, 8))
 with torch.no_grad():
-    model[0].act.scale.fill_(-1.0)
+    getattr(model[0], sys.argv[1]).scale.fill_(-1.0)
 model.eval()
 """
 
@@ -192,30 +205,48 @@ model.eval()
     ("program", "arguments", "message"),
     [
         (_OWN_LOOP, (), "of 8 scales have fallen to the smallest value.*take qatkernels.param_groups"),
-        (_LEARNED_INPUTS, ("lsq",), "1 of 5 scales have fallen to the smallest value"),
-        (_LEARNED_INPUTS, ("lsq+",), "1 of 5 scales have fallen to the smallest value"),
+        (
+            _LEARNED_ACTIVATIONS,
+            ("act", "{'act_bits': 8, 'act_scheme': 'lsq'}"),
+            "1 of 5 scales have fallen to the smallest value",
+        ),
+        (
+            _LEARNED_ACTIVATIONS,
+            ("act", "{'act_bits': 8, 'act_scheme': 'lsq+'}"),
+            "1 of 5 scales have fallen to the smallest value",
+        ),
+        (_LEARNED_ACTIVATIONS, ("out_act", "{'out_bits': 8}"), "1 of 5 scales have fallen to the smallest value"),
     ],
-    ids=["own loop", "lsq", "lsq+"],
+    ids=["own loop", "lsq", "lsq+", "output"],
 )
 def test_scales_at_the_floor_are_warned_of_once(program, arguments, message):
     run = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
     assert len(re.findall(message, run.stderr)) == 1, run.stderr
 
 
-@pytest.mark.parametrize("scheme", ["lsq", "lsq+"])
-def test_learned_scales_of_inputs_at_the_floor_are_counted(scheme):
+@pytest.mark.parametrize(
+    ("what", "act", "settings"),
+    [
+        ("input", "act", {"act_bits": 8, "act_scheme": "lsq"}),
+        ("input", "act", {"act_bits": 8, "act_scheme": "lsq+"}),
+        ("output", "out_act", {"out_bits": 8}),
+    ],
+    ids=["lsq", "lsq+", "output"],
+)
+def test_learned_scales_of_activations_at_the_floor_are_counted(what, act, settings):
     """An input that its scale reduces to nothing leaves the bias of the layer, and no error."""
-    config = QuantConfig(bits=4, act_bits=8, act_scheme=scheme)
-    model = quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), config)
-    model(torch.zeros(3, 8))
+    model = quantize_model(nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 4)), QuantConfig(4, **settings))
+    model[0](torch.zeros(3, 8))
     assert scales_at_floor(model) == {}, "no batch has set it yet"
     calibrate(model, torch.randn(3, 8))
     stats = GridStats(model)
     assert (scales_at_floor(model), stats.at_floor()) == ({}, 0)
     with torch.no_grad():
-        model[1].act.scale.fill_(-1.0)
-    assert (scales_at_floor(model), stats.at_floor()) == ({"1.act": 1}, 1)
-    assert "1 has the scale of its input at the floor" in str(check(model, torch.randn(3, 8)))
+        getattr(model[1], act).scale.fill_(-1.0)
+    assert (scales_at_floor(model), stats.at_floor()) == ({f"1.{act}": 1}, 1)
+    found = str(check(model, torch.randn(3, 8)))
+    assert f"1 has the scale of its {what} at the floor" in found
+    assert f"call layer.{act}.reset_parameters()" in found
     with torch.no_grad():
-        model[1].act.scale.fill_(torch.nan)
-    assert "1 has a scale or zero point of its input that is not finite" in str(check(model, torch.randn(3, 8)))
+        getattr(model[1], act).scale.fill_(torch.nan)
+    assert f"1 has a scale or zero point of its {what} that is not finite" in str(check(model, torch.randn(3, 8)))

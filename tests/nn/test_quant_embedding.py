@@ -102,10 +102,11 @@ class TestLayer:
         ("config", "message"),
         [
             (QuantConfig(4, act_bits=8), "act_bits is 8, must be None for an embedding"),
+            (QuantConfig(4, out_bits=8), "out_bits is 8, must be None for an embedding"),
             (QuantConfig(4, scale_init="activation"), "scale_init is 'activation', .*: give 'mse'"),
             (QuantConfig(4, group_size=5), "group_size"),
         ],
-        ids=["act_bits", "activation", "group_size"],
+        ids=["act_bits", "out_bits", "activation", "group_size"],
     )
     def test_configurations_that_do_not_fit(self, config, message):
         with pytest.raises(ValueError, match=message):
@@ -154,7 +155,8 @@ class TestLayer:
 
     def test_an_embedding_has_nothing_but_a_weight(self):
         weight = PackedEmbedding.from_quantized(embedding(QuantConfig(4))).weight
-        for given in ({"bias": torch.zeros(12)}, {"act": LearnedActivation(16, QuantConfig(4).grid)}, {"act_bits": 8}):
+        learned = LearnedActivation(16, QuantConfig(4).grid)
+        for given in ({"bias": torch.zeros(12)}, {"act": learned}, {"act_bits": 8}, {"out_act": learned}):
             with pytest.raises(ValueError, match=f"{next(iter(given))} is given, must be None for an embedding"):
                 PackedEmbedding(weight, **given)
 
@@ -179,6 +181,7 @@ class TestSelection:
             (QuantConfig(1.58, "ternary", group_size=8), QuantConfig(4, group_size=8)),
             (QuantConfig(8, "affine", scale_init="range"), QuantConfig(8, "affine", scale_init="range")),
             (QuantConfig(3, act_bits=8, act_scheme="lsq", act_signed=False), QuantConfig(4)),
+            (QuantConfig(2, out_bits=8), QuantConfig(4)),
             (QuantConfig(2, scale_init="activation"), QuantConfig(4, scale_init="mse")),
             ({"*": QuantConfig(2)}, QuantConfig(4)),
         ],

@@ -311,7 +311,7 @@ class TestWarningOfCasts:
 
 class TestSaving:
     @pytest.fixture(
-        params=[QuantConfig(3), QuantConfig(4, "affine", act_bits=4, act_scheme="lsq+")], ids=["w3", "w4a4"]
+        params=[QuantConfig(3), QuantConfig(4, "affine", act_bits=4, act_scheme="lsq+", out_bits=8)], ids=["w3", "w4a4"]
     )
     def trained(self, request):
         layer = QuantLinear(16, 12, config=request.param)
@@ -378,8 +378,9 @@ class TestCompile:
             QuantConfig(4, act_bits=8),
             QuantConfig(4, act_bits=4, act_scheme="lsq"),
             QuantConfig(4, act_bits=4, act_scheme="lsq+"),
+            QuantConfig(4, act_bits=4, act_scheme="lsq", out_bits=4),
         ],
-        ids=["dynamic", "lsq", "lsq+"],
+        ids=["dynamic", "lsq", "lsq+", "outputs"],
     )
     def test_with_activations_also_in_the_first_batch(self, config):
         self.compare(QuantLinear(16, 12, config=config), torch.randn(5, 16))
@@ -433,6 +434,8 @@ class TestFromAndToLinear:
     def test_to_linear_refuses_activations(self):
         with pytest.raises(ValueError, match="act_bits is 8, must be None"):
             QuantLinear(16, 12, config=QuantConfig(2, act_bits=8)).to_linear()
+        with pytest.raises(ValueError, match=r"out_bits is 8, must be None: .* does not quantize its output"):
+            QuantLinear(16, 12, config=QuantConfig(2, out_bits=8)).to_linear()
 
     def test_errors(self):
         with pytest.raises(ValueError, match="config is 2, must be a QuantConfig"):

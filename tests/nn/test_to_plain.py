@@ -48,6 +48,10 @@ def test_what_has_no_plain_form_changes_nothing():
     first = qk.QuantLinear(8, 8, config=CONFIG)
     for other, message in (
         (qk.QuantLinear(8, 8, config=qk.QuantConfig(4, act_bits=8)), "1 cannot be made plain: it quantizes its input"),
+        (
+            qk.QuantLinear(8, 8, config=qk.QuantConfig(4, act_bits=8, out_bits=8)),
+            "it quantizes its input and its output, which no plain layer does",
+        ),
         (qk.GroupedQuantLinear(2, 8, 8, config=CONFIG), "it is a GroupedQuantLinear that the model's own code calls"),
     ):
         for packed in (False, True):

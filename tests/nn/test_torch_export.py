@@ -12,6 +12,7 @@ CONFIGS = {
     "affine": qk.QuantConfig(4, "affine"),
     "a8": qk.QuantConfig(4, group_size=32, act_bits=8),
     "a8 learned": qk.QuantConfig(4, act_bits=8, act_scheme="lsq+"),
+    "a8 learned, outputs": qk.QuantConfig(4, act_bits=8, act_scheme="lsq", out_bits=8),
 }
 
 
