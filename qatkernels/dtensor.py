@@ -137,6 +137,15 @@ def replicated(tensor: Tensor, like: DTensor) -> DTensor:
     return distribute_tensor(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim)
 
 
+def summed(tensor: DTensor) -> Tensor:
+    """Return a DTensor without sums that are still to be taken over processes; what is sharded stays so."""
+    from torch.distributed.tensor import Replicate
+
+    placements = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
+    taken: Tensor = tensor.redistribute(tensor.device_mesh, placements)
+    return taken
+
+
 def on_every_process(tensor: Any) -> Tensor:
     """Return a DTensor such that every process has the whole of it; the gradient comes back as it was."""
     from torch.distributed.tensor import Replicate

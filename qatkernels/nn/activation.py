@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._torch_compat import assume_constant_result, is_fake, without_transforms
 from ..autocast import compute_dtype
+from ..dtensor import is_dtensor, summed
 from ..float32_scales import Float32Scales
 from ..grids import Grid
 from ..ops import fake_quantize, fake_quantize_dynamic
@@ -190,6 +191,8 @@ class LearnedActivation(Float32Scales):
             ValueError: if it has not been initialized and ``x`` has no elements.
         """
         self.check_scale()
+        if is_dtensor(x):  # the output of a row-parallel layer: not its parts are rounded, but their sum
+            x = summed(x)
         if not self._cached:
             self._first_batch(x)
         scale, zero_point = self._scales_for(x)

@@ -19,7 +19,8 @@ CONFIGS = {
     "group": QuantConfig(4, group_size=4),
     "tensor": QuantConfig(3, per_tensor=True),
     "affine": QuantConfig(4, "affine", group_size=8),
-    "inputs and outputs": QuantConfig(4, act_bits=8, act_scheme="lsq+", out_bits=8),
+    "inputs": QuantConfig(4, act_bits=8, act_scheme="lsq+"),
+    "outputs": QuantConfig(4, out_bits=4),
 }
 
 

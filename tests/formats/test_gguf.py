@@ -174,7 +174,7 @@ def test_refusals(tmp_path):
         (qk.QuantConfig(4, act_bits=8), "q_proj quantizes its input, .*Train without act_bits"),
         (qk.QuantConfig(4, out_bits=8), "q_proj quantizes its output, .*Train without out_bits"),
     ):
-        acts = qk.quantize_model(build("llama"), config)
+        acts = qk.quantize_model(build("llama"), config, requantize=True)
         with pytest.raises(ValueError, match=message):
             export(acts, tmp_path / "x", to="gguf")
     assert not list(tmp_path.iterdir())
