@@ -17,28 +17,41 @@ from .clock import Run
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak(run: Run, device: torch.device) -> int | None:
+def peak(run: Run, device: torch.device, *, since: int | None = None) -> int | None:
     """Return the peak memory of a call minus the memory before it, in bytes. Outputs count.
 
     On a CPU it is the peak resident set size that Linux reports; None where that cannot be reset.
+
+    Args:
+        run: the call.
+        device: where its tensors are.
+        since: what :func:`in_use` returned earlier, to be subtracted in place of the memory before the call.
     """
+    before = in_use(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        most = torch.cuda.max_memory_allocated()
+    else:
+        try:
+            _RESET.write_text("5")
+        except OSError:
+            return None
+        run()
+        most = _resident("VmHWM")
+    return max(most - (before if since is None else since), 0)
+
+
+def in_use(device: torch.device) -> int:
+    """Return the memory that is in use now, in bytes, after what is cached has been freed."""
     gc.collect()
     qatkernels.empty_cache()
     if device.type == "cuda":
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return int(torch.cuda.max_memory_allocated() - before)
+        return int(torch.cuda.memory_allocated())
     _trim()
-    try:
-        _RESET.write_text("5")
-    except OSError:
-        return None
-    before = _resident("VmRSS")
-    run()
-    return max(_resident("VmHWM") - before, 0)
+    return _resident("VmRSS")
 
 
 def _trim() -> None:
@@ -48,5 +61,6 @@ def _trim() -> None:
 
 
 def _resident(field: str) -> int:
-    found = re.search(rf"{field}:\s*(\d+) kB", _STATUS.read_text())
+    status = _STATUS.read_text() if _STATUS.exists() else ""
+    found = re.search(rf"{field}:\s*(\d+) kB", status)
     return int(found[1]) * 1024 if found else 0

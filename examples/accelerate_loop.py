@@ -1,7 +1,7 @@
 """Quantize a model in a loop with accelerate: several devices, mixed precision, gradient accumulation.
 
     python examples/accelerate_loop.py
-    accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+    accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py      # on CPUs too: --cpu starts one
 
 Needs: pip install qatkernels accelerate
 """
@@ -42,6 +42,6 @@ for epoch in range(EPOCHS):
 
 winq.remove()
 trained = accelerator.unwrap_model(model).eval()
-accelerator.print(f"without noise: {F.mse_loss(trained(x), y):.4f}")
+accelerator.print(f"{accelerator.num_processes} processes, without noise: {F.mse_loss(trained(x), y):.4f}")
 if accelerator.is_main_process:
     save_packed(pack_model(trained), "packed.safetensors")

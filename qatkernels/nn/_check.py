@@ -271,7 +271,7 @@ def _loss(output: Any, loss_fn: Callable[[Any], Tensor] | None) -> Tensor:
 @torch.no_grad()
 def _look_at_scales(row: LayerCheck, layer: Quantized) -> None:
     """Count scales that are at the floor or not finite, and compare scales with those of a fresh layer."""
-    if layer.awaits_inputs:
+    if layer.awaits_inputs and not layer.was_trained_awaiting:  # as by DDP, which broadcasts those of the first process
         row.notes.append(
             "has scales that were not set from its inputs, though its scale_init is 'activation': call "
             "calibrate(model, batch) before training"

@@ -150,7 +150,7 @@ def joined(mode: str, device: str) -> Iterator[Processes]:
     creates_group = not dist.is_initialized()
     if creates_group:
         # gloo carries flags and JSON-able values, NCCL carries tensors on a GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        _init_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         global _groups
         _groups += 1
     try:
@@ -160,6 +160,21 @@ def joined(mode: str, device: str) -> Iterator[Processes]:
     finally:
         if creates_group:
             dist.destroy_process_group()
+
+
+def _init_group(backend: str) -> None:
+    """Create the default group of the processes that torchrun started.
+
+    torchrun keeps its store when it starts the processes again (``--max-restarts``), with the addresses of those that
+    are gone, and a process that reads such an address cannot connect (torch 2.13). So each attempt gets keys of its
+    own. Several hosts count attempts differently: they need ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(iter(rendezvous("env://")))
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == size:
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 def has_joined() -> bool:
