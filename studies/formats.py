@@ -40,7 +40,7 @@ QUANTIZERS = {
     "ternary": ((1.58,), ("ternary",)),
     "seq": ((2, 3, 4, 8), ("seq",)),
     "lsq": ((2, 3, 4, 5, 6, 8), ("lsq",)),
-    "affine": ((2, 3, 4, 8), ("affine, whole zero points", "affine, any zero points")),
+    "affine": ((2, 3, 4, 8), ("affine, int zero points", "affine, float zero points")),
 }
 #: How weights share scales: None is a row, 0 the whole tensor.
 GROUPS = (0, None, 256, 128, 64, 32, 16)
@@ -76,7 +76,7 @@ def _run(size: dict[str, Any], settings: dict[str, Any]) -> Figures:
 
 
 def _model(settings: dict[str, Any], group: int | None) -> nn.Module:
-    """Return a quantized model that uses every code, and whose scales are not what they begin as."""
+    """Return a quantized model that uses every code, and whose scales and zero points are not what they begin as."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -89,15 +89,15 @@ def _model(settings: dict[str, Any], group: int | None) -> nn.Module:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=64, **shape)).eval()
     config = QuantConfig(
         settings["bits"], settings["scheme"], group or None, per_tensor=group == 0,
-        scale_dtype=settings["scale_dtype"],
+        scale_dtype=settings["scale_dtype"], zero_point_domain="int" if ", int" in settings["quantizer"] else "float",
     )  # fmt: skip
     model = quantize_model(model, config, warn_below=0)
     with torch.no_grad():
         for layer in quantized_modules(model).values():
             layer.weight.mul_(2.5)
             layer.scale.mul_(torch.empty_like(layer.scale).uniform_(0.8, 1.2))
-            if layer.zero_point is not None and "any" in settings["quantizer"]:
-                layer.zero_point.add_(0.25)  # they begin whole, and training moves them
+            if layer.zero_point is not None:
+                layer.zero_point.add_(0.25)  # they begin as integers, and training moves them
     return model
 
 

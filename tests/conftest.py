@@ -11,7 +11,7 @@ from hypothesis import settings
 from tests import slow
 from tests.implementations import HAS_GPU
 from tests.isas import ISAS, TILED, using
-from tests.pair import Pair
+from tests.pair import Group
 
 # torch.compile caches code for one instruction set. torch 2.13 reuses it under another ATEN_CPU_CAPABILITY, and then
 # elements are missing or written past the end (docs/training.md). So each instruction set has its own cache.
@@ -58,6 +58,6 @@ def pair():
     """Two processes of one gloo group (tests/pair.py), for all tests of this worker of pytest."""
     if sys.platform != "linux" or not torch.distributed.is_gloo_available():
         pytest.skip("needs gloo")
-    processes = Pair()
+    processes = Group()
     yield processes
     processes.close()

@@ -1,4 +1,4 @@
-"""Two processes of one gloo group that run the jobs of many tests. torch is imported and the group is made only once.
+"""Processes of one gloo group that run the jobs of many tests. torch is imported and the group is made only once.
 
 A test takes the fixture `pair` and sends it a job, a function at the top level of a module:
 
@@ -10,7 +10,8 @@ A test takes the fixture `pair` and sends it a job, a function at the top level 
 
 Both processes import the job by its name and call it with their rank. The default process group exists, and the
 environment is that of torchrun. Every job starts with the same seeds, working directory, environment and warning
-filters. Arguments and results of a job must be picklable.
+filters. Arguments and results of a job must be picklable. A test that needs another number of processes makes
+:class:`Group` itself.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-SIZE = 2
 #: A job that takes more seconds than this counts as hung.
 LIMIT = 300.0
 #: Seconds that a process may continue after the other one failed. It may wait for the other in a collective.
@@ -43,15 +43,16 @@ class JobFailed(Exception):
     """A job raised an exception, hung, or killed its process. The message has the rank and the stack."""
 
 
-class Pair:
-    """Two processes. They start with the first job, and again with the first job after a failure."""
+class Group:
+    """Processes of one group. They start with the first job, and again with the first job after a failure."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 2) -> None:
+        self.size = size
         self._ranks: list[_Rank] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, job: Callable[..., Any], *args: Any, limit: float = LIMIT) -> list[Any]:
-        """Call ``job(rank, *args)`` in both processes and return what each returned, by rank.
+        """Call ``job(rank, *args)`` in every process and return what each returned, by rank.
 
         Args:
             job: a function at the top level of a module.
@@ -59,12 +60,12 @@ class Pair:
             limit: a job that takes more seconds than this counts as hung.
 
         Raises:
-            JobFailed: if a process raised, hung or ended. The next job gets two new processes.
+            JobFailed: if a process raised, hung or ended. The next job gets new processes.
         """
         message = sys.path, pickle.dumps((job, args))  # sent separately: without the path the job cannot be unpickled
         if not self._ranks:
             self._folder = tempfile.TemporaryDirectory()
-            self._ranks = [_Rank(number, Path(self._folder.name)) for number in range(SIZE)]
+            self._ranks = [_Rank(number, self.size, Path(self._folder.name)) for number in range(self.size)]
         for rank in self._ranks:
             with contextlib.suppress(BrokenPipeError):  # the process has ended; `_collect` reports it
                 rank.connection.send(message)
@@ -72,7 +73,7 @@ class Pair:
         if problems := [f"rank {rank.number} {rank.problem}" for rank in self._ranks if rank.problem]:
             self.close()
             name = f"{job.__module__}.{job.__qualname__}"
-            raise JobFailed("\n".join([f"{name} failed; the next job gets two new processes", *problems]))
+            raise JobFailed("\n".join([f"{name} failed; the next job gets {self.size} new processes", *problems]))
         return [pickle.loads(rank.result) for rank in self._ranks]
 
     def close(self) -> None:
@@ -88,7 +89,7 @@ class Pair:
             self._folder.cleanup()
 
     def _collect(self, limit: float) -> None:
-        """Wait until both processes have answered, or for GRACE seconds after one has failed."""
+        """Wait until all processes have answered, or for GRACE seconds after one has failed."""
         waiting = {rank.connection: rank for rank in self._ranks}
         end = time.monotonic() + limit
         while waiting:
@@ -107,11 +108,11 @@ class Pair:
 class _Rank:
     """One of the processes, seen from the test."""
 
-    def __init__(self, number: int, folder: Path) -> None:
+    def __init__(self, number: int, size: int, folder: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self.number, self.stacks = number, folder / f"stacks-{number}"
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(number, theirs, folder, self.stacks), daemon=True)
+        self.process = context.Process(target=_serve, args=(number, size, theirs, folder, self.stacks), daemon=True)
         self.process.start()
         theirs.close()  # so that the connection ends when the process ends
         self.result, self.problem = b"", ""
@@ -134,18 +135,18 @@ class _Rank:
         self.problem = f"did not end in time and was killed. It was here:\n{where}"
 
 
-def _serve(number: int, connection: Connection, folder: Path, stacks: Path) -> None:
+def _serve(number: int, size: int, connection: Connection, folder: Path, stacks: Path) -> None:
     """Join the group, and run jobs until the connection is closed."""
     with stacks.open("w") as dump:
         faulthandler.register(signal.SIGUSR1, dump)
-        os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(SIZE), LOCAL_WORLD_SIZE=str(SIZE))
+        os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", OMP_NUM_THREADS="1")
         import torch
         import torch.distributed as dist
 
         torch.set_num_threads(1)
         # They rendezvous through a file, since a port could be in use.
-        dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=number, world_size=SIZE)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=number, world_size=size)
         with contextlib.suppress(EOFError, OSError):
             while True:
                 sys.path[:], job = connection.recv()
@@ -166,7 +167,7 @@ def _answer(number: int, message: bytes) -> tuple[bytes, str]:
         with warnings.catch_warnings():
             job, args = pickle.loads(message)
             result = pickle.dumps(job(number, *args))
-        dist.barrier()  # both have finished, also writing files, and the group still works
+        dist.barrier()  # all have finished, also writing files, and the group still works
         return result, ""
     except BaseException:  # pytest's own exceptions are not subclasses of Exception
         return b"", f"raised\n{traceback.format_exc()}"

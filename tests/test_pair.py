@@ -68,7 +68,7 @@ def test_functions_without_a_name_are_refused_at_once(pair):
 )  # fmt: skip
 def test_failures_say_which_rank_and_where(pair, job, message):
     before = [pid for _, pid in pair.run(clean)]
-    with pytest.raises(JobFailed, match=rf"test_pair.{job.__name__} failed; .* two new processes[^\0]*{message}"):
+    with pytest.raises(JobFailed, match=rf"test_pair.{job.__name__} failed; .* 2 new processes[^\0]*{message}"):
         pair.run(job, limit=20 if job is not hangs else 5)
     after = [pid for _, pid in pair.run(clean)]
     assert not set(before) & set(after)

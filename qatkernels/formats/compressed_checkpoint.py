@@ -147,7 +147,9 @@ class _Layer:
             )
         group = None if scale.numel() <= rows else cols // scale.shape[-1]
         scheme = "lsq" if symmetric else "affine"
-        config = QuantConfig(bits, scheme, group, per_tensor=scale.numel() == 1)
+        # Its zero points are integers, so training keeps them so, and the model can be exported again.
+        zeros = "float" if symmetric else "int"
+        config = QuantConfig(bits, scheme, group, per_tensor=scale.numel() == 1, zero_point_domain=zeros)
         codes = _unpacked(packed, cols, bits) - (1 << bits - 1 if symmetric else 0)
         scale = scale.float().reshape(1, 1) if scale.numel() == 1 else scale.float().reshape(rows, -1)
         zero_point, stored = None, tensors.get(f"{name}.{ZERO}")

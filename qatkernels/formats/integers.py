@@ -64,12 +64,11 @@ class IntegerWeight:
         if isinstance(layer, Packed):
             weight = layer.weight
             return cls.from_codes(weight.codes(), weight.scale, weight.zero_point, weight.grid)
-        scale: Tensor = layer.quantizer.stored(layer.scale)
-        zero_point: Tensor | None = layer.zero_point
+        scale, zero_point = layer.quantizer.stored(layer.scale, layer.zero_point)
         if layer.group_size is None:
             rows = (len(layer.weight), 1)
             scale = scale.reshape(-1, 1).expand(rows)
-            zero_point = None if zero_point is None else zero_point.detach().reshape(-1, 1).expand(rows)
+            zero_point = None if zero_point is None else zero_point.reshape(-1, 1).expand(rows)
         return cls.from_codes(layer.codes(), scale, zero_point, layer.grid)
 
     @classmethod
@@ -95,7 +94,8 @@ class IntegerWeight:
             if (odd := zero_point != zero_point.round()).any():
                 raise UnfitError(
                     f"{int(odd.sum())} of {odd.numel()} zero points are no integers (the first is "
-                    f"{float(zero_point[odd][0]):g}); round them before training ends, or use a scheme without them"
+                    f"{float(zero_point[odd][0]):g}): train with QuantConfig(zero_point_domain='int'), or use a scheme "
+                    "without them"
                 )
             shift = shift - spacing * zero_point
         shift = shift.to(torch.int32)

@@ -15,7 +15,7 @@ from ..nn.quantized import Quantized, check_weights
 
 
 class Part(NamedTuple):
-    """The local part of a layer's weight, and the scales and zero points of that part."""
+    """The local part of a layer's weight, and the scales and zero points with which forwards quantize that part."""
 
     weight: Tensor
     scale: Tensor
@@ -61,8 +61,8 @@ def local(name: str, module: Quantized) -> Part:
         ValueError: if the weight is computed, or the shards split a row or a group.
     """
     check_parameters({name: module})
-    weight, scale = module.weight.detach(), module.quantizer.stored(module.scale).detach()
-    zero_point = None if module.zero_point is None else module.zero_point.detach()
+    weight, (scale, zero_point) = module.weight.detach(), module.quantizer.stored(module.scale, module.zero_point)
+    scale, zero_point = scale.detach(), None if zero_point is None else zero_point.detach()
     if not is_dtensor(weight):
         return Part(weight, whole(scale), None if zero_point is None else whole(zero_point))
     if scale.numel() == 1:

@@ -18,6 +18,8 @@ ACT_SCHEMES = ("dynamic", "lsq", "lsq+")
 SEARCHES = ("mse", "activation")
 SCALE_INITS = ("max", "mean", "lsq", "range", *SEARCHES)
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Named as torchao's ``ZeroPointDomain`` is. Zero points are in units of codes here, ``"float"`` ones too.
+ZERO_POINT_DOMAINS = ("float", "int")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class QuantConfig:
         scale_dtype: what scales will be stored in, for exports that lose nothing. A forward then rounds the spacing of
             the codes (``scale / grid.steps``) to this dtype. The parameter stays float32, and gradients pass straight
             through. GGUF and most runtimes store float16. A name such as ``"float16"`` is taken too.
+        zero_point_domain: what zero points (of scheme ``"affine"``) will be stored as. ``"float"``: any number, which
+            no format but this library's own holds. ``"int"``: integers. A forward then rounds them, and clamps them to
+            the codes (0 to 15 at 4 bits), since files have no others. The parameter stays float32, and gradients pass
+            straight through both.
         act_bits: bit width of the activations, 2 to 8; None leaves them alone.
         act_scheme: ``"dynamic"`` (symmetric, one scale per token, taken from the token), ``"lsq"`` (one learned scale;
             Esser et al., 2020) or ``"lsq+"`` (learned scale and zero point; Bhalgat et al., 2020).
@@ -55,6 +61,7 @@ class QuantConfig:
     per_tensor: bool = False
     scale_init: str | None = None
     scale_dtype: torch.dtype = torch.float32
+    zero_point_domain: str = "float"
     act_bits: int | None = None
     act_scheme: str = "dynamic"
     act_signed: bool = True
@@ -83,6 +90,10 @@ class QuantConfig:
         if dtype is None:
             raise ValueError(f"scale_dtype is {self.scale_dtype!r}, must be one of {SCALE_DTYPES}")
         object.__setattr__(self, "scale_dtype", dtype)
+        if self.zero_point_domain not in ZERO_POINT_DOMAINS:
+            raise ValueError(f"zero_point_domain is {self.zero_point_domain!r}, must be one of {ZERO_POINT_DOMAINS}")
+        if self.zero_point_domain == "int" and not grid.has_zero_point:
+            raise ValueError(f"zero_point_domain is 'int' with scheme {grid.scheme!r}, it is for scheme 'affine'")
         self._check_activation()
 
     def _check_activation(self) -> None:
@@ -108,6 +119,8 @@ class QuantConfig:
             parts.append(f"scales by {self.scale_init}")
         if self.scale_dtype != torch.float32:
             parts.append(f"{dtype_name(self.scale_dtype)} scales")
+        if self.zero_point_domain == "int":
+            parts.append("integer zero points")
         if self.act_bits is not None:
             parts.append(
                 f"{'' if self.act_signed else 'unsigned '}activations of {self.act_bits} bits ({self.act_scheme})"

@@ -24,7 +24,7 @@ def packed_weight(layer: Any, scale_dtype: torch.dtype = torch.float32) -> Packe
 
     What is sharded is gathered, and all processes must call this then.
 
-    A ``quantizer``, if the layer has one, says which scale its forward uses.
+    A ``quantizer``, if the layer has one, says which scale and zero point its forward uses.
 
     Raises:
         ValueError: if a scale is not finite, or ``scale_dtype`` cannot hold it.
@@ -33,7 +33,8 @@ def packed_weight(layer: Any, scale_dtype: torch.dtype = torch.float32) -> Packe
     with torch.no_grad():
         weight, scale = whole(layer.weight), whole(layer.scale)
         zero_point = None if layer.zero_point is None else whole(layer.zero_point)
-        scale = scale if quantizer is None else quantizer.stored(scale)
+        if quantizer is not None:
+            scale, zero_point = quantizer.stored(scale, zero_point)
     return PackedWeight.from_float(
         weight, scale, layer.grid, layer.group_size, zero_point=zero_point, scale_dtype=scale_dtype
     )

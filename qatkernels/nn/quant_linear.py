@@ -125,9 +125,10 @@ class QuantLinear(Quantized, nn.Linear):
         if all(t is None for t in (along_x, *tangents)):
             y = F.linear(x2, quantizer.plain(*tensors, dtype, noise))
         else:
-            (w, scale, zero_point), (along_w, along_scale, along_zero_point) = weight, tangents
+            (w, *learned), (along_w, along_scale, along_zero_point) = weight, tangents
+            scale, zero_point = quantizer.stored(*learned)
             dual = quant_linear_dual(
-                x2, w, quantizer.stored(scale), quantizer.grid, group_size=quantizer.group_size, zero_point=zero_point,
+                x2, w, scale, quantizer.grid, group_size=quantizer.group_size, zero_point=zero_point,
                 tangent_x=along_x, tangent_w=along_w, tangent_scale=along_scale, tangent_zero_point=along_zero_point,
                 noise_std=noise[0], scale_noise_std=noise[1], grad_scale=quantizer.grad_scale,
             )  # fmt: skip

@@ -335,9 +335,11 @@ class Quantized(Float32Scales):
             text = f"{text}, per_tensor=True"
         elif self.group_size is not None:
             text = f"{text}, group_size={self.group_size}"
-        if self.config.scale_dtype == torch.float32:
-            return text
-        return f"{text}, scale_dtype={dtype_name(self.config.scale_dtype)}"
+        if self.config.scale_dtype != torch.float32:
+            text = f"{text}, scale_dtype={dtype_name(self.config.scale_dtype)}"
+        if self.config.zero_point_domain != "float":
+            text = f"{text}, zero_point_domain={self.config.zero_point_domain}"
+        return text
 
 
 def _activation(config: QuantConfig) -> tuple[object, ...]:

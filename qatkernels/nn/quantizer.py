@@ -103,12 +103,14 @@ class WeightQuantizer:
         """Return the noise on weight and scales in a forward."""
         return (self.noise_std, self.scale_noise_std) if training else (0.0, 0.0)
 
-    def stored(self, scale: Tensor) -> Tensor:
-        """Return scales as forwards use them: such that the dtype they will be stored in holds what files store.
+    def stored(self, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return scales and zero points as forwards use them: files can store these as the configuration says.
 
-        The rounding is straight-through: derivatives are those of the scale itself.
+        The rounding is straight-through: derivatives are those of the parameters themselves.
         """
-        return stored_scale(scale, self.config.scale_dtype, self.grid)
+        if zero_point is not None and self.config.zero_point_domain == "int":
+            zero_point = stored_zero_point(zero_point, self.grid)
+        return stored_scale(scale, self.config.scale_dtype, self.grid), zero_point
 
     def plain(
         self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype | None = None,
@@ -132,7 +134,7 @@ class WeightQuantizer:
                 weight, scale = on_every_process(weight), on_every_process(scale)
                 zero_point = None if zero_point is None else on_every_process(zero_point)
         quantized: Tensor = FORWARD.call(
-            weight, self.stored(scale), zero_point, seed, self.constants, *noise, self.grad_scale, dtype
+            weight, *self.stored(scale, zero_point), seed, self.constants, *noise, self.grad_scale, dtype
         )
         return quantized
 
@@ -166,7 +168,7 @@ class WeightQuantizer:
         noise = self.noise(training)
         seed = self._seed_for(weight, scale, zero_point, noise)
         return quant_linear(
-            x, bias, dtype, weight, self.stored(scale), zero_point, seed, self.constants, *noise, self.grad_scale
+            x, bias, dtype, weight, *self.stored(scale, zero_point), seed, self.constants, *noise, self.grad_scale
         )
 
     def __call__(
@@ -186,7 +188,8 @@ class WeightQuantizer:
     @torch.no_grad()
     def codes(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """Return the integer codes of a weight."""
-        return quantize(weight, self.stored(scale), self.grid, group_size=self.group_size, zero_point=zero_point)
+        scale, zero_point = self.stored(scale, zero_point)
+        return quantize(weight, scale, self.grid, group_size=self.group_size, zero_point=zero_point)
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype, grid: Grid) -> Tensor:
@@ -203,8 +206,20 @@ def stored_scale(scale: Tensor, dtype: torch.dtype, grid: Grid) -> Tensor:
         unit, most = halves * grid.steps, torch.finfo(dtype).max / halves
         least = smallest_number(dtype, MIN_SCALE / unit)
         rounded = quotient(scale.detach(), unit).clamp(least, most).to(dtype).to(scale.dtype) * unit
-    # The difference is zero, so that the sum is the rounded scale exactly.
-    return (scale - scale.detach()) + rounded
+    return _straight_through(scale, rounded)
+
+
+def stored_zero_point(zero_point: Tensor, grid: Grid) -> Tensor:
+    """Return zero points that are codes of the grid, as those of files are; the rounding is straight-through.
+
+    One that training drove beyond the codes becomes the nearest code. Its gradient passes, so that it can come back.
+    """
+    return _straight_through(zero_point, zero_point.detach().round().clamp(grid.code_min, grid.code_max))
+
+
+def _straight_through(learned: Tensor, used: Tensor) -> Tensor:
+    """Return ``used`` with the derivatives of ``learned``. The difference is zero, so that the sum is exact."""
+    return (learned - learned.detach()) + used
 
 
 def smallest_number(dtype: torch.dtype, bound: float) -> float:

@@ -169,6 +169,9 @@ class TrainConfig(Settings):
     scale_dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "dtype that scales will be stored in; float16 for files of llama.cpp, so that they lose nothing"
     )
+    zero_point_domain: Literal["float", "int"] = option(
+        "float", "what zero points (scheme affine) will be stored as; int for files of other runtimes, which need it"
+    )
     embeddings: int | None = option(
         None,
         "bit width of the embeddings of tokens and of heads that are tied to them, 2 to 8 (4 or more keep most of the "
@@ -239,6 +242,7 @@ class TrainConfig(Settings):
             group_size=self.group_size,
             scale_init=self.scale_init,
             scale_dtype=getattr(torch, self.scale_dtype),
+            zero_point_domain=self.zero_point_domain,
             act_bits=self.act_bits,
         )
 

@@ -19,6 +19,7 @@ CONFIGS = {
     "group": QuantConfig(4, group_size=4),
     "tensor": QuantConfig(3, per_tensor=True),
     "affine": QuantConfig(4, "affine", group_size=8),
+    "int zero points": QuantConfig(4, "affine", zero_point_domain="int"),
     "inputs": QuantConfig(4, act_bits=8, act_scheme="lsq+"),
     "outputs": QuantConfig(4, out_bits=4),
 }
@@ -46,6 +47,10 @@ def make(name):
     torch.manual_seed(0)
     model = Model(CONFIGS[name])
     calibrate(model, batches(0)[0])
+    with torch.no_grad():
+        for layer in qk.quantized_modules(model).values():
+            if layer.zero_point is not None:
+                layer.zero_point.add_(0.3)  # off the integers, as training moves them
     return model
 
 

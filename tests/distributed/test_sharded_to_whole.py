@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo
 CONFIGS = {
     "row": QuantConfig(2),
     "affine": QuantConfig(4, "affine", group_size=4),
+    "int zero points": QuantConfig(4, "affine", zero_point_domain="int"),
     "tensor": QuantConfig(3, per_tensor=True),
     "float16 scales": QuantConfig(4, scale_dtype="float16"),
     "inputs and outputs": QuantConfig(4, act_bits=8, act_scheme="lsq+", out_bits=8),
@@ -56,6 +57,10 @@ def make(name):
     torch.manual_seed(0)
     model = Model(CONFIGS[name])
     calibrate(model, TOKENS)
+    with torch.no_grad():
+        for layer in qk.quantized_modules(model).values():
+            if layer.zero_point is not None:
+                layer.zero_point.add_(0.3)  # off the integers, as training moves them
     return model.eval()
 
 

@@ -27,7 +27,10 @@ def bytes_of(figures):
 
 
 WANTED = {
-    "ddp": ({"broadcast": 2 * 8 * 4, "all-reduce": 4 * TOTAL}, {"gradients": 4 * TOTAL}),  # and angles, which are buffers
+    "ddp": (
+        {"broadcast": 2 * 8 * 4, "all-reduce": 4 * TOTAL},
+        {"gradients": 4 * TOTAL},
+    ),  # and angles, which are buffers
     "fsdp": (
         {"all-gather": 4 * (2 * TOTAL - ROOT), "reduce-scatter": 4 * TOTAL},
         {"parameters": 4 * TOTAL, "gradients": 4 * TOTAL},

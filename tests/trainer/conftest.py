@@ -3,9 +3,12 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 #: Settings of a run that takes a second.
 TINY: dict[str, Any] = {
@@ -28,6 +31,37 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(tmp_path: Path, text: Path) -> dict[str, Any]:
     return {**TINY, "data": str(text), "out": str(tmp_path / "run")}
+
+
+@pytest.fixture
+def tiny_hf(tiny: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run with a model of transformers, which brings its own shape."""
+    return {k: v for k, v in tiny.items() if k not in ("width", "depth", "heads")}
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A folder with the configuration of a tiny model, without weights."""
+    config = pytest.importorskip("transformers").LlamaConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def run(settings: dict[str, Any], said: list[str] | None = None, **changes: Any) -> dict[str, Any]:
+    """Train with these settings and changes of them; return the report. ``said`` gets the lines of the display."""
+    from qatkernels.trainer import TrainConfig, train
+
+    return train(TrainConfig(**{**settings, **changes}), say=(said if said is not None else []).append)
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a finished phase."""
+    from qatkernels import files
+
+    return files.load(folder / "model.safetensors")[0]
 
 
 def options(settings: dict[str, Any]) -> list[str]:

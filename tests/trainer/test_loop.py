@@ -19,11 +19,7 @@ from qatkernels.trainer.demo_model import ModelConfig, Transformer
 from qatkernels.trainer.models import EXCLUDED
 from tests.passes import each_pass, signals_at
 
-from .conftest import outcome
-
-
-def run(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return train(TrainConfig(**{**settings, **changes}), say=lambda line: None)
+from .conftest import outcome, run
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -12,14 +12,14 @@ import torch
 
 from qatkernels import QuantConfig, files, quantize_model, quantized_modules
 from qatkernels.methods.winq import WinQConfig
-from qatkernels.trainer import ConfigError, Interrupted, TrainConfig, data, loop, models, train
+from qatkernels.trainer import ConfigError, Interrupted, TrainConfig, data, loop, models
 from qatkernels.trainer.demo_model import Transformer
 from qatkernels.trainer.methods import MethodConfig
 from qatkernels.trainer.parallel import Processes
 from qatkernels.trainer.phases import phases
 from tests.passes import signals_at
 
-from .conftest import outcome
+from .conftest import outcome, run
 
 WAYS = {
     "winq": {"method": "winq", "reset_every": 5, "stats_every": 3},
@@ -33,10 +33,6 @@ WAYS = {
     "stochastic": {"weights": "stochastic", "method": "winq", "reset_every": 5, "stats_every": 3},
     "A8": {"act_bits": 8, "accumulate": 2, "schedule": "wsd", "stats_every": 3, "qat_lr": 1e-2},
 }  # fmt: skip
-
-
-def run(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return train(TrainConfig(**{**settings, **changes}), say=lambda line: None)
 
 
 def logged(out: str) -> list[dict[str, Any]]:

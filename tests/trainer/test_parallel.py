@@ -20,7 +20,7 @@ from qatkernels import files
 from qatkernels.trainer import ConfigError, Interrupted, TrainConfig, checkpoints, data, loop, train
 from qatkernels.trainer.parallel import ParallelError, Processes, joined
 from qatkernels.trainer.phases import phases
-from tests.pair import Pair
+from tests.pair import Group
 from tests.passes import MachineGone, gone_at, signals_at
 
 from .conftest import TINY, options, outcome
@@ -83,7 +83,7 @@ def train_one_of_two(
 class Runs:
     """Runs of two processes in one folder."""
 
-    def __init__(self, pair: Pair, folder: Path, text: Path) -> None:
+    def __init__(self, pair: Group, folder: Path, text: Path) -> None:
         self.pair, self.folder = pair, folder
         self.settings = {**TINY, "data": str(text), "log_every": 1, "eval_windows": 7}
 
@@ -106,7 +106,7 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(pair: Pair, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Runs:
+def runs(pair: Group, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Runs:
     return Runs(pair, tmp_path_factory.mktemp("pair"), text)
 
 

@@ -17,16 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from qatkernels import files
-from qatkernels.trainer import CheckpointError, DivergedError, Interrupted, TrainConfig, guard, report, train
+from qatkernels.trainer import CheckpointError, DivergedError, Interrupted, guard, report
 from tests.passes import each_pass, signals_at
 
-from .conftest import outcome
+from .conftest import outcome, run
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(settings: dict[str, Any], said: list[str] | None = None, **changes: Any) -> dict[str, Any]:
-    return train(TrainConfig(**{**settings, **changes}), say=(said if said is not None else []).append)
 
 
 def damage(path: Path) -> None:
