@@ -124,8 +124,8 @@ def _times_factor(layer: Quantized, a: float, gradient: Tensor) -> Tensor:
 
 def _from_level(layer: Quantized) -> Tensor:
     """Return the distance of each weight to its level in spacings; in float32, like the weight."""
-    weight, scale = layer.weight, layer.quantizer.stored(layer.scale)
-    values = fake_quantize(weight, scale, layer.grid, group_size=layer.group_size, zero_point=layer.zero_point)
+    weight, (scale, zero_point) = layer.weight, layer.quantizer.stored(layer.scale, layer.zero_point)
+    values = fake_quantize(weight, scale, layer.grid, group_size=layer.group_size, zero_point=zero_point)
     spacing = quotient(scale.clamp_min(MIN_SCALE).view(-1, 1), layer.grid.steps)
     distance = (weight.float() - values.float()).view(spacing.numel(), -1)
     return (distance / spacing).view(weight.shape)
