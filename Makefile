@@ -1,4 +1,4 @@
-# make demo | demo-llm | test | fast | bench | lint: each sets up .venv first where needed. PYTHON chooses the interpreter,
+# make demo | demo-llm | test | fast | bench | lint | site: each sets up .venv first where needed. PYTHON chooses the interpreter,
 # TRAIN adds options to the demo's training.
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt requirements-dev.txt $(shell find csrc -type f -name '*.[ch]*')
 
-.PHONY: setup demo demo-llm test fast bench lint format clean
+.PHONY: setup demo demo-llm test fast bench lint site format clean
 
 setup: $(STAMP)
 
@@ -51,6 +51,11 @@ lint: setup
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/typos
 	git ls-files '*.cpp' '*.h' '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+
+# The documentation as HTML, in build/site.
+site: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 format: setup
 	$(BIN)/ruff check --fix .
