@@ -27,7 +27,10 @@ def bytes_of(figures):
 
 
 WANTED = {
-    "ddp": ({"broadcast": 2 * 8 * 4, "all-reduce": 4 * TOTAL}, {"gradients": 4 * TOTAL}),  # and angles, which are buffers
+    "ddp": (
+        {"broadcast": 2 * 8 * 4, "all-reduce": 4 * TOTAL},
+        {"gradients": 4 * TOTAL},
+    ),  # and angles, which are buffers
     "fsdp": (
         {"all-gather": 4 * (2 * TOTAL - ROOT), "reduce-scatter": 4 * TOTAL},
         {"parameters": 4 * TOTAL, "gradients": 4 * TOTAL},
@@ -39,6 +42,13 @@ WANTED = {
     "fsdp-scales": (
         {"all-gather": 2 * (2 * (TOTAL - SCALES) - ROOT) + 4 * SCALES, "reduce-scatter": 4 * TOTAL},
         {"parameters": 2 * (TOTAL - SCALES) + 4 * SCALES, "gradients": 4 * TOTAL},
+    ),
+    "fsdp-codes": (
+        {
+            "all-gather": 2 * (2 * (TOTAL - SCALES - WEIGHTS) - ROOT) + 2 * (WEIGHTS // 4 + 4 * SCALES),
+            "reduce-scatter": 4 * (TOTAL - SCALES),
+        },
+        {"parameters": 2 * (TOTAL - SCALES - WEIGHTS) + WEIGHTS // 4 + 4 * SCALES, "gradients": 4 * TOTAL},
     ),
     # In each block, two sums in the forward; in the backward one for each of q, k, v, gate and up, and the gradients
     # of the scales of o and down.
