@@ -30,6 +30,8 @@ class Float32Scales(nn.Module):
     )
     #: Whether a strict load of a state dict without a layout is an error. Earlier versions wrote none.
     layout_required: ClassVar[bool] = False
+    #: Whether :func:`qatkernels.nn.shard_scales` has taken the scales out of what FSDP2 manages.
+    scales_apart: bool = False
 
     scale: Tensor
     zero_point: Tensor | None

@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.memory import in_use, peak
 from qatkernels import QuantConfig, quantize_model
-from qatkernels.dtensor import is_dtensor
-from qatkernels.nn import shard_scales
+from qatkernels.dtensor import local_part
+from qatkernels.nn import gather_codes, quantized_weights, shard_scales
 from qatkernels.nn.activation import scales_of
 
 from .results import Case, Figures, Results
@@ -113,6 +113,7 @@ class Way:
         title: what the table calls it.
         wrap: prepares a model for it, and returns what to call.
         travels: bytes of a parameter in all-gathers, but of a scale; None if parameters do not travel.
+        codes: whether quantized weights travel as codes.
         quantized: whether the model is quantized.
         replicated: whether the processes see the same windows.
     """
@@ -120,6 +121,7 @@ class Way:
     title: str
     wrap: Callable[[nn.Module], nn.Module]
     travels: int | None = None
+    codes: bool = False
     quantized: bool = True
     replicated: bool = False
 
@@ -128,7 +130,7 @@ def _ddp(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
 
-def _fsdp(model: nn.Module, dtype: torch.dtype | None = None, scales: bool = False) -> nn.Module:
+def _fsdp(model: nn.Module, dtype: torch.dtype | None = None, scales: bool = False, codes: bool = False) -> nn.Module:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -138,6 +140,8 @@ def _fsdp(model: nn.Module, dtype: torch.dtype | None = None, scales: bool = Fal
     for block in model.model.layers:  # type: ignore[union-attr]
         fully_shard(block, **options)
     fully_shard(model, **options)
+    if codes:
+        gather_codes(model)
     return model
 
 
@@ -159,8 +163,14 @@ def _tensor_parallel(model: nn.Module) -> nn.Module:
 WAYS = {
     "ddp": Way("DDP", _ddp),
     "fsdp": Way("FSDP2, float32", _fsdp, 4),
-    "fsdp-plain": Way("FSDP2, bfloat16, model not quantized", partial(_fsdp, dtype=torch.bfloat16), 2, False),
+    "fsdp-plain": Way("FSDP2, bfloat16, model not quantized", partial(_fsdp, dtype=torch.bfloat16), 2, quantized=False),
     "fsdp-scales": Way("FSDP2, bfloat16, `shard_scales`", partial(_fsdp, dtype=torch.bfloat16, scales=True), 2),
+    "fsdp-codes": Way(
+        "FSDP2, bfloat16, `shard_scales`, `gather_codes`",
+        partial(_fsdp, dtype=torch.bfloat16, scales=True, codes=True),
+        2,
+        codes=True,
+    ),
     "tensor-parallel": Way("tensor parallel, float32", _tensor_parallel, replicated=True),
 }
 SIZES = {
@@ -195,16 +205,33 @@ def minimum(size: Size, way: Way, model: nn.Module) -> dict[str, int]:
         return {"activations": 4 * size.depth * size.windows * size.context * size.width * 4}
     total, scales = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in scales_of(model))
     gradients = {"gradients": 4 * total}
-    return (
-        gradients if way.travels is None else {"parameters": way.travels * (total - scales) + 4 * scales, **gradients}
-    )
+    if way.travels is None:
+        return gradients
+    packed = sum(w.numel() for w in quantized_weights(model)) if way.codes else 0
+    parameters = way.travels * (total - scales - packed) + packed * BITS // 8 + 4 * scales
+    return {"parameters": parameters, **gradients}
 
 
 def measure(size: Size, way: Way, rank: int) -> Figures:
     """Train a few steps as one of the processes of the default group; return what a step exchanges and takes."""
+    _begin(SIZES["smoke"], way, rank)[1]()  # what is imported and started with the first step
     before = in_use(CPU)
+    model, step = _begin(size, way, rank)
+    for _ in range(2):  # the first makes the moments of Adam, and before the second DDP orders its buckets
+        step()
+    with Traffic() as traffic:
+        step()
+    return {
+        "collectives": {kind: {"calls": traffic.calls[kind], "bytes": traffic.bytes[kind]} for kind in traffic.calls},
+        "minimum": minimum(size, way, build(size, way.quantized)),
+        "parameter_bytes": sum(local_part(p).nbytes for p in model.parameters()),
+        "peak_bytes": peak(step, CPU, since=before),
+    }
+
+
+def _begin(size: Size, way: Way, rank: int) -> tuple[nn.Module, Callable[[], None]]:
+    """Return the model of a process, and what takes a step."""
     model = build(size, way.quantized)
-    least = minimum(size, way, model)
     called = way.wrap(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     draw = torch.Generator().manual_seed(0 if way.replicated else rank)
@@ -215,16 +242,7 @@ def measure(size: Size, way: Way, rank: int) -> Figures:
         called(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
 
-    for _ in range(2):  # the first makes the moments of Adam, and before the second DDP orders its buckets
-        step()
-    with Traffic() as traffic:
-        step()
-    collectives = {kind: {"calls": traffic.calls[kind], "bytes": traffic.bytes[kind]} for kind in traffic.calls}
-    local = sum((p.to_local() if is_dtensor(p) else p).nbytes for p in model.parameters())
-    return {
-        "collectives": collectives, "minimum": least, "parameter_bytes": local,
-        "peak_bytes": peak(step, CPU, since=before),
-    }  # fmt: skip
+    return model, step
 
 
 def settings(session: Session) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from .._moved import moved
 from ._check import CheckReport, LayerCheck, check
+from ._gather_codes import gather_codes
 from ._gather_model import gather_model
 from ._load_weights import load_weights
 from ._pack_model import PACKERS, compile_kernels, model_bytes, pack_model, packed_modules
@@ -40,6 +41,7 @@ __all__ = [
     "calibrate",
     "check",
     "compile_kernels",
+    "gather_codes",
     "gather_model",
     "load_weights",
     "model_bytes",

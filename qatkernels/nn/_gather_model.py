@@ -15,7 +15,9 @@ from .quantized import Quantized
 
 #: Where the hooks of torch's engines come from, and how their attributes of modules begin.
 _ENGINES = ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed._composable")
-_ATTRIBUTES = ("__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params", "_distribute_module")
+_ATTRIBUTES = (
+    "__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params", "_distribute_module", "_levels",
+)  # fmt: skip
 
 
 def gather_model(model: nn.Module) -> nn.Module:

@@ -59,6 +59,7 @@ def shard_scales(model: nn.Module, mesh: DeviceMesh | None = None) -> set[nn.Par
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
     new: dict[nn.Parameter, nn.Parameter] = {}
     for module in modules:
+        module.scales_apart = True
         for name in ("scale", "zero_point"):
             if (old := module._parameters.get(name)) is None:
                 continue

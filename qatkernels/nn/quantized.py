@@ -66,6 +66,8 @@ class Quantized(Float32Scales):
     #: Whether :func:`calibrate` sets the scales: ``scale_init`` is ``"activation"``, and nothing has set them since.
     awaits_inputs: bool = False
     _sum_awaiting: float | None = None
+    #: Where FSDP2 gathers the codes of this layer (:func:`gather_codes`): the levels that they became.
+    _levels: weakref.ref[Tensor] | None = None
 
     @property
     def grid(self) -> Grid:
@@ -222,6 +224,12 @@ class Quantized(Float32Scales):
             "weight): quantize_model(model, config, embeddings=True) sets scales anew, and so does layer.requantize"
         )
 
+    @property
+    def holds_levels(self) -> bool:
+        """Whether the weight is quantized already, because FSDP2 has gathered its codes (:func:`gather_codes`)."""
+        levels = None if self._levels is None else self._levels()
+        return levels is not None and not is_dtensor(self.weight) and self.weight.is_set_to(levels)
+
     def _forward_weight(self, dtype: torch.dtype | None) -> Tensor:
         """Return the weight that this forward multiplies with."""
         self.check_scale()
@@ -233,6 +241,8 @@ class Quantized(Float32Scales):
         Args:
             dtype: bfloat16 or float16 for a float32 weight; the weight's dtype if None.
         """
+        if self.holds_levels:
+            return self.weight if dtype is None else self.weight.to(dtype)
         return self.quantizer.plain(self.weight, *self._scales_for(self.weight), dtype)
 
     def codes(self) -> Tensor:

@@ -43,6 +43,13 @@ WANTED = {
         {"all-gather": 2 * (2 * (TOTAL - SCALES) - ROOT) + 4 * SCALES, "reduce-scatter": 4 * TOTAL},
         {"parameters": 2 * (TOTAL - SCALES) + 4 * SCALES, "gradients": 4 * TOTAL},
     ),
+    "fsdp-codes": (
+        {
+            "all-gather": 2 * (2 * (TOTAL - SCALES - WEIGHTS) - ROOT) + 2 * (WEIGHTS // 4 + 4 * SCALES),
+            "reduce-scatter": 4 * (TOTAL - SCALES),
+        },
+        {"parameters": 2 * (TOTAL - SCALES - WEIGHTS) + WEIGHTS // 4 + 4 * SCALES, "gradients": 4 * TOTAL},
+    ),
     # In each block, two sums in the forward; in the backward one for each of q, k, v, gate and up, and the gradients
     # of the scales of o and down.
     "tensor-parallel": ({"all-reduce": 2 * (7 * HIDDEN + 2 * 32) * 4}, {"activations": 2 * 4 * HIDDEN * 4}),
