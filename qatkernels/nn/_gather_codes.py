@@ -111,7 +111,7 @@ class MasterShard(Tensor):
         scale, zero_point = _scales_of(module)
         codes = quantizer.codes(self, scale, zero_point)
         packed = PACK.overload(codes, grid.code_min, grid.storage_bits)
-        parts = (packed, quantizer.stored(scale), zero_point)
+        parts = (packed, *quantizer.stored(scale, zero_point))
         return tuple(part for part in parts if part is not None), module
 
     def fsdp_post_all_gather(
@@ -159,7 +159,7 @@ class StraightThrough:
         layer, quantizer, gradient = self.layer, self.layer.quantizer, weight.grad._local_tensor
         scale, zero_point = _scales_of(layer)
         call = (
-            weight._local_tensor, quantizer.stored(scale), zero_point, None, quantizer.constants, 0.0, 0.0,
+            weight._local_tensor, *quantizer.stored(scale, zero_point), None, quantizer.constants, 0.0, 0.0,
             quantizer.grad_scale,
         )  # fmt: skip
         masked, *sums = BACKWARD.overload(gradient, *call)
