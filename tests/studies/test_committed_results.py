@@ -19,6 +19,7 @@ FILES = sorted((ROOT / "docs" / "results").glob("*/*.jsonl"))
 #: Which page has the tables of a study's report as they are.
 PAGES = {
     "formats": "formats.md", "initial_scales": "quantize-model.md", "plan": "planner.md", "squat": "reproduction.md",
+    "traffic": "distributed.md",
     "winq": "reproduction.md",
 }  # fmt: skip
 
@@ -49,7 +50,8 @@ def study_of(path: Path) -> Study:
 
 def test_there_are_results() -> None:
     names = {
-        "formats", "hessian_peers", "initial_scales", "plan", "plan_recovery", "spectra", "squat", "winq", "winq_why",
+        "formats", "hessian_peers", "initial_scales", "plan", "plan_recovery", "spectra", "squat", "traffic", "winq",
+        "winq_why",
     }  # fmt: skip
     assert {path.stem for path in FILES} == names
 
@@ -72,7 +74,7 @@ def tables(text: str) -> list[str]:
     return re.findall(r"^\|[^-].*\|$", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["formats", "winq", "squat", "initial_scales"])
+@pytest.mark.parametrize("name", ["formats", "winq", "squat", "initial_scales", "traffic"])
 def test_documents_have_the_tables_of_the_report(name: str, tmp_path: Path) -> None:
     path = next(path for path in FILES if path.stem == name)
     lines = tables(study_of(path).report(Results(path), tmp_path))
