@@ -1,5 +1,7 @@
 """FSDP2 that gathers codes: two processes compute what one computes, from an eighth of the bytes at 2 bits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ CONFIGS = {
     "ternary": QuantConfig(1.58),
     "affine": QuantConfig(4, "affine", group_size=8),
     "float16 scales": QuantConfig(3, scale_dtype="float16"),
+    "int zero points": QuantConfig(4, "affine", group_size=8, zero_point_domain="int", scale_dtype="float16"),
     "inputs": QuantConfig(8, act_bits=8, act_scheme="lsq+"),
 }
 #: Layers whose codes are gathered; `odd` has 13 rows, which two processes do not share evenly.
@@ -33,7 +36,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 13), nn.Linear(13, 16, bias=False)])
         self.head = nn.Linear(16, 4)
         # A group of 4 or 8 does not divide 13 columns.
-        by_row = QuantConfig(config.bits, config.scheme) if config.group_size else config
+        by_row = replace(config, group_size=None)
         qk.quantize_model(self, {"blocks.2": by_row, "*": config}, embeddings=False, exclude=())
 
     def forward(self, tokens):
