@@ -65,6 +65,12 @@ def without_transforms(t: Tensor) -> Tensor:
     return t
 
 
+def fsdp_has_run(model: torch.nn.Module) -> bool:
+    """Whether FSDP2 has prepared itself for a first forward of a model."""
+    states = [getattr(module, "_get_fsdp_state", None) for module in model.modules()]
+    return any(state is not None and state()._is_root is not None for state in states)
+
+
 def is_view(t: Tensor) -> bool:
     """Whether autograd treats a tensor as a view of another one."""
     return bool(t._is_view())

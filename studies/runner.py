@@ -136,6 +136,8 @@ def command(study: Study, argv: Sequence[str]) -> int:
     """Run a study, or report its results, and return the exit code."""
     parser = parser_of(study)
     options = parser.parse_args(argv)
+    if options.page is not None and not options.report:
+        parser.error("--page is given without --report: give both to write the tables of what is finished into a page")
     size = "smoke" if options.smoke else options.size
     out: Path = options.out or Path("runs") / f"{study.name}-{size}"
     path = out / f"{study.name}.jsonl"

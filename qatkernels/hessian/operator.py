@@ -181,7 +181,7 @@ class HessianOperator:
         return (
             [(id(t), t._version) for t in (*self.source.parameters(), *self.source.buffers())],
             [module.training for module in modules],
-            [(layer.quantizer.noise_std, layer.quantizer.scale_noise_std) for layer in layers],
+            [(q.noise_std, q.scale_noise_std, q.surrogate) for q in (layer.quantizer for layer in layers)],
         )
 
     def _random_state(self) -> RandomState:

@@ -5,17 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..arithmetic import quotient
-from ..dtensor import is_dtensor
-from ..grids import MIN_SCALE
-from ..nn.quantized import Quantized
-from ..ops import fake_quantize
+from ..nn import quantized_modules
 from ..options import Range, check, option
 from .shards import layers_by_weight
 from .stats import GridStats
@@ -58,11 +52,12 @@ class StableQAT:
     that are turned by 45 degrees. The authors use it for lsq grids of 3 and 4 bits, and a straight-through gradient
     below. The gradient of scales is not changed.
 
-    The factor is no constant of a grid, so kernels do not compute it. It is a hook on each weight, which reads the
-    weight and its gradient once more.
+    The factor is no constant of a grid, so kernels do not compute it: each training forward quantizes the weight once
+    more, and keeps a factor for each weight until the backward. Forwards in eval mode are straight-through, so tools of
+    :mod:`qatkernels.hessian` see StableQAT's gradient in training mode only.
 
     Args:
-        model: a quantized model.
+        model: a quantized model; may be wrapped (DDP, FSDP2, torch.compile) before or after.
         amplitude: of the first harmonic; 0 is straight-through.
 
     Attributes:
@@ -70,8 +65,9 @@ class StableQAT:
         stats: statistics of the codes.
 
     Raises:
-        ValueError: if the amplitude is out of range, the model has no quantized layer, a grid takes the sign of a
-            weight (binary, which rounds nothing), or a weight is sharded: its gradient does not pass the hook.
+        ValueError: if the amplitude is out of range, the model has no quantized layer, or a grid takes the sign of a
+            weight (binary, which rounds nothing). In a forward: if a weight is a DTensor (tensor parallel), or only its
+            codes are gathered (:func:`qatkernels.nn.gather_codes`).
     """
 
     due = False
@@ -79,22 +75,19 @@ class StableQAT:
     def __init__(self, model: nn.Module, *, amplitude: float = StableQATConfig.amplitude) -> None:
         if not is_number(amplitude) or not 0 <= amplitude < LARGEST:
             raise ValueError(f"amplitude is {amplitude!r}, must be in [0, {LARGEST:.4f})")
-        layers = layers_by_weight(model)
-        for name, layer in layers.items():
+        for name, layer in layers_by_weight(model).items():
             if layer.grid.by_sign:
                 raise ValueError(f"{name} has scheme {layer.grid.scheme!r}, must have one that rounds: bits of 1.58 on")
-            if is_dtensor(layer.weight):
-                raise ValueError(f"{name} has a sharded weight, must have a whole one: its gradient passes no hook")
-        self.amplitude, self.steps, self.stats = amplitude, 0, GridStats(model)
-        self._hooks = [
-            layer.weight.register_hook(partial(_times_factor, layer, math.sqrt(2) * math.pi * amplitude))
-            for layer in layers.values() if layer.weight.requires_grad
-        ]  # fmt: skip
+        self.model, self.amplitude, self.steps, self.stats = model, amplitude, 0, GridStats(model)
+        self._set(math.sqrt(2) * math.pi * amplitude)
+
+    def _set(self, a: float) -> None:
+        for layer in quantized_modules(self.model).values():
+            layer.quantizer.surrogate = a
 
     def remove(self) -> None:
         """Make gradients straight-through again."""
-        for hook in self._hooks:
-            hook.remove()
+        self._set(0.0)
 
     def gradient(self, closure: Callable[[], Any]) -> Any:
         """Call the closure once."""
@@ -114,18 +107,3 @@ class StableQAT:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Do nothing."""
-
-
-@torch.no_grad()
-def _times_factor(layer: Quantized, a: float, gradient: Tensor) -> Tensor:
-    cosine = torch.cos(math.pi * _from_level(layer))
-    return gradient * ((1 - a * cosine) / (1 + a * cosine)).to(gradient.dtype)
-
-
-def _from_level(layer: Quantized) -> Tensor:
-    """Return the distance of each weight to its level in spacings; in float32, like the weight."""
-    weight, (scale, zero_point) = layer.weight, layer.quantizer.stored(layer.scale, layer.zero_point)
-    values = fake_quantize(weight, scale, layer.grid, group_size=layer.group_size, zero_point=zero_point)
-    spacing = quotient(scale.clamp_min(MIN_SCALE).view(-1, 1), layer.grid.steps)
-    distance = (weight.float() - values.float()).view(spacing.numel(), -1)
-    return (distance / spacing).view(weight.shape)

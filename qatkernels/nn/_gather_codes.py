@@ -8,6 +8,7 @@ the rows and their scales: the rule is linear in the gradient, so the mean over 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch_compat import fsdp_has_run
 from ..dtensor import is_dtensor, local_part
 from ..ops._fake_quantize import BACKWARD
 from ..ops.packing import PACK, UNPACK
@@ -46,9 +48,15 @@ def gather_codes(model: nn.Module) -> list[str]:
         other layers are gathered as they are.
 
     Raises:
-        ValueError: if there is no such layer. In a forward: if there is noise on the weights, or something is added to
-            them (WinQ with ``noise_std``, SQuAT with ``target="quantized"``), which a shard alone cannot know.
+        ValueError: if there is no such layer, or the model has run a forward since ``fully_shard``. In a forward: if
+            there is noise on the weights, or something is added to them (WinQ with ``noise_std``, SQuAT with
+            ``target="quantized"``, StableQAT), which a shard alone cannot know.
     """
+    if fsdp_has_run(model):
+        raise ValueError(
+            "the model has run a forward since fully_shard, must have run none: call gather_codes right after the last "
+            "fully_shard (and check, or a trial batch, after that)"
+        )
     layers = quantized_modules(model)
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     reasons = {name: _why_not(layer, owners) for name, layer in layers.items()}
@@ -59,11 +67,13 @@ def gather_codes(model: nn.Module) -> list[str]:
             f"the model has no layer whose codes can be gathered: {said[0] if said else 'it has no quantized layer'}"
         )
     for name in found:
-        layer = layers[name]
-        weight: Any = layer.weight
-        weight._local_tensor = weight._local_tensor.as_subclass(MasterShard)
-        if weight.requires_grad:
-            weight.register_post_accumulate_grad_hook(StraightThrough(layer))
+        weight: Any = layers[name].weight
+        weight._local_tensor = shard = weight._local_tensor.as_subclass(MasterShard)
+        shard.rule = StraightThrough(name, layers[name])
+        # torch takes a hook for what requires a gradient only. A frozen weight may train later.
+        trains = weight.requires_grad
+        weight.requires_grad_(True).register_post_accumulate_grad_hook(shard.rule)
+        weight.requires_grad_(trains)
     return found
 
 
@@ -77,6 +87,10 @@ def _why_not(layer: Quantized, owners: Mapping[int, int]) -> str | None:
         return f"is a {type(layer).__name__}, must be a QuantLinear"
     if not is_dtensor(weight):
         return "is not sharded: call gather_codes after fully_shard"
+    if isinstance(weight._local_tensor, MasterShard):
+        return "has its codes gathered already"
+    if weight.device.type != weight.device_mesh.device_type:
+        return f"has its shards on {weight.device.type} (CPUOffloadPolicy), must have them on the mesh's device"
     if layer.config.per_tensor:
         return "has one scale for the whole weight, must have one for each row or group"
     if not layer.scales_apart:
@@ -88,14 +102,20 @@ def _why_not(layer: Quantized, owners: Mapping[int, int]) -> str | None:
         return "is in one shard, so that nothing is gathered"
     if len(weight) % parts:
         return f"has {len(weight)} rows, which {parts} processes do not share evenly"
-    if not weight.requires_grad and any(p.requires_grad for p in (scale, layer.zero_point) if p is not None):
+    if _scales_alone_train(layer):
         return "has a frozen weight and scales that train, whose gradient is computed from that of the weight"
     return "shares its weight with another module" if owners[id(weight)] > 1 else None
+
+
+def _scales_alone_train(layer: Quantized) -> bool:
+    scales = (p for p in (layer.scale, layer.zero_point) if p is not None)
+    return not layer.weight.requires_grad and any(p.requires_grad for p in scales)
 
 
 class MasterShard(Tensor):
     """The rows of a master weight that this process holds. All but FSDP2 sees a plain tensor."""
 
+    rule: StraightThrough
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def fsdp_pre_all_gather(
@@ -103,11 +123,17 @@ class MasterShard(Tensor):
     ) -> tuple[tuple[Tensor, ...], Any]:
         """Return what this process sends, and what :meth:`fsdp_post_all_gather` needs beside it."""
         quantizer, grid = module.quantizer, module.grid
-        if quantizer.added is not None or any(quantizer.noise(module.training)):
+        if not quantizer.usual or any(quantizer.noise(module.training)):
             raise ValueError(
-                "there is noise on a weight, or something is added to it, and only its codes are gathered: take "
-                "noise_std=0 (WinQ) or target='latent' (SQuAT), or leave gather_codes out"
+                "there is noise on a weight, something is added to it, or its gradient is StableQAT's, and only its "
+                "codes are gathered: take noise_std=0 (WinQ) or target='latent' (SQuAT), or leave gather_codes out"
             )
+        if _scales_alone_train(module):
+            raise ValueError(
+                "a weight is frozen and its scales train, whose gradient is computed from that of the weight: freeze "
+                "the scales too, or leave gather_codes out"
+            )
+        self.rule.look()
         scale, zero_point = _scales_of(module)
         codes = quantizer.codes(self, scale, zero_point)
         packed = PACK.overload(codes, grid.code_min, grid.storage_bits)
@@ -144,33 +170,64 @@ class StraightThrough:
 
     FSDP2 may add the gradient of another backward to one that the rule has been applied to. That one is 0 where the
     rule masks, so it passes the rule again unchanged. It would count for the scales again, so what it gives to them is
-    subtracted.
+    subtracted: what it gives when the weight is gathered for the next forward or backward, by when it may have been
+    clipped or zeroed.
+
+    Args:
+        name: name of the layer, for messages.
+        layer: the layer.
     """
 
-    def __init__(self, layer: Quantized) -> None:
-        self.layer = layer
-        self.before: tuple[Tensor, ...] = ()
-        self.seen: weakref.ref[Tensor] | None = None
-        self.version = 0
+    def __init__(self, name: str, layer: Quantized) -> None:
+        self.name, self.layer, self.weight = name, layer, layer.weight
+        self.look()
+
+    def _rule(self, gradient: Tensor) -> list[Tensor]:
+        """Return the gradients of the master weight, the scales and the zero points."""
+        layer, weight = self.layer, self.weight
+        return list(BACKWARD.overload(
+            gradient, local_part(weight.detach()), *layer.quantizer.stored(*_scales_of(layer)), None,
+            layer.quantizer.constants, 0.0, 0.0, layer.quantizer.grad_scale,
+        ))  # fmt: skip
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Note what the gradient gives to the scales as it is, before another one is added to it."""
+        grad: Any = self.weight.grad
+        self.seen = None if grad is None else weakref.ref(grad._local_tensor)
+        self.version = 0 if grad is None else grad._version
+        self.before = [] if grad is None else self._rule(grad._local_tensor)[1:]
 
     @torch.no_grad()
     def __call__(self, weight: Any) -> None:
         """Apply the rule to ``weight.grad``, in place, and add to the gradients of the scales."""
-        layer, quantizer, gradient = self.layer, self.layer.quantizer, weight.grad._local_tensor
-        scale, zero_point = _scales_of(layer)
-        call = (
-            weight._local_tensor, *quantizer.stored(scale, zero_point), None, quantizer.constants, 0.0, 0.0,
-            quantizer.grad_scale,
-        )  # fmt: skip
-        masked, *sums = BACKWARD.overload(gradient, *call)
-        # What FSDP2 adds does not count as a change of the DTensor. What else is done with it does, such as zero_grad.
-        added_to = self.seen is not None and self.seen() is gradient and weight.grad._version == self.version
-        for i, parameter in enumerate((layer.scale, layer.zero_point)):
+        if not isinstance(weight._local_tensor, MasterShard):  # model.to() and the like replace it
+            warnings.warn(
+                f"the weight of {self.name} was moved or cast after gather_codes, so weights are gathered, not codes: "
+                "move the model before fully_shard",
+                stacklevel=2,
+            )
+            return
+        gradient, learned = weight.grad._local_tensor, (self.layer.scale, self.layer.zero_point)
+        masked, *sums = self._rule(gradient)
+        added_to = self.seen is not None and self.seen() is gradient
+        # What FSDP2 adds does not count as a change of the DTensor. Zeroing does, where nothing was gathered since.
+        if added_to and weight.grad._version != self.version:
+            added_to = False
+            if any(_has_gradient(parameter) for parameter in learned):
+                raise ValueError(
+                    f"the gradients of {self.name} were changed between two backwards that accumulate without a gather "
+                    "between them: clip or unscale them after the last one, or zero all of them"
+                )
+        for i, parameter in enumerate(learned):
             if parameter is not None and parameter.requires_grad:
                 _add_to_grad(parameter, sums[i] - self.before[i] if added_to else sums[i])
         gradient.copy_(masked)
-        self.before = tuple(BACKWARD.overload(gradient, *call)[1:])
-        self.seen, self.version = weakref.ref(gradient), weight.grad._version
+        self.look()
+
+
+def _has_gradient(parameter: Any) -> bool:
+    return parameter is not None and parameter.grad is not None and bool(parameter.grad._local_tensor.any())
 
 
 def _add_to_grad(parameter: Any, value: Tensor) -> None:

@@ -101,18 +101,20 @@ class QuantLinear(Quantized, nn.Linear):
         """Return the output ``[..., N]`` for an input ``[..., K]``."""
         if self.act is not None:
             x = self.act(x)
-        if self._levels is not None and self.holds_levels:
-            return F.linear(x, self.weight, self.bias)
-        dtype = compute_dtype(self.weight)
-        pushing = not torch.compiler.is_compiling() and in_forward_mode()
-        if pushing and self.quantizer.added is None and forward_mode_alone(x, *self.parameters(recurse=False)):
-            y = self._pushed_forward(x, dtype or self.weight.dtype)
-        else:
-            self.check_scale()
-            scales = self._scales_for(self.weight)
-            y = self.quantizer.linear(x, self.bias, self.weight, *scales, dtype, self.training)
+        gathered = self._levels is not None and self.holds_levels
+        y = F.linear(x, self.weight, self.bias) if gathered else self._product(x)
         out_act = self.out_act
         return y if out_act is None else out_act(y)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Return the output before it is quantized."""
+        dtype = compute_dtype(self.weight)
+        pushing = not torch.compiler.is_compiling() and in_forward_mode()
+        if pushing and self.quantizer.usual and forward_mode_alone(x, *self.parameters(recurse=False)):
+            return self._pushed_forward(x, dtype or self.weight.dtype)
+        self.check_scale()
+        scales = self._scales_for(self.weight)
+        return self.quantizer.linear(x, self.bias, self.weight, *scales, dtype, self.training)
 
     def _pushed_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the output with its tangent (forward mode), reading the weight and its tangent once."""

@@ -52,6 +52,7 @@ class WeightQuantizer:
             noise of the same seed.
         scale_noise_std: the same for the scales.
         added: what every forward adds to the quantized weight; None for nothing.
+        surrogate: the ``a`` of StableQAT's gradient in training forwards; 0 for straight-through.
         bypassed: whether forwards use the master weight as it is; :func:`qatkernels.nn.calibrate` sets it for its run.
 
     Noise and what is added are not saved. Change the noise by :meth:`set_noise`, and what is added by :meth:`modified`.
@@ -65,7 +66,7 @@ class WeightQuantizer:
     bypassed: bool = False
 
     def __init__(self) -> None:
-        self.noise_std = self.scale_noise_std = 0.0
+        self.noise_std = self.scale_noise_std = self.surrogate = 0.0
         self.added: Perturbation | None = None
 
     def configure(self, config: QuantConfig, numel: int) -> None:
@@ -98,6 +99,11 @@ class WeightQuantizer:
             yield
         finally:
             self.added = before
+
+    @property
+    def usual(self) -> bool:
+        """Whether a forward adds nothing to the quantized weight, and its gradient is straight-through."""
+        return self.added is None and not self.surrogate
 
     def noise(self, training: bool) -> tuple[float, float]:
         """Return the noise on weight and scales in a forward."""
@@ -163,7 +169,7 @@ class WeightQuantizer:
             dtype: as for :meth:`plain`.
             training: whether there is noise.
         """
-        if self.bypassed or self.added is not None or not joins(x, bias, weight, dtype):
+        if self.bypassed or not self.usual or not joins(x, bias, weight, dtype):
             return F.linear(x, self(weight, scale, zero_point, dtype, training), bias)
         noise = self.noise(training)
         seed = self._seed_for(weight, scale, zero_point, noise)
@@ -177,6 +183,8 @@ class WeightQuantizer:
         """Return the weight that a forward multiplies with; arguments as for :meth:`plain`."""
         if self.bypassed:
             return weight if dtype is None else weight.to(dtype)
+        if training and self.surrogate:
+            weight = with_surrogate(self, weight, scale, zero_point)
         quantized = self.plain(weight, scale, zero_point, dtype, self.noise(training))
         if self.added is None:
             return quantized
@@ -190,6 +198,28 @@ class WeightQuantizer:
         """Return the integer codes of a weight."""
         scale, zero_point = self.stored(scale, zero_point)
         return quantize(weight, scale, self.grid, group_size=self.group_size, zero_point=zero_point)
+
+
+def with_surrogate(quantizer: WeightQuantizer, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Return a weight whose derivatives are multiplied by StableQAT's factor (Zhao et al., 2026).
+
+    Raises:
+        ValueError: if the weight is sharded.
+    """
+    if is_dtensor(weight):
+        raise ValueError(
+            f"weight is a DTensor of shape {tuple(weight.shape)}, must be a plain tensor for StableQAT: use DDP or "
+            "FSDP2, or leave StableQAT out"
+        )
+    with torch.no_grad():
+        scale, zero_point = quantizer.stored(scale, zero_point)
+        wide, rows = weight.detach().float(), scale.clamp_min(MIN_SCALE).view(-1, 1)
+        values = FORWARD.call(wide, scale, zero_point, None, quantizer.constants, 0.0, 0.0, quantizer.grad_scale, None)
+        distance = (wide - values).view(rows.numel(), -1) / quotient(rows, quantizer.grid.steps)
+        cosine = quantizer.surrogate * torch.cos(math.pi * distance).view_as(weight)
+        factor = ((1 - cosine) / (1 + cosine)).to(weight.dtype)
+    # The difference is zero, so that the sum is the weight exactly.
+    return weight.detach() + (weight - weight.detach()) * factor
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype, grid: Grid) -> Tensor:

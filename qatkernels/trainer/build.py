@@ -74,7 +74,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig, phase: Phase) -> torc
         group["peak"] = group["lr"]
     optimizer = torch.optim.AdamW(groups, betas=(config.training.beta1, config.training.beta2), fused=True)
     if phase.quantization is not None and config.weights != "float32":
-        Bfloat16Weights(optimizer, rounding="nearest" if config.weights == "bfloat16" else "stochastic")
+        rounding: Any = "nearest" if config.weights == "bfloat16" else "stochastic"
+        Bfloat16Weights(optimizer, rounding=rounding, seed=config.seed)
     return optimizer
 
 

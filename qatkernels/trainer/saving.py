@@ -13,6 +13,7 @@ from typing import Any
 from .. import files
 from ..dtensor import whole
 from ..files import CheckpointError, DamagedError
+from ..methods.bfloat16_weights import STEPS
 from ..options import flag, settings_of
 from . import checkpoints, data, hf_folder, models, run_folder
 from .build import model_header, sizes
@@ -72,6 +73,8 @@ def resume(training: Training) -> Progress:
                 progress.check(phase.steps)
                 if progress.step:
                     training.method.load_state_dict(progress.method)
+                if STEPS in optimizer.param_groups[0]:
+                    optimizer.param_groups[0][STEPS] = progress.step
                 break
         except DamagedError as error:
             notes.append(f"{error.what}: resuming from the checkpoint before it, or from the start of {phase.name}")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qatkernels as qk
-from qatkernels.methods import WinQ
+from qatkernels.methods import StableQAT, WinQ
 from qatkernels.nn import QuantConfig, calibrate, gather_codes, gather_model, pack_model, shard_scales
 from qatkernels.testing.compare import assert_same_bits
 
@@ -23,6 +23,7 @@ CONFIGS = {
     "affine": QuantConfig(4, "affine", group_size=8),
     "float16 scales": QuantConfig(3, scale_dtype="float16"),
     "int zero points": QuantConfig(4, "affine", group_size=8, zero_point_domain="int", scale_dtype="float16"),
+    "outputs": QuantConfig(4, out_bits=6),
     "inputs": QuantConfig(8, act_bits=8, act_scheme="lsq+"),
 }
 #: Layers whose codes are gathered; `odd` has 13 rows, which two processes do not share evenly.
@@ -111,7 +112,8 @@ def in_one_process(name, dtype):
 
         def forward(x, layer=layer):
             x = x if layer.act is None else layer.act(x)
-            return F.linear(x, layer.quantized_weight(dtype), layer.bias)
+            y = F.linear(x, layer.quantized_weight(dtype), layer.bias)
+            return y if layer.out_act is None else layer.out_act(y)
 
         layer.forward = forward
     kept |= {n for n, _ in model.named_parameters() if n.endswith(("scale", "zero_point"))}
@@ -267,6 +269,86 @@ def test_frozen_layers(pair):
         torch.testing.assert_close(loss, losses[rank].detach())
         torch.testing.assert_close(grad, model.embedding.weight.grad)
         assert of_scale is None
+
+
+def clipped(rank):
+    """Clip what a first backward gave, then accumulate a second one."""
+    model = shard(make("affine"), torch.float32)
+    for part in range(2):
+        loss_of(model, batches(part)[rank]).backward()
+        if part == 0:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    return {n: whole(p.grad) for n, p in model.named_parameters()}
+
+
+def test_gradients_that_are_clipped_between(pair):
+    model = make("affine")
+    for part in range(2):
+        for tokens in batches(part):
+            (loss_of(model, tokens) / 2).backward()
+        if part == 0:
+            assert nn.utils.clip_grad_norm_(model.parameters(), 0.01) > 0.02
+    wanted = {n: p.grad for n, p in model.named_parameters()}
+    for found in pair.run(clipped):
+        torch.testing.assert_close(found, wanted)
+
+
+def unfrozen(rank):
+    """Freeze a layer, gather codes, and train it after all."""
+    model = make("row")
+    model.head.requires_grad_(False)
+    model = shard(model, torch.float32)
+    model.head.requires_grad_(True)
+    loss_of(model, batches(0)[rank]).backward()
+    return {n: whole(p.grad) for n, p in model.named_parameters()}
+
+
+def test_layers_that_train_later(pair):
+    model = make("row")
+    for tokens in batches(0):
+        (loss_of(model, tokens) / 2).backward()
+    wanted = {n: p.grad for n, p in model.named_parameters()}
+    for found in pair.run(unfrozen):
+        torch.testing.assert_close(found, wanted)
+
+
+def replaced(rank):
+    """Move the model after gather_codes, which replaces its shards."""
+    model = shard(make("row"), torch.float32)
+    model.to(torch.device("cpu"))
+    with pytest.warns(UserWarning, match="was moved or cast after gather_codes, so weights are gathered"):
+        loss_of(model, batches(0)[rank]).backward()
+    return {n: whole(p.grad) for n, p in model.named_parameters()}
+
+
+def test_a_model_that_is_moved_gathers_weights(pair):
+    model = make("row")
+    for tokens in batches(0):
+        (loss_of(model, tokens) / 2).backward()
+    wanted = {n: p.grad for n, p in model.named_parameters()}
+    for found in pair.run(replaced):
+        torch.testing.assert_close(found, wanted)
+
+
+def refused_later(rank):
+    model = shard(make("row"), torch.float32)
+    with pytest.raises(ValueError, match="has its codes gathered already"):
+        gather_codes(model)
+    loss_of(model, batches(0)[rank]).backward()
+    with pytest.raises(ValueError, match="has run a forward since fully_shard, must have run none"):
+        gather_codes(model)
+    model = shard(make("row"), torch.float32)
+    StableQAT(model)
+    with pytest.raises(ValueError, match="its gradient is StableQAT's"):
+        model(batches(0)[rank])
+    model = shard(make("row"), torch.float32)
+    model.head.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="a weight is frozen and its scales train"):
+        model(batches(0)[rank])
+
+
+def test_what_is_refused_later(pair):
+    pair.run(refused_later)
 
 
 def refused(rank):

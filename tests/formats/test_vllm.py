@@ -80,13 +80,17 @@ def check(model: Any, folder: Path, tokens: list[int]) -> None:
     [
         qk.QuantConfig(4, group_size=32, scale_dtype=torch.bfloat16),
         qk.QuantConfig(4, scale_dtype=torch.bfloat16),
-        qk.QuantConfig(4, "affine", group_size=32, scale_dtype=torch.bfloat16),
+        qk.QuantConfig(4, "affine", group_size=32, scale_dtype=torch.bfloat16, zero_point_domain="int"),
     ],
     ids=str,
 )
 def test_the_same_predictions(config: qk.QuantConfig, tmp_path: Path) -> None:
     # Its kernel takes layers whose sizes are multiples of 32.
     model = tiny.build(config=config, head_dim=32, intermediate_size=128)
+    with torch.no_grad():
+        for layer in qk.quantized_modules(model).values():
+            if layer.zero_point is not None:
+                layer.zero_point.add_(0.3)  # as training does
     assert export(model, tmp_path / "out", to="compressed-tensors").exact
     check(model, tmp_path / "out", torch.randint(0, 256, (64,), generator=torch.Generator().manual_seed(0)).tolist())
 

@@ -72,7 +72,6 @@ def test_small_steps_are_lost_by_rounding_to_nearest_alone(kwargs: dict[str, Any
         model, optimizer = make(lr=1e-5, **kwargs)
         Bfloat16Weights(optimizer, rounding=rounding)  # type: ignore[arg-type]
         before = model.weight.detach().float()  # type: ignore[operator, union-attr]
-        target = torch.zeros(64, 64)
         for _ in range(100):
             model.weight.grad = torch.ones_like(model.weight)  # type: ignore[arg-type, union-attr]
             optimizer.step()
@@ -98,6 +97,61 @@ def test_state_is_float32_after_loading() -> None:
         assert q.dtype == torch.bfloat16
         assert torch.equal(again.state[q]["exp_avg"], optimizer.state[p]["exp_avg"])
         assert again.state[q]["exp_avg"].dtype == torch.float32
+
+
+def test_processes_round_alike_and_a_resumed_run_too() -> None:
+    """Neither torch's generator nor what happened before matters: the seed and the number of the step do."""
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            torch.manual_seed(hash((id(model), step)) % 1000)
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 1.0 + step)
+            optimizer.step()
+
+    models = [make(lr=1e-4) for _ in range(3)]
+    for model, optimizer in models:
+        model.load_state_dict(models[0][0].state_dict())
+        Bfloat16Weights(optimizer, seed=3)
+    run(*models[0], range(6))
+    run(*models[1], range(3))
+    models[2][0].load_state_dict(models[1][0].state_dict())
+    models[2][1].load_state_dict(copy.deepcopy(models[1][1].state_dict()))
+    run(*models[2], range(3, 6))
+    assert all(torch.equal(p, q) for p, q in zip(models[0][0].parameters(), models[2][0].parameters(), strict=True))
+    model, optimizer = make(lr=1e-4)
+    model.load_state_dict(models[1][0].state_dict())
+    before = [p.clone() for p in models[2][0].parameters()]
+    Bfloat16Weights(optimizer, seed=4)
+    run(model, optimizer, range(3, 6))
+    assert not all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_a_failed_step_leaves_bfloat16() -> None:
+    model, optimizer = make()
+    Bfloat16Weights(optimizer)
+    with pytest.raises(ValueError, match="parameter group"):
+        optimizer.load_state_dict({"state": {}, "param_groups": []})
+    assert model.weight.dtype == torch.bfloat16
+    model.weight.grad = torch.zeros(64, 64, dtype=torch.bfloat16).to_sparse()  # type: ignore[assignment]
+    before = model.weight.detach().clone()  # type: ignore[operator, union-attr]
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert model.weight.dtype == torch.bfloat16
+    assert torch.equal(model.weight, before)  # type: ignore[arg-type]
+
+
+def test_under_a_scheduler_and_a_scaler() -> None:
+    model, optimizer = make(lr=1.0)
+    Bfloat16Weights(optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for _ in range(2):
+        backward(model, torch.randn(8, 64).bfloat16())
+        optimizer.step()
+        scheduler.step()
+    assert model.weight.dtype == torch.bfloat16
+    assert optimizer.param_groups[0]["rounded_steps"] == 2
+    assert optimizer.param_groups[0]["lr"] == 0.25
 
 
 def test_other_parameters_are_left_alone() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from qatkernels import QuantConfig, quantize_model
+from qatkernels import QuantConfig, quantize_model, quantized_modules
+from qatkernels.hessian import hvp
 from qatkernels.methods import StableQAT
 
 
@@ -48,6 +49,60 @@ def test_no_amplitude_is_straight_through() -> None:
     straight, _ = gradients(model)
     StableQAT(model, amplitude=0.0)
     assert torch.equal(gradients(model)[0], straight)
+
+
+def test_in_training_mode_alone() -> None:
+    model = make()
+    straight, _ = gradients(model.eval())
+    StableQAT(model)
+    assert torch.equal(gradients(model)[0], straight)
+    assert not torch.equal(gradients(model.train())[0], straight)
+
+
+def test_a_weight_that_trains_later_and_one_that_is_replaced() -> None:
+    model = make()
+    model[0].weight.requires_grad_(False)  # type: ignore[index, operator, union-attr]
+    StableQAT(model)
+    model[0].weight.requires_grad_(True)  # type: ignore[index, operator, union-attr]
+    found, _ = gradients(model)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    model.requires_grad_(True)
+    assert torch.equal(gradients(model)[0], found)
+    assert not torch.equal(gradients(make())[0], found)
+
+
+def test_bfloat16_weights_have_the_factor_of_their_float32_values() -> None:
+    model = make(8)
+    model.bfloat16()
+    wide = make(8)
+    with torch.no_grad():
+        wide[0].weight.copy_(model[0].weight)  # type: ignore[index, operator, union-attr, arg-type]
+    factors = []
+    for m in (model, wide):
+        m[0].weight.grad = None  # type: ignore[index, operator, union-attr]
+        weights = []
+        for amplitude in (0.0, 0.2):
+            stable = StableQAT(m, amplitude=amplitude)
+            m[0]._forward_weight(None).float().sum().backward()  # type: ignore[index, operator, union-attr]
+            weights.append(m[0].weight.grad.float().clone())  # type: ignore[index, operator, union-attr]
+            m[0].weight.grad = None  # type: ignore[index, operator, union-attr]
+            stable.remove()
+        factors.append(weights[1])
+    torch.testing.assert_close(factors[0], factors[1], rtol=2**-8, atol=2**-9)
+
+
+def test_both_engines_multiply_with_the_same_hessian() -> None:
+    model = quantize_model(nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)), QuantConfig(3))
+    StableQAT(model)
+    x, target = torch.randn(12, 8), torch.randn(12, 3)
+    weights = [layer.weight for layer in quantized_modules(model).values()]
+    v = [torch.randn_like(w) for w in weights]
+    found = [
+        hvp(lambda: (model(x) - target).square().mean(), weights, v, model=model, engine=engine)
+        for engine in ("reverse", "forward")
+    ]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_what_is_refused() -> None:

@@ -152,7 +152,6 @@ def test_resets_by_default() -> None:
         ({"amplitude": 0.3}, r"--amplitude is 0.3, must be in \[0, 0.225079\)"),
         ({"weights": "float16"}, "--weights is 'float16', must be one of float32, bfloat16, stochastic"),
         ({"weights": "bfloat16", "parallel": "fsdp"}, "--weights is bfloat16, must be float32 with --parallel fsdp"),
-        ({"method": "stableqat", "parallel": "fsdp"}, "--method is stableqat, must be qat, winq or squat with"),
         ({"act_bits": 1}, r"--act-bits is 1, must be in \[2, 8\]"),
         ({"accumulate": 9}, "--accumulate is 9, must be at most --batch, 8"),
         ({"reset_weight": 1.5}, r"--reset-weight is 1.5, must be in \[0, 1\]"),

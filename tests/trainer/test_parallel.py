@@ -35,6 +35,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "ddp": {"parallel": "ddp"},
     "ddp-winq": {"parallel": "ddp", "method": "winq", "reset_every": 4, "stats_every": 3},
     "ddp-squat": {"parallel": "ddp", "method": "squat", "accumulate": 2, "act_bits": 8},
+    "ddp-stochastic": {"parallel": "ddp", "weights": "stochastic"},
+    "fsdp-stableqat": {"parallel": "fsdp", "method": "stableqat", "stats_every": 3},
     "fsdp": {"parallel": "fsdp", "tokens": 60 * 4 * 32, "qat_fraction": 0.3, "schedule": "fused", "accumulate": 2},
     "fsdp-winq": {"parallel": "fsdp", "method": "winq", "reset_every": 4, "stats_every": 3, "two_sided": True},
     "fsdp-squat": {"parallel": "fsdp", "method": "squat", "target": "latent", "minibatch": "next", "stats_every": 2},
