@@ -77,7 +77,7 @@ SIZES = {
         {**_COMMON, "eval_every": _NEVER},
     ),
     "longer": Size(
-        {4: {**_FOUR, "qat_steps": 60}, 2: {**_TWO, "qat_steps": 300}}, ("qat", "winq+distill"),
+        {4: {**_FOUR, "qat_steps": 60}, 2: {**_TWO, "qat_steps": 300}}, ("qat",),
         {**_COMMON, "eval_every": 50, "save_every": 50},
     ),
     "full": Size({4: {**_FOUR, "qat_steps": 120}, 2: {**_TWO, "qat_steps": 480}}, tuple(VARIANTS), _COMMON),

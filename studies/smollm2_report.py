@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from qatkernels.plotting import COLOURS, INK, tidy
 
@@ -67,25 +68,26 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(full[0]["perplexity"], color=INK, linewidth=1, label="full precision")
-    top = 6 * max(row["figures"]["trained"] for row in trained)
     widths: dict[float, Figures] = {row["settings"]["bits"]: row["figures"] for row in trained}
     places = {bits: i for i, bits in enumerate(sorted(widths, reverse=True))}
-    for bits, f in widths.items():
-        axes.plot(places[bits], min(f["rounded"], top), "v", color=COLOURS[3],
-                  label=None if places[bits] else "rounded to nearest")  # fmt: skip
-        if f["rounded"] > top:
-            axes.annotate(f"{f['rounded']:,.0f}", (places[bits], top), (8, -3), textcoords="offset points", fontsize=8)
+    points = [(-0.12, COLOURS[3], "rounded to nearest", {bits: f["rounded"] for bits, f in widths.items()})]
     for k, (variant, name) in enumerate(NAMES.items()):
         own = {row["settings"]["bits"]: row["figures"] for row in trained if row["settings"]["variant"] == variant}
         if own:
-            axes.plot([places[bits] for bits in own], [f["trained"] for f in own.values()], "o", color=COLOURS[k % 3],
-                      label=name)  # fmt: skip
+            points.append((0.06 * k, (*COLOURS[:3], COLOURS[4])[k], name, {b: f["trained"] for b, f in own.items()}))
+    for shift, colour, name, values in points:
+        axes.plot([places[bits] + shift for bits in values], list(values.values()), "o", color=colour, label=name)
+        for bits, value in values.items():
+            axes.annotate(f"{value:,.1f}", (places[bits] + shift, value), (0, 6), textcoords="offset points",
+                          ha="center", fontsize=7)  # fmt: skip
     axes.set_yscale("log")
-    axes.set_ylim(0.7 * min(full[0]["perplexity"], *(row["figures"]["trained"] for row in trained)), 1.5 * top)
-    axes.set_xlim(-0.5, len(places) - 0.1)
+    shown = [value for *_, values in points for value in values.values()]
+    axes.set_ylim(0.7 * min(shown), 2 * max(shown))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlim(-0.4, len(places) + 0.1)
     axes.set_xticks(range(len(places)), [f"{bits:g} bits, {_mb(widths[bits]['packed_bytes'])}" for bits in places])
     axes.set_title(f"SmolLM2-135M; {_mb(full[0]['bytes'])} in bfloat16", fontsize=9)
     axes.set_ylabel("perplexity of held-out text")
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="upper left")
     tidy(axes)
     figure.savefig(path, dpi=150)
