@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tests.pair import Pair
+from tests.pair import Group
 
 from .conftest import options, outcome
 from .test_parallel import train_one_of_two
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("parallel", "rank"), [("ddp", 0), ("fsdp", 1)])
-def test_killed_and_started_again(pair: Pair, tiny: dict[str, Any], tmp_path: Path, parallel: str, rank: int) -> None:
+def test_killed_and_started_again(pair: Group, tiny: dict[str, Any], tmp_path: Path, parallel: str, rank: int) -> None:
     settings = {**tiny, "parallel": parallel}
     assert [end for end, _ in pair.run(train_one_of_two, settings)] == ["done", "done"]
     draw = random.Random(rank if os.environ.get("CI") else None)
