@@ -105,7 +105,7 @@ SIZES = {
         Part(_SEEDS, (2, 3), (5e-4,), WEIGHTS[:1], ("base", "stable"), 1200),
         Part((1,), (1,), (5e-4,), WEIGHTS, _WINQ, 1200),
     )),
-    # The whole grid: about 18 hours on two cores. Not run yet.
+    # The whole grid: about 16 hours of one core. Not run yet.
     "cpu-whole": Size(_SMALL, (
         Part(_SEEDS, (1, 1.58, 2, 3), (2e-5, 1e-4, 5e-4, 2e-3), WEIGHTS, _WINQ, 1200),
         Part(_SEEDS, (1, 2), (2e-3,), WEIGHTS[:2], ("base", "reset-0.4", "both-0.4"), 9600),

@@ -123,7 +123,7 @@ class MasterShard(Tensor):
     ) -> tuple[tuple[Tensor, ...], Any]:
         """Return what this process sends, and what :meth:`fsdp_post_all_gather` needs beside it."""
         quantizer, grid = module.quantizer, module.grid
-        if not quantizer.usual or any(quantizer.noise(module.training)):
+        if not quantizer.unmodified or any(quantizer.noise(module.training)):
             raise ValueError(
                 "there is noise on a weight, something is added to it, or its gradient is StableQAT's, and only its "
                 "codes are gathered: take noise_std=0 (WinQ) or target='latent' (SQuAT), or leave gather_codes out"

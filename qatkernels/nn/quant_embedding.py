@@ -110,7 +110,7 @@ class QuantEmbedding(Quantized, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Return rows ``[..., K]`` for row numbers ``[...]``, int32 or int64."""
         quantizer = self.quantizer
-        if quantizer.bypassed or not quantizer.usual or any(quantizer.noise(self.training)):
+        if quantizer.bypassed or not quantizer.unmodified or any(quantizer.noise(self.training)):
             return self._multiplied(self._rows(input, self._forward_weight(None)))
         self.check_scale()
         if len(self.scale) not in (1, self.num_embeddings):

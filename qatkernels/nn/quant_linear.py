@@ -110,7 +110,7 @@ class QuantLinear(Quantized, nn.Linear):
         """Return the output before it is quantized."""
         dtype = compute_dtype(self.weight)
         pushing = not torch.compiler.is_compiling() and in_forward_mode()
-        if pushing and self.quantizer.usual and forward_mode_alone(x, *self.parameters(recurse=False)):
+        if pushing and self.quantizer.unmodified and forward_mode_alone(x, *self.parameters(recurse=False)):
             return self._pushed_forward(x, dtype or self.weight.dtype)
         self.check_scale()
         scales = self._scales_for(self.weight)

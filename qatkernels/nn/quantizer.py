@@ -101,7 +101,7 @@ class WeightQuantizer:
             self.added = before
 
     @property
-    def usual(self) -> bool:
+    def unmodified(self) -> bool:
         """Whether a forward adds nothing to the quantized weight, and its gradient is straight-through."""
         return self.added is None and not self.surrogate
 
@@ -169,7 +169,7 @@ class WeightQuantizer:
             dtype: as for :meth:`plain`.
             training: whether there is noise.
         """
-        if self.bypassed or not self.usual or not joins(x, bias, weight, dtype):
+        if self.bypassed or not self.unmodified or not joins(x, bias, weight, dtype):
             return F.linear(x, self(weight, scale, zero_point, dtype, training), bias)
         noise = self.noise(training)
         seed = self._seed_for(weight, scale, zero_point, noise)

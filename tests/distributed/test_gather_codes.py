@@ -216,10 +216,7 @@ def in_two_dimensions(rank, folder):
 
 
 def test_replicated_shards_and_checkpoints(pair, tmp_path):
-    model = make("affine")
-    for tokens in batches(0):
-        (loss_of(model, tokens) / 2).backward()
-    wanted = {n: p.grad for n, p in model.named_parameters()}
+    wanted = gradients_of_one("affine")
     for found in pair.run(in_two_dimensions, tmp_path):
         for grads in found:
             torch.testing.assert_close(grads, wanted)
@@ -293,6 +290,14 @@ def test_gradients_that_are_clipped_between(pair):
         torch.testing.assert_close(found, wanted)
 
 
+def gradients_of_one(name):
+    """Return the gradients of a step in one process."""
+    model = make(name)
+    for tokens in batches(0):
+        (loss_of(model, tokens) / 2).backward()
+    return {n: p.grad for n, p in model.named_parameters()}
+
+
 def unfrozen(rank):
     """Freeze a layer, gather codes, and train it after all."""
     model = make("row")
@@ -304,12 +309,8 @@ def unfrozen(rank):
 
 
 def test_layers_that_train_later(pair):
-    model = make("row")
-    for tokens in batches(0):
-        (loss_of(model, tokens) / 2).backward()
-    wanted = {n: p.grad for n, p in model.named_parameters()}
     for found in pair.run(unfrozen):
-        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(found, gradients_of_one("row"))
 
 
 def replaced(rank):
@@ -322,12 +323,8 @@ def replaced(rank):
 
 
 def test_a_model_that_is_moved_gathers_weights(pair):
-    model = make("row")
-    for tokens in batches(0):
-        (loss_of(model, tokens) / 2).backward()
-    wanted = {n: p.grad for n, p in model.named_parameters()}
     for found in pair.run(replaced):
-        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(found, gradients_of_one("row"))
 
 
 def refused_later(rank):
