@@ -84,6 +84,28 @@ class _Gathered(torch.autograd.Function):
         return parts.redistribute(placements=ctx.placements) / mesh.size()
 
 
+def part_of_sum(tensor: Any) -> Tensor:
+    """Return what each process adds of a tensor that all have, so that the sum over the processes has it once.
+
+    Its gradient is that of one process; all have the same.
+    """
+    return _PartOfSum.apply(tensor)
+
+
+class _PartOfSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: DTensor) -> Tensor:
+        ctx.mesh, ctx.placements = tensor.device_mesh, tensor.placements
+        return tensor.to_local() / tensor.device_mesh.size()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(grad, ctx.mesh, ctx.placements, run_check=False)
+
+
 def follows(scale: Sequence[int], weight: Sequence[int], dim: int, parts: int) -> bool | None:
     """Whether scales are split with their weight where it is sharded.
 
@@ -109,6 +131,13 @@ def splits_groups(scale: Tensor, weight: DTensor) -> bool:
 
     shards = [(p.dim, weight.device_mesh.size(i)) for i, p in enumerate(weight.placements) if isinstance(p, Shard)]
     return any(follows(scale.shape, weight.shape, *shard) is None for shard in shards)
+
+
+def splits_columns(weight: DTensor) -> bool:
+    """Whether the last dimension of a weight is sharded."""
+    from torch.distributed.tensor import Shard
+
+    return any(isinstance(p, Shard) and p.dim == weight.ndim - 1 for p in weight.placements)
 
 
 def beside(scale: Any, weight: DTensor) -> Tensor:
@@ -144,6 +173,15 @@ def summed(tensor: DTensor) -> Tensor:
     placements = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
     taken: Tensor = tensor.redistribute(tensor.device_mesh, placements)
     return taken
+
+
+def for_own_tokens(tensor: DTensor) -> Tensor:
+    """Return the full tensor of a DTensor, for tokens that differ between processes; its gradient is their sum."""
+    from torch.distributed.tensor import Partial
+
+    full: Any = on_every_process(tensor)
+    used: Tensor = full.to_local(grad_placements=[Partial()] * tensor.device_mesh.ndim)
+    return used
 
 
 def on_every_process(tensor: Any) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .arguments import TRACED
-from .dtensor import beside, gathered, is_dtensor
+from .dtensor import beside, for_own_tokens, gathered, is_dtensor
 
 
 class Float32Scales(nn.Module):
@@ -57,13 +58,15 @@ class Float32Scales(nn.Module):
         """Return scale and zero point to quantize a tensor with.
 
         They are gathered where only they are sharded (:func:`shard_scales`), and are put where a sharded tensor is.
+        Under expert parallelism a tensor that is not sharded has tokens of this process.
         """
         scale, zero_point = self.scale, self.zero_point
         if not is_dtensor(scale):
             return scale, zero_point
+        put: Callable[[Any], Tensor] = gathered if self.scales_apart else for_own_tokens
         if is_dtensor(tensor):
-            return beside(scale, tensor), None if zero_point is None else beside(zero_point, tensor)
-        return gathered(scale), None if zero_point is None else gathered(zero_point)
+            put = partial(beside, weight=tensor)
+        return put(scale), None if zero_point is None else put(zero_point)
 
     def get_extra_state(self) -> Tensor:
         """Return the layout as text in a tensor."""

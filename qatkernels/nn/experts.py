@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import autocast_dtype
+from ..dtensor import local_part
+from ..ops import PackedWeight
 from ..ops._grouped_linear import grouped_linear
 from ..ops.contract import FLOATS
 from .config import QuantConfig
-from .grouped_quant_linear import GroupedQuantLinear, bias_of_tokens
+from .grouped_quant_linear import GroupedQuantLinear, add_bias
 from .quant_conv1d import transpose_
 
 #: The module of transformers with the registry, and what our entry is called there.
@@ -220,15 +222,15 @@ def experts_forward(
     Args:
         experts: the module. Its projections are layers, or Parameters where a pattern left them out.
         hidden_states: tokens ``[T, H]``.
-        top_k_index: each token's experts, ``[T, k]``. Under expert parallelism, indices of at least ``num_experts``
-            are experts elsewhere, and give 0.
+        top_k_index: each token's experts, ``[T, k]``. Under expert parallelism experts are numbered in each process,
+            and indices of at least as many as are here are experts elsewhere, and give 0.
         top_k_weights: their weights ``[T, k]``.
 
     Returns:
         ``[T, H]``. Sums over a token's experts have a fixed order.
     """
     expert, order = top_k_index.reshape(-1).sort(stable=True)
-    each = torch.arange(experts.num_experts, device=expert.device, dtype=expert.dtype)
+    each = torch.arange(experts_here(experts), device=expert.device, dtype=expert.dtype)
     offsets = torch.searchsorted(expert, each, right=True).int()
     x = hidden_states[order // top_k_index.shape[-1]]
     x = _project(experts, "gate_up_proj" if experts.has_gate else "up_proj", x, offsets)
@@ -241,15 +243,25 @@ def experts_forward(
     return by_token.sum(dim=1).to(hidden_states.dtype)
 
 
+def experts_here(experts: nn.Module) -> int:
+    """Return how many of the experts of a module this process has: all, without expert parallelism."""
+    held: Any = next(found for name in _PROJECTIONS if (found := getattr(experts, name, None)) is not None)
+    if isinstance(held, nn.Module):
+        weight: Any = held.weight
+        held = weight.packed if isinstance(weight, PackedWeight) else weight
+    return len(local_part(held))
+
+
 def _project(experts: Any, name: str, x: Tensor, offsets: Tensor) -> Tensor:
     """Return the product of tokens, sorted by expert, and a projection, which is a layer or a stack of weights."""
     held = getattr(experts, name)
     if isinstance(held, nn.Module):
         y: Tensor = held(x, offsets)
         return y
-    weight, bias = held.mT if experts.is_transposed else held, None
+    held = local_part(held)
+    weight = held.mT if experts.is_transposed else held
     if (dtype := autocast_dtype(weight)) is not None:
         x, weight = x.to(dtype), weight.to(dtype)
     y = grouped_linear(x, weight, offsets)
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-    return y if bias is None else y + bias_of_tokens(bias, offsets, len(x)).to(y.dtype)
+    return y if bias is None else add_bias(y, bias, offsets)

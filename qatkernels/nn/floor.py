@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dtensor import local_part
 from ..grids import MIN_SCALE
 
 
@@ -26,9 +27,9 @@ def count_act_at_floor(scale: Tensor, initialized: Tensor) -> Tensor:
 
     Args:
         scale: the scale; of a sharded one, what this process holds.
-        initialized: whether a batch set it, a boolean scalar.
+        initialized: whether a batch set it, a boolean scalar; a DTensor has it in every process.
     """
-    return ((scale <= MIN_SCALE) & initialized).sum()
+    return ((scale <= MIN_SCALE) & local_part(initialized)).sum()
 
 
 def floor_message(count: int, total: int, when: str = "") -> str:

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..autocast import autocast_dtype, compute_dtype
+from ..dtensor import is_dtensor, local_part, part_of_sum
 from ..ops._grouped_linear import grouped_linear
+from ..ops._sharded_product import sharded_product
 from .config import QuantConfig
 from .quant_linear import why_not
 from .quantized import Quantized
@@ -154,8 +156,13 @@ class GroupedQuantLinear(Quantized):
         weight = self._forward_weight(compute_dtype(self.weight))
         if (dtype := autocast_dtype(self.weight)) is not None:
             x, weight = x.to(dtype), weight.to(dtype)
-        y = grouped_linear(x, weight, offsets)
-        y = y if self.bias is None else y + bias_of_tokens(self.bias, offsets, len(x)).to(y.dtype)
+        if is_dtensor(weight):
+            # Where there is noise the weight was gathered: it has that of its elements.
+            split: Any = weight.redistribute(placements=self.weight.placements)  # type: ignore[attr-defined]
+            y = sharded_product(x, (split,), None, lambda x, weight, _: grouped_linear(x, weight, offsets))
+        else:
+            y = grouped_linear(x, weight, offsets)
+        y = y if self.bias is None else add_bias(y, self.bias, offsets)
         return y if self.out_act is None else self.out_act(y)
 
     def extra_repr(self) -> str:
@@ -172,6 +179,20 @@ def _stacked(parameters: Sequence[Tensor], name: str) -> nn.Parameter:
             if other != first:
                 raise ValueError(f"linears[{i}].{name} has {what} {other}, must be {first} like linears[0].{name}")
     return nn.Parameter(torch.stack([p.detach() for p in parameters]), requires_grad=parameters[0].requires_grad)
+
+
+def add_bias(y: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
+    """Return outputs ``[T, N]`` plus the bias ``[E, N]`` of each token's expert.
+
+    Where the bias is sharded, ``y`` is what :func:`~qatkernels.ops._sharded_product.sharded_product` returned.
+    """
+    if is_dtensor(bias) and is_dtensor(y):
+        from torch.distributed.tensor import DTensor
+
+        here = part_of_sum(bias) if y.placements[0].is_partial() else bias.to_local()
+        added = bias_of_tokens(here, offsets, len(y)).to(y.dtype)
+        return y + DTensor.from_local(added, y.device_mesh, y.placements, run_check=False)
+    return y + bias_of_tokens(local_part(bias), offsets, len(y)).to(y.dtype)
 
 
 def bias_of_tokens(bias: Tensor, offsets: Tensor, tokens: int) -> Tensor:

@@ -12,7 +12,7 @@ from ..dtensor import whole
 from ..grids import Grid
 from ..ops import PackedWeight
 from .activation import DynamicActivation
-from .grouped_quant_linear import bias_of_tokens
+from .grouped_quant_linear import add_bias
 from .scaled_embedding import Multiplier
 
 #: Where nn.Module keeps the hooks of a forward and of its backward.
@@ -188,7 +188,7 @@ class GroupedPackedLinear(Packed):
             x = self.act(x)
         y = self.weight(x, None, offsets, self.act_bits)
         if self.bias is not None:
-            y = y + bias_of_tokens(self.bias, offsets, len(x)).to(y.dtype)
+            y = add_bias(y, self.bias, offsets)
         return y if self.out_act is None else self.out_act(y)
 
 

@@ -11,25 +11,34 @@ torch.distributed.tensor takes most of a second to import.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor import parallel as torch_parallel
 
 from ..ops import PackedWeight
-from .packed_linear import PackedEmbedding, PackedLinear
+from .grouped_quant_linear import GroupedQuantLinear
+from .packed_linear import GroupedPackedLinear, Packed, PackedEmbedding
 from .quant_embedding import QuantEmbedding
 from .quant_linear import QuantLinear
 
+#: Layers of a mixture's experts, which are called with the tokens and their offsets.
+GROUPED = (GroupedQuantLinear, GroupedPackedLinear)
+#: Dimensions of a weight ``[E, N, K]``, or ``[N, K]``, counted from its end.
+EXPERTS, ROWS, COLUMNS = -3, -2, -1
+
 
 class ColwiseParallel(torch_parallel.ColwiseParallel):
-    """torch's ColwiseParallel, also for QuantLinear and PackedLinear: each process has some of the rows.
+    """torch's ColwiseParallel, also for layers of this library: each process has some of the rows.
 
     Scales, zero points, codes and bias are split with the rows; one scale for the whole weight, and the learned scales
     of inputs and outputs, stay whole in every process, and their gradients are summed. Codes are those of one process
-    bit for bit.
+    bit for bit. Of stacked experts (:class:`GroupedQuantLinear`, :class:`GroupedPackedLinear`) each process has some of
+    the rows of every expert.
 
     Raises:
         ValueError: by ``parallelize_module``, for an embedding of this library, whose columns share scales: give it
@@ -37,7 +46,7 @@ class ColwiseParallel(torch_parallel.ColwiseParallel):
     """
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        if not _partition(module, device_mesh, 0):
+        if not shard(module, device_mesh, ROWS):
             super()._partition_linear_fn(name, module, device_mesh)
 
     def _partition_embedding_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
@@ -48,13 +57,17 @@ class ColwiseParallel(torch_parallel.ColwiseParallel):
             )
         super()._partition_embedding_fn(name, module, device_mesh)
 
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return _of_experts(self, module, device_mesh) if isinstance(module, GROUPED) else super()._apply(module, device_mesh)
+
 
 class RowwiseParallel(torch_parallel.RowwiseParallel):
-    """torch's RowwiseParallel, also for QuantLinear and PackedLinear: each process has some of the columns.
+    """torch's RowwiseParallel, also for layers of this library: each process has some of the columns.
 
     Scales of groups are split with the columns. A scale of a row, or of the whole weight, is in every process, and the
     processes sum its gradient. Sums over columns have another order than in one process; codes are the same bit for
-    bit. If the processes would split a group, the weight is gathered in every forward, which is right and slow.
+    bit. If the processes would split a group, the weight is gathered in every forward, which is right and slow. Of
+    stacked experts each process has some of the columns of every expert.
 
     A :class:`QuantEmbedding` is split by rows, as torch splits an ``nn.Embedding``.
 
@@ -64,56 +77,83 @@ class RowwiseParallel(torch_parallel.RowwiseParallel):
     """
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        if not _partition(module, device_mesh, 1):
+        if not shard(module, device_mesh, COLUMNS):
             super()._partition_linear_fn(name, module, device_mesh)
 
     def _partition_embedding_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         if isinstance(module, PackedEmbedding):
             raise ValueError("PackedEmbedding cannot be sharded: leave it out of the plan, and it is whole everywhere")
         if isinstance(module, QuantEmbedding):
-            _shard_parameters(module, device_mesh, {"weight": 0, "scale": 0, "zero_point": 0})
+            shard_parameters(module, device_mesh, {"weight": 0, "scale": 0, "zero_point": 0})
         else:
             super()._partition_embedding_fn(name, module, device_mesh)
 
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, GROUPED):
+            return super()._apply(module, device_mesh)
+        self.desired_input_layouts = (Shard(-1),)
+        return _of_experts(self, module, device_mesh)
 
-def _partition(module: nn.Module, mesh: DeviceMesh, dim: int) -> bool:
-    """Shard a module along dimension 0 or 1 of its weight, if it belongs to a layer of this library.
+
+def _of_experts(style: Any, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Apply one of the styles to stacked experts, whose second input, the offsets, is the same in every process."""
+
+    def prepare(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+        x = style._prepare_input_fn(style.input_layouts, style.desired_input_layouts, module, inputs, mesh)
+        return (x, *inputs[1:])
+
+    finish = partial(style._prepare_output_fn, style.output_layouts, style.use_local_output)
+    split: Callable[..., None] = style._partition_linear_fn
+    return distribute_module(module, mesh, split, prepare, finish)
+
+
+def shard(module: nn.Module, mesh: DeviceMesh, dim: int) -> bool:
+    """Shard a module along a dimension of its weight, if it belongs to a layer of this library.
 
     torch calls this for the layer and then for its modules; what is left alone is replicated.
+
+    Args:
+        module: the module.
+        mesh: a mesh of one dimension.
+        dim: ``EXPERTS``, ``ROWS`` or ``COLUMNS``.
     """
     if isinstance(module, PackedWeight):
         _shard_codes(module, mesh, dim)
         return True
-    if isinstance(module, PackedLinear):
-        if module.bias is not None:
-            _shard_parameters(module, mesh, {"bias": 0 if dim == 0 else None})
+    if isinstance(module, Packed):
+        shard_parameters(module, mesh, {"bias": None if dim == COLUMNS else dim + 1})
         return True
-    if isinstance(module, QuantLinear):
-        columns = module.group_size is not None and module.scale.shape[1] % mesh.size() == 0
-        scales = None if module.config.per_tensor else 0 if dim == 0 else 1 if columns else None
-        dims = {"weight": dim, "bias": 0 if dim == 0 else None, "scale": scales, "zero_point": scales}
-        _shard_parameters(module, mesh, dims)
+    if isinstance(module, QuantLinear | GroupedQuantLinear):
+        scale_dim: int | None = dim
+        if module.config.per_tensor:
+            scale_dim = -1 if dim == EXPERTS else None
+        elif module.group_size is None:
+            scale_dim = None if dim == COLUMNS else dim + 1
+        elif dim == COLUMNS and module.scale.shape[-1] % mesh.size():
+            scale_dim = None
+        bias_dim = None if dim == COLUMNS else dim + 1
+        dims = {"weight": dim, "bias": bias_dim, "scale": scale_dim, "zero_point": scale_dim}
+        shard_parameters(module, mesh, dims)
         return True
     return type(module) is not nn.Linear and "weight" not in module._parameters
 
 
-def _shard_parameters(module: nn.Module, mesh: DeviceMesh, dims: dict[str, int | None]) -> None:
+def shard_parameters(module: nn.Module, mesh: DeviceMesh, dims: dict[str, int | None]) -> None:
     """Replace parameters by DTensors, each sharded along a dimension, or whole in every process where that is None."""
     for name, dim in dims.items():
         parameter = module._parameters.get(name)
-        if parameter is None:
-            continue
-        if parameter.numel() == 1:
-            dim = None
-        sharded = distribute_tensor(parameter.detach(), mesh, [Replicate() if dim is None else Shard(dim)])
-        module._parameters[name] = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
+        if parameter is not None:
+            whole = dim is None or parameter.numel() == 1
+            placement = Replicate() if whole else Shard(dim % parameter.ndim)
+            sharded = distribute_tensor(parameter.detach(), mesh, [placement])
+            module._parameters[name] = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
 
 
 def _shard_codes(weight: PackedWeight, mesh: DeviceMesh, dim: int) -> None:
     """Replace codes, scales and zero points by DTensors."""
     groups, parts = weight.scale.shape[-1], mesh.size()
     one_scale = groups == 1
-    if dim == 1:
+    if dim == COLUMNS:
         cols = weight.cols
         if cols % parts or cols // parts * weight.bits % 8 or not (one_scale or groups % parts == 0):
             raise ValueError(
@@ -124,5 +164,5 @@ def _shard_codes(weight: PackedWeight, mesh: DeviceMesh, dim: int) -> None:
     buffers: dict[str, Any] = weight._buffers
     for name, tensor in buffers.items():
         if isinstance(tensor, Tensor):
-            whole = dim == 1 and one_scale and name != "packed"
-            buffers[name] = distribute_tensor(tensor, mesh, [Replicate() if whole else Shard(dim)])
+            whole = dim == COLUMNS and one_scale and name != "packed"
+            buffers[name] = distribute_tensor(tensor, mesh, [Replicate() if whole else Shard(dim % tensor.ndim)])

@@ -20,7 +20,7 @@ from ..arguments import (
     wrong_type,
 )
 from ..autocast import autocast_dtype
-from ..dtensor import is_dtensor
+from ..dtensor import is_dtensor, splits_columns
 from ..dtypes import dtype_name
 from ..float32_scales import Float32Scales
 from ..grids import Grid, check_grid
@@ -28,6 +28,7 @@ from ._fake_quantize import check_layout
 from ._lowbit_linear import FORWARD
 from ._quantize import dequantize, quantize
 from ._sharded_product import sharded_product
+from .dynamic import fake_quantize_dynamic
 from .packing import SCALES, pack, readable, row_bytes, store_scale, unpack
 
 
@@ -408,7 +409,10 @@ def lowbit_linear(
     buffers = weight._buffers  # reading attributes of a module would take as long as the choice of a kernel
     packed, scale, zero_point = buffers["packed"], buffers["scale"], buffers["zero_point"]
     if is_dtensor(packed):
-        return sharded_product(x, packed, scale, zero_point, bias, act_bits, partial(_product, weight))  # type: ignore[arg-type]
+        if act_bits is not None and splits_columns(packed):  # tokens have a scale each: they are quantized whole
+            x, act_bits = fake_quantize_dynamic(x, act_bits), None
+        product = partial(_product, weight, offsets, act_bits)
+        return sharded_product(x, (packed, scale, zero_point), bias, product)  # type: ignore[arg-type]
     y: Tensor = FORWARD.call(
         x, packed, scale, zero_point, bias, offsets, weight.constants, weight.grid.code_min, weight.bits, act_bits
     )
@@ -416,12 +420,12 @@ def lowbit_linear(
 
 
 def _product(
-    weight: PackedWeight, x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
-    act_bits: int | None,
+    weight: PackedWeight, offsets: Tensor | None, act_bits: int | None, x: Tensor, packed: Tensor, scale: Tensor,
+    zero_point: Tensor | None, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Return the product with a part of a weight."""
     y: Tensor = FORWARD.call(
-        x, packed, scale, zero_point, bias, None, weight.constants, weight.grid.code_min, weight.bits, act_bits
+        x, packed, scale, zero_point, bias, offsets, weight.constants, weight.grid.code_min, weight.bits, act_bits
     )
     return y
 
