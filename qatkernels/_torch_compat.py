@@ -6,7 +6,7 @@ They work with torch 2.11 to 2.13. If another version has moved one, the import 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +16,14 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 __all__ = [
     "TorchDispatchMode", "any_autocast", "assume_constant_result", "below_autograd", "in_dispatch_mode",
     "in_forward_mode", "in_transform", "innermost_transform_is_jvp", "integer_product", "is_fake", "is_view",
-    "preserve_version_counter", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten", "without_autocast",
-    "without_transforms",
+    "joined_meshes", "preserve_version_counter", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten",
+    "without_autocast", "without_transforms",
 ]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -69,6 +72,11 @@ def fsdp_has_run(model: torch.nn.Module) -> bool:
     """Whether FSDP2 has prepared itself for a first forward of a model."""
     states = [getattr(module, "_get_fsdp_state", None) for module in model.modules()]
     return any(state is not None and state()._is_root is not None for state in states)
+
+
+def joined_meshes(meshes: list[DeviceMesh]) -> DeviceMesh:
+    """Return the mesh with the dimensions of several meshes that were taken out of one."""
+    return type(meshes[0])._concatenate(meshes)
 
 
 def is_view(t: Tensor) -> bool:

@@ -5,6 +5,7 @@ That import takes most of a second. Without it no DTensor can exist, so `sys.mod
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -60,28 +61,43 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """Return the full tensor of a DTensor; its gradient is the mean over the processes, as FSDP2's is.
+def gathered(tensor: DTensor, dims: int) -> Tensor:
+    """Return a DTensor gathered along the first dimensions of its mesh; a DTensor on the others, if there are others.
 
-    All processes must call this, and run the backward.
+    Its gradient is the mean over the processes of these dimensions, as FSDP2's is. All processes must call this, and
+    run the backward.
+
+    Args:
+        tensor: the tensor.
+        dims: how many dimensions of the mesh FSDP2 shards parameters over.
     """
-    return _Gathered.apply(tensor)
+    return _Gathered.apply(tensor, dims)
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: DTensor) -> Tensor:
-        ctx.mesh, ctx.placements = tensor.device_mesh, tensor.placements
-        return whole(tensor.detach())
+    def forward(ctx: Any, tensor: Any, dims: int) -> Tensor:
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh, placements = tensor.device_mesh, tensor.placements
+        ctx.mesh, ctx.placements, ctx.dims = mesh, placements, dims
+        ctx.layout = {"shape": tensor.shape, "stride": tensor.stride()}
+        if dims == mesh.ndim:
+            return whole(tensor.detach())
+        rest = mesh[mesh.mesh_dim_names[dims:]]
+        here = tensor.detach().redistribute(placements=[Replicate()] * dims + list(placements[dims:])).to_local()
+        return DTensor.from_local(here, rest, placements[dims:], run_check=False, **ctx.layout)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Any) -> Any:
         from torch.distributed.tensor import DTensor, Partial
 
-        mesh = ctx.mesh
-        parts = DTensor.from_local(grad.contiguous(), mesh, [Partial()] * mesh.ndim, run_check=False)
-        return parts.redistribute(placements=ctx.placements) / mesh.size()
+        dims, rest = ctx.dims, ctx.placements[ctx.dims :]
+        here = grad.redistribute(placements=rest).to_local() if is_dtensor(grad) else grad
+        partial = [*[Partial()] * dims, *rest]
+        parts = DTensor.from_local(here.contiguous(), ctx.mesh, partial, run_check=False, **ctx.layout)
+        return parts.redistribute(placements=ctx.placements) / math.prod(ctx.mesh.shape[:dims]), None
 
 
 def part_of_sum(tensor: Any) -> Tensor:
@@ -125,19 +141,22 @@ def follows(scale: Sequence[int], weight: Sequence[int], dim: int, parts: int) -
     return None if scale[dim] % parts or weight[dim] % parts else True
 
 
+def sharded_dims(tensor: DTensor) -> dict[int, int]:
+    """Return the dimensions along which a DTensor is sharded, by the dimension of the mesh."""
+    # FSDP2 shards what tensor parallel has sharded by a placement of its own class.
+    dims = {i: getattr(placement, "dim", None) for i, placement in enumerate(tensor.placements)}
+    return {i: dim for i, dim in dims.items() if dim is not None}
+
+
 def splits_groups(scale: Tensor, weight: DTensor) -> bool:
     """Whether groups of a weight, which share a scale, lie in several shards."""
-    from torch.distributed.tensor import Shard
-
-    shards = [(p.dim, weight.device_mesh.size(i)) for i, p in enumerate(weight.placements) if isinstance(p, Shard)]
+    shards = [(dim, weight.device_mesh.size(i)) for i, dim in sharded_dims(weight).items()]
     return any(follows(scale.shape, weight.shape, *shard) is None for shard in shards)
 
 
 def splits_columns(weight: DTensor) -> bool:
     """Whether the last dimension of a weight is sharded."""
-    from torch.distributed.tensor import Shard
-
-    return any(isinstance(p, Shard) and p.dim == weight.ndim - 1 for p in weight.placements)
+    return weight.ndim - 1 in sharded_dims(weight).values()
 
 
 def beside(scale: Any, weight: DTensor) -> Tensor:
@@ -145,16 +164,14 @@ def beside(scale: Any, weight: DTensor) -> Tensor:
 
     Where shards of the weight split groups, scales are whole, and the op will gather the weight.
     """
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Replicate
 
     if scale.placements == weight.placements and scale.numel() > 1 and scale.shape[0] == weight.shape[0]:
         return scale
-    placements: list[Any] = []
-    for i, placement in enumerate(weight.placements):
-        split = isinstance(placement, Shard) and follows(
-            scale.shape, weight.shape, placement.dim, weight.device_mesh.size(i)
-        )
-        placements.append(placement if split else Replicate())
+    placements: list[Any] = [Replicate()] * weight.device_mesh.ndim
+    for i, dim in sharded_dims(weight).items():
+        if follows(scale.shape, weight.shape, dim, weight.device_mesh.size(i)):
+            placements[i] = weight.placements[i]
     split_with: Tensor = scale.redistribute(weight.device_mesh, placements)
     return split_with
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -31,8 +30,9 @@ class Float32Scales(nn.Module):
     )
     #: Whether a strict load of a state dict without a layout is an error. Earlier versions wrote none.
     layout_required: ClassVar[bool] = False
-    #: Whether :func:`qatkernels.nn.shard_scales` has taken the scales out of what FSDP2 manages.
-    scales_apart: bool = False
+    #: Where :func:`qatkernels.nn.shard_scales` has taken the scales out of what FSDP2 manages: how many dimensions of
+    #: their mesh are FSDP2's, the first ones. The others are of tensor or expert parallel. Else 0.
+    scales_apart: int = 0
 
     scale: Tensor
     zero_point: Tensor | None
@@ -63,10 +63,15 @@ class Float32Scales(nn.Module):
         scale, zero_point = self.scale, self.zero_point
         if not is_dtensor(scale):
             return scale, zero_point
-        put: Callable[[Any], Tensor] = gathered if self.scales_apart else for_own_tokens
+        return self._put(scale, tensor), None if zero_point is None else self._put(zero_point, tensor)
+
+    def _put(self, scale: Any, tensor: Tensor) -> Tensor:
+        """Return scales, which are a DTensor, where a tensor is."""
+        if self.scales_apart and not (is_dtensor(tensor) and tensor.device_mesh == scale.device_mesh):
+            scale = gathered(scale, self.scales_apart)
         if is_dtensor(tensor):
-            put = partial(beside, weight=tensor)
-        return put(scale), None if zero_point is None else put(zero_point)
+            return beside(scale, tensor)
+        return for_own_tokens(scale) if is_dtensor(scale) else scale
 
     def get_extra_state(self) -> Tensor:
         """Return the layout as text in a tensor."""

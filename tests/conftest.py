@@ -61,3 +61,13 @@ def pair():
     processes = Group()
     yield processes
     processes.close()
+
+
+@pytest.fixture(scope="session")
+def four():
+    """Four such processes."""
+    if sys.platform != "linux" or not torch.distributed.is_gloo_available():
+        pytest.skip("needs gloo")
+    processes = Group(4)
+    yield processes
+    processes.close()

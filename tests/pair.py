@@ -10,7 +10,8 @@ A test takes the fixture `pair` and sends it a job, a function at the top level 
 
 Both processes import the job by its name and call it with their rank. The default process group exists, and the
 environment is that of torchrun. Every job starts with the same seeds, working directory, environment and warning
-filters. Arguments and results of a job must be picklable. A test that needs another number of processes makes
+filters. Arguments and results of a job must be picklable. Where each process has a GPU of its own, the group also has
+NCCL, and jobs that keep their model on :func:`device_of` run there. A test that needs another number of processes makes
 :class:`Group` itself.
 """
 
@@ -37,6 +38,26 @@ from typing import Any
 LIMIT = 300.0
 #: Seconds that a process may continue after the other one failed. It may wait for the other in a collective.
 GRACE = 10.0
+
+
+def device_of(size: int) -> str:
+    """Return where processes of a group can have sharded models: "cuda", by NCCL, if each has a GPU, else "cpu"."""
+    import torch
+    import torch.distributed as dist
+
+    return "cuda" if dist.is_nccl_available() and torch.cuda.device_count() >= size else "cpu"
+
+
+def on_cpu(value: Any) -> Any:
+    """Return tensors (in lists, tuples, dicts) whole and on the CPU: those of a job, for a comparison."""
+    import torch
+    from torch.utils import _pytree
+
+    def moved(leaf: Any) -> Any:
+        full = leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf
+        return full.detach().cpu() if isinstance(full, torch.Tensor) else full
+
+    return _pytree.tree_map(moved, value)
 
 
 class JobFailed(Exception):
@@ -146,7 +167,10 @@ def _serve(number: int, size: int, connection: Connection, folder: Path, stacks:
 
         torch.set_num_threads(1)
         # They rendezvous through a file, since a port could be in use.
-        dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=number, world_size=size)
+        if device_of(size) == "cuda":
+            torch.cuda.set_device(number)
+        backends = "cpu:gloo,cuda:nccl" if device_of(size) == "cuda" else "gloo"
+        dist.init_process_group(backends, init_method=f"file://{folder}/group", rank=number, world_size=size)
         with contextlib.suppress(EOFError, OSError):
             while True:
                 sys.path[:], job = connection.recv()

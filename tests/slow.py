@@ -23,6 +23,7 @@ SLOW = 2.0
 #: for the fixture, but without it the next one would.
 FIXTURES = {
     "pair": "tests/",
+    "four": "tests/",
     "run": "tests/trainer/test_pack_cli.py",
     "out": "tests/studies/test_winq_study.py",
     "why": "tests/studies/test_winq_study.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..dtensor import is_dtensor, local_part, whole
+from ..dtensor import (
+    beside,
+    follows,
+    is_dtensor,
+    local_part,
+    sharded_dims,
+    splits_columns,
+    splits_groups,
+    whole,
+)
 from ..nn import quantized_modules
 from ..nn.quantized import Quantized, check_weights
 
@@ -48,17 +58,19 @@ def check_parameters(layers: dict[str, Quantized]) -> None:
     check_weights(layers, "WinQ's resets and SQuAT's perturbations would be lost, and statistics of the past")
 
 
-def local(name: str, module: Quantized) -> Part:
+def local(name: str, module: Quantized, *, whole_rows: bool = False) -> Part:
     """Return the local part of a layer.
 
-    If the whole weight has one scale, that scale is gathered, so all processes must call this.
+    Scales that several shards need (those of split rows, or of the whole weight) are gathered, so all processes must
+    call this.
 
     Args:
         name: name of the layer, for error messages.
         module: the layer.
+        whole_rows: whether what shares a scale must be whole: weights are rotated.
 
     Raises:
-        ValueError: if the weight is computed, or the shards split a row or a group.
+        ValueError: if the weight is computed, the shards split a group, or with ``whole_rows`` a row with one scale.
     """
     check_parameters({name: module})
     weight, (scale, zero_point) = module.weight.detach(), module.quantizer.stored(module.scale, module.zero_point)
@@ -67,27 +79,33 @@ def local(name: str, module: Quantized) -> Part:
         return Part(weight, whole(scale), None if zero_point is None else whole(zero_point))
     if scale.numel() == 1:
         return Part(local_part(weight), whole(scale), None if zero_point is None else whole(zero_point))
-    from torch.distributed.tensor import Replicate, Shard
-
-    sharded = {p.dim for p in weight.placements if isinstance(p, Shard)}
-    same = is_dtensor(scale) and scale.placements == weight.placements
-    simple = all(isinstance(p, Replicate) or type(p) is Shard for p in weight.placements)
-    # Sharding along columns gives equal chunks. They do not split a group if the number of groups divides evenly.
-    groups_complete = sharded <= {0} or (
-        module.group_size is not None and scale.shape[1] % weight.device_mesh.size() == 0
-    )
-    if not (same and simple and groups_complete):
+    if whole_rows and module.group_size is None and splits_columns(weight):
         raise ValueError(
-            f"{name} has a weight sharded as {weight.placements} and a scale as {getattr(scale, 'placements', None)}; "
-            "rows (or groups) must be whole in each process: shard both along dimension 0, as fully_shard does"
+            f"{name} has a weight sharded as {weight.placements}, which splits rows between processes, and a rotation "
+            "needs them whole: shard rows, as fully_shard and ColwiseParallel do, or leave the rotation out"
         )
-    return Part(local_part(weight), local_part(scale), None if zero_point is None else local_part(zero_point))
+    if splits_groups(scale, weight):
+        raise ValueError(
+            f"{name} has a weight sharded as {weight.placements}, which splits groups of {module.group_size} columns "
+            "between processes: shard rows, as fully_shard and ColwiseParallel do, or fewer processes"
+        )
+    here = local_part(beside(scale, weight)), None if zero_point is None else local_part(beside(zero_point, weight))
+    return Part(local_part(weight), *here)
 
 
-def locals_of(layers: dict[str, Quantized]) -> Iterator[tuple[Quantized, Part]]:
-    """Yield each layer with its local part, which may be empty."""
+def locals_of(layers: dict[str, Quantized], *, whole_rows: bool = False) -> Iterator[tuple[Quantized, Part]]:
+    """Yield each layer with its local part, which may be empty; ``whole_rows`` is for :func:`local`."""
     for name, module in layers.items():
-        yield module, local(name, module)
+        yield module, local(name, module, whole_rows=whole_rows)
+
+
+def holders(module: Quantized) -> int:
+    """Return how many processes have a part of the weights that one scale serves."""
+    weight, scale = module.weight, module.scale
+    if not is_dtensor(weight):
+        return 1
+    sizes = {dim: weight.device_mesh.size(i) for i, dim in sharded_dims(weight).items()}
+    return math.prod(n for dim, n in sizes.items() if follows(scale.shape, weight.shape, dim, n) is False)
 
 
 def total(sums: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -105,7 +123,7 @@ def total(sums: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         if is_dtensor(weight):
             key = (weight.device_mesh, weight.placements)
             sharded[key] = sharded[key] + value if key in sharded else value.clone()
-            groups[key] = [weight.device_mesh.get_group(i) for i, p in enumerate(weight.placements) if p.is_shard()]
+            groups[key] = [weight.device_mesh.get_group(i) for i in sharded_dims(weight)]
         else:
             result = result + value
     for key, value in sharded.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from ..grids import MIN_SCALE
 from ..nn import quantized_modules
 from ..nn.activation import learned_acts
 from ..nn.floor import count_act_at_floor, count_at_floor
+from ..nn.quantized import Quantized
 from ..ops import fake_quantize, quantize
-from .shards import layers_by_weight, locals_of, total
+from .shards import Part, holders, layers_by_weight, locals_of, total
 
 
 class GridStats:
@@ -38,11 +39,14 @@ class GridStats:
         """Return the tensor that the quantizer of a weight gets."""
         return w if self._rotation is None else self._rotation(w)
 
+    def _parts(self) -> Iterator[tuple[Quantized, Part]]:
+        return locals_of(self._layers, whole_rows=self._rotation is not None)
+
     @torch.no_grad()
     def codes(self) -> dict[str, Tensor]:
         """Return the current codes by layer, as DTensors where weights are DTensors."""
         codes = {}
-        for name, (module, part) in zip(self._layers, locals_of(self._layers), strict=True):
+        for name, (module, part) in zip(self._layers, self._parts(), strict=True):
             group, w = module.group_size, module.weight
             rotated = self._rotated(part.weight)
             current = quantize(rotated, part.scale, module.grid, group_size=group, zero_point=part.zero_point)
@@ -76,10 +80,13 @@ class GridStats:
     @torch.no_grad()
     def at_floor(self) -> int:
         """Return how many scales are at the floor, as :func:`qatkernels.scales_at_floor` counts them."""
-        counts = [(module.weight, count_at_floor(part.weight, part.scale)) for module, part in locals_of(self._layers)]
+        counts = [
+            (module.weight, count_at_floor(part.weight, part.scale).double() / holders(module))
+            for module, part in locals_of(self._layers)
+        ]
         for act in (act for layer in self._every for act in learned_acts(layer).values()):
             counts.append((act.scale, count_act_at_floor(local_part(act.scale.detach()), act.initialized)))
-        return int(total(counts))
+        return round(float(total(counts)))
 
     @torch.no_grad()
     def distance(self) -> float:
@@ -89,7 +96,7 @@ class GridStats:
         its distance to that level.
         """
         sums = []
-        for module, part in locals_of(self._layers):
+        for module, part in self._parts():
             w, group = self._rotated(part.weight), module.group_size
             wide = torch.promote_types(w.dtype, torch.float32)
             values = fake_quantize(w, part.scale, module.grid, group_size=group, zero_point=part.zero_point)

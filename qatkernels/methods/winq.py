@@ -206,8 +206,8 @@ class WinQ:
         A tied weight moves once. A frozen weight (``requires_grad`` is False) does not move.
 
         Raises:
-            ValueError: if the shards of a weight split a row (or group), a weight is computed (pruned, or parametrized
-                by weight_norm), or all weights are frozen.
+            ValueError: if the shards of a weight split a group (with a rotation, also a row that has one scale), a weight
+                is computed (pruned, or parametrized by weight_norm), or all weights are frozen.
         """
         check_parameters(self._layers)
         if not (trained := self._trained_layers()):
@@ -215,7 +215,7 @@ class WinQ:
                 "every quantized weight of the model is frozen (requires_grad is False), so a reset would change "
                 "nothing: give reset_every=None"
             )
-        for module, part in locals_of(trained):
+        for module, part in locals_of(trained, whole_rows=self.rotation is not None):
             weight = part.weight if self.rotation is None else self.rotation(part.weight).contiguous()
             group, zero_point = module.group_size, part.zero_point
             reset_(weight, part.scale, module.grid, self.reset_weight, group_size=group, zero_point=zero_point)

@@ -22,8 +22,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..dtensor import local_part
 from ..ops import PackedWeight
-from .activation import LearnedActivation
-from .experts import calls_layers, stacks_of
+from .experts import calls_layers
 from .grouped_quant_linear import expert_of_tokens
 from .tensor_parallel import EXPERTS, GROUPED, shard, shard_parameters
 
@@ -60,7 +59,8 @@ class ExpertParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         route = _Route(_count(module, device_mesh), device_mesh, exchanged=self.input_layouts == Shard(0))
-        return distribute_module(module, device_mesh, _partition, route.before, route.after)
+        after: Any = route.after  # torch declares that it returns nothing
+        return distribute_module(module, device_mesh, _partition, route.before, after)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(input_layouts={self.input_layouts})"
@@ -97,7 +97,7 @@ def _count(module: nn.Module, mesh: DeviceMesh) -> int:
 
 def _partition(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
     """Shard what a module has along the experts; torch calls this for each module and replicates what is left."""
-    if isinstance(module, GROUPED) or isinstance(module, PackedWeight):
+    if isinstance(module, (*GROUPED, PackedWeight)):
         shard(module, mesh, EXPERTS)
     elif calls_layers(module):
         shard_parameters(module, mesh, dict.fromkeys(module._parameters, 0))

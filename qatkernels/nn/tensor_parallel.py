@@ -58,7 +58,9 @@ class ColwiseParallel(torch_parallel.ColwiseParallel):
         super()._partition_embedding_fn(name, module, device_mesh)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return _of_experts(self, module, device_mesh) if isinstance(module, GROUPED) else super()._apply(module, device_mesh)
+        if isinstance(module, GROUPED):
+            return _of_experts(self, module, device_mesh)
+        return super()._apply(module, device_mesh)
 
 
 class RowwiseParallel(torch_parallel.RowwiseParallel):
@@ -143,8 +145,7 @@ def shard_parameters(module: nn.Module, mesh: DeviceMesh, dims: dict[str, int | 
     for name, dim in dims.items():
         parameter = module._parameters.get(name)
         if parameter is not None:
-            whole = dim is None or parameter.numel() == 1
-            placement = Replicate() if whole else Shard(dim % parameter.ndim)
+            placement = Replicate() if dim is None or parameter.numel() == 1 else Shard(dim % parameter.ndim)
             sharded = distribute_tensor(parameter.detach(), mesh, [placement])
             module._parameters[name] = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
 

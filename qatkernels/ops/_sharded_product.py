@@ -17,7 +17,7 @@ Product = Callable[..., Tensor]
 
 
 def sharded_product(x: Tensor, parts: Sequence[DTensor | None], bias: Tensor | None, product: Product) -> Tensor:
-    """Return the product: by rows of the weight sharded along its last dimension, by columns a sum, by experts as it is.
+    """Return the product: by rows of the weight sharded along its last dimension, by columns a sum, by experts as is.
 
     Every process multiplies with what it has of the weight. Only activations are exchanged.
 

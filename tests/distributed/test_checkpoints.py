@@ -106,13 +106,6 @@ def assert_same_state(found, wanted):
         assert_same_bits(found[name], value, name)
 
 
-@pytest.fixture(scope="module")
-def four():
-    group = Group(4)
-    yield group
-    group.close()
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_another_number_of_processes(pair, four, name, tmp_path):
     """All of the state comes back bit for bit, and the next step is the one that two processes make."""
