@@ -158,3 +158,14 @@ def test_assume_constant_result():
     for _ in range(2):
         assert compiled(torch.zeros(())) == 1
     assert len(reads) == 1  # while it compiled
+
+
+def joined(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    assert compat.joined_meshes([mesh["dp"], mesh["tp"]]) == mesh
+
+
+def test_joined_meshes(pair):
+    pair.run(joined)

@@ -31,6 +31,7 @@ MODULES = {
     "qatkernels": "What most programs need.",
     "qatkernels.grids": "Quantization grids and schemes.",
     "qatkernels.nn": "Quantized and packed layers, and what is done with models of them.",
+    "qatkernels.nn.expert_parallel": "The style of expert parallel for quantized and packed experts.",
     "qatkernels.nn.tensor_parallel": "Styles of torch's tensor parallel for quantized and packed layers.",
     "qatkernels.ops": "The functions under the layers.",
     "qatkernels.methods": "Training methods for your own loop.",

@@ -206,8 +206,8 @@ class WinQ:
         A tied weight moves once. A frozen weight (``requires_grad`` is False) does not move.
 
         Raises:
-            ValueError: if the shards of a weight split a group (with a rotation, also a row that has one scale), a weight
-                is computed (pruned, or parametrized by weight_norm), or all weights are frozen.
+            ValueError: if the shards of a weight split a group (with a rotation, also a row that has one scale), a
+                weight is computed (pruned, or parametrized by weight_norm), or all weights are frozen.
         """
         check_parameters(self._layers)
         if not (trained := self._trained_layers()):

@@ -10,7 +10,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 import qatkernels as qk
 from qatkernels.nn import GroupedQuantLinear, QuantConfig, calibrate, shard_scales
 from qatkernels.testing.compare import assert_same_bits
-from tests.pair import Group
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 

@@ -43,7 +43,7 @@ class Mixture(nn.Module):
 
     def forward(self, x):
         weight, expert = self.router(x)[:, :-1].softmax(-1).max(-1)
-        expert = expert.where(weight > 0.36, EXPERTS)
+        expert = expert.where(weight > 0.392, EXPERTS)
         order = expert.argsort(stable=True)
         offsets = F.one_hot(expert, EXPERTS + 1).sum(0).cumsum(0)[:EXPERTS].int()
         y = self.experts(x[order], offsets)
@@ -68,7 +68,11 @@ def parallel(model, mesh, how):
     plans = {
         "all tokens": {"experts": ExpertParallel()},
         "own tokens": {"experts": ExpertParallel(input_layouts=Shard(0))},
-        "tensor": {"experts.up": ColwiseParallel(), "experts.gate": ColwiseParallel(), "experts.down": RowwiseParallel()},
+        "tensor": {
+            "experts.up": ColwiseParallel(),
+            "experts.gate": ColwiseParallel(),
+            "experts.down": RowwiseParallel(),
+        },
     }
     return parallelize_module(model, mesh, plans[how])
 
@@ -149,7 +153,7 @@ def test_the_mixture_of_the_tests():
     model = make("row")
     model.experts.up.register_forward_pre_hook(lambda module, inputs: offsets.append(inputs[1].tolist()))
     model(X.to(device_of(2)))
-    assert 0 < offsets[0][1] < offsets[0][2] == offsets[0][3] < TOKENS
+    assert 0 < offsets[0][0] < offsets[0][1] < offsets[0][2] == offsets[0][3] < TOKENS
 
 
 def losses_with_noise(model):
@@ -221,7 +225,9 @@ def of_transformers(family):
         config = transformers.Qwen3MoeConfig(**SMALL, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
         model = transformers.Qwen3MoeForCausalLM(config)
     else:
-        config = transformers.GptOssConfig(**SMALL, intermediate_size=32, num_local_experts=4, head_dim=8, pad_token_id=0)
+        config = transformers.GptOssConfig(
+            **SMALL, intermediate_size=32, num_local_experts=4, head_dim=8, pad_token_id=0
+        )
         model = transformers.GptOssForCausalLM(config)
     stacks = ["*.gate_up_proj"] if family == "gpt-oss" else ["*.experts.*"]
     return qk.quantize_model(model, CONFIGS["group"], include=stacks).to(device_of(2))
@@ -304,14 +310,16 @@ def refused(rank):
     mesh = init_device_mesh("cpu", (2,))
     with pytest.raises(ValueError, match=r"input_layouts is S\(1\), must be Replicate\(\) or Shard\(0\)"):
         ExpertParallel(input_layouts=Shard(1))
-    with pytest.raises(ValueError, match="Linear has no stack of experts of this library.*quantize_model first"):
+    with pytest.raises(ValueError, match=r"Linear has no stack of experts of this library.*quantize_model first"):
         parallelize_module(nn.Linear(2, 2), mesh, ExpertParallel())
     with pytest.raises(ValueError, match="has 3 experts, must have the same number in each of 2 processes"):
         parallelize_module(GroupedQuantLinear(3, 8, 8, config=CONFIGS["row"]), mesh, ExpertParallel())
     with pytest.raises(ValueError, match=r"belong to no stack of experts \(router.weight, router.bias\)"):
         parallelize_module(make("row").cpu(), mesh, ExpertParallel())
     layer = parallelize_module(GroupedQuantLinear(2, 16, 8, config=CONFIGS["row"]), mesh, ExpertParallel())
-    with pytest.raises(ValueError, match=r"called with 1 positional arguments, must be called with 2 \(x, offsets\) or 3"):
+    with pytest.raises(
+        ValueError, match=r"called with 1 positional arguments, must be called with 2 \(x, offsets\) or 3"
+    ):
         layer(X, offsets=torch.tensor([3, 14], dtype=torch.int32))
     assert repr(ExpertParallel()) == "ExpertParallel(input_layouts=R)"
 

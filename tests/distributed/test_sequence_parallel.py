@@ -185,7 +185,9 @@ def scales_refused(rank):
 
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
     model = parallel(make("row"), mesh["tp"])
-    with pytest.raises(ValueError, match=r'sharded by tensor or expert parallel, must be the mesh.*such as mesh\["dp"\]'):
+    with pytest.raises(
+        ValueError, match=r'sharded by tensor or expert parallel, must be the mesh.*such as mesh\["dp"\]'
+    ):
         shard_scales(model)
     shard_scales(model, mesh["dp"])
     with pytest.raises(ValueError, match="sharded already"):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qatkernels as qk
-from qatkernels.methods import WinQ
+from qatkernels.methods import GridStats, SQuAT, WinQ
 from qatkernels.nn import QuantConfig, calibrate, gather_model, pack_model
 from qatkernels.testing.compare import assert_same_bits
 
@@ -227,6 +227,65 @@ def test_noise_is_that_of_one_process(pair):
     wanted = losses_with_noise(make("group"))
     for found, _ in pair.run(noisy):
         assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def placed_like(parameter, tensor):
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+
+
+def with_methods(block):
+    """Train with SQuAT, reset, and return the weights, what SQuAT measures, and statistics of the codes."""
+    squat = SQuAT(block, rho=0.1, target="latent")
+    optimizer, stats = torch.optim.SGD(block.parameters(), lr=0.5), GridStats(block)
+    codes = {name: whole(value) for name, value in stats.codes().items()}
+    first_flips = stats.flips()
+    squat.gradient(lambda: _backward(block))
+    optimizer.step()
+    first = torch.arange(block.down.scale.numel()).view(block.down.scale.shape).gt(0).float()
+    with torch.no_grad():
+        block.down.scale.mul_(placed_like(block.down.scale, first))
+    WinQ(block, reset_every=None, noise_std=0.0, reset_weight=0.5).reset()
+    measured = [first_flips, stats.flips(), stats.distance(), float(stats.at_floor())]
+    return {n: whole(p.detach()) for n, p in block.named_parameters()}, codes, squat.log(), measured
+
+
+def methods_of_two(rank, name):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return with_methods(parallel(make(name), init_device_mesh("cpu", (2,))))
+
+
+@pytest.mark.parametrize("name", ["row", "group", "tensor", "affine"])
+def test_methods(pair, name):
+    """Resets, SQuAT and statistics, also of weights whose rows are split, which share the scales."""
+    parameters, codes, log, measured = with_methods(make(name))
+    for found, found_codes, found_log, found_measured in pair.run(methods_of_two, name):
+        torch.testing.assert_close(found, parameters)
+        for key, codes_of_one in codes.items():
+            assert_same_bits(found_codes[key], codes_of_one)
+        assert found_log == pytest.approx(log, rel=1e-4, abs=1e-6)
+        assert found_measured == pytest.approx(measured, rel=1e-5)
+    assert measured[-1] == 1
+
+
+def methods_refused(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh, settings = init_device_mesh("cpu", (2,)), {"reset_every": None, "reset_weight": 0.5, "noise_std": 0.0}
+    with pytest.raises(ValueError, match=r"down has a weight.*which splits groups of 16 columns between processes"):
+        WinQ(parallel(make("split groups"), mesh), **settings).reset()
+    with pytest.raises(
+        ValueError, match=r"down has a weight.*splits rows between processes, and a rotation needs them"
+    ):
+        WinQ(parallel(make("row"), mesh), **settings, rotation=lambda w: w.flip(-1)).reset()
+
+
+def test_what_methods_refuse(pair):
+    pair.run(methods_refused)
 
 
 def two_steps(block):
