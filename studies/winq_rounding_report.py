@@ -85,7 +85,7 @@ def draw(path: Path, found: dict[Cell, Runs]) -> None:
             if variant in DRAWN and gains:
                 panels[bits, steps].append((weights, variant, rate, statistics.mean(gains)))
     kinds = {kind: COLOURS[i] for i, kind in enumerate(dict.fromkeys(p[0] for ps in panels.values() for p in ps))}
-    figure = Figure(figsize=(3.4 * max(len(panels), 1), 2.8), layout="constrained")
+    figure = Figure(figsize=(3.4 * max(len(panels), 1), 3.2), layout="constrained")
     for i, ((bits, steps), points) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), i + 1)
         axes.axhline(0, color="0.6", linewidth=0.8)
@@ -101,7 +101,7 @@ def draw(path: Path, found: dict[Cell, Runs]) -> None:
         axes.set_xlabel("learning rate")
         tidy(axes)
         if i == 0:
-            axes.set_ylabel("loss minus plain QAT's, bits per byte")
+            axes.set_ylabel("difference to plain QAT, bits per byte")
             axes.legend(fontsize=6, frameon=False)
     figure.savefig(path, dpi=150)
 

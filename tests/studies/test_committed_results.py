@@ -20,7 +20,7 @@ FILES = sorted((ROOT / "docs" / "results").glob("*/*.jsonl"))
 #: Which page has the tables that a study's report wrote (`python -m studies NAME --report --page docs/PAGE`).
 PAGES = {
     "formats": "formats.md", "initial_scales": "quantize-model.md", "plan": "planner.md", "squat": "reproduction.md",
-    "smollm2": "../README.md", "traffic": "distributed.md", "winq": "reproduction.md", "winq_why": "reproduction.md",
+    "smollm2": "real-model.md", "traffic": "distributed.md", "winq": "reproduction.md", "winq_why": "reproduction.md",
 }  # fmt: skip
 
 
