@@ -142,14 +142,19 @@ def _check_second_derivatives(loss: Tensor, params: Sequence[Tensor]) -> None:
                 raise ValueError(WEIGHT_NORM)
 
 
+def check_require_grad(params: Sequence[Tensor]) -> None:
+    """Raise ValueError if a parameter does not require grad."""
+    if frozen := [i for i, p in enumerate(params) if not p.requires_grad]:
+        raise ValueError(f"params{frozen[:5]} do not require grad, all must: call requires_grad_() on them")
+
+
 def gradient_of(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool) -> list[Tensor]:
     """Return the gradient of a loss: zeros for a parameter that it does not depend on.
 
     Raises:
         ValueError: if the loss depends on none of the parameters, or a parameter does not require grad.
     """
-    if frozen := [i for i, p in enumerate(params) if not p.requires_grad]:
-        raise ValueError(f"params{frozen[:5]} do not require grad, all must: call requires_grad_() on them")
+    check_require_grad(params)
     grads = torch.autograd.grad(loss, list(params), create_graph=create_graph, allow_unused=True)
     if all(g is None for g in grads):
         raise ValueError("the loss does not depend on the parameters")

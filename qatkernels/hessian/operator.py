@@ -29,7 +29,7 @@ from ._hvp import (
     twice_differentiable,
 )
 from .checkpoint import blocks, checkpointed
-from .sharded import ShardedCopy, check_sharded, check_weight_norm
+from .sharded import ShardedCopy, check_differentiable_twice, resharded
 from .vectors import ShardedVectors, Vectors
 
 ModelLoss = Callable[[Any, Any], Tensor]
@@ -144,11 +144,13 @@ class HessianOperator:
         self.source: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.sharded = is_sharded(self.source)
         if self.sharded:
-            reshard(self.source)
-            check_sharded(self.source, engine, distributed)
+            shards = resharded(self.source, params or ())
+            params = None if params is None else shards
         check_calibrated(self.source)
         self.loss_fn, self.engine = loss_fn, engine
         self._source_params = _parameters(self.source, params)
+        if self.sharded:
+            check_differentiable_twice(self.source, self._source_params, engine, distributed)
         self.dtype = _product_dtype(self._source_params, dtype)
         self.device = self._source_params[0].device
         self.n = sum(p.numel() for p in self._source_params)
@@ -162,7 +164,6 @@ class HessianOperator:
         self.distributed = available if distributed is None else distributed
         self._weights = self._normalised(weights)
         if self.sharded:
-            check_weight_norm(self.source, self._source_params)
             self._run_alike()
         if engine == "forward":
             retain = False

@@ -4,11 +4,12 @@ FSDP2's hooks gather the weights of a module for its forward and once more for i
 needs them a third and a fourth time. So the hooks are left out here, and two things take their place:
 
 - A copy of the model shares the shards with it, as plain leaves of autograd. Where a module reads a parameter,
-  `_Gather` returns the whole of it. Its derivative is `_Reduce`, which adds gradients over the processes and leaves each
-  its shard. Each of the two is the other's transpose, so derivatives of any order gather and reduce.
+  `_Gather` returns the whole of it. Its derivative is `_Reduce`, which adds gradients over the processes and leaves
+  each its shard. Each of the two is the other's transpose, so derivatives of any order gather and reduce.
 - Autograd would keep the gathered weights, and the quantized ones. So every layer is checkpointed (``checkpoint.py``):
   of a layer autograd keeps its inputs and its shards, and both derivatives run it again, which gathers again. No more
-  than one layer is whole at a time.
+  than one layer is whole at a time. What is read outside of its layer, such as the weight of a head by the loss, is
+  kept as autograd keeps it.
 
 Every process computes the derivative of the sum of the losses of all processes with respect to its own shards. In that
 sum a vector is as it was before: what is along the shards of one process is along those elements of the whole.
@@ -29,8 +30,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..dtensor import is_dtensor
-from ..nn._gather_model import copy_whole
+from ..dtensor import is_dtensor, is_fsdp
+from ..nn._gather_model import copy_whole, reshard
 from ..nn.quantized import Quantized
 from ._hvp import WEIGHT_NORM
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 #: What to do instead, for errors.
-_WHOLE = "give it qatkernels.nn.gather_model(model), a whole copy in every process"
+WHOLE = "give it qatkernels.nn.gather_model(model), a whole copy in every process"
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Layout:
 
 
 def _chunk(tensor: Tensor, parts: int, index: int, dim: int = 0) -> Tensor:
-    """Return one of the parts into which `torch.chunk` splits, as torch shards; it may make fewer, the rest is empty."""
+    """Return one of the parts into which `torch.chunk` splits. It may make fewer than asked for: the rest is empty."""
     chunks = tensor.chunk(parts, dim)
     return chunks[index] if index < len(chunks) else tensor.narrow(dim, 0, 0)
 
@@ -137,7 +138,7 @@ class _Gather(torch.autograd.Function):
         return layout.gather(shard)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return _Reduce.apply(grad, ctx.layout), None
 
 
@@ -150,7 +151,7 @@ class _Reduce(torch.autograd.Function):
         return layout.reduce(full)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return _Gather.apply(grad, ctx.layout), None
 
 
@@ -165,17 +166,16 @@ class _Gathering:
         layouts = self.__dict__.get("_layouts", {})
         if name not in layouts:
             return super().__getattr__(name)  # type: ignore[misc]
-        held = self.__dict__["_held"]
-        if held is not None and name in held:
-            return held[name]
-        gathered = _Gather.apply(self.__dict__["_parameters"][name], layouts[name])
-        if held is not None:
-            held[name] = gathered
-        return gathered
+        shard, held = self.__dict__["_parameters"][name], self.__dict__["_held"]
+        if held is None:
+            return _Gather.apply(shard, layouts[name])
+        if name not in held:
+            held[name] = _Gather.apply(shard, layouts[name])
+        return held[name]
 
 
 @functools.cache
-def _gathering(cls: type) -> type:
+def _gathering(cls: Any) -> type:
     return type(cls.__name__, (_Gathering, cls), {"__module__": cls.__module__})
 
 
@@ -197,7 +197,7 @@ class ShardedCopy:
     def __init__(self, model: nn.Module, params: Sequence[Tensor], dtype: torch.dtype) -> None:
         mesh = next(p.device_mesh for p in model.parameters() if is_dtensor(p))
         wanted = {id(p) for p in params}
-        shards, layouts = dict[int, nn.Parameter](), dict[int, Layout]()
+        shards, layouts = dict[int, Tensor](), dict[int, Layout]()
         for p in model.parameters():
             if is_dtensor(p) or id(p) in wanted:
                 layouts[id(p)] = _layout(p, mesh)
@@ -212,7 +212,8 @@ class ShardedCopy:
         for module in self.model.modules():
             own = {n: of_shards[id(p)] for n, p in module._parameters.items() if id(p) in of_shards}
             if own:
-                module.__class__ = _gathering(type(module))
+                cls: Any = type(module)
+                module.__class__ = _gathering(cls)
                 module.__dict__.update(_layouts=own, _held=None)
         self.layers = [layer for layer in _layers(self.model) if _gatherers(layer)]
         for layer in self.layers:
@@ -271,17 +272,31 @@ def _holding(layer: nn.Module) -> Callable[..., Any]:
     return holding
 
 
-def check_sharded(model: nn.Module, engine: str, distributed: bool | None) -> None:
-    """Raise ValueError if products with the Hessian of a sharded model cannot be computed on its shards."""
+def resharded(model: nn.Module, params: Sequence[Tensor]) -> list[Tensor]:
+    """Reshard a model and check that its shards will do; return the shards of ``params``.
+
+    After a forward a root keeps what it has gathered: then its ``parameters()`` are whole until it is resharded.
+
+    Raises:
+        ValueError: if not ``fully_shard`` alone has sharded it, over all processes.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    reshard(model)
+    check_sharded(model)
+    shards = dict(model.named_parameters())
+    return [shards.get(names.get(id(p), ""), p) for p in params]
+
+
+def check_sharded(model: nn.Module) -> None:
+    """Raise ValueError unless ``fully_shard`` alone has sharded a model, over all processes.
+
+    Args:
+        model: a sharded model, resharded.
+    """
     from torch.distributed.tensor import Replicate, Shard
 
-    if engine != "reverse":
-        raise ValueError(f"engine is {engine!r}, must be 'reverse' for a model that is sharded; or {_WHOLE}")
-    if distributed is False:
-        raise ValueError(
-            "distributed is False, must be None or True for a model that is sharded: all processes gather each layer "
-            f"together; or {_WHOLE}"
-        )
+    if not any(map(is_fsdp, model.modules())):
+        raise ValueError(f"the model is sharded by something else than fully_shard: {WHOLE}")
     processes = dist.get_world_size()
     for name, p in model.named_parameters():
         if not is_dtensor(p):
@@ -289,24 +304,40 @@ def check_sharded(model: nn.Module, engine: str, distributed: bool | None) -> No
         problem = None
         if p.device_mesh.size() != processes:
             problem = f"is sharded over {p.device_mesh.size()} of {processes} processes, must be over all"
-        elif not all(type(placement) in (Shard, Replicate) for placement in p.placements):
+        elif [type(placement) for placement in p.placements] != [Replicate] * (p.device_mesh.ndim - 1) + [Shard]:
             problem = f"is sharded as {p.placements}, must be as fully_shard alone does"
         elif p.device.type != p.device_mesh.device_type:
             problem = f"has its shards on {p.device.type} (CPUOffloadPolicy), must have them on the mesh's device"
         if problem:
-            raise ValueError(f"{name} {problem} for products on shards: {_WHOLE}")
-    lists = [name or "the model" for name, m in model.named_modules() if isinstance(m, nn.RNNBase)]
-    if lists:
-        raise ValueError(f"{lists[0]} keeps a list of its weights, which cannot be gathered where it runs: {_WHOLE}")
+            raise ValueError(f"{name} {problem}: {WHOLE}")
 
 
-def check_weight_norm(model: nn.Module, params: Sequence[Tensor]) -> None:
-    """Raise ValueError if ``params`` holds a direction of weight_norm: a checkpointed layer hides it from other checks."""
+def check_differentiable_twice(
+    model: nn.Module, params: Sequence[Tensor], engine: str, distributed: bool | None
+) -> None:
+    """Raise ValueError if products with the Hessian of a sharded model cannot be computed on its shards."""
+    if engine != "reverse":
+        raise ValueError(f"engine is {engine!r}, must be 'reverse' for a model that is sharded; or {WHOLE}")
+    if distributed is False:
+        raise ValueError(
+            "distributed is False, must be None or True for a model that is sharded, whose layers all processes gather "
+            f"together; or {WHOLE}"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            raise ValueError(
+                f"{name or 'the model'} keeps a list of its weights, which cannot be gathered where it runs: {WHOLE}"
+            )
+    _check_weight_norm(model, params)
+
+
+def _check_weight_norm(model: nn.Module, params: Sequence[Tensor]) -> None:
+    """Raise ValueError if ``params`` holds a direction of weight_norm, which a checkpointed layer hides elsewhere."""
     wanted = {id(p) for p in params}
     for module in model.modules():
         owned: Mapping[str, Any] = module._parameters
-        hooks = [hook for hook in module._forward_pre_hooks.values() if type(hook).__name__ == "WeightNorm"]
-        directions = [owned.get(f"{hook.name}_v") for hook in hooks]  # type: ignore[union-attr]
+        hooks: list[Any] = [hook for hook in module._forward_pre_hooks.values() if type(hook).__name__ == "WeightNorm"]
+        directions = [owned.get(f"{hook.name}_v") for hook in hooks]
         if isinstance(module, parametrize.ParametrizationList):
             directions += [owned.get("original1") for part in module if type(part).__name__ == "_WeightNorm"]
         if any(id(v) in wanted for v in directions if v is not None):

@@ -23,9 +23,9 @@ _ATTRIBUTES = (
 def gather_model(model: nn.Module) -> nn.Module:
     """Return a copy of a sharded model that is whole in every process and knows nothing of the others.
 
-    Use it for what needs whole weights, such as :class:`qatkernels.hessian.HessianOperator`. The sharded model stays as
-    it is. Every parameter is gathered, so each process needs the memory of the whole model; :func:`pack_model` gathers
-    one quantized weight at a time.
+    Use it for what needs whole weights, such as :func:`qatkernels.hessian.hvp`. The sharded model stays as it is. Every
+    parameter is gathered, so each process needs the memory of the whole model. :func:`pack_model` gathers one quantized
+    weight at a time, and :class:`qatkernels.hessian.HessianOperator` one layer, so give them the sharded model itself.
 
     Args:
         model: a model after ``fully_shard`` (FSDP2) or ``parallelize_module``. All processes must call this.
