@@ -176,7 +176,7 @@ class _Gathering:
 
 @functools.cache
 def _gathering(cls: Any) -> type:
-    return type(cls.__name__, (_Gathering, cls), {"__module__": cls.__module__})
+    return type(cls.__name__, (_Gathering, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 class ShardedCopy:

@@ -6,81 +6,20 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qatkernels as qk
-from qatkernels.hessian import HessianOperator, eigs, gradient_norm_ratio, hvp, sharpness, spectrum, trace
+from qatkernels.hessian import HessianOperator, eigs, hvp, sharpness, spectrum, trace
 from qatkernels.hessian._spectrum import probe
 from qatkernels.hessian._trace import signs
-from qatkernels.nn import GroupedQuantLinear, QuantConfig, calibrate, gather_codes, gather_model, shard_scales
+from qatkernels.nn import QuantConfig, gather_codes, gather_model
 from qatkernels.testing.compare import assert_same_bits
+from tests.sharded import BATCHES, CONFIGS, loss_of, make, shard, trained
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-
-CONFIGS = {
-    "row": QuantConfig(4),
-    "tensor": QuantConfig(3, per_tensor=True),
-    "affine": QuantConfig(4, "affine", group_size=4),
-    "inputs and outputs": QuantConfig(4, act_bits=8, act_scheme="lsq+", out_bits=8),
-}
-
-
-class Model(nn.Module):
-    """Tied weights, rows that do not divide by two, experts, a frozen weight, and a parameter that no layer has."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
-        self.head.weight = self.embedding.weight
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 8)) for _ in range(2))
-        self.norm, self.dropout = nn.LayerNorm(8), nn.Dropout(0.3)
-        self.shift = nn.Parameter(0.1 * torch.randn(8))
-        self.experts = GroupedQuantLinear(2, 8, 8, config=config)
-        qk.quantize_model(self, config, include=["blocks.*.0"], exclude=())
-        self.norm.bias.requires_grad_(False)
-
-    def forward(self, tokens):
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = x + block(x)
-        x = self.experts(x, torch.tensor([len(x) // 2, len(x)], dtype=torch.int32))
-        return self.head(self.dropout(self.norm(x) * (1 + self.shift)))
-
-
-BATCHES = [torch.arange(i, i + 6) % 11 for i in range(3)]
-
-
-def make(name="row"):
-    torch.manual_seed(0)
-    model = Model(CONFIGS[name])
-    calibrate(model, BATCHES[0])
-    return model.eval()
-
-
-def shard(model, scales=False, cast=True):
-    """Shard blocks and the rest; with scales by themselves, and perhaps mixed precision beside it."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    options = {}
-    if scales:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if cast else None, reduce_dtype=torch.float32)
-        options |= {"ignored_params": shard_scales(model), "mp_policy": policy}
-    for block in model.blocks:
-        fully_shard(block, **options)
-    fully_shard(model, **options)
-    return model
-
-
-def loss_of(model, tokens):
-    return F.cross_entropy(model(tokens).double(), tokens.roll(1))
-
-
-def trained(model):
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def operator(model, batches, every=True, **options):
@@ -243,14 +182,16 @@ def test_it_follows_the_model(pair):
     pair.run(follows)
 
 
-def replicated(rank, ways):
+def replicated(rank, ways, columns):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
 
     model, mesh = make(), init_device_mesh("cpu", ways, mesh_dim_names=("replicate", "shard"))
+    by_columns = (lambda p: Shard(1) if p.ndim == 2 and not p.shape[1] % 2 else None) if columns else None
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params={model.shift, model.norm.weight})
+        fully_shard(block, mesh=mesh, shard_placement_fn=by_columns)
+    fully_shard(model, mesh=mesh, ignored_params={model.shift, model.norm.weight}, shard_placement_fn=by_columns)
     op = operator(model, BATCHES[rank::2], retain=True)
     v = probe(op, 3, 0)
     h = op.products([v])[0]
@@ -263,13 +204,15 @@ def replicated(rank, ways):
     )
 
 
-@pytest.mark.parametrize("ways", [(2, 1), (1, 2)], ids=["replicas", "shards"])
-def test_parameters_of_which_processes_have_copies(pair, ways):
+@pytest.mark.parametrize(
+    ("ways", "columns"), [((2, 1), False), ((1, 2), False), ((1, 2), True)], ids=["replicas", "shards", "columns"]
+)
+def test_parameters_of_which_processes_have_copies(pair, ways, columns):
     op = operator(make(), [BATCHES[i] for i in (0, 2, 1)])
     v = probe(op, 3, 0)
     h = op.products([v])[0]
     sums = float(v @ v), float(v @ h), float(h @ h), op.gradient().square().sum().item()
-    first, second = pair.run(replicated, ways)
+    first, second = pair.run(replicated, ways, columns)
     assert [a + b for a, b in zip(first[:4], second[:4], strict=True)] == pytest.approx(sums, rel=1e-6)
     assert first[4:] == second[4:] == pytest.approx(density(op)["ritz"][0].tolist(), rel=1e-6)
 
@@ -399,6 +342,8 @@ def other_models(rank):
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(rank)).double()
     check(Attention, lambda m, _: m(x).square().mean(), every=True)
     # The loss multiplies with a weight itself, outside of its layer.
+    # A process without any element of the vectors, and one without a row.
+    check(lambda: nn.Sequential(nn.Linear(8, 1, bias=False)), lambda m, _: m(x).tanh().square().mean(), every=True)
     check(two_layers, lambda m, _: (m[0](x).tanh() @ m[1].weight.T).square().mean(), every=True)
     model = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), weight_norm(nn.Linear(4, 2)))
     fully_shard(model)
@@ -428,48 +373,35 @@ def test_a_model_whose_codes_are_gathered(pair):
     pair.run(codes)
 
 
-def sharp(model, loss):
-    """Return sharpness in all its forms."""
-    found = [sharpness(model, loss, 0.1, norm=n, target=t) for n in ("l2", "asam") for t in ("latent", "quantized")]
-    found.append(sharpness(model, loss, 0.1, params=trained(model)))
-    return [*(value for row in found for value in row), gradient_norm_ratio(loss, trained(model), model=model)]
+def llama(rank):
+    transformers = pytest.importorskip("transformers")
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = qk.quantize_model(transformers.LlamaForCausalLM(config), QuantConfig(4)).eval()
+    for block in model.model.layers:
+        fully_shard(block)
+    fully_shard(model)
+
+    def loss(model, tokens):
+        return model(tokens, labels=tokens).loss
+
+    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, rank]])
+    found, wanted = (HessianOperator(m, loss, [tokens], dtype=torch.float64) for m in (model, gather_model(model)))
+    product = found.products([probe(found, 0, 0)])[0]
+    expected = wanted.products([probe(wanted, 0, 0)])[0]
+    # Its norms compute in float32 in any model, where derivatives of checkpointed layers are added in another order.
+    torch.testing.assert_close(
+        whole(found, product, list(qk.nn.quantized_weights(model))), expected, rtol=1e-5, atol=1e-6
+    )
 
 
-def sharp_shards(rank, scales):
-    model = shard(make(), scales, cast=False)
-    before = {n: p.to_local().clone() for n, p in model.named_parameters()}
-    model(BATCHES[0])  # the root's parameters stay gathered after this
-    model.set_requires_gradient_sync(False)
-    found = sharp(model, lambda: loss_of(model, BATCHES[rank]))
-    for name, p in model.named_parameters():
-        assert_same_bits(p.to_local(), before[name])
-        assert p.grad is None
-    with pytest.raises(ValueError, match="model is None or whole, must be the model of params that are sharded"):
-        gradient_norm_ratio(lambda: loss_of(model, BATCHES[rank]), trained(model))
-    return found
-
-
-@pytest.mark.parametrize("scales", [False, True], ids=["fsdp", "shard_scales"])
-def test_sharpness(pair, scales):
-    model = make()
-    wanted = sharp(model, lambda: (loss_of(model, BATCHES[0]) + loss_of(model, BATCHES[1])) / 2)
-    for found in pair.run(sharp_shards, scales):
-        assert found == pytest.approx(wanted, rel=1e-4, abs=2e-6)
-
-
-def sharp_in_bfloat16(rank):
-    model = shard(make(), scales=True)
-    losses = [float(loss_of(model, batch).detach()) for batch in BATCHES[:2]]
-    found = sharpness(model, lambda: loss_of(model, BATCHES[rank]), 0.1, target="quantized")
-    assert found.loss == pytest.approx(sum(losses) / 2, abs=1e-12)  # the loss that FSDP2 computes in bfloat16
-    still = sharpness(model, lambda: loss_of(model, BATCHES[rank]), 0.0, target="quantized")
-    assert still.value == 0
-    assert still.gradient_norm == found.gradient_norm > 0
-    return found.perturbation_norm
-
-
-def test_sharpness_in_mixed_precision(pair):
-    assert pair.run(sharp_in_bfloat16) == pytest.approx([0.1] * 2)
+def test_a_model_of_transformers(pair):
+    pytest.importorskip("transformers")
+    pair.run(llama)
 
 
 def refused(rank):
