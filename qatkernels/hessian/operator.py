@@ -183,11 +183,11 @@ class HessianOperator:
     def refresh(self) -> None:
         """Discard everything that was computed from earlier values of the model."""
         self._graphs = [None] * len(self.batches)
-        self._layers: list[nn.Module] = []
+        already: list[nn.Module] = []
         self.vectors = Vectors(self.n)
         if self.sharded:
             copied = ShardedCopy(self.source, self._source_params, self.dtype)
-            self.model, self.params, self._layers = copied.model, copied.params, copied.layers
+            self.model, self.params, already = copied.model, copied.params, copied.layers
             self.vectors = ShardedVectors(copied.layouts)
         elif all(p.dtype == self.dtype for p in self._source_params):
             self.model, self.params = self.source, self._source_params
@@ -201,6 +201,7 @@ class HessianOperator:
         else:
             counterparts = dict(zip(self.source.modules(), self.model.modules(), strict=True))
             self._blocks = [counterparts[m] for m in self._checkpoint or ()]
+        self._blocks = [block for block in self._blocks if block not in already]
         self._scope = scope_of(self.model)
         self._used_state = self._state()
 
@@ -250,7 +251,7 @@ class HessianOperator:
             batch = tree_map(self._cast, batch)
         start = self._random[index]
         assert start is not None, "batches must be evaluated in order"
-        with start.replayed(), checkpointed((*self._layers, *self._blocks)):
+        with start.replayed(), checkpointed(self._blocks):
             loss = self.loss_fn(self.model, batch)
             if self._random[index + 1] is None:
                 self._random[index + 1] = self._random_state()

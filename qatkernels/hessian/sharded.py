@@ -34,6 +34,7 @@ from ..dtensor import is_dtensor, is_fsdp
 from ..nn._gather_model import copy_whole, reshard
 from ..nn.quantized import Quantized
 from ._hvp import WEIGHT_NORM
+from .checkpoint import checkpointed_forward
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -190,7 +191,7 @@ class ShardedCopy:
     Attributes:
         model: the copy. Its parameters are this process's shards.
         params: those of the copy.
-        layers: its modules that gather parameters, to be checkpointed.
+        layers: its modules that gather parameters. They are checkpointed.
         layouts: how each of ``params`` lies in the processes.
     """
 
@@ -218,6 +219,8 @@ class ShardedCopy:
         self.layers = [layer for layer in _layers(self.model) if _gatherers(layer)]
         for layer in self.layers:
             layer.forward = _holding(layer)
+            # For good, and not for a forward alone: torch.utils.checkpoint around layers runs them again in backwards.
+            layer.forward = checkpointed_forward(layer)
 
 
 def _layout(p: Any, mesh: DeviceMesh) -> Layout:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import qatkernels as qk
 from qatkernels.hessian import HessianOperator, eigs, hvp, sharpness, spectrum, trace
@@ -345,6 +346,7 @@ def other_models(rank):
     # A process without any element of the vectors, and one without a row.
     check(lambda: nn.Sequential(nn.Linear(8, 1, bias=False)), lambda m, _: m(x).tanh().square().mean(), every=True)
     check(two_layers, lambda m, _: (m[0](x).tanh() @ m[1].weight.T).square().mean(), every=True)
+    check(two_layers, lambda m, _: checkpoint(m, x, use_reentrant=False).tanh().square().mean())
     model = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), weight_norm(nn.Linear(4, 2)))
     fully_shard(model)
     with pytest.raises(ValueError, match="a direction v of torch's weight_norm"):
