@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ..arithmetic import quotient
-from ..dtensor import is_dtensor, local_part
+from ..dtensor import is_dtensor, local_part, total
 from ..grids import MIN_SCALE
 from ..nn import quantized_modules
 from ..nn.activation import learned_acts
 from ..nn.floor import count_act_at_floor, count_at_floor
 from ..ops import fake_quantize, quantize
-from .shards import layers_by_weight, locals_of, total
+from .shards import layers_by_weight, locals_of
 
 
 class GridStats:
