@@ -172,8 +172,9 @@ h3{font-size:.95rem;margin:1.4rem 0 .3rem}figure h3{margin-top:0}p{max-width:48r
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.35rem .6rem;text-align:left;vertical-align:top;white-space:nowrap}
 td:not(.n){white-space:normal;min-width:5rem;max-width:26rem}
-th{white-space:normal;overflow-wrap:normal;font-weight:600;font-size:.85rem;background:var(--card);vertical-align:bottom}
-tbody tr{border-top:1px solid var(--edge)}.n{text-align:right}tr.bad,.bad>.bad{color:var(--bad);font-weight:600}
+th{white-space:normal;overflow-wrap:normal;
+ font-weight:600;font-size:.85rem;background:var(--card);vertical-align:bottom}
+tbody tr{border-top:1px solid var(--edge)}.n{text-align:right}tr.bad{color:var(--bad);font-weight:600}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21.5rem),1fr));gap:1rem}
 figure{margin:0;padding:.9rem;background:var(--card);border:1px solid var(--edge);border-radius:8px;min-width:0}
 figcaption{font-size:.85rem;margin-top:.5rem}.axis{font-size:.8rem;line-height:1.2}.right{text-align:right}
