@@ -65,6 +65,16 @@ class GridStats:
         flipped, size = total(counts).tolist()
         return float(flipped / size)
 
+    @torch.no_grad()
+    def histograms(self) -> dict[str, list[int]]:
+        """Return how many weights have each code, by layer, from the smallest code of its grid to the largest."""
+        counted = {}
+        for name, codes in self.codes().items():
+            grid, mine = self._layers[name].grid, local_part(codes).flatten().to(torch.int64)
+            counts = torch.bincount(mine - grid.code_min, minlength=grid.levels)
+            counted[name] = total([(self._layers[name].weight, counts)]).tolist()
+        return counted
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the codes at the last call of :meth:`flips` by layer; empty if it was never called."""
         return dict(self._codes)

@@ -27,6 +27,8 @@ def use(model):
     numbers = [stats.flips(), stats.distance()]
     winq.after_step()
     numbers += [stats.flips(), stats.distance()]
+    for counts in stats.histograms().values():
+        numbers += counts
     torch.manual_seed(5)
     x = torch.randn(6, 8)
 
