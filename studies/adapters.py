@@ -156,14 +156,14 @@ def _to_nf4(model: nn.Module) -> None:
 def report(results: Results, out: Path) -> str:
     """Return the table."""
     lines = [
-        "| frozen weights | model, MB | process with it, MB | in a training step, MB | seconds a step | "
+        "| frozen weights | model, MB | process with it, MB | in a training step, MB | "
         "perplexity before | after |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|",
     ]
     for row in results.rows:
         found = row["figures"]
         cells = [_mega(found[name]) for name in ("model_bytes", "loaded_bytes", "peak_bytes")]
-        cells += [f"{found['seconds_per_step']:.2f}", f"{found['rounded']:.2f}", f"{found['trained']:.2f}"]
+        cells += [f"{found['rounded']:.2f}", f"{found['trained']:.2f}"]
         lines.append(f"| {TITLES[row['case']]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
