@@ -28,7 +28,7 @@ from bench.memory import in_use, peak
 from qatkernels import QuantConfig, pack_model, quantize_model
 from qatkernels.nn import model_bytes
 
-from .initial_scales import perplexity
+from .initial_scales import perplexity, shown
 from .processes import in_own_process
 from .results import Case, Figures, Results
 from .runner import Session, Study
@@ -156,14 +156,13 @@ def _to_nf4(model: nn.Module) -> None:
 def report(results: Results, out: Path) -> str:
     """Return the table."""
     lines = [
-        "| frozen weights | model, MB | process with it, MB | in a training step, MB | "
-        "perplexity before | after |",
+        "| frozen weights | model, MB | process with it, MB | in a training step, MB | perplexity before | after |",
         "|---|---|---|---|---|---|",
     ]
     for row in results.rows:
         found = row["figures"]
         cells = [_mega(found[name]) for name in ("model_bytes", "loaded_bytes", "peak_bytes")]
-        cells += [f"{found['rounded']:.2f}", f"{found['trained']:.2f}"]
+        cells += [shown(found["rounded"]), shown(found["trained"])]
         lines.append(f"| {TITLES[row['case']]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
