@@ -16,7 +16,8 @@ from .case import Case, Settings, reason
 from .codes import DOOMED
 from .journal import Journal, read
 from .machine import Machine, alive
-from .report import RESULTS, show, write
+from .page import page
+from .report import RESULTS, document, show, write
 from .run import Row, run_case
 from .suites import SUITES
 
@@ -51,11 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = options.out or RESULTS / f"{name}{part}-{machine.slug}.json"
         earlier = everything if options.out else []
 
-        def keep(rows: list[Row], name: str = name, target: Path = target, earlier: list[Row] = earlier) -> None:
+        def keep(
+            rows: list[Row], name: str = name, target: Path = target, earlier: list[Row] = earlier,
+            shown: list[Row] = everything,
+        ) -> None:  # fmt: skip
             # Written after every case, so a killed run loses at most one.
             if options.out or not (options.quick or options.journal):
                 suites = list(options.suite) if options.out else [name]
                 write([*earlier, *rows], machine, {**recorded, "suites": suites}, target)
+            if options.html:
+                options.html.parent.mkdir(parents=True, exist_ok=True)
+                options.html.write_bytes(page([document([*shown, *rows], machine.describe(), recorded)]))
 
         rows = run.suite(name, min(end, time.monotonic() + seconds), keep)
         everything = [*everything, *rows]
@@ -154,6 +161,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, for tests; recorded only with --out")
     parser.add_argument("--out", type=Path, help="one JSON file for all rows instead of one per suite")
+    parser.add_argument("--html", type=Path, help="also show all rows as a page: one file that needs no network")
     parser.add_argument(
         "--journal", type=Path, help="append JSON lines to this file instead; cases that it already has are skipped"
     )

@@ -17,29 +17,21 @@ RESULTS = Path(__file__).parent / "results"
 #: A row is reported as noisy if the third quartile of its repetitions is more than this times the first.
 _NOISY = 1.5
 
-_HEADER = ("implementation", "output", "timed", "median ms", "p10 ... p90", "of floor", "error", "over the best peer")
+#: The columns of a table.
+HEADER = ("implementation", "output", "timed", "median ms", "p10 ... p90", "of floor", "error", "over the best peer")
 
 
 def show(rows: Sequence[Row]) -> None:
     """Print the rows of one case."""
     timed = [row for row in rows if row["status"] == "ok"]
-    head = rows[0]["case"]
-    if timed:
-        first = timed[0]
-        megabytes = f"{first['bytes'] * 1e-6:.4g} MB"
-        work = f"{megabytes}, {first['flops'] * 1e-9:.3g} GFLOP" if first["flops"] else megabytes
-        head += f"   floor {first['floor_ms']:.4g} ms ({work})"
-    lines = [_cells(row) for row in rows if row["status"] != "missing"]
+    head = rows[0]["case"] + (f"   {floor_text(timed[0])}" if timed else "")
+    lines = [cells(row) for row in rows if row["status"] != "missing"]
     if sys.stdout.isatty() and (table := _rich(head, lines)):
         table()
     else:
         _plain(head, lines)
-    if timed and (noise := max(_noise(row) for row in timed)) > _NOISY:
-        print(
-            f"  NOISY: the middle half of some repetitions spans a factor of {noise:.1f}; repeat on a quieter machine"
-        )
-    if peaks := [row for row in timed if row.get("peak_bytes") is not None and row["timing"] == "call"]:
-        print("  peak memory: " + ", ".join(f"{r['implementation']} {r['peak_bytes'] * 1e-6:.4g} MB" for r in peaks))
+    for remark in filter(None, (noise_text(rows), peak_text(rows))):
+        print(f"  {remark}")
     for row in rows:
         if row["status"] == "missing":
             print(f"  missing: {row['implementation']} ({row['timing']}): {row['note']}")
@@ -48,12 +40,32 @@ def show(rows: Sequence[Row]) -> None:
     sys.stdout.flush()
 
 
-def _noise(row: Row) -> float:
-    q: dict[str, float] = row["quantiles_ms"]
-    return q["p75"] / max(q["p25"], 1e-9)
+def floor_text(row: Row) -> str:
+    """Return the floor of a timed row's case, and the work behind it."""
+    megabytes = f"{row['bytes'] * 1e-6:.4g} MB"
+    work = f"{megabytes}, {row['flops'] * 1e-9:.3g} GFLOP" if row["flops"] else megabytes
+    return f"floor {row['floor_ms']:.4g} ms ({work})"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def noise_text(rows: Sequence[Row]) -> str:
+    """Return a warning if the times of a case scatter; an empty text if they do not."""
+    spreads = [row["quantiles_ms"] for row in rows if row["status"] == "ok"]
+    noise = max((q["p75"] / max(q["p25"], 1e-9) for q in spreads), default=0.0)
+    if noise <= _NOISY:
+        return ""
+    return f"NOISY: the middle half of some repetitions spans a factor of {noise:.1f}; repeat on a quieter machine"
+
+
+def peak_text(rows: Sequence[Row]) -> str:
+    """Return the peak memory of the calls of a case that measured it; an empty text if none did."""
+    peaks = [row for row in rows if row["status"] == "ok" and row.get("peak_bytes") is not None]
+    peaks = [row for row in peaks if row["timing"] == "call"]
+    said = ", ".join(f"{row['implementation']} {row['peak_bytes'] * 1e-6:.4g} MB" for row in peaks)
+    return f"peak memory: {said}" if said else ""
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """Return a row as text, in the order of :data:`HEADER`."""
     lead = (row["implementation"], row.get("output", ""), row["timing"])
     errors = row.get("errors")
     shown = f"{max(errors):.1e}" if errors else row.get("unchecked", "")
@@ -79,9 +91,9 @@ def _against(row: Row) -> str:
 
 
 def _plain(head: str, lines: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(_HEADER, *lines, strict=True)]
+    widths = [max(map(len, column)) for column in zip(HEADER, *lines, strict=True)]
     print(f"\n{head}")
-    for line in (_HEADER, *lines):
+    for line in (HEADER, *lines):
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
@@ -91,7 +103,7 @@ def _rich(head: str, lines: list[tuple[str, ...]]) -> Any:
         from rich.table import Table
     except ImportError:
         return None
-    table = Table(*_HEADER, title=head, title_justify="left")
+    table = Table(*HEADER, title=head, title_justify="left")
     for line in lines:
         bad = line[3] in ("WRONG", "FAILED")
         table.add_row(*line, style="bold red" if bad else None)

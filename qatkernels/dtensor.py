@@ -207,3 +207,52 @@ def on_every_process(tensor: Any) -> Tensor:
 
     whole_there: Tensor = tensor.redistribute(tensor.device_mesh, [Replicate()] * tensor.device_mesh.ndim)
     return whole_there
+
+
+def total(sums: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the sum over all weights of a value that each process computed from its local parts.
+
+    All processes must call this.
+
+    Args:
+        sums: for each weight, the weight and the value of its local part.
+    """
+    import torch.distributed as dist
+
+    device = sums[0][1].device
+    result = torch.zeros_like(sums[0][1])
+    sharded: dict[Any, Tensor] = {}
+    groups: dict[Any, list[Any]] = {}
+    for weight, value in sums:
+        value = value.to(device)
+        if is_dtensor(weight):
+            key = (weight.device_mesh, weight.placements)
+            sharded[key] = sharded[key] + value if key in sharded else value.clone()
+            groups[key] = [weight.device_mesh.get_group(i) for i in sharded_dims(weight)]
+        else:
+            result = result + value
+    for key, value in sharded.items():
+        for group in groups[key]:
+            dist.all_reduce(value, group=group)
+        result = result + value
+    return result
+
+
+def mean_over(tensor: DTensor, value: Tensor) -> Tensor:
+    """Return the mean of a value over the processes that share a DTensor. All of them must call this."""
+    import torch.distributed as dist
+
+    mesh, result = tensor.device_mesh, value.detach().clone()
+    for i in range(mesh.ndim):
+        dist.all_reduce(result, group=mesh.get_group(i))
+    return result / mesh.size()
+
+
+def reduce_in_every_backward(model: nn.Module) -> None:
+    """Let FSDP2 reduce the gradients of a model over the processes in every backward.
+
+    FSDP2 has no getter for this flag, so it cannot be restored. Loops set it for each micro-batch anyway.
+    """
+    for module in model.modules():
+        if is_fsdp(module):
+            module.set_requires_gradient_sync(True, recurse=False)  # type: ignore[operator]

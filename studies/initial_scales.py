@@ -114,14 +114,15 @@ def report(results: Results, out: Path) -> str:
     bits = sorted({row["settings"]["bits"] for row in results.rows if row["settings"]["bits"]}, reverse=True)
     lines = ["| bits | " + " | ".join(f'`"{init}"`' for init in INITS) + " |", "|---|" + "---|" * len(INITS)]
     for width in bits:
-        shown = [_shown(figures.get(f"w{width}-{init}")) for init in INITS]
-        lines.append(f"| {width} | {' | '.join(shown)} |")
+        cells = [shown(figures.get(f"w{width}-{init}")) for init in INITS]
+        lines.append(f"| {width} | {' | '.join(cells)} |")
     if "float" in figures:
-        lines.append(f"| full precision | {_shown(figures['float'])} |{' |' * (len(INITS) - 1)}")
+        lines.append(f"| full precision | {shown(figures['float'])} |{' |' * (len(INITS) - 1)}")
     return "\n".join(lines)
 
 
-def _shown(value: float | None) -> str:
+def shown(value: float | None) -> str:
+    """Return a perplexity as tables show it."""
     return "" if value is None else f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 

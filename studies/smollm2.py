@@ -12,10 +12,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-import multiprocessing
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +28,7 @@ from qatkernels.trainer import TrainConfig, data, models
 from qatkernels.trainer.phases import phases
 
 from . import branches
+from .processes import in_own_process
 from .results import Case, Figures
 from .runner import Session, Study, UnavailableError
 from .smollm2_report import report
@@ -231,18 +230,18 @@ def in_llama_cpp(file: Path, windows: torch.Tensor) -> Figures | None:
     """
     if importlib.util.find_spec("llama_cpp") is None:
         return None
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(llama_cpp, file, windows, torch.get_num_threads()).result()
-        except BrokenProcessPool:
-            return {"failed": "the process of llama.cpp died"}
+    try:
+        found: Figures = in_own_process(llama_cpp, file, windows)
+    except BrokenProcessPool:
+        return {"failed": "the process of llama.cpp died"}
+    return found
 
 
-def llama_cpp(file: Path, windows: torch.Tensor, threads: int) -> Figures:
+def llama_cpp(file: Path, windows: torch.Tensor) -> Figures:
     """Return the perplexity of a file in llama.cpp, and how many tokens a second it generates."""
     import llama_cpp as package
 
-    count, context = windows.shape[0], windows.shape[1] - 1
+    count, context, threads = windows.shape[0], windows.shape[1] - 1, torch.get_num_threads()
     run = package.Llama(
         str(file), n_ctx=context, logits_all=True, verbose=False, n_threads=threads, n_threads_batch=threads
     )

@@ -22,6 +22,7 @@ from qatkernels.trainer.phases import phases
 
 from .results import Case, Figures, Results, Row
 from .runner import Session, Study
+from .spectra_plot import plot
 
 
 class Analysis(NamedTuple):
@@ -141,7 +142,7 @@ def draw(path: Path, folder: Path, rows: Sequence[Row]) -> None:
         list((folder / "work" / "spectra" / f"seed{row['seed']}" / row["case"] / "ritz").glob("*.json")) for row in rows
     ]
     if all(work):
-        spectra_report.plot([files.read_json(found[0]) for found in work], path)
+        plot([files.read_json(found[0]) for found in work], path)
 
 
 def table(rows: Sequence[Row], near_zero: float) -> str:

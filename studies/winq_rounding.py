@@ -99,11 +99,12 @@ _SEEDS = (1, 2, 3)
 # fmt: off
 SIZES = {
     # 0.33 million quantized parameters, 1024 bytes a step, trained from scratch.
-    # Two hours on one core.
+    # Two and a half hours on one core.
     "cpu": Size(_SMALL, (
         Part(_SEEDS, (1, 2), (1e-4, 5e-4), WEIGHTS, ("base", "reset-0.4", "both-0.4"), 1200),
         Part(_SEEDS, (2, 3), (5e-4,), WEIGHTS[:1], ("base", "stable"), 1200),
         Part((1,), (1,), (5e-4,), WEIGHTS, _WINQ, 1200),
+        Part(_SEEDS, (1, 2), (2e-3,), WEIGHTS[:2], ("base", "reset-0.4", "both-0.4"), 1200),
     )),
     # The whole grid: about 16 hours of one core. Not run yet.
     "cpu-whole": Size(_SMALL, (

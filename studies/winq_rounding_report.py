@@ -16,6 +16,8 @@ Cell = tuple[float, int, float]  # bits, steps, rate
 Runs = dict[tuple[str, str], dict[int, Figures]]  # by weights and variant, then by seed
 #: Variants whose difference to plain QAT is a column, in this order.
 COLUMNS = ("noise", "reset-0.4", "reset-0.8", "both-0.4", "both-0.8", "stable")
+#: Variants that are drawn, each with its line.
+DRAWN = {"both-0.4": "-", "reset-0.4": "--"}
 
 
 def report(results: Results, folder: Path) -> str:
@@ -54,8 +56,7 @@ def table(found: dict[Cell, Runs]) -> str:
                 _mean([sum(f["observed"]["travelled"]) for f in base.values()]),
             ]
             for variant in columns:
-                other = runs.get((weights, variant), {})
-                gains = [other[seed]["loss"] - base[seed]["loss"] for seed in other if seed in base]
+                gains = _gains(runs, weights, variant)
                 shown.append(_estimate(gains, "+.4f") if gains else "")
             lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines)
@@ -77,28 +78,35 @@ def _mean(values: list[float], factor: float = 1, unit: str = "") -> str:
 
 def draw(path: Path, found: dict[Cell, Runs]) -> None:
     """Draw the gain of each variant by learning rate, a panel for each width, a line for each kind of weights."""
-    widths = sorted({(bits, steps) for bits, steps, _ in found})
-    figure = Figure(figsize=(3.4 * len(widths), 2.8), layout="constrained")
-    for i, (bits, steps) in enumerate(widths):
-        axes = figure.add_subplot(1, len(widths), i + 1)
+    panels: dict[tuple[float, int], list[tuple[str, str, float, float]]] = defaultdict(list)
+    for (bits, steps, rate), runs in found.items():
+        for weights, variant in runs:
+            gains = _gains(runs, weights, variant)
+            if variant in DRAWN and gains:
+                panels[bits, steps].append((weights, variant, rate, statistics.mean(gains)))
+    kinds = {kind: COLOURS[i] for i, kind in enumerate(dict.fromkeys(p[0] for ps in panels.values() for p in ps))}
+    figure = Figure(figsize=(3.4 * max(len(panels), 1), 3.2), layout="constrained")
+    for i, ((bits, steps), points) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), i + 1)
         axes.axhline(0, color="0.6", linewidth=0.8)
-        kinds = dict.fromkeys(key[0] for runs in found.values() for key in runs)
-        for colour, weights in zip(COLOURS, kinds, strict=False):
-            for variant, line in (("both-0.4", "-"), ("reset-0.4", "--")):
-                points = []
-                for (b, s, rate), runs in found.items():
-                    base, other = runs.get((weights, "base"), {}), runs.get((weights, variant), {})
-                    gains = [other[seed]["loss"] - base[seed]["loss"] for seed in other if seed in base]
-                    if (b, s) == (bits, steps) and gains:
-                        points.append((rate, statistics.mean(gains)))
-                if points:
-                    axes.plot(*zip(*points, strict=True), line, marker="o", markersize=3, color=colour,
-                              label=f"{weights}, {variant}", linewidth=1.2)  # fmt: skip
+        for weights, variant in dict.fromkeys(p[:2] for p in points):
+            line = [p[2:] for p in points if p[:2] == (weights, variant)]
+            axes.plot(*zip(*line, strict=True), DRAWN[variant], marker="o", markersize=3, color=kinds[weights],
+                      label=f"{weights}, {variant}", linewidth=1.2)  # fmt: skip
+        rates = sorted({p[2] for p in points})
         axes.set_xscale("log")
-        axes.set_title(f"{bits:g} bits, {steps} steps", fontsize=9)
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.minorticks_off()
+        axes.set_title(f"{bits:g} {'bit' if bits == 1 else 'bits'}, {steps} steps", fontsize=9)
         axes.set_xlabel("learning rate")
         tidy(axes)
         if i == 0:
-            axes.set_ylabel("loss against plain QAT, bits per byte")
+            axes.set_ylabel("difference to plain QAT, bits per byte")
             axes.legend(fontsize=6, frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def _gains(runs: Runs, weights: str, variant: str) -> list[float]:
+    """Return the loss of a variant minus that of plain QAT, of each seed that has both."""
+    base, other = runs.get((weights, "base"), {}), runs.get((weights, variant), {})
+    return [other[seed]["loss"] - base[seed]["loss"] for seed in other if seed in base]

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 --max-restarts 3 -m tests.killed 1:7 train ...
 
-The first argument is the rank that dies in the first attempt of torchrun, and the forward pass of training in which it
-does. Later attempts run to their end.
+The first argument is the rank that dies in the first attempt of torchrun (``*``: any), and the forward pass of training
+in which it does. Later attempts run to their end. ``-`` in place of both: none dies.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tests.passes import each_pass
 
 def main() -> int:
     """Run the command of the other arguments, and die where the first one says so."""
-    rank, dies = map(int, sys.argv.pop(1).split(":"))
+    rank, _, dies = sys.argv.pop(1).partition(":")
     attempt, own = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
 
     def die(number: int, model: Any) -> None:
-        if attempt == 0 and own == rank and number == dies:
-            print(f"attempt 0: rank {rank} is killed in pass {number}", file=sys.stderr, flush=True)
+        if attempt == 0 and rank in ("*", str(own)) and str(number) == dies:
+            print(f"attempt 0: rank {own} is killed in pass {number}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
     if attempt and own == 0:

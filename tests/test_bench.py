@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.pages import read_page
+
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="not in a checkout")
 
@@ -218,3 +220,66 @@ def test_the_tables_of_cpus_are_those_of_the_results():
     from bench.markdown import DOCS, block
 
     assert block(cpu.BEGIN, cpu.END, cpu.render(cpu.RESULTS)) in DOCS.read_text()
+
+
+PAGE = """
+import sys
+from bench.cli import main
+
+sys.exit(main(["fake_quantize", "--quick", "--device", "cpu", "--out", sys.argv[1], "--html", sys.argv[1] + ".html"]))
+"""
+
+
+def test_the_page_shows_every_row(tmp_path):
+    _, document = run(PAGE, tmp_path)
+    written = (tmp_path / "rows.json.html").read_bytes()
+    page = read_page(written)
+    for row in document["rows"]:
+        assert row["case"] in page.text
+        if row["status"] == "ok":
+            assert f"{row['median_ms']:.4g}" in page.words
+    for value in (document["git"]["commit"], document["versions"]["torch"], document["device"]["name"]):
+        assert f" {value} " in page.text
+    # The command that shows files of results writes the same.
+    again = tmp_path / "new" / "again.html"
+    command = [sys.executable, "-m", "bench.page", str(tmp_path / "rows.json"), "--out", str(again)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    assert read_page(again.read_bytes()).text.replace(document["date"], "") == page.text.replace(document["date"], "")
+
+
+def test_the_page_shows_what_went_wrong():
+    from bench.page import page
+
+    document = json.loads((ROOT / "bench" / "results" / "hessian-amd-epyc.json").read_text())
+    hostile = "<script>alert(1)</script>"
+    ok = next(row for row in document["rows"] if row["status"] == "ok" and row["kind"] == "ours")
+    noisy = {**ok, "case": "n", "quantiles_ms": {**ok["quantiles_ms"], "p25": 1.0, "p75": 3.0}, "peak_bytes": 2e6}
+    document["rows"] = [
+        noisy,
+        {**ok, "case": hostile, "status": "wrong", "errors": [0.5], "implementation": hostile},
+        # What `python -m bench` records for a case that it could not build.
+        {"suite": "hessian", "case": hostile, "implementation": "", "timing": "", "status": "failed", "kind": "ours",
+         "note": hostile},
+        {**ok, "case": hostile, "status": "missing", "note": hostile},
+    ]  # fmt: skip
+    found = read_page(page([document]))
+    assert found.text.count(hostile) == 4
+    assert {"WRONG", "FAILED", "NOISY"} <= found.words
+    assert "spans a factor of 3.0" in found.text
+    assert "peak memory: " in found.text
+    assert "hessian 2 2 1" in found.text.replace("  ", " "), "cases, wrong or failed, noisy"
+    document["rows"] = []
+    assert "There are no results yet." in read_page(page([document])).text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("{", "cannot be read"), ("[]", "holds no rows"), (None, "No such file")]
+)
+def test_the_page_of_no_results(content, words, tmp_path, capsys):
+    from bench.page import main
+
+    if content is not None:
+        (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "rows.json"), "--out", str(tmp_path / "page.html")])
+    assert words in capsys.readouterr().err

@@ -53,7 +53,6 @@ def test_import_is_light():
     ("missing", "code", "extra"),
     [
         ("rich", "import qatkernels.trainer", "train"),
-        ("matplotlib", "import qatkernels.trainer", "train"),
         ("matplotlib", "import qatkernels.plan.plot", "plot"),
         ("scipy", "from qatkernels.plan import fit; fit._scipy_optimize()", "plan"),
         ("transformers", "import qatkernels.integrations.transformers", "hf"),
@@ -65,6 +64,12 @@ def test_a_missing_package_names_its_extra(missing, code, extra):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("qatkernels.extras.MissingExtraError")
     assert f"pip install 'qatkernels[{extra}]'" in last
+
+
+def test_reports_need_no_matplotlib():
+    code = "import qatkernels.trainer.spectra, qatkernels.trainer.report, qatkernels.cli.plan, bench.cli"
+    done = run_without(["matplotlib"], code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_command_without_its_extra_is_one_line():

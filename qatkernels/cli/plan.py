@@ -17,6 +17,7 @@ from ..plan.decide import best_bits_under_memory, full_precision_parity, wasted_
 from ..plan.fit import FitError, LossFit, fit_loss_law, read_runs, select
 from ..plan.formula import PlanError, optimal_qat_fraction, tokens_per_parameter_byte
 from ..plan.law import LossLaw
+from ..plan.page import page
 from .arguments import add_options, from_arguments
 from .common import Answer, fail
 
@@ -29,7 +30,7 @@ the fraction is the optimum of that law.
 EPILOG = """\
 examples:
   qatkernels plan --params 1.2B --tokens 100B --bits 2
-  qatkernels plan --params 1.2B --tokens 100B --bits 2 4 --plot plan.png
+  qatkernels plan --params 1.2B --tokens 100B --bits 2 4 --html plan.html
   qatkernels plan --params 1M --tokens 50M --bits 1 --runs runs.csv --save law.json
   qatkernels plan --params 1M --tokens 50M --bits 1 --law law.json
 
@@ -62,7 +63,9 @@ class PlanConfig:
         "also compare bit widths for weights that fill this memory, such as 300MB, at the compute 6·N·D; needs a law",
         AT_LEAST_1, parse=units.size, metavar="SIZE",
     )  # fmt: skip
-    plot: str | None = option(None, "draw the law and the optimum", metavar="PNG")
+    plot: str | None = option(None, "draw the law and the optimum into a picture (extra plot)", metavar="PNG")
+    html: str | None = option(None, "write the plan with its charts as a page, one file that needs no network",
+                              metavar="HTML")  # fmt: skip
 
     def __post_init__(self) -> None:
         check(self)
@@ -107,7 +110,11 @@ def answer(config: PlanConfig) -> tuple[dict[str, Any], list[str]]:
 
             with files.explained("written", Path(config.plot)):
                 draw(config.plot, config.params, config.tokens, list(config.bits), law)
-    return result, list(dict.fromkeys(str(warning.message) for warning in caught))
+    messages = list(dict.fromkeys(str(warning.message) for warning in caught))
+    if config.html:
+        rows = [_rows(one, result) for one in result["plans"]]
+        files.write(Path(config.html), page(result, rows, messages, law))
+    return result, messages
 
 
 def _law(config: PlanConfig) -> tuple[LossLaw | None, LossFit | None]:
@@ -202,37 +209,45 @@ def _by_law(
 
 def text(answer: dict[str, Any]) -> str:
     """Return a plan as text."""
-    params, tokens, human = answer["params"], answer["tokens"], units.human
     blocks = []
     for one in answer["plans"]:
-        fraction, b, full = one["fraction"], one["bits"], one["tokens_fp"]
-        lines = [f"{human(params)} parameters, {human(tokens)} tokens, {b:g} bit{'' if b == 1 else 's'}"]
-        formula = "none, S ≤ 1" if one["formula_fraction"] is None else f"{one['formula_fraction']:.1%}"
-        source = f"fitted law; formula [paper]: {formula}" if "loss" in one else "formula [paper]"
-        if "fraction_interval" in one:
-            low, high = one["fraction_interval"]
-            level = answer["fit"]["confidence"]
-            source = f"{low:.1%} to {high:.1%} at {level:.0%} confidence; {source}"
-        rows = [
-            ("quantized share", f"{fraction:.1%}  ({source})"),
-            ("full precision", f"{human(full)} tokens"),
-            ("quantized", f"{human(one['tokens_qat'])} tokens"),
-            ("schedule", _schedule(one["schedule"], full)),
-            ("weights", f"{human(one['weight_bytes'], 'B')}, in bfloat16 {human(2 * params, 'B')}"),
-            ("S", f"{one['tokens_per_parameter_byte']:.4g} tokens per parameter byte"),
-        ]
-        if "loss" in one:
-            waste = one["wasted_tokens"]
-            rows += [(f"{one['other_fraction']:.0%} instead", f"wastes {human(waste)} tokens ({waste / tokens:.1%})")]
-            parity = one["parity_from"]
-            parity_text = "at no number of tokens" if parity is None else f"from {human(parity)} tokens on"
-            rows += [("within 1% of fp", parity_text), ("loss", f"{one['loss']:.4g}")]
-        blocks.append("\n".join(lines + [f"  {name:<16} {value}" for name, value in rows]))
+        b, human = one["bits"], units.human
+        head = (
+            f"{human(answer['params'])} parameters, {human(answer['tokens'])} tokens, {b:g} bit{'' if b == 1 else 's'}"
+        )
+        blocks.append("\n".join([head, *(f"  {name:<16} {value}" for name, value in _rows(one, answer))]))
     if "fit" in answer:
         blocks.append(_fit_text(answer["fit"]))
     if "memory" in answer:
         blocks.append(_memory_text(answer["memory"]))
     return "\n\n".join(blocks)
+
+
+def _rows(one: dict[str, Any], answer: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what is said about one bit width of a plan: names with values."""
+    params, tokens, human = answer["params"], answer["tokens"], units.human
+    fraction, full = one["fraction"], one["tokens_fp"]
+    formula = "none, S ≤ 1" if one["formula_fraction"] is None else f"{one['formula_fraction']:.1%}"
+    source = f"fitted law; formula [paper]: {formula}" if "loss" in one else "formula [paper]"
+    if "fraction_interval" in one:
+        low, high = one["fraction_interval"]
+        level = answer["fit"]["confidence"]
+        source = f"{low:.1%} to {high:.1%} at {level:.0%} confidence; {source}"
+    rows = [
+        ("quantized share", f"{fraction:.1%}  ({source})"),
+        ("full precision", f"{human(full)} tokens"),
+        ("quantized", f"{human(one['tokens_qat'])} tokens"),
+        ("schedule", _schedule(one["schedule"], full)),
+        ("weights", f"{human(one['weight_bytes'], 'B')}, in bfloat16 {human(2 * params, 'B')}"),
+        ("S", f"{one['tokens_per_parameter_byte']:.4g} tokens per parameter byte"),
+    ]
+    if "loss" in one:
+        waste = one["wasted_tokens"]
+        rows += [(f"{one['other_fraction']:.0%} instead", f"wastes {human(waste)} tokens ({waste / tokens:.1%})")]
+        parity = one["parity_from"]
+        parity_text = "at no number of tokens" if parity is None else f"from {human(parity)} tokens on"
+        rows += [("within 1% of fp", parity_text), ("loss", f"{one['loss']:.4g}")]
+    return rows
 
 
 def _schedule(name: str, full: float) -> str:

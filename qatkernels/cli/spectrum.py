@@ -15,7 +15,9 @@ quadrature.
 EPILOG = """\
 written to --out:
   report.json    extreme eigenvalues, masses, traces, sharpness, and the density in bins
-  spectra.png    densities, and near-zero mass and largest eigenvalue over training
+  report.html    table and densities, and near-zero mass and extreme eigenvalues over
+                 training: one file, opens without a network. If --out is in the folder of
+                 a run of `qatkernels train`, its report.html shows them too
   ritz/          Ritz values and weights of each checkpoint; a second call computes only missing checkpoints
 
 examples:

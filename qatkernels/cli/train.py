@@ -23,7 +23,9 @@ finished phases. `--resume` does the same without repeating other options.
 """
 EPILOG = """\
 written to --out:
-  report.json, curves.png      table, curves, and what they were measured on
+  report.html                  table, curves, histograms of codes, settings and
+                               machine: one file, opens without a network
+  report.json                  the same as numbers
   log.jsonl                    losses over the steps
   fp/, w4/, w2/, w1.58/, w1/   model.safetensors and phase.json of each model;
                                transformers reads the folders of its models

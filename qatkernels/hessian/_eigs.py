@@ -13,6 +13,7 @@ from torch import Tensor
 from ._spectrum import probe
 from .lanczos import Basis, NotFiniteError, basis_bytes
 from .operator import SymmetricMap
+from .vectors import Vectors, vectors_of
 
 logger = logging.getLogger(__package__)
 
@@ -29,7 +30,7 @@ class Eigs(NamedTuple):
         values: float64 eigenvalues, ascending: the k smallest, then the k largest, according to ``which``.
         residuals: float64 norm of ``A y - theta y`` for each value ``theta``: the distance to the nearest true
             eigenvalue is at most that.
-        vectors: unit eigenvectors, one row per value.
+        vectors: unit eigenvectors, one row per value; of a sharded model this process's elements of them.
         products: number of products with the matrix.
         converged: whether every residual is below the tolerance.
     """
@@ -55,7 +56,7 @@ class _Projection:
         """Return a random unit vector orthogonal to the basis."""
         w = probe(self.op, self.seed, self.draws)
         self.draws += 1
-        w, _, norm = self.basis.clean(self.size, w, passes=3) if self.size else (w, None, float(w.double().norm()))
+        w, _, norm = self.basis.clean(self.size, w, passes=3) if self.size else (w, None, self.basis.vectors.norm(w))
         return w.div_(norm)
 
     def grow(self) -> None:
@@ -135,8 +136,9 @@ def eigs(
         raise ValueError(f"basis is {basis}, must be at least {low + high + 2}: two more than the eigenpairs")
     tol = (1e-6 if op.dtype == torch.float64 else 1e-5) if tol is None else tol
     logger.info(
-        "the Krylov basis takes %.4g MB: %d vectors of %d", basis_bytes(op.n, basis, op.dtype) * 1e-6, basis, op.n
-    )
+        "the Krylov basis takes %.4g MB: %d vectors of %d",
+        basis_bytes(vectors_of(op).length, basis, op.dtype) * 1e-6, basis, vectors_of(op).length,
+    )  # fmt: skip
     space, previous = _Projection(op, basis, seed), None
     while True:
         products_before = space.products
@@ -164,7 +166,10 @@ def eigs(
             space.next = space.random()
     space.rotate(result, vectors[:, ends_of_spectrum])
     rows = space.basis.rows[: len(result)].clone()
-    bounds = torch.stack([_residual(op, float(value), row) for value, row in zip(result, rows, strict=True)])
+    bounds = torch.tensor(
+        [_residual(op, float(value), row, space.basis.vectors) for value, row in zip(result, rows, strict=True)],
+        dtype=torch.float64,
+    )
     converged = bool((bounds <= tol * norm).all())
     if advance:
         advance(len(result))
@@ -177,7 +182,6 @@ def eigs(
     return Eigs(result, bounds, rows, space.products + len(result), converged)
 
 
-def _residual(op: SymmetricMap, value: float, vector: Tensor) -> Tensor:
+def _residual(op: SymmetricMap, value: float, vector: Tensor, vectors: Vectors) -> float:
     """Return the norm of ``A y - theta y``."""
-    rest = op.products([vector])[0].sub_(vector, alpha=value)
-    return torch.linalg.vector_norm(rest, dtype=torch.float64).cpu()
+    return vectors.norm(op.products([vector])[0].sub_(vector, alpha=value))

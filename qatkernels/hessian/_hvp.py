@@ -33,6 +33,12 @@ from ..nn.replay import RandomState, untouched
 
 logger = logging.getLogger(__package__)
 
+#: Error message for a direction of weight_norm in ``params``.
+WEIGHT_NORM = (
+    "params holds a direction v of torch's weight_norm, whose second derivative torch computes wrongly: leave it out "
+    "of params, or remove the parametrization (torch.nn.utils.parametrize.remove_parametrizations)"
+)
+
 ENGINES = ("reverse", "forward")
 
 LossFn = Callable[[], Tensor]
@@ -63,8 +69,8 @@ def check_whole(params: Iterable[Tensor]) -> None:
     if any(is_dtensor(p) for p in params):
         raise ValueError(
             "parameters are sharded (fully_shard), must be whole: FSDP2 gathers weights for one backward, and a second "
-            "derivative needs them again. Give it qatkernels.nn.gather_model(model), a whole copy in every process, "
-            "and each process its own batches"
+            "derivative needs them again. Use HessianOperator(model, loss_fn, batches), which takes sharded models, or "
+            "give it the parameters of qatkernels.nn.gather_model(model), a whole copy in every process"
         )
 
 
@@ -133,11 +139,13 @@ def _check_second_derivatives(loss: Tensor, params: Sequence[Tensor]) -> None:
         if node.name().startswith("WeightNormInterfaceBackward"):
             leaf = node.next_functions[0][0]
             if id(getattr(leaf, "variable", None)) in ids:
-                raise ValueError(
-                    "params holds a direction v of torch's weight_norm, whose second derivative torch computes "
-                    "wrongly: leave it out of params, or remove the parametrization "
-                    "(torch.nn.utils.parametrize.remove_parametrizations)"
-                )
+                raise ValueError(WEIGHT_NORM)
+
+
+def check_require_grad(params: Sequence[Tensor]) -> None:
+    """Raise ValueError if a parameter does not require grad."""
+    if frozen := [i for i, p in enumerate(params) if not p.requires_grad]:
+        raise ValueError(f"params{frozen[:5]} do not require grad, all must: call requires_grad_() on them")
 
 
 def gradient_of(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool) -> list[Tensor]:
@@ -146,8 +154,7 @@ def gradient_of(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool) -
     Raises:
         ValueError: if the loss depends on none of the parameters, or a parameter does not require grad.
     """
-    if frozen := [i for i, p in enumerate(params) if not p.requires_grad]:
-        raise ValueError(f"params{frozen[:5]} do not require grad, all must: call requires_grad_() on them")
+    check_require_grad(params)
     grads = torch.autograd.grad(loss, list(params), create_graph=create_graph, allow_unused=True)
     if all(g is None for g in grads):
         raise ValueError("the loss does not depend on the parameters")

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..dtypes import dtype_name
 from .lanczos import Basis, Tridiagonal, basis_bytes, lanczos
 from .operator import SymmetricMap
+from .vectors import vectors_of
 
 logger = logging.getLogger(__package__)
 
@@ -218,9 +219,13 @@ def _cumulative(ritz: Tensor, weights: Tensor, residuals: Tensor, x: float) -> t
 
 
 def probe(op: SymmetricMap, seed: int, index: int) -> Tensor:
-    """Return a standard normal vector ``[n]``. It is the same on every device, in every process and in every dtype."""
+    """Return a standard normal vector ``[n]``. It is the same on every device, in every process and in every dtype.
+
+    If vectors lie in shares (:class:`HessianOperator` of a sharded model), it is this process's share of that vector.
+    """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**64)
-    return torch.randn(op.n, generator=generator).to(op.device, op.dtype)
+    numbers = vectors_of(op).drawn(lambda count: torch.randn(count, generator=generator))
+    return numbers.to(op.device, op.dtype)
 
 
 def spectrum(
@@ -238,7 +243,8 @@ def spectrum(
     """Estimate the spectrum of a symmetric matrix from ``probes * steps`` products.
 
     The Krylov basis has ``n * steps * block`` elements. It is the only memory of that size. Its bytes are logged before
-    the computation starts, and returned in ``settings["basis_bytes"]``.
+    the computation starts, and returned in ``settings["basis_bytes"]``. If the operator's model is sharded, each
+    process holds its share of the basis, and all processes must call this. They get the same result.
 
     Args:
         op: the matrix, such as a :class:`HessianOperator`.
@@ -260,8 +266,9 @@ def spectrum(
         if value < 1:
             raise ValueError(f"{name} is {value}, must be at least 1")
     rows, block = min(steps, op.n), min(block, probes)
-    size = basis_bytes(op.n, rows, basis_dtype or op.dtype, block)
-    logger.info("the Krylov basis takes %.4g MB: %d x %d vectors of %d", size * 1e-6, block, rows, op.n)
+    length = vectors_of(op).length
+    size = basis_bytes(length, rows, basis_dtype or op.dtype, block)
+    logger.info("the Krylov basis takes %.4g MB: %d x %d vectors of %d", size * 1e-6, block, rows, length)
     bases = [Basis(rows, op, basis_dtype, basis_device) for _ in range(block)]
     matrices: list[Tridiagonal] = []
     for first in range(0, probes, block):

@@ -12,6 +12,7 @@ from torch import Tensor
 from ._spectrum import Estimate
 from .lanczos import Basis, NotFiniteError, basis_bytes
 from .operator import SymmetricMap
+from .vectors import Vectors, vectors_of
 
 logger = logging.getLogger(__package__)
 
@@ -21,7 +22,7 @@ METHODS = ("hutchinson", "hutch++")
 def signs(op: SymmetricMap, seed: int, index: int) -> Tensor:
     """Return a vector of random signs ``[n]`` (Rademacher). It is the same on every device and in every process."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-    bits = torch.randint(0, 2, (op.n,), generator=generator, dtype=torch.int8)
+    bits = vectors_of(op).drawn(lambda count: torch.randint(0, 2, (count,), generator=generator, dtype=torch.int8))
     return (2 * bits - 1).to(op.dtype).to(op.device)
 
 
@@ -60,6 +61,8 @@ def trace(
     if products < fewest:
         raise ValueError(f"products is {products}, must be at least {fewest} for {method}")
 
+    vectors = vectors_of(op)
+
     def times(v: Tensor) -> Tensor:
         result = op.products([v])[0]
         if advance:
@@ -68,40 +71,36 @@ def trace(
 
     if method == "hutchinson":
         return Estimate.of(
-            torch.tensor([_form(times, signs(op, seed, i)) for i in range(products)], dtype=torch.float64)
+            torch.tensor([_form(times, signs(op, seed, i), vectors) for i in range(products)], dtype=torch.float64)
         )
     sketch = min(products // 3, op.n)
-    logger.info("the basis of Hutch++ takes %.4g MB", basis_bytes(op.n, sketch, op.dtype) * 1e-6)
+    logger.info("the basis of Hutch++ takes %.4g MB", basis_bytes(vectors.length, sketch, op.dtype) * 1e-6)
     basis, size = Basis(sketch, op), 0
     for i in range(sketch):
         w = times(signs(op, seed, i))
-        norm_before = _norm(w)
+        norm_before = vectors.norm(w)
         if not norm_before < math.inf:
             raise NotFiniteError(f"product {i + 1} holds NaN or infinity")
         w, _, norm = basis.clean(size, w) if size else (w, None, norm_before)
         if norm > 100 * torch.finfo(op.dtype).eps * norm_before:  # otherwise w lies in the span of the basis already
             basis.keep(size, w / norm)
             size += 1
-    trace_in_basis = math.fsum(_form(times, basis.rows[i].to(op.device, op.dtype)) for i in range(size))
+    trace_in_basis = math.fsum(_form(times, basis.rows[i].to(op.device, op.dtype), vectors) for i in range(size))
     products_left = products - sketch - size
     if size == op.n or products_left < 2:
         return Estimate(trace_in_basis, 0.0 if size == op.n else math.nan)
     samples = []
     for i in range(sketch, sketch + products_left):
         z = signs(op, seed, i)
-        samples.append(_form(times, basis.clean(size, z)[0] if size else z))
+        samples.append(_form(times, basis.clean(size, z)[0] if size else z, vectors))
     orthogonal_part = Estimate.of(torch.tensor(samples, dtype=torch.float64))
     return Estimate(trace_in_basis + orthogonal_part.value, orthogonal_part.error)
 
 
-def _norm(w: Tensor) -> float:
-    return float(torch.linalg.vector_norm(w, dtype=torch.float64))
-
-
-def _form(times: Callable[[Tensor], Tensor], z: Tensor) -> float:
+def _form(times: Callable[[Tensor], Tensor], z: Tensor, vectors: Vectors) -> float:
     """Return ``z' A z``, summed in float64."""
     dots = torch.ops.qatkernels.gram_schmidt(z.unsqueeze(0), times(z), None)[1]
-    value = float(dots[0])
+    value = float(vectors.total(dots)[0])
     if not math.isfinite(value):
         raise NotFiniteError("a product holds NaN or infinity")
     return value

@@ -125,7 +125,8 @@ def _gradients(
     return list(torch.autograd.grad(ys, leaves, ts, create_graph=create_graph, allow_unused=True)), leaves
 
 
-def _wrapped(module: nn.Module) -> Run:
+def checkpointed_forward(module: nn.Module) -> Run:
+    """Return the forward of a module with activation checkpointing; :func:`checkpointed` says which modules fit."""
     forward = module.forward
 
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
@@ -148,7 +149,7 @@ def checkpointed(modules: Iterable[nn.Module]) -> Iterator[None]:
     try:
         for module in dict.fromkeys(modules):
             before = module.__dict__.get("forward")
-            module.forward = _wrapped(module)
+            module.forward = checkpointed_forward(module)
             wrapped.append((module, before))
         yield
     finally:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .operator import SymmetricMap
+from .vectors import Vectors, vectors_of
 
 #: Dtypes that a basis may be kept in, None for the operator's own.
 BASIS_DTYPES = (None, torch.float32, torch.bfloat16, torch.float64)
@@ -28,10 +29,17 @@ class NotFiniteError(ArithmeticError):
     """A product with the matrix holds NaN or infinity."""
 
 
-def orthogonalize(basis: Tensor, w: Tensor, dots: Tensor, sq: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Subtract ``h @ basis`` from ``w`` in place; return the new ``basis @ w``, and the squared norm of ``w``."""
-    _gram_schmidt(basis, w, h, w, dots[: len(basis)], sq)
-    return dots[: len(basis)], sq
+def orthogonalize(
+    basis: Tensor, w: Tensor, sums: Tensor, vectors: Vectors, h: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Subtract ``h @ basis`` from ``w`` in place; return the new ``basis @ w``, and the squared norm of ``w``.
+
+    Both are written into ``sums``, float64, which has one element more than the basis has rows.
+    """
+    sums = sums[: len(basis) + 1]  # one tensor, so that one collective sums both
+    _gram_schmidt(basis, w, h, w, sums[1:], sums[0])
+    vectors.total(sums)
+    return sums[1:], sums[0]
 
 
 class Basis:
@@ -54,9 +62,9 @@ class Basis:
         if dtype not in BASIS_DTYPES:
             raise ValueError(f"basis dtype is {dtype}, must be one of {BASIS_DTYPES}")
         self.device = like.device if device is None else torch.device(device)
-        self.rows = torch.empty(rows, like.n, dtype=dtype or like.dtype, device=self.device)
-        self._dots = torch.empty(rows, dtype=torch.float64, device=self.device)
-        self._sq = torch.empty((), dtype=torch.float64, device=self.device)
+        self.vectors = vectors_of(like)
+        self.rows = torch.empty(rows, self.vectors.length, dtype=dtype or like.dtype, device=self.device)
+        self._sums = torch.empty(rows + 1, dtype=torch.float64, device=self.device)
         # A product of a vector with a row is rounding error if it is below this times the vector's norm. Rows in a
         # narrower dtype add their own rounding.
         self.tolerance = 10 * torch.finfo(like.dtype).eps
@@ -76,19 +84,26 @@ class Basis:
         """
         local = w if w.device == self.device else w.to(self.device)
         rows = self.rows[:count]
-        dots, sq = orthogonalize(rows, local, self._dots, self._sq)
+        dots, sq = orthogonalize(rows, local, self._sums, self.vectors)
         subtracted = torch.zeros_like(dots)
         for _ in range(passes):
             if not float(dots.abs().max()) > self.tolerance * float(sq) ** 0.5:
                 break
             h = dots.clone()
             subtracted += h
-            dots, sq = orthogonalize(rows, local, self._dots, self._sq, h)
+            dots, sq = orthogonalize(rows, local, self._sums, self.vectors, h)
         return local.to(w.device), subtracted, float(sq) ** 0.5
 
 
 def basis_bytes(n: int, steps: int, dtype: torch.dtype, block: int = 1) -> int:
-    """Return the bytes of a Krylov basis. That is nearly all the memory that Lanczos needs beside the operator's."""
+    """Return the bytes of a Krylov basis. That is nearly all the memory that Lanczos needs beside the operator's.
+
+    Args:
+        n: elements of a vector in this process.
+        steps: vectors of a basis.
+        dtype: dtype of the basis.
+        block: number of bases.
+    """
     return n * steps * block * torch.empty((), dtype=dtype).element_size()
 
 
@@ -120,11 +135,10 @@ class _Process:
         self.basis = basis
         # The last two vectors in full precision; step i uses row i % 2 for the newest one.
         self.recent = torch.zeros(2, start.numel(), dtype=start.dtype, device=start.device)
-        self._dots = torch.empty(2, dtype=torch.float64, device=start.device)
-        self._sq = torch.empty((), dtype=torch.float64, device=start.device)
+        self._sums = torch.empty(3, dtype=torch.float64, device=start.device)
         self.alpha: list[float] = []
         self.beta: list[float] = []
-        self.residual = float(torch.linalg.vector_norm(start, dtype=torch.float64))
+        self.residual = basis.vectors.norm(start)
         if not 0 < self.residual < math.inf:
             raise ValueError("the start vector is zero or not finite, must be finite and not zero")
         self.done = False
@@ -144,9 +158,9 @@ class _Process:
         index = len(self.alpha)
         newest = index % 2
         # Subtract twice: alpha may be much larger than the remaining vector, and its rounding error then matters.
-        dots, _ = orthogonalize(self.recent, w, self._dots, self._sq)
+        dots, _ = orthogonalize(self.recent, w, self._sums, self.basis.vectors)
         h = dots.clone()
-        dots, _ = orthogonalize(self.recent, w, self._dots, self._sq, h)
+        dots, _ = orthogonalize(self.recent, w, self._sums, self.basis.vectors, h)
         alpha = float(h[newest] + dots[newest])
         if not math.isfinite(alpha):
             raise NotFiniteError(f"the product of step {index + 1} holds NaN or infinity")

@@ -14,13 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._torch_compat import tree_map
+from ..dtensor import local_part
 from ..nn import quantized_modules, quantized_weights
+from ..nn._gather_model import is_sharded, reshard
 from ..nn.quantized import check_weights
 from ..nn.replay import RandomState, check_calibrated
 from ._hvp import (
     GradientGraph,
     check_engine,
-    check_whole,
     checked_loss,
     forward_product,
     gradient_of,
@@ -28,6 +29,8 @@ from ._hvp import (
     twice_differentiable,
 )
 from .checkpoint import blocks, checkpointed
+from .sharded import ShardedCopy, check_differentiable_twice, resharded
+from .vectors import ShardedVectors, Vectors
 
 ModelLoss = Callable[[Any, Any], Tensor]
 
@@ -37,7 +40,11 @@ _RANDOM_ABOVE = 1e-5
 
 
 class SymmetricMap(Protocol):
-    """The interface of a symmetric matrix in this package: its size, and products with vectors."""
+    """The interface of a symmetric matrix in this package: its size, and products with vectors.
+
+    A matrix whose vectors lie in shares in several processes says how in an attribute ``vectors``, as
+    :class:`HessianOperator` of a sharded model does. Each process then gives and gets its elements of vectors.
+    """
 
     n: int
     dtype: torch.dtype
@@ -80,8 +87,14 @@ class HessianOperator:
     ``dtype`` is made, and batches are cast. Quantized weights do not change, because codes are computed in float32
     anyway.
 
+    A model that ``fully_shard`` (FSDP2) has sharded stays so: products are those of
+    :func:`qatkernels.nn.gather_model`'s copy to the order of sums, but each layer is gathered when it runs, and no more
+    than one layer is whole at a time. Every process holds its elements of each vector: those of its shards of
+    ``params``, flattened in order. FSDP2's mixed precision is left out: products are of the master weights in
+    ``dtype``. All processes must run the same layers in the same order.
+
     Args:
-        model: the model; wrapped in DistributedDataParallel or not.
+        model: the model; wrapped in DistributedDataParallel, sharded by ``fully_shard``, or neither.
         loss_fn: ``loss_fn(model, batch)`` returns the loss, a scalar: the same value at every call.
         batches: the batches for ``loss_fn``; any iterable, read once.
         params: parameters of the model; the quantized weights (:func:`qatkernels.quantized_weights`) if None.
@@ -93,18 +106,22 @@ class HessianOperator:
             model's ModuleLists and Sequentials. Only for engine ``"reverse"``.
         weights: weight of each batch in the mean; equal if None. Give the batch sizes if they differ.
         distributed: average over the processes of torch.distributed, where each process has its own batches. Every
-            process must then take part in every product. If None, True if torch.distributed is initialised.
+            process must then take part in every product. If None, True if torch.distributed is initialised. Must not
+            be False if the model is sharded.
 
     Attributes:
         n: number of elements of the parameters.
-        params: the parameters that are differentiated; those of the copy if there is one.
+        params: the parameters that are differentiated; those of the copy if there is one. Of a sharded model, this
+            process's shards.
+        vectors: how vectors lie in the processes; ``vectors.length`` elements of each are in this one.
         dtype: dtype of vectors and products.
         device: device of vectors and products.
         count: products so far.
 
     Raises:
-        ValueError: if an argument cannot be used, naming it, or an activation scale of the model is not initialized.
-            The loss is checked by the first product.
+        ValueError: if an argument cannot be used, naming it, an activation scale of the model is not initialized, or
+            the model is sharded otherwise than ``fully_shard`` over all processes does. The loss is checked by the
+            first product.
     """
 
     def __init__(
@@ -125,25 +142,32 @@ class HessianOperator:
         if engine == "forward" and (retain or checkpoint):
             raise ValueError("retain and checkpoint are for engine 'reverse', the engine 'forward' keeps no graph")
         self.source: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        check_whole(self.source.parameters())
+        self.sharded = is_sharded(self.source)
+        if self.sharded:
+            shards = resharded(self.source, params or ())
+            params = None if params is None else shards
         check_calibrated(self.source)
         self.loss_fn, self.engine = loss_fn, engine
         self._source_params = _parameters(self.source, params)
+        if self.sharded:
+            check_differentiable_twice(self.source, self._source_params, engine, distributed)
         self.dtype = _product_dtype(self._source_params, dtype)
         self.device = self._source_params[0].device
         self.n = sum(p.numel() for p in self._source_params)
         self.batches = list(batches)
         if not self.batches:
             raise ValueError("batches is empty, must hold a batch")
-        if engine == "forward":
-            retain = False
-        self.retain = len(self.batches) == 1 if retain is None else retain
         self._checkpoint = checkpoint if isinstance(checkpoint, bool) else list(checkpoint)
         available = dist.is_available() and dist.is_initialized()
         if distributed and not available:
             raise ValueError("distributed is True, but torch.distributed is not initialised")
         self.distributed = available if distributed is None else distributed
         self._weights = self._normalised(weights)
+        if self.sharded:
+            self._run_alike()
+        if engine == "forward":
+            retain = False
+        self.retain = len(self.batches) == 1 if retain is None else retain
         self.count = 0
         self._graphs: list[GradientGraph | None] = [None] * len(self.batches)
         #: Random state before each batch. It is known once the batch before it has been evaluated.
@@ -159,8 +183,13 @@ class HessianOperator:
     def refresh(self) -> None:
         """Discard everything that was computed from earlier values of the model."""
         self._graphs = [None] * len(self.batches)
-        needs_copy = any(p.dtype != self.dtype for p in self._source_params)
-        if not needs_copy:
+        already: list[nn.Module] = []
+        self.vectors = Vectors(self.n)
+        if self.sharded:
+            copied = ShardedCopy(self.source, self._source_params, self.dtype)
+            self.model, self.params, already = copied.model, copied.params, copied.layers
+            self.vectors = ShardedVectors(copied.layouts)
+        elif all(p.dtype == self.dtype for p in self._source_params):
             self.model, self.params = self.source, self._source_params
         else:
             names = {id(p): name for name, p in self.source.named_parameters()}
@@ -172,14 +201,18 @@ class HessianOperator:
         else:
             counterparts = dict(zip(self.source.modules(), self.model.modules(), strict=True))
             self._blocks = [counterparts[m] for m in self._checkpoint or ()]
+        self._blocks = [block for block in self._blocks if block not in already]
         self._scope = scope_of(self.model)
         self._used_state = self._state()
 
     def _state(self) -> tuple[Any, ...]:
         """Return versions and modes of the model. If they change, the loss is another function."""
+        if self.sharded:
+            reshard(self.source)  # a root keeps what it has gathered after a forward
         modules, layers = self.source.modules(), quantized_modules(self.source).values()
+        tensors = (*self.source.parameters(), *self.source.buffers())
         return (
-            [(id(t), t._version) for t in (*self.source.parameters(), *self.source.buffers())],
+            [(id(t), t._version, local_part(t.detach())._version) for t in tensors],
             [module.training for module in modules],
             [(q.noise_std, q.scale_noise_std, q.surrogate) for q in (layer.quantizer for layer in layers)],
         )
@@ -201,6 +234,17 @@ class HessianOperator:
             raise ValueError("weights are all 0, one must be positive")
         return [w / float(total) for w in values]
 
+    def _run_alike(self) -> None:
+        """Let all processes run the model equally often, since it takes all of them to gather a layer.
+
+        A process with fewer batches than another one runs its last batch again, with the weight 0.
+        """
+        most = torch.tensor(len(self.batches), device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        missing = int(most) - len(self.batches)
+        self.batches += self.batches[-1:] * missing
+        self._weights += [0.0] * missing
+
     def _loss(self, index: int) -> Tensor:
         batch = self.batches[index]
         if self.model is not self.source:
@@ -211,7 +255,8 @@ class HessianOperator:
             loss = self.loss_fn(self.model, batch)
             if self._random[index + 1] is None:
                 self._random[index + 1] = self._random_state()
-        return loss
+        # Derivatives of a sharded model are summed over the processes while they are computed.
+        return loss * self._weights[index] if self.sharded else loss
 
     def _cast(self, leaf: Any) -> Any:
         return leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
@@ -241,9 +286,7 @@ class HessianOperator:
             )
 
     def _split(self, vector: Tensor) -> list[Tensor]:
-        parts = vector.split([p.numel() for p in self.params])
-        # Scales stay float32 in a float64 model.
-        return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, self.params, strict=True)]
+        return self.vectors.split(vector, self.params)
 
     def _batch_products(self, index: int, vectors: Sequence[Tensor]) -> list[list[Tensor]]:
         if self.engine == "forward":
@@ -262,16 +305,17 @@ class HessianOperator:
         """Return the Hessian times each vector.
 
         Args:
-            vectors: tensors ``[n]`` of the operator's dtype and device.
+            vectors: tensors ``[n]`` of the operator's dtype and device; of a sharded model this process's elements,
+                ``[vectors.length]``.
 
         Raises:
             ValueError: if the loss is not a scalar or does not depend on the parameters, or a vector does not fit.
         """
         for v in vectors:
-            if v.shape != (self.n,) or v.dtype != self.dtype or v.device != self.device:
+            if v.shape != (self.vectors.length,) or v.dtype != self.dtype or v.device != self.device:
                 raise ValueError(
                     f"the vector is {v.dtype} of shape {tuple(v.shape)} on {v.device}, "
-                    f"must be {self.dtype} of shape ({self.n},) on {self.device}"
+                    f"must be {self.dtype} of shape ({self.vectors.length},) on {self.device}"
                 )
         if self._state() != self._used_state:
             self.refresh()
@@ -288,20 +332,20 @@ class HessianOperator:
         """
         results: list[Tensor] = []
         for index, weight in enumerate(self._weights):
-            flat = [torch.cat([t.reshape(-1).to(self.dtype) for t in parts]) for parts in of_batch(index)]
-            if weight != 1:
+            flat = [self.vectors.join(parts, self.dtype) for parts in of_batch(index)]
+            if weight != 1 and not self.sharded:
                 torch._foreach_mul_(flat, weight)
             if results:
                 torch._foreach_add_(results, flat)
             else:
                 results = flat
-        if self.distributed:
+        if self.distributed and not self.sharded:
             for result in results[:count]:
                 dist.all_reduce(result)
         return results
 
     def gradient(self) -> Tensor:
-        """Return the gradient of the mean loss, ``[n]``."""
+        """Return the gradient of the mean loss, ``[n]``; of a sharded model this process's elements of it."""
         if self._state() != self._used_state:
             self.refresh()
 
@@ -334,7 +378,16 @@ class HessianOperator:
         return torch.from_numpy(v).to(self.device, self.dtype)
 
     def to_scipy(self) -> Any:
-        """Return a ``scipy.sparse.linalg.LinearOperator``, for ``eigsh``, ``cg`` and others; needs scipy."""
+        """Return a ``scipy.sparse.linalg.LinearOperator``, for ``eigsh``, ``cg`` and others; needs scipy.
+
+        Raises:
+            ValueError: if the model is sharded.
+        """
+        if self.sharded:
+            raise ValueError(
+                "the model is sharded, must be whole for scipy, whose vectors are: give the operator "
+                "qatkernels.nn.gather_model(model), or call qatkernels.hessian's own functions"
+            )
         from scipy.sparse.linalg import LinearOperator
 
         dtype = np.float64 if self.dtype == torch.float64 else np.float32

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .._torch_compat import is_view
-from ..dtensor import is_dtensor, is_fsdp
+from ..dtensor import is_dtensor, reduce_in_every_backward
 
 Grads = list[Tensor | None]
 
@@ -105,10 +105,7 @@ def _synchronized(model: nn.Module) -> Iterator[None]:
     settings = [replica.require_backward_grad_sync for replica in replicas]
     for replica in replicas:
         replica.require_backward_grad_sync = True
-    for module in model.modules():
-        if is_fsdp(module):
-            # FSDP2 has no getter for this flag, so it is not restored. Loops set it for each micro-batch anyway.
-            module.set_requires_gradient_sync(True, recurse=False)  # type: ignore[operator]
+    reduce_in_every_backward(model)
     try:
         yield
     finally:

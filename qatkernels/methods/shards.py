@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..dtensor import (
@@ -106,28 +104,3 @@ def holders(module: Quantized) -> int:
         return 1
     sizes = {dim: weight.device_mesh.size(i) for i, dim in sharded_dims(weight).items()}
     return math.prod(n for dim, n in sizes.items() if follows(scale.shape, weight.shape, dim, n) is False)
-
-
-def total(sums: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the sum over all weights of a value that each process computed from its local parts.
-
-    Args:
-        sums: for each weight, the weight and the value of its local part.
-    """
-    device = sums[0][1].device
-    result = torch.zeros_like(sums[0][1])
-    sharded: dict[Any, Tensor] = {}
-    groups: dict[Any, list[dist.ProcessGroup]] = {}
-    for weight, value in sums:
-        value = value.to(device)
-        if is_dtensor(weight):
-            key = (weight.device_mesh, weight.placements)
-            sharded[key] = sharded[key] + value if key in sharded else value.clone()
-            groups[key] = [weight.device_mesh.get_group(i) for i in sharded_dims(weight)]
-        else:
-            result = result + value
-    for key, value in sharded.items():
-        for group in groups[key]:
-            dist.all_reduce(value, group=group)
-        result = result + value
-    return result

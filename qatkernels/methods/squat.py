@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..dtensor import is_dtensor, local_part
+from ..dtensor import local_part, total
 from ..nn import quantized_modules
 from ..nn.activation import scales_of
 from ..nn.quantized import Quantized
@@ -31,7 +31,7 @@ from ..nn.replay import RandomState, untouched
 from ..ops import perturb_swap_, perturbation_norms
 from ..options import AT_LEAST_0, AT_LEAST_1, check, option
 from .grads import copy_if_shared, run_closure, take_grads, without_old_grads
-from .shards import check_parameters, layers_by_weight, total
+from .shards import check_parameters, layers_by_weight
 from .stats import GridStats
 from .values import check_closure, check_count, check_size
 
@@ -287,8 +287,6 @@ class SQuAT:
             with self._master_weights_perturbed(grads, factor, eta):
                 yield
             return
-        if any(is_dtensor(g) for g in grads.values()):
-            raise ValueError("target is 'quantized' with a sharded weight, must be 'latent' under FSDP2")
         pairs = [(m, grads.get(id(m.weight))) for m in quantized_modules(self.model).values()]
         with modified((m, (g.contiguous(), factor.to(g.device), eta)) for m, g in pairs if g is not None):
             yield

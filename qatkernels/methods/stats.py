@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..arithmetic import quotient
-from ..dtensor import is_dtensor, local_part
+from ..dtensor import is_dtensor, local_part, total
 from ..grids import MIN_SCALE
 from ..nn import quantized_modules
 from ..nn.activation import learned_acts
 from ..nn.floor import count_act_at_floor, count_at_floor
 from ..nn.quantized import Quantized
 from ..ops import fake_quantize, quantize
-from .shards import Part, holders, layers_by_weight, locals_of, total
+from .shards import Part, holders, layers_by_weight, locals_of
 
 
 class GridStats:
@@ -68,6 +68,16 @@ class GridStats:
         self._codes = codes
         flipped, size = total(counts).tolist()
         return float(flipped / size)
+
+    @torch.no_grad()
+    def histograms(self) -> dict[str, list[int]]:
+        """Return how many weights have each code, by layer, from the smallest code of its grid to the largest."""
+        counted = {}
+        for name, codes in self.codes().items():
+            grid, mine = self._layers[name].grid, local_part(codes).flatten().to(torch.int64)
+            counts = torch.bincount(mine - grid.code_min, minlength=grid.levels)
+            counted[name] = total([(self._layers[name].weight, counts)]).tolist()
+        return counted
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the codes at the last call of :meth:`flips` by layer; empty if it was never called."""

@@ -84,7 +84,9 @@ class WinQ:
         model: a quantized model; may be wrapped (DDP, FSDP2, torch.compile) before or after.
         reset_every: optimizer steps between resets, None for no resets. The paper's runs reset 2 to 5 times. Inferred:
             the quantity that matters is ``reset_every * lr / spacing``, the grid spacings that a weight can travel
-            between resets under Adam. It is 10 to 25 in the paper's runs.
+            between resets under Adam. It is 10 to 25 in the paper's runs. In our own, with 0.1 to 8, every reset under
+            a decaying rate cost something at the end, and less the more travel was left (docs/reproduction.md): leave
+            ten spacings or more after the last one, or reset under a constant rate.
         reset_weight: weight on the **quantized** value, in [0, 1]: 0 changes nothing, 1 puts every weight on the grid.
             This is the paper's lambda (0.1 to 0.6, 0.4 best at 1 bit). The callback that the authors released has the
             opposite convention: its default of 0.2 is ``reset_weight=0.8`` here.

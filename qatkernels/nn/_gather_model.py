@@ -23,9 +23,9 @@ _ATTRIBUTES = (
 def gather_model(model: nn.Module) -> nn.Module:
     """Return a copy of a sharded model that is whole in every process and knows nothing of the others.
 
-    Use it for what needs whole weights, such as :class:`qatkernels.hessian.HessianOperator`. The sharded model stays as
-    it is. Every parameter is gathered, so each process needs the memory of the whole model; :func:`pack_model` gathers
-    one quantized weight at a time.
+    Use it for what needs whole weights, such as :func:`qatkernels.hessian.hvp`. The sharded model stays as it is. Every
+    parameter is gathered, so each process needs the memory of the whole model. :func:`pack_model` gathers one quantized
+    weight at a time, and :class:`qatkernels.hessian.HessianOperator` one layer, so give them the sharded model itself.
 
     Args:
         model: a model after ``fully_shard`` (FSDP2) or ``parallelize_module``. All processes must call this.
@@ -57,16 +57,19 @@ def reshard(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def copy_whole(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+def copy_whole(
+    model: nn.Module, replacements: Mapping[nn.Module, nn.Module], parameters: Mapping[int, Tensor] | None = None
+) -> nn.Module:
     """Return a whole copy of a sharded model, with other modules in the place of some.
 
     Args:
         model: the model, resharded.
         replacements: new modules by old ones, whose parameters are not gathered. They are changed in place: their
             parameters and modules that the old ones had become copies too.
+        parameters: what the copy has in the place of parameters, by their id; these are not gathered.
     """
     reshard(model)
-    memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
+    memo: dict[int, Any] = {id(old): new for old, new in replacements.items()} | dict(parameters or {})
     left_out = {id(m) for old in replacements for m in old.modules()}
     modules = [m for m in model.modules() if id(m) not in left_out]
     kept = [*modules, *replacements.values()]

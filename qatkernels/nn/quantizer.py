@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arithmetic import quotient
-from ..dtensor import is_dtensor, on_every_process, replicated, splits_groups
+from ..dtensor import gathered, is_dtensor, on_every_process, replicated, splits_groups, whole
 from ..grids import MIN_SCALE, Grid
 from ..ops import perturb_, quantize
 from ..ops._fake_quantize import FORWARD, check_fit, check_noise
@@ -33,7 +33,8 @@ RHO, ETA = 0.05, 0.01
 
 #: What a forward adds to its quantized weight. Either a tensor like the weight, through which autograd differentiates;
 #: or the last three arguments of :func:`qatkernels.ops.perturb_` (gradient, factor, eta), which is applied in place:
-#: autograd does not see it, and it takes no memory.
+#: autograd does not see it, and it takes no memory. Under FSDP2 both may be sharded as the weight is: a forward gathers
+#: them for one layer at a time, and gradients of the former are reduced to the mean over the processes.
 Perturbation = Tensor | tuple[Tensor, Tensor, float | None]
 
 
@@ -188,9 +189,16 @@ class WeightQuantizer:
         quantized = self.plain(weight, scale, zero_point, dtype, self.noise(training))
         if self.added is None:
             return quantized
+        if is_dtensor(quantized):
+            raise ValueError(
+                f"weight is a DTensor of shape {tuple(weight.shape)}, must be a plain tensor where something is added "
+                "to the quantized weight: take target='latent' with tensor parallel"
+            )
         if isinstance(self.added, Tensor):
-            return quantized + self.added.to(quantized.dtype)
-        perturb_(quantized.detach(), *self.added)
+            added = gathered(self.added, self.added.device_mesh.ndim) if is_dtensor(self.added) else self.added
+            return quantized + added.to(quantized.dtype)
+        gradient, factor, eta = self.added
+        perturb_(quantized.detach(), whole(gradient), factor, eta)
         return quantized
 
     @torch.no_grad()

@@ -1,12 +1,11 @@
 """The reference application: crash-safe training from a configuration, first in full precision, then quantized.
 
-It needs the extra ``train``: rich prints progress and tables, matplotlib draws the plots.
+It needs the extra ``train``: rich prints progress and tables.
 """
 
 from ..extras import missing
 
 try:
-    import matplotlib  # noqa: F401
     import rich  # noqa: F401
 except ImportError as error:
     raise missing("qatkernels.trainer", "train", error) from error

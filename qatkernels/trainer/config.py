@@ -222,8 +222,6 @@ class TrainConfig(Settings):
                 raise ConfigError(f"--{name} is {getattr(self, name)!r}, must be one of {', '.join(allowed)}")
         if self.parallel == "fsdp" and self.weights != "float32":
             raise ConfigError(f"--weights is {self.weights}, must be float32 with --parallel fsdp")
-        if self.parallel == "fsdp" and self.method == "squat" and self.squat.target == "quantized":
-            raise ConfigError("--target is quantized, must be latent with --parallel fsdp: gradients are sharded there")
         if self.model == models.DEMO and self.training.steps < 1:  # another model may have been trained before
             raise ConfigError(f"--steps is {self.training.steps}, must be at least 1")
 

@@ -9,7 +9,7 @@ with the same weights as one that was not: bit for bit on a CPU, on the same mac
     out/<phase>/          fp, then w4, w2, w1.58, w1 (phases.py). While the phase trains: its newest states
                           (checkpoints.py). At its end: model.safetensors, and phase.json, which is written last.
                           With keep_every also step-<n>.safetensors, the model at every keep_every-th step
-    out/report.json       table and curves of the run; curves.png plots them
+    out/report.json       table and curves of the run; report.html shows them. An interrupted run leaves what it has
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dtensor import local_part, whole
+from ..files import CheckpointError
 from ..methods.distillation import distillation_loss
 from ..nn import CalibrationReport, calibrate, quantized_modules
 from ..nn.activation import scales_of
@@ -40,7 +41,7 @@ from .guard import DivergedError, Guard, find_non_finite
 from .methods import QAT
 from .parallel import Processes, joined
 from .phases import Phase, phases
-from .signals import Stop
+from .signals import Interrupted, Stop
 from .state import Run, Training
 
 _ONE_PROCESS = Processes()
@@ -73,10 +74,24 @@ def train(config: TrainConfig, *, restart: bool = False, say: Callable[[str], No
         with run_folder.exclusive(out) if group.first else contextlib.nullcontext():
             if restart and group.first:
                 run_folder.remove_run(out)
-            results, log = run_phases(config, corpus, plan, say, group)
-            written = report.write(out, config.settings(), corpus, results, log) if group.first else {}
+            try:
+                results, log = run_phases(config, corpus, plan, say, group)
+            except (Interrupted, DivergedError) as stop:
+                if group.first:
+                    _report_unfinished(config, corpus, plan, str(stop))
+                raise
+            written = report.write(out, config.settings(), corpus, plan, results, log) if group.first else {}
             first_process_report: dict[str, Any] = group.gathered(written)[0]
             return first_process_report
+
+
+def _report_unfinished(config: TrainConfig, corpus: data.Corpus, plan: list[Phase], why: str) -> None:
+    """Write the report of what there is of a run that stopped, if it can be written."""
+    out = Path(config.out)
+    # On a full disk the error that stopped the run says more than one about its report, which the resumed run writes.
+    with contextlib.suppress(CheckpointError):
+        results = saving.results_so_far(out, plan)
+        report.write(out, config.settings(), corpus, plan, results, report.Log(out / "log.jsonl", writes=False), why)
 
 
 def run_phases(
@@ -180,7 +195,7 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
     windows = run.corpus.evaluation(config.evaluation.eval_windows, config.shape.context)
     if progress.step == 0:  # in a quantized phase this is the loss of round-to-nearest, before any training
         progress.start = progress.held_out = _held_out(training, windows, 0)
-        run.log.add(phase=phase.name, step=0, held_out=progress.start)
+        run.log.add(phase=phase.name, step=0, held_out=progress.start, **_codes(training))
         if config.evaluation.keep_every is not None:
             saving.keep_model(training, 0)
 
@@ -220,6 +235,8 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
         if evaluated or last:
             progress.held_out = _held_out(training, windows, progress.step)
             entry |= {"held_out": progress.held_out}
+        if last:
+            entry |= _codes(training)
         if len(entry) > 2:
             run.log.add(**entry)
         if entry.get("scales_at_floor") and not progress.warned:
@@ -236,6 +253,12 @@ def run_phase(run: Run, phase: Phase) -> dict[str, Any]:
             saving.save(training, progress, config.evaluation.keep_last)
             run.stop_if_asked()
     return saving.finish(training, progress)
+
+
+def _codes(training: Training) -> dict[str, Any]:
+    """Return the log entry with the histograms of codes by layer; nothing for a model that is not quantized."""
+    stats = training.method.stats
+    return {} if stats is None else {"codes": stats.histograms()}
 
 
 def take_step(training: Training, step: int) -> Tensor:

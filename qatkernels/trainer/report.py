@@ -1,9 +1,12 @@
-"""The log of a run, and its report: a table, a JSON file and a plot."""
+"""The log of a run, and its report: a table, a JSON file and a page."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ from rich.table import Table
 from .. import files
 from ..methods.values import is_number
 from ..units import human
+from . import train_page
 from .data import Corpus
-from .plot import plot
+from .phases import Phase
 
 
 class Log:
@@ -80,21 +84,30 @@ class Log:
             self._writer.close()
 
 
-def write(out: Path, config: dict[str, Any], corpus: Corpus, results: list[dict[str, Any]], log: Log) -> dict[str, Any]:
-    """Write ``report.json`` and ``curves.png``, and return the report.
+def write(
+    out: Path, config: dict[str, Any], corpus: Corpus, plan: Sequence[Phase], results: list[dict[str, Any]], log: Log,
+    stopped: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write ``report.json`` and ``report.html``, and return the report.
 
     Args:
         out: folder of the run.
         config: settings of the run.
         corpus: its text.
-        results: one result per phase.
+        plan: its phases.
+        results: one result per finished phase; of an interrupted run there may be none.
         log: its log.
+        stopped: why the run stopped before its end; None if it is finished.
     """
-    quantized = [result for result in results if result["bits"] is not None]
-    starts = {name: r for r in results if (name := r["phase"]) in {q["start"] for q in quantized}}
-    full_precision = max(starts.values(), key=lambda r: r["first"] + r["steps"])  # the phase that trained longest
     entries = log.entries()
-    curves = {result["phase"]: _curves(result, entries) for result in results}
+    by_phase = {phase.name: [e for e in entries if e["phase"] == phase.name] for phase in plan}
+    quantized = [result for result in results if result["bits"] is not None]
+    full = [result for result in results if result["bits"] is None]
+    starts = {name: r for r in full if (name := r["phase"]) in {q["start"] for q in quantized}} or {
+        r["phase"]: r for r in full
+    }
+    longest = max(starts.values(), key=lambda r: r["first"] + r["steps"], default=None)
+    size = quantized[0]["quantized_parameters"] if quantized else None
     report = {
         "config": config,
         "machine": machine(),
@@ -106,34 +119,76 @@ def write(out: Path, config: dict[str, Any], corpus: Corpus, results: list[dict[
             "train_files": len(corpus.train_files),
             "held_out_files": len(corpus.held_out_files),
         },
-        "parameters": full_precision["parameters"],
-        "quantized_parameters": quantized[0]["quantized_parameters"],
-        "full_precision": _row(full_precision, full_precision, 4 * quantized[0]["quantized_parameters"]),
+        "stopped": stopped,
+        "parameters": longest and longest["parameters"],
+        "quantized_parameters": size,
+        "full_precision": longest and _row(longest, longest, 4 * size if size is not None else None),
         "rows": [_row(result, starts[result["start"]], result["quantized_bytes"]) for result in quantized],
-        "starts": {result["phase"]: [result["start"], result["first"]] for result in results},
-        "curves": curves,
-    }
-    files.write_json(out / "report.json", report)
-    with files.explained("written", out / "curves.png"):
-        plot(report, out / "curves.png")
+        "starts": {phase.name: [phase.start, phase.first] for phase in plan},
+        "bits": {phase.name: phase.bits for phase in plan},
+        "curves": {
+            phase.name: _curves(of_phase, next((r for r in results if r["phase"] == phase.name), None))
+            for phase in plan if (of_phase := by_phase[phase.name]) or any(r["phase"] == phase.name for r in results)
+        },
+        "codes": {
+            name: {str(e["step"]): e["codes"] for e in of_phase if "codes" in e}
+            for name, of_phase in by_phase.items() if any("codes" in e for e in of_phase)
+        },
+        "notes": [{k: e[k] for k in ("phase", "step", "note")} for e in entries if "note" in e],
+    }  # fmt: skip
+    files.write(out / "report.json", as_json(report))
+    write_page(out, report)
     return report
 
 
-def _curves(result: dict[str, Any], entries: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
-    """Return the points ``[step, bits per byte]`` of a phase. If the log was lost, only the first and the last."""
-    of_phase = [e for e in entries if e["phase"] == result["phase"]]
-    train, held_out = ([[e["step"], e[kind]] for e in of_phase if kind in e] for kind in ("train", "held_out"))
-    ends = [[0, result["start_bits_per_byte"]], [result["steps"], result["bits_per_byte"]]]
-    return {"train": train, "held_out": held_out or ends}
+def write_page(out: Path, report: dict[str, Any]) -> None:
+    """Write ``report.html`` of a run, with the spectra that ``qatkernels spectrum`` wrote into folders of the run."""
+    spectra = {}
+    for path in sorted(out.glob("*/report.json")):
+        with contextlib.suppress(files.CheckpointError):  # a file of that name which is no report of ours
+            other = files.read_json(path)
+            if other.get("checkpoints") and all("spectrum" in entry for entry in other["checkpoints"]):
+                spectra[path.parent.name] = other
+    files.write(out / "report.html", train_page.page(report, spectra))
 
 
-def _row(result: dict[str, Any], start: dict[str, Any], quantized_bytes: int) -> dict[str, Any]:
+def refresh_page(out: Path) -> None:
+    """Write ``report.html`` of a folder again if it holds the report of a run; do nothing otherwise."""
+    if not ((out / "run.json").exists() and (out / "report.json").exists()):
+        return
+    if "curves" in (report := files.read_json(out / "report.json")):
+        write_page(out, report)
+
+
+def as_json(report: dict[str, Any]) -> bytes:
+    """Return a report as JSON, with each list of numbers on one line."""
+    text = json.dumps(report, indent=1, allow_nan=False)
+    return (re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n").encode()
+
+
+def _curves(entries: list[dict[str, Any]], result: dict[str, Any] | None) -> dict[str, list[list[float]]]:
+    """Return the points ``[step, value]`` of each value in the log of a phase.
+
+    Losses are in bits per byte. The names of what a method measures lose its own: ``winq/flips`` are ``flips``. If the
+    log was lost, a finished phase has the first and the last loss.
+    """
+    curves: dict[str, list[list[float]]] = {"train": [], "held_out": []}
+    for entry in entries:
+        for name, value in entry.items():
+            if name != "step" and is_number(value):
+                curves.setdefault(name.rpartition("/")[2], []).append([entry["step"], value])
+    if result is not None and not curves["held_out"]:
+        curves["held_out"] = [[0, result["start_bits_per_byte"]], [result["steps"], result["bits_per_byte"]]]
+    return curves
+
+
+def _row(result: dict[str, Any], start: dict[str, Any], quantized_bytes: int | None) -> dict[str, Any]:
     """Return one row of the table; losses are bits per byte on held-out text, sizes are bytes.
 
     Args:
         result: result of a phase.
         start: result of the phase in full precision that it started from; ``result`` itself for full precision.
-        quantized_bytes: bytes of the quantized weights.
+        quantized_bytes: bytes of the quantized weights; None if it is not known yet which are quantized.
     """
     is_full_precision = result is start
     return {
@@ -180,7 +235,7 @@ def show(report: dict[str, Any], out: str) -> None:
         console.print(
             "With the fused schedule only QAT decays: full-precision losses are at the constant learning rate."
         )
-    console.print(f"{out}/report.json, {out}/curves.png", soft_wrap=True)
+    console.print(f"{out}/report.json, {out}/report.html", soft_wrap=True)
 
 
 def table(report: dict[str, Any]) -> Table:

@@ -6,6 +6,7 @@ digest is checked when it is read. The contents of a damaged file are computed a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,16 @@ def finished_result(run: Run, phase: Phase) -> dict[str, Any] | None:
         _delete(run, *states)  # left by a kill between writing the marker and deleting the states
     run.display.begin(phase.name, phase.steps)
     return result
+
+
+def results_so_far(out: Path, plan: Sequence[Phase]) -> list[dict[str, Any]]:
+    """Return the results of the phases that are finished, in order, without looking at their weights.
+
+    Raises:
+        CheckpointError: if the marker of a phase is damaged.
+    """
+    markers = [out / phase.name / models.MARKER for phase in plan]
+    return [files.read_json(marker)["result"] for marker in markers if marker.exists()]
 
 
 def finish(training: Training, progress: Progress) -> dict[str, Any]:

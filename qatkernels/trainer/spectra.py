@@ -1,4 +1,4 @@
-"""Hessian spectra of checkpoints of `qatkernels train` on one text, as JSON and as a plot."""
+"""Hessian spectra of checkpoints of `qatkernels train` on one text, as JSON and as a page."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..nn import QuantConfig, quantize_model, quantized_modules, quantized_weigh
 from ..nn.quantizer import RHO
 from ..ops import cross_entropy
 from ..options import AT_LEAST_1, POSITIVE, ConfigError, check, option
-from . import data, run_folder
-from . import spectra_report as pictures
+from . import data, run_folder, spectra_page
+from . import spectra_report as tables
 from .display import Display
 from .models import DEMO, build, limits, load_trained, tokenizer
-from .report import machine
+from .report import as_json, machine, refresh_page
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -164,11 +164,11 @@ def run(config: SpectrumConfig, say: Callable[[str], None] | None = None) -> dic
             "settings": {k: v for k, v in asdict(config).items() if k not in ("checkpoints", "out", "restart")},
             "machine": machine(),
             "text": {"source": corpus.source, "sha256": corpus.sha256, "context": context},
-            "checkpoints": [pictures.summary(entry) for entry in entries],
+            "checkpoints": [tables.summary(entry) for entry in entries],
         }
-        files.write(out / "report.json", pictures.write(report))
-        with files.explained("written", out / "spectra.png"):
-            pictures.plot(entries, out / "spectra.png")
+        files.write(out / "report.json", as_json(report))
+        files.write(out / "report.html", spectra_page.page(report))
+        refresh_page(out.parent)
     return report
 
 
@@ -304,7 +304,7 @@ def _analyse(
     files.write_json(file, entry, sealed=True, indent=None)
     model.cpu()
     display.done = end  # Lanczos may stop early, at an invariant subspace
-    display.say(f"{loaded.name:<14} {pictures.line(entry)}")
+    display.say(f"{loaded.name:<14} {tables.line(entry)}")
     return entry
 
 
@@ -338,5 +338,5 @@ def show(report: dict[str, Any], out: str) -> None:
     console = Console(highlight=False)
     # Into a pipe, rich would cut the table at 80 columns, and numbers would be lost.
     console.width = max(console.width, 140)
-    console.print(pictures.table(report))
-    console.print(f"{out}/report.json, {out}/spectra.png", soft_wrap=True)
+    console.print(tables.table(report))
+    console.print(f"{out}/report.json, {out}/report.html", soft_wrap=True)

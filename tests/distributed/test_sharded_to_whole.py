@@ -10,7 +10,7 @@ from torch import nn
 
 import qatkernels as qk
 from qatkernels.formats import export, load_packed, save_packed
-from qatkernels.hessian import HessianOperator, eigs, spectrum
+from qatkernels.hessian import HessianOperator, eigs, hvp, spectrum
 from qatkernels.nn import GroupedQuantLinear, QuantConfig, calibrate, gather_model, pack_model, shard_scales
 from qatkernels.testing.compare import assert_same_bits
 
@@ -193,8 +193,9 @@ def whole_hessian(rank):
 
     model = small()
     fully_shard(model)
+    weights = list(model.parameters())
     with pytest.raises(ValueError, match=r"parameters are sharded.*gather_model\(model\), a whole copy"):
-        HessianOperator(model, loss, [X])
+        hvp(lambda: loss(model, X), weights, weights)
     operator = HessianOperator(gather_model(model), loss, [X[rank::2]])
     with pytest.raises(ValueError, match="not sharded: it is whole already"):
         gather_model(small())

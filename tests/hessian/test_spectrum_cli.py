@@ -16,6 +16,7 @@ from qatkernels.trainer import CheckpointError, ConfigError, TrainConfig, data, 
 from studies import spectra as study
 from studies.results import Results
 from studies.runner import command
+from tests.pages import read_page
 from tests.passes import each_pass
 
 OPTIONS = ["--probes", "2", "--steps", "8", "--windows", "3", "--device", "cpu"]
@@ -49,7 +50,6 @@ def test_report_and_picture(run, tmp_path, capsys):
     assert printed.err.startswith("Krylov basis: 8 vectors of 4,096 in float32 on cpu, 0 MB\n")
     assert "w4" in printed.out
     assert "negative" in printed.out
-    assert (out / "spectra.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((out / "report.json").read_text())
     assert [(c["phase"], c["bits"], c["step"]) for c in report["checkpoints"]] == [
         ("fp", None, 4),
@@ -69,6 +69,10 @@ def test_report_and_picture(run, tmp_path, capsys):
         assert 0 < entry["bits_per_byte"] < 10
         assert entry["gradient_norm_ratio"] > 0
         assert set(entry["sharpness"]) == ({"latent"} if entry["bits"] is None else {"latent", "quantized"})
+    shown = read_page((out / "report.html").read_bytes())
+    assert shown.drawn == 1, "one panel with a density for each model"
+    for entry in report["checkpoints"]:
+        assert {entry["name"], f"{entry['spectrum']['lambda_max']:.4g}", f"{entry['bits_per_byte']:.3f}"} <= shown.words
     assert report["settings"]["probes"] == 2
     assert report["text"]["source"].endswith("text.txt"), "what the run was trained on"
 
@@ -79,6 +83,25 @@ def test_report_and_picture(run, tmp_path, capsys):
     assert (out / "report.json").read_bytes() == before
     assert main([*arguments, *OPTIONS, "--steps", "5", "--out", str(out)]) == 0
     assert "was done before" not in capsys.readouterr().err
+
+
+def test_a_spectrum_in_the_folder_of_a_run_is_on_its_page(run, tmp_path):
+    whole = tmp_path / "run"
+    shutil.copytree(run, whole)
+    shutil.copytree(whole / "w2", whole / "earlier")
+    for step in (0, 1):  # two checkpoints of a phase give charts over its steps
+        tensors, header = files.load(whole / "w2" / "model.safetensors")
+        header["result"]["steps"] = step
+        files.save(whole / "w2" / f"step-{step:06d}.safetensors", tensors, header)
+    before = read_page((whole / "report.html").read_bytes())
+    assert "Hessian" not in before.words
+    found = [str(whole / "w2" / f"step-00000{step}.safetensors") for step in (0, 1)]
+    config = configured([str(whole / "fp"), *found, *OPTIONS, "--out", str(whole / "spectrum")])
+    report = spectra.run(config, say=lambda _: None)
+    for path in (whole / "report.html", whole / "spectrum" / "report.html"):
+        shown = read_page(path.read_bytes())
+        assert {"Hessian", "w2-step-000001", f"{report['checkpoints'][2]['spectrum']['lambda_max']:.4g}"} <= shown.words
+        assert shown.drawn == 3 + (before.drawn if path.parent == whole else 0)
 
 
 def test_it_is_the_spectrum_of_the_trained_weights(run, tmp_path):

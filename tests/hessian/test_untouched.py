@@ -364,26 +364,6 @@ def test_checkpoints_that_are_not_reentrant_work():
     remembered.check()
 
 
-def ask_sharded(rank):
-    from torch.distributed.fsdp import fully_shard
-
-    model, data = make()
-    fully_shard(model)
-    weights = quantized_weights(model)
-    for call in (
-        lambda: HessianOperator(model, loss_fn, data),
-        lambda: sharpness(model, lambda: loss_fn(model, data[0])),
-        lambda: hvp(lambda: loss_fn(model, data[0]), weights, weights),
-        lambda: gradient_norm_ratio(lambda: loss_fn(model, data[0]), weights),
-    ):
-        with pytest.raises(ValueError, match=r"parameters are sharded.*gather_model"):
-            call()
-
-
-def test_sharded_weights_are_refused(pair):
-    pair.run(ask_sharded)
-
-
 @pytest.mark.parametrize("how", [parametrizations.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)])
 def test_weights_that_are_computed(how):
     """Computed weights have no Hessian; the parameters that they are computed from do."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 
 from qatkernels import cli
 from studies.plan_recovery import PLANTED, table
+from tests.pages import read_page, words_of
 
 ASK = ["plan", "--params", "1.2B", "--tokens", "100B", "--bits", "2"]
 
@@ -51,11 +54,19 @@ def test_several_widths_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_fit_save_and_use_again(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stored, picture = tmp_path / "law.json", tmp_path / "plan.png"
+    stored, picture, written = tmp_path / "law.json", tmp_path / "plan.png", tmp_path / "plan.html"
     fitted = ["--runs", str(runs), "--where", "schedule=classic", "--resamples", "20", "--memory", "300MB"]
-    assert cli.main([*ASK, *fitted, "--save", str(stored), "--plot", str(picture)]) == 0
+    assert cli.main([*ASK, *fitted, "--save", str(stored), "--plot", str(picture),
+                     "--html", str(written)]) == 0  # fmt: skip
     text = capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
+    page = read_page(written.read_bytes())
+    assert page.drawn == 2
+    coefficients = json.loads(stored.read_text())["coefficients"]
+    assert {f"{value:.4g}" for value in coefficients.values()} <= page.words
+    for line in text.splitlines():  # what the terminal says of the plan is on the page
+        if line.startswith("  ") and "at its limit" not in line:
+            assert words_of(line) <= page.words, line
     for wanted in ("at 90% confidence; fitted law; formula [paper]: 31.4%", "10% instead", "wastes", "within 1% of fp",
                    "law fitted to 300 runs: R² 0.9", "lambda", "weights in 300 MB, same compute"):  # fmt: skip
         assert wanted in text
@@ -98,6 +109,22 @@ def test_below_one_token_a_byte(tmp_path: Path, capsys: pytest.CaptureFixture[st
     law.write_text(json.dumps({"coefficients": PLANTED.to_dict()}))
     assert cli.main([*tiny, "--law", str(law)]) == 0
     assert "formula [paper]: none, S ≤ 1" in capsys.readouterr().out
+
+
+def test_page_without_a_law_or_matplotlib(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "plan.html"
+    code = f"import sys; sys.modules['matplotlib'] = None; from qatkernels import cli; sys.exit(cli.main({ASK!r} + "
+    done = subprocess.run([sys.executable, "-c", f"{code}['--html', {str(path)!r}]))"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = read_page(path.read_bytes())
+    assert page.drawn == 1
+    assert {"31.4%", "68.6B", "300"} <= page.words
+
+
+def test_warnings_are_on_the_page(tmp_path: Path) -> None:
+    path = tmp_path / "plan.html"
+    assert cli.main(["plan", "--params", "1.2B", "--tokens", "3B", "--bits", "8", "--html", str(path)]) == 0
+    assert "note" in read_page(path.read_bytes()).classes
 
 
 def test_plot_without_a_law(tmp_path: Path) -> None:

@@ -116,8 +116,8 @@ def commands(shared: Path) -> dict[str, Command]:
         "plan": Command(
             lambda folder: ["plan", "--params", "100M", "--tokens", "10B", "--bits", "2", "--runs",
                             str(shared / "runs.csv"), "--resamples", "8", "--save", str(folder / "law.json"),
-                            "--plot", str(folder / "plan.png")],
-            contents("law.json", "plan.png", "output"),
+                            "--html", str(folder / "plan.html")],
+            contents("law.json", "plan.html", "output"),
         ),
     }  # fmt: skip
 
@@ -130,21 +130,12 @@ def warm() -> None:
     import torch.distributed.checkpoint
     import torch.distributed.fsdp
 
-    from qatkernels.plan import plot
-    from qatkernels.trainer import generate, loop, spectra, spectra_report  # noqa: F401
-    from qatkernels.trainer import report as train_report
+    from qatkernels.trainer import generate, loop, spectra  # noqa: F401
     from studies import plan_recovery  # noqa: F401
 
     torch.set_num_threads(1)
-    # Drawing a picture takes longer than everything else. It is drawn from data that are compared here.
-    train_report.plot = spectra_report.plot = plot.draw = _no_picture
     if (threads := len(os.listdir("/proc/self/task"))) > 1:
         raise RuntimeError(f"{threads} threads before the first fork, must be one: set OMP_NUM_THREADS=1")
-
-
-def _no_picture(*arguments: Any) -> None:
-    """Write a small file instead of a picture."""
-    next(a if isinstance(a, Path) else Path(a) for a in arguments if isinstance(a, (str, Path))).write_bytes(b"picture")
 
 
 def start(command: Command, folder: Path, dies: tuple[str, int] | None = None) -> list[int]:

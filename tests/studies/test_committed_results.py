@@ -19,8 +19,10 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "docs" / "results").glob("*/*.jsonl"))
 #: Which page has the tables that a study's report wrote (`python -m studies NAME --report --page docs/PAGE`).
 PAGES = {
-    "formats": "formats.md", "initial_scales": "quantize-model.md", "plan": "planner.md", "squat": "reproduction.md",
-    "smollm2": "../README.md", "traffic": "distributed.md", "winq": "reproduction.md", "winq_why": "reproduction.md",
+    "adapters": "tutorial-lora.md", "formats": "formats.md", "initial_scales": "quantize-model.md",
+    "loading": "packing.md", "plan": "planner.md", "smollm2": "real-model.md", "squat": "reproduction.md",
+    "traffic": "distributed.md", "winq": "reproduction.md", "winq_rounding": "reproduction.md",
+    "winq_why": "reproduction.md",
 }  # fmt: skip
 
 
@@ -50,8 +52,8 @@ def study_of(path: Path) -> Study:
 
 def test_there_are_results() -> None:
     names = {
-        "formats", "hessian_peers", "initial_scales", "plan", "plan_recovery", "smollm2", "spectra", "squat",
-        "traffic", "winq", "winq_why",
+        "adapters", "formats", "hessian_peers", "initial_scales", "loading", "plan", "plan_recovery", "smollm2",
+        "spectra", "squat", "traffic", "winq", "winq_rounding", "winq_why",
     }  # fmt: skip
     assert {path.stem for path in FILES} == names
 

@@ -40,6 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "fsdp": {"parallel": "fsdp", "tokens": 60 * 4 * 32, "qat_fraction": 0.3, "schedule": "fused", "accumulate": 2},
     "fsdp-winq": {"parallel": "fsdp", "method": "winq", "reset_every": 4, "stats_every": 3, "two_sided": True},
     "fsdp-squat": {"parallel": "fsdp", "method": "squat", "target": "latent", "minibatch": "next", "stats_every": 2},
+    "fsdp-squat-quantized": {"parallel": "fsdp", "method": "squat", "norm": "asam", "rho": 0.5},
 }
 
 #: Ways that are also taken up again, and the passes over a batch in a step of their QAT.
@@ -194,8 +195,6 @@ def test_the_command_line(tiny: dict[str, Any]) -> None:
 def test_what_is_refused(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ParallelError, match="--parallel is ddp, which needs torchrun"):
         train(TrainConfig(**tiny, parallel="ddp"), say=lambda line: None)
-    with pytest.raises(ConfigError, match="--target is quantized, must be latent with --parallel fsdp"):
-        TrainConfig(**tiny, parallel="fsdp", method="squat")
     with pytest.raises(ConfigError, match="--parallel is 'tpu', must be one of none, ddp, fsdp"):
         TrainConfig(**tiny, parallel="tpu")
     monkeypatch.setenv("RANK", "0")

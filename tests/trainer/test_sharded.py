@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ def use(model):
     numbers = [stats.flips(), stats.distance()]
     winq.after_step()
     numbers += [stats.flips(), stats.distance()]
+    for counts in stats.histograms().values():
+        numbers += counts
     torch.manual_seed(5)
     x = torch.randn(6, 8)
 
@@ -34,8 +37,8 @@ def use(model):
         loss.backward()
         return loss
 
-    for norm in ("l2", "asam"):
-        squat = SQuAT(model, torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, target="latent", norm=norm)
+    for norm, target in itertools.product(("l2", "asam"), ("latent", "quantized")):
+        squat = SQuAT(model, torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, target=target, norm=norm)
         squat.step(closure)
         numbers += squat.log().values()
     return numbers
@@ -52,9 +55,6 @@ def work(rank):
         fully_shard(model, mesh=mesh)
         numbers = use(model)
         results[name] = numbers, {n: p.full_tensor() for n, p in model.named_parameters()}
-    quantized = SQuAT(model)
-    with pytest.raises(ValueError, match="must be 'latent' under FSDP2"):
-        quantized.gradient(lambda: model(torch.randn(2, 8)).sum().backward())
     return results
 
 
@@ -71,6 +71,7 @@ def test_two_processes(pair):
 
 WAYS = {
     "squat": lambda model: SQuAT(model, rho=0.5, target="latent"),
+    "squat on quantized weights": lambda model: SQuAT(model, rho=0.5),
     "winq": lambda model: WinQ(model, reset_every=None, reset_weight=0.0, noise_std=0.0, samples=2),
 }
 
