@@ -68,7 +68,8 @@ def local(name: str, module: Quantized, *, whole_rows: bool = False) -> Part:
         whole_rows: whether what shares a scale must be whole: weights are rotated.
 
     Raises:
-        ValueError: if the weight is computed, the shards split a group, or with ``whole_rows`` a row with one scale.
+        ValueError: if the weight is computed, it is sharded and its scale is not, the shards split a group, or with
+            ``whole_rows`` a row with one scale.
     """
     check_parameters({name: module})
     weight, (scale, zero_point) = module.weight.detach(), module.quantizer.stored(module.scale, module.zero_point)
@@ -77,6 +78,11 @@ def local(name: str, module: Quantized, *, whole_rows: bool = False) -> Part:
         return Part(weight, whole(scale), None if zero_point is None else whole(zero_point))
     if scale.numel() == 1:
         return Part(local_part(weight), whole(scale), None if zero_point is None else whole(zero_point))
+    if not is_dtensor(scale):
+        raise ValueError(
+            f"{name} has a weight sharded as {weight.placements} and a scale that is not sharded, must have both as "
+            "DTensors: shard them with fully_shard, shard_scales or a style of qatkernels.nn.tensor_parallel"
+        )
     if whole_rows and module.group_size is None and splits_columns(weight):
         raise ValueError(
             f"{name} has a weight sharded as {weight.placements}, which splits rows between processes, and a rotation "

@@ -144,7 +144,7 @@ def test_running_statistics_of_replicas(pair):
                 torch.testing.assert_close(found[name], wanted[name], rtol=0.05, atol=0.02, msg=f"{name} {rank}")
 
 
-def reset_in_pieces(rank):
+def reset_beside_a_plain_scale(rank):
     from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
     mesh = init_device_mesh("cpu", (2,))
@@ -153,9 +153,9 @@ def reset_in_pieces(rank):
     for module in quantized_modules(model).values():
         half = module.weight.detach().chunk(2, dim=1)[rank].contiguous()
         module.weight = nn.Parameter(DTensor.from_local(half, mesh, [Shard(1)]))
-    with pytest.raises(ValueError, match=r"0 has a weight sharded as .*rows \(or groups\) must be whole"):
+    with pytest.raises(ValueError, match=r"0 has a weight sharded as .*a scale that is not sharded, must have both"):
         winq.reset()
 
 
-def test_rows_in_pieces_are_refused(pair):
-    pair.run(reset_in_pieces)
+def test_a_plain_scale_beside_a_sharded_weight_is_refused(pair):
+    pair.run(reset_beside_a_plain_scale)
