@@ -1,5 +1,6 @@
 """A small model with what FSDP2 may shard, for tests of what works on shards."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -67,3 +68,13 @@ def loss_of(model, tokens):
 
 def trained(model):
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def llama(width):
+    """Return a Llama of two layers, quantized to 4 bits; skips the test without transformers."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=width, intermediate_size=width, num_hidden_layers=2, num_attention_heads=2
+    )
+    return qk.quantize_model(transformers.LlamaForCausalLM(config), QuantConfig(4)).eval()

@@ -18,6 +18,7 @@ from qatkernels.hessian._spectrum import probe
 from qatkernels.hessian._trace import signs
 from qatkernels.nn import QuantConfig, gather_codes, gather_model
 from qatkernels.testing.compare import assert_same_bits
+from tests import sharded
 from tests.sharded import BATCHES, CONFIGS, loss_of, make, shard, trained
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -376,14 +377,9 @@ def test_a_model_whose_codes_are_gathered(pair):
 
 
 def llama(rank):
-    transformers = pytest.importorskip("transformers")
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-    )
-    model = qk.quantize_model(transformers.LlamaForCausalLM(config), QuantConfig(4)).eval()
+    model = sharded.llama(16)
     for block in model.model.layers:
         fully_shard(block)
     fully_shard(model)

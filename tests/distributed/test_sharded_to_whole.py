@@ -13,6 +13,7 @@ from qatkernels.formats import export, load_packed, save_packed
 from qatkernels.hessian import HessianOperator, eigs, hvp, spectrum
 from qatkernels.nn import GroupedQuantLinear, QuantConfig, calibrate, gather_model, pack_model, shard_scales
 from qatkernels.testing.compare import assert_same_bits
+from tests import sharded
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -210,14 +211,9 @@ def test_hessian_of_a_whole_copy(pair):
 
 
 def llama(rank):
-    transformers = pytest.importorskip("transformers")
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-    )
-    model = qk.quantize_model(transformers.LlamaForCausalLM(config), QuantConfig(4)).eval()
+    model = sharded.llama(32)
     tokens = torch.tensor([[1, 2, 3, 4]])
     wanted = pack_model(copy.deepcopy(model))
     for block in model.model.layers:
