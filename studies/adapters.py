@@ -1,4 +1,4 @@
-"""Memory and gain of LoRA adapters over a real model that is packed, beside bitsandbytes' 4 bits and bfloat16.
+"""Memory and gain of LoRA adapters over a packed model, beside bitsandbytes and bfloat16.
 
 The model and the text are those of :mod:`studies.smollm2`. Its linear layers but the head are frozen: in bfloat16, as
 packed codes with a scale for every 32 weights, or as bitsandbytes' NF4, where that package is installed. Scales have

@@ -210,7 +210,7 @@ def test_the_command_lists_the_studies(capsys: Any) -> None:
         assert f"    {name:<16} {summary}" in printed
         assert summary
     assert main(["wing"]) == 2
-    assert "there is no study 'wing', must be one of formats, hessian_peers" in capsys.readouterr().err
+    assert f"there is no study 'wing', must be one of {', '.join(studies())}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", studies())
